@@ -1,0 +1,357 @@
+"""The whole model against the equation, and what may not change it: key order, tracing, compiling, exporting."""
+
+import itertools
+import random
+
+import pytest
+import torch
+import torchrec.fx
+from torch import nn
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor, PoolingType
+from torchrec.datasets.utils import Batch
+
+from tests.model import oracle
+from torchrec_deepfm import DeepFM, DeepFMTrain, embedding_tables
+from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.model.deepfm import TERMS
+
+K = 3
+SIZES = {"a": 5, "b": 7, "c": 9}
+
+
+def make_model(
+    sizes: dict[str, int] = SIZES, numeric: int = 2, *, weighted: bool = False, seed: int = 0, **options: object
+) -> DeepFM:
+    """A model with every parameter set to noise, so that no term can hide behind a zero."""
+    tables = embedding_tables(sizes, factor_dim=K)
+    options = {"over_arch_layer_sizes": (6, 5), "factor_dim": K, "dropout": 0.0} | options
+    model = DeepFM(EmbeddingBagCollection(tables=tables, is_weighted=weighted), numeric, **options)  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0.0, 0.5, generator=generator)
+    return model
+
+
+def to_kjt(bags: dict[str, list[oracle.Bag]], *, weighted: bool = False) -> KeyedJaggedTensor:
+    flat = [pair for bag_list in bags.values() for bag in bag_list for pair in bag]
+    return KeyedJaggedTensor(
+        keys=list(bags),
+        values=torch.tensor([i for i, _ in flat], dtype=torch.int32),
+        lengths=torch.tensor([len(bag) for bag_list in bags.values() for bag in bag_list], dtype=torch.int32),
+        weights=torch.tensor([w for _, w in flat], dtype=torch.float32) if weighted else None,
+    )
+
+
+def random_bags(kind: str, batch: int, sizes: dict[str, int] = SIZES) -> dict[str, list[oracle.Bag]]:
+    rng = random.Random(f"{kind}{batch}")
+    length = {"one-hot": lambda: 1, "multi-hot": lambda: rng.randint(1, 4), "empty": lambda: rng.randint(0, 2)}
+    kind_of_length = "multi-hot" if kind == "weighted" else kind
+
+    def bag(size: int) -> oracle.Bag:
+        count = length[kind_of_length]()
+        return [
+            (rng.randrange(size), rng.choice([0.5, 2.0, -1.0]) if kind == "weighted" else 1.0) for _ in range(count)
+        ]
+
+    return {name: [bag(size) for _ in range(batch)] for name, size in sizes.items()}
+
+
+def expected_logits(
+    model: DeepFM, dense: torch.Tensor, bags: dict[str, list[oracle.Bag]], terms: tuple[str, ...] = TERMS
+) -> list[float]:
+    tables = {
+        name.split(".")[-2].removeprefix("t_"): weight.double().tolist()
+        for name, weight in model.state_dict().items()
+        if "embedding_bags" in name
+    }
+    layers: list[tuple[list[list[float]], list[float] | None]] = []
+    if model.over_arch is not None:
+        linear = [layer for layer in model.over_arch.layers if isinstance(layer, nn.Linear)]
+        layers = [(m.weight.double().tolist(), None if m.bias is None else m.bias.double().tolist()) for m in linear]
+    result = []
+    for sample, x in enumerate(dense.double().tolist()):
+        rows = model.dense_arch.rows.double().tolist() if model.dense_arch is not None else []
+        fields = [oracle.field_of_number(row, value, K) for row, value in zip(rows, x, strict=True)]
+        fields += [oracle.field_of_bag(tables[name], bags[name][sample], K) for name in tables]
+        logit = model.bias.double().item()
+        logit += oracle.first_order(fields) if "linear" in terms else 0.0
+        logit += oracle.second_order(fields) if "fm" in terms else 0.0
+        logit += oracle.mlp(fields, layers) if "deep" in terms else 0.0
+        result.append(logit)
+    return result
+
+
+def assert_is_the_equation(
+    model: DeepFM, dense: torch.Tensor, bags: dict[str, list[oracle.Bag]], **kwargs: object
+) -> None:
+    logits = model(dense, to_kjt(bags, weighted=bool(kwargs.get("weighted"))))
+    assert logits.shape == (len(dense), 1)
+    expected = expected_logits(model, dense, bags, model.terms)
+    torch.testing.assert_close(
+        logits.squeeze(1).double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("kind", ["one-hot", "multi-hot", "weighted", "empty"])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_is_the_equation(kind: str, batch: int) -> None:
+    weighted = kind == "weighted"
+    model = make_model(weighted=weighted)
+    assert_is_the_equation(model, torch.randn(batch, 2), random_bags(kind, batch), weighted=weighted)
+
+
+@pytest.mark.parametrize(
+    "terms", [combination for size in (1, 2, 3) for combination in itertools.combinations(TERMS, size)], ids="+".join
+)
+def test_terms_can_be_left_out(terms: tuple[str, ...]) -> None:
+    model = make_model(terms=terms)
+    assert_is_the_equation(model, torch.randn(4, 2), random_bags("multi-hot", 4))
+
+
+@pytest.mark.parametrize("sizes", [{"a": 5}, {"a": 5, "b": 7}], ids=["1 field", "2 fields"])
+def test_few_fields_and_no_numeric_features(sizes: dict[str, int]) -> None:
+    model = make_model(sizes, numeric=0)
+    assert model.dense_arch is None
+    assert_is_the_equation(model, torch.empty(4, 0), random_bags("one-hot", 4, sizes))
+
+
+def test_a_bag_is_pooled_before_it_interacts() -> None:
+    """Two ids in one bag of the only feature: no pairs, so the FM term is exactly zero."""
+    model = make_model({"a": 5}, numeric=0, terms=("fm",))
+    logit = model(torch.empty(1, 0), to_kjt({"a": [[(1, 1.0), (2, 1.0)]]}))
+    assert logit.item() == pytest.approx(model.bias.item(), abs=1e-7)
+
+
+def test_the_padding_is_never_read() -> None:
+    model = make_model({"a": 5}, numeric=0, factor_dim=1, seed=3)  # rows of 4 columns: v, w and two of padding
+    dense, kjt = torch.empty(2, 0), to_kjt({"a": [[(1, 1.0)], [(4, 1.0)]]})
+    before = model(dense, kjt)
+    before.sum().backward()
+    weight = model.sparse_arch.embedding_bag_collection.embedding_bags["t_a"].weight
+    assert weight.shape == (5, 4)
+    assert weight.grad is not None
+    assert weight.grad[:, 2:].abs().max().item() == 0.0
+    with torch.no_grad():
+        weight[:, 2:] += 100.0
+    assert torch.equal(model(dense, kjt), before)
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations("abc")), ids="".join)
+def test_any_key_order_in_the_batch(order: tuple[str, ...]) -> None:
+    model, dense, bags = make_model(), torch.randn(4, 2), random_bags("multi-hot", 4)
+    shuffled = {name: bags[name] for name in order}
+    assert torch.equal(model(dense, to_kjt(shuffled)), model(dense, to_kjt(bags)))
+
+
+def test_gradients_by_finite_differences() -> None:
+    model = make_model(activation=nn.Tanh).double()  # smooth, so that finite differences mean something
+    names = [name for name, _ in model.named_parameters()]
+    values = tuple(parameter.detach().clone().requires_grad_() for parameter in model.parameters())
+    dense, kjt = torch.randn(3, 2, dtype=torch.float64, requires_grad=True), to_kjt(random_bags("multi-hot", 3))
+    # The collection pools in float32 (`.float()` in its forward), too coarse for gradcheck: pool here, by hand.
+    arch = model.sparse_arch
+
+    def pooled(parameters: dict[str, torch.Tensor]) -> torch.Tensor:
+        bags = kjt.to_dict()
+        fields = []
+        for name in SIZES:
+            weight = parameters[f"sparse_arch.embedding_bag_collection.embedding_bags.t_{name}.weight"]
+            jagged = bags[name]
+            fields.append(nn.functional.embedding_bag(jagged.values(), weight, jagged.offsets()[:-1], mode="sum"))
+        return torch.stack(fields, dim=1)[:, :, : K + 1]
+
+    def logits(dense: torch.Tensor, *flat: torch.Tensor) -> torch.Tensor:
+        parameters = dict(zip(names, flat, strict=True))
+        arch.forward = lambda _: pooled(parameters)  # type: ignore[method-assign, assignment]
+        rest = {name: value for name, value in parameters.items() if not name.startswith("sparse_arch")}
+        return torch.func.functional_call(model, rest, (dense, kjt))  # type: ignore[no-any-return]
+
+    assert torch.autograd.gradcheck(logits, (dense, *values))
+
+
+def test_gradients_reach_the_tables() -> None:
+    """d logit / d w of an id is how often it occurs; the rows of other ids get nothing."""
+    model = make_model({"a": 5}, numeric=0, terms=("linear",))
+    model(torch.empty(2, 0), to_kjt({"a": [[(1, 1.0), (1, 1.0)], [(4, 1.0)]]})).sum().backward()
+    grad = model.sparse_arch.embedding_bag_collection.embedding_bags["t_a"].weight.grad
+    assert grad is not None
+    assert grad[:, K].tolist() == [0.0, 2.0, 0.0, 0.0, 1.0]
+    assert grad[:, :K].abs().max().item() == 0.0
+
+
+def test_empty_batch() -> None:
+    train_model = DeepFMTrain(make_model())
+    kjt = KeyedJaggedTensor(
+        keys=list(SIZES), values=torch.empty(0, dtype=torch.int32), lengths=torch.empty(0, dtype=torch.int32)
+    )
+    loss, (_, logits, labels) = train_model(Batch(torch.empty(0, 2), kjt, torch.empty(0)))
+    loss.backward()
+    assert (loss.item(), logits.shape, labels.shape) == (0.0, (0,), (0,))
+
+
+def test_train_model_returns_the_mean_cross_entropy() -> None:
+    model, dense, bags = make_model(), torch.randn(4, 2), random_bags("one-hot", 4)
+    labels = torch.tensor([0, 1, 1, 0], dtype=torch.int32)
+    loss, (detached, logits, returned) = DeepFMTrain(model)(Batch(dense, to_kjt(bags), labels))
+    probabilities = torch.sigmoid(torch.tensor(expected_logits(model, dense, bags), dtype=torch.float64))
+    clicked = labels.bool()
+    expected = -(torch.log(torch.where(clicked, probabilities, 1 - probabilities))).mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert loss.requires_grad
+    assert not detached.requires_grad
+    assert not logits.requires_grad
+    assert torch.equal(returned, labels)
+    column = DeepFMTrain(model)(Batch(dense, to_kjt(bags), labels.unsqueeze(1)))
+    assert torch.equal(column[0], loss)
+    assert column[1][1].shape == (4,)
+
+
+@pytest.mark.parametrize("tracer", [torch.fx.Tracer, torchrec.fx.Tracer], ids=["torch.fx", "torchrec.fx"])
+def test_symbolic_trace(tracer: type[torch.fx.Tracer]) -> None:
+    train_model, dense, bags = DeepFMTrain(make_model()), torch.randn(4, 2), random_bags("multi-hot", 4)
+    batch = Batch(dense, to_kjt(bags), torch.tensor([0, 1, 1, 0]))
+    traced = torch.fx.GraphModule(train_model, tracer().trace(train_model))
+    assert torch.equal(traced(batch)[1][1], train_model(batch)[1][1])
+
+
+def test_compile_in_one_graph() -> None:
+    model, dense = make_model(), torch.randn(4, 2)
+    kjt = to_kjt(random_bags("one-hot", 4))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(dense, kjt), model(dense, kjt))
+
+
+class TensorsIn(nn.Module):
+    """The thin wrapper that torch.export wants: tensors in, logits out."""
+
+    def __init__(self, model: DeepFM) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, dense: torch.Tensor, values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        return self.model(dense, KeyedJaggedTensor(keys=list(SIZES), values=values, lengths=lengths))  # type: ignore[no-any-return]
+
+
+def test_export_with_a_dynamic_batch() -> None:
+    wrapper = TensorsIn(make_model()).eval()
+    first = to_kjt(random_bags("multi-hot", 4))
+    dynamic = {0: torch.export.Dim.AUTO}
+    program = torch.export.export(
+        wrapper, (torch.randn(4, 2), first.values(), first.lengths()), dynamic_shapes=(dynamic, dynamic, dynamic)
+    )
+    for batch in (2, 4, 33):
+        dense, kjt = torch.randn(batch, 2), to_kjt(random_bags("empty", batch))
+        logits = program.module()(dense, kjt.values(), kjt.lengths())
+        torch.testing.assert_close(logits, wrapper(dense, kjt.values(), kjt.lengths()))
+
+
+def test_on_meta() -> None:
+    meta = torch.device("meta")
+    ebc = EmbeddingBagCollection(tables=embedding_tables({"a": 40_000_000, "b": 3}), device=meta)
+    model = DeepFM(ebc, dense_in_features=2, dense_device=meta, batch_norm=True)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    kjt = KeyedJaggedTensor(
+        keys=["a", "b"],
+        values=torch.empty(8, dtype=torch.int32, device=meta),
+        lengths=torch.empty(8, dtype=torch.int32, device=meta),
+        length_per_key=[4, 4],
+    )
+    logits = model(torch.empty(4, 2, device=meta), kjt)
+    assert (logits.shape, logits.device.type) == ((4, 1), "meta")
+
+
+def test_bf16_autocast_keeps_the_wide_side_in_float32() -> None:
+    model, dense, bags = make_model(terms=("linear", "fm")), torch.randn(4, 2), random_bags("one-hot", 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model(dense, to_kjt(bags))
+    assert logits.dtype is torch.float32
+    expected = torch.tensor(expected_logits(model, dense, bags, model.terms), dtype=torch.float64)
+    torch.testing.assert_close(logits.squeeze(1).double(), expected, rtol=1e-5, atol=1e-6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert make_model()(dense, to_kjt(bags)).dtype is torch.float32
+
+
+def test_the_papers_defaults() -> None:
+    model = DeepFM(EmbeddingBagCollection(tables=embedding_tables({"a": 5})), dense_in_features=13)
+    assert model.over_arch is not None
+    linear = [
+        (layer.in_features, layer.out_features) for layer in model.over_arch.layers if isinstance(layer, nn.Linear)
+    ]
+    assert linear == [(14 * 10, 400), (400, 400), (400, 400), (400, 1)]
+    assert [layer.p for layer in model.over_arch.layers if isinstance(layer, nn.Dropout)] == [0.5, 0.5, 0.5]
+    assert sum(isinstance(layer, nn.ReLU) for layer in model.over_arch.layers) == 3
+
+
+def test_batch_norm_and_activation_are_chosen() -> None:
+    model = make_model(batch_norm=True, activation=nn.SiLU)
+    assert model.over_arch is not None
+    kinds = [type(layer).__name__ for layer in model.over_arch.layers]
+    assert kinds == ["Linear", "BatchNorm1d", "SiLU", "Linear", "BatchNorm1d", "SiLU", "Linear"]
+
+
+def table(name: str, width: int, pooling: PoolingType = PoolingType.SUM) -> EmbeddingBagConfig:
+    return EmbeddingBagConfig(name=name, feature_names=[name], num_embeddings=5, embedding_dim=width, pooling=pooling)
+
+
+@pytest.mark.parametrize(
+    ("tables", "message"),
+    [
+        (
+            [table("x", 4), table("y", 8)],
+            r"tables of unequal width \(x=4, y=8\): every table of a DeepFM is 4 wide; use",
+        ),
+        (
+            [table("x", 8)],
+            r"table 'x' is 8 wide, but factor_dim=3 wants 4 columns \[v \(3\) \| w \(1\) \| padding\]: use",
+        ),
+        ([table("x", 4, PoolingType.MEAN)], r"table 'x' is pooled by MEAN: a DeepFM pools by SUM; for a mean, weigh"),
+    ],
+)
+def test_bad_tables(tables: list[EmbeddingBagConfig], message: str) -> None:
+    with pytest.raises(UserError, match=f"^{message}.*$"):
+        DeepFM(EmbeddingBagCollection(tables=tables), dense_in_features=0, factor_dim=3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"terms": ()}, r"terms=\(\): choose one or more of 'linear', 'fm', 'deep'"),
+        ({"terms": ("wide",)}, r"terms=\('wide',\): choose one or more"),
+        ({"terms": "fm"}, r"terms='fm': choose one or more of 'linear', 'fm', 'deep', as a tuple"),
+        ({"dropout": 1.0}, r"dropout=1.0: the probability of dropping a unit lies in \[0, 1\)"),
+        ({"over_arch_layer_sizes": (4, 0)}, r"over_arch_layer_sizes=\(4, 0\): every hidden layer needs at least one"),
+        ({"numeric": -1}, r"dense_in_features=-1: give the number of numeric features, or 0"),
+    ],
+)
+def test_bad_options(options: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=f"^{message}"):
+        make_model(**options)  # type: ignore[arg-type]
+
+
+def test_bad_table_requests() -> None:
+    with pytest.raises(UserError, match=r"^num_embeddings is empty: name at least one categorical feature"):
+        embedding_tables({})
+    with pytest.raises(UserError, match=r"^num_embeddings\['a'\]=0: a table needs at least one row"):
+        embedding_tables({"a": 0})
+
+
+@pytest.mark.parametrize(
+    ("bags", "message"),
+    [
+        ({"a": [[(5, 1.0)]]}, r"feature 'a' has the id 5, but its table has 5 rows \(ids 0 to 4\)"),
+        ({"a": [[(-1, 1.0)]]}, r"feature 'a' has the id -1, but its table has 5 rows"),
+        ({"a": [[(2**31 - 1, 1.0)]]}, r"feature 'a' has the id 2147483647, but its table"),
+        ({"a": [[(0, 1.0)]], "z": [[(0, 1.0)]]}, r"feature 'z' of the batch is in no table"),
+        ({"z": [[(0, 1.0)]]}, r"feature 'a' of the tables is not in the batch, whose keys are \['z'\]"),
+    ],
+)
+def test_bad_batches(bags: dict[str, list[oracle.Bag]], message: str) -> None:
+    model = make_model({"a": 5}, numeric=0)
+    with pytest.raises(UserError, match=f"^{message}"):
+        model(torch.empty(1, 0), to_kjt(bags))
+
+
+def test_bad_dense_features() -> None:
+    with pytest.raises(UserError, match=r"^dense_features has shape \(1, 3\), but the model was made for \[B, 2\]"):
+        make_model()(torch.zeros(1, 3), to_kjt(random_bags("one-hot", 1)))

@@ -1,0 +1,259 @@
+"""The arches of DeepFM: look-up, numeric fields, wide side, deep side.
+
+Shapes: B batch, I numeric features, S categorical features, F = I + S fields, K factor_dim, D width of a packed row
+(see ``fm.py``), R = K + 1 columns of a row that are read.
+
+Everything goes by feature key. Sharding may change the order of the keys in the ``KeyedTensor``, and then ``.values()``
+is silently wrong.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, get_embedding_names_by_table
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
+
+from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.model.fm import FactorizationMachine, init_packed_rows_, packed_dim
+
+
+class SparseArch(nn.Module):
+    """Looks up the packed rows of the categorical features.
+
+    Args:
+        embedding_bag_collection: tables of packed rows, pooled by sum; make them with ``embedding_tables``.
+        factor_dim: K.
+
+    Raises:
+        UserError: the tables' widths differ or do not fit ``factor_dim``, or a table is not pooled by sum.
+
+    Example:
+        >>> from torchrec_deepfm import embedding_tables
+        >>> tables = embedding_tables({"C1": 100, "C2": 10}, factor_dim=3)
+        >>> arch = SparseArch(EmbeddingBagCollection(tables=tables), factor_dim=3)
+        >>> ids = KeyedJaggedTensor.from_lengths_sync(["C1", "C2"], torch.tensor([7, 1]), torch.tensor([1, 1]))
+        >>> arch(ids).shape
+        torch.Size([1, 2, 4])
+    """
+
+    def __init__(self, embedding_bag_collection: EmbeddingBagCollection, factor_dim: int) -> None:
+        super().__init__()
+        configs = embedding_bag_collection.embedding_bag_configs()
+        _check_tables(configs, factor_dim)
+        self.embedding_bag_collection = embedding_bag_collection
+        self.sparse_feature_names: list[str] = [name for config in configs for name in config.feature_names]
+        self._embedding_names = [name for names in get_embedding_names_by_table(configs) for name in names]
+        self._num_embeddings = {
+            name: min(config.num_embeddings for config in configs if name in config.feature_names)
+            for name in self.sparse_feature_names
+        }
+        self._read_columns = factor_dim + 1
+
+    def forward(self, sparse_features: KeyedJaggedTensor) -> Tensor:
+        """Look up and pool.
+
+        Args:
+            sparse_features: bags of ids, with the features of the tables as keys, in any order; with weights where the
+                collection is weighted.
+
+        Returns:
+            [B, S, R]: ``[sum x v | sum x w]`` of each feature's bag, in the order of the tables' features. An empty bag
+            gives zeros.
+
+        Raises:
+            UserError: the batch has features that no table holds, or lacks some that a table wants; or, where the ids
+                lie in host memory, an id is negative or past the end of its table. (On a GPU that look would stall the
+                stream: there FBGEMM's fused kernels check the bounds, and the loader has checked before.)
+        """
+        if isinstance(sparse_features, KeyedJaggedTensor):  # and no fx proxy: under tracing there are no keys yet
+            _check_keys(sparse_features.keys(), self.sparse_feature_names)
+            if not torch.compiler.is_compiling() and sparse_features.values().is_cpu:
+                # FBGEMM's dense kernel, that of data_parallel tables, would read past the end without a word.
+                _check_ids(sparse_features, self._num_embeddings)
+            if sparse_features.stride() == 0 and isinstance(self.embedding_bag_collection, EmbeddingBagCollection):
+                # The unsharded collection cannot split an empty batch. A sharded one can, and must run: each rank
+                # takes part in its collectives.
+                values = sparse_features.values()
+                return torch.zeros(0, len(self._embedding_names), self._read_columns, device=values.device)
+        pooled: KeyedTensor = self.embedding_bag_collection(sparse_features)
+        rows_BSD = torch.stack([pooled[name] for name in self._embedding_names], dim=1)
+        return rows_BSD[:, :, : self._read_columns]
+
+
+class DenseArch(nn.Module):
+    """Gives each numeric feature a field of its own: ``x_j * [v_j | w_j]``.
+
+    Args:
+        in_features: I; zero is allowed.
+        factor_dim: K.
+        init_std: standard deviation of v at the start; w starts at zero.
+        device: where the parameters live.
+
+    Example:
+        >>> DenseArch(in_features=2, factor_dim=3)(torch.zeros(5, 2)).shape
+        torch.Size([5, 2, 4])
+    """
+
+    def __init__(
+        self, in_features: int, factor_dim: int, *, init_std: float = 0.01, device: torch.device | None = None
+    ) -> None:
+        super().__init__()
+        self.rows = nn.Parameter(torch.empty(in_features, factor_dim + 1, device=device))
+        init_packed_rows_(self.rows, factor_dim, init_std)
+
+    def forward(self, dense_features: Tensor) -> Tensor:
+        """Scale each feature's row by its value.
+
+        Args:
+            dense_features: [B, I], finite.
+
+        Returns:
+            [B, I, R].
+        """
+        return dense_features.unsqueeze(2) * self.rows
+
+
+class FMInteractionArch(nn.Module):
+    """The wide side: first order and factorization machine (equation 2 of the paper).
+
+    Args:
+        linear: whether the first order counts.
+        fm: whether the pairs count.
+
+    Example:
+        >>> arch = FMInteractionArch()
+        >>> arch(torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]), torch.tensor([[0.5, 0.25]]))  # 0.75 + 11
+        tensor([[11.7500]])
+    """
+
+    def __init__(self, *, linear: bool = True, fm: bool = True) -> None:
+        super().__init__()
+        self._linear = linear
+        self.factorization_machine: FactorizationMachine | None = FactorizationMachine() if fm else None
+
+    def forward(self, factors: Tensor, first_order: Tensor) -> Tensor:
+        """Sum the terms that count.
+
+        Args:
+            factors: [B, F, K], V_i x_i.
+            first_order: [B, F], w_i x_i.
+
+        Returns:
+            [B, 1].
+        """
+        first_order_B1 = first_order.sum(dim=1, keepdim=True)
+        if self.factorization_machine is None:
+            return first_order_B1
+        pairs_B1: Tensor = self.factorization_machine(factors)
+        return first_order_B1 + pairs_B1 if self._linear else pairs_B1
+
+
+class OverArch(nn.Module):
+    """The deep side: an MLP that ends in one logit (equations 3 and 4 of the paper).
+
+    Each hidden layer is Linear, BatchNorm1d (if asked for), activation, dropout. The last Linear has no bias: the model
+    has one global bias.
+
+    Args:
+        in_features: F * K.
+        layer_sizes: widths of the hidden layers; empty for a bare linear map.
+        activation: makes an activation module.
+        dropout: probability of dropping a hidden unit, in [0, 1).
+        batch_norm: whether hidden layers are batch-normalised. Training then needs at least 2 samples a batch.
+        device: where the parameters live.
+
+    Raises:
+        UserError: a layer has no units, or ``dropout`` is outside [0, 1).
+
+    Example:
+        >>> OverArch(20, (8, 4), dropout=0.0)(torch.zeros(3, 20)).shape
+        torch.Size([3, 1])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        layer_sizes: Sequence[int],
+        *,
+        activation: Callable[[], nn.Module] = nn.ReLU,
+        dropout: float = 0.5,
+        batch_norm: bool = False,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__()
+        if any(size < 1 for size in layer_sizes):
+            raise UserError(f"over_arch_layer_sizes={tuple(layer_sizes)}: every hidden layer needs at least one unit")
+        if not 0.0 <= dropout < 1.0:
+            raise UserError(f"dropout={dropout}: the probability of dropping a unit lies in [0, 1)")
+        layers: list[nn.Module] = []
+        width = in_features
+        for size in layer_sizes:
+            layers.append(nn.Linear(width, size, device=device))
+            if batch_norm:
+                layers.append(nn.BatchNorm1d(size, device=device))
+            layers.append(activation())
+            if dropout > 0.0:
+                layers.append(nn.Dropout(dropout))
+            width = size
+        layers.append(nn.Linear(width, 1, bias=False, device=device))
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Run the MLP.
+
+        Args:
+            features: [B, F * K].
+
+        Returns:
+            [B, 1].
+        """
+        logits: Tensor = self.layers(features)
+        return logits
+
+
+def _check_tables(configs: Sequence[EmbeddingBagConfig], factor_dim: int) -> None:
+    expected = packed_dim(factor_dim)
+    widths = {config.name: config.embedding_dim for config in configs}
+    if len(set(widths.values())) > 1:
+        shown = ", ".join(f"{name}={width}" for name, width in widths.items())
+        raise UserError(
+            f"tables of unequal width ({shown}): every table of a DeepFM is {expected} wide; use embedding_tables()"
+        )
+    for config in configs:
+        if config.embedding_dim != expected:
+            raise UserError(
+                f"table {config.name!r} is {config.embedding_dim} wide, but factor_dim={factor_dim} wants "
+                f"{expected} columns [v ({factor_dim}) | w (1) | padding]: use embedding_tables()"
+            )
+        if config.pooling is not PoolingType.SUM:
+            raise UserError(
+                f"table {config.name!r} is pooled by {config.pooling.name}: a DeepFM pools by SUM; "
+                "for a mean, weigh each id by 1/n"
+            )
+
+
+def _check_keys(keys: Sequence[str], wanted: Sequence[str]) -> None:
+    missing = sorted(set(wanted) - set(keys))
+    if missing:
+        raise UserError(f"feature {missing[0]!r} of the tables is not in the batch, whose keys are {list(keys)}")
+    unknown = sorted(set(keys) - set(wanted))
+    if unknown:
+        raise UserError(
+            f"feature {unknown[0]!r} of the batch is in no table; add a table for it or leave it out of the batch"
+        )
+
+
+def _check_ids(sparse_features: KeyedJaggedTensor, num_embeddings: Mapping[str, int]) -> None:
+    values = sparse_features.values()
+    ends = sparse_features.offset_per_key()
+    for key, start, end in zip(sparse_features.keys(), ends, ends[1:], strict=False):
+        if start == end:
+            continue
+        low, high = (int(bound) for bound in values[start:end].aminmax())
+        if low < 0 or high >= num_embeddings[key]:
+            raise UserError(
+                f"feature {key!r} has the id {low if low < 0 else high}, but its table has {num_embeddings[key]} rows "
+                f"(ids 0 to {num_embeddings[key] - 1}): build the tables with the num_embeddings of the data"
+            )

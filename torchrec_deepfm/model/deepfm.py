@@ -1,0 +1,183 @@
+"""DeepFM (Guo et al., 2017, arXiv 1703.04247) on an ``EmbeddingBagCollection``.
+
+    logit = b + <w, x> + sum_{i<j} <V_i x_i, V_j x_j> + MLP([V_1 x_1, ..., V_F x_F])
+
+Shapes: B batch, I numeric features, F fields, K factor_dim, R = K + 1 columns of a packed row that are read.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torchrec.datasets.utils import Batch
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.model.arches import DenseArch, FMInteractionArch, OverArch, SparseArch
+
+Term = Literal["linear", "fm", "deep"]
+TERMS: tuple[Term, ...] = ("linear", "fm", "deep")
+
+
+class DeepFM(nn.Module):
+    """DeepFM: b + <w, x> + sum_{i<j} <V_i x_i, V_j x_j> + MLP([V_1 x_1, ..., V_F x_F]), with one V for both.
+
+    Every numeric feature is a field with its own ``[v_j | w_j]``. A multi-hot feature is pooled by sum before it
+    interacts, so pairs inside one bag are not counted. The fields go numeric first, then in the order of the tables.
+
+    Args:
+        embedding_bag_collection: tables of packed rows, as ``embedding_tables`` describes them. May be on ``meta`` and
+            may be sharded later.
+        dense_in_features: I, the number of numeric features; zero is allowed.
+        over_arch_layer_sizes: hidden layers of the MLP (400-400-400 in the paper).
+        factor_dim: K (10 in the paper).
+        terms: which terms make up the logit besides b. ``("linear",)`` is logistic regression, ``("linear", "fm")`` a
+            factorization machine, ``("deep",)`` the plain DNN.
+        activation: makes the activation modules of the MLP (ReLU in the paper).
+        dropout: of the MLP (0.5 in the paper).
+        batch_norm: of the MLP.
+        init_std: standard deviation of the numeric features' v at the start.
+        dense_device: where everything but the tables lives.
+
+    Raises:
+        UserError: tables of unequal width, a width that does not fit ``factor_dim``, unknown or no terms, a negative
+            ``dense_in_features``, or bad MLP options.
+
+    Example:
+        >>> from torchrec_deepfm import DeepFM, embedding_tables
+        >>> ebc = EmbeddingBagCollection(tables=embedding_tables({"C1": 100, "C2": 10}))
+        >>> model = DeepFM(ebc, dense_in_features=3, over_arch_layer_sizes=(16,))
+        >>> ids = KeyedJaggedTensor.from_lengths_sync(["C1", "C2"], torch.tensor([7, 99, 1, 3]), torch.ones(4).int())
+        >>> model(torch.rand(2, 3), ids).shape
+        torch.Size([2, 1])
+    """
+
+    def __init__(
+        self,
+        embedding_bag_collection: EmbeddingBagCollection,
+        dense_in_features: int,
+        over_arch_layer_sizes: Sequence[int] = (400, 400, 400),
+        factor_dim: int = 10,
+        *,
+        terms: Sequence[Term] = TERMS,
+        activation: Callable[[], nn.Module] = nn.ReLU,
+        dropout: float = 0.5,
+        batch_norm: bool = False,
+        init_std: float = 0.01,
+        dense_device: torch.device | None = None,
+    ) -> None:
+        super().__init__()
+        _check_terms(terms)
+        if dense_in_features < 0:
+            raise UserError(
+                f"dense_in_features={dense_in_features}: give the number of numeric features, or 0 for none"
+            )
+        self.terms: tuple[Term, ...] = tuple(term for term in TERMS if term in terms)
+        self.factor_dim = factor_dim
+        self.dense_in_features = dense_in_features
+        self.sparse_arch = SparseArch(embedding_bag_collection, factor_dim)
+        self.dense_arch: DenseArch | None = None
+        if dense_in_features > 0:
+            self.dense_arch = DenseArch(dense_in_features, factor_dim, init_std=init_std, device=dense_device)
+        self.inter_arch: FMInteractionArch | None = None
+        if "linear" in terms or "fm" in terms:
+            self.inter_arch = FMInteractionArch(linear="linear" in terms, fm="fm" in terms)
+        self.over_arch: OverArch | None = None
+        if "deep" in terms:
+            num_fields = dense_in_features + len(self.sparse_arch.sparse_feature_names)
+            self.over_arch = OverArch(
+                num_fields * factor_dim,
+                over_arch_layer_sizes,
+                activation=activation,
+                dropout=dropout,
+                batch_norm=batch_norm,
+                device=dense_device,
+            )
+        self.bias = nn.Parameter(torch.zeros(1, device=dense_device))
+
+    def forward(self, dense_features: Tensor, sparse_features: KeyedJaggedTensor) -> Tensor:
+        """Compute the logits.
+
+        Args:
+            dense_features: [B, I] numeric features; [B, 0] where there are none.
+            sparse_features: the ids, B bags per feature, keys in any order.
+
+        Returns:
+            [B, 1] logits. The click probability is their sigmoid.
+
+        Raises:
+            UserError: ``dense_features`` is not [B, I], or the keys do not match the tables' features.
+        """
+        if isinstance(dense_features, Tensor):
+            _check_dense(dense_features, self.dense_in_features)
+        rows_BFR: Tensor = self.sparse_arch(sparse_features)
+        if self.dense_arch is not None:
+            rows_BFR = torch.cat([self.dense_arch(dense_features), rows_BFR], dim=1)
+        factors_BFK = rows_BFR[:, :, : self.factor_dim]
+
+        logits_B1 = self.bias
+        if self.inter_arch is not None:
+            logits_B1 = logits_B1 + self.inter_arch(factors_BFK, rows_BFR[:, :, self.factor_dim])
+        if self.over_arch is not None:
+            # Under autocast the MLP speaks bfloat16; the sum of the terms stays in the type of the rows.
+            logits_B1 = logits_B1 + self.over_arch(factors_BFK.flatten(1)).to(logits_B1.dtype)
+        return logits_B1
+
+
+class DeepFMTrain(nn.Module):
+    """DeepFM with its loss, as TorchRec's pipelines want it (the contract of ``torchrec.models.dlrm.DLRMTrain``).
+
+    Args:
+        deepfm: the model, sharded or not.
+
+    Example:
+        >>> from torchrec_deepfm import DeepFM, DeepFMTrain, embedding_tables
+        >>> ebc = EmbeddingBagCollection(tables=embedding_tables({"C1": 100}))
+        >>> train_model = DeepFMTrain(DeepFM(ebc, dense_in_features=0, over_arch_layer_sizes=(16,)))
+        >>> ids = KeyedJaggedTensor.from_lengths_sync(["C1"], torch.tensor([7, 99]), torch.ones(2).int())
+        >>> batch = Batch(dense_features=torch.empty(2, 0), sparse_features=ids, labels=torch.tensor([1, 0]))
+        >>> loss, (detached_loss, logits, labels) = train_model(batch)
+        >>> loss.shape, logits.shape, labels.shape
+        (torch.Size([]), torch.Size([2]), torch.Size([2]))
+    """
+
+    def __init__(self, deepfm: nn.Module) -> None:
+        super().__init__()
+        self.model = deepfm
+
+    def forward(self, batch: Batch) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """Compute the mean binary cross entropy of a batch.
+
+        Args:
+            batch: ``dense_features`` [B, I], ``sparse_features``, ``labels`` [B] or [B, 1] of 0 and 1.
+
+        Returns:
+            ``(loss, (loss, logits, labels))``: the loss, a scalar, to step on; and detached, beside it, the logits [B]
+            and the labels [B]. The loss of an empty batch is 0.
+        """
+        logits = self.model(batch.dense_features, batch.sparse_features).squeeze(1)
+        labels = batch.labels.reshape(-1)
+        loss = _mean_loss(logits, labels)
+        return loss, (loss.detach(), logits.detach(), labels.detach())
+
+
+@torch.fx.wrap  # a leaf for symbolic tracing: the division by the size is plain Python
+def _mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    total = nn.functional.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="sum")
+    return total / max(logits.shape[0], 1)
+
+
+def _check_terms(terms: Sequence[Any]) -> None:
+    unknown = [term for term in terms if term not in TERMS]
+    if unknown or not terms or isinstance(terms, str):
+        raise UserError(f"terms={terms!r}: choose one or more of {', '.join(map(repr, TERMS))}, as a tuple")
+
+
+def _check_dense(dense_features: Tensor, dense_in_features: int) -> None:
+    if dense_features.dim() != 2 or dense_features.shape[1] != dense_in_features:
+        raise UserError(
+            f"dense_features has shape {tuple(dense_features.shape)}, but the model was made for "
+            f"[B, {dense_in_features}] (dense_in_features={dense_in_features})"
+        )
