@@ -1,0 +1,32 @@
+# Everything from an empty clone, with only Python >= 3.11 (pip, venv) and make.
+PYTHON ?= python3
+BIN = .venv/bin
+# Options of torchx and of the job: make train ARGS="-- --recipe paper"
+RANKS ?= 1x2
+ARGS ?=
+
+.PHONY: help setup train test lint clean
+
+help:  ## say what there is (the default)
+	@echo "make setup   prepare .venv: CUDA builds where nvidia-smi answers, CPU builds elsewhere"
+	@echo "make train   set up, then train through TorchX on two ranks (RANKS=1x4, ARGS=\"-- --help\")"
+	@echo "make test    set up, then run all tests (ARGS=\"-k model\")"
+	@echo "make lint    set up, then ruff and mypy, as .ci/run and pre-commit run them"
+	@echo "make clean   remove .venv and what the tools left"
+
+setup:
+	@$(PYTHON) .ci/setup.py
+
+train: setup
+	$(BIN)/torchx run apps/deepfm.py -j $(RANKS) $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,140 @@
+"""TorchX components of torchrec_deepfm: what `torchx run apps/deepfm.py:<name>` starts.
+
+    torchx run apps/deepfm.py -j 1x2 -- --batch-size 2048
+
+The options before `--` belong to the component (how many ranks, on what hosts), those after it to the command of
+`python -m torchrec_deepfm` that every rank runs; `-- --help` lists them.
+
+TorchX executes this file inside its own module. Hence no relative imports, no `from __future__ import annotations`
+(it would turn the types that TorchX reads into strings), and `Optional[...]` where `... | None` would be newer style:
+TorchX 0.7 does not read the latter.
+"""
+
+from typing import Any, Dict, Optional
+
+import torchx
+from torchx import specs
+from torchx.components.dist import ddp
+
+# What a bare `torchx run apps/deepfm.py` means; torchrec_deepfm.torchx_run reads it.
+DEFAULT_COMPONENT = "train"
+
+
+def train(
+    *args: str,
+    j: str = "1x1",
+    cpu: int = 2,
+    gpu: int = 0,
+    memMB: int = 8192,
+    h: Optional[str] = None,
+    image: str = torchx.IMAGE,
+    name: str = "deepfm-train",
+    env: Optional[Dict[str, str]] = None,
+    max_retries: int = 0,
+) -> specs.AppDef:
+    """Trains a sharded DeepFM, by default on a small synthetic set that it makes itself.
+
+    Args:
+        args: options of `python -m torchrec_deepfm train`, after `--`
+        j: {hosts}x{ranks per host}; one rank per GPU, on CPUs as many as pay
+        cpu: CPU cores per host (local schedulers ignore it)
+        gpu: GPUs per host (local schedulers ignore it)
+        memMB: memory per host in MB (local schedulers ignore it)
+        h: a named resource of TorchX, instead of cpu, gpu and memMB
+        image: the image with torchrec_deepfm in it (local_cwd runs what is installed here)
+        name: the job's name
+        env: environment variables of the ranks (ENV1=v1,ENV2=v2)
+        max_retries: how often the scheduler may start the job again
+    """
+    return _on_ranks(
+        "train", args, j=j, cpu=cpu, gpu=gpu, memMB=memMB, h=h, image=image, name=name, env=env, max_retries=max_retries
+    )
+
+
+def evaluate(
+    *args: str,
+    j: str = "1x1",
+    cpu: int = 2,
+    gpu: int = 0,
+    memMB: int = 8192,
+    h: Optional[str] = None,
+    image: str = torchx.IMAGE,
+    name: str = "deepfm-evaluate",
+    env: Optional[Dict[str, str]] = None,
+    max_retries: int = 0,
+) -> specs.AppDef:
+    """Evaluates a trained run on the validation or test split of a prepared folder.
+
+    Args:
+        args: options of `python -m torchrec_deepfm evaluate`, after `--`
+        j: {hosts}x{ranks per host}; one rank per GPU, on CPUs as many as pay
+        cpu: CPU cores per host (local schedulers ignore it)
+        gpu: GPUs per host (local schedulers ignore it)
+        memMB: memory per host in MB (local schedulers ignore it)
+        h: a named resource of TorchX, instead of cpu, gpu and memMB
+        image: the image with torchrec_deepfm in it (local_cwd runs what is installed here)
+        name: the job's name
+        env: environment variables of the ranks (ENV1=v1,ENV2=v2)
+        max_retries: how often the scheduler may start the job again
+    """
+    return _on_ranks(
+        "evaluate",
+        args,
+        j=j,
+        cpu=cpu,
+        gpu=gpu,
+        memMB=memMB,
+        h=h,
+        image=image,
+        name=name,
+        env=env,
+        max_retries=max_retries,
+    )
+
+
+def prepare(
+    *args: str,
+    cpu: int = 2,
+    memMB: int = 8192,
+    h: Optional[str] = None,
+    image: str = torchx.IMAGE,
+    name: str = "deepfm-prepare",
+    env: Optional[Dict[str, str]] = None,
+    max_retries: int = 0,
+) -> specs.AppDef:
+    """Turns raw click logs into a prepared folder, in one process.
+
+    Args:
+        args: options of `python -m torchrec_deepfm prepare`, after `--`
+        cpu: CPU cores (local schedulers ignore it)
+        memMB: memory in MB (local schedulers ignore it)
+        h: a named resource of TorchX, instead of cpu and memMB
+        image: the image with torchrec_deepfm in it (local_cwd runs what is installed here)
+        name: the job's name
+        env: environment variables of the process (ENV1=v1,ENV2=v2)
+        max_retries: how often the scheduler may start the job again
+    """
+    return specs.AppDef(
+        name=name,
+        roles=[
+            specs.Role(
+                name="prepare",
+                image=image,
+                entrypoint="python",
+                args=["-u", "-m", "torchrec_deepfm", "prepare", *args],
+                env=dict(env or {}),
+                resource=specs.resource(cpu=cpu, memMB=memMB, h=h),
+                max_retries=max_retries,
+            )
+        ],
+    )
+
+
+def _on_ranks(command: str, args: tuple[str, ...], **options: Any) -> specs.AppDef:
+    """One role of `dist.ddp` whose ranks run a command of torchrec_deepfm."""
+    app = ddp(command, *args, m="torchrec_deepfm", **options)
+    (role,) = app.roles
+    role.name = command  # it heads every line of output: "train/0" tells more than "torchrec_deepfm/0"
+    # torchrun itself, behind a front that reports the failure of a rank in one line (torchrec_deepfm/launch.py).
+    role.args = [arg.replace("torchrun ", "python -m torchrec_deepfm.launch ", 1) for arg in role.args]
+    return app

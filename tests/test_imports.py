@@ -1,0 +1,192 @@
+"""Imports point one way, and what needs no torch loads none. CONTRIBUTING.md draws the same arrows."""
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = "torchrec_deepfm"
+
+BASE = {"errors", "data.schema", "training.config"}
+# What each part may import of the package. A module belongs to the longest name here that begins its own; every part
+# may import itself. "" is the package's own __init__.
+ALLOWED = {
+    "": {"model"},  # public names, loaded on first use
+    "errors": set(),
+    "data.schema": {"errors"},
+    "training.config": {"errors"},
+    "doctor": set(),
+    "launch": {"errors"},
+    "torchx_run": {"errors"},
+    "terminal": set(),
+    "parse_errors": {"errors"},
+    "model": BASE,
+    "data": BASE,
+    "sharding": BASE | {"model", "data"},
+    "training": BASE | {"model", "data", "sharding"},
+    "inference": BASE | {"model", "data", "sharding", "training"},
+    "cli": BASE
+    | {"doctor", "launch", "terminal", "parse_errors", "model", "data", "sharding", "training", "inference"},
+    "__main__": {"cli"},
+}
+WITHOUT_TORCH = ["", "errors", "data.schema", "training.config", "doctor", "launch", "torchx_run", "terminal", "cli"]
+
+
+def modules(root: Path) -> dict[str, Path]:
+    """Every module of the package below `root` by its name inside the package ("" is the package itself)."""
+    found = {}
+    for path in sorted((root / PACKAGE).rglob("*.py")):
+        parts = path.relative_to(root / PACKAGE).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def part_of(module: str) -> str:
+    return max((p for p in ALLOWED if module == p or (p and module.startswith(f"{p}."))), key=len, default="?")
+
+
+def imports(module: str, path: Path, known: dict[str, Path]) -> Iterator[tuple[int, str]]:
+    """(line, module of the package) for every import in a file: lazy ones, those for types, and names in strings."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            source = node.module or ""
+            if node.level:
+                here = [PACKAGE, *module.split(".")] if module else [PACKAGE]
+                up = node.level - (path.name == "__init__.py")
+                source = ".".join([*here[: len(here) - up], *([node.module] if node.module else [])])
+            names = [f"{source}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith(f"{PACKAGE}."):
+            names = [node.value]
+        for name in names:
+            top, _, inside = name.partition(".")
+            if top != PACKAGE:
+                continue
+            while inside and inside not in known:  # the last word may be a name in a module
+                inside = inside.rpartition(".")[0]
+            yield node.lineno, inside
+
+
+def wrong_imports(root: Path) -> list[str]:
+    """Every import below `root` that goes against the table, as "file:line: what it imports"."""
+    known = modules(root)
+    return [
+        f"{path.relative_to(root).as_posix()}:{line}: {target or PACKAGE}"
+        for module, path in known.items()
+        for line, target in imports(module, path, known)
+        if part_of(target) not in ALLOWED.get(part_of(module), set()) | {part_of(module)}
+    ]
+
+
+def loaded_by(names: list[str], root: Path) -> set[str]:
+    """The modules in a fresh Python after importing these modules of the package below `root`."""
+    program = (
+        "import importlib, json, sys\n"
+        "for name in json.loads(sys.argv[1]): importlib.import_module(name)\n"
+        "print(json.dumps(sorted(sys.modules)))"
+    )
+    full = [f"{PACKAGE}.{name}".rstrip(".") for name in names]
+    process = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program, json.dumps(full)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(root)},
+        cwd=root,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
+    return set(json.loads(process.stdout.splitlines()[-1]))
+
+
+def wrongly_loaded(part: str, root: Path) -> list[str]:
+    """Modules of the package in memory after importing a whole part, that this part has no arrow to."""
+    own = [module for module in modules(root) if part_of(module) == part]
+    allowed = ALLOWED[part] | {part}
+    inside = {name.removeprefix(PACKAGE).removeprefix(".") for name in loaded_by(own, root) if name.startswith(PACKAGE)}
+    # Python loads the packages around a module, such as `training` around `training.config`.
+    around = {".".join(module.split(".")[:n]) for module in inside for n in range(module.count(".") + 1)}
+    return sorted(module for module in inside - around if part_of(module) not in allowed)
+
+
+def test_every_module_belongs_to_a_part() -> None:
+    assert [module for module in modules(ROOT) if part_of(module) not in ALLOWED] == []
+
+
+def test_imports_point_one_way() -> None:
+    assert wrong_imports(ROOT) == []
+
+
+@pytest.mark.parametrize("part", [part for part in ALLOWED if part not in ("", "cli", "__main__")])
+def test_a_part_loads_nothing_above_it(part: str) -> None:
+    if not any(part_of(module) == part for module in modules(ROOT)):
+        pytest.skip(f"there is no {part} yet")
+    assert wrongly_loaded(part, ROOT) == []
+
+
+@pytest.mark.parametrize("module", WITHOUT_TORCH)
+def test_loads_no_torch(module: str) -> None:
+    if module not in modules(ROOT):
+        pytest.skip(f"there is no {module} yet")
+    assert "torch" not in loaded_by([module], ROOT)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "apps").glob("*.py")), ids=lambda path: path.name)
+def test_components_import_only_torchx_and_the_standard_library(path: Path) -> None:
+    tops = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            tops |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            tops.add("a relative import" if node.level else str(node.module).partition(".")[0])
+    assert tops - set(sys.stdlib_module_names) <= {"torchx"}
+
+
+# The checks above would be worth nothing if they could not fail: each finds an import that is put into a copy.
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    shutil.copytree(ROOT / PACKAGE, tmp_path / PACKAGE, ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "found"),
+    [
+        ("model/fm.py", "import torchrec_deepfm.data.prepare", "data.prepare"),
+        ("model/fm.py", "def later():\n    from torchrec_deepfm.data import prepare", "data.prepare"),
+        ("model/fm.py", "from ..data.prepare import prepare", "data.prepare"),
+        ("model/fm.py", "from torchrec_deepfm import DeepFM", PACKAGE),
+        ("data/prepare.py", "from torchrec_deepfm.model.fm import FactorizationMachine", "model.fm"),
+        ("data/prepare.py", "import importlib; importlib.import_module('torchrec_deepfm.model.fm')", "model.fm"),
+        ("data/schema.py", "from torchrec_deepfm.data import prepare", "data.prepare"),
+        ("errors.py", "from . import doctor", "doctor"),
+    ],
+)
+def test_a_wrong_import_is_found(copy: Path, file: str, line: str, found: str) -> None:
+    path = copy / PACKAGE / file
+    before = wrong_imports(copy)
+    path.write_text(path.read_text(encoding="utf-8") + f"\n{line}\n", encoding="utf-8")
+    added = sorted(set(wrong_imports(copy)) - set(before))
+    assert [(one.split(":")[0], one.split(": ")[1]) for one in added] == [(f"{PACKAGE}/{file}", found)]
+
+
+def test_a_module_loaded_against_the_arrows_is_found(copy: Path) -> None:
+    path = copy / PACKAGE / "errors.py"
+    path.write_text(path.read_text(encoding="utf-8") + "\n__import__('torchrec_deepfm.doctor')\n", encoding="utf-8")
+    assert wrongly_loaded("errors", copy) == ["doctor"]
+
+
+def test_torch_that_is_loaded_is_found(copy: Path) -> None:
+    path = copy / PACKAGE / "errors.py"
+    path.write_text(path.read_text(encoding="utf-8") + "\n__import__('torch')\n", encoding="utf-8")
+    assert "torch" in loaded_by(["errors"], copy)

@@ -1,0 +1,74 @@
+"""What is seen when ranks fail below torchrec_deepfm.launch: real ranks, started by it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+MISTAKE = "from torchrec_deepfm import errors, launch; launch.exit_with(errors.UserError('day_0 row 3: label 7'))"
+
+
+def ranks(tmp_path: Path, program: str, **env: str) -> subprocess.CompletedProcess[str]:
+    script = tmp_path / "program.py"
+    script.write_text(f"import os, sys, time\nrank = int(os.environ['RANK'])\n{program}\n")
+    surroundings = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    return subprocess.run(
+        [sys.executable, "-m", "torchrec_deepfm.launch", "--nproc_per_node", "2", str(script)],
+        capture_output=True,
+        text=True,
+        env=surroundings | env,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("program", [MISTAKE, f"if rank == 1:\n    {MISTAKE}\ntime.sleep(60)"], ids=["both", "one"])
+def test_a_users_mistake_is_told_once(tmp_path: Path, program: str) -> None:
+    run = ranks(tmp_path, program)
+    assert (run.returncode, run.stderr) == (2, "error: day_0 row 3: label 7\n")
+
+
+def test_it_is_told_although_another_rank_fails_over_it(tmp_path: Path) -> None:
+    # Rank 0 loses its peer and fails at once, before rank 1's mistake is known.
+    run = ranks(tmp_path, f"if rank == 0:\n    sys.exit(1)\n{MISTAKE}")
+    assert run.returncode in (1, 2)
+    assert run.stderr.splitlines()[-1].startswith("error: ")
+    assert len(run.stderr.splitlines()) == 1
+
+
+def test_of_a_crash_the_rank_tells_the_cause(tmp_path: Path) -> None:
+    run = ranks(tmp_path, "if rank == 1:\n    raise RuntimeError('boom')\ntime.sleep(60)")
+    assert run.returncode == 1
+    assert run.stderr.splitlines()[-2:] == [
+        "RuntimeError: boom",
+        "error: rank 1 ended with exit code 1; its output above says why",
+    ]
+
+
+def test_of_a_killed_rank_the_signal_is_named(tmp_path: Path) -> None:
+    run = ranks(tmp_path, "if rank == 1:\n    os.kill(os.getpid(), 9)\ntime.sleep(60)")
+    expected = "error: rank 1 was killed by SIGKILL; often the machine ran out of memory\n"
+    assert (run.returncode, run.stderr) == (1, expected)
+
+
+def test_threads_are_shared_out(tmp_path: Path) -> None:
+    # Nothing on standard error: torchrun would warn that it sets one thread for each rank.
+    program = "sys.stdout.write(os.environ['OMP_NUM_THREADS'] + chr(10))"
+    default = subprocess.run(
+        [sys.executable, "-c", "import torch; print(torch.get_num_threads())"],
+        capture_output=True,
+        text=True,
+        env={name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"},
+        check=True,
+    )
+    share = str(max(1, int(default.stdout) // 2))
+    run = ranks(tmp_path, program)
+    assert (run.returncode, run.stdout.split(), run.stderr) == (0, [share, share], "")
+    assert ranks(tmp_path, program, OMP_NUM_THREADS="3").stdout.split() == ["3", "3"]
+
+
+def test_without_the_launcher_the_line_is_printed() -> None:
+    run = subprocess.run([sys.executable, "-c", MISTAKE], capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stderr) == (2, "error: day_0 row 3: label 7\n")

@@ -1,0 +1,231 @@
+"""The command line: one thin typed layer over the library.
+
+Every command is a dataclass whose fields are its options; tyro parses it and writes the help. Each runs in one process
+as it stands, and ``train`` and ``evaluate`` as a rank when torchrun or TorchX starts them.
+"""
+
+import difflib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from torchrec_deepfm import terminal
+from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.launch import exit_with
+from torchrec_deepfm.parse_errors import one_line_errors
+from torchrec_deepfm.training.config import TrainConfig, recipe
+
+PROG = "python -m torchrec_deepfm"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Synthetic:
+    """Write raw click logs in Criteo's format whose best reachable AUC is known."""
+
+    output: Path
+    """Folder to write; must be empty or absent."""
+    rows: int = 1_200_000
+    """Training rows over all days; validation and test get a tenth each on top."""
+    days: int = 1
+    """Training files."""
+    seed: int = 0
+    """Seed: the same one writes the same bytes."""
+    click_rate: float = 0.25
+    """Share of clicks: about 0.03 in Criteo Terabyte, 0.26 in Criteo Kaggle."""
+
+    def run(self) -> None:
+        """Run the command."""
+        from torchrec_deepfm.data.synthetic import generate
+
+        made = generate(self.output, rows=self.rows, days=self.days, seed=self.seed, click_rate=self.click_rate)
+        terminal.say(str(made))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepare:
+    """Turn raw click logs into the prepared folder that training reads."""
+
+    input: tuple[Path, ...]
+    """Raw training files in Criteo's format (.gz too), one a day."""
+    output: Path
+    """Folder to write; must be empty or absent."""
+    validation: tuple[Path, ...] = ()
+    """Raw validation files. Without these and --test, the input is split 8:1:1."""
+    test: tuple[Path, ...] = ()
+    """Raw test files."""
+    schema: str = "criteo-kaggle"
+    """Which columns the files have: criteo-kaggle or criteo-terabyte."""
+    min_count: int = 10
+    """Values seen less often in training share id 0."""
+    hash: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Hash values to ids instead of keeping a vocabulary."""
+    num_embeddings: int = 100_000
+    """With --hash: ids per column."""
+    seed: int = 0
+    """Seed of the split by row."""
+
+    def run(self) -> None:
+        """Run the command."""
+        from torchrec_deepfm.data.prepare import prepare
+        from torchrec_deepfm.data.schema import named_schema
+
+        prepare(
+            self.input,
+            self.output,
+            validation=self.validation,
+            test=self.test,
+            schema=named_schema(self.schema),
+            min_count=self.min_count,
+            hash=self.hash,
+            num_embeddings=self.num_embeddings,
+            seed=self.seed,
+            report=terminal.say,
+        )
+        terminal.say(f"wrote {self.output}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train a sharded DeepFM, evaluate it, and write a run folder."""
+
+    data: Path | None = None
+    """Prepared folder. Without it a small synthetic set is made in data/synthetic, once."""
+    output: Path | None = None
+    """Run folder to write; must be empty or absent. Default: runs/<time>."""
+    recipe: str | None = None
+    """Named settings: paper, smoke, synthetic. Default: paper; without --data, synthetic."""
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
+    """Model and training options."""
+
+    def run(self) -> None:
+        """Run the command."""
+        terminal.quiet()
+        from torchrec_deepfm.data.prepared import PreparedData
+        from torchrec_deepfm.data.sample import sample_data
+        from torchrec_deepfm.training import ranks
+        from torchrec_deepfm.training.trainer import train
+
+        with ranks.process_group() as device:
+            if self.data is None:
+                sample = Path("data") / "synthetic"
+                folder = ranks.on_main(lambda: sample_data(sample, terminal.say).folder)
+            else:
+                folder = self.data
+            output = self.output or ranks.on_main(lambda: Path("runs") / f"{datetime.now(UTC):%Y%m%d-%H%M%S}")
+            result = train(self.config, PreparedData.open(folder), output, device)
+            if ranks.is_main():
+                terminal.say(terminal.training_summary(result.summary, result.folder))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Evaluate a trained run on a split of a prepared folder."""
+
+    run_folder: Annotated[Path, tyro.conf.arg(name="run")]
+    """Run folder that train wrote."""
+    data: Path
+    """Prepared folder."""
+    split: Literal["validation", "test"] = "test"
+    """Split to evaluate."""
+
+    def run(self) -> None:
+        """Run the command."""
+        terminal.quiet()
+        from torchrec_deepfm.data.prepared import PreparedData
+        from torchrec_deepfm.training import ranks
+        from torchrec_deepfm.training.trainer import evaluate_run
+
+        with ranks.process_group() as device:
+            values = evaluate_run(self.run_folder, PreparedData.open(self.data), self.split, device)
+            if ranks.is_main():
+                terminal.say(terminal.metrics_table({self.split: values}))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Doctor:
+    """Check that torch, FBGEMM and TorchRec fit together, and say what to install where they do not."""
+
+    def run(self) -> None:
+        """Run the command."""
+        from torchrec_deepfm.doctor import check
+
+        report = check()
+        terminal.say(str(report))
+        sys.exit(report.exit_code)
+
+
+Command = Synthetic | Prepare | Train | Evaluate | Doctor
+COMMANDS: dict[str, type[Command]] = {
+    "synthetic": Synthetic,
+    "prepare": Prepare,
+    "train": Train,
+    "evaluate": Evaluate,
+    "doctor": Doctor,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a command.
+
+    Args:
+        argv: the command and its options; those of the process by default.
+
+    Raises:
+        SystemExit: with code 2 and one line on standard error, where the input is wrong.
+    """
+    try:
+        parse(sys.argv[1:] if argv is None else argv).run()
+    except UserError as error:
+        exit_with(error)
+
+
+def parse(argv: Sequence[str]) -> Command:
+    """Parse a command line.
+
+    Args:
+        argv: the command and its options.
+
+    Returns:
+        The command, ready to run.
+
+    Raises:
+        UserError: there is no such command; or an option is unknown, missing or has a bad value.
+        SystemExit: after ``--help``.
+    """
+    name, *options = argv or [""]
+    if name in ("-h", "--help"):
+        tyro.extras.subcommand_cli_from_dict(
+            dict(COMMANDS),
+            prog=PROG,
+            description="DeepFM on TorchRec: make data, prepare, train, evaluate.",
+            args=[name],
+        )
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(COMMANDS)}"
+        raise UserError(f"{name}: there is no such command; {hint}" if name else f"no command is named; {hint}")
+    default: Command | None = None
+    if name == "train":
+        # The named recipe is the default of the options, and so the help shows its values.
+        named = _value_of("--recipe", options)
+        default = Train(config=recipe(named or ("paper" if _value_of("--data", options) else "synthetic")))
+    with one_line_errors(f"{PROG} {name}"):
+        command = tyro.cli(
+            COMMANDS[name], args=options, prog=f"{PROG} {name}", default=default, config=(tyro.conf.OmitArgPrefixes,)
+        )
+    assert isinstance(command, Command)
+    return command
+
+
+def _value_of(option: str, options: Sequence[str]) -> str | None:
+    for word, following in zip(options, [*options[1:], ""], strict=True):
+        if word == option:
+            return following
+        if word.startswith(f"{option}="):
+            return word.partition("=")[2]
+    return None

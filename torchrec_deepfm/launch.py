@@ -1,0 +1,112 @@
+"""torchrun, with the failure of a rank told in one line.
+
+`torchrun` starts the ranks and does it well. When a rank fails it ends in its own traceback and a box of some thirty
+lines, under which the one line that the user needs is lost. This front runs the same `torch.distributed.run`, and:
+
+- a rank that stops over a `UserError` hands its message up (`exit_with`), and it is printed once, as the last line;
+- of any other failure the rank's own output tells the cause, so only one line follows it that says which rank;
+- every rank gets its share of this machine's threads, where torchrun gives each exactly one and a warning.
+
+    python -m torchrec_deepfm.launch --nproc_per_node 2 -m torchrec_deepfm train --batch-size 2048
+"""
+
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from torchrec_deepfm.errors import UserError
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+USER_ERROR_EXIT_CODE = 2
+
+# Set for the ranks, so that they know that a launcher prints their last words. Plain torchrun does not.
+_UNDER_LAUNCHER = "TORCHREC_DEEPFM_UNDER_LAUNCHER"
+
+
+def exit_with(error: UserError) -> NoReturn:
+    """Ends this process over a user's mistake: one line on standard error and exit code 2.
+
+    The line also goes into torchelastic's error file, where there is one. As a rank below this launcher it goes only
+    there: the launcher prints it, so that the user reads it once and not once per rank.
+
+    Args:
+        error: what to tell the user.
+
+    Raises:
+        SystemExit: always, with code 2.
+    """
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if error_file:
+        reply = {
+            "message": {
+                "message": str(error),
+                "errorCode": USER_ERROR_EXIT_CODE,
+                "extraInfo": {"timestamp": str(int(time.time()))},
+            }
+        }
+        Path(error_file).write_text(json.dumps(reply), encoding="utf-8")
+    if not error_file or _UNDER_LAUNCHER not in os.environ:
+        sys.stderr.write(f"error: {error}\n")
+    sys.exit(USER_ERROR_EXIT_CODE)
+
+
+def explain(failed: "ChildFailedError") -> tuple[str, int]:
+    """Says in one line why the ranks stopped.
+
+    Args:
+        failed: what torchelastic raised.
+
+    Returns:
+        The line, and the exit code to end with: 2 for a user's mistake, 1 for anything else.
+    """
+    for failure in failed.failures.values():
+        if failure.exitcode == USER_ERROR_EXIT_CODE and isinstance(failure.message, dict):
+            return str(failure.message["message"]), USER_ERROR_EXIT_CODE
+    rank, failure = failed.get_first_failure()
+    if failure.exitcode < 0:
+        name = signal.Signals(-failure.exitcode).name
+        hint = "; often the machine ran out of memory" if name == "SIGKILL" else ""
+        return f"rank {rank} was killed by {name}{hint}", 1
+    return f"rank {rank} ended with exit code {failure.exitcode}; its output above says why", 1
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs `torch.distributed.run` with its own command line.
+
+    Args:
+        argv: the arguments of torchrun; those of this process if left out.
+
+    Raises:
+        SystemExit: with code 2 over a user's mistake in a rank, with 1 if a rank failed otherwise, with 128 + n if
+            signal n stopped it.
+    """
+    import torch
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    # These two log which rank is stopped, which one failed and what they do with error files. Our line says it all.
+    for name in ("api", "errors.error_handler"):
+        logging.getLogger(f"torch.distributed.elastic.multiprocessing.{name}").setLevel(logging.CRITICAL)
+    ranks = run.determine_local_world_size(run.get_args_parser().parse_args(argv).nproc_per_node)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // ranks)))
+    os.environ[_UNDER_LAUNCHER] = "1"
+    try:
+        run.main(argv)
+    except ChildFailedError as failed:
+        line, code = explain(failed)
+        sys.stderr.write(f"error: {line}\n")
+        sys.exit(code)
+    except SignalException as stop:  # by now the ranks have been stopped
+        sys.exit(128 + stop.sigval)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""What tyro finds wrong with a command line, told in one line and not in a box."""
+
+import difflib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from tyro import _errors as tyro_errors  # private, and the only structured way to them; pinned by our tests
+
+from torchrec_deepfm.errors import UserError
+
+
+@contextmanager
+def one_line_errors(prog: str) -> Iterator[None]:
+    """Turn tyro's parse errors into ``UserError``.
+
+    A kind of error that is not known here falls through to tyro's own report, which exits with code 2 as well.
+
+    Args:
+        prog: the command, as typed.
+
+    Yields:
+        Nothing; parse inside.
+
+    Raises:
+        UserError: the command line is wrong.
+    """
+
+    def refuse(event: tyro_errors.ParseErrorEvent) -> None:
+        line = _explain(event)
+        if line is not None:
+            raise UserError(f"{line}; {prog} --help lists the options")
+
+    with tyro_errors.on_parse_error(refuse):
+        yield
+
+
+def closest(word: str, known: Iterable[str]) -> str:
+    """Return a hint at the known word that ``word`` may stand for, or nothing."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f", did you mean {close[0]}?" if close else ""
+
+
+def _explain(event: tyro_errors.ParseErrorEvent) -> str | None:
+    if isinstance(event, tyro_errors.UnrecognizedArgs):
+        return f"unknown option {event.tokens[0]}"
+    if isinstance(event, tyro_errors.MissingArgs):
+        if event.unrecognized_tokens:
+            return f"unknown option {event.unrecognized_tokens[0]}"
+        return f"option {_name(event.missing_arguments[0].arg)} is missing"
+    if isinstance(event, tyro_errors.InvalidChoice):
+        return f"option {_name(event.argument)} takes no {event.value!r}; choose one of {', '.join(event.choices)}"
+    if isinstance(event, tyro_errors.BadValue):
+        return f"option {_name(event.argument)} lacks a value"
+    if isinstance(event, tyro_errors.InstantiationFailure):
+        message = " ".join(event.message.split())
+        return message if event.argument is None else f"option {_name(event.argument)}: {message}"
+    return None
+
+
+def _name(argument: Any) -> str:
+    return str(argument.lowered.name_or_flags[-1])

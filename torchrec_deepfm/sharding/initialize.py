@@ -1,0 +1,74 @@
+"""Initial weights of sharded tables that do not depend on how they are sharded.
+
+TorchRec re-runs each table's ``init_fn`` on the local shards. There a column shard does not know which columns of the
+packed row it holds, and every plan draws other numbers. So the rows are drawn once more here, in blocks that have
+seeds of their own: any shard on any rank takes its cut of the same virtual table.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+
+from torchrec_deepfm.model.fm import init_packed_rows_
+
+BLOCK_ROWS = 8192
+
+
+def initialize_tables(
+    model: nn.Module, tables: Sequence[EmbeddingBagConfig], *, factor_dim: int, std: float, seed: int
+) -> None:
+    """Fill the tables of a sharded model: v ~ N(0, std^2), w and padding zero, the same under every plan.
+
+    Args:
+        model: a ``DistributedModelParallel`` around the tables, of any sharding types.
+        tables: the tables' configurations.
+        factor_dim: K.
+        std: standard deviation of v.
+        seed: the seed.
+    """
+    by_name = {table.name: table for table in tables}
+    for key, weight in model.state_dict().items():
+        table = by_name.get(key.split(".")[-2]) if key.endswith(".weight") else None
+        if table is None or "embedding_bags" not in key:
+            continue
+        for shard, row, column in local_shards(weight):
+            _fill(shard, row, column, table, factor_dim, std, seed)
+
+
+def local_shards(weight: Any) -> Iterator[tuple[Tensor, int, int]]:
+    """Walk over what this rank holds of a table, whatever its sharding.
+
+    Args:
+        weight: a value of a sharded model's ``state_dict``: a plain tensor (data_parallel), or a ``ShardedTensor``.
+
+    Yields:
+        A local tensor [rows, columns], sharing memory with the model, and the row and column of the table at which it
+        starts.
+    """
+    if isinstance(weight, Tensor) and not hasattr(weight, "local_shards"):
+        yield weight, 0, 0
+        return
+    for shard in weight.local_shards():
+        yield shard.tensor, shard.metadata.shard_offsets[0], shard.metadata.shard_offsets[1]
+
+
+def _fill(
+    shard: Tensor, row: int, column: int, table: EmbeddingBagConfig, factor_dim: int, std: float, seed: int
+) -> None:
+    rows, columns = shard.shape
+    for block in range(row // BLOCK_ROWS, (row + rows - 1) // BLOCK_ROWS + 1):
+        generator = torch.Generator().manual_seed(_block_seed(seed, table.name, block))
+        values = init_packed_rows_(torch.empty(BLOCK_ROWS, table.embedding_dim), factor_dim, std, generator)
+        first, last = max(row, block * BLOCK_ROWS), min(row + rows, (block + 1) * BLOCK_ROWS)
+        cut = values[first - block * BLOCK_ROWS : last - block * BLOCK_ROWS, column : column + columns]
+        with torch.no_grad():
+            shard[first - row : last - row].copy_(cut)
+
+
+def _block_seed(seed: int, table: str, block: int) -> int:
+    digest = hashlib.blake2b(f"{seed}/{table}/{block}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

@@ -1,0 +1,86 @@
+"""What a command prints: lines, the summary of a training, and not the known noise of the stack below."""
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+# Known and harmless, each by its message; whatever else the stack says is worth reading.
+_WARNINGS = (
+    r"`broadcast_buffers` is deprecated",  # TorchRec passes it to DistributedDataParallel
+    r"[\s\S]*Failed to import: fbgemm_gpu",  # operators that the CPU build of FBGEMM leaves out
+    r"[\s\S]*fbgemm_gpu.split_table_batched_embeddings_ops is now DEPRECATED",  # TorchRec imports it
+)
+_LOGGED = {
+    "torch.fx._symbolic_trace": "is_fx_tracing will return true for both",  # TorchRec asks it while it pipelines
+}
+
+
+def say(line: str) -> None:
+    """Print to standard output at once, also where that is a pipe."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+def quiet() -> None:
+    """Silence the known, harmless warnings of torch, FBGEMM and TorchRec. Call it before they are imported."""
+    for message in _WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+    for name in _LOGGED:
+        logging.getLogger(name).addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(_LOGGED[record.name])
+
+
+def metrics_table(splits: Mapping[str, Mapping[str, Any]]) -> str:
+    """Lay out the metrics of some splits.
+
+    Args:
+        splits: metrics by split, as in ``summary.json``.
+
+    Returns:
+        Lines: a head and one per split; and one per split whose optimum is known.
+    """
+    columns = ("auc", "logloss", "ne", "calibration", "rows")
+    lines = [f"{'':<12}" + "".join(f"{column:>13}" for column in columns)]
+    for split, metrics in splits.items():
+        shown = [_number(metrics[column]) for column in columns]
+        lines.append(f"{split:<12}" + "".join(f"{text:>13}" for text in shown))
+    for split, metrics in splits.items():
+        if "lift" in metrics:
+            lines.append(
+                f"best reachable {split} AUC {metrics['best_reachable_auc']:.5f}: "
+                f"{metrics['lift']:.2%} of its lift over chance reached"
+            )
+    return "\n".join(lines)
+
+
+def training_summary(summary: Mapping[str, Any], folder: Path) -> str:
+    """Lay out the end of a training.
+
+    Args:
+        summary: the content of ``summary.json``.
+        folder: the run's folder.
+
+    Returns:
+        Lines: what was trained, its metrics, and the files written.
+    """
+    head = (
+        f"trained {summary['epochs']} epoch(s), {summary['steps']} steps of {summary['world_size']} x "
+        f"{summary['batch_size']} samples, in {summary['train_seconds']:.1f} s "
+        f"({summary['samples_per_second']:,.0f} samples/s)"
+    )
+    table = metrics_table({split: summary[split] for split in ("validation", "test")})
+    files = ", ".join(sorted(path.name + ("/" if path.is_dir() else "") for path in folder.iterdir()))
+    return f"{head}\n{table}\nwrote {folder}{os.sep}: {files}"
+
+
+def _number(value: float | int | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.5f}"

@@ -1,0 +1,176 @@
+"""`torchx run FILE.py`, short for `torchx run FILE.py:COMPONENT`.
+
+TorchX wants to be told the function in the file. This replaces its `run` command (entry point group
+`torchx.cli.cmds`) by one that fills in the file's own default, and hands everything else to TorchX unchanged.
+The default is the string that the file assigns to `DEFAULT_COMPONENT`, or else the only component in it.
+"""
+
+import argparse
+import ast
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+
+from torchx.cli.cmd_run import CmdRun
+from torchx.schedulers import local_scheduler
+from torchx.specs import AppStatus
+
+from torchrec_deepfm.errors import UserError
+
+
+class Run(CmdRun):
+    """TorchX's `run`, which also takes a file without the name of a component."""
+
+    def run(self, args: argparse.Namespace) -> None:
+        """Runs a component.
+
+        Args:
+            args: the parsed command line of `torchx run`.
+
+        Raises:
+            SystemExit: with code 2 if the file or the component does not exist or the job stopped over a `UserError`,
+                otherwise as TorchX does it.
+        """
+        _prefer_own_environment()
+        _keep_last_lines()
+        last_words = _LastWords()
+        # TorchX logs the status of a failed job here, as a block of some ten lines.
+        logging.getLogger(CmdRun.__module__).addFilter(last_words)
+        words = args.component_name_and_args
+        try:
+            args.component_name_and_args = with_component(words)
+            super().run(args)
+        except UserError as error:
+            sys.stderr.write(f"error: {error}\n")
+            sys.exit(2)
+        except local_scheduler.SignalException as stop:  # Ctrl-C; by now the scheduler has stopped its processes
+            sys.exit(128 + stop.sigval)
+        except SystemExit as stop:
+            if last_words.seen:
+                sys.exit(2)
+            if stop.code == 2 and len(words) > 1 and "--" not in words:  # from argparse, which has said what
+                sys.stderr.write(f"Options of the command itself come after `--`: torchx run {words[0]} -- OPTIONS\n")
+            raise
+        finally:
+            logging.getLogger(CmdRun.__module__).removeFilter(last_words)
+
+
+class _LastWords(logging.Filter):
+    """Turns the status of a job that stopped over a user's mistake into the one line that says which."""
+
+    seen = False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if isinstance(record.msg, AppStatus):
+            line = _user_error(record.msg.structured_error_msg)
+            if line is not None:
+                record.msg, self.seen = line, True
+        return True
+
+
+def _user_error(reply: str) -> str | None:
+    """The message in torchelastic's error file, if `launch.exit_with` wrote it."""
+    try:
+        message = json.loads(reply)["message"]
+        return str(message["message"]) if message["errorCode"] == 2 else None
+    except (ValueError, KeyError, TypeError):  # no such file, or one of another make
+        return None
+
+
+def with_component(words: list[str]) -> list[str]:
+    """Completes the file in a command line of `torchx run` to `file.py:component`.
+
+    Args:
+        words: what stands after the options of `torchx run`: a component and its arguments, or arguments alone.
+
+    Returns:
+        The same words, the first completed if it names a file; names such as `dist.ddp` are left alone.
+
+    Raises:
+        UserError: if there is no such file or no such component in it, or the file does not say which is meant.
+
+    Example:
+        >>> with_component(["dist.ddp", "-j", "1x2"])
+        ['dist.ddp', '-j', '1x2']
+    """
+    start = 1 if words[:1] == ["--"] else 0
+    if len(words) == start:
+        return words
+    file, colon, component = words[start].partition(":")
+    if not file.endswith(".py"):
+        return words
+    return [*words[:start], f"{file}:{_component(Path(file), component if colon else None)}", *words[start + 1 :]]
+
+
+def _component(file: Path, name: str | None) -> str:
+    """Checks the name of a component of a file, or finds the file's default.
+
+    The file is parsed and not run: TorchX runs it, once, itself.
+    """
+    try:
+        module = ast.parse(file.read_text(encoding="utf-8"), filename=str(file))
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}); name a file of TorchX components") from error
+    except (SyntaxError, ValueError) as error:
+        raise UserError(f"{file}: is no Python file ({error})") from error
+    components = [
+        node.name
+        for node in module.body
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_") and _returns_app(node)
+    ]
+    if not components:
+        raise UserError(f"{file}: has no TorchX component, that is, no function with the return type specs.AppDef")
+    if name is None:
+        name = _stated_default(module) or (components[0] if len(components) == 1 else None)
+    if name is None:
+        raise UserError(f"{file}: has several components and no DEFAULT_COMPONENT; write {_choices(file, components)}")
+    if name not in components:
+        raise UserError(f"{file}: has no component {name!r}; write {_choices(file, components)}")
+    return name
+
+
+def _returns_app(function: ast.FunctionDef) -> bool:
+    return function.returns is not None and ast.unparse(function.returns).strip("'\"").split(".")[-1] == "AppDef"
+
+
+def _stated_default(module: ast.Module) -> str | None:
+    for node in module.body:
+        match node:
+            case ast.Assign(targets=[ast.Name(id="DEFAULT_COMPONENT")], value=ast.Constant(value=str(name))):
+                return name
+    return None
+
+
+def _choices(file: Path, components: list[str]) -> str:
+    return " or ".join(f"{file}:{component}" for component in sorted(components))
+
+
+def _prefer_own_environment() -> None:
+    """Lets the jobs of the local schedulers find the python and torchrun beside this one.
+
+    `.venv/bin/torchx` may be called without the environment being activated; its jobs would otherwise run on another
+    Python, or none.
+    """
+    bin_folder = str(Path(sys.executable).parent)
+    if os.environ.get("PATH", "").split(os.pathsep)[0] != bin_folder:
+        os.environ["PATH"] = os.pathsep.join([bin_folder, os.environ.get("PATH", os.defpath)])
+
+
+def _keep_last_lines() -> None:
+    """Lets the local schedulers show all that a job says.
+
+    In TorchX 0.7 two threads find out that a job has ended, and only the first waits until the rest of its output has
+    been copied to where the second reads it. What a job says just before it ends is then lost, now and then.
+    """
+    tee = getattr(local_scheduler, "Tee", None)
+    if tee is None:  # another TorchX, built differently
+        return
+    close = tee.close
+
+    def close_and_wait(self: local_scheduler.Tee) -> None:
+        close(self)
+        self.thread.join()
+
+    tee.close = close_and_wait

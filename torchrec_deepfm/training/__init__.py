@@ -1,0 +1,1 @@
+"""Training: configuration, optimizers, loop, metrics, checkpoint."""

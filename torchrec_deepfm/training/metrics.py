@@ -1,0 +1,102 @@
+"""Quality of a set of predictions: exact over all of them, wherever the ranks hold them.
+
+TorchRec's own AUC looks at its last window (10M samples by default). Here every logit is kept until the end (4 bytes a
+sample and rank) and gathered on rank 0, so that AUC, with its ties, is that of the whole set.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metrics:
+    """Metrics of one evaluation.
+
+    Attributes:
+        rows: samples evaluated.
+        logloss: mean binary cross entropy, in nats.
+        auc: area under the ROC curve, ties counted half; None where there is but one class.
+        ne: normalised entropy, logloss over the entropy of the set's own click rate (He et al., 2014); below 1 the
+            model knows more than the base rate. None where there is but one class.
+        calibration: mean predicted click probability over the click rate; None without clicks.
+    """
+
+    rows: int
+    logloss: float
+    auc: float | None
+    ne: float | None
+    calibration: float | None
+
+    def to_json(self) -> dict[str, float | int | None]:
+        """Return the metrics as a JSON object."""
+        return asdict(self)
+
+
+def compute_metrics(logits: NDArray[np.float32], labels: NDArray[np.float32]) -> Metrics:
+    """Compute the metrics of predictions that lie in one process, in float64.
+
+    Args:
+        logits: [N], N > 0.
+        labels: [N] of 0 and 1.
+
+    Returns:
+        The metrics.
+
+    Example:
+        >>> compute_metrics(np.float32([-1.0, 0.0, 0.0, 2.0]), np.float32([0, 0, 1, 1])).auc
+        0.875
+    """
+    z, y = logits.astype(np.float64), labels.astype(np.float64)
+    logloss = float(np.mean(np.logaddexp(0.0, z) - y * z))
+    rate = float(y.mean())
+    auc = ne = calibration = None
+    if 0.0 < rate < 1.0:
+        auc = float(roc_auc_score(y, z))
+        ne = logloss / -(rate * math.log(rate) + (1.0 - rate) * math.log1p(-rate))
+    if rate > 0.0:
+        # expit by tanh: no overflow at either end
+        calibration = float(np.mean(0.5 + 0.5 * np.tanh(0.5 * z))) / rate
+    return Metrics(rows=len(z), logloss=logloss, auc=auc, ne=ne, calibration=calibration)
+
+
+def gather_metrics(logits: Tensor, labels: Tensor) -> Metrics:
+    """Compute the metrics of predictions that lie on all ranks; a collective.
+
+    Args:
+        logits: [N_r], this rank's logits on the CPU; N_r may differ between the ranks and may be 0.
+        labels: [N_r], their labels.
+
+    Returns:
+        The metrics of the whole set, the same object on every rank.
+    """
+    counts = [0] * dist.get_world_size()
+    dist.all_gather_object(counts, len(logits))
+    mine = torch.zeros(max(counts), 2)
+    mine[: len(logits)] = torch.stack([logits.float(), labels.float()], dim=1)
+    gathered = [torch.empty_like(mine) for _ in counts] if dist.get_rank() == 0 else None
+    dist.gather(mine, gathered, dst=0)
+    result: list[Metrics | None] = [None]
+    if gathered is not None:
+        rows = torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)]).numpy()
+        result = [compute_metrics(rows[:, 0], rows[:, 1])]
+    dist.broadcast_object_list(result, src=0)
+    metrics = result[0]
+    assert metrics is not None
+    return metrics
+
+
+def lift(auc: float, best_auc: float) -> float:
+    """Share of the reachable lift over chance: (AUC - 0.5) / (AUC* - 0.5).
+
+    Example:
+        >>> lift(0.7, 0.75)
+        0.8
+    """
+    return round((auc - 0.5) / (best_auc - 0.5), 12)

@@ -1,0 +1,100 @@
+"""Optimizers: the tables' fused into the backward pass, Adam for the rest, one schedule over both."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
+from torchrec.optim.optimizers import in_backward_optimizer_filter
+from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
+
+from torchrec_deepfm.training.config import TrainConfig
+
+# FBGEMM's eps, whatever torch's classes say (torch.optim.Adagrad has 1e-10): the same numbers sharded or not.
+_SPARSE_OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
+    "rowwise_adagrad": (RowWiseAdagrad, {"eps": 1e-8}),
+    "adagrad": (torch.optim.Adagrad, {"eps": 1e-8}),
+    "sgd": (torch.optim.SGD, {}),
+}
+
+
+def fuse_sparse_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> None:
+    """Mark table parameters to be updated in their backward pass; sharding then fuses the optimizer into the kernel.
+
+    Call it before sharding, on the unsharded tables, and not on those that are to be data_parallel.
+
+    Args:
+        parameters: the tables' weights.
+        config: which optimizer and rate.
+    """
+    optimizer_class, options = _SPARSE_OPTIMIZERS[config.sparse_optimizer]
+    # A fresh dictionary: apply_optimizer_in_backward changes the one that it is given.
+    apply_optimizer_in_backward(optimizer_class, parameters, {"lr": config.sparse_lr, **options})
+
+
+def make_optimizer(model: DistributedModelParallel, config: TrainConfig) -> CombinedOptimizer:
+    """Combine the fused optimizer of the sharded tables with Adam for every other parameter.
+
+    Args:
+        model: the sharded model.
+        config: Adam's rate.
+
+    Returns:
+        One keyed optimizer over both.
+    """
+    rest = dict(in_backward_optimizer_filter(model.named_parameters()))
+    dense = KeyedOptimizerWrapper(rest, lambda parameters: torch.optim.Adam(parameters, lr=config.dense_lr))
+    fused: KeyedOptimizer = model.fused_optimizer
+    return CombinedOptimizer([fused, dense])
+
+
+def schedule(config: TrainConfig, total_steps: int) -> Callable[[int], float]:
+    """Linear warm-up, plateau, polynomial decay: the factor of the learning rate at each step.
+
+    Args:
+        config: ``warmup``, ``decay`` and ``decay_power``.
+        total_steps: length of the training.
+
+    Returns:
+        A function from the step (0 is the first) to a factor in (0, 1].
+
+    Example:
+        >>> factor = schedule(TrainConfig(warmup=0.2, decay=0.5, decay_power=1.0), total_steps=10)
+        >>> [round(factor(step), 2) for step in range(10)]
+        [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 0.8, 0.6, 0.4, 0.2]
+    """
+    warmup_steps = round(config.warmup * total_steps)
+    decay_steps = round(config.decay * total_steps)
+    decay_start = total_steps - decay_steps
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        if step >= decay_start and decay_steps > 0:
+            left: float = max((total_steps - step) / decay_steps, 0.0)
+            return math.pow(left, config.decay_power)
+        return 1.0
+
+    return factor
+
+
+def make_scheduler(optimizer: CombinedOptimizer, config: TrainConfig, total_steps: int) -> LambdaLR:
+    """Drive the learning rates of all parameter groups, fused ones included, by ``schedule``.
+
+    The fused kernels take their rate from the groups in ``zero_grad``, which the pipeline calls before each forward
+    pass, so that no step lags behind.
+
+    Args:
+        optimizer: of ``make_optimizer``.
+        config: the schedule.
+        total_steps: length of the training.
+
+    Returns:
+        A scheduler; call its ``step`` after each training step.
+    """
+    return LambdaLR(optimizer, schedule(config, total_steps))

@@ -1,0 +1,78 @@
+"""The process group: one process as it stands, or a rank that torchrun or TorchX started."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from torchrec_deepfm.errors import UserError
+
+T = TypeVar("T")
+
+
+@contextmanager
+def process_group() -> Iterator[torch.device]:
+    """Join the process group of this run, or make one of a single process; leave it at the end.
+
+    NCCL carries CUDA tensors where there is a GPU for every local rank, gloo the rest.
+
+    Yields:
+        This rank's device, already set as the current one.
+
+    Raises:
+        UserError: there are GPUs, but fewer than local ranks.
+    """
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if local_world_size > torch.cuda.device_count():
+            raise UserError(
+                f"{local_world_size} ranks on this host, but {torch.cuda.device_count()} GPUs: start at most one rank "
+                "per GPU (-j), or hide the GPUs with CUDA_VISIBLE_DEVICES= to train on the CPU"
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        store = torch._C._distributed_c10d.HashStore()  # torch.distributed exports it without saying so
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+def is_main() -> bool:
+    """Whether this is rank 0, the one that talks."""
+    return dist.get_rank() == 0
+
+
+def on_main(work: Callable[[], T]) -> T:
+    """Run ``work`` on rank 0 alone and give its result, or its error, to every rank; a collective.
+
+    Args:
+        work: its result must be picklable.
+
+    Returns:
+        The result, on every rank.
+
+    Raises:
+        UserError: ``work`` raised it, on rank 0; every rank raises it again.
+    """
+    outcome: list[tuple[T | None, UserError | None]] = [(None, None)]
+    if is_main():
+        try:
+            outcome = [(work(), None)]
+        except UserError as error:
+            outcome = [(None, error)]
+    dist.broadcast_object_list(outcome, src=0)
+    result, refusal = outcome[0]
+    if refusal is not None:
+        raise refusal
+    return result  # type: ignore[return-value]
