@@ -30,8 +30,8 @@ ALLOWED = {
     "model": BASE,
     "data": BASE,
     "sharding": BASE | {"model", "data"},
-    "training": BASE | {"model", "data", "sharding"},
-    "inference": BASE | {"model", "data", "sharding", "training"},
+    "training": BASE | {"terminal", "model", "data", "sharding"},
+    "inference": BASE | {"terminal", "model", "data", "sharding", "training"},
     "cli": BASE
     | {"doctor", "launch", "terminal", "parse_errors", "model", "data", "sharding", "training", "inference"},
     "__main__": {"cli"},

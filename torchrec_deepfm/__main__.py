@@ -1,6 +1,27 @@
 """``python -m torchrec_deepfm <command>``."""
 
+import os
+import sys
+
 from torchrec_deepfm.cli import main
 
+
+def run() -> int:
+    """Run the command line and give back its exit code."""
+    try:
+        main()
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    return 0
+
+
 if __name__ == "__main__":
-    main()
+    code = run()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if "RANK" in os.environ:
+        # DistributedDataParallel keeps gloo's threads alive past destroy_process_group, and while the interpreter is
+        # taken down around them a rank that has done all its work now and then dies of SIGABRT ("terminate called
+        # without an active exception"). Everything is written and closed by now: leave without that.
+        os._exit(code)
+    sys.exit(code)

@@ -5,6 +5,7 @@ as it stands, and ``train`` and ``evaluate`` as a rank when torchrun or TorchX s
 """
 
 import difflib
+import itertools
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -43,7 +44,7 @@ class Synthetic:
         from torchrec_deepfm.data.synthetic import generate
 
         made = generate(self.output, rows=self.rows, days=self.days, seed=self.seed, click_rate=self.click_rate)
-        terminal.say(str(made))
+        terminal.say(made.summary())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,7 +224,7 @@ def parse(argv: Sequence[str]) -> Command:
 
 
 def _value_of(option: str, options: Sequence[str]) -> str | None:
-    for word, following in zip(options, [*options[1:], ""], strict=True):
+    for word, following in itertools.zip_longest(options, options[1:], fillvalue=""):
         if word == option:
             return following
         if word.startswith(f"{option}="):

@@ -10,6 +10,7 @@ from typing import Any
 
 # Known and harmless, each by its message; whatever else the stack says is worth reading.
 _WARNINGS = (
+    r"Please use DTensor instead and we are deprecating ShardedTensor",  # TorchRec's state_dict holds the latter
     r"`broadcast_buffers` is deprecated",  # TorchRec passes it to DistributedDataParallel
     r"[\s\S]*Failed to import: fbgemm_gpu",  # operators that the CPU build of FBGEMM leaves out
     r"[\s\S]*fbgemm_gpu.split_table_batched_embeddings_ops is now DEPRECATED",  # TorchRec imports it

@@ -18,7 +18,7 @@ def float32(value: float) -> float:
 def parse(text: bytes, schema: Schema) -> list[tuple[int, list[float], list[int | None]]]:
     """(label, numbers, categories) of every row; blank lines are no rows."""
     rows = []
-    for line in text.replace(b"\r\n", b"\n").split(b"\n"):
+    for line in text.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n"):
         if not line:
             continue
         fields = line.split(b"\t")

@@ -100,6 +100,7 @@ def test_bad_line_in_the_test_file_names_that_file(tmp_path):
 
 TOLERATED = {
     "CRLF": GOOD.replace(b"\n", b"\r\n") * 2,
+    "CR": GOOD.replace(b"\n", b"\r") * 2,
     "both newlines": GOOD + GOOD.replace(b"\n", b"\r\n") + GOOD,
     "no final newline": (GOOD * 2)[:-1],
     "blank lines at the end": GOOD * 2 + b"\n\n",

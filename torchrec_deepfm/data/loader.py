@@ -29,7 +29,7 @@ def _take(arrays: _Arrays, rows: NDArray[np.int64]) -> _Arrays:
 
 
 class Loader:
-    """Iterates one rank's batches of one split; constant memory, whatever the size of the split.
+    r"""Iterates one rank's batches of one split; constant memory, whatever the size of the split.
 
     An epoch has one global row order (``EpochOrder``). Global batch g is its rows ``[g*W*B, (g+1)*W*B)`` and rank r
     gets the r-th B of them, so that one rank with batch 2B and two ranks with batch B see the same global batches.
@@ -54,9 +54,20 @@ class Loader:
             an array does not fit the manifest. While iterating: an id, number or label is not valid.
 
     Example:
-        >>> loader = Loader(data, "train", batch_size=4096, shuffle=True)  # doctest: +SKIP
-        >>> loader.set_epoch(1)  # doctest: +SKIP
-        >>> for step, batch in enumerate(loader): ...  # doctest: +SKIP
+        >>> from pathlib import Path
+        >>> from tempfile import TemporaryDirectory
+        >>> from torchrec_deepfm.data.prepare import prepare
+        >>> from torchrec_deepfm.data.schema import Schema
+        >>> schema = Schema(label="click", numeric=("price",), categorical=("user", "item"))
+        >>> with TemporaryDirectory() as folder:
+        ...     raw = Path(folder, "log.tsv")
+        ...     _ = raw.write_text("1\t5\tab\tcd\n0\t\tab\t\n" * 50)
+        ...     data = prepare([raw], Path(folder, "data"), schema=schema)
+        ...     loader = Loader(data, "train", batch_size=16, shuffle=True)
+        ...     loader.set_epoch(1)
+        ...     batch = next(iter(loader))
+        >>> batch.dense_features.shape, batch.sparse_features.keys(), batch.labels.shape
+        (torch.Size([16, 1]), ['user', 'item'], torch.Size([16]))
     """
 
     def __init__(

@@ -1,8 +1,9 @@
 """Raw click logs in Criteo's format whose best reachable AUC is known, because the clicks come from a known model.
 
-The folder holds ``day_0.tsv`` ... (training), ``validation.tsv``, ``test.tsv`` and ``truth.json``. A line is a label, 13
-integers and 26 categories of 8 hexadecimal digits, separated by tabs, empty where missing. ``truth.json`` tells, per file,
-the AUC and the logloss that the true click probabilities reach on the drawn labels. No model can be expected to beat them.
+The folder holds ``day_0.tsv`` ... (training), ``validation.tsv``, ``test.tsv`` and ``truth.json``. A line is a label,
+13 integers and 26 categories of 8 hexadecimal digits, separated by tabs, empty where missing. ``truth.json`` tells, per
+file, the AUC and the logloss that the true click probabilities reach on the drawn labels. No model can be expected to
+beat them.
 """
 
 import json
@@ -19,14 +20,8 @@ from sklearn.metrics import roc_auc_score
 from torchrec_deepfm.data.folder import check_free, new_folder
 from torchrec_deepfm.data.rawtext import quoted
 from torchrec_deepfm.data.schema import CRITEO_KAGGLE
-from torchrec_deepfm.data.synthetic_truth import (
-    MISSING_NUMBER,
-    Truth,
-    category_values,
-    draw_rows,
-    draw_truth,
-    probability,
-)
+from torchrec_deepfm.data.synthetic_columns import MISSING_NUMBER, category_values, draw_rows
+from torchrec_deepfm.data.synthetic_truth import Truth, draw_truth, probability
 from torchrec_deepfm.errors import UserError
 
 TRUTH_VERSION: Final = 1

@@ -7,85 +7,37 @@ A click is drawn with probability sigmoid(logit), where, over the I + F embeddin
     logit = bias + sum_i w_i x_i + sum_{i<j} <e_i, e_j> + <c, tanh(A e + a)>.
 
 A numeric value enters as x = log1p(max(value, 0)), a missing one as x = 0. A category enters with x = 1, and missing is
-a category of its own. This is DeepFM's own form with a tanh layer as the deep part, so a DeepFM can come as near to it as
-the number of rows allows, a factorization machine misses the tanh layer, and logistic regression misses the pairs too.
+a category of its own. This is DeepFM's own form with a tanh layer as the deep part: a DeepFM can come as near to it as
+the number of rows allows, a factorization machine misses the tanh layer, logistic regression the pairs as well.
 """
 
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
-from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
-Integers = NDArray[np.int64]
-
-# How a missing number is marked in arrays of raw values. It is no value that occurs.
-MISSING_NUMBER: Final = -(2**31)
+from torchrec_deepfm.data.synthetic_columns import (
+    CATEGORICAL_COLUMNS,
+    NUMERIC_COLUMNS,
+    Floats,
+    Integers,
+    draw_rows,
+    shares,
+)
 
 FACTOR_DIM: Final = 4
 HIDDEN: Final = 3
 
-# One row per numeric column I1 ... I13: share of missing values, log-median and log-spread of the counts, and how far the
-# counts reach below zero (I2 alone has negative values, as in Criteo's logs).
-_NUMERIC: Final = (
-    (0.45, 0.3, 1.1, 0),
-    (0.00, 1.6, 2.0, 3),
-    (0.21, 1.9, 1.3, 0),
-    (0.22, 1.6, 0.9, 0),
-    (0.03, 7.8, 2.4, 0),
-    (0.23, 3.7, 1.7, 0),
-    (0.04, 1.3, 1.3, 0),
-    (0.00, 2.0, 1.1, 0),
-    (0.04, 3.8, 1.5, 0),
-    (0.45, -0.5, 0.8, 0),
-    (0.04, 0.5, 1.0, 0),
-    (0.77, -0.5, 1.2, 0),
-    (0.22, 1.8, 1.0, 0),
-)
-_LARGEST_NUMBER: Final = 10_000_000
-
-# One row per categorical column C1 ... C26: distinct values, Zipf exponent, share of missing values. The sizes echo
-# Criteo's in shape but stay small: every value has to be learnt from about a million rows.
-_CATEGORICAL: Final = (
-    (240, 1.75, 0.0),
-    (120, 1.60, 0.0),
-    (1500, 1.75, 0.035),
-    (1100, 1.75, 0.035),
-    (60, 1.60, 0.0),
-    (12, 1.35, 0.13),
-    (480, 1.70, 0.0),
-    (120, 1.75, 0.0),
-    (3, 1.35, 0.0),
-    (900, 1.75, 0.0),
-    (300, 1.60, 0.0),
-    (1500, 1.75, 0.035),
-    (240, 1.60, 0.0),
-    (24, 1.35, 0.0),
-    (480, 1.70, 0.0),
-    (1300, 1.75, 0.035),
-    (10, 1.35, 0.0),
-    (300, 1.70, 0.0),
-    (180, 1.75, 0.45),
-    (4, 1.10, 0.45),
-    (1300, 1.75, 0.035),
-    (16, 1.35, 0.78),
-    (14, 1.35, 0.0),
-    (720, 1.75, 0.035),
-    (36, 1.50, 0.45),
-    (600, 1.75, 0.45),
-)
-
 # How strong the parts are: standard deviations over rows before the whole is scaled to _LOGIT_STD. Found by experiment:
 # at a million rows, logistic regression, FM and DeepFM then end clearly apart, and DeepFM near the optimum.
-_LINEAR_STD: Final = 0.8
+_LINEAR_STD: Final = 0.7
 _PAIRS_STD: Final = 0.9
 _DEEP_STD: Final = 1.1
 _LOGIT_STD: Final = 1.65
 # Standard deviation of what goes into tanh: at 2 it saturates often, so that no sum of pairs can stand in for it.
 _TANH_INPUT_STD: Final = 2.0
 # The part of tanh's linear trend that the first order takes away again, so that logistic regression can't have it.
-_TREND_TAKEN_AWAY: Final = 0.65
+_TREND_TAKEN_AWAY: Final = 0.75
 # Rows on which the scales and the bias are set: the click rate is then right to about 0.001.
 _CALIBRATION_ROWS: Final = 131_072
 
@@ -133,47 +85,6 @@ class Truth:
         return logit
 
 
-def category_values(column: int) -> NDArray[np.uint32]:
-    """Return the raw 32-bit values of a categorical column, which stand in the text as 8 hexadecimal digits.
-
-    Args:
-        column: 0 for C1 ... 25 for C26.
-
-    Returns:
-        [1 + distinct values]: the value of each id, all different. Entry 0 (missing) stands for no value.
-    """
-    # MurmurHash3's last step, which maps 32 bits one to one.
-    value = np.arange(1 + _CATEGORICAL[column][0], dtype=np.uint32) + np.uint32((column + 1) << 24)
-    value ^= value >> np.uint32(16)
-    value *= np.uint32(0x85EBCA6B)
-    value ^= value >> np.uint32(13)
-    value *= np.uint32(0xC2B2AE35)
-    value ^= value >> np.uint32(16)
-    return value
-
-
-def draw_rows(generator: np.random.Generator, rows: int) -> tuple[Integers, Integers]:
-    """Draw the features of some rows; all columns are independent.
-
-    Args:
-        generator: The source of chance.
-        rows: B.
-
-    Returns:
-        numbers [B, I], ``MISSING_NUMBER`` where missing, and ids [B, F], 0 where missing.
-    """
-    numbers = np.empty((rows, len(_NUMERIC)), dtype=np.int64)
-    for column, (missing, median, spread, below_zero) in enumerate(_NUMERIC):
-        counts = np.exp(median + spread * generator.standard_normal(rows))
-        numbers[:, column] = np.minimum(counts, _LARGEST_NUMBER).astype(np.int64) - below_zero
-        numbers[generator.random(rows) < missing, column] = MISSING_NUMBER
-    ids = np.empty((rows, len(_CATEGORICAL)), dtype=np.int64)
-    for column in range(len(_CATEGORICAL)):
-        cumulated = np.cumsum(_shares(column))
-        ids[:, column] = np.searchsorted(cumulated[:-1], generator.random(rows), side="right")
-    return numbers, ids
-
-
 def draw_truth(*, seed: int, click_rate: float) -> Truth:
     """Draw the model and set its scales.
 
@@ -187,13 +98,13 @@ def draw_truth(*, seed: int, click_rate: float) -> Truth:
     generator = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(0,)))
     numeric = np.concatenate(
         [
-            0.25 * generator.standard_normal((len(_NUMERIC), FACTOR_DIM)),
-            0.3 * generator.standard_normal((len(_NUMERIC), 1)),
+            0.25 * generator.standard_normal((NUMERIC_COLUMNS, FACTOR_DIM)),
+            0.3 * generator.standard_normal((NUMERIC_COLUMNS, 1)),
         ],
         axis=1,
     )
-    categorical = [_draw_table(generator, column) for column in range(len(_CATEGORICAL))]
-    fields = len(_NUMERIC) + len(_CATEGORICAL)
+    categorical = [_draw_table(generator, column) for column in range(CATEGORICAL_COLUMNS)]
+    fields = NUMERIC_COLUMNS + CATEGORICAL_COLUMNS
     hidden_weight = generator.standard_normal((fields, FACTOR_DIM, HIDDEN))
     offset = _TANH_INPUT_STD * generator.uniform(-0.7, 0.7, HIDDEN)
     output = generator.choice([-1.0, 1.0], HIDDEN) * generator.uniform(0.7, 1.3, HIDDEN)
@@ -201,7 +112,7 @@ def draw_truth(*, seed: int, click_rate: float) -> Truth:
     sample = draw_rows(np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(1,))), _CALIBRATION_ROWS)
     first, pairs, hidden = _terms(numeric, categorical, hidden_weight, *sample)
 
-    # The factors: pairs are quadratic in them, so their square root scales; what goes into tanh is then scaled by A alone.
+    # The factors: pairs are quadratic in them, hence the square root. What goes into tanh is then scaled by A alone.
     factor_scale = np.sqrt(_PAIRS_STD / pairs.std())
     pairs *= factor_scale**2
     input_scale = _TANH_INPUT_STD / hidden.std(axis=0)
@@ -238,22 +149,16 @@ def draw_truth(*, seed: int, click_rate: float) -> Truth:
     )
 
 
-def _shares(column: int) -> Floats:
-    distinct, exponent, missing = _CATEGORICAL[column]
-    zipf = np.arange(1, distinct + 1) ** -exponent
-    return np.concatenate([[missing], (1 - missing) * zipf / zipf.sum()])
-
-
 def _draw_table(generator: np.random.Generator, column: int) -> Floats:
     """Draw rows [v | w] with mean 0 over the column's distribution.
 
     Long columns get small rows, v above all: their values are too rare for their interactions to be learnt.
     """
-    shares = _shares(column)
-    table = generator.standard_normal((len(shares), FACTOR_DIM + 1))
-    table -= np.einsum("n,nk->k", shares, table)
-    table[:, :FACTOR_DIM] *= len(shares) ** -0.8
-    table[:, FACTOR_DIM] *= len(shares) ** -0.3
+    share = shares(column)
+    table = generator.standard_normal((len(share), FACTOR_DIM + 1))
+    table -= np.einsum("n,nk->k", share, table)
+    table[:, :FACTOR_DIM] *= len(share) ** -0.8
+    table[:, FACTOR_DIM] *= len(share) ** -0.3
     return table
 
 
@@ -266,7 +171,7 @@ def _terms(
 ) -> tuple[Floats, Floats, Floats]:
     """Return the first order [B], the pairs [B] and A e [B, H].
 
-    All three follow from sums over fields, so each field's table is widened to [v | w | <v, v> | v A] and gathered once.
+    All three follow from sums over fields, so a field's table is widened to [v | w | <v, v> | v A] and gathered once.
     Sums run field by field, without a matrix product, whose rounding could depend on the number of threads.
     """
     # x = 0 for missing numbers too, since their mark is negative
@@ -279,8 +184,7 @@ def _terms(
         squares = np.einsum("nk,nk->n", v, v)[:, None]
         wide = np.concatenate([table, squares, np.einsum("nk,kh->nh", v, hidden_weight[field])], axis=1)
         if column < 0:
-            x_B1 = x[:, field : field + 1]
-            scaled = x_B1 * wide
+            scaled = x[:, field : field + 1] * wide
             scaled[:, FACTOR_DIM + 1] *= x[:, field]  # <e, e> has x twice
             total += scaled
         else:
@@ -291,7 +195,8 @@ def _terms(
 
 
 def _weighted(columns: Floats, weights: Floats) -> Floats:
-    return np.einsum("bh,h->b", columns, weights)
+    result: Floats = np.einsum("bh,h->b", columns, weights)
+    return result
 
 
 def _bias(logit: Floats, click_rate: float) -> float:
@@ -320,4 +225,5 @@ def probability(logit: Floats) -> Floats:
         [0.0, 0.5, 1.0]
     """
     # tanh saturates quietly where exp would overflow
-    return 0.5 * (1.0 + np.tanh(0.5 * logit))
+    result: Floats = 0.5 * (1.0 + np.tanh(0.5 * logit))
+    return result

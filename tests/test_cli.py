@@ -1,0 +1,218 @@
+"""The command line: its option names, frozen, and what it answers to bad input."""
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tyro
+
+from torchrec_deepfm import cli
+from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.training.config import RECIPES, TrainConfig, recipe
+
+# Scripts rely on these names. Add to them; a change or a removal breaks somebody's job.
+OPTIONS = {
+    "synthetic": {"output", "rows", "days", "seed", "click-rate"},
+    "prepare": {
+        "input",
+        "output",
+        "validation",
+        "test",
+        "schema",
+        "min-count",
+        "hash",
+        "num-embeddings",
+        "seed",
+    },
+    "train": {
+        "data",
+        "output",
+        "recipe",
+        "factor-dim",
+        "over-arch-layer-sizes",
+        "activation",
+        "dropout",
+        "batch-norm",
+        "terms",
+        "init-std",
+        "epochs",
+        "batch-size",
+        "sparse-optimizer",
+        "sparse-lr",
+        "dense-lr",
+        "data-parallel-rows",
+        "warmup",
+        "decay",
+        "decay-power",
+        "precision",
+        "eval-every",
+        "seed",
+    },
+    "evaluate": {"run", "data", "split"},
+    "doctor": set(),
+}
+
+
+def run(*words: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "torchrec_deepfm", *words], capture_output=True, text=True, cwd=cwd, timeout=300
+    )
+
+
+def options_in_help(command: str, capsys: pytest.CaptureFixture[str]) -> set[str]:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([command, "--help"])
+    assert stopped.value.code == 0
+    return set(re.findall(r"^\W{1,3}--([a-z][a-z-]*)", capsys.readouterr().out, flags=re.MULTILINE))
+
+
+def test_the_commands_are_frozen() -> None:
+    assert set(cli.COMMANDS) == set(OPTIONS)
+
+
+@pytest.mark.parametrize("command", OPTIONS)
+def test_the_option_names_are_frozen(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert options_in_help(command, capsys) == OPTIONS[command]
+
+
+@pytest.mark.parametrize("command", OPTIONS)
+def test_help_tells_of_every_option_its_type_and_default(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    text = " ".join(capsys.readouterr().out.replace("│", " ").replace("|", " ").split())
+    assert text.count("(default:") + text.count("(required)") >= len(OPTIONS[command])
+
+
+def test_help_shows_the_recipes_values(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in RECIPES:
+        with pytest.raises(SystemExit):
+            cli.main(["train", "--recipe", name, "--help"])
+        text = " ".join(capsys.readouterr().out.replace("│", " ").replace("|", " ").split())
+        layers = " ".join(map(str, recipe(name).over_arch_layer_sizes))
+        assert f"Hidden layers of the MLP. (default: {layers})" in text
+
+
+def train_config(*words: str) -> TrainConfig:
+    command = cli.parse(["train", *words])
+    assert isinstance(command, cli.Train)
+    return command.config
+
+
+def test_a_recipe_and_single_options_on_top() -> None:
+    assert train_config() == recipe("synthetic")
+    assert train_config("--data", "x") == recipe("paper")
+    assert train_config("--data=x", "--recipe=smoke") == recipe("smoke")
+    changed = train_config("--recipe", "paper", "--dropout", "0.25", "--terms", "linear", "fm", "--seed", "7")
+    assert changed == dataclasses.replace(recipe("paper"), dropout=0.25, terms=("linear", "fm"), seed=7)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "no command is named; choose one of synthetic, prepare, train, evaluate, doctor"),
+        (["trian"], "trian: there is no such command; did you mean train?"),
+        (["zzz"], "zzz: there is no such command; choose one of synthetic, prepare, train, evaluate, doctor"),
+        (["train", "--batchsize", "3"], "unknown option --batchsize; python -m torchrec_deepfm train --help lists"),
+        (["train", "--dropout", "x"], "option --dropout: could not convert string to float: 'x'; python -m"),
+        (["train", "--dropout", "1"], "--dropout 1.0: the probability of dropping a unit lies in [0, 1)"),
+        (["train", "--batch-size", "0"], "--batch-size 0: must be at least 1"),
+        (["train", "--sparse-lr", "nan"], "--sparse-lr nan: must be greater than 0"),
+        (["train", "--warmup", "0.6", "--decay", "0.6"], "--warmup 0.6 --decay 0.6: these are shares of the training"),
+        (["train", "--precision", "fp8"], "option --precision takes no 'fp8'; choose one of float32, medium, bf16"),
+        (["train", "--recipe", "x"], "--recipe x: there is no such recipe; choose one of paper, smoke, synthetic"),
+        (["prepare", "--output", "x"], "option --input is missing; python -m torchrec_deepfm prepare --help lists"),
+        (["prepare", "--input", "a", "--output", "x", "--mincount", "3"], "unknown option --mincount"),
+        (["synthetic", "--output"], "option --output lacks a value"),
+        (["evaluate", "--run", "x"], "option --data is missing"),
+        (["evaluate", "--run", "x", "--data", "y", "--split", "z"], "option --split takes no 'z'; choose one of"),
+    ],
+)
+def test_bad_command_lines_get_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(words)
+    captured = capsys.readouterr()
+    assert stopped.value.code == 2
+    assert captured.out == ""
+    assert captured.err.startswith(f"error: {message}")
+    assert captured.err.count("\n") == 1
+
+
+def test_an_unknown_kind_of_parse_error_still_exits_with_2(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Should tyro grow a kind of error that is not known here, its own report stands."""
+    monkeypatch.setattr("torchrec_deepfm.parse_errors._explain", lambda event: None)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["train", "--batchsize", "3"])
+    assert stopped.value.code == 2
+
+
+def test_a_parse_error_is_a_user_error() -> None:
+    with pytest.raises(UserError, match=r"^unknown option --x"):
+        cli.parse(["train", "--x"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "--data", "absent"], "error: absent: no such folder; make it with prepare"),
+        (["train", "--data", "taken"], "error: taken: no prepared folder, there is no manifest.json; make one with"),
+        (["evaluate", "--run", "absent", "--data", "taken"], "error: "),
+        (["evaluate", "--run", "taken", "--data", "taken"], "error: "),
+        (["prepare", "--input", "absent.tsv", "--output", "new"], "error: absent.tsv: "),
+        (["synthetic", "--output", "taken"], "error: taken"),
+        (["synthetic", "--output", "new", "--rows", "0"], "error: --rows"),
+        (["synthetic", "--output", "new", "--click-rate", "1.5"], "error: --click-rate"),
+    ],
+)
+def test_a_process_answers_bad_input_with_code_2_and_leaves_nothing(
+    words: list[str], message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "something").write_text("mine", encoding="utf-8")
+    done = run(*words, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith(message)
+    assert done.stderr.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["taken"]
+    assert [path.name for path in (tmp_path / "taken").iterdir()] == ["something"]
+
+
+def test_from_raw_text_to_an_evaluated_run(tmp_path: Path) -> None:
+    made = run("synthetic", "--output", "raw", "--rows", "4000", "--click-rate", "0.1", cwd=tmp_path)
+    assert (made.returncode, made.stderr) == (0, "")
+    assert "best reachable AUC" in made.stdout
+    splits = ["--validation", "raw/validation.tsv", "--test", "raw/test.tsv"]
+    prepared = run("prepare", "--input", "raw/day_0.tsv", *splits, "--output", "data", cwd=tmp_path)
+    assert (prepared.returncode, prepared.stderr) == (0, "")
+    trained = run("train", "--data", "data", "--output", "run", "--recipe", "smoke", cwd=tmp_path)
+    assert (trained.returncode, trained.stderr) == (0, "")
+    named = trained.stdout.splitlines()[-1]
+    assert named.startswith("wrote run/: ")
+    written = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {name.strip("/,") for name in named.split()[2:]} == written
+    assert written >= {"checkpoint", "config.json", "metrics.jsonl", "plan.json", "summary.json", "tensorboard"}
+
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    truth = json.loads((tmp_path / "raw" / "truth.json").read_text())
+    assert summary["test"]["best_reachable_auc"] == truth["files"]["test.tsv"]["auc"]
+    assert summary["test"]["rows"] == truth["files"]["test.tsv"]["rows"]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert {line["split"] for line in lines} == {"train", "validation", "test"}
+    assert all({"step", "split", "loss"} <= line.keys() for line in lines)
+
+    again = run("train", "--data", "data", "--output", "run", "--recipe", "smoke", cwd=tmp_path)
+    assert again.returncode == 2
+    assert again.stderr == "error: --output run: the folder already holds a run; name another one, or remove it first\n"
+
+    evaluated = run("evaluate", "--run", "run", "--data", "data", cwd=tmp_path)
+    assert (evaluated.returncode, evaluated.stderr) == (0, "")
+    result = json.loads((tmp_path / "run" / "evaluate_test.json").read_text())
+    assert result == summary["test"]
+
+
+def test_tyro_keeps_the_hook_that_one_line_errors_stand_on() -> None:
+    assert callable(tyro._errors.on_parse_error)

@@ -1,0 +1,96 @@
+"""Every example runs: those of docstrings, the Python of README and docs/, and each command of README in a fresh copy."""
+
+import doctest
+import importlib
+import pkgutil
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import torchrec_deepfm
+from tests.end_to_end import Workspace
+
+ROOT = Path(__file__).resolve().parent.parent
+MODULES = sorted(
+    module.name
+    for module in pkgutil.walk_packages(torchrec_deepfm.__path__, "torchrec_deepfm.")
+    if not module.name.endswith("__main__")
+)
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+
+
+def blocks(page: Path, language: str) -> Iterator[str]:
+    yield from re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_docstring_examples(module: str) -> None:
+    result = doctest.testmod(importlib.import_module(module), optionflags=doctest.ELLIPSIS)
+    assert result.failed == 0
+
+
+def test_the_public_classes_have_examples() -> None:
+    """An example that is left out could not fail."""
+    finder = doctest.DocTestFinder(recurse=False)
+    for name in ("DeepFM", "DeepFMTrain", "FactorizationMachine", "embedding_tables"):
+        [found] = finder.find(getattr(torchrec_deepfm, name), name)
+        assert found.examples, name
+
+
+@pytest.mark.parametrize(
+    ("page", "number"),
+    [(page, number) for page in PAGES for number, _ in enumerate(blocks(page, "python"))],
+    ids=lambda value: value.name if isinstance(value, Path) else str(value),
+)
+def test_python_examples_of_the_pages(page: Path, number: int, tmp_path: Path) -> None:
+    """Each in a process of its own: they make process groups."""
+    code = list(blocks(page, "python"))[number]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def commands() -> list[str]:
+    lines = [line for block in blocks(ROOT / "README.md", "bash") for line in block.splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def test_readme_has_the_two_commands() -> None:
+    assert commands()[:2] == ["make train", "make test"]
+
+
+def test_every_command_of_readme(workspace: Workspace) -> None:
+    """In order, in one copy of the repository, from a shell with the environment on its path."""
+    for command in commands():
+        if command == "make test":
+            continue  # it is what runs this test
+        done = workspace.run(command)
+        assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+
+
+def test_every_make_target_that_readme_names_exists() -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    named = set(re.findall(r"make ([a-z]+)", (ROOT / "README.md").read_text(encoding="utf-8")))
+    assert {"train", "test", "setup", "lint"} <= named & targets
+
+
+def test_links_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
+            assert target.startswith("https://") or (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_map_names_every_module() -> None:
+    """CONTRIBUTING.md's map is true: no module is missing from it."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    missing = [
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "torchrec_deepfm").rglob("*.py")
+        if not path.name.startswith("__") and path.name not in text
+    ]
+    assert missing == []
+    for name in re.findall(r"\b[a-z_]+\.py\b", text):
+        assert any(found.is_file() for found in ROOT.rglob(name) if ".venv" not in found.parts), name

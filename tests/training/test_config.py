@@ -1,0 +1,80 @@
+"""The options of a training: their ranges, what is said of a bad one, and the recipes."""
+
+import dataclasses
+import math
+
+import pytest
+
+from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.training.config import RECIPES, TrainConfig, paper, recipe
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epochs": 0}, "--epochs 0: must be at least 1"),
+        ({"batch_size": 0}, "--batch-size 0: must be at least 1"),
+        ({"factor_dim": -1}, "--factor-dim -1: must be at least 1"),
+        ({"sparse_lr": 0.0}, "--sparse-lr 0.0: must be greater than 0"),
+        ({"sparse_lr": math.nan}, "--sparse-lr nan: must be greater than 0"),
+        ({"dense_lr": -0.5}, "--dense-lr -0.5: must be greater than 0"),
+        ({"decay_power": 0.0}, "--decay-power 0.0: must be greater than 0"),
+        ({"init_std": 0.0}, "--init-std 0.0: must be greater than 0"),
+        ({"eval_every": -1}, "--eval-every -1: must not be negative"),
+        ({"data_parallel_rows": -1}, "--data-parallel-rows -1: must not be negative"),
+        ({"seed": -1}, "--seed -1: must not be negative"),
+        ({"dropout": 1.0}, "--dropout 1.0: the probability of dropping a unit lies in [0, 1)"),
+        ({"dropout": -0.1}, "--dropout -0.1: the probability of dropping a unit lies in [0, 1)"),
+        ({"dropout": math.nan}, "--dropout nan: the probability of dropping a unit lies in [0, 1)"),
+        (
+            {"warmup": 0.6, "decay": 0.5},
+            "--warmup 0.6 --decay 0.5: these are shares of the training, together at most 1",
+        ),
+        (
+            {"warmup": -0.1},
+            "--warmup -0.1 --decay 0.0: these are shares of the training, together at most 1",
+        ),
+        (
+            {"decay": math.nan},
+            "--warmup 0.0 --decay nan: these are shares of the training, together at most 1",
+        ),
+    ],
+    ids=str,
+)
+def test_a_value_out_of_range(options: dict[str, float], message: str) -> None:
+    with pytest.raises(UserError) as raised:
+        TrainConfig(**options)  # type: ignore[arg-type]
+    assert str(raised.value) == message
+    with pytest.raises(UserError):
+        dataclasses.replace(paper(), **options)  # type: ignore[arg-type]
+
+
+def test_the_ends_of_the_ranges_are_allowed() -> None:
+    TrainConfig(epochs=1, batch_size=1, factor_dim=1, eval_every=0, data_parallel_rows=0, seed=0, dropout=0.0)
+    TrainConfig(dropout=0.999, warmup=0.0, decay=1.0)
+    TrainConfig(warmup=1.0, decay=0.0)
+
+
+def test_the_default_is_the_paper() -> None:
+    """Section 3.1 of arXiv 1703.04247: K = 10, 400-400-400, dropout 0.5, ReLU; Adam's rate is Adam's own."""
+    config = TrainConfig()
+    assert recipe("paper") == config
+    assert (config.factor_dim, config.over_arch_layer_sizes, config.dropout) == (10, (400, 400, 400), 0.5)
+    assert (config.activation, config.dense_lr, config.terms) == ("relu", 1e-3, ("linear", "fm", "deep"))
+
+
+def test_recipes_by_name() -> None:
+    assert sorted(RECIPES) == ["paper", "smoke", "synthetic"]
+    for name, make in RECIPES.items():
+        assert recipe(name) == make()
+        assert make.__doc__, f"the recipe {name} does not say where its values come from"
+    with pytest.raises(UserError) as raised:
+        recipe("papers")
+    assert str(raised.value) == "--recipe papers: there is no such recipe; choose one of paper, smoke, synthetic"
+
+
+def test_a_config_does_not_change() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        TrainConfig().dropout = 0.1  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        TrainConfig(10)  # type: ignore[misc]

@@ -1,0 +1,97 @@
+"""The metrics against their definitions in plain Python."""
+
+import math
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from torchrec_deepfm.training.metrics import Metrics, compute_metrics, lift
+
+
+def compute(logits: list[float], labels: list[int]) -> Metrics:
+    return compute_metrics(np.array(logits, np.float32), np.array(labels, np.float32))
+
+
+def auc_by_pairs(logits: list[float], labels: list[int]) -> float:
+    """Share of the pairs (click, no click) in which the click has the larger logit; a tie counts half."""
+    clicks = [z for z, y in zip(logits, labels, strict=True) if y == 1]
+    others = [z for z, y in zip(logits, labels, strict=True) if y == 0]
+    wins = sum(1.0 if a > b else 0.5 if a == b else 0.0 for a in clicks for b in others)
+    return wins / (len(clicks) * len(others))
+
+
+def probability(z: float) -> float:
+    return 1.0 / (1.0 + math.exp(-z))
+
+
+def logloss(logits: list[float], labels: list[int]) -> float:
+    losses = [
+        -math.log(probability(z)) if y else -math.log(1.0 - probability(z)) for z, y in zip(logits, labels, strict=True)
+    ]
+    return math.fsum(losses) / len(losses)
+
+
+@given(st.lists(st.tuples(st.integers(-3, 3), st.integers(0, 1)), min_size=1, max_size=40))
+def test_auc_is_that_of_all_pairs_with_ties_half(pairs: list[tuple[int, int]]) -> None:
+    logits, labels = [float(z) for z, _ in pairs], [y for _, y in pairs]
+    auc = compute(logits, labels).auc
+    if len(set(labels)) == 1:
+        assert auc is None
+    else:
+        assert auc == pytest.approx(auc_by_pairs(logits, labels), abs=1e-12)
+
+
+def test_every_metric_is_its_definition() -> None:
+    rng = random.Random(0)
+    logits = [round(rng.gauss(-1.0, 2.0) * 8) / 8 for _ in range(300)]  # exact in float32, with ties
+    labels = [int(rng.random() < 0.3) for _ in logits]
+    metrics = compute(logits, labels)
+    rate = sum(labels) / len(labels)
+    entropy = -(rate * math.log(rate) + (1 - rate) * math.log(1 - rate))
+    assert metrics.rows == 300
+    assert metrics.auc == pytest.approx(auc_by_pairs(logits, labels), abs=1e-12)
+    assert metrics.logloss == pytest.approx(logloss(logits, labels), rel=1e-12)
+    assert metrics.ne == pytest.approx(logloss(logits, labels) / entropy, rel=1e-12)
+    assert metrics.calibration == pytest.approx(math.fsum(map(probability, logits)) / len(logits) / rate, rel=1e-12)
+
+
+def test_who_predicts_the_base_rate_knows_nothing_and_is_calibrated() -> None:
+    metrics = compute([-math.log(3.0)] * 8, [1, 0, 0, 0] * 2)  # the logit of 1/4
+    assert metrics.auc == 0.5
+    assert metrics.ne == pytest.approx(1.0, rel=1e-6)
+    assert metrics.calibration == pytest.approx(1.0, rel=1e-6)
+
+
+@pytest.mark.parametrize("size", [100.0, 30_000.0])
+def test_extreme_logits(size: float) -> None:
+    # -log(sigmoid(z)) is -z far below zero and 0 far above; sigmoid(z) is then 0 or 1.
+    wrong_twice = compute([size, -size, size, -size], [0, 1, 1, 0])
+    assert wrong_twice.logloss == pytest.approx(2 * size / 4, rel=1e-12)
+    assert wrong_twice.auc == 0.5  # of the four pairs one is won, one lost and two are tied
+    assert wrong_twice.ne == pytest.approx(size / 2 / math.log(2.0), rel=1e-12)
+    assert wrong_twice.calibration == pytest.approx(1.0, abs=1e-12)
+    right = compute([size, -size], [1, 0])
+    assert right.logloss == pytest.approx(0.0, abs=1e-40)
+    assert right.auc == 1.0
+
+
+@pytest.mark.parametrize("label", [0, 1])
+def test_a_set_of_one_class(label: int) -> None:
+    metrics = compute([1.0, -2.0], [label, label])
+    assert (metrics.auc, metrics.ne, metrics.rows) == (None, None, 2)
+    assert metrics.logloss == pytest.approx(logloss([1.0, -2.0], [label, label]), rel=1e-12)
+    expected = (probability(1.0) + probability(-2.0)) / 2 if label else None
+    assert metrics.calibration == (pytest.approx(expected, rel=1e-12) if label else None)
+
+
+def test_json() -> None:
+    metrics = Metrics(rows=3, logloss=0.5, auc=None, ne=None, calibration=1.5)
+    assert metrics.to_json() == {"rows": 3, "logloss": 0.5, "auc": None, "ne": None, "calibration": 1.5}
+
+
+@pytest.mark.parametrize(("auc", "expected"), [(0.5, 0.0), (0.75, 1.0), (0.625, 0.5), (0.45, -0.2), (0.8, 1.2)])
+def test_lift(auc: float, expected: float) -> None:
+    assert lift(auc, 0.75) == expected
