@@ -166,9 +166,7 @@ def timed(device: "torch.device", work: Callable[[], object]) -> float:  # noqa:
     return time.perf_counter() - started
 
 
-def report(
-    options: Options, world_size: int, rates: dict[str, list[float]], fm: dict[str, list[float]]
-) -> None:
+def report(options: Options, world_size: int, rates: dict[str, list[float]], fm: dict[str, list[float]]) -> None:
     import torch
     import torchrec
 
@@ -182,7 +180,9 @@ def report(
     for name, values in rates.items():
         middle = statistics.median(values)
         step = 1e3 * options.batch_size * world_size / middle
-        print(f"{name:<10} {middle:>10,.0f} {min(values):>10,.0f} {max(values):>10,.0f} {step:>10.1f} {middle / base:>10.2f}")
+        print(
+            f"{name:<10} {middle:>10,.0f} {min(values):>10,.0f} {max(values):>10,.0f} {step:>10.1f} {middle / base:>10.2f}"
+        )
     exact, short = statistics.median(fm["float64"]), statistics.median(fm["float32"])
     print(f"FM alone, forward and backward: {exact:.2f} ms in float64, {short:.2f} ms in float32")
     for name, values in rates.items():

@@ -1,4 +1,4 @@
-"""Every example runs: those of docstrings, the Python of README and docs/, and each command of README in a fresh copy."""
+"""Every example runs: those of docstrings, the Python of README and docs/, and README's commands in a fresh copy."""
 
 import doctest
 import importlib

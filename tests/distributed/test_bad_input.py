@@ -54,7 +54,12 @@ def row_seen_by(data: PreparedData, rank: int, step: int) -> int:
         (Patch(stem="day_0", ending="sparse", column=2, value=2**30), 1, 3, "column C3: 1073741824 is no id below {}"),
         (Patch(stem="day_0", ending="sparse", column=25, value=-1), 0, 0, "column C26: -1 is no id below {}"),
         (Patch(stem="day_0", ending="dense", column=4, value=np.nan), 0, 5, "column I5: nan is no finite number"),
-        (Patch(stem="day_0", ending="labels", column=0, value=2), 1, 0, "column label: 2 is no label, it must be 0 or 1"),
+        (
+            Patch(stem="day_0", ending="labels", column=0, value=2),
+            1,
+            0,
+            "column label: 2 is no label, it must be 0 or 1",
+        ),
     ],
     ids=["id on rank 1", "negative id on rank 0", "NaN on rank 0", "label on rank 1"],
 )
@@ -114,7 +119,9 @@ def test_an_output_folder_that_holds_a_run(data: PreparedData, tmp_path: Path) -
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text("{}")
     code, lines = train(data.folder, tmp_path / "run")
-    expected = f"error: --output {tmp_path / 'run'}: the folder already holds a run; name another one, or remove it first"
+    expected = (
+        f"error: --output {tmp_path / 'run'}: the folder already holds a run; name another one, or remove it first"
+    )
     assert (code, lines) == (2, [expected])
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
 

@@ -170,9 +170,7 @@ def test_initial_weights_are_what_the_row_layout_asks_for(ranks: list[dict[str, 
 @pytest.fixture(scope="module")
 def unsharded() -> dict[str, Any]:
     """The same steps on the whole batches, without TorchRec's sharding and with one plain SGD over all parameters."""
-    model = DeepFMTrain(
-        DeepFM(EmbeddingBagCollection(tables=embedding_tables(SIZES, K)), 2, (6,), K, dropout=0.0)
-    )
+    model = DeepFMTrain(DeepFM(EmbeddingBagCollection(tables=embedding_tables(SIZES, K)), 2, (6,), K, dropout=0.0))
     before = noise()
     write_state(model, before)
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)

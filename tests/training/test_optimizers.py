@@ -166,9 +166,7 @@ def test_fused_optimizers_are_what_they_are_called(
         {"t_small"} if data_parallel_rows else set()
     )
     plain = DeepFMTrain(
-        DeepFM(
-            EmbeddingBagCollection(tables=embedding_tables(SIZES, 6)), 2, (8,), 6, dropout=0.0, activation=nn.Tanh
-        )
+        DeepFM(EmbeddingBagCollection(tables=embedding_tables(SIZES, 6)), 2, (8,), 6, dropout=0.0, activation=nn.Tanh)
     )
     before = read_state(sharded.model)
     write_state(plain, before)

@@ -12,6 +12,8 @@ from torchrec_deepfm.errors import UserError
 
 T = TypeVar("T")
 
+_MISTAKE = "torchrec_deepfm/user_error"
+
 
 @contextmanager
 def process_group() -> Iterator[torch.device]:
@@ -23,7 +25,7 @@ def process_group() -> Iterator[torch.device]:
         This rank's device, already set as the current one.
 
     Raises:
-        UserError: there are GPUs, but fewer than local ranks.
+        UserError: there are GPUs, but fewer than local ranks; or the user's mistake that stopped another rank.
     """
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -43,9 +45,44 @@ def process_group() -> Iterator[torch.device]:
         store = torch._C._distributed_c10d.HashStore()  # torch.distributed exports it without saying so
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
     try:
-        yield device
+        with shared_mistakes():
+            yield device
+        dist.barrier()  # no rank tears down what another one still talks through
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def shared_mistakes() -> Iterator[None]:
+    """Let every rank stop over a user's mistake that only one has met, such as a bad value in its rows.
+
+    That rank leaves, and the others lose their connections to it: an error that says nothing, in a traceback. Here it
+    leaves its message in the group's store first, and the others raise that instead.
+
+    Yields:
+        Nothing; call collectives inside.
+
+    Raises:
+        UserError: raised inside, or by another rank while this one failed.
+    """
+    store = dist.distributed_c10d._get_default_store()
+    try:
+        yield
+    except UserError as error:
+        store.set(_MISTAKE, str(error))
+        raise
+    except Exception as error:
+        told = _told(store)
+        if told is None:
+            raise
+        raise UserError(told) from error
+
+
+def _told(store: dist.Store) -> str | None:
+    try:
+        return store.get(_MISTAKE).decode() if store.check([_MISTAKE]) else None
+    except RuntimeError:  # the store went with the process that held it
+        return None
 
 
 def is_main() -> bool:

@@ -1,6 +1,7 @@
 """The training loop: loaders, sharded model, pipeline, evaluations, and the files that they leave."""
 
 import itertools
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from torchrec_deepfm.training.evaluation import autocast, evaluate
 from torchrec_deepfm.training.metrics import Metrics, lift
 from torchrec_deepfm.training.optimizers import make_optimizer, make_scheduler
 from torchrec_deepfm.training.progress import Progress
-from torchrec_deepfm.training.ranks import is_main, on_main
+from torchrec_deepfm.training.ranks import is_main, on_main, shared_mistakes
 
 # Steps between two records of the running loss. Reading the loss off a GPU waits for it, so not at each step.
 RECORD_EVERY = 20
@@ -77,13 +78,20 @@ def train(config: TrainConfig, data: PreparedData, output: Path, device: torch.d
         progress = Progress(output, config.epochs * len(train_loader) * config.batch_size * world_size)
     loop = _Loop(config, sharded.model, train_loader, eval_loaders["validation"], device, progress)
     try:
-        loop.run()
-        metrics = {
-            split: evaluate(sharded.model, loader, device, config.precision) for split, loader in eval_loaders.items()
-        }
+        with shared_mistakes():
+            loop.run()
+            metrics = {
+                split: evaluate(sharded.model, loader, device, config.precision)
+                for split, loader in eval_loaders.items()
+            }
         if progress is not None:
             for split, result in metrics.items():
                 progress.evaluation(step=loop.total_steps, split=split, metrics=result, tell=False)
+    except UserError:
+        # Bad values in the data. There is nothing yet to keep, and a run that has no end would be in the way of the
+        # next one. Every rank removes it, as rank 0 may be stopped, over the loss of its peer, before it gets here.
+        shutil.rmtree(output, ignore_errors=True)
+        raise
     finally:
         if progress is not None:
             progress.close()
