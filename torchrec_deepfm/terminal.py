@@ -18,7 +18,7 @@ _WARNINGS = (
 _LOGGED = {
     "torch.fx._symbolic_trace": "is_fx_tracing will return true for both",  # TorchRec asks it while it pipelines
     # Raised again where the batch is wanted, and told there.
-    "torchrec.distributed.train_pipeline.utils": "DataLoadingThread: Non-retriable exception in data loading: UserError",
+    "torchrec.distributed.train_pipeline.utils": "DataLoadingThread: Non-retriable exception in data loading: UserE",
 }
 
 

@@ -15,10 +15,11 @@ from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.training import trainer
 from torchrec_deepfm.training.config import TrainConfig
 
-GLOBAL_BATCH = 500
-STEPS = 40  # two epochs of 10,000 rows
+GLOBAL_BATCH = 400
+STEPS = 50  # two epochs of 10,000 rows; 1,000 rows to evaluate leave half a batch, which has to be filled up
+# Gentle rates: where the loss jumps about, the rounding of sums in another order grows past any tolerance.
 CONFIG = TrainConfig(
-    factor_dim=4, over_arch_layer_sizes=(16, 8), dropout=0.0, epochs=2, sparse_lr=0.1, dense_lr=0.01,
+    factor_dim=4, over_arch_layer_sizes=(16, 8), dropout=0.0, epochs=2, sparse_lr=0.02, dense_lr=0.003,
     data_parallel_rows=20, warmup=0.1, decay=0.5, eval_every=15,
 )  # fmt: skip
 
@@ -45,7 +46,7 @@ def train_and_evaluate(folder: Path, output: Path, damaged: Path) -> dict[str, A
 
 
 def damage(run: Path, copy: Path, how: str) -> None:
-    shutil.copytree(run, copy)
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("evaluate_*.json"))
     checkpoint = copy / "checkpoint"
     shards = sorted(checkpoint.glob("*.distcp"))
     assert shards
@@ -127,16 +128,16 @@ def test_two_ranks_reach_the_metrics_of_one(alone: Path, two: Path) -> None:
 
 
 def test_rates_in_the_record_follow_the_schedule(two: Path) -> None:
-    # 4 steps of warm-up, 16 at the full rate, 20 of quadratic decay.
-    factors = [(step + 1) / 4 for step in range(4)] + [1.0] * 16 + [((20 - step) / 20) ** 2 for step in range(20)]
-    for name, rate in (("sparse", 0.1), ("dense", 0.01)):
+    # 5 steps of warm-up, 20 at the full rate, 25 of quadratic decay.
+    factors = [(step + 1) / 5 for step in range(5)] + [1.0] * 20 + [((25 - step) / 25) ** 2 for step in range(25)]
+    for name, rate in (("sparse", 0.02), ("dense", 0.003)):
         rates = [line["lr"][name] for line in records(two, "train")]
-        assert rates == pytest.approx([rate * factor for factor in factors], rel=1e-9)
+        assert rates == pytest.approx([rate * factor for factor in factors], rel=1e-6)  # kept in float32
 
 
 def test_evaluations_come_when_they_are_asked_for(two: Path) -> None:
-    assert [line["step"] for line in records(two, "validation")] == [15, 30, 40]
-    assert [line["step"] for line in records(two, "test")] == [40]
+    assert [line["step"] for line in records(two, "validation")] == [15, 30, 45, 50]
+    assert [line["step"] for line in records(two, "test")] == [50]
     assert records(two, "validation")[-1]["auc"] == read(two / "summary.json")["validation"]["auc"]
 
 
@@ -145,7 +146,7 @@ def test_the_summary_is_the_same_on_every_rank(told: list[dict[str, Any]], two: 
     summaries = [{name: value for name, value in rank["summary"].items() if name not in clocks} for rank in told]
     assert summaries[0] == summaries[1]
     assert read(two / "summary.json") == told[0]["summary"]
-    assert (summaries[0]["steps"], summaries[0]["batch_size"], summaries[0]["world_size"]) == (STEPS, 250, 2)
+    assert (summaries[0]["steps"], summaries[0]["batch_size"], summaries[0]["world_size"]) == (STEPS, 200, 2)
 
 
 def test_evaluation_says_what_the_training_said(told: list[dict[str, Any]], two: Path) -> None:
@@ -163,23 +164,40 @@ def test_one_rank_reads_what_two_wrote(two: Path, data: PreparedData, device: to
 
 
 @pytest.mark.parametrize(
-    "how",
-    ["cut", "a file is lost", "other bytes", "no metadata", "broken metadata", "no checkpoint", "another model"],
+    ("how", "reason"),
+    [
+        ("cut", "PytorchStreamReader failed"),
+        ("a file is lost", "No such file"),
+        ("other bytes", ""),  # torch says how it could be loaded all the same, by unsafe means
+        ("no metadata", "No such file"),
+        ("broken metadata", "metadata read failed"),
+        ("another model", "Size mismatch between saved torch.Size([8]) and current: torch.Size([9])"),
+    ],
 )
-def test_a_damaged_checkpoint(two: Path, data: PreparedData, device: torch.device, tmp_path: Path, how: str) -> None:
+def test_a_damaged_checkpoint(
+    two: Path, data: PreparedData, device: torch.device, tmp_path: Path, how: str, reason: str
+) -> None:
     damage(two, tmp_path / "copy", how)
     with pytest.raises(UserError) as raised:
         trainer.evaluate_run(tmp_path / "copy", data, "test", device)
     message = str(raised.value)
-    print(how, "::", message)
+    assert message.startswith(f"{tmp_path / 'copy' / 'checkpoint'}: the checkpoint can't be read (")
+    assert message.endswith("); train again")
+    assert reason in message
     assert len(message.splitlines()) == 1
-    assert message.startswith(f"{tmp_path / 'copy' / 'checkpoint'}: ")
     assert not (tmp_path / "copy" / "evaluate_test.json").exists()
+
+
+def test_a_run_without_a_checkpoint(two: Path, data: PreparedData, device: torch.device, tmp_path: Path) -> None:
+    damage(two, tmp_path / "copy", "no checkpoint")
+    with pytest.raises(UserError) as raised:
+        trainer.evaluate_run(tmp_path / "copy", data, "test", device)
+    checkpoint = tmp_path / "copy" / "checkpoint"
+    assert str(raised.value) == f"{checkpoint}: there is no checkpoint; did the training reach its end?"
 
 
 def test_a_damaged_checkpoint_on_two_ranks(told: list[dict[str, Any]], folder: Path) -> None:
     for rank in told:
-        print(rank["refusal"])
         assert rank["refusal"].startswith(f"{folder / 'two_damaged' / 'checkpoint'}: the checkpoint can't be read (")
         assert len(rank["refusal"].splitlines()) == 1
 

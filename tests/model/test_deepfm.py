@@ -280,6 +280,9 @@ def test_the_papers_defaults() -> None:
     ]
     assert linear == [(14 * 10, 400), (400, 400), (400, 400), (400, 1)]
     assert [layer.p for layer in model.over_arch.layers if isinstance(layer, nn.Dropout)] == [0.5, 0.5, 0.5]
+    last = model.over_arch.layers[-1]
+    assert isinstance(last, nn.Linear)
+    assert last.bias is None  # the model has one bias, b
     assert sum(isinstance(layer, nn.ReLU) for layer in model.over_arch.layers) == 3
 
 

@@ -50,6 +50,7 @@ class SparseArch(nn.Module):
             for name in self.sparse_feature_names
         }
         self._read_columns = factor_dim + 1
+        self._padded = packed_dim(factor_dim) > self._read_columns
 
     def forward(self, sparse_features: KeyedJaggedTensor) -> Tensor:
         """Look up and pool.
@@ -78,8 +79,10 @@ class SparseArch(nn.Module):
                 values = sparse_features.values()
                 return torch.zeros(0, len(self._embedding_names), self._read_columns, device=values.device)
         pooled: KeyedTensor = self.embedding_bag_collection(sparse_features)
-        rows_BSD = torch.stack([pooled[name] for name in self._embedding_names], dim=1)
-        return rows_BSD[:, :, : self._read_columns]
+        # One split, whose backward pass is one concatenation. A slice per key would write, each, a gradient of full width.
+        by_name = pooled.to_dict()
+        rows_BSD = torch.stack([by_name[name] for name in self._embedding_names], dim=1)
+        return rows_BSD[:, :, : self._read_columns] if self._padded else rows_BSD
 
 
 class DenseArch(nn.Module):

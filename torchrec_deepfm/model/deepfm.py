@@ -115,11 +115,11 @@ class DeepFM(nn.Module):
         rows_BFR: Tensor = self.sparse_arch(sparse_features)
         if self.dense_arch is not None:
             rows_BFR = torch.cat([self.dense_arch(dense_features), rows_BFR], dim=1)
-        factors_BFK = rows_BFR[:, :, : self.factor_dim]
+        factors_BFK, first_order_BF1 = rows_BFR.split([self.factor_dim, 1], dim=2)
 
         logits_B1 = self.bias
         if self.inter_arch is not None:
-            logits_B1 = logits_B1 + self.inter_arch(factors_BFK, rows_BFR[:, :, self.factor_dim])
+            logits_B1 = logits_B1 + self.inter_arch(factors_BFK, first_order_BF1.squeeze(2))
         if self.over_arch is not None:
             # Under autocast the MLP speaks bfloat16; the sum of the terms stays in the type of the rows.
             logits_B1 = logits_B1 + self.over_arch(factors_BFK.flatten(1)).to(logits_B1.dtype)

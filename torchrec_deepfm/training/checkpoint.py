@@ -49,6 +49,13 @@ def load_model(model: DistributedModelParallel, folder: Path) -> None:
     try:
         load(state, checkpoint_id=folder)
     except (CheckpointException, OSError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise UserError(f"{folder}: the checkpoint can't be read ({reason}); train again") from error
+        raise UserError(f"{folder}: the checkpoint can't be read ({_reason(error)}); train again") from error
     model.load_state_dict(OrderedDict(state["model"]))
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong, in one sentence; torch reports it with the tracebacks of all ranks."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    sentence = (str(error).strip().splitlines() or [""])[0].split(". ")[0].rstrip(".")
+    return f"{type(error).__name__}: {sentence}"

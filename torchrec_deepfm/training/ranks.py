@@ -65,7 +65,7 @@ def shared_mistakes() -> Iterator[None]:
     Raises:
         UserError: raised inside, or by another rank while this one failed.
     """
-    store = dist.distributed_c10d._get_default_store()
+    store = dist.distributed_c10d._get_default_store()  # the group's own: it outlives each rank under torchrun
     try:
         yield
     except UserError as error:
@@ -78,7 +78,7 @@ def shared_mistakes() -> Iterator[None]:
         raise UserError(told) from error
 
 
-def _told(store: dist.Store) -> str | None:
+def _told(store: torch._C._distributed_c10d.Store) -> str | None:
     try:
         return store.get(_MISTAKE).decode() if store.check([_MISTAKE]) else None
     except RuntimeError:  # the store went with the process that held it
