@@ -115,7 +115,7 @@ def generate(
 ) -> SyntheticData:
     """Write synthetic click logs. The same options give the same bytes.
 
-    Memory does not grow with ``rows``, but for 9 bytes per row of the file in work, which its exact AUC needs.
+    Memory grows with the rows of the largest file only by what its exact AUC needs, about 90 bytes per row.
 
     Args:
         output: The folder to write. It appears whole at the end or not at all.
