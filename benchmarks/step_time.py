@@ -120,7 +120,7 @@ def step_rates(options: Options, device: "torch.device") -> dict[str, list[float
     pipeline = TrainPipelineSparseDist(model, make_optimizer(model, config), device, custom_model_fwd=forward)
     rates: dict[str, list[float]] = {name: [] for name in PRECISIONS}
     for repeat in range(options.repeats + 1):  # the first warms up
-        for precision in PRECISIONS:  # noqa: B020 - forward reads it
+        for precision in PRECISIONS:  # forward reads it
             torch.set_float32_matmul_precision("medium" if precision == "medium" else "highest")
             seconds = timed(device, lambda: [pipeline.progress(batches) for _ in range(options.steps)])
             if repeat:
@@ -181,7 +181,8 @@ def report(options: Options, world_size: int, rates: dict[str, list[float]], fm:
         middle = statistics.median(values)
         step = 1e3 * options.batch_size * world_size / middle
         print(
-            f"{name:<10} {middle:>10,.0f} {min(values):>10,.0f} {max(values):>10,.0f} {step:>10.1f} {middle / base:>10.2f}"
+            f"{name:<10} {middle:>10,.0f} {min(values):>10,.0f} {max(values):>10,.0f} {step:>10.1f} "
+            f"{middle / base:>10.2f}"
         )
     exact, short = statistics.median(fm["float64"]), statistics.median(fm["float32"])
     print(f"FM alone, forward and backward: {exact:.2f} ms in float64, {short:.2f} ms in float32")

@@ -74,7 +74,11 @@ def _be_a_rank(program: str, folder: Path) -> None:
     dist.init_process_group("gloo")
     result = function(*pickle.loads((folder / "arguments").read_bytes()))
     (folder / f"rank_{dist.get_rank()}").write_bytes(pickle.dumps(result))
+    dist.barrier()  # no rank tears down what another one still talks through
     dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # gloo's threads may outlive the group and then abort the interpreter's teardown, after all the work
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ class SparseArch(nn.Module):
                 values = sparse_features.values()
                 return torch.zeros(0, len(self._embedding_names), self._read_columns, device=values.device)
         pooled: KeyedTensor = self.embedding_bag_collection(sparse_features)
-        # One split, whose backward pass is one concatenation. A slice per key would write, each, a gradient of full width.
+        # One split: its backward pass is one concatenation, where a slice per key would each write the full width.
         by_name = pooled.to_dict()
         rows_BSD = torch.stack([by_name[name] for name in self._embedding_names], dim=1)
         return rows_BSD[:, :, : self._read_columns] if self._padded else rows_BSD

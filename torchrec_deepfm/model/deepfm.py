@@ -115,7 +115,7 @@ class DeepFM(nn.Module):
         rows_BFR: Tensor = self.sparse_arch(sparse_features)
         if self.dense_arch is not None:
             rows_BFR = torch.cat([self.dense_arch(dense_features), rows_BFR], dim=1)
-        factors_BFK, first_order_BF1 = rows_BFR.split([self.factor_dim, 1], dim=2)
+        factors_BFK, first_order_BF1 = torch.split(rows_BFR, [self.factor_dim, 1], dim=2)
 
         logits_B1 = self.bias
         if self.inter_arch is not None:

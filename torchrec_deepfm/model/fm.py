@@ -68,7 +68,7 @@ class FactorizationMachine(nn.Module):
     .. math:: \sum_{i<j} \langle v_i, v_j \rangle = \tfrac12 \sum_k \Big[ (\sum_i v_{ik})^2 - \sum_i v_{ik}^2 \Big]
 
     The two sums nearly cancel where the vectors point every way: in float32 the relative error of a single sample then
-    reaches 2e-4. So they are taken in float64, whatever the input's type and also under autocast; the products of
+    reaches 2e-3. So they are taken in float64, whatever the input's type and also under autocast; the products of
     float32 numbers are exact there, and docs/results.md has what it costs (little).
 
     Example:
