@@ -13,9 +13,13 @@ _WARNINGS = (
     r"Please use DTensor instead and we are deprecating ShardedTensor",  # TorchRec's state_dict holds the latter
     r"`broadcast_buffers` is deprecated",  # TorchRec passes it to DistributedDataParallel
     r"[\s\S]*Failed to import: fbgemm_gpu",  # operators that the CPU build of FBGEMM leaves out
+    # On CPU the lookup of data_parallel tables warns of its gradient; tests/training/test_optimizers.py proves it right.
+    r"fbgemm::dense_embedding_codegen_lookup_function: an autograd kernel was not registered",
     r"[\s\S]*fbgemm_gpu.split_table_batched_embeddings_ops is now DEPRECATED",  # TorchRec imports it
 )
 _LOGGED = {
+    "root": "Sharding spec not found for",  # data_parallel tables have none
+    "torchrec.distributed.utils": "Sharding Type is data_parallel, caching params will be ignored",
     "torch.fx._symbolic_trace": "is_fx_tracing will return true for both",  # TorchRec asks it while it pipelines
     # Raised again where the batch is wanted, and told there.
     "torchrec.distributed.train_pipeline.utils": "DataLoadingThread: Non-retriable exception in data loading: UserE",

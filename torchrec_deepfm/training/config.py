@@ -5,11 +5,21 @@ takes one by name (``--recipe paper``) and any field of it as an option on top (
 ``dataclasses.replace(paper(), dropout=0.2)``.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from torchrec_deepfm.errors import UserError
+
+Activation = Literal["relu", "tanh", "sigmoid", "gelu", "silu"]
+SparseOptimizer = Literal["rowwise_adagrad", "adagrad", "sgd"]
+Precision = Literal["float32", "medium", "bf16"]
+_CHOICES = {
+    "activation": get_args(Activation),
+    "sparse_optimizer": get_args(SparseOptimizer),
+    "precision": get_args(Precision),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +34,7 @@ class TrainConfig:
     """K, the width of the latent vectors."""
     over_arch_layer_sizes: tuple[int, ...] = (400, 400, 400)
     """Hidden layers of the MLP."""
-    activation: Literal["relu", "tanh", "sigmoid", "gelu", "silu"] = "relu"
+    activation: Activation = "relu"
     """Activation of the MLP."""
     dropout: float = 0.5
     """Probability of dropping a hidden unit of the MLP, in [0, 1)."""
@@ -39,7 +49,7 @@ class TrainConfig:
     """Passes over the training split."""
     batch_size: int = 2048
     """Samples per step and rank."""
-    sparse_optimizer: Literal["rowwise_adagrad", "adagrad", "sgd"] = "rowwise_adagrad"
+    sparse_optimizer: SparseOptimizer = "rowwise_adagrad"
     """Optimizer of the tables, fused into the backward pass."""
     sparse_lr: float = 0.02
     """Learning rate of the tables."""
@@ -53,7 +63,7 @@ class TrainConfig:
     """Share of the steps, the last ones, during which the learning rates fall to zero."""
     decay_power: float = 2.0
     """Power of the polynomial by which they fall."""
-    precision: Literal["float32", "medium", "bf16"] = "float32"
+    precision: Precision = "float32"
     """float32; float32 with bfloat16 matrix products inside (medium); or bfloat16 autocast of the MLP."""
     eval_every: int = 0
     """Steps between evaluations on the validation split; 0: after each epoch."""
@@ -66,11 +76,17 @@ class TrainConfig:
             if getattr(self, option) < 1:
                 raise UserError(f"--{option.replace('_', '-')} {getattr(self, option)}: must be at least 1")
         for option in ("sparse_lr", "dense_lr", "decay_power", "init_std"):
-            if not getattr(self, option) > 0.0:
-                raise UserError(f"--{option.replace('_', '-')} {getattr(self, option)}: must be greater than 0")
+            if not 0.0 < getattr(self, option) < math.inf:
+                raise UserError(
+                    f"--{option.replace('_', '-')} {getattr(self, option)}: must be greater than 0, and finite"
+                )
         for option in ("eval_every", "data_parallel_rows", "seed"):
             if getattr(self, option) < 0:
                 raise UserError(f"--{option.replace('_', '-')} {getattr(self, option)}: must not be negative")
+        for option, choices in _CHOICES.items():  # the command line has checked them, a file by hand has not
+            if getattr(self, option) not in choices:
+                name = option.replace("_", "-")
+                raise UserError(f"--{name} {getattr(self, option)}: choose one of {', '.join(choices)}")
         if not 0.0 <= self.dropout < 1.0:
             raise UserError(f"--dropout {self.dropout}: the probability of dropping a unit lies in [0, 1)")
         if min(self.warmup, self.decay) < 0.0 or not self.warmup + self.decay <= 1.0:
