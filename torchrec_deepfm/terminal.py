@@ -13,7 +13,7 @@ _WARNINGS = (
     r"Please use DTensor instead and we are deprecating ShardedTensor",  # TorchRec's state_dict holds the latter
     r"`broadcast_buffers` is deprecated",  # TorchRec passes it to DistributedDataParallel
     r"[\s\S]*Failed to import: fbgemm_gpu",  # operators that the CPU build of FBGEMM leaves out
-    # On CPU the lookup of data_parallel tables warns of its gradient; tests/training/test_optimizers.py proves it right.
+    # Of data_parallel tables on CPU; tests/training/test_optimizers.py proves their gradients right.
     r"fbgemm::dense_embedding_codegen_lookup_function: an autograd kernel was not registered",
     r"[\s\S]*fbgemm_gpu.split_table_batched_embeddings_ops is now DEPRECATED",  # TorchRec imports it
 )
