@@ -1,8 +1,6 @@
-"""Every example runs: those of docstrings, the Python of README and docs/, and README's commands in a fresh copy."""
+"""Every example of the pages runs: the Python of README and docs/, and README's commands in a fresh copy."""
 
 import doctest
-import importlib
-import pkgutil
 import re
 import subprocess
 import sys
@@ -15,11 +13,6 @@ import torchrec_deepfm
 from tests.end_to_end import Workspace
 
 ROOT = Path(__file__).resolve().parent.parent
-MODULES = sorted(
-    module.name
-    for module in pkgutil.walk_packages(torchrec_deepfm.__path__, "torchrec_deepfm.")
-    if not module.name.endswith("__main__")
-)
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
 
 
@@ -27,14 +20,8 @@ def blocks(page: Path, language: str) -> Iterator[str]:
     yield from re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_docstring_examples(module: str) -> None:
-    result = doctest.testmod(importlib.import_module(module), optionflags=doctest.ELLIPSIS)
-    assert result.failed == 0
-
-
 def test_the_public_classes_have_examples() -> None:
-    """An example that is left out could not fail."""
+    """pytest runs them with all examples of docstrings (`--doctest-modules`); one that is left out could not fail."""
     finder = doctest.DocTestFinder(recurse=False)
     for name in ("DeepFM", "DeepFMTrain", "FactorizationMachine", "embedding_tables"):
         [found] = finder.find(getattr(torchrec_deepfm, name), name)

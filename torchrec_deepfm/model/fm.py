@@ -69,7 +69,7 @@ class FactorizationMachine(nn.Module):
 
     The two sums nearly cancel where the vectors point every way: in float32 the relative error of a single sample then
     reaches 2e-3. So they are taken in float64, whatever the input's type and also under autocast; the products of
-    float32 numbers are exact there, and docs/results.md has what it costs (little).
+    float32 numbers are exact there, and docs/results.md has what it costs.
 
     Example:
         >>> fm = FactorizationMachine()
