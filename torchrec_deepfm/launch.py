@@ -90,16 +90,19 @@ def main(argv: list[str] | None = None) -> None:
     import torch
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
 
     # These two log which rank is stopped, which one failed and what they do with error files. Our line says it all.
     for name in ("api", "errors.error_handler"):
         logging.getLogger(f"torch.distributed.elastic.multiprocessing.{name}").setLevel(logging.CRITICAL)
-    ranks = run.determine_local_world_size(run.get_args_parser().parse_args(argv).nproc_per_node)
+    parser = run.get_args_parser()
+    parser.allow_abbrev = False  # else it takes the command's own --run for a short form of its --run-path, and stops
+    options = parser.parse_args(argv)
+    ranks = run.determine_local_world_size(options.nproc_per_node)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // ranks)))
     os.environ[_UNDER_LAUNCHER] = "1"
     try:
-        run.main(argv)
+        record(run.run)(options)
     except ChildFailedError as failed:
         line, code = explain(failed)
         sys.stderr.write(f"error: {line}\n")
