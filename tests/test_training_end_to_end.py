@@ -27,7 +27,6 @@ def made(workspace: Workspace) -> dict[str, Any]:
 
 def test_make_train_reaches_the_planted_optimum(made: dict[str, Any]) -> None:
     assert made["world_size"] == 2
-    assert made["train_seconds"] < 300
     best = made["test"]["best_reachable_auc"]
     assert (made["test"]["auc"] - 0.5) / (best - 0.5) >= 0.98
     assert made["test"]["lift"] == pytest.approx((made["test"]["auc"] - 0.5) / (best - 0.5))
