@@ -52,9 +52,10 @@ def test_a_value_out_of_range(options: dict[str, float], message: str) -> None:
 
 
 def test_the_ends_of_the_ranges_are_allowed() -> None:
-    TrainConfig(epochs=1, batch_size=1, factor_dim=1, eval_every=0, data_parallel_rows=0, seed=0, dropout=0.0)
-    TrainConfig(dropout=0.999, warmup=0.0, decay=1.0)
-    TrainConfig(warmup=1.0, decay=0.0)
+    lowest = {"epochs": 1, "batch_size": 1, "factor_dim": 1, "eval_every": 0, "data_parallel_rows": 0, "seed": 0}
+    for options in (lowest, {"dropout": 0.0}, {"dropout": 0.999}, {"warmup": 0.0, "decay": 1.0}, {"warmup": 1.0}):
+        config = TrainConfig(**options)  # type: ignore[arg-type]
+        assert {name: getattr(config, name) for name in options} == options
 
 
 def test_the_default_is_the_paper() -> None:
