@@ -94,7 +94,9 @@ def evaluate(
 
 def prepare(
     *args: str,
+    j: str = "1x1",
     cpu: int = 2,
+    gpu: int = 0,
     memMB: int = 8192,
     h: Optional[str] = None,
     image: str = torchx.IMAGE,
@@ -102,31 +104,32 @@ def prepare(
     env: Optional[Dict[str, str]] = None,
     max_retries: int = 0,
 ) -> specs.AppDef:
-    """Turns raw click logs into a prepared folder, in one process.
+    """Turns raw click logs into a prepared folder; several ranks share the files, in a folder that all of them see.
 
     Args:
         args: options of `python -m torchrec_deepfm prepare`, after `--`
-        cpu: CPU cores (local schedulers ignore it)
-        memMB: memory in MB (local schedulers ignore it)
-        h: a named resource of TorchX, instead of cpu and memMB
+        j: {hosts}x{ranks per host}; a rank works on a file at a time
+        cpu: CPU cores per host (local schedulers ignore it)
+        gpu: GPUs per host, which it has no use for
+        memMB: memory per host in MB (local schedulers ignore it)
+        h: a named resource of TorchX, instead of cpu, gpu and memMB
         image: the image with torchrec_deepfm in it (local_cwd runs what is installed here)
         name: the job's name
-        env: environment variables of the process (ENV1=v1,ENV2=v2)
-        max_retries: how often the scheduler may start the job again
+        env: environment variables of the ranks (ENV1=v1,ENV2=v2)
+        max_retries: how often the scheduler may start the job again; it goes on where it stood
     """
-    return specs.AppDef(
+    return _on_ranks(
+        "prepare",
+        args,
+        j=j,
+        cpu=cpu,
+        gpu=gpu,
+        memMB=memMB,
+        h=h,
+        image=image,
         name=name,
-        roles=[
-            specs.Role(
-                name="prepare",
-                image=image,
-                entrypoint="python",
-                args=["-u", "-m", "torchrec_deepfm", "prepare", *args],
-                env=dict(env or {}),
-                resource=specs.resource(cpu=cpu, memMB=memMB, h=h),
-                max_retries=max_retries,
-            )
-        ],
+        env=env,
+        max_retries=max_retries,
     )
 
 

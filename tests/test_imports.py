@@ -25,7 +25,7 @@ ALLOWED = {
     "doctor": set(),
     "launch": {"errors"},
     "torchx_run": {"errors"},
-    "terminal": set(),
+    "terminal": {"errors"},
     "parse_errors": {"errors"},
     "model": BASE,
     "data": BASE,

@@ -6,10 +6,11 @@ as it stands, and ``train`` and ``evaluate`` as a rank when torchrun or TorchX s
 
 import difflib
 import itertools
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -49,45 +50,132 @@ class Synthetic:
 
 @dataclass(frozen=True, kw_only=True)
 class Prepare:
-    """Turn raw click logs into the prepared folder that training reads."""
+    """Turn raw click logs into the prepared folder that training reads.
 
-    input: tuple[Path, ...]
-    """Raw training files in Criteo's format (.gz too), one a day."""
+    Stopped in any way, the same command goes on where it stood.
+    """
+
     output: Path
     """Folder to write; must be empty or absent."""
-    validation: tuple[Path, ...] = ()
-    """Raw validation files. Without these and --test, the input is split 8:1:1."""
-    test: tuple[Path, ...] = ()
+    input: tuple[str, ...] = ()
+    """Raw training files: Criteo's text (.gz and .zst too) one a day, or a folder of day_0, day_1, ...; or tables."""
+    validation: tuple[str, ...] = ()
+    """Raw validation files. Without these and --test, the input is split."""
+    test: tuple[str, ...] = ()
     """Raw test files."""
     schema: str = "criteo-kaggle"
-    """Which columns the files have: criteo-kaggle or criteo-terabyte."""
+    """Which columns the files have: criteo-kaggle, criteo-terabyte, or the TOML file of a table."""
+    split: str | None = None
+    """How to split the input: 8:1:1, 9:1 (no validation), last-day (halved: validation, test), or none. Default: 8:1:1;
+    for criteo-terabyte last-day."""
+    numeric: str | None = None
+    """What becomes of numbers: log1p, log (as TorchRec's script), bucketize (extra categories), or none. Default: what
+    the schema says; else log1p for Criteo, none for a table."""
     min_count: int = 10
     """Values seen less often in training share id 0."""
     hash: tyro.conf.FlagCreatePairsOff[bool] = False
     """Hash values to ids instead of keeping a vocabulary."""
-    num_embeddings: int = 100_000
-    """With --hash: ids per column."""
+    num_embeddings: tuple[int, ...] = ()
+    """With --hash: ids per column, one number for all or one each. Default: 40 million; criteo-terabyte: MLPerf's."""
+    vocabulary: Path | None = None
+    """Prepared folder whose vocabulary is applied instead of counting one."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """Stop at a bad row, or leave it out and list it in the manifest."""
+    memory: str = "2GiB"
+    """Memory to stay below, per process."""
     seed: int = 0
     """Seed of the split by row."""
 
     def run(self) -> None:
         """Run the command."""
+        cores = terminal.threads()
+        os.environ["POLARS_MAX_THREADS"] = str(cores)  # read when polars is loaded
         from torchrec_deepfm.data.prepare import prepare
-        from torchrec_deepfm.data.schema import named_schema
+        from torchrec_deepfm.data.presets import preset
+        from torchrec_deepfm.data.schema import load_schema
+        from torchrec_deepfm.data.workers import Workers
 
-        prepare(
-            self.input,
-            self.output,
-            validation=self.validation,
-            test=self.test,
-            schema=named_schema(self.schema),
-            min_count=self.min_count,
-            hash=self.hash,
-            num_embeddings=self.num_embeddings,
-            seed=self.seed,
-            report=terminal.say,
-        )
-        terminal.say(f"wrote {self.output}")
+        chosen = preset(self.schema)
+        held_out = self.validation or self.test
+
+        def run(workers: Workers) -> None:
+            prepare(
+                self.input,
+                self.output,
+                validation=self.validation,
+                test=self.test,
+                schema=load_schema(self.schema),
+                min_count=self.min_count,
+                hash=self.hash,
+                num_embeddings=self.num_embeddings or chosen.num_embeddings,
+                vocabulary=self.vocabulary,
+                numeric_transform=self.numeric,
+                split=self.split if self.split is not None or held_out else chosen.split,
+                seed=self.seed,
+                on_bad_row=self.on_bad_row,
+                memory=terminal.parse_bytes("--memory", self.memory),
+                threads=cores,
+                workers=workers,
+                report=terminal.say,
+            )
+            if workers.is_main:
+                terminal.say(f"wrote {self.output}")
+
+        if "RANK" not in os.environ:
+            try:
+                run(Workers())
+            except KeyboardInterrupt:
+                sys.exit(
+                    f"stopped; the same command goes on from {self.output.with_name(f'.{self.output.name}.partial')}"
+                )
+            return
+        terminal.quiet()
+        import torch.distributed as dist
+
+        from torchrec_deepfm.training import ranks
+
+        # A rank may wait for another one as long as a day of Criteo Terabyte takes.
+        with ranks.process_group(timeout=timedelta(days=30)):
+            run(Workers(rank=dist.get_rank(), count=dist.get_world_size(), wait=dist.barrier))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verify:
+    """Check every byte of a prepared folder against its checksums."""
+
+    folder: tyro.conf.Positional[Path]
+    """Prepared folder."""
+
+    def run(self) -> None:
+        """Run the command."""
+        from torchrec_deepfm.data.verify import verify
+
+        files = verify(self.folder, terminal.say)
+        terminal.say(f"{self.folder}: {files} files are what was written")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchemaCommand:
+    """Write a first schema for a table of your own, to edit."""
+
+    action: tyro.conf.Positional[Literal["infer"]]
+    """infer: look at the table's columns."""
+    file: tyro.conf.Positional[str]
+    """Parquet or CSV file, a folder of them, or an fsspec address."""
+    label: str | None = None
+    """Name of the 0/1 column, where it can't be guessed."""
+    output: Path | None = None
+    """TOML file to write. Without it the schema is printed."""
+
+    def run(self) -> None:
+        """Run the command."""
+        from torchrec_deepfm.data.infer import infer_schema, write_inferred
+
+        if self.output is None:
+            terminal.say(infer_schema(self.file, label=self.label).rstrip("\n"))
+        else:
+            write_inferred(self.file, self.output, label=self.label)
+            terminal.say(f"wrote {self.output}; look through it, then: {PROG} prepare --schema {self.output}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,10 +248,12 @@ class Doctor:
         sys.exit(report.exit_code)
 
 
-Command = Synthetic | Prepare | Train | Evaluate | Doctor
+Command = Synthetic | Prepare | Verify | SchemaCommand | Train | Evaluate | Doctor
 COMMANDS: dict[str, type[Command]] = {
     "synthetic": Synthetic,
+    "schema": SchemaCommand,
     "prepare": Prepare,
+    "verify": Verify,
     "train": Train,
     "evaluate": Evaluate,
     "doctor": Doctor,

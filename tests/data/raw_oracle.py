@@ -1,10 +1,14 @@
-"""What a prepared folder must hold, worked out from the raw text in plain Python: no DuckDB, no numpy."""
+"""What a prepared folder must hold, worked out from the raw text in plain Python: no DuckDB, no Polars.
 
-import hashlib
+Only the lots of the split are numpy's, since a seeded stream of random numbers has no other source.
+"""
+
 import math
 import random
 import struct
 from collections import Counter
+
+import numpy as np
 
 from torchrec_deepfm.data.schema import CRITEO_KAGGLE, Schema
 
@@ -30,9 +34,10 @@ def parse(text: bytes, schema: Schema) -> list[tuple[int, list[float], list[int 
     return rows
 
 
-def split_of(seed: int, file: int, row: int) -> str:
-    lot = int.from_bytes(hashlib.md5(f"{seed}:{file}:{row}".encode()).digest()[8:], "little") % 10
-    return "train" if lot < 8 else {8: "validation", 9: "test"}[lot]
+def splits_of(seed: int, file: int, rows: int, way: str = "8:1:1") -> list[str]:
+    """The split of every row, from one draw for the whole file."""
+    names = {"8:1:1": ["train"] * 8 + ["validation", "test"], "9:1": ["train"] * 9 + ["test"]}[way]
+    return [names[int(draw * 10)] for draw in np.random.default_rng((seed, file)).random(rows)]
 
 
 def vocabularies(train, schema: Schema, min_count: int) -> list[dict[int | None, tuple[int, int]]]:

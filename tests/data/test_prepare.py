@@ -6,12 +6,13 @@ from pathlib import Path
 
 import duckdb
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.data.raw_oracle import SMALL, parse, random_text, split_of, vocabularies
-from torchrec_deepfm.data import encode
+from tests.data.raw_oracle import SMALL, parse, random_text, splits_of, vocabularies
+from torchrec_deepfm.data import job as module
 from torchrec_deepfm.data.prepare import prepare
 from torchrec_deepfm.data.prepared import SPLITS, PreparedData
 from torchrec_deepfm.data.schema import CRITEO_KAGGLE
@@ -19,15 +20,16 @@ from torchrec_deepfm.data.schema import CRITEO_KAGGLE
 SAMPLE = Path("../shared/data/criteo/dac_sample_12000.tsv")
 
 
-def expected(texts, schema, *, validation=None, test=None, seed=0):
+def expected(texts, schema, *, validation=None, test=None, seed=0, way="8:1:1"):
     """The rows of every stem, in order."""
     stems = {}
     for i, text in enumerate(texts):
-        for row, content in enumerate(parse(text, schema)):
-            split = "train" if validation is not None else split_of(seed, i, row)
-            stems.setdefault(f"day_{i}" if split == "train" else split, []).append(content)
-    if validation is not None:
-        stems["validation"], stems["test"] = parse(validation, schema), parse(test, schema)
+        rows = parse(text, schema)
+        splits = splits_of(seed, i, len(rows), way) if validation is None else ["train"] * len(rows)
+        for split, content in zip(splits, rows, strict=True):
+            stems.setdefault(f"day_{i}" if split == "train" else f"{split}_{i}", []).append(content)
+    for split, held_out in (("validation", validation or []), ("test", test or [])):
+        stems |= {f"{split}_{i}": parse(text, schema) for i, text in enumerate(held_out)}
     return stems
 
 
@@ -42,30 +44,25 @@ def check(data: PreparedData, stems, *, min_count=None, buckets=None):
         def encoded(j, value):
             return tables[j].get(value, (0, 0))[0]
 
-        found = duckdb.execute("SELECT * FROM read_parquet(?)", [str(data.folder / "vocabulary.parquet")]).fetchall()
-        assert found == [
-            (column, value, number, count)
-            for column, table in zip(schema.categorical, tables, strict=True)
-            for value, (number, count) in table.items()
-        ]
+        for j, table in enumerate(tables):
+            found = duckdb.execute("FROM read_parquet(?)", [str(data.folder / f"vocabulary_{j}.parquet")]).fetchall()
+            assert found == [(value, number, count) for value, (number, count) in table.items()]
     else:
         sizes = [buckets] * len(schema.categorical)
 
         def encoded(j, value):
             return 0 if value is None else 1 + value % (buckets - 1)
 
-        assert not (data.folder / "vocabulary.parquet").exists()
+        assert not list(data.folder.glob("vocabulary*"))
 
     assert dict(data.num_embeddings) == dict(zip(schema.categorical, sizes, strict=True))
-    assert [day.stem for split in SPLITS for day in data.splits[split]] == [
-        *sorted((stem for stem in stems if stem.startswith("day_")), key=lambda stem: int(stem[4:])),
-        "validation",
-        "test",
-    ]
+    for split in SPLITS:
+        named = [stem for stem in stems if stem.startswith("day_" if split == "train" else split)]
+        assert [day.stem for day in data.splits[split]] == sorted(named, key=lambda stem: int(stem.split("_")[1]))
     for split in SPLITS:
         for day in data.days(split):
             rows = stems[day.stem]
-            dense, sparse, labels = data.arrays(day)
+            dense, sparse, labels = (getattr(data.arrays(day), name)[:] for name in ("dense", "sparse", "labels"))
             assert (dense.dtype, sparse.dtype, labels.dtype) == (np.float32, np.int32, np.int32)
             assert (day.rows, day.positives) == (len(rows), sum(label for label, _, _ in rows))
             assert labels.tolist() == [[label] for label, _, _ in rows]
@@ -74,6 +71,11 @@ def check(data: PreparedData, stems, *, min_count=None, buckets=None):
             np.testing.assert_array_max_ulp(
                 dense, np.array([row for _, row, _ in rows], np.float32).reshape(dense.shape)
             )
+
+
+def small_pieces(monkeypatch, piece_bytes=2000, block_rows=50):
+    monkeypatch.setattr(module, "PIECE_SHARE", piece_bytes / module.MEMORY)
+    monkeypatch.setattr(module, "BLOCK_SHARE", 4 * 3 * block_rows / module.MEMORY)
 
 
 def write(folder: Path, **texts: bytes) -> list[Path]:
@@ -94,11 +96,11 @@ def test_two_days_split_by_themselves(tmp_path):
 
 
 def test_days_and_holdout_files_in_small_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr(encode, "PIECE_ROWS", 64)  # several pieces a file, the last one short
+    small_pieces(monkeypatch)  # several pieces a file, the last one short
     texts = {name: random_text(150, seed, SMALL) for seed, name in enumerate("abvt")}
     a, b, v, t = write(tmp_path, **texts)
     data = prepare([a, b], tmp_path / "out", validation=[v], test=[t], schema=SMALL, min_count=2)
-    stems = expected([texts["a"], texts["b"]], SMALL, validation=texts["v"], test=texts["t"])
+    stems = expected([texts["a"], texts["b"]], SMALL, validation=[texts["v"]], test=[texts["t"]])
     check(data, stems, min_count=2)
     assert data.made["sources"]["validation"] == [{"name": "v.tsv", "bytes": len(texts["v"])}]
 
@@ -107,7 +109,7 @@ def test_several_holdout_files_follow_one_another(tmp_path):
     texts = {name: random_text(20, seed, SMALL) for seed, name in enumerate("avwt")}
     a, v, w, t = write(tmp_path, **texts)
     data = prepare([a], tmp_path / "out", validation=[v, w], test=[t], schema=SMALL, min_count=1)
-    check(data, expected([texts["a"]], SMALL, validation=texts["v"] + texts["w"], test=texts["t"]), min_count=1)
+    check(data, expected([texts["a"]], SMALL, validation=[texts["v"], texts["w"]], test=[texts["t"]]), min_count=1)
 
 
 def test_hashing(tmp_path):
@@ -123,11 +125,15 @@ def test_real_criteo_rows(tmp_path):
     check(data, expected([SAMPLE.read_bytes()], CRITEO_KAGGLE), min_count=10)
 
 
-def test_gzip_gives_the_same_arrays_as_plain_text(tmp_path):
-    text = random_text(200, 4)
+@pytest.mark.parametrize("ending", ["gz", "zst"])
+def test_compressed_text_gives_the_same_arrays_as_plain_text(tmp_path, monkeypatch, ending):
+    small_pieces(monkeypatch, piece_bytes=10_000)
+    text = random_text(300, 4)
     (plain,) = write(tmp_path, a=text)
-    packed = tmp_path / "a.tsv.gz"
-    packed.write_bytes(gzip.compress(text))
+    packed = tmp_path / f"a.tsv.{ending}"
+    # Two members or frames one after the other, as parallel compressors write them.
+    pack = gzip.compress if ending == "gz" else pa.Codec("zstd").compress
+    packed.write_bytes(bytes(pack(text[:5000])) + bytes(pack(text[5000:])))
     one, two = prepare([plain], tmp_path / "one"), prepare([packed], tmp_path / "two")
     for path in one.folder.iterdir():
         if path.name != "manifest.json":
@@ -141,7 +147,7 @@ def test_same_command_same_bytes_other_seed_other_split(tmp_path):
     ]
     files = [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in folders]
     assert files[0] == files[1]
-    assert files[0]["test_sparse.npy"] != files[2]["test_sparse.npy"]
+    assert files[0]["test_0_sparse.npy"] != files[2]["test_0_sparse.npy"]
 
 
 def test_ties_go_by_value_with_missing_first(tmp_path):
@@ -153,9 +159,9 @@ def test_ties_go_by_value_with_missing_first(tmp_path):
     assert data.num_embeddings["c1"] == 5
     ids = {"ff": 1, "": 2, "2": 3, "a": 4, "7": 0}
     wanted = [ids[value.lower().lstrip("0")] for value in values]
-    assert data.arrays(data.days("train")[0])[1][:, 0].tolist() == wanted
-    assert data.arrays(data.days("validation")[0])[1][:, 0].tolist() == wanted
-    assert data.arrays(data.days("test")[0])[1][:, 0].tolist() == [0]  # unseen
+    assert data.arrays(data.days("train")[0]).sparse[:, 0].tolist() == wanted
+    assert data.arrays(data.days("validation")[0]).sparse[:, 0].tolist() == wanted
+    assert data.arrays(data.days("test")[0]).sparse[:, 0].tolist() == [0]  # unseen
 
 
 def test_a_file_name_is_no_pattern(tmp_path):
@@ -195,7 +201,7 @@ def test_any_rows(tmp_path_factory, train, validation, test, min_count, buckets)
     a, v, t = write(folder, a=train, v=validation, t=test)
     options = {"min_count": min_count} if buckets is None else {"hash": True, "num_embeddings": buckets}
     data = prepare([a], folder / "out", validation=[v], test=[t], schema=SMALL, **options)
-    check(data, expected([train], SMALL, validation=validation, test=test), min_count=min_count, buckets=buckets)
+    check(data, expected([train], SMALL, validation=[validation], test=[test]), min_count=min_count, buckets=buckets)
 
 
 def test_known_optimum_is_passed_on(tmp_path):

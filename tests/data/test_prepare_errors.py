@@ -1,20 +1,17 @@
 """Every mistake gets one line that names the place and the remedy, and leaves nothing behind."""
 
-import errno
 import gzip
-import os
 from pathlib import Path
 
 import pytest
 
 from tests.data.raw_oracle import SMALL, parse, random_text
-from torchrec_deepfm.data import prepare as module
 from torchrec_deepfm.data.prepare import prepare
 from torchrec_deepfm.data.schema import CRITEO_KAGGLE
 from torchrec_deepfm.errors import UserError
 
 GOOD = b"1\t5\t-2\tab\t\t0F\n"
-REPAIR = "; repair or remove the line"
+REPAIR = "; repair or remove the line, or skip such lines (--on-bad-row skip)"
 
 
 def refused(tmp_path: Path, *args, **options) -> str:
@@ -123,7 +120,8 @@ def test_tolerated(tmp_path, path, text):
         hash=True,
         num_embeddings=100,
     )
-    dense, sparse, labels = data.arrays(data.days("train")[0])
+    arrays = data.arrays(data.days("train")[0])
+    dense, sparse, labels = arrays.dense[:], arrays.sparse[:], arrays.labels[:]
     rows = parse(text.removeprefix(b"\xef\xbb\xbf"), SMALL)
     assert labels[:, 0].tolist() == [row[0] for row in rows]
     assert sparse.tolist() == [[0 if value is None else 1 + value % 99 for value in row[2]] for row in rows]
@@ -132,6 +130,7 @@ def test_tolerated(tmp_path, path, text):
 
 @pytest.mark.parametrize("text", [b"", b"\n\n"], ids=["empty", "blank"])
 def test_no_rows(tmp_path, path, text):
+    # Nothing to estimate the disk by, either.
     path.write_bytes(text)
     assert refused(tmp_path, [path], tmp_path / "out") == (
         f"{path}: the file holds no row; give a file with data or leave it out"
@@ -141,7 +140,8 @@ def test_no_rows(tmp_path, path, text):
 def test_missing_file_and_folder(tmp_path, path):
     assert refused(tmp_path, [path], tmp_path / "out") == f"{path}: no such file; check the path"
     assert (
-        refused(tmp_path, [tmp_path], tmp_path.parent / "out") == f"{tmp_path}: this is a folder; name the files in it"
+        refused(tmp_path, [tmp_path], tmp_path.parent / "out")
+        == f"{tmp_path}: this is a folder without day_0, day_1, ...; name the files"
     )
 
 
@@ -160,12 +160,6 @@ def test_options(tmp_path, path):
     out, other = tmp_path / "out", tmp_path / "other.tsv"
     other.write_bytes(GOOD)
     assert refused(tmp_path, [], out) == "--input: no file is named; name at least one"
-    assert refused(tmp_path, [path], out, validation=[other]) == (
-        "--validation is given without --test; give both, or none for a split of the input"
-    )
-    assert refused(tmp_path, [path], out, test=[other]) == (
-        "--test is given without --validation; give both, or none for a split of the input"
-    )
     assert refused(tmp_path, [path], out, min_count=0) == "--min-count: 0 is too small; give 1 or more"
     assert refused(tmp_path, [path], out, hash=True, num_embeddings=1) == (
         "--num-embeddings: 1 is out of range; give 2 to 2147483647"
@@ -175,6 +169,48 @@ def test_options(tmp_path, path):
     assert refused(tmp_path, [path, twice], out) == f"{twice}: the same file is named twice; name each file once"
     again = f"{path}: the same file is named twice; name each file once"
     assert refused(tmp_path, [path], out, validation=[other], test=[path]) == again
+
+
+def test_more_options(tmp_path, path):
+    path.write_bytes(GOOD)
+    out = tmp_path / "out"
+    tests = {
+        "--memory: 512 MiB are too little; give 1GiB or more": {"memory": 512 << 20},
+        "--threads: 0 is too small; give 1 or more": {"threads": 0},
+        "--split 7:3: there is no such split; choose one of 8:1:1, 9:1, last-day, none": {"split": "7:3"},
+        "--split last-day: one file is named; name two or more, or choose --split 8:1:1": {"split": "last-day"},
+        "--numeric cube: there is no such transform; choose one of log1p, log, bucketize, none": {
+            "numeric_transform": "cube"
+        },
+        "--num-embeddings: 2 numbers for 3 categorical columns; give one for all, or one each": {
+            "hash": True,
+            "num_embeddings": [5, 6],
+        },
+        "--vocabulary: hashing has none; leave --hash or --vocabulary out": {"hash": True, "vocabulary": out},
+        "--on-bad-row ignore: choose error or skip": {"on_bad_row": "ignore"},
+    }
+    for message, options in tests.items():
+        assert refused(tmp_path, [path], out, schema=SMALL, **options) == message
+    assert refused(tmp_path, [path], out, schema=SMALL, split="9:1", test=[path]) == (
+        "--split 9:1: --validation and --test say the split already; leave one of the two out"
+    )
+
+
+def test_days(tmp_path):
+    def days(*names):
+        for name in names:
+            (tmp_path / name).write_bytes(GOOD)
+        return [tmp_path / name for name in names]
+
+    out = tmp_path / "out"
+    assert refused(tmp_path, days("day_0", "day_1.gz", "day_3"), out) == (
+        "--input: day_2 is missing between day_1.gz and day_3; name all days, or rename the files if they are no days"
+    )
+    assert refused(tmp_path, days("day_0", "day_1"), out, test=days("day_3.gz")).startswith("--input: day_2 is missing")
+    twice = days("day_4", "day_4.gz")
+    assert refused(tmp_path, twice, out) == (
+        f"{twice[1]}: day 4 is there twice, also as {twice[0]}; name each day once"
+    )
 
 
 def test_too_few_rows_to_split(tmp_path, path):
@@ -198,29 +234,6 @@ def test_output_that_is_taken(tmp_path, path):
     assert prepare([path], out, schema=SMALL).rows("train") > 0  # an empty folder is free
     message = refused(tmp_path, [path], path / "out", schema=SMALL)
     assert message.startswith(f"{path / 'out'}: the folder can't be written (")
-
-
-def test_a_full_disk(tmp_path, path, monkeypatch):
-    path.write_bytes(random_text(100, 0, SMALL))
-
-    def full(*_, **__):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(module, "encode_day", full)
-    message = refused(tmp_path, [path], tmp_path / "out", schema=SMALL)
-    assert message == f"{tmp_path / 'out'}: no space is left on the device; free some or name another output"
-
-
-def test_an_interrupt_leaves_nothing(tmp_path, path, monkeypatch):
-    path.write_bytes(random_text(100, 0, SMALL))
-
-    def interrupt(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(module, "encode_day", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        prepare([path], tmp_path / "out", schema=SMALL)
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_damaged_truth(tmp_path):

@@ -1,17 +1,15 @@
-"""Writing an output folder all at once: it appears whole, or not at all."""
+"""The end of a prepared folder: checksums, manifest, and the rename that makes it appear."""
 
 import errno
 import hashlib
-import json
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from torchrec_deepfm.data.prepared import FORMAT_VERSION, MANIFEST, SPLITS, Day
-from torchrec_deepfm.data.schema import Schema
+import duckdb
+
 from torchrec_deepfm.errors import UserError
 
 
@@ -31,6 +29,33 @@ def check_free(output: Path) -> None:
         raise UserError(f"{output}: the output exists and is no folder; name another one")
 
 
+def digest(path: Path) -> dict[str, int | str]:
+    """Return what the manifest says of a file.
+
+    Args:
+        path: The file.
+
+    Returns:
+        ``bytes`` and ``sha256``.
+    """
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def appear(folder: Path, output: Path) -> None:
+    """Give a finished folder its name.
+
+    Args:
+        folder: The folder, on the same disk.
+        output: Its name to be.
+
+    Raises:
+        UserError: The name is taken.
+    """
+    check_free(output)
+    folder.rename(output.absolute())
+
+
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
     """Give a temporary sibling of ``output`` to write into; rename it at the end.
@@ -48,51 +73,51 @@ def new_folder(output: Path) -> Iterator[Path]:
     output = output.absolute()
     partial = output.with_name(f".{output.name}.{uuid.uuid4().hex}.partial")
     try:
-        partial.mkdir(parents=True)
-        yield partial
-        check_free(output)
-        partial.rename(output)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"{output}: no space is left on the device; free some or name another output") from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
-            raise UserError(f"{output}: the folder can't be written ({error.strerror}); name another output") from error
-        raise
+        with disk_errors(output):
+            partial.mkdir(parents=True)
+            yield partial
+            appear(partial, output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def write_manifest(
-    folder: Path,
-    *,
-    schema: Schema,
-    num_embeddings: Mapping[str, int],
-    splits: Mapping[str, Sequence[Day]],
-    made: Mapping[str, Any],
-    optimum: Mapping[str, Mapping[str, float]],
-) -> None:
-    """Write ``manifest.json`` with the size and checksum of every other file in the folder.
+class OutOfRoomError(UserError):
+    """The disk or the memory ran out, which is no mistake in the input: what is done stays good."""
+
+
+@contextmanager
+def disk_errors(output: Path, kept: Callable[[], Path | None] = lambda: None) -> Iterator[None]:
+    """Turn what the disk refuses into one line.
 
     Args:
-        folder: A folder that is complete but for the manifest.
-        schema: The columns.
-        num_embeddings: Ids per categorical column.
-        splits: The days of each split.
-        made: How the folder was made.
-        optimum: The best reachable metrics per split, where known.
+        output: The folder that is being written.
+        kept: Tells where finished work lies to go on from, ``None`` where there is none.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        OutOfRoomError: The disk is full, or DuckDB had to stop.
+        UserError: The folder can't be written.
     """
-    files = {}
-    for path in sorted(folder.iterdir()):
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        files[path.name] = {"bytes": path.stat().st_size, "sha256": digest}
-    manifest = {
-        "format_version": FORMAT_VERSION,
-        "schema": schema.to_json(),
-        "num_embeddings": dict(num_embeddings),
-        "splits": {split: [vars(day) for day in splits[split]] for split in SPLITS},
-        "files": files,
-        "made": dict(made),
-        "optimum": {split: dict(best) for split, best in optimum.items()},
-    }
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+    def again() -> str:
+        folder = kept()
+        return "" if folder is None else f"; what is done is kept in {folder}, the same command goes on from there"
+
+    try:
+        yield
+    except OSError as error:
+        # Polars and pyarrow tell the number in the text only.
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "No space left" in str(error):
+            raise OutOfRoomError(
+                f"{output}: no space is left on the device; free some or name another output{again()}"
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+            raise UserError(f"{output}: the folder can't be written ({error.strerror}); name another output") from error
+        raise
+    except (duckdb.IOException, duckdb.OutOfMemoryException) as error:
+        reason = str(error).splitlines()[0]
+        raise OutOfRoomError(
+            f"{output}: DuckDB could not go on ({reason}); free disk, or give more --memory{again()}"
+        ) from error

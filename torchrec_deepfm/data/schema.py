@@ -1,57 +1,213 @@
-"""Which columns a data set has (standard library only).
+"""Which columns a data set has: the built-in schemas, and those that a user writes as TOML (standard library only).
 
-A table of the user's own will be described by a TOML file; its reader belongs here, beside ``named_schema``.
+Shape letters: I numeric columns, F categorical columns.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+import difflib
+import json
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final
 
 from torchrec_deepfm.errors import UserError
+
+TRANSFORMS: Final = ("log1p", "log", "bucketize", "none")
+LAYOUTS: Final = ("criteo", "table")
+TYPES: Final = ("string", "integer")
+
+# A schema is a small text. What is larger was named by mistake: a data file, most likely.
+_MAX_TOML_BYTES: Final = 1 << 20
+_MAX_NUM_EMBEDDINGS: Final = 2**31 - 1
+_LIST_ONLY: Final = ("separator", "weights")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """What is special about one column; each option that is left out keeps its default.
+
+    Args:
+        list: A categorical column with several values a row (multi-hot).
+        separator: Text between the values of a list, for CSV cells and text columns.
+        weights: Name of the column that holds a weight for each value of this list.
+        type: ``string`` or ``integer``; ``None`` takes it from the file.
+        min_count: Values of this column seen less often in training share id 0.
+        num_embeddings: Ids of this column when values are hashed.
+        transform: What happens to the numbers of this column: one of ``TRANSFORMS``.
+
+    Raises:
+        UserError: An option has the wrong type or value.
+
+    Example:
+        >>> Column(list=True, separator="|").to_json()
+        {'list': True, 'separator': '|'}
+    """
+
+    list: bool = False
+    separator: str | None = None
+    weights: str | None = None
+    type: str | None = None
+    min_count: int | None = None
+    num_embeddings: int | None = None
+    transform: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check the options one by one."""
+        if not isinstance(self.list, bool):
+            raise UserError(f"list: {self.list!r} is neither true nor false; give one of them")
+        for key in ("separator", "weights"):
+            value = getattr(self, key)
+            if value is not None and (not isinstance(value, str) or not value):
+                raise UserError(f"{key}: {value!r} is no text; give a non-empty string")
+            if value is not None and not self.list:
+                raise UserError(f"{key}: this is an option of a list column; add list = true, or remove it")
+        _check_choice("type", self.type, TYPES)
+        _check_choice("transform", self.transform, TRANSFORMS)
+        _check_count("min_count", self.min_count, 1)
+        _check_count("num_embeddings", self.num_embeddings, 2)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the options that differ from their defaults.
+
+        Returns:
+            Plain JSON values, which ``Column(**values)`` reads back.
+        """
+        default = asdict(Column())
+        return {key: value for key, value in asdict(self).items() if value != default[key]}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schema:
     """The columns of a click log: one label, I numeric ones and F categorical ones.
 
-    In raw text they stand in this order. I may be 0, F may not.
+    In Criteo's text they stand in this order; in a table they are found by name. I may be 0, F may not.
 
     Args:
         label: Name of the 0/1 column.
         numeric: Names of the I numeric columns, in the order of the dense array.
         categorical: Names of the F categorical columns, in the order of the sparse array.
+        columns: Options by column name; a column without any may be left out.
+        layout: ``criteo`` (tab separated text without a header, hexadecimal categories) or ``table`` (Parquet or CSV
+            with named columns).
+        numeric_transform: What happens to the numbers of columns without a ``transform`` of their own; ``None`` leaves
+            it to the command.
+        delimiter: Character between the cells of a CSV; ``None`` takes it from the file's name (``.csv`` a comma,
+            ``.tsv`` a tab).
 
     Raises:
-        UserError: A name is empty or used twice, or there is no categorical column.
+        UserError: A name is empty or used twice, there is no categorical column, or an option does not fit its column.
 
     Example:
-        >>> Schema(label="click", numeric=("price",), categorical=("user", "item")).columns
+        >>> Schema(label="click", numeric=("price",), categorical=("user", "item")).names
         ('click', 'price', 'user', 'item')
     """
 
     label: str
     numeric: tuple[str, ...]
     categorical: tuple[str, ...]
+    columns: Mapping[str, Column] = field(default_factory=dict, hash=False)
+    layout: str = "criteo"
+    numeric_transform: str | None = None
+    delimiter: str | None = None
 
     def __post_init__(self) -> None:
-        """Check the names."""
+        """Check the names, then the options against them."""
         if not self.categorical:
             raise UserError("schema: no categorical column; name at least one under 'categorical'")
         seen: set[str] = set()
-        for name in self.columns:
+        for name in self.names:
             if not isinstance(name, str) or not name:
                 raise UserError(f"schema: {name!r} is no column name; give every column a non-empty name")
             if name in seen:
                 raise UserError(f"schema: column {name!r} appears twice; give every column a name of its own")
             seen.add(name)
+        try:
+            _check_choice("layout", self.layout, LAYOUTS)
+            _check_choice("numeric_transform", self.numeric_transform, TRANSFORMS)
+        except UserError as error:
+            raise UserError(f"schema: {error}") from error
+        if self.delimiter is not None and (
+            not isinstance(self.delimiter, str)
+            or len(self.delimiter) != 1
+            or not self.delimiter.isascii()
+            or self.delimiter in '"\r\n'
+        ):
+            raise UserError(
+                f"schema: delimiter: {self.delimiter!r} can't part cells; give one ASCII character, no quote or newline"
+            )
+        # A copy, so that the caller's mapping may change.
+        object.__setattr__(self, "columns", dict(self.columns))
+        for name, column in self.columns.items():
+            self._check_column(name, column)
+
+    def _check_column(self, name: str, column: Column) -> None:
+        where = f"schema: columns.{toml_key(name)}"
+        if name not in self.names:
+            weights = [other for other, options in self.columns.items() if options.weights == name]
+            hint = f"; put options of the list at {weights[0]!r}" if weights else _hint(name, self.names)
+            raise UserError(f"{where}: {name!r} is not among label, numeric and categorical; name it there{hint}")
+        given = column.to_json()
+        if name not in self.categorical:
+            for key in ("list", *_LIST_ONLY, "type", "min_count", "num_embeddings"):
+                if key in given:
+                    raise UserError(f"{where}.{key}: this is an option of a categorical column; remove it")
+        if name not in self.numeric and "transform" in given:
+            raise UserError(f"{where}.transform: this is an option of a numeric column; remove it")
+        if self.layout == "criteo":
+            for key in ("list", "type"):
+                if key in given:
+                    raise UserError(f'{where}.{key}: Criteo\'s text has no such columns; set layout = "table"')
+        if column.weights in self.names:
+            raise UserError(f"{where}.weights: {column.weights!r} is a column of its own; remove it from the others")
+        if column.weights is not None:
+            lists = [other for other, options in self.columns.items() if options.weights == column.weights]
+            if len(lists) > 1:
+                raise UserError(f"{where}.weights: {column.weights!r} serves {len(lists)} lists; give each its own")
 
     @property
-    def columns(self) -> tuple[str, ...]:
+    def names(self) -> tuple[str, ...]:
         """All 1 + I + F names in file order: label, numeric, categorical."""
         return (self.label, *self.numeric, *self.categorical)
 
+    @property
+    def multi_hot(self) -> tuple[str, ...]:
+        """The categorical columns that hold lists, in order."""
+        return tuple(name for name in self.categorical if self.options(name).list)
+
+    @property
+    def one_hot(self) -> tuple[str, ...]:
+        """The categorical columns with one value a row, in order."""
+        return tuple(name for name in self.categorical if not self.options(name).list)
+
+    @property
+    def weighted(self) -> tuple[str, ...]:
+        """The list columns whose values carry weights, in order."""
+        return tuple(name for name in self.multi_hot if self.options(name).weights is not None)
+
+    @property
+    def columns_read(self) -> tuple[str, ...]:
+        """All columns that a table must have: ``names`` and those that hold weights."""
+        return (*self.names, *(str(self.options(name).weights) for name in self.weighted))
+
+    def options(self, name: str) -> Column:
+        """Return the options of a column.
+
+        Args:
+            name: A column of the schema.
+
+        Returns:
+            Its options; the defaults where none were given.
+
+        Example:
+            >>> CRITEO_KAGGLE.options("C1") == Column()
+            True
+        """
+        return self.columns.get(name, _DEFAULTS)
+
     def to_json(self) -> dict[str, Any]:
-        """Return the schema as plain JSON values.
+        """Return the schema as plain JSON values; options that have their default are left out.
 
         Returns:
             A dictionary that ``from_json`` reads back.
@@ -60,28 +216,104 @@ class Schema:
             >>> Schema.from_json(CRITEO_KAGGLE.to_json()) == CRITEO_KAGGLE
             True
         """
-        return {"label": self.label, "numeric": list(self.numeric), "categorical": list(self.categorical)}
+        value: dict[str, Any] = {
+            "label": self.label,
+            "numeric": list(self.numeric),
+            "categorical": list(self.categorical),
+            "layout": self.layout,
+        }
+        for key in ("numeric_transform", "delimiter"):
+            if getattr(self, key) is not None:
+                value[key] = getattr(self, key)
+        columns = {name: column.to_json() for name, column in self.columns.items()}
+        if any(columns.values()):
+            value["columns"] = {name: options for name, options in columns.items() if options}
+        return value
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Schema":
         """Build a schema from what ``to_json`` returned.
 
         Args:
-            value: The keys ``label``, ``numeric`` and ``categorical``.
+            value: The keys ``label``, ``numeric`` and ``categorical``; perhaps the others of the class.
 
         Returns:
             The schema.
 
         Raises:
-            UserError: A key is missing or of the wrong kind, or the names are no valid schema.
+            UserError: A key is missing, unknown or of the wrong kind, or the names are no valid schema.
         """
-        try:
-            label, numeric, categorical = value["label"], value["numeric"], value["categorical"]
-        except (KeyError, TypeError) as error:
-            raise UserError(f"schema: {error} is missing; give label, numeric and categorical") from error
-        if not isinstance(numeric, list) or not isinstance(categorical, list):
-            raise UserError("schema: numeric and categorical must be lists of column names")
-        return cls(label=label, numeric=tuple(numeric), categorical=tuple(categorical))
+        return _build(value, layout="criteo")
+
+
+def _build(value: Mapping[str, Any], *, layout: str) -> Schema:
+    """A schema from parsed JSON or TOML; messages begin with ``schema: KEY: ``."""
+    if not isinstance(value, Mapping):
+        raise UserError("schema: this is no table of keys; give label, numeric and categorical")
+    known = tuple(Schema.__dataclass_fields__)
+    for key in value:
+        if key not in known:
+            raise UserError(
+                f"schema: {toml_key(key)}: there is no such key; choose from {', '.join(known)}{_hint(key, known)}"
+            )
+    for key in ("label", "numeric", "categorical"):
+        if key not in value:
+            raise UserError(f"schema: {key!r} is missing; give label, numeric and categorical")
+    if not isinstance(value["label"], str):
+        raise UserError(f"schema: label: {value['label']!r} is no column name; give one as text")
+    for key in ("numeric", "categorical"):
+        if not isinstance(value[key], list) or not all(isinstance(name, str) for name in value[key]):
+            raise UserError(f"schema: {key}: numeric and categorical must be lists of column names; give text in [ ]")
+    tables = value.get("columns", {})
+    if not isinstance(tables, Mapping):
+        raise UserError("schema: columns: this is no table; write [columns.NAME] and the options below it")
+    columns = {name: _column(name, options) for name, options in tables.items()}
+    rest = {key: value[key] for key in ("layout", "numeric_transform", "delimiter") if key in value}
+    return Schema(
+        label=value["label"],
+        numeric=tuple(value["numeric"]),
+        categorical=tuple(value["categorical"]),
+        columns=columns,
+        **{"layout": layout} | rest,
+    )
+
+
+def _column(name: str, options: object) -> Column:
+    if not isinstance(options, Mapping):
+        raise UserError(
+            f"schema: columns.{toml_key(name)}: this is no table; write [columns.NAME] and the options below it"
+        )
+    known = tuple(Column.__dataclass_fields__)
+    for key in options:
+        if key not in known:
+            raise UserError(
+                f"schema: columns.{toml_key(name)}.{toml_key(key)}: there is no such option; choose from "
+                f"{', '.join(known)}{_hint(key, known)}"
+            )
+    try:
+        return Column(**options)
+    except UserError as error:
+        raise UserError(f"schema: columns.{toml_key(name)}.{error}") from error
+
+
+def _check_choice(key: str, value: object, choices: tuple[str, ...]) -> None:
+    if value is not None and value not in choices:
+        raise UserError(f"{key}: {value!r} is not known; choose from {', '.join(choices)}{_hint(value, choices)}")
+
+
+def _check_count(key: str, value: object, least: int) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= _MAX_NUM_EMBEDDINGS:
+        raise UserError(f"{key}: {value!r} is no count; give a whole number from {least} to {_MAX_NUM_EMBEDDINGS}")
+
+
+def _hint(wrong: object, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(wrong, list(known), n=1) if isinstance(wrong, str) else []
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+_DEFAULTS: Final = Column()
 
 
 def _criteo() -> Schema:
@@ -112,9 +344,102 @@ def named_schema(name: str) -> Schema:
         UserError: There is no such schema.
 
     Example:
-        >>> len(named_schema("criteo-kaggle").columns)
+        >>> len(named_schema("criteo-kaggle").names)
         40
     """
     if name not in _NAMED:
         raise UserError(f"--schema: there is no schema {name!r}; choose one of {', '.join(_NAMED)}")
     return _NAMED[name]
+
+
+def toml_text(text: str) -> str:
+    r"""Return a text as TOML writes it.
+
+    Args:
+        text: Any text, also one with quotes and control characters.
+
+    Returns:
+        A TOML basic string, on one line.
+
+    Example:
+        >>> toml_text('a "b"')
+        '"a \\"b\\""'
+    """
+    # JSON's escapes are among TOML's, which wants one more character escaped.
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def toml_key(name: str) -> str:
+    """Return a column's name as a key of TOML.
+
+    Args:
+        name: Any name.
+
+    Returns:
+        The name itself where TOML allows that, else in quotes.
+
+    Example:
+        >>> toml_key("price"), toml_key("user id")
+        ('price', '"user id"')
+    """
+    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else toml_text(name)
+
+
+def read_schema(path: Path | str) -> Schema:
+    """Read a schema that a user wrote as TOML; ``docs/tables.md`` tells its keys.
+
+    Args:
+        path: A TOML file of at most 1 MiB.
+
+    Returns:
+        The schema; its layout is ``table`` unless the file says otherwise.
+
+    Raises:
+        UserError: The file can't be read, is no TOML, or is no valid schema. The message names file and key.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            content = file.read(_MAX_TOML_BYTES + 1)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file; check the path, or write one with `schema infer`") from error
+    except OSError as error:
+        raise UserError(f"{path}: the file can't be read ({error.strerror}); check the path and permissions") from error
+    if len(content) > _MAX_TOML_BYTES:
+        raise UserError(f"{path}: larger than {_MAX_TOML_BYTES} bytes; a schema is a small TOML file, not the data")
+    try:
+        value = tomllib.loads(content.decode("utf-8-sig").replace("\r\n", "\n"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: byte {error.start} is no UTF-8; a schema is a TOML file, save it as UTF-8") from error
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise UserError(f"{path}: this is no TOML ({' '.join(str(error).split())}); correct it there") from error
+    try:
+        return _build(value, layout="table")
+    except UserError as error:
+        raise UserError(f"{path}: {str(error).removeprefix('schema: ')}") from error
+
+
+def load_schema(name_or_path: str) -> Schema:
+    """Return a built-in schema, or read a ``.toml`` file.
+
+    Args:
+        name_or_path: ``criteo-kaggle``, ``criteo-terabyte``, or the path of a TOML file.
+
+    Returns:
+        The schema.
+
+    Raises:
+        UserError: There is no such schema or file, or the file is no valid schema.
+
+    Example:
+        >>> load_schema("criteo-terabyte") is CRITEO_TERABYTE
+        True
+    """
+    if name_or_path in _NAMED:
+        return _NAMED[name_or_path]
+    if name_or_path.lower().endswith(".toml"):
+        return read_schema(name_or_path)
+    hint = _hint(name_or_path, _NAMED)
+    raise UserError(
+        f"--schema: there is no schema {name_or_path!r}; choose one of {', '.join(_NAMED)}, or name a .toml file{hint}"
+    )

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 
 from torchrec_deepfm.data.folder import check_free, new_folder
-from torchrec_deepfm.data.rawtext import quoted
 from torchrec_deepfm.data.schema import CRITEO_KAGGLE
+from torchrec_deepfm.data.sql import quoted
 from torchrec_deepfm.data.synthetic_columns import MISSING_NUMBER, category_values, draw_rows
 from torchrec_deepfm.data.synthetic_truth import Truth, draw_truth, probability
 from torchrec_deepfm.errors import UserError

@@ -1,92 +1,137 @@
-"""Which id a categorical value gets: by a vocabulary with a frequency threshold, or by a plain modulus.
+"""Which id a categorical value gets by a vocabulary with a frequency threshold.
 
-Id 0 is the same in both: no row of its own. A column with K ids has ``num_embeddings`` K, ids 0 to K - 1.
+A column with K ids has ``num_embeddings`` K, ids 0 to K - 1; id 0 is every value that is not in the vocabulary. DuckDB
+counts and joins, since it does both beyond memory.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Final
 
 import duckdb
+import numpy as np
+import polars as pl
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
-from torchrec_deepfm.data.rawtext import quoted, quoted_source
 from torchrec_deepfm.data.schema import Schema
+from torchrec_deepfm.data.sql import quoted, quoted_source
+from torchrec_deepfm.data.workfolder import sync
+from torchrec_deepfm.errors import UserError
+
+VOCABULARY: Final = "vocabulary_{}.parquet"
 
 
-def count_vocabulary(
-    connection: duckdb.DuckDBPyConnection, train: Sequence[Path], schema: Schema, min_count: int
-) -> dict[str, int]:
-    """Count the values of the training rows and number those that occur often enough.
+def vocabulary_file(folder: Path, j: int) -> Path:
+    """Return the file of a column's vocabulary.
 
-    Values are numbered from 1 by falling count, ties by value; a missing value counts as a value that comes before all
-    others on a tie. It leaves one temporary table ``v0`` ... (value, count, id) per column in the connection.
+    Args:
+        folder: A prepared folder.
+        j: The column's position in ``schema.categorical``.
+
+    Returns:
+        Its path: columns ``value`` (null for missing), ``id`` INTEGER, ``count`` BIGINT, in the order of ``id``.
+    """
+    return folder / VOCABULARY.format(j)
+
+
+def count_column(
+    connection: duckdb.DuckDBPyConnection,
+    staged: Sequence[Path],
+    j: int,
+    *,
+    is_list: bool,
+    min_count: int,
+    target: Path,
+) -> None:
+    """Count a column's values in the training rows, number those that occur often enough, write the file.
+
+    Values are numbered from 1 by falling count, ties by value (numbers by size, text by its UTF-8 bytes); a missing
+    value counts as a value that comes before all others on a tie.
 
     Args:
         connection: An open DuckDB connection.
-        train: Staged Parquet files with the training rows.
-        schema: The columns.
+        staged: Staged Parquet files with the training rows.
+        j: The column's position.
+        is_list: Whether its cells are lists.
         min_count: Values with fewer occurrences are left out (they become id 0).
-
-    Returns:
-        ``num_embeddings`` per categorical column: 1 + the number of values kept.
+        target: The file to write, whole or not at all.
     """
-    rows = f"read_parquet([{', '.join(quoted_source(path) for path in train)}])"
-    num_embeddings = {}
-    for j, column in enumerate(schema.categorical):
-        connection.execute(f"""
-            CREATE TEMP TABLE v{j} AS
-            SELECT value, count, row_number() OVER (ORDER BY count DESC, value ASC NULLS FIRST)::INTEGER AS id
-            FROM (SELECT c{j} AS value, count(*) AS count FROM {rows} GROUP BY c{j} HAVING count(*) >= {min_count})
-        """)  # noqa: S608 (paths are quoted, all else is ours)
-        (kept,) = connection.execute(f"SELECT count(*) FROM v{j}").fetchall()[0]  # noqa: S608 (a number of ours)
-        num_embeddings[column] = 1 + int(kept)
-    return num_embeddings
-
-
-def save_vocabulary(connection: duckdb.DuckDBPyConnection, schema: Schema, target: Path) -> None:
-    """Write the counted vocabulary to one Parquet file.
-
-    Args:
-        connection: The connection that ``count_vocabulary`` used.
-        schema: The columns.
-        target: The file: column VARCHAR, value UINTEGER (NULL for missing), id INTEGER, count BIGINT, in id order.
-    """
-    # Column names go in as parameters, since a user chose them.
-    tables = " UNION ALL ".join(
-        f"SELECT {j} AS position, ? AS column, value, id, count FROM v{j}"  # noqa: S608 (a number of ours)
-        for j in range(len(schema.categorical))
-    )
-    connection.execute(f"CREATE TEMP TABLE vocabulary AS {tables}", list(schema.categorical))
+    rows = f"read_parquet([{', '.join(quoted_source(path) for path in staged)}])"
+    values = f"SELECT unnest(c{j}) AS value FROM {rows}" if is_list else f"SELECT c{j} AS value FROM {rows}"  # noqa: S608
+    partial = target.with_name(f"{target.name}.partial")
     connection.execute(f"""
-        COPY (SELECT "column", value, id, count FROM vocabulary ORDER BY position, id)
-        TO {quoted(target)} (FORMAT parquet)
-    """)  # noqa: S608 (the path is quoted)
+        COPY (
+            SELECT value, (row_number() OVER (ORDER BY count DESC, value ASC NULLS FIRST))::INTEGER AS id, count
+            FROM (SELECT value, count(*) AS count FROM ({values}) GROUP BY value HAVING count(*) >= {min_count})
+            ORDER BY id
+        ) TO {quoted(partial)} (FORMAT parquet)
+    """)  # noqa: S608 (paths are quoted, all else is ours)
+    sync(partial)
+    partial.replace(target)
 
 
-def vocabulary_ids(schema: Schema) -> tuple[list[str], str]:
-    """Return the SQL that turns the values of a staged row ``d`` into ids by the counted vocabulary.
-
-    Args:
-        schema: The columns.
-
-    Returns:
-        One INTEGER expression per categorical column, and the joins that they need.
-    """
-    columns = range(len(schema.categorical))
-    expressions = [f"coalesce(v{j}.id, 0)" for j in columns]
-    return expressions, " ".join(f"LEFT JOIN v{j} ON d.c{j} IS NOT DISTINCT FROM v{j}.value" for j in columns)
-
-
-def hashed_ids(schema: Schema, num_embeddings: int) -> tuple[list[str], str]:
-    """Return the SQL that turns the values of a staged row ``d`` into ids by a modulus.
-
-    The values are hashes already, so a modulus spreads them: id = 1 + value % (num_embeddings - 1), 0 for missing.
+def vocabulary_size(folder: Path, j: int) -> int:
+    """Return ``num_embeddings`` of a column with a vocabulary.
 
     Args:
-        schema: The columns.
-        num_embeddings: Ids per column, at least 2.
+        folder: The folder that holds it.
+        j: The column's position.
 
     Returns:
-        One INTEGER expression per categorical column, and no joins.
+        1 + the number of values kept.
     """
-    columns = range(len(schema.categorical))
-    return [f"coalesce(1 + d.c{j} % {num_embeddings - 1}, 0)::INTEGER" for j in columns], ""
+    return 1 + int(pq.read_metadata(vocabulary_file(folder, j)).num_rows)
+
+
+def look_up(connection: duckdb.DuckDBPyConnection, values: pl.Series, vocabulary: Path) -> NDArray[np.int32]:
+    """Turn values into ids.
+
+    Args:
+        connection: An open DuckDB connection.
+        values: n values, null for missing.
+        vocabulary: The file of their column.
+
+    Returns:
+        int32 [n]; 0 for a value that is not in the vocabulary.
+    """
+    looked_up = pl.DataFrame({"value": values}).with_row_index("row")
+    connection.register("looked_up", looked_up.to_arrow())
+    found = connection.execute(f"""
+        SELECT l.row, v.id FROM looked_up l JOIN read_parquet({quoted_source(vocabulary)}) v
+        ON l.value IS NOT DISTINCT FROM v.value
+    """).fetchnumpy()  # noqa: S608 (the path is quoted)
+    connection.unregister("looked_up")
+    ids = np.zeros(len(values), np.int32)
+    ids[found["row"]] = found["id"]  # joins keep no order
+    return ids
+
+
+def check_vocabulary(folder: Path, schema: Schema, other: Schema, dtypes: Sequence[pl.DataType] | None) -> None:
+    """Check that a prepared folder's vocabulary serves other data.
+
+    Args:
+        folder: The prepared folder whose vocabulary is to be used.
+        schema: The prepared schema of the new data.
+        other: The schema in the folder.
+        dtypes: Types of the new data's categorical values, where they are known already.
+
+    Raises:
+        UserError: The columns differ, or there is no vocabulary.
+    """
+    if schema.categorical != other.categorical or schema.multi_hot != other.multi_hot:
+        different = [name for name in schema.categorical if name not in other.categorical]
+        different += [name for name in other.categorical if name not in schema.categorical]
+        what = f"column {different[0]!r} is in one of them only" if different else "the columns' order or kind differs"
+        raise UserError(f"--vocabulary {folder}: its categorical columns are not those of --schema; {what}")
+    for j, name in enumerate(schema.categorical):
+        path = vocabulary_file(folder, j)
+        if not path.is_file():
+            raise UserError(
+                f"--vocabulary {folder}: there is no {path.name}; name a folder that was prepared without --hash"
+            )
+        if dtypes is None:
+            continue
+        kept, dtype = pl.read_parquet_schema(path)["value"], dtypes[j]
+        if (kept == pl.String) != (dtype == pl.String):
+            raise UserError(f"--vocabulary {folder}: column {name!r} holds {kept} there and {dtype} here")

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -16,10 +17,13 @@ _MISTAKE = "torchrec_deepfm/user_error"
 
 
 @contextmanager
-def process_group() -> Iterator[torch.device]:
+def process_group(timeout: timedelta | None = None) -> Iterator[torch.device]:
     """Join the process group of this run, or make one of a single process; leave it at the end.
 
     NCCL carries CUDA tensors where there is a GPU for every local rank, gloo the rest.
+
+    Args:
+        timeout: how long a rank waits for the others in a collective; torch's own default without it.
 
     Yields:
         This rank's device, already set as the current one.
@@ -40,10 +44,10 @@ def process_group() -> Iterator[torch.device]:
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=timeout)
     else:
         store = torch._C._distributed_c10d.HashStore()  # torch.distributed exports it without saying so
-        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     try:
         with shared_mistakes():
             yield device

@@ -1,0 +1,276 @@
+"""What the options of prepare do, each against plain Python, or against TorchRec's own scripts."""
+
+import json
+import math
+import re
+
+import duckdb
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torchrec.datasets.criteo import BinaryCriteoUtils, InMemoryBinaryCriteoIterDataPipe
+
+from tests.data.raw_oracle import SMALL, float32, parse, random_text
+from tests.data.test_prepare import check, expected, small_pieces, write
+from torchrec_deepfm.data import job as module
+from torchrec_deepfm.data.prepare import prepare
+from torchrec_deepfm.data.prepared import SPLITS
+from torchrec_deepfm.data.schema import CRITEO_KAGGLE, Schema
+from torchrec_deepfm.errors import UserError
+
+
+def raw_rows(text: bytes):
+    """(label, integers or None, categories or None) of every line."""
+    rows = []
+    for line in text.decode().splitlines():
+        label, *fields = line.split("\t")
+        rows.append(
+            (
+                int(label),
+                [int(field) if field else None for field in fields[:13]],
+                [int(field, 16) if field else None for field in fields[13:]],
+            )
+        )
+    return rows
+
+
+def test_log_equals_torchrec_bit_for_bit(tmp_path, monkeypatch):
+    small_pieces(monkeypatch, piece_bytes=20_000)
+    texts = {"a": random_text(400, 1), "b": random_text(300, 2).replace(b"\t-2\t", b"\t-77\t")}
+    paths = write(tmp_path, **texts)
+    data = prepare(paths, tmp_path / "out", hash=True, num_embeddings=100, numeric_transform="log", split="none")
+    for i, path in enumerate(paths):
+        names = [str(tmp_path / f"{part}.npy") for part in ("dense", "sparse", "labels")]
+        BinaryCriteoUtils.tsv_to_npys(str(path), *names)
+        arrays = data.arrays(data.days("train")[i])
+        dense, labels = np.load(names[0]), np.load(names[2])
+        assert arrays.dense[:].tobytes() == dense.tobytes()
+        assert arrays.labels[:].tobytes() == labels.tobytes()
+        assert arrays.labels.shape == labels.shape
+
+
+def test_log_takes_integers_of_32_bits(tmp_path):
+    (path,) = write(tmp_path, a=b"1\t3000000000\t\tab\t\t\n" * 20)
+    with pytest.raises(UserError, match=re.escape("a.tsv: 3000000000 is no integer of 32 bits")):
+        prepare([path], tmp_path / "out", schema=SMALL, numeric_transform="log", split="none")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def bucket(number: int | None) -> int | None:
+    """The winning rule of the Kaggle contest, as FuxiCTR's code has it too."""
+    return number if number is None or number <= 2 else math.floor(math.log(number) ** 2)
+
+
+@pytest.mark.parametrize("mode", ["vocabulary", "hash"])
+def test_bucketize(tmp_path, mode):
+    text = random_text(500, 3) + b"1" + b"\t3" * 13 + b"\tab" * 26 + b"\n0" + b"\t2" * 13 + b"\t1" * 26 + b"\n"
+    options = {"min_count": 2} if mode == "vocabulary" else {"hash": True, "num_embeddings": 1000}
+    data = prepare(write(tmp_path, a=text), tmp_path / "out", numeric_transform="bucketize", split="none", **options)
+    assert data.schema.numeric == ()
+    assert data.schema.categorical == CRITEO_KAGGLE.numeric + CRITEO_KAGGLE.categorical
+    arrays = data.arrays(data.days("train")[0])
+    assert arrays.dense.shape == (502, 0)
+    for j in range(39):
+        values = [[*map(bucket, integers), *categories][j] for _, integers, categories in raw_rows(text)]
+        if mode == "hash":
+            wanted = [0 if value is None else 1 + value % 999 for value in values]
+        else:
+            kept = sorted(
+                {v for v in values if values.count(v) >= 2},
+                key=lambda v: (-values.count(v), v is not None, 0 if v is None else v),
+            )
+            wanted = [kept.index(value) + 1 if value in kept else 0 for value in values]
+            table = duckdb.execute("FROM read_parquet(?)", [str(data.folder / f"vocabulary_{j}.parquet")]).fetchall()
+            assert table == [(value, i, values.count(value)) for i, value in enumerate(kept, 1)]
+        assert arrays.sparse[:, j].tolist() == wanted
+
+
+def test_numbers_as_they_are(tmp_path):
+    text = random_text(100, 4)
+    data = prepare(write(tmp_path, a=text), tmp_path / "out", numeric_transform="none", split="none")
+    wanted = [[float32(number or 0) for number in integers] for _, integers, _ in raw_rows(text)]
+    assert data.arrays(data.days("train")[0]).dense[:].tolist() == wanted
+
+
+def test_nine_to_one(tmp_path):
+    text = random_text(600, 5, SMALL)
+    data = prepare(write(tmp_path, a=text), tmp_path / "out", schema=SMALL, min_count=2, split="9:1", seed=3)
+    check(data, expected([text], SMALL, seed=3, way="9:1"), min_count=2)
+    assert data.days("validation") == ()
+    assert 500 < data.rows("train") < 600
+
+
+def test_last_day_is_halved_as_torchrec_halves_it(tmp_path):
+    texts = {f"day_{i}": random_text(rows, i) for i, rows in enumerate((60, 50, 41))}
+    folder = tmp_path / "raw"
+    folder.mkdir()
+    for name, text in texts.items():
+        (folder / name).write_bytes(text)
+    data = prepare([folder], tmp_path / "out", split="last-day", min_count=1, numeric_transform="log1p")
+    assert [day.stem for day in data.days("train")] == ["day_0", "day_1"]
+    assert [(day.stem, day.start, day.rows) for split in SPLITS[1:] for day in data.days(split)] == [
+        ("day_2", 0, 21),
+        ("day_2", 21, 20),
+    ]
+    last = [label for label, _, _ in parse(texts["day_2"], CRITEO_KAGGLE)]
+    assert [day.positives for split in SPLITS[1:] for day in data.days(split)] == [sum(last[:21]), sum(last[21:])]
+    for stage, split in (("val", "validation"), ("test", "test")):
+        paths = [[str(data.folder / f"day_2_{part}.npy")] for part in ("dense", "sparse", "labels")]
+        pipe = InMemoryBinaryCriteoIterDataPipe(stage, *paths, batch_size=1000, rank=0, world_size=1)
+        (batch,) = list(pipe)
+        (day,) = data.days(split)
+        rows = slice(day.start, day.start + day.rows)
+        arrays = data.arrays(day)
+        assert batch.labels.tolist() == arrays.labels[rows][:, 0].tolist()
+        assert batch.dense_features.numpy().tobytes() == arrays.dense[rows].tobytes()
+        assert batch.sparse_features.values().reshape(26, -1).T.tolist() == arrays.sparse[rows].tolist()
+    # The vocabulary was counted on the days that train, and on no half of the last one.
+    train = [row for name in ("day_0", "day_1") for row in parse(texts[name], CRITEO_KAGGLE)]
+    assert data.num_embeddings["C1"] == 1 + len({row[2][0] for row in train})
+
+
+def test_days_go_by_their_numbers(tmp_path):
+    for number in (2, 10, 9, 11, 3, 4, 5, 6, 7, 8):
+        (tmp_path / f"day_{number}").write_bytes(b"1\t%d\t\tab\t\t\n" % number)
+    paths = sorted(tmp_path.iterdir())  # day_10 comes before day_2
+    data = prepare(paths, tmp_path / "out", schema=SMALL, split="none", numeric_transform="none")
+    assert [day.stem for day in data.days("train")] == [f"day_{i}" for i in range(2, 12)]
+    assert [data.arrays(day).dense[0, 0] for day in data.days("train")] == list(range(2, 12))
+
+
+def test_no_row_is_in_two_splits(tmp_path):
+    # The number tells the row.
+    schema = Schema(label="y", numeric=("row",), categorical=("c",))
+    text = b"".join(b"1\t%d\tab\n" % row for row in range(3000))
+    for split in ("8:1:1", "9:1"):
+        data = prepare(write(tmp_path, a=text), tmp_path / split, schema=schema, split=split, numeric_transform="none")
+        seen = [
+            row
+            for part in SPLITS
+            for day in data.days(part)
+            for row in data.arrays(day).dense[:, 0].astype(int).tolist()
+        ]
+        assert sorted(seen) == list(range(3000))
+
+
+def test_a_vocabulary_is_reapplied_to_new_days(tmp_path):
+    old, new = random_text(300, 6, SMALL), random_text(200, 7, SMALL)
+    a, b = write(tmp_path, a=old, b=new)
+    first = prepare([a], tmp_path / "first", schema=SMALL, min_count=3, split="none")
+    second = prepare([], tmp_path / "second", test=[b], schema=SMALL, vocabulary=first.folder)
+    assert dict(second.num_embeddings) == dict(first.num_embeddings)
+    assert (second.days("train"), second.days("validation")) == ((), ())
+    tables = [
+        dict(duckdb.execute("SELECT value, id FROM read_parquet(?)", [str(path)]).fetchall())
+        for path in sorted(first.folder.glob("vocabulary_*"))
+    ]
+    wanted = [[tables[j].get(value, 0) for j, value in enumerate(row[2])] for row in parse(new, SMALL)]
+    assert second.arrays(second.days("test")[0]).sparse[:].tolist() == wanted
+    assert any(0 in row for row in wanted)
+
+    other = Schema(label="y", numeric=("n1", "n2"), categorical=("c1", "x", "c3"))
+    with pytest.raises(UserError, match="column 'x' is in one of them only"):
+        prepare([], tmp_path / "third", test=[b], schema=other, vocabulary=first.folder)
+    hashed = prepare([a], tmp_path / "hashed", schema=SMALL, hash=True, num_embeddings=10).folder
+    with pytest.raises(UserError, match=re.escape("name a folder that was prepared without --hash")):
+        prepare([], tmp_path / "third", test=[b], schema=SMALL, vocabulary=hashed)
+    assert not (tmp_path / "third").exists()
+
+
+def test_hash_sizes_of_each_column(tmp_path):
+    text = random_text(100, 8, SMALL)
+    data = prepare(
+        write(tmp_path, a=text), tmp_path / "out", schema=SMALL, hash=True, num_embeddings=[10, 20, 30], split="none"
+    )
+    assert dict(data.num_embeddings) == {"c1": 10, "c2": 20, "c3": 30}
+    wanted = [
+        [0 if value is None else 1 + value % (size - 1) for value, size in zip(row[2], (10, 20, 30), strict=True)]
+        for row in parse(text, SMALL)
+    ]
+    assert data.arrays(data.days("train")[0]).sparse[:].tolist() == wanted
+
+
+def test_forty_million_ids_are_the_default_of_hashing(tmp_path):
+    data = prepare(write(tmp_path, a=random_text(50, 9, SMALL)), tmp_path / "out", schema=SMALL, hash=True)
+    assert set(data.num_embeddings.values()) == {40_000_000}
+
+
+_GOOD = re.compile(rb"[01](\t(-?[0-9]+)?){2}(\t([0-9a-fA-F]{1,8})?){3}")
+
+
+def good(line: bytes) -> bool:
+    return bool(_GOOD.fullmatch(line)) and all(abs(float(field or 0)) != math.inf for field in line.split(b"\t")[1:3])
+
+
+_field = st.sampled_from([b"", b"0", b"1", b"-3", b"ab", b"0000000F", b"7" * 40, b"9" * 320, b"0" * 500 + b"8"])
+_odd = st.sampled_from(
+    [
+        b"+1",
+        b" 5",
+        b"1e3",
+        b"1.5",
+        b"0x1f",
+        b"123456789",
+        b"-",
+        b"--1",
+        b"\xff",
+        "é".encode(),
+        b'"',
+        b"a\x00",
+        b"01",
+        b"2",
+    ]
+)
+_line = st.one_of(
+    st.tuples(st.sampled_from([b"0", b"1"]), _field, _field, _field, _field, _field).map(b"\t".join),
+    st.lists(st.one_of(_field, _odd), min_size=1, max_size=8).map(b"\t".join),
+    st.just(b""),
+)
+_endings = st.sampled_from([b"\n", b"\r\n"])
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(lines=st.lists(st.tuples(_line, _endings), min_size=1, max_size=25), piece=st.sampled_from([3000, 100_000]))
+def test_bad_rows_are_skipped_and_listed(tmp_path_factory, lines, piece):
+    folder = tmp_path_factory.mktemp("skip")
+    always = b"1\t5\t-2\tab\t\t0F\n"
+    text = always + b"".join(line + ending for line, ending in lines)
+    (path,) = write(folder, a=text)
+    numbered = [(2 + i, line) for i, (line, _) in enumerate(lines) if line]
+    bad = [number for number, line in numbered if not good(line)]
+    rows = parse(always + b"\n".join(line for _, line in numbered if good(line)), SMALL)
+
+    patch = pytest.MonkeyPatch()
+    small_pieces(patch, piece_bytes=piece)
+    try:
+        data = prepare([path], folder / "out", schema=SMALL, min_count=1, split="none", on_bad_row="skip")
+        if bad:
+            with pytest.raises(UserError, match=rf"line {bad[0]}[ ,]"):
+                prepare([path], folder / "strict", schema=SMALL, min_count=1, split="none")
+    finally:
+        patch.undo()
+    check(data, {"day_0": rows}, min_count=1)
+    skipped = json.loads((data.folder / "manifest.json").read_text())["skipped"]
+    assert [(entry["name"], entry["rows"]) for entry in skipped] == ([("a.tsv", len(bad))] if bad else [])
+    assert [entry["line"] for entry in (skipped[0]["first"] if skipped else [])] == bad
+
+
+def test_many_bad_rows_are_counted_and_the_first_listed(tmp_path):
+    (path,) = write(tmp_path, a=b"1\t5\t-2\tab\t\t0F\n" + b"x\n" * 1500)
+    lines = []
+    data = prepare([path], tmp_path / "out", schema=SMALL, split="none", on_bad_row="skip", report=lines.append)
+    (skipped,) = json.loads((data.folder / "manifest.json").read_text())["skipped"]
+    assert (skipped["rows"], len(skipped["first"])) == (1500, 1000)
+    assert skipped["first"][0] == {
+        "line": 2,
+        "reason": "has 1 columns, expected 6 (label, 2 numbers, 3 categories, tab separated)",
+    }
+    assert lines[0] == f"read {path}: 1 rows, 1,500 bad ones skipped"
+
+
+def test_a_line_longer_than_a_piece(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "PIECE_SHARE", 100 / module.MEMORY)
+    (path,) = write(tmp_path, a=b"1\t" + b"0" * 200 + b"\t\t\t\t\n")
+    with pytest.raises(UserError, match="a line is longer than 100 bytes"):
+        prepare([path], tmp_path / "out", schema=SMALL, split="none")

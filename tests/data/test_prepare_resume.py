@@ -1,0 +1,325 @@
+"""Killed anywhere, refused by a full disk, begun by one process and ended by another: the folder ends up the same."""
+
+import errno
+import json
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.data.raw_oracle import SMALL, random_text
+from tests.data.test_prepare import small_pieces, write
+from torchrec_deepfm.data import job as module
+from torchrec_deepfm.data import stage
+from torchrec_deepfm.data.prepare import prepare
+from torchrec_deepfm.data.workfolder import WorkFolder
+from torchrec_deepfm.errors import UserError
+
+KILLS = 20
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def run(paths, output, options) -> None:
+    """prepare with many small pieces; what the processes that are killed run."""
+    small_pieces(pytest.MonkeyPatch(), piece_bytes=20_000, block_rows=100)
+    prepare(paths, output, **options)
+
+
+MODES = {
+    "vocabulary": {"min_count": 2},
+    "hash": {"hash": True, "num_embeddings": 1000},
+    "log": {"min_count": 1, "numeric_transform": "log", "split": "last-day"},
+}
+
+
+def test_twenty_kills_twenty_identical_folders(tmp_path):
+    """SIGKILL at random moments, up to three in a row, then a run to the end."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torchrec_deepfm.data.prepare", "tests.data.test_prepare_resume"])
+    paths = write(tmp_path, **{f"day_{i}": random_text(700, i) for i in range(2)})
+    paths = [path.rename(path.with_suffix("")) for path in paths]
+    draw = random.Random(0)
+    whole, seconds = {}, {}
+    for name, options in MODES.items():
+        for _ in range(2):  # the first one warms up
+            shutil.rmtree(tmp_path / name, ignore_errors=True)
+            started = time.monotonic()
+            process = context.Process(target=run, args=(paths, tmp_path / name, options))
+            process.start()
+            process.join()
+            assert process.exitcode == 0
+            seconds[name] = time.monotonic() - started
+        whole[name] = content(tmp_path / name)
+    killed = resumed = 0
+    while killed < KILLS:
+        name = draw.choice(list(MODES))
+        output = tmp_path / "killed"
+        for _ in range(draw.randint(1, 3)):
+            process = context.Process(target=run, args=(paths, output, MODES[name]))
+            process.start()
+            process.join(draw.uniform(0, seconds[name]))
+            if process.is_alive():
+                process.kill()
+                killed += 1
+                resumed += WorkFolder(output).begun() is not None
+            process.join()
+            assert not output.exists() or content(output) == whole[name]  # whole, or not there
+        process = context.Process(target=run, args=(paths, output, MODES[name]))
+        process.start()
+        process.join()
+        assert process.exitcode == 0
+        assert content(output) == whole[name], name
+        assert not WorkFolder(output).path.exists()
+        shutil.rmtree(output)
+    assert resumed >= KILLS // 4, "the kills came too early to prove anything"
+
+
+@pytest.mark.parametrize("options", MODES.values(), ids=MODES)
+def test_a_kill_after_every_record(tmp_path, monkeypatch, options):
+    """Stopped right after each record is written, and right before."""
+    small_pieces(monkeypatch, piece_bytes=3000, block_rows=100)
+    options = {**options, "schema": SMALL}
+    paths = write(tmp_path, **{f"day_{i}": random_text(150, i, SMALL) for i in range(2)})
+    paths = [path.rename(path.with_suffix("")) for path in paths]
+    whole = content(prepare(paths, tmp_path / "whole", **options).folder)
+    write_record = WorkFolder.write_record
+
+    class Killed(BaseException):
+        pass
+
+    stops = 0
+    for before in (True, False):
+        done = -1
+        while True:
+            done += 1
+            count = 0
+
+            def stopping(self, name, record, done=done, before=before):
+                nonlocal count
+                if not before:
+                    write_record(self, name, record)
+                count += 1
+                if count > done:
+                    raise Killed
+                if before:
+                    write_record(self, name, record)
+
+            monkeypatch.setattr(WorkFolder, "write_record", stopping)
+            try:
+                prepare(paths, tmp_path / "out", **options)
+            except Killed:
+                stops += 1
+                monkeypatch.setattr(WorkFolder, "write_record", write_record)
+                assert content(prepare(paths, tmp_path / "out", **options).folder) == whole
+                shutil.rmtree(tmp_path / "out")
+                continue
+            assert content(tmp_path / "out") == whole
+            shutil.rmtree(tmp_path / "out")
+            break
+    assert stops > 20
+
+
+def test_it_goes_on_from_the_last_piece(tmp_path, monkeypatch):
+    small_pieces(monkeypatch, piece_bytes=2000)
+    (path,) = write(tmp_path, a=random_text(1000, 0, SMALL))
+    options = {"schema": SMALL, "hash": True, "num_embeddings": 10, "split": "none"}
+    whole = content(prepare([path], tmp_path / "whole", **options).folder)
+    add, starts = stage.Stager._add, []
+
+    def adding(self, unit, piece, files, record):
+        starts.append(record["end"])
+        if len(starts) == 8:
+            raise KeyboardInterrupt
+        add(self, unit, piece, files, record)
+
+    monkeypatch.setattr(stage.Stager, "_add", adding)
+    with pytest.raises(KeyboardInterrupt):
+        prepare([path], tmp_path / "out", **options)
+    lines = []
+    assert content(prepare([path], tmp_path / "out", report=lines.append, **options).folder) == whole
+    assert starts[8] == starts[7] > 0  # the eighth piece is the first one that is read again
+    assert len(set(starts)) == len(starts) - 1
+    assert lines[0] == f"going on with {tmp_path / '.out.partial'}"
+
+
+def test_a_finished_folder_is_left_alone(tmp_path):
+    paths = write(tmp_path, a=random_text(200, 0, SMALL))
+    first = prepare(paths, tmp_path / "out", schema=SMALL)
+    times = {path: path.stat().st_mtime_ns for path in first.folder.iterdir()}
+    lines = []
+    assert prepare(paths, tmp_path / "out", schema=SMALL, report=lines.append).rows("train") == first.rows("train")
+    assert lines == [f"{tmp_path / 'out'} is finished already"]
+    assert {path: path.stat().st_mtime_ns for path in first.folder.iterdir()} == times
+    for options in ({"schema": SMALL, "min_count": 3}, {"schema": SMALL, "numeric_transform": "none"}, {}):
+        with pytest.raises(UserError, match=r"the output folder is not empty"):
+            prepare(paths, tmp_path / "out", **options)
+    assert {path: path.stat().st_mtime_ns for path in first.folder.iterdir()} == times
+
+
+def interrupted(tmp_path, monkeypatch, paths, **options):
+    """Stop a prepare when it has staged everything."""
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "days_of_splits", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            prepare(paths, tmp_path / "out", **options)
+
+
+def test_other_options_over_unfinished_work(tmp_path, monkeypatch):
+    paths = write(tmp_path, a=random_text(200, 0, SMALL))
+    interrupted(tmp_path, monkeypatch, paths, schema=SMALL)
+    work = tmp_path / ".out.partial"
+    before = content(work)
+    with pytest.raises(UserError) as caught:
+        prepare(paths, tmp_path / "out", schema=SMALL, min_count=3, seed=1)
+    assert str(caught.value) == (
+        f"{work}: an unfinished prepare of out differs in min_count, seed; "
+        "run it with its own options, or remove this folder to begin anew"
+    )
+    assert content(work) == before
+    # Leaving out bad rows is no other work: that is what the message over a bad row proposes.
+    prepare(paths, tmp_path / "out", schema=SMALL, on_bad_row="skip")
+
+
+def test_a_source_that_changed_is_read_anew(tmp_path, monkeypatch):
+    texts = {name: random_text(200, seed, SMALL) for seed, name in enumerate("ab")}
+    paths = write(tmp_path, **texts)
+    interrupted(tmp_path, monkeypatch, paths, schema=SMALL)
+    paths[1].write_bytes(random_text(150, 9, SMALL))
+    lines = []
+    found = content(prepare(paths, tmp_path / "out", schema=SMALL, report=lines.append).folder)
+    assert lines[1] == f"{paths[1]} has changed: reading it anew"
+    assert not any(line.startswith(f"read {paths[0]}") for line in lines)
+    assert found == content(prepare(paths, tmp_path / "whole", schema=SMALL).folder)
+
+
+def test_a_repaired_line_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr("torchrec_deepfm.data.workfolder.WORTH_KEEPING", 1)
+    good, bad = write(tmp_path, a=random_text(200, 0, SMALL), b=random_text(100, 1, SMALL) + b"x\n")
+    with pytest.raises(UserError, match=r"b.tsv: line 101 has 1 columns"):
+        prepare([good, bad], tmp_path / "out", schema=SMALL)
+    bad.write_bytes(random_text(100, 1, SMALL))
+    lines = []
+    found = content(prepare([good, bad], tmp_path / "out", schema=SMALL, report=lines.append).folder)
+    assert not any(line.startswith(f"read {good}") for line in lines)
+    assert found == content(prepare([good, bad], tmp_path / "whole", schema=SMALL).folder)
+
+
+def test_two_at_once(tmp_path):
+    paths = write(tmp_path, a=random_text(100, 0, SMALL))
+    work = WorkFolder(tmp_path / "out")
+    work.enter({})
+    with pytest.raises(UserError, match=r"another process is preparing it"):
+        prepare(paths, tmp_path / "out", schema=SMALL)
+    assert work.path.exists()
+    work.leave()
+
+
+# Files of at most so many bytes stand for a full disk where no file system can be mounted. Every write beyond fails, in
+# whatever library; the signal that goes with it is ignored by Python.
+LIMITED = """
+import resource, sys
+from pathlib import Path
+from torchrec_deepfm import cli
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
+cli.main(sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize("mode", [[], ["--hash", "--num-embeddings", "1000"], ["--numeric", "log"]], ids=" ".join)
+def test_no_room_for_a_file(tmp_path, mode):
+    paths = write(tmp_path, **{f"day_{i}": random_text(400 * (1 + 4 * i), i) for i in range(2)})
+    paths = [path.rename(path.with_suffix("")) for path in paths]
+    command = ["prepare", "--input", *map(str, paths), "--split", "none", *mode, "--output"]
+    limit = str(400 * 26 * 4 + 10_000)  # enough for the arrays of the first day
+
+    def prepared(name, *limited):
+        program = [sys.executable, "-c", LIMITED, *limited] if limited else [sys.executable, "-m", "torchrec_deepfm"]
+        return subprocess.run([*program, *command, str(tmp_path / name)], capture_output=True, text=True, check=False)
+
+    failed = prepared("out", limit)
+    assert failed.returncode == 2, failed.stderr
+    (line,) = failed.stderr.splitlines()
+    assert "no space is left on the device; free some or name another output" in line
+    assert line.endswith(f"what is done is kept in {tmp_path / '.out.partial'}, the same command goes on from there")
+    assert not (tmp_path / "out").exists()
+    assert prepared("out").returncode == 0
+    assert prepared("whole").returncode == 0
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_a_full_file_system(tmp_path):
+    """The same on a file system of 3 MB, where one can be mounted."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("no file system can be mounted here; test_no_room_for_a_file stands in")
+    try:
+        paths = write(tmp_path, a=random_text(40_000, 0, SMALL))
+        filler = disk / "filler"
+        filler.write_bytes(bytes(2_500_000))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "check_room", lambda *_: None)  # or it would not even start
+            small_pieces(patch, piece_bytes=20_000)
+            with pytest.raises(UserError, match=r"no space is left on the device"):
+                prepare(paths, disk / "out", schema=SMALL, min_count=1)
+            assert not (disk / "out").exists()
+            assert WorkFolder(disk / "out").begun()
+            filler.unlink()
+            found = content(prepare(paths, disk / "out", schema=SMALL, min_count=1).folder)
+        assert found == content(prepare(paths, tmp_path / "whole", schema=SMALL, min_count=1).folder)
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_room_is_checked_before_the_start(tmp_path, monkeypatch):
+    paths = write(tmp_path, a=random_text(20_000, 0, SMALL))
+    usage = shutil.disk_usage(tmp_path)
+    needed = 20_000 * 4 * (1 + 2 + 2 * 3)  # label, numbers, ids, and the staged values
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed - 1))
+    with pytest.raises(UserError, match=r"out: about 0.0 GiB of disk are needed, 0.0 GiB are free; free some"):
+        prepare(paths, tmp_path / "out", schema=SMALL)
+    assert sorted(tmp_path.iterdir()) == paths
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed * 2))
+    prepare(paths, tmp_path / "out", schema=SMALL)
+
+
+def test_what_cannot_be_written(tmp_path, monkeypatch):
+    paths = write(tmp_path, a=random_text(100, 0, SMALL))
+    for number, text in (
+        (errno.ENOSPC, "no space is left on the device"),
+        (errno.EROFS, "the folder can't be written (Read-only file system)"),
+    ):
+
+        def refused(*_, number=number):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(module, "encode_stem", lambda *_, refused=refused, **__: refused())
+        with pytest.raises(UserError) as caught:
+            prepare(paths, tmp_path / "out", schema=SMALL)
+        assert text in str(caught.value)
+        assert "\n" not in str(caught.value)
+        assert not (tmp_path / "out").exists()
+
+
+def test_records_are_json_that_can_be_read(tmp_path, monkeypatch):
+    paths = write(tmp_path, a=random_text(100, 0, SMALL))
+    interrupted(tmp_path, monkeypatch, paths, schema=SMALL)
+    record = tmp_path / ".out.partial" / "records" / "stage_train_0.json"
+    assert json.loads(record.read_text())["rows"] == 100
+    record.write_text("{")
+    with pytest.raises(UserError, match=r"the file is damaged"):
+        prepare(paths, tmp_path / "out", schema=SMALL)
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY

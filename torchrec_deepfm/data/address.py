@@ -1,0 +1,200 @@
+"""Where a user's table lies: a local path, or an address that fsspec knows (``s3://...``, ``memory://...``).
+
+Only finding and opening stands here; ``tablefile.py`` knows what is in the files.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Final
+
+import fsspec
+import pyarrow as pa
+from fsspec.registry import known_implementations
+
+from torchrec_deepfm.errors import UserError
+
+PARQUET: Final = (".parquet", ".pq")
+CSV: Final = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".csv.zst", ".tsv.zst")
+_SUFFIXES: Final = (*PARQUET, *CSV)
+# What often lies beside data and is none. Anything else that is not understood is an error: left out in silence, it
+# could be half of the rows.
+_BESIDE: Final = (".md", ".txt", ".toml", ".json", ".crc")
+_KINDS: Final = "a Parquet file (.parquet) or a CSV with a header (.csv, .tsv, also .gz or .zst)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class File:
+    """One file of a table.
+
+    Args:
+        name: As the user named it; a file of a folder has the folder's name before its own.
+        bytes: Its size as it is stored.
+        path: Where it lies on its file system.
+        filesystem: The fsspec file system, ``None`` for a local path.
+    """
+
+    name: str
+    bytes: int
+    path: str
+    filesystem: Any = None
+
+    @property
+    def suffix(self) -> str:
+        """The ending that says what the file is: one of ``PARQUET`` or ``CSV``."""
+        return _suffix(self.path)
+
+    @contextmanager
+    def open(self) -> Iterator[Any]:
+        """Open the file for reading, as pyarrow takes it; errors while it is open name the file.
+
+        Yields:
+            A seekable binary file.
+
+        Raises:
+            UserError: The file can't be opened or read.
+        """
+        try:
+            if self.filesystem is None:
+                with pa.OSFile(self.path) as file:
+                    yield file
+            else:
+                with self.filesystem.open(self.path, "rb") as file:
+                    yield file
+        except FileNotFoundError as error:
+            raise UserError(f"{self.name}: the file is gone; check the path") from error
+        except PermissionError as error:
+            raise UserError(f"{self.name}: reading is not permitted; check permissions and credentials") from error
+        except OSError as error:
+            raise UserError(f"{self.name}: reading failed ({one_line(error)}); fetch or write the file anew") from error
+
+
+def find_files(named: str) -> list[File]:
+    """Find the files of a table.
+
+    Args:
+        named: A local path or an fsspec address, of one file or of a folder of files.
+
+    Returns:
+        One file, or the files of the folder in natural order (``part-2`` before ``part-10``).
+
+    Raises:
+        UserError: There is nothing there, it can't be reached, or it is neither Parquet nor CSV; the message says
+            which package to install where a file system's driver is missing.
+    """
+    files = _find_remote(named) if "://" in named or "::" in named else _find_local(named)
+    kinds = {file.suffix in PARQUET for file in files}
+    if len(kinds) > 1:
+        raise UserError(
+            f"{named}: the folder mixes Parquet and CSV files; name the files, or part them into two folders"
+        )
+    return files
+
+
+def one_line(error: BaseException) -> str:
+    r"""Return what an error says, on one line and not too long.
+
+    Args:
+        error: Any exception.
+
+    Returns:
+        Its text, or its type where it has none.
+
+    Example:
+        >>> one_line(ValueError("two\nlines"))
+        'two lines'
+    """
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:200] + "..."
+
+
+def _suffix(name: str) -> str:
+    lower = name.lower()
+    return max((suffix for suffix in _SUFFIXES if lower.endswith(suffix)), key=len, default="")
+
+
+def _natural(name: str) -> tuple[list[tuple[int, int, str]], str]:
+    parts = re.split(r"([0-9]+)", name)
+    return [(1, int(part), "") if part.isdecimal() else (0, 0, part) for part in parts if part], name
+
+
+def _find_local(named: str) -> list[File]:
+    path = Path(named)
+    try:
+        if path.is_dir():
+            entries = [(entry.name, entry.is_dir()) for entry in path.iterdir()]
+            return [
+                File(name=str(path / name), bytes=(path / name).stat().st_size, path=str(path / name))
+                for name in _tables_of(named, entries)
+            ]
+        size = path.stat().st_size
+    except FileNotFoundError as error:
+        raise UserError(f"{named}: no such file or folder; check the path") from error
+    except OSError as error:
+        raise UserError(f"{named}: it can't be read ({error.strerror}); check its permissions") from error
+    _check_kind(named, path.name)
+    return [File(name=named, bytes=size, path=str(path))]
+
+
+def _find_remote(named: str) -> list[File]:
+    protocol = named.partition("::")[0].partition("://")[0]
+    try:
+        filesystem, path = fsspec.core.url_to_fs(named)
+    except ImportError as error:
+        driver = getattr(error.__cause__, "name", None) or known_implementations[protocol]["class"]
+        package = driver.partition(".")[0]
+        raise UserError(
+            f"{named}: {protocol}:// needs the package {package}, which is not installed; run: pip install {package}"
+        ) from error
+    except ValueError as error:
+        raise UserError(
+            f"{named}: {one_line(error)}; give a local path or an address that fsspec knows, such as s3://"
+        ) from error
+    try:
+        info = filesystem.info(path)
+        if info["type"] == "directory":
+            # fsspec caches listings, and a table may have grown since.
+            listed = filesystem.ls(path, detail=True, refresh=True)
+            entries = {PurePosixPath(entry["name"].rstrip("/")).name: entry for entry in listed}
+            found = _tables_of(named, [(name, entry["type"] == "directory") for name, entry in entries.items()])
+            folder = named.rstrip("/")
+            return [
+                File(
+                    name=f"{folder}/{name}",
+                    bytes=int(entries[name]["size"] or 0),
+                    path=entries[name]["name"],
+                    filesystem=filesystem,
+                )
+                for name in found
+            ]
+    except UserError:
+        raise
+    except FileNotFoundError as error:
+        raise UserError(f"{named}: there is nothing at this address; check it") from error
+    # Each driver raises errors of its own (botocore's, aiohttp's, ...), and all of them are about this address.
+    except Exception as error:
+        raise UserError(f"{named}: it can't be reached ({one_line(error)}); check address and credentials") from error
+    _check_kind(named, path)
+    return [File(name=named, bytes=int(info["size"] or 0), path=path, filesystem=filesystem)]
+
+
+def _check_kind(named: str, path: str) -> None:
+    if not _suffix(path):
+        raise UserError(f"{named}: its name does not say what it is; give {_KINDS}, or a folder of such files")
+
+
+def _tables_of(named: str, entries: list[tuple[str, bool]]) -> list[str]:
+    """The names of the data files among a folder's (name, is a folder) entries, in natural order."""
+    seen = [(name, folder) for name, folder in entries if name and not name.startswith((".", "_"))]
+    files = [name for name, folder in seen if not folder and not name.lower().endswith(_BESIDE)]
+    for name in sorted(files):
+        if not _suffix(name):
+            raise UserError(f"{named}: {name!r} is not {_KINDS}; move it away, or name the files one by one")
+    inner = sorted(name for name, folder in seen if folder)
+    if inner:
+        raise UserError(f"{named}: it holds a folder, {inner[0]!r}; name the folders that directly hold the files")
+    if not files:
+        raise UserError(f"{named}: no data in this folder; give {_KINDS}, or a folder of such files")
+    return sorted(files, key=_natural)

@@ -1,0 +1,167 @@
+"""Which files are read, in which order, and which split each of their rows belongs to."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from torchrec_deepfm.data.schema import Schema
+from torchrec_deepfm.data.source import Source
+from torchrec_deepfm.data.stage import Part, Unit
+from torchrec_deepfm.data.table import open_tables, unify
+from torchrec_deepfm.data.textlog import TextLog
+from torchrec_deepfm.errors import UserError
+
+# How rows are dealt out where no files are named for validation and test. A row draws a lot from 0 to 9.
+SPLITS_BY_LOT: Final = {
+    "8:1:1": {"train": range(8), "validation": range(8, 9), "test": range(9, 10)},
+    "9:1": {"train": range(9), "test": range(9, 10)},
+}
+LAST_DAY: Final = "last-day"
+NONE: Final = "none"
+SPLIT_OPTIONS: Final = (*SPLITS_BY_LOT, LAST_DAY, NONE)
+# Of a table, for the rows of a piece; about what a line of Criteo's text has.
+BYTES_OF_A_ROW: Final = 256
+
+_DAY: Final = re.compile(r"day_(\d+)(?:\.[^/]*)?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What is to be read.
+
+    Args:
+        units: The sources, with the stems of their rows.
+        split: How the splits come about: ``files`` or one of ``SPLIT_OPTIONS``.
+        halved: The stem whose rows are validation and test, half each; under ``last-day``.
+        sources: Name and size of every source, by split.
+    """
+
+    units: tuple[Unit, ...]
+    split: str
+    halved: str | None
+    sources: Mapping[str, tuple[tuple[str, int], ...]]
+
+
+def find_inputs(
+    named: Mapping[str, Sequence[str | Path]], schema: Schema, *, split: str | None, seed: int, piece_bytes: int
+) -> Inputs:
+    """Open the sources and decide on the splits.
+
+    Args:
+        named: What the user named for ``train``, ``validation`` and ``test``.
+        schema: The columns of the raw data.
+        split: How to split the input; ``None`` for 8:1:1 where no files are named for validation or test.
+        seed: Of the split by lot.
+        piece_bytes: Of text, to a piece; a table has a row for every 256 of them.
+
+    Returns:
+        The inputs.
+
+    Raises:
+        UserError: A source is missing, named twice or unreadable, a day is missing, or the split does not fit.
+    """
+    held_out = bool(named["validation"] or named["test"])
+    if split is not None and split not in SPLIT_OPTIONS:
+        raise UserError(f"--split {split}: there is no such split; choose one of {', '.join(SPLIT_OPTIONS)}")
+    if held_out and split not in (None, NONE):
+        raise UserError(f"--split {split}: --validation and --test say the split already; leave one of the two out")
+    way = "files" if held_out else split or "8:1:1"
+    paths = {part: _expand(entries, schema) for part, entries in named.items()}
+    _check_distinct(paths)
+    days = _days(paths)
+    sources = _open(paths, schema, piece_bytes)
+    _check_distinct({part: [source.path for source in opened] for part, opened in sources.items()})
+    if days is not None and len(days) != len(sources["train"]):
+        days = None  # folders of tables: a name stands for several files
+    order = list(range(len(sources["train"])))
+    if days is not None:
+        order.sort(key=lambda place: days[place])
+    train = [sources["train"][place] for place in order]
+    numbers = sorted(days) if days is not None else order
+    if way == LAST_DAY and len(train) < 2:
+        raise UserError("--split last-day: one file is named; name two or more, or choose --split 8:1:1")
+    units = []
+    for i, (number, source) in enumerate(zip(numbers, train, strict=True)):
+        lots = SPLITS_BY_LOT.get(way)
+        if lots is None:
+            parts: tuple[Part, ...] = (Part(stem=f"day_{number}", split="train"),)
+        else:
+            stems = {"train": f"day_{number}", "validation": f"validation_{number}", "test": f"test_{number}"}
+            parts = tuple(Part(stem=stems[part], split=part, lots=drawn) for part, drawn in lots.items())
+        units.append(Unit(name=f"stage_train_{i}", source=source, parts=parts, entropy=(seed, i)))
+    for part in ("validation", "test"):
+        units += [
+            Unit(name=f"stage_{part}_{i}", source=source, parts=(Part(stem=f"{part}_{i}", split=part),))
+            for i, source in enumerate(sources[part])
+        ]
+    ordered = {**sources, "train": train}
+    return Inputs(
+        units=tuple(units),
+        split=way,
+        halved=f"day_{numbers[-1]}" if way == LAST_DAY else None,
+        sources={part: tuple((Path(s.path).name, s.bytes) for s in ordered[part]) for part in ordered},
+    )
+
+
+def _expand(entries: Sequence[str | Path], schema: Schema) -> list[str]:
+    """Replace a folder of text logs by its days."""
+    if schema.layout != "criteo":
+        return [str(entry) for entry in entries]
+    paths = []
+    for entry in entries:
+        folder = Path(entry)
+        if not folder.is_dir():
+            paths.append(str(entry))
+            continue
+        days = [path for path in sorted(folder.iterdir()) if _DAY.fullmatch(path.name)]
+        if not days:
+            raise UserError(f"{folder}: this is a folder without day_0, day_1, ...; name the files")
+        paths += [str(path) for path in days]
+    return paths
+
+
+def _check_distinct(paths: Mapping[str, Sequence[str]]) -> None:
+    seen: set[str] = set()
+    for path in (path for entries in paths.values() for path in entries):
+        place = path if "://" in path else str(Path(path).resolve())
+        if place in seen:
+            raise UserError(f"{path}: the same file is named twice; name each file once")
+        seen.add(place)
+
+
+def _days(paths: Mapping[str, Sequence[str]]) -> list[int] | None:
+    """The day of every training file, where all files are named after one; they must have no gap and no double."""
+    matches = {path: _DAY.fullmatch(Path(path).name) for entries in paths.values() for path in entries}
+    if not matches or not all(matches.values()):
+        return None
+    days: dict[int, str] = {}
+    for path, match in matches.items():
+        assert match is not None
+        number = int(match[1])
+        if number in days:
+            raise UserError(f"{path}: day {number} is there twice, also as {days[number]}; name each day once")
+        days[number] = path
+    for before, after in zip(sorted(days), sorted(days)[1:], strict=False):
+        if after != before + 1:
+            raise UserError(
+                f"--input: day_{before + 1} is missing between {Path(days[before]).name} and {Path(days[after]).name}; "
+                "name all days, or rename the files if they are no days"
+            )
+    return [int(_DAY.fullmatch(Path(path).name)[1]) for path in paths["train"]]  # type: ignore[index]
+
+
+def _open(paths: Mapping[str, Sequence[str]], schema: Schema, piece_bytes: int) -> dict[str, list[Source]]:
+    if schema.layout == "criteo":
+        return {
+            part: [TextLog(Path(entry), schema, piece_bytes=piece_bytes) for entry in entries]
+            for part, entries in paths.items()
+        }
+    rows = max(piece_bytes // BYTES_OF_A_ROW, 1)
+    opened = {
+        part: [source for entry in entries for source in open_tables(entry, schema, piece_rows=rows)]
+        for part, entries in paths.items()
+    }
+    alike = iter(unify([source for part in opened.values() for source in part]))
+    return {part: [next(alike) for _ in sources] for part, sources in opened.items()}

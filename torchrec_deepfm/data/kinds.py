@@ -1,0 +1,179 @@
+"""What a column of a user's table holds, and whether that fits what the schema says of it.
+
+Nothing is guessed row by row: a column's type follows from the types of the file and the schema, and a column that does
+not fit is an error for the whole file. ``cells.py`` reads the values.
+"""
+
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from torchrec_deepfm.data.schema import Column, toml_key
+from torchrec_deepfm.errors import UserError
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a column of a file holds.
+
+    Args:
+        scalar: ``boolean``, ``integer``, ``float``, ``text`` or ``nothing`` (all missing); else the name of a type that
+            is not taken.
+        is_list: Whether there is a list of these in each row.
+    """
+
+    scalar: str
+    is_list: bool = False
+
+    def __str__(self) -> str:
+        """Say it in words."""
+        words = {"boolean": "booleans", "integer": "integers", "float": "decimal numbers", "nothing": "nothing"}
+        word = words.get(self.scalar, self.scalar)
+        return f"lists of {word}" if self.is_list else word
+
+
+def kind_of(arrow: pa.DataType) -> Kind:
+    """Say what a column of an Arrow type holds.
+
+    Args:
+        arrow: Any Arrow type.
+
+    Returns:
+        Its kind.
+
+    Example:
+        >>> kind_of(pa.list_(pa.int16()))
+        Kind(scalar='integer', is_list=True)
+    """
+    arrow = stored(arrow)
+    types = pa.types
+    if (
+        types.is_list(arrow)
+        or types.is_large_list(arrow)
+        or types.is_fixed_size_list(arrow)
+        or types.is_list_view(arrow)
+        or types.is_large_list_view(arrow)
+    ):
+        inner = kind_of(arrow.value_type)
+        return Kind(str(arrow)) if inner.is_list else Kind(inner.scalar, True)
+    if types.is_boolean(arrow):
+        return Kind("boolean")
+    if types.is_integer(arrow) or (types.is_decimal(arrow) and arrow.scale == 0):
+        return Kind("integer")
+    if types.is_floating(arrow) or types.is_decimal(arrow):
+        return Kind("float")
+    if _is_text(arrow):
+        return Kind("text")
+    return Kind("nothing" if types.is_null(arrow) else str(arrow))
+
+
+def check_label(kind: Kind) -> None:
+    """Raise unless labels can be read from a column.
+
+    Args:
+        kind: What it holds.
+
+    Raises:
+        UserError: It can't; the message has neither file nor column.
+    """
+    if kind.is_list or kind.scalar not in ("boolean", "integer", "float", "nothing"):
+        raise UserError(f"it holds {kind}, a label is a boolean or a number 0 or 1; convert it")
+
+
+def check_number(kind: Kind) -> None:
+    """Raise unless numbers can be read from a column.
+
+    Args:
+        kind: What it holds.
+
+    Raises:
+        UserError: It can't; the message has neither file nor column.
+    """
+    if kind.is_list or kind.scalar not in ("boolean", "integer", "float", "nothing"):
+        remedy = "list it under categorical" if kind.scalar == "text" or kind.is_list else "convert it to a number"
+        raise UserError(f"it holds {kind}, no numbers; {remedy}")
+
+
+def category_type(kind: Kind, options: Column, name: str, *, csv: bool) -> str | None:
+    """Say which type the categories of a column get.
+
+    Args:
+        kind: What the file holds.
+        options: The column's options.
+        name: The column's name, for the remedy.
+        csv: Whether the file is a CSV.
+
+    Returns:
+        ``string`` or ``integer``; ``None`` where the file has nothing but missing values, so that either will do.
+
+    Raises:
+        UserError: No categories can be read from it; the message has neither file nor column.
+    """
+    at = f"[columns.{toml_key(name)}]"
+    if kind.is_list and not options.list:
+        raise UserError(f"it holds {kind}; set list = true under {at}")
+    if options.list and not kind.is_list and kind.scalar not in ("text", "nothing"):
+        raise UserError(f"it holds {kind}, one a row; remove list = true under {at}")
+    if options.list and not kind.is_list and kind.scalar == "text" and options.separator is None:
+        where = "a CSV's cells" if csv else "it holds text, which"
+        raise UserError(f'{where} must be cut into lists; set separator, such as "|", under {at}')
+    if kind.scalar == "float" and options.type != "integer":
+        raise UserError(
+            f'it holds {kind}, which are no categories; list it under numeric, or set type = "integer" under {at} '
+            "if they are whole"
+        )
+    if kind.scalar not in ("boolean", "integer", "float", "text", "nothing"):
+        raise UserError(f"it holds {kind}; convert it to text or an integer, or remove it from the schema")
+    if options.type is not None or kind.scalar == "nothing":
+        return options.type
+    return "string" if kind.scalar == "text" else "integer"
+
+
+def check_weights(kind: Kind, *, cut: bool) -> None:
+    """Raise unless the weights of a list can be read from a column.
+
+    Args:
+        kind: What it holds.
+        cut: Whether the list has a separator, so that texts can be cut.
+
+    Raises:
+        UserError: It can't; the message has neither file nor column.
+    """
+    if kind.scalar == "nothing" or (cut and kind == Kind("text")):
+        return
+    if not kind.is_list or kind.scalar not in ("integer", "float"):
+        raise UserError(f"it holds {kind}, weights are lists of numbers; convert it")
+
+
+def stored(arrow: pa.DataType) -> pa.DataType:
+    """Return the type below extensions, dictionaries and runs.
+
+    Args:
+        arrow: Any Arrow type.
+
+    Returns:
+        The type that the values have without these.
+
+    Example:
+        >>> stored(pa.dictionary(pa.int8(), pa.string()))
+        DataType(string)
+    """
+    while True:
+        if isinstance(arrow, pa.BaseExtensionType):
+            arrow = arrow.storage_type
+        elif pa.types.is_dictionary(arrow) or pa.types.is_run_end_encoded(arrow):
+            arrow = arrow.value_type
+        else:
+            return arrow
+
+
+def _is_text(arrow: pa.DataType) -> bool:
+    types = pa.types
+    return bool(
+        types.is_string(arrow)
+        or types.is_large_string(arrow)
+        or types.is_string_view(arrow)
+        or types.is_binary(arrow)
+        or types.is_large_binary(arrow)
+        or types.is_binary_view(arrow)
+    )

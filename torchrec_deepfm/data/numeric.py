@@ -1,0 +1,149 @@
+"""What becomes of numbers: a dense float32, or a category.
+
+| transform | value x | missing |
+| --- | --- | --- |
+| log1p | log(1 + max(x, 0)) | 0 |
+| log | log(x - m + 2), m the smallest number of the file (missing: 0), as TorchRec's tsv_to_npys | as x = 0 |
+| none | x | 0 |
+| bucketize | no dense value; an extra category: floor(log(x)^2) above 2, floor(x) up to 2 | a category of its own |
+
+Shape letters: n rows, I numeric columns that stay dense.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Final
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from torchrec_deepfm.data.schema import TRANSFORMS, Schema
+from torchrec_deepfm.errors import UserError
+
+_INT32: Final = np.iinfo(np.int32)
+
+
+def transforms(schema: Schema, option: str | None) -> tuple[str, ...]:
+    """Settle the transform of every numeric column.
+
+    A column's own option goes before the schema's, the schema's before the command's.
+
+    Args:
+        schema: The columns.
+        option: What the command says; ``None`` for log1p in Criteo's layout and none in a table.
+
+    Returns:
+        One name per numeric column.
+
+    Raises:
+        UserError: There is no such transform, or ``log`` is mixed with another one.
+    """
+    if option is not None and option not in TRANSFORMS:
+        raise UserError(f"--numeric {option}: there is no such transform; choose one of {', '.join(TRANSFORMS)}")
+    fallback = option or ("log1p" if schema.layout == "criteo" else "none")
+    chosen = [schema.options(name).transform or schema.numeric_transform or fallback for name in schema.numeric]
+    if "log" in chosen and set(chosen) - {"log", "bucketize"}:
+        raise UserError(
+            "numeric columns: log shifts all of them by one minimum, so it can't stand beside log1p or none; use log "
+            "for all, or for none"
+        )
+    return tuple(chosen)
+
+
+def prepared_schema(schema: Schema, chosen: Sequence[str]) -> Schema:
+    """Return the schema of the prepared data: bucketized numbers have become the first categorical columns.
+
+    Args:
+        schema: The schema of the raw data.
+        chosen: What ``transforms`` returned.
+
+    Returns:
+        The schema with the remaining numeric columns.
+    """
+    bucketized = tuple(name for name, transform in zip(schema.numeric, chosen, strict=True) if transform == "bucketize")
+    dense = tuple(name for name in schema.numeric if name not in bucketized)
+    columns = {name: options for name, options in schema.columns.items() if name not in bucketized}
+    return replace(schema, numeric=dense, categorical=bucketized + schema.categorical, columns=columns)
+
+
+def buckets(frame: pl.DataFrame, chosen: Sequence[str]) -> list[pl.Series]:
+    """Turn the bucketized columns of a piece into categories.
+
+    Args:
+        frame: n rows with ``n0`` ...
+        chosen: What ``transforms`` returned.
+
+    Returns:
+        Int64 series, null for missing.
+    """
+    found = []
+    for j, transform in enumerate(chosen):
+        if transform != "bucketize":
+            continue
+        number = frame[f"n{j}"].cast(pl.Float64)
+        values, missing = number.fill_null(0.0).to_numpy(), number.is_null()
+        bucket = np.floor(values)
+        large = values > 2
+        bucket[large] = np.floor(np.log(values[large]) ** 2)
+        # A negative code beyond 63 bits would not fit; there is no telling such codes apart anyway.
+        found.append(pl.Series(np.maximum(bucket, -(2.0**62)).astype(np.int64)).set(missing, None))
+    return found
+
+
+def dense(frame: pl.DataFrame, chosen: Sequence[str], where: str) -> NDArray[np.float32] | NDArray[np.int32]:
+    """Turn the other numeric columns of a piece into the dense array.
+
+    Args:
+        frame: n rows with ``n0`` ...
+        chosen: What ``transforms`` returned.
+        where: The source, for messages.
+
+    Returns:
+        float32 [n, I]; under ``log``, whose minimum is known at the end of the file only, the integers as int32 [n, I].
+
+    Raises:
+        UserError: ``log`` meets a number that is no int32.
+    """
+    kept = [(j, transform) for j, transform in enumerate(chosen) if transform != "bucketize"]
+    if not kept:
+        return np.empty((len(frame), 0), np.float32)
+    if kept[0][1] == "log":
+        for j, _ in kept:
+            _check_int32(frame[f"n{j}"], where)
+        return np.ascontiguousarray(
+            frame.select(pl.col(f"n{j}").fill_null(0).cast(pl.Int32) for j, _ in kept).to_numpy()
+        )
+    numbers = {j: pl.col(f"n{j}").fill_null(0).cast(pl.Float64) for j, _ in kept}
+    columns = [
+        (numbers[j].clip(lower_bound=0.0).log1p() if transform == "log1p" else numbers[j]).cast(pl.Float32)
+        for j, transform in kept
+    ]
+    return np.ascontiguousarray(frame.select(columns).to_numpy())
+
+
+def shifted_log(numbers: NDArray[np.int32], minimum: int) -> NDArray[np.float32]:
+    """Take the logarithm as TorchRec's ``BinaryCriteoUtils.tsv_to_npys`` does, bit for bit.
+
+    Args:
+        numbers: int32 [n, I].
+        minimum: The smallest number of the whole file.
+
+    Returns:
+        float32 [n, I].
+    """
+    logs: NDArray[np.float32] = np.log((numbers.astype(np.int64) - (minimum - 2)).astype(np.float32))
+    return logs
+
+
+def _check_int32(column: pl.Series, where: str) -> None:
+    if column.dtype != pl.Int64:
+        raise UserError(f"{where}: log takes integers of 32 bits, as TorchRec's script does; choose --numeric log1p")
+    least, most = int(column.min() or 0), int(column.max() or 0)  # type: ignore[arg-type]
+    # One or two at the ends are left for the shift by 2.
+    for number in (least, most):
+        if not _INT32.min + 2 <= number <= _INT32.max - 2:
+            raise UserError(
+                f"{where}: {number} is no integer of 32 bits, which log takes, as TorchRec's script does; "
+                "choose --numeric log1p"
+            )

@@ -1,0 +1,43 @@
+"""What is customary for the published data sets, beyond their columns."""
+
+from dataclasses import dataclass
+from typing import Final
+
+# Rows of the 26 tables in MLPerf's DLRM: the values of each column, taken modulo 40 million where there are more.
+# Source: mlcommons/training, recommendation/torchrec_dlrm, and the same list in FBGEMM's and TorchRec's benchmarks.
+MLPERF_NUM_EMBEDDINGS: Final = (
+    40000000, 39060, 17295, 7424, 20265, 3, 7122, 1543, 63, 40000000, 3067956, 405282, 10,
+    2209, 11938, 155, 4, 976, 14, 40000000, 40000000, 40000000, 590152, 12973, 108, 36,
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """Defaults of ``prepare`` that go with a named schema.
+
+    Args:
+        split: How the days are split.
+        num_embeddings: Ids per column when values are hashed.
+    """
+
+    split: str | None = None
+    num_embeddings: tuple[int, ...] | None = None
+
+
+_PRESETS: Final = {"criteo-terabyte": Preset(split="last-day", num_embeddings=MLPERF_NUM_EMBEDDINGS)}
+
+
+def preset(schema: str) -> Preset:
+    """Return what goes with a schema.
+
+    Args:
+        schema: Its name, or the path of a TOML file.
+
+    Returns:
+        The preset; an empty one for most.
+
+    Example:
+        >>> preset("criteo-terabyte").split
+        'last-day'
+    """
+    return _PRESETS.get(schema, Preset())

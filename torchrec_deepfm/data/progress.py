@@ -1,0 +1,64 @@
+"""How far a ``prepare`` has come: a bar on a terminal, a line now and then elsewhere."""
+
+import sys
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Final
+
+from tqdm import tqdm
+
+# Seconds between two lines where no bar can be drawn.
+EVERY: Final = 30.0
+_FORMAT: Final = "{desc} {percentage:3.0f}%|{bar:24}| {postfix} [{elapsed}, {remaining} left]"
+
+
+class Phase:
+    """One phase of the work, whose end is known.
+
+    Args:
+        name: What is going on.
+        total: Units of work in all.
+        done: Units that were done before.
+        tell: Called with a line now and then where standard error is no terminal; ``None`` shows nothing at all.
+    """
+
+    def __init__(self, name: str, total: float, *, done: float = 0.0, tell: Callable[[str], None] | None) -> None:
+        self._name, self._total, self._done, self._tell = name, max(total, 1e-9), done, tell
+        self._rows, self._first = 0, done
+        self._started = self._told = time.monotonic()
+        self._bar = None
+        if tell is not None and sys.stderr.isatty():
+            self._bar = tqdm(total=self._total, initial=done, desc=name, bar_format=_FORMAT, leave=False)
+
+    def __enter__(self) -> "Phase":
+        """Return this phase."""
+        return self
+
+    def add(self, units: float, rows: int) -> None:
+        """Tell of finished work.
+
+        Args:
+            units: How much more is done.
+            rows: Rows that went through.
+        """
+        self._done = min(self._done + units, self._total)
+        self._rows += rows
+        now = time.monotonic()
+        rate = self._rows / max(now - self._started, 1e-9)
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"{rate:,.0f} rows/s" if self._rows else "", refresh=False)
+            self._bar.update(self._done - self._bar.n)
+        elif self._tell is not None and now - self._told >= EVERY:
+            self._told = now
+            left = (self._total - self._done) * (now - self._started) / max(self._done - self._first, 1e-9)
+            self._tell(
+                f"{self._name} {self._done / self._total:.0%}, {rate:,.0f} rows/s, {tqdm.format_interval(left)} left"
+            )
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.close()

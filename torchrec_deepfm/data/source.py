@@ -1,0 +1,76 @@
+"""What the two kinds of raw input have in common: typed pieces of rows, in order, from any place where a piece ends.
+
+``textlog.py`` reads Criteo's text, ``table.py`` Parquet and CSV. ``prepare`` knows neither: it takes pieces.
+
+Shape letters: n rows of a piece, I numeric columns, F categorical columns.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import polars as pl
+
+
+@dataclass(frozen=True, kw_only=True)
+class Skipped:
+    """A bad row that was left out.
+
+    Args:
+        line: Its number in the source, from 1.
+        reason: What is wrong with it.
+    """
+
+    line: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """Some rows of a source, in its order.
+
+    Args:
+        frame: n rows: ``label`` UInt8; ``n0`` ... (I columns, Int64 or Float64, null for missing); ``c0`` ... (F
+            columns, UInt32, Int64, String, or List of the latter two, null for missing); ``w{j}`` List(Float32) beside
+            every list ``c{j}`` that has weights.
+        end: Where the next piece starts: bytes of (uncompressed) text, rows of a table. Callers only hand it back.
+        line: Lines or rows read up to ``end``.
+        done: Share of the source read up to ``end``, 0 to 1.
+        skipped: Bad rows of this piece that were left out.
+    """
+
+    frame: pl.DataFrame
+    end: int
+    line: int
+    done: float
+    skipped: tuple[Skipped, ...] = ()
+
+
+class Source(Protocol):
+    """One file of raw rows."""
+
+    @property
+    def path(self) -> str:
+        """As the user named it."""
+        ...
+
+    @property
+    def bytes(self) -> int:
+        """Its size as it is stored."""
+        ...
+
+    def pieces(self, *, start: int, line: int, skip_bad: bool) -> Iterator[Piece]:
+        """Read on from the end of a piece.
+
+        Args:
+            start: ``end`` of the piece before, or 0.
+            line: ``line`` of the piece before, or 0.
+            skip_bad: Leave bad rows out instead of raising.
+
+        Yields:
+            The pieces. Their borders are the same however often reading was resumed.
+
+        Raises:
+            UserError: The source can't be read, or holds a bad row.
+        """
+        ...

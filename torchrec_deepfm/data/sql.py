@@ -1,0 +1,63 @@
+"""How paths and settings get into DuckDB."""
+
+from glob import escape
+from pathlib import Path
+
+import duckdb
+
+
+def quoted(path: Path) -> str:
+    """Return a path as an SQL literal that names a file to write.
+
+    Args:
+        path: Any path, also one that contains quotes.
+
+    Returns:
+        The quoted literal.
+
+    Example:
+        >>> quoted(Path("it's"))
+        "'it''s'"
+    """
+    return "'" + str(path).replace("'", "''") + "'"
+
+
+def quoted_source(path: Path) -> str:
+    """Return a path as an SQL literal that names one file to read.
+
+    Unescaped, DuckDB takes ``*``, ``?`` and ``[`` as a pattern that may match several.
+
+    Args:
+        path: Any path.
+
+    Returns:
+        The quoted literal.
+
+    Example:
+        >>> quoted_source(Path("day[1].tsv"))
+        "'day[[]1].tsv'"
+    """
+    return quoted(Path(escape(str(path))))
+
+
+def connect(spill: Path, *, memory: int, threads: int | None) -> duckdb.DuckDBPyConnection:
+    """Open an empty database in memory that spills to disk.
+
+    Args:
+        spill: Folder to spill to.
+        memory: Bytes that it may hold.
+        threads: CPU threads; ``None`` for all.
+
+    Returns:
+        The connection.
+    """
+    config: dict[str, str | int] = {
+        "memory_limit": f"{memory}B",
+        "temp_directory": str(spill),
+        "preserve_insertion_order": "true",
+        "autoinstall_known_extensions": "false",  # never reach for the network
+        "autoload_known_extensions": "false",
+    }
+    if threads is not None:
+        config["threads"] = threads
+    return duckdb.connect(config=config)  # type: ignore[arg-type]

@@ -1,0 +1,300 @@
+"""Criteo's text logs -> typed pieces: tab separated, no header; a label, I integers, F categories in hexadecimal.
+
+Polars parses blocks of whole lines. What it takes for granted (signs, spaces, short lines) is checked by counting; a
+block that fails in any way is looked at again line by line, by one regular expression that says what a good line is.
+So the rule stands in one place, good data are fast, and a bad line is named.
+"""
+
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final, TypeVar
+
+import polars as pl
+import pyarrow as pa
+
+from torchrec_deepfm.data.schema import Schema
+from torchrec_deepfm.data.source import Piece, Skipped
+from torchrec_deepfm.errors import UserError
+
+T = TypeVar("T")
+
+# Compression by the end of the file's name.
+COMPRESSIONS: Final = {".gz": "gzip", ".zst": "zstd"}
+PIECE_BYTES: Final = 1 << 26
+
+_INTEGER = "-?[0-9]+"
+_HEX = "[0-9a-fA-F]{1,8}"
+_HEX_DIGITS = 8
+_LONG = 400
+# A good block, freed of line ends that are no plain newline, holds no other characters than these.
+_CHARACTERS = b"0123456789abcdefABCDEF-\t\n"
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_REPAIR = "repair or remove the line, or skip such lines (--on-bad-row skip)"
+# The longest text of the input that an error message repeats.
+_SHOWN = 40
+
+
+class TextLog:
+    """One text file in Criteo's format, plain, ``.gz`` or ``.zst``.
+
+    Args:
+        path: The file.
+        schema: Its columns.
+        piece_bytes: Bytes of text in a piece, about; a line must fit.
+
+    Raises:
+        UserError: The file is absent, a folder, or can't be opened.
+    """
+
+    def __init__(self, path: Path, schema: Schema, *, piece_bytes: int = PIECE_BYTES) -> None:
+        _check_readable(path)
+        self.path = str(path)
+        self.bytes = path.stat().st_size
+        self._file = path
+        self._schema = schema
+        self._piece_bytes = piece_bytes
+
+    def pieces(self, *, start: int, line: int, skip_bad: bool) -> Iterator[Piece]:
+        """Read on from byte ``start`` of the text; see ``Source.pieces``.
+
+        Args:
+            start: Where a piece ended, in bytes of uncompressed text.
+            line: Lines before it.
+            skip_bad: Leave bad lines out instead of raising.
+
+        Yields:
+            Pieces of whole lines.
+
+        Raises:
+            UserError: A bad line (the first one is named), or damaged compressed data.
+        """
+        # One piece and one block ahead: reading and unpacking, parsing, and what the caller does run side by side.
+        with _ahead(self._blocks(start)) as blocks, _ahead(self._parsed(blocks, start, line, skip_bad)) as pieces:
+            yield from pieces
+
+    def _parsed(self, blocks: Iterator[tuple[bytes, float]], start: int, line: int, skip_bad: bool) -> Iterator[Piece]:
+        while True:
+            try:
+                block = next(blocks, None)
+            except OSError as error:
+                raise UserError(self._unreadable(error, line)) from error
+            if block is None:
+                return
+            text, done = block
+            piece = self._piece(text, start, line, done, skip_bad)
+            yield piece
+            start, line = piece.end, piece.line
+
+    def _blocks(self, start: int) -> Iterator[tuple[bytes, float]]:
+        """Cut the text from ``start`` on into blocks of whole lines."""
+        compression = COMPRESSIONS.get(self._file.suffix)
+        with pa.OSFile(str(self._file), "rb") as raw:
+            if compression is None:
+                stream = raw
+                stream.seek(start)
+            else:
+                stream = pa.CompressedInputStream(raw, compression)
+                _skip(stream, start)
+            rest = b""
+            while True:
+                text = stream.read(max(self._piece_bytes - len(rest), 1))
+                # A compressed stream may give less than asked for long before its end.
+                if not text:
+                    if rest:
+                        yield rest, 1.0
+                    return
+                rest += text
+                if len(rest) < self._piece_bytes:
+                    continue
+                cut = rest.rfind(b"\n") + 1
+                if not cut:  # no newline at all: lines may end in carriage returns (the last one may be half a CRLF)
+                    cut = rest.rfind(b"\r", 0, -1) + 1
+                if not cut:
+                    raise UserError(
+                        f"{self.path}: a line is longer than {self._piece_bytes:,} bytes; this is no text log of "
+                        f"{len(self._schema.names)} columns"
+                    )
+                yield rest[:cut], raw.tell() / max(self.bytes, 1)
+                rest = rest[cut:]
+
+    def _piece(self, text: bytes, start: int, line: int, done: float, skip_bad: bool) -> Piece:
+        size = len(text)
+        if start == 0 and text.startswith(_BYTE_ORDER_MARK):
+            text = text[len(_BYTE_ORDER_MARK) :]
+        if b"\r" in text:
+            text = text.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        lines = text.count(b"\n") + (not text.endswith(b"\n") and bool(text))
+        frame = _parse(text, self._schema)
+        skipped: tuple[Skipped, ...] = ()
+        if frame is None:
+            good, skipped = self._sort_out(text, line, skip_bad)
+            frame = _parse_slowly(good, self._schema)
+        return Piece(frame=frame, end=start + size, line=line + lines, done=done, skipped=skipped)
+
+    def _sort_out(self, text: bytes, line: int, skip_bad: bool) -> tuple[list[bytes], tuple[Skipped, ...]]:
+        """Part the good lines from the bad ones; raise over the first bad one unless they are to be skipped."""
+        pattern = re.compile(line_pattern(self._schema).encode())
+        good, skipped = [], []
+        for number, row in enumerate(text.split(b"\n"), start=line + 1):
+            if not row:
+                continue
+            if pattern.fullmatch(row) and not _too_large(row, self._schema):
+                good.append(row)
+                continue
+            fault = _describe(row.decode("utf-8", "surrogateescape"), self._schema)
+            if not skip_bad:
+                raise UserError(f"{self.path}: line {number}{fault}; {_REPAIR}")
+            skipped.append(Skipped(line=number, reason=fault.lstrip(", ")))
+        return good, tuple(skipped)
+
+    def _unreadable(self, error: OSError, line: int) -> str:
+        if self._file.suffix in COMPRESSIONS:
+            # Lines before the damage are good or are told first: a bad line may be all that is wrong.
+            where = f"the {self._file.suffix} data are damaged or cut off somewhere after line {line}"
+            return f"{self.path}: {where} ({error}); fetch or compress the file anew"
+        return f"{self.path}: the file can't be read past line {line} ({error}); check the disk"
+
+
+@contextmanager
+def _ahead(iterator: Iterator[T]) -> Iterator[Iterator[T]]:
+    """Let a thread fetch the next item while this one works on the last."""
+    end = object()
+    with ThreadPoolExecutor(1, thread_name_prefix="ahead") as thread:
+
+        def items() -> Iterator[T]:
+            coming = thread.submit(next, iterator, end)
+            while (item := coming.result()) is not end:
+                coming = thread.submit(next, iterator, end)
+                yield item  # type: ignore[misc]
+
+        yield items()
+
+
+def line_pattern(schema: Schema) -> str:
+    r"""Return the regular expression that a whole good line matches.
+
+    Args:
+        schema: The columns.
+
+    Returns:
+        A pattern without groups to capture.
+
+    Example:
+        >>> re.fullmatch(line_pattern(Schema(label="y", numeric=("n",), categorical=("c",))), "1\t-3\tff") is not None
+        True
+    """
+    return rf"[01](?:\t(?:{_INTEGER})?){{{len(schema.numeric)}}}(?:\t(?:{_HEX})?){{{len(schema.categorical)}}}"
+
+
+def _parse(text: bytes, schema: Schema) -> pl.DataFrame | None:
+    """Parse a block of good lines; ``None`` where anything is out of the ordinary."""
+    if not text:
+        return None
+    lines = text.count(b"\n") + (not text.endswith(b"\n"))
+    # Together these leave nothing for Polars to be lenient about. It refuses a line that is too long, so that the
+    # right number of tabs over all lines means the right number in each.
+    tabs = len(schema.names) - 1
+    if text.translate(None, _CHARACTERS):
+        return None
+    if text.count(b"\t") != tabs * lines:
+        shorter = re.sub(rb"\n{2,}", b"\n", text).lstrip(b"\n")  # blank lines are no rows
+        return _parse(shorter, schema) if len(shorter) < len(text) else None
+    integers, categories = range(len(schema.numeric)), range(len(schema.categorical))
+    columns: dict[str, type[pl.DataType]] = {"label": pl.String}
+    columns |= {f"n{j}": pl.Int64 for j in integers} | {f"c{j}": pl.String for j in categories}
+    try:
+        frame = pl.read_csv(text, separator="\t", has_header=False, quote_char=None, schema=columns)
+        if len(frame) != lines:
+            return None
+        checks = frame.select(
+            pl.col("label").is_in(["0", "1"]).all() & pl.col("label").is_not_null().all(),
+            *((pl.col(f"c{j}").str.len_bytes().max() <= _HEX_DIGITS).fill_null(True) for j in categories),
+        )
+        if not all(checks.row(0)):
+            return None
+        return frame.select(
+            pl.col("label").cast(pl.UInt8),
+            *(pl.col(f"n{j}") for j in integers),
+            *(_from_hex(j) for j in categories),
+        )
+    except pl.exceptions.PolarsError:
+        return None
+
+
+def _parse_slowly(lines: list[bytes], schema: Schema) -> pl.DataFrame:
+    """Parse lines that are known to be good, with integers beyond 64 bits among them."""
+    rows = [line.decode("ascii").split("\t") for line in lines]
+    columns = list(zip(*rows, strict=True)) if rows else [()] * len(schema.names)
+    first = 1 + len(schema.numeric)
+    named: dict[str, pl.Series] = {"label": pl.Series(columns[0], dtype=pl.String).cast(pl.UInt8)}
+    for j, values in enumerate(columns[1:first]):
+        # Longer than any finite float64: leading zeros, which int() has a limit for.
+        numbers = [(int(value) if len(value) < _LONG else float(value)) if value else None for value in values]
+        exact = all(n is None or (isinstance(n, int) and -(2**63) <= n < 2**63) for n in numbers)
+        kind = pl.Int64 if exact else pl.Float64
+        named[f"n{j}"] = pl.Series([None if n is None else n if exact else float(n) for n in numbers], dtype=kind)
+    frame = pl.DataFrame(
+        named | {f"c{j}": pl.Series(values, dtype=pl.String) for j, values in enumerate(columns[first:])}
+    )
+    frame = frame.with_columns(pl.col(f"c{j}").replace("", None) for j in range(len(schema.categorical)))
+    return frame.with_columns(_from_hex(j) for j in range(len(schema.categorical)))
+
+
+def _from_hex(j: int) -> pl.Expr:
+    return pl.col(f"c{j}").str.to_integer(base=16, dtype=pl.UInt32)
+
+
+def _skip(stream: pa.NativeFile, count: int) -> None:
+    while count:
+        read = len(stream.read(min(count, PIECE_BYTES)))
+        if not read:
+            raise OSError("the text is shorter than it was")
+        count -= read
+
+
+def _check_readable(path: Path) -> None:
+    if path.is_dir():
+        raise UserError(f"{path}: this is a folder; name the files in it")
+    try:
+        with path.open("rb") as file:
+            file.read(1)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file; check the path") from error
+    except OSError as error:
+        raise UserError(f"{path}: the file can't be read ({error.strerror}); check its permissions") from error
+
+
+def _too_large(row: bytes, schema: Schema) -> bool:
+    return any(_is_infinite(field) for field in row.split(b"\t")[1 : 1 + len(schema.numeric)])
+
+
+def _is_infinite(field: bytes | str) -> bool:
+    return bool(field) and abs(float(field)) == float("inf")
+
+
+def _describe(row: str, schema: Schema) -> str:
+    """Say what is wrong with a bad line, to go after its number."""
+    fields = row.split("\t")
+    if len(fields) != len(schema.names):
+        return (
+            f" has {len(fields)} columns, expected {len(schema.names)} (label, {len(schema.numeric)} numbers, "
+            f"{len(schema.categorical)} categories, tab separated)"
+        )
+    for index, (name, field) in enumerate(zip(schema.names, fields, strict=True)):
+        shown = repr(field if len(field) <= _SHOWN else field[:_SHOWN] + "...")
+        if index == 0:
+            if not field:
+                return f", column {name}: the label is missing, it must be 0 or 1"
+            if field not in ("0", "1"):
+                return f", column {name}: {shown} is no label, it must be 0 or 1"
+        elif index <= len(schema.numeric):
+            if field and not re.fullmatch(_INTEGER, field):
+                return f", column {name}: {shown} is no integer"
+            if _is_infinite(field):
+                return f", column {name}: {shown} is too large for a number"
+        elif field and not re.fullmatch(_HEX, field):
+            return f", column {name}: {shown} is no hexadecimal number of at most 8 digits"
+    raise AssertionError(f"a line that matches in parts but not as a whole: {row!r}")

@@ -1,0 +1,55 @@
+"""The processes that share a ``prepare``: who does what, and where they wait for each other."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def _nobody_to_wait_for() -> None:
+    pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workers:
+    """One of the processes that work on the same output, in one folder that all of them see.
+
+    Args:
+        rank: Which one this is, 0 to ``count`` - 1.
+        count: How many there are.
+        wait: Returns when all of them have called it; raises where one of them has failed.
+    """
+
+    rank: int = 0
+    count: int = 1
+    wait: Callable[[], None] = _nobody_to_wait_for
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the one that does what is done once."""
+        return self.rank == 0
+
+    def mine(self, work: Sequence[T], weights: Sequence[float]) -> list[T]:
+        """Choose this process's share; every process works out the same shares.
+
+        The heaviest first, each to whoever has least.
+
+        Args:
+            work: What there is to do.
+            weights: How heavy each is.
+
+        Returns:
+            This process's part, in the order of ``work``.
+
+        Example:
+            >>> Workers(rank=1, count=2).mine("abc", [1.0, 5.0, 3.0])
+            ['a', 'c']
+        """
+        loads = [0.0] * self.count
+        owners = {}
+        for place in sorted(range(len(work)), key=lambda place: -weights[place]):
+            owner = loads.index(min(loads))
+            owners[place] = owner
+            loads[owner] += weights[place]
+        return [work[place] for place in range(len(work)) if owners[place] == self.rank]
