@@ -1,3 +1,5 @@
+"""Batches: which rows, on which rank, in which order, and what stands in them."""
+
 from collections import Counter
 from itertools import chain
 
@@ -7,36 +9,16 @@ import torch
 from torchrec.datasets.criteo import InMemoryBinaryCriteoIterDataPipe
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from tests.data.folders import SCHEMA, ids, label, make, number
+from tests.data.batches import real_rows, rows_of
+from tests.data.folders import SCHEMA, ids, label, make, number, write
 from tests.data.raw_oracle import random_text
 from torchrec_deepfm.data import order
 from torchrec_deepfm.data.loader import Loader
 from torchrec_deepfm.data.order import EpochOrder
 from torchrec_deepfm.data.prepare import prepare
+from torchrec_deepfm.data.prepared import PreparedData
 from torchrec_deepfm.data.schema import Schema
 from torchrec_deepfm.errors import UserError
-
-DAYS = (50, 1, 40, 32)  # 123 rows
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return make(tmp_path_factory.mktemp("loader") / "data", DAYS)
-
-
-@pytest.fixture
-def small_blocks(monkeypatch):
-    monkeypatch.setattr(order, "BLOCK_ROWS", 4)
-    monkeypatch.setattr(order, "WINDOW_BLOCKS", 3)
-
-
-def rows_of(batch) -> list[int]:
-    """The numbers of a batch's rows: the first id of a row is its number."""
-    return batch.sparse_features["c1"].values().tolist()
-
-
-def real_rows(loader) -> list[list[int]]:
-    return [rows_of(batch)[: loader.valid_rows(step)] for step, batch in enumerate(loader)]
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
@@ -203,6 +185,7 @@ def test_bad_values_are_named(tmp_path, file, place, value, fault, shuffle):
     ("options", "message"),
     [
         ({"batch_size": 0}, "--batch-size: 0 is too small; give 1 or more"),
+        ({"batch_size": 1, "prefetch": -1}, "prefetch: -1 is negative; give 0 or more"),
         ({"batch_size": 1, "seed": -1}, "--seed: -1 is negative; give 0 or more"),
         ({"batch_size": 1, "rank": 2, "world_size": 2}, "rank 2 of 2 ranks does not exist; give 0 to world_size - 1"),
         (
@@ -240,6 +223,65 @@ def test_pinned_memory(data):
     else:
         with pytest.raises(UserError, match=r"^pin_memory: there is no CUDA device; leave the option off$"):
             Loader(data, "train", batch_size=10, pin_memory=True)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 12, 13, 100, 123, 1000])
+def test_a_window_has_a_block_from_each_stretch_of_the_split(small_blocks, rows):
+    shuffled = EpochOrder(rows, shuffle=True, seed=1, epoch=0)
+    whole = shuffled[0:rows].tolist()
+    blocks = -(-rows // 4)
+    windows = -(-blocks // 3)
+    ends = [position for position in range(rows) if shuffled.window_at(position) != shuffled.window_at(position + 1)]
+    assert shuffled.window_at(rows - 1) == windows - 1
+    assert len(ends) == windows
+    begin = 0
+    for window, end in enumerate(ends):
+        fetched = [row for first, stop in shuffled.stretches(window) for row in range(first, stop)]
+        assert sorted(whole[begin : end + 1]) == fetched
+        chosen = [first // 4 for first, _ in shuffled.stretches(window)]
+        assert [block // windows for block in chosen] == list(range(len(chosen)))
+        assert len(chosen) >= -(-blocks // windows) - 1
+        begin = end + 1
+    assert shuffled.stretches(windows) == []
+
+
+CRITEO = Schema(
+    label="label",
+    numeric=tuple(f"int_{i}" for i in range(13)),
+    categorical=tuple(f"cat_{j}" for j in range(26)),
+)
+
+
+@pytest.mark.parametrize("rows", [40, 41])
+def test_torchrec_reads_a_folder_of_ours(tmp_path, rows):
+    """Train is all days but the last, validation and test are its halves: stage by stage the same batches."""
+    draw = np.random.default_rng(0)
+    folder = tmp_path / "data"
+    folder.mkdir()
+    counts = {"day_0": 30, "day_1": 25, "day_2": rows}
+    for stem, count in counts.items():
+        np.save(folder / f"{stem}_dense.npy", draw.standard_normal((count, 13), np.float32))
+        np.save(folder / f"{stem}_sparse.npy", draw.integers(0, 50, (count, 26), np.int32))
+        np.save(folder / f"{stem}_labels.npy", draw.integers(0, 2, (count, 1), np.int32))
+    half = -(-rows // 2)
+    splits = {
+        "train": [{"stem": stem, "start": 0, "rows": counts[stem], "positives": 1} for stem in ("day_0", "day_1")],
+        "validation": [{"stem": "day_2", "start": 0, "rows": half, "positives": 1}],
+        "test": [{"stem": "day_2", "start": half, "rows": rows - half, "positives": 1}],
+    }
+    embeddings = dict.fromkeys(CRITEO.categorical, 50)
+    write(folder, {"schema": CRITEO.to_json(), "num_embeddings": embeddings, "splits": splits})
+    data = PreparedData.open(folder)
+    for stage, split in (("train", "train"), ("val", "validation"), ("test", "test")):
+        stems = [day.stem for day in data.days(split)]
+        paths = [[str(folder / f"{stem}_{part}.npy") for stem in stems] for part in ("dense", "sparse", "labels")]
+        theirs = InMemoryBinaryCriteoIterDataPipe(stage, *paths, batch_size=7, rank=0, world_size=1, drop_last=True)
+        ours = Loader(data, split, batch_size=7, drop_last=True)
+        for their, our in zip(theirs, ours, strict=True):
+            assert torch.equal(their.dense_features, our.dense_features)
+            assert their.sparse_features.keys() == our.sparse_features.keys()
+            assert torch.equal(their.sparse_features.values(), our.sparse_features.values())
+            assert torch.equal(their.labels, our.labels)
 
 
 def test_torchrec_reads_our_folder_and_yields_the_same_batches(tmp_path):

@@ -12,7 +12,7 @@ import pytest
 from tests.distributed.launcher import run_module
 from torchrec_deepfm.cli import main
 from torchrec_deepfm.data.order import EpochOrder
-from torchrec_deepfm.data.prepared import PreparedData
+from torchrec_deepfm.data.prepared import PreparedData, seal
 
 BATCH = 256  # of the smoke recipe, per rank
 REPAIR = "the folder is damaged or foreign; prepare the data again"
@@ -75,7 +75,7 @@ BAD_ID = Patch(stem="day_0", ending="sparse", column=2, value=2**30)
 NEGATIVE_ID = Patch(stem="day_0", ending="sparse", column=25, value=-1)
 NAN = Patch(stem="day_0", ending="dense", column=4, value=np.nan)
 LABEL = Patch(stem="day_0", ending="labels", column=0, value=2)
-LATE_LABEL = Patch(stem="validation", ending="labels", column=0, value=-1)
+LATE_LABEL = Patch(stem="validation_0", ending="labels", column=0, value=-1)
 
 
 @pytest.mark.parametrize(
@@ -108,11 +108,11 @@ def test_more_ranks_than_rows(data: PreparedData, tmp_path: Path) -> None:
     shutil.copytree(data.folder, few)
     manifest = json.loads((few / "manifest.json").read_text())
     for name in ("dense", "sparse", "labels"):
-        path = few / f"test_{name}.npy"
+        path = few / f"test_0_{name}.npy"
         np.save(path, np.load(path)[:1])
         manifest["files"][path.name]["bytes"] = path.stat().st_size
     manifest["splits"]["test"][0]["rows"] = 1
-    (few / "manifest.json").write_text(json.dumps(manifest))
+    (few / "manifest.json").write_bytes(seal(manifest))
     expected = f"error: {few}: split test has 1 rows for 2 ranks; use fewer ranks or more data"
     assert on_two_ranks(train(few, tmp_path / "run")) == (2, [expected])
     assert not (tmp_path / "run").exists()

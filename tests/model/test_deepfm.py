@@ -355,6 +355,14 @@ def test_bad_batches(bags: dict[str, list[oracle.Bag]], message: str) -> None:
         model(torch.empty(1, 0), to_kjt(bags))
 
 
+def test_weights_that_one_side_has_and_the_other_has_not() -> None:
+    bags, dense = random_bags("weighted", 4), torch.randn(4, 2)
+    with pytest.raises(UserError, match=r"^the batch has weights, but the tables have none: make the"):
+        make_model()(dense, to_kjt(bags, weighted=True))
+    with pytest.raises(UserError, match=r"^the tables are weighted, but the batch has no weights: give every id one"):
+        make_model(weighted=True)(dense, to_kjt(bags))
+
+
 def test_bad_dense_features() -> None:
     with pytest.raises(UserError, match=r"^dense_features has shape \(1, 3\), but the model was made for \[B, 2\]"):
         make_model()(torch.zeros(1, 3), to_kjt(random_bags("one-hot", 1)))

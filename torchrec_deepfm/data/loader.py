@@ -1,31 +1,37 @@
 """The prepared folder -> batches of TorchRec, the rows of each batch shared out over ranks.
 
-Shape letters: B batch size per rank, W ranks, N rows of the split, I numeric columns, F categorical columns.
+Shape letters: B batch size per rank, W ranks, N rows of the split, I numeric columns.
 """
 
-from collections.abc import Iterator
-from typing import NoReturn
+from collections import deque
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torchrec.datasets.utils import Batch
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from torchrec_deepfm.data.assemble import Assembler
+from torchrec_deepfm.data.gather import SplitRows
 from torchrec_deepfm.data.order import EpochOrder
-from torchrec_deepfm.data.prepared import DENSE, LABELS, SPARSE, PreparedData
+from torchrec_deepfm.data.prepared import PreparedData
 from torchrec_deepfm.errors import UserError
 
-_REPAIR = "the folder is damaged or foreign; prepare the data again"
-
-# dense [n, I], sparse [n, F], labels [n, 1]
-_Arrays = tuple[NDArray[np.float32], NDArray[np.int32], NDArray[np.int32]]
+STATE_VERSION = 1
 
 
-def _take(arrays: _Arrays, rows: NDArray[np.int64]) -> _Arrays:
-    """Copy rows; take() does it more than twice as fast as indexing."""
-    dense, sparse, labels = arrays
-    return dense.take(rows, axis=0), sparse.take(rows, axis=0), labels.take(rows, axis=0)
+@dataclass(kw_only=True)
+class _Run:
+    """One way through an epoch, from where it began."""
+
+    order: EpochOrder
+    epoch: int
+    begin: int  # rows of the epoch's order that were consumed before
+    yielded: int = 0  # batches of this rank since
+    window: int = -1  # the window of the order that was last read in
 
 
 class Loader:
@@ -38,6 +44,12 @@ class Loader:
     the order, because all ranks must take the same number of steps with batches of one size; ``valid_rows`` tells how
     many rows of a batch are real. They come first, and over all ranks each row is real exactly once.
 
+    ``state_dict`` says how far all ranks have come, in rows. ``load_state_dict`` goes on from there, on any number of
+    ranks and with any batch size. Steps are then counted from that row.
+
+    A multi-hot column has a bag of ids in each row, which may be empty. As soon as one column of the schema has
+    weights, all have: the others weigh 1.
+
     Args:
         data: The opened folder.
         split: ``train``, ``validation`` or ``test``.
@@ -48,10 +60,11 @@ class Loader:
         seed: Picks the shuffle.
         drop_last: Leave out the last, incomplete global batch.
         pin_memory: Put the batches into page-locked memory for faster copies to a GPU.
+        prefetch: Batches that a thread makes ahead of the one that is asked for; 0 for no thread.
 
     Raises:
         UserError: An option is out of range, there are fewer rows than ranks, nothing is left after ``drop_last``, or
-            an array does not fit the manifest. While iterating: an id, number or label is not valid.
+            an array does not fit the manifest. While iterating: an id, number, weight or label is not valid.
 
     Example:
         >>> from pathlib import Path
@@ -68,6 +81,8 @@ class Loader:
         ...     batch = next(iter(loader))
         >>> batch.dense_features.shape, batch.sparse_features.keys(), batch.labels.shape
         (torch.Size([16, 1]), ['user', 'item'], torch.Size([16]))
+        >>> loader.state_dict()["epoch"], loader.state_dict()["row"]
+        (1, 16)
     """
 
     def __init__(
@@ -82,9 +97,9 @@ class Loader:
         seed: int = 0,
         drop_last: bool = False,
         pin_memory: bool = False,
+        prefetch: int = 2,
     ) -> None:
-        self._data, self._batch_size, self._rank = data, batch_size, rank
-        self._days = data.days(split)
+        self._batch_size, self._rank = batch_size, rank
         self._rows = data.rows(split)
         self._global = world_size * batch_size
         if batch_size < 1:
@@ -93,6 +108,10 @@ class Loader:
             raise UserError(f"rank {rank} of {world_size} ranks does not exist; give 0 to world_size - 1")
         if seed < 0:
             raise UserError(f"--seed: {seed} is negative; give 0 or more")
+        if prefetch < 0:
+            raise UserError(f"prefetch: {prefetch} is negative; give 0 or more")
+        if self._rows == 0:
+            raise UserError(f"{data.folder}: split {split} is empty; prepare the data with rows for it")
         if self._rows < world_size:
             raise UserError(
                 f"{data.folder}: split {split} has {self._rows} rows for {world_size} ranks; "
@@ -105,30 +124,29 @@ class Loader:
             )
         if pin_memory and not torch.cuda.is_available():
             raise UserError("pin_memory: there is no CUDA device; leave the option off")
-        self._steps = self._rows // self._global if drop_last else -(-self._rows // self._global)
-        self._shuffle, self._seed, self._pin_memory = shuffle, seed, pin_memory
-        self._arrays = [data.arrays(day) for day in self._days]
-        self._starts = np.cumsum([0, *(day.rows for day in self._days)])
-        self._keys = list(data.schema.categorical)
-        self._limits = np.array([data.num_embeddings[key] for key in self._keys], np.uint32)[:, None]
-        # One id per row and key: these parts are the same in every batch, and TorchRec would else compute them anew.
-        self._lengths = torch.ones(len(self._keys) * batch_size, dtype=torch.int32)
-        self._offsets = torch.arange(len(self._keys) * batch_size + 1, dtype=torch.int32)
-        self._length_per_key = [batch_size] * len(self._keys)
-        self._offset_per_key = [batch_size * i for i in range(len(self._keys) + 1)]
-        self._index_per_key = {key: i for i, key in enumerate(self._keys)}
-        self.set_epoch(0)
+        self._shuffle, self._seed, self._drop_last = shuffle, seed, drop_last
+        self._pin_memory, self._prefetch = pin_memory, prefetch
+        self._source = SplitRows(data, split)
+        self._assembler = Assembler(data, self._source, batch_size)
+        self._run = self._begin_run(epoch=0, row=0)
 
     def __len__(self) -> int:
-        """Return the number of steps of an epoch, the same on every rank."""
-        return self._steps
+        """Return the number of steps of a whole epoch, the same on every rank."""
+        return self._steps(0)
+
+    @property
+    def steps_left(self) -> int:
+        """Steps from where an iteration would start now, row 0 or the loaded position, to the end of the epoch."""
+        return self._steps(self._run.begin)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield this rank's batches of the current epoch."""
+        """Yield this rank's batches of the current epoch, from the loaded position on if one was loaded."""
         return self.batches()
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch, and with it the shuffle, of the iterations that start from here on.
+
+        A loaded position holds for its own epoch; every other one starts at row 0.
 
         Args:
             epoch: Not negative.
@@ -138,122 +156,192 @@ class Loader:
         """
         if epoch < 0:
             raise UserError(f"epoch: {epoch} is negative; give 0 or more")
-        self._order = EpochOrder(self._rows, shuffle=self._shuffle, seed=self._seed, epoch=epoch)
+        if epoch != self._run.epoch:
+            self._run = self._begin_run(epoch=epoch, row=0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tell how far the ranks have come with the batches that the newest iteration has yielded.
+
+        Returns:
+            ``version``; ``epoch``; ``row``, rows of the epoch's order that all ranks together have consumed, all N
+            after the last step (what ``drop_last`` leaves out is done too); ``rows``, N; ``seed``; ``shuffle``. It is
+            the same on every rank that has taken as many steps.
+        """
+        return self.position(self._run.yielded)
+
+    def position(self, step: int) -> dict[str, Any]:
+        """Tell the same for the moment after some batches of the current epoch, for callers that read ahead.
+
+        Args:
+            step: Batches done since row 0 or the loaded position, 0 to ``steps_left``.
+
+        Returns:
+            As ``state_dict``.
+
+        Raises:
+            IndexError: There are not so many steps.
+        """
+        if not 0 <= step <= self.steps_left:
+            raise IndexError(f"step {step} of {self.steps_left}")
+        row = self._rows if step == self.steps_left else self._run.begin + step * self._global
+        return {
+            "version": STATE_VERSION,
+            "epoch": self._run.epoch,
+            "row": row,
+            "seed": self._seed,
+            "shuffle": self._shuffle,
+            "rows": self._rows,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where another loader, of any number of ranks and any batch size, has stopped.
+
+        The iterations that start from here on begin there, until ``set_epoch`` chooses another epoch.
+
+        Args:
+            state: What ``state_dict`` or ``position`` returned.
+
+        Raises:
+            UserError: The state is damaged, or was taken from another split, seed or order.
+        """
+        names = ("version", "epoch", "row", "seed", "shuffle", "rows")
+        kinds = {name: type(state.get(name)) for name in names}
+        if any(kind is not (bool if name == "shuffle" else int) for name, kind in kinds.items()):
+            raise UserError(f"state of the loader: it is damaged, {dict(state)}; start the epoch from its beginning")
+        if state["version"] != STATE_VERSION:
+            raise UserError(
+                f"state of the loader: version {state['version']}, this version reads {STATE_VERSION}; "
+                "use the version that wrote it"
+            )
+        mine = {"seed": self._seed, "shuffle": self._shuffle, "rows": self._rows}
+        for name, value in mine.items():
+            if state[name] != value:
+                raise UserError(
+                    f"state of the loader: {name} was {state[name]}, now it is {value}; "
+                    "resume with the same data and options"
+                )
+        if state["epoch"] < 0 or not 0 <= state["row"] <= self._rows:
+            raise UserError(
+                f"state of the loader: row {state['row']} of epoch {state['epoch']} does not exist; "
+                "start the epoch from its beginning"
+            )
+        self._run = self._begin_run(epoch=state["epoch"], row=state["row"])
 
     def valid_rows(self, step: int) -> int:
         """Tell how many rows of this rank's batch are real; the rest, at its end, is filling.
 
         Args:
-            step: Number of the batch in the epoch, from 0.
+            step: Number of the batch since row 0 or the loaded position, from 0.
 
         Returns:
             0 to B. It is B for all steps but the last.
         """
-        return min(max(self._rows - self._begin(step), 0), self._batch_size)
+        return self._valid(self._run, step)
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
         """Yield this rank's batches of the current epoch from a step on.
 
         Args:
-            start: The first step, from 0; nothing before it is read.
+            start: The first step since row 0 or the loaded position, from 0; nothing before it is read.
 
         Yields:
-            As ``batch`` returns.
+            As ``batch`` returns. With ``prefetch`` a thread makes them; it ends with the iterator.
 
         Raises:
-            UserError: An id, number or label is not valid.
+            UserError: An id, number, weight or label is not valid.
         """
-        order = self._order  # an epoch that has begun ends in its own order
-        for step in range(start, self._steps):
-            yield self._batch(order, step)
+        # An epoch that has begun ends in its own order, and no longer counts once another one has.
+        run = self._run = self._begin_run(epoch=self._run.epoch, row=self._run.begin, order=self._run.order)
+        run.yielded = start
+        return self._ahead(run, start) if self._prefetch else self._one_by_one(run, start)
 
     def batch(self, step: int) -> Batch:
         """Read one batch of the current epoch.
 
         Args:
-            step: Number of the batch in the epoch, 0 to ``len(self) - 1``.
+            step: Number of the batch since row 0 or the loaded position, 0 to ``steps_left - 1``.
 
         Returns:
-            Dense features float32 [B, I], sparse features with one int32 id per row and key, labels int32 [B].
+            Dense features float32 [B, I]; sparse features, int32 ids, B bags per key in the schema's order, and
+            float32 weights if the schema has any; labels int32 [B].
 
         Raises:
-            UserError: An id, number or label is not valid; the message names file, row and column.
+            UserError: An id, number, weight or label is not valid; the message names file, row and column.
             IndexError: There is no such step.
         """
-        if not 0 <= step < self._steps:
-            raise IndexError(f"step {step} of {self._steps}")
-        return self._batch(self._order, step)
+        if not 0 <= step < self.steps_left:
+            raise IndexError(f"step {step} of {self.steps_left}")
+        return self._batch(self._run, step)
 
-    def _begin(self, step: int) -> int:
-        return step * self._global + self._rank * self._batch_size
+    def _begin_run(self, *, epoch: int, row: int, order: EpochOrder | None = None) -> _Run:
+        if order is None:
+            order = EpochOrder(self._rows, shuffle=self._shuffle, seed=self._seed, epoch=epoch)
+        return _Run(order=order, epoch=epoch, begin=row)
 
-    def _batch(self, order: EpochOrder, step: int) -> Batch:
-        begin, valid = self._begin(step), self.valid_rows(step)
-        rows = order[begin : begin + valid]
-        if valid < self._batch_size:
-            head = order[0 : min(self._rows, self._batch_size - valid)]
-            rows = np.concatenate([rows, np.resize(head, self._batch_size - valid)])
-        dense, sparse, labels = self._gather(rows)
-        values = np.ascontiguousarray(sparse.T)  # [F, B], as a KeyedJaggedTensor wants it
-        # As unsigned numbers, negative ids are large ones: one comparison finds both kinds.
-        good = (
-            bool(np.isfinite(dense).all())
-            and not (values.view(np.uint32) >= self._limits).any()
-            and not (labels.view(np.uint32) > 1).any()
+    def _steps(self, row: int) -> int:
+        left = self._rows - row
+        return left // self._global if self._drop_last else -(-left // self._global)
+
+    def _one_by_one(self, run: _Run, start: int) -> Iterator[Batch]:
+        for step in range(start, self._steps(run.begin)):
+            batch = self._batch(run, step)
+            run.yielded = step + 1
+            yield batch
+
+    def _ahead(self, run: _Run, start: int) -> Iterator[Batch]:
+        # A new thread would take GPU 0 for its own, and pinning would make a context on it.
+        device = torch.cuda.current_device() if self._pin_memory else None
+        # The executor joins its thread when the interpreter ends, and ends it when nobody holds the executor any more.
+        executor = ThreadPoolExecutor(
+            1, thread_name_prefix="loader", initializer=_use_device, initargs=() if device is None else (device,)
         )
-        if not good:
-            self._report(rows, dense, sparse, labels)
-        batch = Batch(
-            dense_features=torch.from_numpy(dense),
-            sparse_features=KeyedJaggedTensor(
-                keys=self._keys,
-                values=torch.from_numpy(values.reshape(-1)),
-                lengths=self._lengths,
-                offsets=self._offsets,
-                stride=self._batch_size,
-                length_per_key=self._length_per_key,
-                offset_per_key=self._offset_per_key,
-                index_per_key=self._index_per_key,
-            ),
-            labels=torch.from_numpy(labels.reshape(-1)),
-        )
+        pending: deque[Future[Batch]] = deque()
+        try:
+            steps = self._steps(run.begin)
+            coming = start
+            for step in range(start, steps):
+                while coming < min(step + 1 + self._prefetch, steps):
+                    pending.append(executor.submit(self._batch, run, coming))
+                    coming += 1
+                batch = pending.popleft().result()
+                run.yielded = step + 1
+                yield batch
+        finally:
+            # Not waited for: the collector may close this iterator in any thread, that of the executor included.
+            executor.shutdown(wait=False, cancel_futures=True)
+
+    def _first(self, run: _Run, step: int) -> int:
+        return run.begin + step * self._global + self._rank * self._batch_size
+
+    def _valid(self, run: _Run, step: int) -> int:
+        return min(max(self._rows - self._first(run, step), 0), self._batch_size)
+
+    def _batch(self, run: _Run, step: int) -> Batch:
+        begin, valid = self._first(run, step), self._valid(run, step)
+        self._turn_to(run, min(begin, self._rows - 1))
+        if valid == self._batch_size and not self._shuffle:
+            rows: NDArray[np.int64] | range = range(begin, begin + valid)
+            taken = self._source.stretch(begin, begin + valid)
+        else:
+            rows = run.order[begin : begin + valid]
+            if valid < self._batch_size:
+                head = run.order[0 : min(self._rows, self._batch_size - valid)]
+                rows = np.concatenate([rows, np.resize(head, self._batch_size - valid)])
+            taken = self._source.take(rows)
+        batch = self._assembler.batch(rows, taken)
         return batch.pin_memory() if self._pin_memory else batch
 
-    def _gather(self, rows: NDArray[np.int64]) -> _Arrays:
-        """Copy rows (numbered over all days) out of the files: [B, I], [B, F], [B, 1]."""
-        if len(self._arrays) == 1:
-            return _take(self._arrays[0], rows)
-        dense = np.empty((len(rows), len(self._data.schema.numeric)), np.float32)
-        sparse = np.empty((len(rows), len(self._keys)), np.int32)
-        labels = np.empty((len(rows), 1), np.int32)
-        days = np.searchsorted(self._starts, rows, side="right") - 1
-        for day in np.unique(days).tolist():
-            places = np.flatnonzero(days == day)
-            inside = rows[places] - self._starts[day]
-            dense[places], sparse[places], labels[places] = _take(self._arrays[day], inside)
-        return dense, sparse, labels
+    def _turn_to(self, run: _Run, position: int) -> None:
+        """Let go of the pages of the window before, so that memory stays constant, and fetch the next window's."""
+        window = run.order.window_at(position)
+        if window != run.window:
+            self._source.release()
+            if window != run.window + 1:  # nobody has fetched this one
+                self._source.fetch(run.order.stretches(window))
+            self._source.fetch(run.order.stretches(window + 1))
+            run.window = window
 
-    def _report(
-        self,
-        rows: NDArray[np.int64],
-        dense: NDArray[np.float32],
-        sparse: NDArray[np.int32],
-        labels: NDArray[np.int32],
-    ) -> NoReturn:
-        """Name the first bad value of a batch."""
-        schema = self._data.schema
-        checks: list[tuple[str, tuple[str, ...], NDArray[np.float32] | NDArray[np.int32], NDArray[np.bool_], str]] = [
-            (DENSE, schema.numeric, dense, ~np.isfinite(dense), "is no finite number"),
-            (SPARSE, schema.categorical, sparse, sparse.view(np.uint32) >= self._limits.T, "is no id below"),
-            (LABELS, (schema.label,), labels, labels.view(np.uint32) > 1, "is no label, it must be 0 or 1"),
-        ]
-        for ending, columns, values, bad, fault in checks:
-            if not bad.any():
-                continue
-            i, j = np.argwhere(bad)[0].tolist()
-            day = int(np.searchsorted(self._starts, rows[i], side="right")) - 1
-            path = self._data.folder / f"{self._days[day].stem}{ending}"
-            limit = f" {self._data.num_embeddings[columns[j]]} and not negative" if ending == SPARSE else ""
-            where = f"{path}: row {rows[i] - self._starts[day]}, column {columns[j]}"
-            raise UserError(f"{where}: {values[i, j]} {fault}{limit}; {_REPAIR}")
-        raise AssertionError("a batch that is bad as a whole but not in any part")
+
+def _use_device(device: int | None = None) -> None:
+    if device is not None:
+        torch.cuda.set_device(device)

@@ -1,48 +1,96 @@
 """The prepared folder: its files, its manifest, its checks.
 
 The arrays are in TorchRec's own numpy layout, three files a day, so that its readers open them too. ``docs/data.md``
-describes every file and key.
+describes every file and key. Folders without a manifest, as other tools write them, are read by ``foreign.py``.
 
-Shape letters: N rows of a day, I numeric columns, F categorical columns.
+Shape letters: N rows of a stem's files, I numeric columns, F1 categorical columns with one id a row, M ids of a list
+column.
 """
 
+import hashlib
+import itertools
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from numpy.typing import NDArray
 
+from torchrec_deepfm.data.days import DENSE as DENSE
+from torchrec_deepfm.data.days import LABELS as LABELS
+from torchrec_deepfm.data.days import MAX_NUM_EMBEDDINGS as MAX_NUM_EMBEDDINGS
+from torchrec_deepfm.data.days import SPARSE as SPARSE
+from torchrec_deepfm.data.days import Bags, DayArrays
+from torchrec_deepfm.data.days import Day as Day
+from torchrec_deepfm.data.foreign import Foreign, open_foreign
+from torchrec_deepfm.data.mapped import MappedRows, map_npy
 from torchrec_deepfm.data.schema import Schema
 from torchrec_deepfm.errors import UserError
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 MANIFEST: Final = "manifest.json"
-VOCABULARY: Final = "vocabulary.parquet"
-DENSE: Final = "_dense.npy"
-SPARSE: Final = "_sparse.npy"
-LABELS: Final = "_labels.npy"
 SPLITS: Final = ("train", "validation", "test")
-MAX_NUM_EMBEDDINGS: Final = 2**31 - 1  # ids are int32
+MAX_MANIFEST_BYTES: Final = 64 << 20
 
 _AGAIN = "prepare the data again"
+_SEAL = re.compile(rb'"sha256": "([0-9a-f]{64})"\n}\n\Z')
+_UNSEALED = "0" * 64
 
 
-@dataclass(frozen=True, kw_only=True)
-class Day:
-    """One run of rows, kept in three arrays whose names begin with the same stem.
+def offsets_file(stem: str, j: int) -> str:
+    """Name the file with the bag borders of the multi-hot column at place ``j`` of ``schema.categorical``."""
+    return f"{stem}_offsets_{j}.npy"
+
+
+def ids_file(stem: str, j: int) -> str:
+    """Name the file with the ids of the multi-hot column at place ``j`` of ``schema.categorical``."""
+    return f"{stem}_ids_{j}.npy"
+
+
+def weights_file(stem: str, j: int) -> str:
+    """Name the file with the weights of the multi-hot column at place ``j`` of ``schema.categorical``."""
+    return f"{stem}_weights_{j}.npy"
+
+
+def seal(manifest: Mapping[str, Any]) -> bytes:
+    """Turn a manifest into the bytes of ``manifest.json``, which end in their own checksum.
 
     Args:
-        stem: The head of the file names, such as ``day_0``.
-        rows: N, the number of rows.
-        positives: How many of them have label 1.
-    """
+        manifest: Its keys; a key ``sha256`` is replaced.
 
-    stem: str
-    rows: int
-    positives: int
+    Returns:
+        JSON whose last key ``sha256`` is the digest of these very bytes with 64 zeros in the place of the digest.
+
+    Example:
+        >>> len(json.loads(seal({"rows": 3}))["sha256"])
+        64
+    """
+    keys = {key: value for key, value in manifest.items() if key != "sha256"}
+    content = (json.dumps({**keys, "sha256": _UNSEALED}, indent=2) + "\n").encode()
+    return content[: -len(_UNSEALED) - 4] + hashlib.sha256(content).hexdigest().encode() + content[-4:]
+
+
+def check_seal(content: bytes) -> bool:
+    """Tell whether the bytes of a manifest are those that ``seal`` made.
+
+    Args:
+        content: All bytes of ``manifest.json``.
+
+    Returns:
+        False if any of them has changed.
+
+    Example:
+        >>> content = seal({"rows": 3})
+        >>> check_seal(content), check_seal(content.replace(b"3", b"4", 1))
+        (True, False)
+    """
+    found = _SEAL.search(content)
+    if found is None:
+        return False
+    unsealed = content[: found.start(1)] + _UNSEALED.encode() + content[found.end(1) :]
+    return hashlib.sha256(unsealed).hexdigest().encode() == found[1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +101,10 @@ class PreparedData:
         folder: Where it lies.
         schema: The columns.
         num_embeddings: Ids per categorical column; ids run from 0 to this number minus 1.
-        splits: The days of ``train``, ``validation`` and ``test``.
+        splits: The days of ``train``, ``validation`` and ``test``; a split may have none.
         made: How it was made: mode, thresholds, split, sources, versions.
         optimum: The best reachable ``auc`` and ``logloss`` per split where they are known (synthetic data), else empty.
+        foreign: How to read it where another tool wrote it.
     """
 
     folder: Path
@@ -64,25 +113,43 @@ class PreparedData:
     splits: Mapping[str, tuple[Day, ...]]
     made: Mapping[str, Any]
     optimum: Mapping[str, Mapping[str, float]]
+    foreign: Foreign | None = None
 
     @classmethod
-    def open(cls, folder: Path) -> "PreparedData":
+    def open(cls, folder: Path, *, num_embeddings: int | Sequence[int] | None = None) -> "PreparedData":
         """Read the manifest of a prepared folder and check that its files are there and of the right size.
 
+        A folder without a manifest that holds the day files of TorchRec's or MLPerf's scripts is taken as it is: its
+        last day is halved into validation and test, the others train. See docs/loader.md.
+
         Args:
-            folder: The folder that ``prepare`` wrote.
+            folder: The folder that ``prepare`` or those scripts wrote.
+            num_embeddings: Only for folders of other tools: take every id modulo this number, one for all columns or
+                one for each (TorchRec's ``hashes``). Without it the ids are used as they are, and all files are read
+                once to find the largest.
 
         Returns:
-            The opened data. No array is read yet.
+            The opened data. No array of a folder of ours is read yet.
 
         Raises:
             UserError: The folder or its manifest is missing or damaged, or a file is missing or has another size.
         """
-        manifest = _read_manifest(folder)
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder; make it with prepare")
         path = folder / MANIFEST
+        content = _read(path)
+        if content is None:
+            return cls._of_others(folder, num_embeddings)
+        if num_embeddings is not None:
+            raise UserError(f"{path}: the folder says how many ids it has; leave num_embeddings out")
+        manifest = _parse(path, content)
         version = manifest.get("format_version")
-        if version != FORMAT_VERSION:
-            raise UserError(f"{path}: format_version is {version!r}, this version reads {FORMAT_VERSION}; {_AGAIN}")
+        if version not in (1, FORMAT_VERSION):
+            raise UserError(
+                f"{path}: format_version is {version!r}, this version reads 1 and {FORMAT_VERSION}; {_AGAIN}"
+            )
+        if version == FORMAT_VERSION and not check_seal(content):
+            raise UserError(f"{path}: the manifest is damaged (its checksum does not fit); {_AGAIN}")
         try:
             data = cls(
                 folder=folder,
@@ -92,19 +159,28 @@ class PreparedData:
                 made=dict(manifest["made"]),
                 optimum={str(split): dict(best) for split, best in manifest["optimum"].items()},
             )
-            sizes = {str(name): int(entry["bytes"]) for name, entry in manifest["files"].items()}
+            sizes = {_file_name(name): int(entry["bytes"]) for name, entry in manifest["files"].items()}
+            data._check(sizes)
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{path}: the manifest is damaged ({type(error).__name__}: {error}); {_AGAIN}") from error
-        if set(data.num_embeddings) != set(data.schema.categorical):
-            raise UserError(f"{path}: num_embeddings and the schema name different columns; {_AGAIN}")
-        for column, count in data.num_embeddings.items():
-            if not 1 <= count <= MAX_NUM_EMBEDDINGS:
-                raise UserError(f"{path}: num_embeddings of column {column} is {count}; {_AGAIN}")
         for name, size in sizes.items():
             _check_size(folder / name, size)
         return data
+
+    @classmethod
+    def _of_others(cls, folder: Path, num_embeddings: int | Sequence[int] | None) -> "PreparedData":
+        foreign = open_foreign(folder, num_embeddings)
+        return cls(
+            folder=folder,
+            schema=foreign.schema,
+            num_embeddings=foreign.num_embeddings,
+            splits=dict(zip(SPLITS, foreign.splits(), strict=True)),
+            made={"mode": "foreign", "modulo": foreign.modulo},
+            optimum={},
+            foreign=foreign,
+        )
 
     def days(self, split: str) -> tuple[Day, ...]:
         """Return the days of a split.
@@ -136,35 +212,111 @@ class PreparedData:
         """
         return sum(day.rows for day in self.days(split))
 
-    def arrays(self, day: Day) -> tuple[NDArray[np.float32], NDArray[np.int32], NDArray[np.int32]]:
-        """Map the three arrays of a day into memory, read-only.
+    def arrays(self, day: Day) -> DayArrays:
+        """Map the arrays of a day into memory, read-only.
 
         Args:
             day: One of ``days(split)``.
 
         Returns:
-            Dense float32 [N, I], sparse int32 [N, F] and labels int32 [N, 1]. No value in them has been looked at.
+            The arrays of the day's stem. The day's rows are those from ``day.start`` on. No value in them has been
+            looked at, but for the ends of the bag borders.
 
         Raises:
             UserError: A file is missing, is no array, or has another shape or type than the manifest says.
         """
-        dense = _map(self.folder / f"{day.stem}{DENSE}", np.float32, (day.rows, len(self.schema.numeric)))
-        sparse = _map(self.folder / f"{day.stem}{SPARSE}", np.int32, (day.rows, len(self.schema.categorical)))
-        labels = _map(self.folder / f"{day.stem}{LABELS}", np.int32, (day.rows, 1))
-        return dense, sparse, labels
+        if self.foreign is not None:
+            return self.foreign.arrays(day.stem)
+        rows = max(other.start + other.rows for other in self._days_of(day.stem))
+        schema, stem = self.schema, day.stem
+        return DayArrays(
+            dense=self._map(f"{stem}{DENSE}", np.float32, (rows, len(schema.numeric))),
+            sparse=self._map(f"{stem}{SPARSE}", np.int32, (rows, len(schema.one_hot))),
+            labels=self._map(f"{stem}{LABELS}", np.int32, (rows, 1)),
+            bags={name: self._bags(stem, name, rows) for name in schema.multi_hot},
+        )
+
+    def _bags(self, stem: str, name: str, rows: int) -> Bags:
+        j = self.schema.categorical.index(name)
+        offsets = self._map(offsets_file(stem, j), np.int64, (rows + 1,))
+        first, last = int(offsets[0]), int(offsets[rows])
+        if first != 0 or last < 0:
+            raise UserError(f"{offsets.where}: the borders run from {first} to {last}, they must begin at 0; {_AGAIN}")
+        ids = self._map(ids_file(stem, j), np.int32, (last,))
+        weighted = name in self.schema.weighted
+        weights = self._map(weights_file(stem, j), np.float32, (last,)) if weighted else None
+        return Bags(ids=ids, offsets=offsets, weights=weights)
+
+    def _map(self, name: str, dtype: type[Any], shape: tuple[int, ...]) -> MappedRows:
+        rows = map_npy(self.folder / name, _AGAIN)
+        if rows.dtype != dtype or rows.shape != shape:
+            raise UserError(
+                f"{rows.where}: expected {np.dtype(dtype)} of shape {shape}, found {rows.dtype} of shape {rows.shape}; "
+                f"{_AGAIN}"
+            )
+        return rows
+
+    def _days_of(self, stem: str) -> list[Day]:
+        return sorted((day for days in self.splits.values() for day in days if day.stem == stem), key=lambda d: d.start)
+
+    def _check(self, sizes: Mapping[str, int]) -> None:
+        """Check that the parts of the manifest fit each other."""
+        if set(self.num_embeddings) != set(self.schema.categorical):
+            raise UserError(f"num_embeddings and the schema name different columns; {_AGAIN}")
+        for column, count in self.num_embeddings.items():
+            if not 1 <= count <= MAX_NUM_EMBEDDINGS:
+                raise UserError(f"num_embeddings of column {column} is {count}; {_AGAIN}")
+        lists = [self.schema.categorical.index(name) for name in self.schema.multi_hot]
+        weighted = [self.schema.categorical.index(name) for name in self.schema.weighted]
+        for stem in sorted({day.stem for days in self.splits.values() for day in days}):
+            days = self._days_of(stem)
+            for day, following in itertools.pairwise(days):
+                if day.start + day.rows > following.start:
+                    raise UserError(f"the splits share rows of {stem}; {_AGAIN}")
+            names = [f"{stem}{ending}" for ending in (DENSE, SPARSE, LABELS)]
+            names += [name for j in lists for name in (offsets_file(stem, j), ids_file(stem, j))]
+            names += [weights_file(stem, j) for j in weighted]
+            for name in names:
+                if name not in sizes:
+                    raise UserError(f"the file {name} is not listed; {_AGAIN}")
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read the manifest of a prepared folder as it stands, unchecked but for its being JSON.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        Its keys.
+
+    Raises:
+        UserError: There is no manifest, or it can't be read.
+    """
     path = folder / MANIFEST
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; make it with prepare")
+    content = _read(path)
+    if content is None:
+        raise UserError(f"{folder}: no prepared folder, there is no {MANIFEST}; make one with prepare")
+    return _parse(path, content)
+
+
+def _read(path: Path) -> bytes | None:
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{folder}: no prepared folder, there is no {MANIFEST}; make one with prepare") from error
+        with path.open("rb") as file:
+            content = file.read(MAX_MANIFEST_BYTES + 1)
+    except FileNotFoundError:
+        return None
     except OSError as error:
         raise UserError(f"{path}: the manifest can't be read ({error.strerror}); check its permissions") from error
-    except ValueError as error:  # broken JSON, or bytes that are no UTF-8
+    if len(content) > MAX_MANIFEST_BYTES:
+        raise UserError(f"{path}: the manifest is larger than {MAX_MANIFEST_BYTES >> 20} MiB; {_AGAIN}")
+    return content
+
+
+def _parse(path: Path, content: bytes) -> dict[str, Any]:
+    try:
+        manifest = json.loads(content)
+    except (ValueError, RecursionError) as error:  # broken JSON, or bytes that are no UTF-8
         raise UserError(f"{path}: the manifest is no valid JSON ({error}); {_AGAIN}") from error
     if not isinstance(manifest, dict):
         raise UserError(f"{path}: the manifest is no JSON object; {_AGAIN}")
@@ -173,11 +325,20 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 def _day(entry: Mapping[str, Any]) -> Day:
     day = Day(**entry)
-    if not isinstance(day.stem, str) or Path(day.stem).name != day.stem:
-        raise ValueError(f"{day.stem!r} is no stem of a file name")
-    if not isinstance(day.rows, int) or day.rows < 1:
-        raise ValueError(f"{day.rows!r} is no number of rows")
+    _file_name(day.stem)
+    for number in (day.start, day.rows):
+        if type(number) is not int:
+            raise ValueError(f"{number!r} is no number of rows")
+    if day.rows < 1 or day.start < 0:
+        raise ValueError(f"{day.rows} rows from row {day.start} on")
     return day
+
+
+def _file_name(name: Any) -> str:
+    """Check that a name stays in its folder."""
+    if not isinstance(name, str) or name in ("", ".", "..") or Path(name).name != name or "\0" in name or "\\" in name:
+        raise ValueError(f"{name!r} is no file name")
+    return name
 
 
 def _check_size(path: Path, size: int) -> None:
@@ -187,18 +348,3 @@ def _check_size(path: Path, size: int) -> None:
         raise UserError(f"{path}: the file is missing; {_AGAIN}") from error
     if found != size:
         raise UserError(f"{path}: the file has {found} bytes, the manifest says {size}; {_AGAIN}")
-
-
-def _map(path: Path, dtype: type[Any], shape: tuple[int, int]) -> NDArray[Any]:
-    try:
-        array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: the file is missing; {_AGAIN}") from error
-    except (OSError, ValueError, EOFError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: this is no whole .npy array ({reason}); {_AGAIN}") from error
-    whole = isinstance(array, np.ndarray) and array.flags.c_contiguous
-    if not whole or array.dtype != dtype or array.shape != shape:
-        found = f"{array.dtype} of shape {array.shape}" if isinstance(array, np.ndarray) else "an archive"
-        raise UserError(f"{path}: expected {np.dtype(dtype)} of shape {shape}, found {found}; {_AGAIN}")
-    return array

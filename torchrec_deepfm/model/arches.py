@@ -49,6 +49,7 @@ class SparseArch(nn.Module):
             name: min(config.num_embeddings for config in configs if name in config.feature_names)
             for name in self.sparse_feature_names
         }
+        self._is_weighted = embedding_bag_collection.is_weighted()
         self._read_columns = factor_dim + 1
         self._padded = packed_dim(factor_dim) > self._read_columns
 
@@ -64,12 +65,14 @@ class SparseArch(nn.Module):
             gives zeros.
 
         Raises:
-            UserError: the batch has features that no table holds, or lacks some that a table wants; or, where the ids
-                lie in host memory, an id is negative or past the end of its table. (On a GPU that look would stall the
-                stream: there FBGEMM's fused kernels check the bounds, and the loader has checked before.)
+            UserError: the batch has features that no table holds, or lacks some that a table wants; it has weights and
+                the collection is not weighted, or the other way round; or, where the ids lie in host memory, an id is
+                negative or past the end of its table. (On a GPU that look would stall the stream: there FBGEMM's fused
+                kernels check the bounds, and the loader has checked before.)
         """
         if isinstance(sparse_features, KeyedJaggedTensor):  # and no fx proxy: under tracing there are no keys yet
             _check_keys(sparse_features.keys(), self.sparse_feature_names)
+            _check_weights(sparse_features, self._is_weighted)
             if not torch.compiler.is_compiling() and sparse_features.values().is_cpu:
                 # FBGEMM's dense kernel, that of data_parallel tables, would read past the end without a word.
                 _check_ids(sparse_features, self._num_embeddings)
@@ -246,6 +249,14 @@ def _check_keys(keys: Sequence[str], wanted: Sequence[str]) -> None:
         raise UserError(
             f"feature {unknown[0]!r} of the batch is in no table; add a table for it or leave it out of the batch"
         )
+
+
+def _check_weights(sparse_features: KeyedJaggedTensor, is_weighted: bool) -> None:
+    given = sparse_features.weights_or_none() is not None
+    if given and not is_weighted:  # TorchRec would leave them out without a word
+        raise UserError("the batch has weights, but the tables have none: make the collection with is_weighted=True")
+    if is_weighted and not given:
+        raise UserError("the tables are weighted, but the batch has no weights: give every id one, or 1.0")
 
 
 def _check_ids(sparse_features: KeyedJaggedTensor, num_embeddings: Mapping[str, int]) -> None:

@@ -35,7 +35,12 @@ class Sharded:
 
 
 def build_model(
-    config: TrainConfig, num_embeddings: Mapping[str, int], dense_in_features: int, device: torch.device
+    config: TrainConfig,
+    num_embeddings: Mapping[str, int],
+    dense_in_features: int,
+    device: torch.device,
+    *,
+    is_weighted: bool = False,
 ) -> Sharded:
     """Build ``DeepFMTrain`` sharded over the current process group; a collective.
 
@@ -46,6 +51,7 @@ def build_model(
         num_embeddings: rows of each categorical feature's table, in the order of the fields.
         dense_in_features: I.
         device: this rank's device.
+        is_weighted: whether the batches carry weights, for all ids or for none (``bool(data.schema.weighted)``).
 
     Returns:
         The sharded model with its plan.
@@ -54,7 +60,7 @@ def build_model(
         UserError: the tables fit no plan, or a model option is bad.
     """
     tables = embedding_tables(num_embeddings, config.factor_dim, init_std=config.init_std)
-    ebc = EmbeddingBagCollection(tables=tables, device=torch.device("meta"))
+    ebc = EmbeddingBagCollection(tables=tables, device=torch.device("meta"), is_weighted=is_weighted)
     torch.manual_seed(config.seed)  # the dense part, alike on every rank
     deepfm = DeepFM(
         ebc,

@@ -68,7 +68,8 @@ def train(config: TrainConfig, data: PreparedData, output: Path, device: torch.d
     }
     torch.set_float32_matmul_precision("medium" if config.precision == "medium" else "highest")
     num_embeddings = {name: data.num_embeddings[name] for name in data.schema.categorical}
-    sharded = build_model(config, num_embeddings, len(data.schema.numeric), device)
+    is_weighted = bool(data.schema.weighted)
+    sharded = build_model(config, num_embeddings, len(data.schema.numeric), device, is_weighted=is_weighted)
     run = run_folder.Run(config=config, num_embeddings=num_embeddings, numeric=data.schema.numeric)
     world_size = dist.get_world_size()
     on_main(lambda: run_folder.create(output, run, sharded.plan, data=data.folder, world_size=world_size))
@@ -121,7 +122,8 @@ def evaluate_run(folder: Path, data: PreparedData, split: str, device: torch.dev
     _check_fits(run, data, folder)
     loader = _loader(data, split, run.config, shuffle=False, drop_last=False, device=device)
     torch.set_float32_matmul_precision("medium" if run.config.precision == "medium" else "highest")
-    model = build_model(run.config, run.num_embeddings, len(run.numeric), device).model
+    is_weighted = bool(data.schema.weighted)
+    model = build_model(run.config, run.num_embeddings, len(run.numeric), device, is_weighted=is_weighted).model
     load_model(model, folder / run_folder.CHECKPOINT)
     values = _with_lift(evaluate(model, loader, device, run.config.precision), data, split)
     on_main(lambda: run_folder.write_json(folder / f"evaluate_{split}.json", values))

@@ -1,0 +1,25 @@
+import pytest
+
+from tests.data.batches import DAYS
+from tests.data.folders import LISTS, make
+from torchrec_deepfm.data import order
+from torchrec_deepfm.data.prepared import PreparedData
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
+    """Four days with one id per row and column."""
+    return make(tmp_path_factory.mktemp("loader") / "data", DAYS)
+
+
+@pytest.fixture(scope="module")
+def lists(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
+    """Four days with columns of lists, one of them weighted."""
+    return make(tmp_path_factory.mktemp("loader") / "lists", DAYS, LISTS)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks and windows so small that these folders have many."""
+    monkeypatch.setattr(order, "BLOCK_ROWS", 4)
+    monkeypatch.setattr(order, "WINDOW_BLOCKS", 3)

@@ -1,0 +1,237 @@
+"""Numpy arrays on disk, mapped read-only: ``.npy`` files and the members of an uncompressed ``.npz``.
+
+``numpy.load`` would do for ``.npy`` files. It maps no member of an archive, though, and it gives no hold on the
+mapping, which the loader wants in order to let pages go and to notice a file that shrinks. No pickle is ever read.
+
+Shape letters: N rows, E elements of a row.
+"""
+
+import mmap
+import struct
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.lib import format as npy
+from numpy.typing import NDArray
+
+from torchrec_deepfm.errors import UserError
+
+_LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a member of a zip: signature, length of its name and of its extras
+_MAX_MEMBERS = 65536
+
+
+class MappedRows:
+    """The rows of one array on disk. Copies of rows are taken; the array itself stays on disk.
+
+    It acts as an array where numpy is handed one (``np.asarray``, ``rows[3:5]``).
+
+    Args:
+        path: The file.
+        where: The file, and the array in it where it holds several, as messages name it.
+        memory: The mapping of the whole file.
+        offset: Where the array's first byte stands in it.
+        dtype: Type of an element.
+        shape: (N,) or (N, E).
+    """
+
+    def __init__(
+        self, path: Path, where: str, memory: mmap.mmap, offset: int, dtype: np.dtype[Any], shape: tuple[int, ...]
+    ) -> None:
+        self.path = path
+        self.where = where
+        self.dtype = dtype
+        self.shape = shape
+        self.memory = memory
+        self._offset = offset
+        self._row_bytes = dtype.itemsize * int(np.prod(shape[1:], dtype=np.int64))
+        self._aligned = offset % dtype.itemsize == 0
+        self._array: NDArray[Any] = np.empty(shape, dtype)  # nothing of it is on disk if it has no element
+        self._taken = self._array
+        if self._array.size:
+            self._array = np.frombuffer(memory, dtype, count=int(np.prod(shape)), offset=offset).reshape(shape)
+            # Members of a zip start anywhere. take() would copy a whole array that is not aligned, bytes it just takes.
+            self._taken = self._array
+            if not self._aligned:
+                raw = np.frombuffer(memory, np.uint8, count=shape[0] * self._row_bytes, offset=offset)
+                self._taken = raw.reshape(shape[0], self._row_bytes)
+
+    def __len__(self) -> int:
+        """Return N."""
+        return self.shape[0]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        """Return the array for numpy, on disk unless a copy or another type is wanted."""
+        return np.array(self._array, dtype=dtype, copy=copy)
+
+    def __getitem__(self, index: Any) -> Any:
+        """Index the array on disk."""
+        return self._array[index]
+
+    @property
+    def array(self) -> NDArray[Any]:
+        """The array on disk, read-only; maybe not aligned."""
+        return self._array
+
+    def take(self, rows: NDArray[np.int64]) -> NDArray[Any]:
+        """Copy rows; more than twice as fast as indexing.
+
+        Args:
+            rows: int64 [n] row numbers, 0 to N - 1.
+
+        Returns:
+            [n] or [n, E].
+        """
+        taken = self._taken.take(rows, axis=0)
+        return taken if self._aligned else taken.view(self.dtype).reshape(len(rows), *self.shape[1:])
+
+    def stretch(self, start: int, stop: int) -> NDArray[Any]:
+        """Copy the neighbouring rows ``[start, stop)``.
+
+        Args:
+            start: First row.
+            stop: One past the last row, at most N.
+
+        Returns:
+            [stop - start] or [stop - start, E].
+        """
+        return self._array[start:stop].copy()
+
+    def still_whole(self) -> bool:
+        """Tell whether the file is at least as long as when it was opened.
+
+        Reading past its end would end the process by a signal that Python can't catch.
+        """
+        return self.memory.size() >= len(self.memory)
+
+    def will_need(self, start: int, stop: int) -> None:
+        """Ask the system to read the rows ``[start, stop)`` from the disk soon, without waiting for it."""
+        first = self._offset + start * self._row_bytes
+        first -= first % mmap.PAGESIZE
+        self._advise("MADV_WILLNEED", first, self._offset + stop * self._row_bytes - first)
+
+    def release(self) -> None:
+        """Let go of the file's pages; they stay in the page cache, but no longer count as memory of this process."""
+        self._advise("MADV_DONTNEED", 0, len(self.memory))
+
+    def _advise(self, advice: str, start: int, length: int) -> None:
+        if hasattr(mmap, advice) and length > 0:  # Linux; elsewhere there is nothing to say
+            self.memory.madvise(getattr(mmap, advice), start, length)
+
+
+def map_npy(path: Path, remedy: str) -> MappedRows:
+    """Map an ``.npy`` file.
+
+    Args:
+        path: The file.
+        remedy: What to do if it is no good; the end of the message.
+
+    Returns:
+        Its rows.
+
+    Raises:
+        UserError: The file is missing, is no array of numbers in C order, or is shorter than its header says.
+    """
+    with _opened(path, remedy) as file:
+        return _map(path, str(path), file, _memory(path, file, remedy), 0, path.stat().st_size, remedy)
+
+
+def map_npz(path: Path, remedy: str) -> Mapping[str, MappedRows]:
+    """Map the members of an uncompressed ``.npz``.
+
+    A compressed member can't be read row by row, and unpacked it could be larger than the memory. So it is refused.
+
+    Args:
+        path: The archive.
+        remedy: What to do if it is no good; the end of the message.
+
+    Returns:
+        The rows of each array by its name in the archive.
+
+    Raises:
+        UserError: The file is missing or no archive, or a member is compressed or no array of numbers in C order.
+    """
+    with _opened(path, remedy) as file:
+        try:
+            members = zipfile.ZipFile(file).infolist()
+        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+            raise UserError(f"{path}: this is no whole .npz archive ({_reason(error)}); {remedy}") from error
+        if len(members) > _MAX_MEMBERS or len({member.filename for member in members}) < len(members):
+            raise UserError(f"{path}: the archive names an array twice, or {_MAX_MEMBERS} are not enough; {remedy}")
+        memory = _memory(path, file, remedy)
+        arrays = {}
+        for member in members:
+            name = member.filename.removesuffix(".npy")
+            where = f"{path}[{name}]"
+            if member.compress_type != zipfile.ZIP_STORED:
+                raise UserError(
+                    f"{where}: the array is compressed and can't be read row by row; "
+                    "write the archive with numpy.savez instead of savez_compressed"
+                )
+            start = _start(memory, member, where, remedy)
+            arrays[name] = _map(path, where, file, memory, start, member.file_size, remedy)
+        return arrays
+
+
+def _opened(path: Path, remedy: str) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: the file is missing; {remedy}") from error
+    except OSError as error:
+        raise UserError(f"{path}: the file can't be read ({error.strerror}); {remedy}") from error
+
+
+def _memory(path: Path, file: BinaryIO, remedy: str) -> mmap.mmap:
+    try:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as error:  # an empty file, or one that is no file
+        raise UserError(f"{path}: this is no whole .npy array ({_reason(error)}); {remedy}") from error
+
+
+def _start(memory: mmap.mmap, member: zipfile.ZipInfo, where: str, remedy: str) -> int:
+    """Where the bytes of an uncompressed member begin. Its own header, not the directory, says how long that is."""
+    header = memory[member.header_offset : member.header_offset + 30]
+    if len(header) == 30:
+        signature, name, extra = _LOCAL_HEADER.unpack(header)
+        start = int(member.header_offset + 30 + name + extra)
+        encrypted = member.flag_bits & 1
+        if signature == b"PK\3\4" and start + member.file_size <= len(memory) and not encrypted:
+            return start
+    raise UserError(f"{where}: this is no whole .npz archive (its member does not lie in the file); {remedy}")
+
+
+def _map(path: Path, where: str, file: BinaryIO, memory: mmap.mmap, start: int, size: int, remedy: str) -> MappedRows:
+    file.seek(start)
+    try:
+        version = npy.read_magic(file)
+        if version not in ((1, 0), (2, 0)):  # 3.0 is for names outside Latin-1, which plain numbers have not
+            raise ValueError(f"version {version} of the format")
+        read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+        shape, fortran_order, dtype = read_header(file)
+    except Exception as error:  # numpy parses the header as Python and lets every error of the parser through
+        raise UserError(f"{where}: this is no whole .npy array ({_reason(error)}); {remedy}") from error
+    length = dtype.itemsize
+    for extent in shape:
+        length *= int(extent)
+    offset = file.tell()
+    fault = None
+    if dtype.hasobject:
+        fault = "it holds pickled objects, which are never read"
+    elif dtype.kind not in "iuf" or not dtype.isnative:
+        fault = f"its type is {dtype}"
+    elif len(shape) not in (1, 2) or any(not 0 <= extent < 2**62 for extent in shape):
+        fault = f"its shape is {shape}"
+    elif fortran_order:
+        fault = "it is in Fortran order, store numpy.ascontiguousarray of it"
+    elif offset + length > start + size:
+        fault = f"it has {start + size - offset} bytes of {length}"
+    if fault is not None:
+        raise UserError(f"{where}: this is no whole .npy array ({fault}); {remedy}")
+    return MappedRows(path, where, memory, offset, dtype, tuple(shape))
+
+
+def _reason(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
