@@ -118,8 +118,6 @@ class Prepare:
                 workers=workers,
                 report=terminal.say,
             )
-            if workers.is_main:
-                terminal.say(f"wrote {self.output}")
 
         if "RANK" not in os.environ:
             try:

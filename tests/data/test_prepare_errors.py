@@ -3,9 +3,11 @@
 import gzip
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from tests.data.raw_oracle import SMALL, parse, random_text
+from torchrec_deepfm.data import textlog
 from torchrec_deepfm.data.prepare import prepare
 from torchrec_deepfm.data.schema import CRITEO_KAGGLE
 from torchrec_deepfm.errors import UserError
@@ -145,14 +147,24 @@ def test_missing_file_and_folder(tmp_path, path):
     )
 
 
-def test_damaged_gzip(tmp_path):
-    path = tmp_path / "day.tsv.gz"
-    whole = gzip.compress(random_text(5000, 0))
-    for damaged in (whole[: len(whole) // 2], GOOD * 5, whole[:1000] + b"\xff" * 50 + whole[1050:]):
+@pytest.mark.parametrize(("ending", "pack"), [("gz", gzip.compress), ("zst", pa.Codec("zstd").compress)])
+def test_damaged_compressed_data(tmp_path, monkeypatch, ending, pack):
+    monkeypatch.setattr(textlog, "_READ_BYTES", 10_000)
+    path = tmp_path / f"day.tsv.{ending}"
+    text = random_text(5000, 0)
+    whole = bytes(pack(text))
+    flipped = bytearray(whole)
+    flipped[-6] ^= 1  # in a gzip's checksum; the last bytes of a frame
+    for damaged in (whole[: len(whole) // 2], whole[:-3], bytes(flipped), GOOD * 5):
         path.write_bytes(damaged)
         message = refused(tmp_path, [path], tmp_path / "out")
-        assert message.startswith(f"{path}: "), message
-        assert "compress the file anew" in message or message.endswith(REPAIR), message
+        assert message.startswith(f"{path}: the .{ending} data are damaged or cut off after line "), message
+        assert message.endswith("; fetch or compress the file anew")
+    path.write_bytes(whole[: len(whole) // 2])
+    assert int(refused(tmp_path, [path], tmp_path / "out").split("after line ")[1].split()[0]) > 1000
+    # A bad line before the damage is what to tell first.
+    path.write_bytes(bytes(pack(b"x\n" + text))[: len(whole) // 2])
+    assert refused(tmp_path, [path], tmp_path / "out").startswith(f"{path}: line 1 has 1 columns")
 
 
 def test_options(tmp_path, path):

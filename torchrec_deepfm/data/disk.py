@@ -61,10 +61,10 @@ def check_room(output: Path, needed: int, work: Path) -> None:
     free = shutil.disk_usage(place).free
     if needed - have > free:
         raise UserError(
-            f"{output}: about {_gib(needed - have)} of disk are needed, {_gib(free)} are free; free some, or name an "
-            "output on another disk"
+            f"{output}: about {_shown(needed - have)} of disk are needed, {_shown(free)} are free; free some, or name "
+            "an output on another disk"
         )
 
 
-def _gib(count: int) -> str:
-    return f"{count / 2**30:,.1f} GiB"
+def _shown(count: int) -> str:
+    return f"{count / 2**30:,.1f} GiB" if count >= 1 << 30 else f"{count / 2**20:,.1f} MiB"

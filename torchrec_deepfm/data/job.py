@@ -132,13 +132,13 @@ class Job:
         try:
             with disk_errors(self._output, self._work.begun):
                 if self._workers.is_main:
-                    vocabulary = self._hash_sizes is None and self._from is None
-                    needed = estimate_bytes([unit.source for unit in self._heads], self._schema, vocabulary=vocabulary)
-                    check_room(self._output, needed, self._work.path)
                     resumed = self._work.enter(job)
                     entered = True
                     if resumed:
                         self._say(f"going on with {self._work.path}")
+                    vocabulary = self._hash_sizes is None and self._from is None
+                    needed = estimate_bytes([unit.source for unit in self._heads], self._schema, vocabulary=vocabulary)
+                    check_room(self._output, needed, self._work.path)
                     self._drop_changed()
                 self._workers.wait()
                 self._stage()
@@ -344,7 +344,8 @@ class Job:
         for split in SPLITS:
             rows, positives = (sum(day[key] for day in splits[split]) for key in ("rows", "positives"))
             if rows:
-                self._say(f"wrote {split}: {rows:,} rows, {positives / rows:.2%} positive")
+                self._say(f"{split}: {rows:,} rows, {positives / rows:.2%} positive")
+        self._say(f"wrote {self._output}")
 
 
 def _check_options(

@@ -24,6 +24,7 @@ T = TypeVar("T")
 # Compression by the end of the file's name.
 COMPRESSIONS: Final = {".gz": "gzip", ".zst": "zstd"}
 PIECE_BYTES: Final = 1 << 26
+_READ_BYTES: Final = 1 << 20
 
 _INTEGER = "-?[0-9]+"
 _HEX = "[0-9a-fA-F]{1,8}"
@@ -100,15 +101,17 @@ class TextLog:
                 _skip(stream, start)
             rest = b""
             while True:
-                text = stream.read(max(self._piece_bytes - len(rest), 1))
-                # A compressed stream may give less than asked for long before its end.
-                if not text:
-                    if rest:
-                        yield rest, 1.0
+                block, ended = self._read(stream, rest)
+                if isinstance(ended, OSError):
+                    # What could be unpacked comes first: a bad line in it is what to tell.
+                    if cut := block.rfind(b"\n") + 1:
+                        yield block[:cut], raw.tell() / max(self.bytes, 1)
+                    raise ended
+                if ended:
+                    if block:
+                        yield block, 1.0
                     return
-                rest += text
-                if len(rest) < self._piece_bytes:
-                    continue
+                rest = block
                 cut = rest.rfind(b"\n") + 1
                 if not cut:  # no newline at all: lines may end in carriage returns (the last one may be half a CRLF)
                     cut = rest.rfind(b"\r", 0, -1) + 1
@@ -119,6 +122,20 @@ class TextLog:
                     )
                 yield rest[:cut], raw.tell() / max(self.bytes, 1)
                 rest = rest[cut:]
+
+    def _read(self, stream: pa.NativeFile, begun: bytes) -> tuple[bytes, bool | OSError]:
+        """Fill a block up, a little at a time, since a read that fails takes with it what it had unpacked."""
+        parts, missing = [begun], self._piece_bytes - len(begun)
+        while missing > 0:
+            try:
+                part = stream.read(min(missing, _READ_BYTES))
+            except OSError as error:
+                return b"".join(parts), error
+            if not part:
+                return b"".join(parts), True
+            parts.append(part)
+            missing -= len(part)
+        return b"".join(parts), False
 
     def _piece(self, text: bytes, start: int, line: int, done: float, skip_bad: bool) -> Piece:
         size = len(text)
@@ -152,10 +169,9 @@ class TextLog:
 
     def _unreadable(self, error: OSError, line: int) -> str:
         if self._file.suffix in COMPRESSIONS:
-            # Lines before the damage are good or are told first: a bad line may be all that is wrong.
-            where = f"the {self._file.suffix} data are damaged or cut off somewhere after line {line}"
+            where = f"the {self._file.suffix} data are damaged or cut off after line {line}"
             return f"{self.path}: {where} ({error}); fetch or compress the file anew"
-        return f"{self.path}: the file can't be read past line {line} ({error}); check the disk"
+        return f"{self.path}: the file can't be read after line {line} ({error}); check the disk"
 
 
 @contextmanager

@@ -5,6 +5,7 @@ wait for their vocabulary) and ``records/`` (what is done). A record is written 
 records; whatever lies behind the last record is done again. So a process may be killed anywhere.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -55,8 +56,15 @@ class WorkFolder:
             UserError: It belongs to another job, or another process works in it.
         """
         resumed = self.path.is_dir()
-        for folder in (self.path, self.out, self.staged, self._records):
-            folder.mkdir(parents=True, exist_ok=True)
+        try:
+            for folder in (self.path, self.out, self.staged, self._records):
+                folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise UserError(
+                f"{self.output}: the folder can't be written ({error.strerror}); name another output"
+            ) from error
         self._lock = (self.path / "lock").open("w", encoding="utf-8")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
