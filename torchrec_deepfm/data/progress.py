@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 # Seconds between two lines where no bar can be drawn.
 EVERY: Final = 30.0
-_FORMAT: Final = "{desc} {percentage:3.0f}%|{bar:24}| {postfix} [{elapsed}, {remaining} left]"
+_FORMAT: Final = "{desc} {percentage:3.0f}%|{bar:24}| {unit} [{elapsed}, {remaining} left]"
 
 
 class Phase:
@@ -29,7 +29,7 @@ class Phase:
         self._started = self._told = time.monotonic()
         self._bar = None
         if tell is not None and sys.stderr.isatty():
-            self._bar = tqdm(total=self._total, initial=done, desc=name, bar_format=_FORMAT, leave=False)
+            self._bar = tqdm(total=self._total, initial=done, desc=name, unit="", bar_format=_FORMAT, leave=False)
 
     def __enter__(self) -> "Phase":
         """Return this phase."""
@@ -47,7 +47,7 @@ class Phase:
         now = time.monotonic()
         rate = self._rows / max(now - self._started, 1e-9)
         if self._bar is not None:
-            self._bar.set_postfix_str(f"{rate:,.0f} rows/s" if self._rows else "", refresh=False)
+            self._bar.unit = f"{rate:,.0f} rows/s" if self._rows else ""
             self._bar.update(self._done - self._bar.n)
         elif self._tell is not None and now - self._told >= EVERY:
             self._told = now
