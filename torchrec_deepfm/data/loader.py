@@ -3,8 +3,8 @@
 Shape letters: B batch size per rank, W ranks, N rows of the split, I numeric columns, F categorical columns.
 """
 
-from collections.abc import Iterator
-from typing import NoReturn
+from collections.abc import Iterator, Mapping
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -117,6 +117,7 @@ class Loader:
         self._length_per_key = [batch_size] * len(self._keys)
         self._offset_per_key = [batch_size * i for i in range(len(self._keys) + 1)]
         self._index_per_key = {key: i for i, key in enumerate(self._keys)}
+        self._drop_last, self._start, self._yielded = drop_last, 0, 0
         self.set_epoch(0)
 
     def __len__(self) -> int:
@@ -139,6 +140,35 @@ class Loader:
         if epoch < 0:
             raise UserError(f"epoch: {epoch} is negative; give 0 or more")
         self._order = EpochOrder(self._rows, shuffle=self._shuffle, seed=self._seed, epoch=epoch)
+        self._epoch, self._start, self._yielded = epoch, 0, 0
+
+    @property
+    def steps_left(self) -> int:
+        """Steps from the loaded position to the end of its epoch."""
+        rows = max(self._rows - self._start, 0)
+        return rows // self._global if self._drop_last else -(-rows // self._global)
+
+    def position(self, step: int) -> dict[str, Any]:
+        """Return the state after ``step`` batches of the current epoch, counted from the point of resumption."""
+        row = min(self._start + step * self._global, self._rows)
+        state: dict[str, Any] = {"version": 1, "epoch": self._epoch, "row": row, "seed": self._seed}
+        return state | {"shuffle": self._shuffle, "rows": self._rows}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position after the last batch that was yielded."""
+        return self.position(self._yielded)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Start the next iteration at a saved position.
+
+        Raises:
+            UserError: the position is of other data, another seed or another order.
+        """
+        for name, mine in (("rows", self._rows), ("seed", self._seed), ("shuffle", self._shuffle)):
+            if state[name] != mine:
+                raise UserError(f"{self._data.folder}: the position is of {name} {state[name]}, here it is {mine}")
+        self.set_epoch(state["epoch"])
+        self._start = state["row"]
 
     def valid_rows(self, step: int) -> int:
         """Tell how many rows of this rank's batch are real; the rest, at its end, is filling.
@@ -149,7 +179,7 @@ class Loader:
         Returns:
             0 to B. It is B for all steps but the last.
         """
-        return min(max(self._rows - self._begin(step), 0), self._batch_size)
+        return min(max(self._rows - self._start - self._begin(step), 0), self._batch_size)
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
         """Yield this rank's batches of the current epoch from a step on.
@@ -164,8 +194,10 @@ class Loader:
             UserError: An id, number or label is not valid.
         """
         order = self._order  # an epoch that has begun ends in its own order
-        for step in range(start, self._steps):
-            yield self._batch(order, step)
+        for step in range(start, self.steps_left):
+            batch = self._batch(order, step)
+            self._yielded = step + 1
+            yield batch
 
     def batch(self, step: int) -> Batch:
         """Read one batch of the current epoch.
@@ -188,7 +220,7 @@ class Loader:
         return step * self._global + self._rank * self._batch_size
 
     def _batch(self, order: EpochOrder, step: int) -> Batch:
-        begin, valid = self._begin(step), self.valid_rows(step)
+        begin, valid = self._start + self._begin(step), self.valid_rows(step)
         rows = order[begin : begin + valid]
         if valid < self._batch_size:
             head = order[0 : min(self._rows, self._batch_size - valid)]
