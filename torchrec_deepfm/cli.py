@@ -119,6 +119,15 @@ class Train:
     def run(self) -> None:
         """Run the command."""
         terminal.quiet()
+        from torchrec_deepfm.training.watch import LostPeer
+
+        try:
+            self._train()
+        except LostPeer as error:
+            sys.stderr.write(f"{error}\n")
+            sys.exit(1)
+
+    def _train(self) -> None:
         from torchrec_deepfm.data.prepared import PreparedData
         from torchrec_deepfm.data.sample import sample_data
         from torchrec_deepfm.training import ranks

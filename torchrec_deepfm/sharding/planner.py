@@ -50,10 +50,10 @@ def plan_model(
     Raises:
         UserError: the tables fit no plan on this hardware.
     """
-    sharder = EmbeddingBagCollectionSharder()
+    sharder = _Sharder()
     sharded_types = [
         sharding_type
-        for sharding_type in sharder.sharding_types(device.type)
+        for sharding_type in EmbeddingBagCollectionSharder().sharding_types(device.type)
         if sharding_type != ShardingType.DATA_PARALLEL.value
     ]
     replicate = ParameterConstraints(
@@ -77,6 +77,16 @@ def plan_model(
             f"({error.error_type.value}): use more ranks (-j), a smaller --factor-dim or a larger prepare --min-count"
         ) from error
     return plan, sharder
+
+
+class _Sharder(EmbeddingBagCollectionSharder):
+    """Knows row-wise sharding on CPU as well, which runs there; the stock one offers it on GPUs only.
+
+    The planner takes it where a table's constraints name it.
+    """
+
+    def sharding_types(self, compute_device_type: str) -> list[str]:
+        return list(dict.fromkeys([*super().sharding_types(compute_device_type), ShardingType.ROW_WISE.value]))
 
 
 def _topology(device: torch.device) -> Topology:

@@ -12,14 +12,14 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import async_save
+from torch.distributed.checkpoint.state_dict_saver import async_save, save
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.training.dcp import LoadPlanner, Pieces, Reader, SavePlanner, Stager, State, Writer
 from torchrec_deepfm.training.disk import refused
 from torchrec_deepfm.training.ranks import is_main, on_main
-from torchrec_deepfm.training.state import all_finite, model_state, owned
+from torchrec_deepfm.training.state import all_finite, averaged_buffers, model_state, owned
 from torchrec_deepfm.training.store import Damaged, Store
 
 _AGAIN = "run the same command again to go on from the last checkpoint"
@@ -219,9 +219,8 @@ def save_model(model: DistributedModelParallel, folder: Path) -> None:
     dist.barrier()
     writer = Writer(store.begin(0), local=True)
     try:
-        async_save(
-            owned(model_state(model)), storage_writer=writer, planner=SavePlanner(), async_stager=Stager()
-        ).result()  # type: ignore[union-attr]
+        with averaged_buffers(model):
+            save(owned(model_state(model)), storage_writer=writer, planner=SavePlanner())
     except _FAILED as error:
         raise _explained(error, str(folder)) from error
     everyones: list[Any] = [None] * dist.get_world_size()

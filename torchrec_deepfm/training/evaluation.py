@@ -11,6 +11,7 @@ from torchrec.distributed.train_pipeline import EvalPipelineSparseDist
 
 from torchrec_deepfm.data.loader import Loader
 from torchrec_deepfm.training.metrics import Metrics, gather_metrics
+from torchrec_deepfm.training.state import averaged_buffers
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
@@ -48,7 +49,7 @@ def evaluate(
         device,
     )
     batches = iter(loader)
-    with torch.no_grad(), autocast(precision, device):
+    with torch.no_grad(), autocast(precision, device), averaged_buffers(model):
         for step in range(len(loader)):
             before_step()
             _, batch_logits, batch_labels = pipeline.progress(batches)

@@ -30,7 +30,7 @@ from torchrec_deepfm.training.optimizers import make_optimizer, make_scheduler, 
 from torchrec_deepfm.training.progress import Progress
 from torchrec_deepfm.training.ranks import is_main
 from torchrec_deepfm.training.signals import Preempted, Requests
-from torchrec_deepfm.training.state import TrainingTensors, rank_rows, read_rank_rows
+from torchrec_deepfm.training.state import TrainingTensors, local_buffers, rank_rows, read_rank_rows
 from torchrec_deepfm.training.stopping import Tracker
 from torchrec_deepfm.training.watch import DataFiles
 from torchrec_deepfm.training.watch import Progress as Signs
@@ -157,6 +157,10 @@ class Loop:
         ranks = int(manifest["world_size"])
         key, state[key], random = read_rank_rows("random", ranks, [int(manifest["random"])], torch.uint8)
         key, state[key], losses = read_rank_rows("losses", ranks, [int(manifest["losses"])], torch.float32)
+        buffers = local_buffers(self._model)
+        own = {}
+        for name, buffer in buffers.items():
+            key, state[key], own[name] = read_rank_rows(f"model.{name}", ranks, buffer.shape, buffer.dtype)
         point = Point(**manifest["point"])
         position = self._position(point)
         if manifest["position"] != position:
@@ -177,6 +181,8 @@ class Loop:
             self._stretch = list((losses[rank] if ranks == dist.get_world_size() else losses.mean(0)).unbind())
             if ranks == dist.get_world_size():
                 _set_random_state(random[rank], self._s.device)
+                for name, values in own.items():
+                    buffers[name].copy_(values[rank])
             else:
                 torch.manual_seed(self._config.seed + 1 + rank + 1_000_003 * point.step)
 
@@ -325,7 +331,8 @@ class Loop:
         self._refuse(bad)
         state = self._tensors.to_save()
         losses = torch.stack([loss.float().cpu() for loss in self._stretch]) if self._stretch else torch.empty(0)
-        for name, mine in (("random", _random_state(self._s.device)), ("losses", losses)):
+        own = {f"model.{name}": value for name, value in local_buffers(self._model).items()}
+        for name, mine in {"random": _random_state(self._s.device), "losses": losses, **own}.items():
             key, pieces = rank_rows(name, mine)
             state[key] = pieces
         meta = {

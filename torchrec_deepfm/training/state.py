@@ -15,6 +15,7 @@ split gives each part its own number, since what the parts had apart was never k
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +51,61 @@ def model_state(model: DistributedModelParallel) -> dict[str, Pieces]:
         ]
         state[f"model.{name}"] = kind(tuple(value.size()), cuts)
     return state
+
+
+def local_buffers(model: DistributedModelParallel) -> dict[str, Tensor]:
+    """Return what each rank has of its own in the model: the running statistics of batch normalisation.
+
+    Args:
+        model: the sharded model.
+
+    Returns:
+        Views of floating-point buffers by name, in the same order on every rank; empty without batch normalisation.
+    """
+    parameters = {name for name, _ in model.named_parameters()}
+    return {
+        name: value
+        for name, value in sorted(model.state_dict().items())
+        if name not in parameters and isinstance(value, Tensor) and value.is_floating_point() and not _is_table(name)
+    }
+
+
+def averaged(buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the mean over the ranks of ``local_buffers``; a collective.
+
+    Args:
+        buffers: this rank's.
+
+    Returns:
+        Copies by name, the same on every rank.
+    """
+    if not buffers:
+        return {}
+    flat = torch.cat([value.reshape(-1) for value in buffers.values()])
+    dist.all_reduce(flat)
+    parts = (flat / dist.get_world_size()).split([value.numel() for value in buffers.values()])
+    return {name: part.view_as(value) for (name, value), part in zip(buffers.items(), parts, strict=True)}
+
+
+@contextmanager
+def averaged_buffers(model: DistributedModelParallel) -> Iterator[None]:
+    """Let all ranks have the same statistics for a while, the mean of theirs; a collective.
+
+    Args:
+        model: the sharded model.
+
+    Yields:
+        Nothing; evaluate or save inside.
+    """
+    buffers = local_buffers(model)
+    own = {name: value.clone() for name, value in buffers.items()}
+    for name, value in averaged(buffers).items():
+        buffers[name].copy_(value)
+    try:
+        yield
+    finally:
+        for name, value in own.items():
+            buffers[name].copy_(value)
 
 
 def owned(state: Mapping[str, Pieces]) -> dict[str, Pieces]:
@@ -102,8 +158,10 @@ class TrainingTensors:
         self.columns = table_columns(model)
 
     def to_save(self) -> dict[str, Pieces]:
-        """Return what this rank has to save."""
+        """Return what this rank has to save; a collective."""
         state = model_state(self._model)
+        for name, value in averaged(local_buffers(self._model)).items():
+            state[f"model.{name}"] = Pieces(tuple(value.size()), [Cut((0,) * value.dim(), value)])
         for name, rows, width, moments in self._fused():
             if not self._rowwise:
                 cuts = [Cut((row, column), moment) for moment, row, column, _ in moments]

@@ -24,6 +24,14 @@ _KEY = "torchrec_deepfm/progress"
 _SECONDS_BETWEEN_SIGNS = 1.0
 
 
+# What gloo says of a rank that is gone. The rank itself, or torchrun, says why.
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed")
+
+
+class LostPeer(RuntimeError):
+    """Another rank has ended in the middle of the training."""
+
+
 class DataFiles:
     """The arrays of a prepared folder, and their sizes at the start of the training.
 
@@ -156,6 +164,10 @@ def explained(progress: Progress) -> Iterator[None]:
             raise UserError(
                 f"rank {dist.get_rank()} is out of memory at step {step} ({phase}); lower --batch-size, use more ranks, "
                 f"{_ON}"
+            ) from error
+        if any(words in text for words in _LOST):
+            raise LostPeer(
+                f"rank {dist.get_rank()} lost its connection to another rank at step {step} ({phase}), which has ended"
             ) from error
         if "timed out" in text.lower() or "timeout" in text.lower():
             stalled = progress.stalled()
