@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import pickle
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -196,6 +197,10 @@ def verify_together(store: Store, step: int, files: Mapping[str, Any]) -> str | 
         store.verify(step, {name: files[name] for name in share})
     except Damaged as error:
         reason = str(error)
+    return _of_any_rank(reason)
+
+
+def _of_any_rank(reason: str | None) -> str | None:
     reasons: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(reasons, reason)
     return next((each for each in reasons if each is not None), None)
@@ -274,11 +279,19 @@ class _Single(Store):
 
 # CheckpointException is no Exception. What DCP raises inside a rank it wraps in one, on every rank.
 _FAILED = (CheckpointException, Exception)
-_UNREADABLE = (CheckpointException, OSError, RuntimeError, ValueError)
+_UNREADABLE = (CheckpointException, Damaged, OSError, RuntimeError, ValueError)
 
 
 def _load(store: Store, step: int, files: Mapping[str, Any], state: Mapping[str, Pieces]) -> None:
     reader = Reader(store.where(step), local=store.local, files=list(files))
+    reason = None
+    try:
+        reader.read_metadata()  # before DCP does it, which logs what is wrong as tracebacks
+    except (OSError, pickle.UnpicklingError) as error:
+        reason = str(error)
+    reason = _of_any_rank(reason)
+    if reason is not None:
+        raise Damaged(reason)
     load(dict(state), storage_reader=reader, planner=LoadPlanner())
 
 
@@ -306,5 +319,7 @@ def _explained(error: BaseException, where: str) -> BaseException:
 def _reason(error: BaseException) -> str:
     """What went wrong, in one sentence; torch reports it with the tracebacks of all ranks."""
     cause = _first(error)
+    if isinstance(cause, Damaged):
+        return str(cause)
     sentence = (str(cause).strip().splitlines() or [""])[0].split(". ")[0].rstrip(".")
     return f"{type(cause).__name__}: {sentence}"

@@ -233,22 +233,27 @@ class Reader(filesystem.FileSystemReader):
         self.fs = filesystem.FileSystem() if local else FsspecFileSystem()  # type: ignore[assignment]
         self.path = self.fs.init_path(path)
         self._files = frozenset(files)
+        self._found: Metadata | None = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Read ``.metadata`` without running what may be in it.
+        """Read ``.metadata`` without running what may be in it, once.
 
         Returns:
             The metadata, every path in which is one of ``files``.
 
         Raises:
             pickle.UnpicklingError: the file holds anything else than the metadata of tensors.
+            OSError: it can't be read.
         """
+        if self._found is not None:
+            return self._found
         with self.fs.create_stream(self.fs.concat_path(self.path, METADATA), "rb") as stream:
             content = stream.read(METADATA_LIMIT + 1)
         if len(content) > METADATA_LIMIT:
             raise pickle.UnpicklingError(f"{METADATA} is larger than {METADATA_LIMIT} bytes")
         found = load_metadata(content, self._files)
         found.storage_meta = StorageMeta(load_id=self.load_id)
+        self._found = found
         return found
 
 
