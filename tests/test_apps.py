@@ -93,7 +93,15 @@ def test_ranks_run_the_command_with_the_arguments(command: str) -> None:
     shell_command = role.args[1]
     assert shell_command.startswith("python -m torchrec_deepfm.launch --")
     assert "--nnodes 2 --nproc_per_node 4 " in shell_command
+    assert f"--max_restarts {3 if command == 'train' else 0} " in shell_command
     assert shell_command.endswith(f" -m torchrec_deepfm {command} --data 'with a blank'")
+
+
+def test_an_elastic_range_of_hosts() -> None:
+    (role,) = deepfm.train(j="1:2x1", max_restarts=7).roles
+    assert (role.num_replicas, role.min_replicas) == (2, 1)
+    assert "--nnodes 1:2 --nproc_per_node 1 " in role.args[1]
+    assert "--max_restarts 7 " in role.args[1]
 
 
 def test_prepare_is_one_process() -> None:

@@ -155,7 +155,9 @@ class Train:
             if ranks.is_main():
                 if result.before:
                     terminal.say(f"{result.folder}: this training is finished, there is nothing left to do")
-                terminal.say(terminal.training_summary(result.summary, result.folder))
+                    terminal.say(terminal.metrics_table(terminal.splits(result.summary)))
+                else:
+                    terminal.say(terminal.training_summary(result.summary, result.folder))
 
 
 @dataclass(frozen=True, kw_only=True)

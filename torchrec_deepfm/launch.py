@@ -119,6 +119,7 @@ def main(argv: list[str] | None = None) -> None:
     os.environ[_UNDER_LAUNCHER] = "1"
     os.environ.setdefault(STARTED, f"{datetime.now(UTC):%Y%m%d-%H%M%S}")
     _restart_no_mistakes()
+    _restart_with_a_fresh_store()
     try:
         record(run.run)(options)
     except ChildFailedError as failed:
@@ -143,6 +144,24 @@ def _restart_no_mistakes() -> None:
         return result
 
     LocalElasticAgent._monitor_workers = monitor_and_give_up  # type: ignore[method-assign]
+
+
+def _restart_with_a_fresh_store() -> None:
+    """Give the ranks a new store each time they are started.
+
+    torchelastic shares one store with them and keeps it over restarts, while the ranks (since torch 2.5) count on a new
+    one: they find the addresses of their dead predecessors in it, and hang or fail (pytorch/pytorch#135712).
+    """
+    from torch.distributed.elastic.rendezvous.api import RendezvousInfo
+    from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
+
+    meet = DynamicRendezvousHandler.next_rendezvous
+
+    def meet_anew(self: DynamicRendezvousHandler) -> RendezvousInfo:
+        self._bootstrap_store_info = self._shared_tcp_store_server = None
+        return meet(self)
+
+    DynamicRendezvousHandler.next_rendezvous = meet_anew  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

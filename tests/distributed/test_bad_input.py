@@ -134,8 +134,21 @@ def test_an_output_folder_that_holds_a_run(
     run.mkdir()
     (run / "config.json").write_text("{}")
     expected = f"error: --output {run}: the folder already holds a run; name another one, or remove it first"
-    assert in_this_process(train(data.folder, run), capsys) == (2, [expected])
+    assert in_this_process(train(data.folder, run, "--resume", "never"), capsys) == (2, [expected])
+    expected = f"error: {run / 'config.json'}: the file is damaged (KeyError: 'config'); name another --output, or remove "
+    assert in_this_process(train(data.folder, run), capsys) == (2, [f"{expected}the folder"])
     assert [path.name for path in run.iterdir()] == ["config.json"]
+
+
+def test_an_output_folder_that_holds_something_else(
+    data: PreparedData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "thesis.tex").write_text("mine")
+    expected = f"error: --output {run}: the folder is not empty; name another one, or remove it first"
+    assert in_this_process(train(data.folder, run), capsys) == (2, [expected])
+    assert (run / "thesis.tex").read_text() == "mine"
 
 
 def test_an_output_that_is_a_file(data: PreparedData, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

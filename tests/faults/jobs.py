@@ -1,9 +1,12 @@
 """Starting and stopping jobs of the tests of faults."""
 
+import atexit
 import json
 import os
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +21,12 @@ STEPS = 40
 
 def command(data: Path, run: Path, *, ranks: int = 1, restarts: int = 0, options: tuple[str, ...] = ()) -> list[str]:
     """A training on some ranks; on one without torchrun unless it is to be restarted."""
-    launcher = ["-m", "torchrec_deepfm.launch", "--standalone", "--nproc_per_node", str(ranks)]
-    launcher += ["--max_restarts", str(restarts), "-m"] if restarts or ranks > 1 else []
-    front = launcher if restarts or ranks > 1 else ["-m"]
-    words = [*front, "tests.faults.rank", "--data", str(data), "--output", str(run)]
-    return [sys.executable, *words, *OPTIONS, "--batch-size", str(GLOBAL_BATCH // ranks), *options]
+    front = []
+    if restarts or ranks > 1:
+        front = [sys.executable, "-m", "torchrec_deepfm.launch", "--standalone", "--nproc_per_node", str(ranks)]
+        front += ["--max_restarts", str(restarts), "-m", "tests.faults.rank"]
+    words = ["--data", str(data), "--output", str(run), *OPTIONS, "--batch-size", str(GLOBAL_BATCH // ranks)]
+    return [*front, *words, *options]
 
 
 def environment(logs: Path, faults: list[dict[str, Any]] | None = None, **more: str) -> dict[str, str]:
@@ -32,22 +36,83 @@ def environment(logs: Path, faults: list[dict[str, Any]] | None = None, **more: 
     return os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)} | own | more
 
 
-def start(words: list[str], env: dict[str, str]) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=env, start_new_session=True
-    )
+class Job:
+    """A running training: torchrun's process, or that of the only rank."""
+
+    def __init__(self, words: list[str], env: dict[str, str]) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        self._out, self._err = Path(self._folder.name) / "out", Path(self._folder.name) / "err"
+        self._process: subprocess.Popen[bytes] | None = None
+        if words[0] == sys.executable:
+            with self._out.open("wb") as out, self._err.open("wb") as err:
+                self._process = subprocess.Popen(
+                    words, stdout=out, stderr=err, cwd=ROOT, env=env, start_new_session=True
+                )
+            self.pid = self._process.pid
+        else:
+            job = {"argv": words, "env": env, "out": str(self._out), "err": str(self._err)}
+            self.pid = _Zygote.ask({"start": job})["pid"]
+        self._code: int | None = None
+
+    def poll(self) -> int | None:
+        """The exit code, if it has ended."""
+        if self._code is None:
+            if self._process is not None:
+                self._code = self._process.poll()
+            else:
+                self._code = _Zygote.ask({"wait": self.pid, "block": False})["code"]
+        return self._code
+
+    def send_signal(self, signum: int) -> None:
+        os.kill(self.pid, signum)
+
+    def finish(self, timeout: float = 240) -> tuple[int, str, str]:
+        """Exit code, standard output and error."""
+        deadline = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > deadline:
+                self.send_signal(15)
+                raise AssertionError(f"it hangs:\n{self.out[-3000:]}\n{self.err[-3000:]}")
+            time.sleep(0.01)
+        assert self._code is not None
+        found = self._code, self.out, self.err
+        self._folder.cleanup()
+        return found
+
+    @property
+    def out(self) -> str:
+        return self._out.read_text(errors="replace")
+
+    @property
+    def err(self) -> str:
+        return self._err.read_text(errors="replace")
 
 
-def finish(process: "subprocess.Popen[str]", timeout: float = 240) -> tuple[int, str, str]:
-    """Exit code, standard output and error."""
-    try:
-        out, err = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        process.terminate()
-        out, err = process.communicate(timeout=60)
-        raise AssertionError(f"it hangs:\n{out[-3000:]}\n{err[-3000:]}") from None
-    return process.returncode, out, err
+class _Zygote:
+    process: "subprocess.Popen[str] | None" = None
+
+    @classmethod
+    def ask(cls, request: dict[str, Any]) -> dict[str, Any]:
+        if cls.process is None:
+            cls.process = subprocess.Popen(
+                [sys.executable, "-W", "ignore", "-m", "tests.faults.zygote"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                cwd=ROOT,
+                env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            )
+            atexit.register(cls.process.terminate)
+        assert cls.process.stdin is not None
+        assert cls.process.stdout is not None
+        cls.process.stdin.write(json.dumps(request) + "\n")
+        cls.process.stdin.flush()
+        return json.loads(cls.process.stdout.readline())  # type: ignore[no-any-return]
+
+
+def start(words: list[str], env: dict[str, str]) -> Job:
+    return Job(words, env)
 
 
 def run(words: list[str], env: dict[str, str], timeout: float = 240) -> tuple[int, str, str]:
-    return finish(start(words, env), timeout)
+    return start(words, env).finish(timeout)

@@ -22,17 +22,23 @@ from tests.faults.runs import rows_of
 from torchrec_deepfm import __main__ as command_line
 from torchrec_deepfm.training import checkpoint, dcp, loop, store
 
-LOG = Path(os.environ.get("FAULTS_LOG", "."))
-RANK = int(os.environ.get("RANK", "0"))
 _step = 0
+
+
+def log_folder() -> Path:
+    return Path(os.environ["FAULTS_LOG"])
+
+
+def my_rank() -> int:
+    return int(os.environ.get("RANK", "0"))
 
 
 def fault(at: str, step: int) -> None:
     """Do what is asked for at this place, the first time that this rank gets here at this step."""
     for number, each in enumerate(json.loads(os.environ.get("FAULTS", "[]"))):
-        if each["at"] != at or each["rank"] != RANK or each["step"] != step:
+        if each["at"] != at or each["rank"] != my_rank() or each["step"] != step:
             continue
-        done = LOG / f"fault_{number}"
+        done = log_folder() / f"fault_{number}"
         if done.exists():
             continue
         done.touch()
@@ -91,10 +97,18 @@ def count(self: Any, *_: Any) -> None:
 def log(self: Any, *_: Any) -> None:
     step = self.point.step
     [batch] = [batch for number, batch in self._recent if number == step]
-    with (LOG / f"rank_{RANK}_{os.getpid()}").open("a") as file:
-        entry = {"at": time.time(), "step": step, "rank": RANK, "rows": rows_of(batch.dense_features)}
+    with (log_folder() / f"rank_{my_rank()}_{os.getpid()}").open("a") as file:
+        ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        rows = rows_of(batch.dense_features)
+        entry = {"at": time.time(), "step": step, "rank": my_rank(), "ranks": ranks, "rows": rows}
         file.write(json.dumps(entry) + "\n")
     time.sleep(float(os.environ.get("FAULTS_SLEEP", "0")))
+
+
+def step_of(folder: os.PathLike[str] | str) -> int:
+    """The step of a checkpoint's folder, -1 of any other."""
+    name = Path(folder).name
+    return int(name.split("_")[1].split(".")[0]) if name.startswith("step_") else -1
 
 
 def main() -> None:
@@ -102,15 +116,15 @@ def main() -> None:
     after(loop.Loop, "_step", log)
     before(checkpoint.Checkpoints, "save", lambda self, step, *_, **__: fault("before the save", step))
     # The files of this rank are written; the others' may not be.
-    after(dcp.Writer, "write_data", lambda self, *_, **__: fault("between ranks", _step))
+    after(dcp.Writer, "write_data", lambda self, *_, **__: fault("between ranks", step_of(self.path)))
     before(store.Store, "commit", lambda self, step, *_: fault("before the manifest", step))
     after(store.Store, "commit", lambda self, step, *_: fault("after the rename", step))
     sync = store._sync_folder
 
     def sync_and_fail(folder: Path) -> None:
         sync(folder)
-        if folder.name.startswith("step_") and folder.name.endswith(".partial"):
-            fault("before the rename", int(folder.name.split("_")[1].split(".")[0]))
+        if folder.name.endswith(".partial"):
+            fault("before the rename", step_of(folder))
 
     store._sync_folder = sync_and_fail
     sys.argv = ["torchrec_deepfm", "train", *sys.argv[1:]]

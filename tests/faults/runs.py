@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,18 +74,16 @@ def assert_same_run(run: Path, other: Path) -> None:
 
 
 def seen_rows(logs: Path) -> dict[int, list[int]]:
-    """The rows of each step over all ranks, from what ``rank.py`` has written; a step that was done again counts once."""
+    """The rows of each step over all ranks, from what ``rank.py`` has written; of a step done again, the last time."""
+    lines = [json.loads(line) for path in logs.glob("rank_*") for line in path.read_text().splitlines()]
     by_step: dict[int, dict[int, list[int]]] = {}
-    for step, rank, rows in _log_lines(logs):
-        by_step.setdefault(step, {})[rank] = rows
-    return {step: [row for rank in sorted(ranks) for row in ranks[rank]] for step, ranks in sorted(by_step.items())}
-
-
-def _log_lines(logs: Path) -> Iterator[tuple[int, int, list[int]]]:
-    lines = [line for path in sorted(logs.glob("rank_*")) for line in path.read_text().splitlines()]
-    for line in sorted(lines, key=lambda text: json.loads(text)["at"]):
-        entry = json.loads(line)
-        yield entry["step"], entry["rank"], entry["rows"]
+    ranks: dict[int, int] = {}
+    for line in sorted(lines, key=lambda line: line["at"]):
+        by_step.setdefault(line["step"], {})[line["rank"]] = line["rows"]
+        ranks[line["step"]] = line["ranks"]
+    return {
+        step: [row for rank in range(ranks[step]) for row in of_ranks[rank]] for step, of_ranks in sorted(by_step.items())
+    }
 
 
 def assert_each_row_once(logs: Path, *, epochs: int, global_batch: int, rows: int = ROWS) -> None:
