@@ -90,7 +90,9 @@ def test_a_bad_value_that_one_of_two_ranks_meets(
     path = patched(data, tmp_path / "data", patch, row)
     done = on_two_ranks(train(tmp_path / "data", tmp_path / "run"))
     assert done == (2, [line(data, path, row, patch, fault)])
-    assert not (tmp_path / "run").exists()  # no half of a run is in the way of the next one
+    # No half of a run is in the way of the next one; one that has trained to its end has something to lose.
+    assert (tmp_path / "run").exists() == (patch is LATE_LABEL)
+    assert (tmp_path / "run" / "checkpoints").exists() == (patch is LATE_LABEL)
 
 
 @pytest.mark.parametrize(("patch", "fault"), [(NEGATIVE_ID, ""), (LABEL, NO_LABEL)], ids=["negative id", "label"])

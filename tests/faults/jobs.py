@@ -24,7 +24,7 @@ def command(data: Path, run: Path, *, ranks: int = 1, restarts: int = 0, options
     front = []
     if restarts or ranks > 1:
         front = [sys.executable, "-m", "torchrec_deepfm.launch", "--standalone", "--nproc_per_node", str(ranks)]
-        front += ["--max_restarts", str(restarts), "-m", "tests.faults.rank"]
+        front += ["--max_restarts", str(restarts), "--shutdown_timeout", "3", "-m", "tests.faults.rank"]
     words = ["--data", str(data), "--output", str(run), *OPTIONS, "--batch-size", str(GLOBAL_BATCH // ranks)]
     return [*front, *words, *options]
 

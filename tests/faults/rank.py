@@ -7,9 +7,12 @@ FAULTS_SLEEP   seconds to sleep in each step, so that kills have something to hi
 FAULTS         JSON list of {"at": PHASE, "rank": R, "step": N, "do": DEED}; each happens once in FAULTS_LOG's lifetime
 """
 
+import contextlib
 import json
 import os
+import resource
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -58,12 +61,32 @@ def fault(at: str, step: int) -> None:
                 torch.empty(2**45)
             case "busy":
                 time.sleep(3600)
+            case "fill":
+                fill(Path(each["path"]) / "filling")
+            case "read-only":
+                subprocess.run(["mount", "-o", "remount,ro", each["path"]], check=True)
+            case "limit":
+                resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, resource.RLIM_INFINITY))
+            case "shrink":
+                for path in Path(each["path"]).glob("train*.npy"):
+                    os.truncate(path, path.stat().st_size // 2)
+                for path in Path(each["path"]).glob("day_0*.npy"):
+                    os.truncate(path, path.stat().st_size // 2)
+            case "vanish":
+                for path in Path(each["path"]).glob("*.npy"):
+                    path.unlink()
             case deed:
                 raise AssertionError(deed)
 
 
 _loop: Any = None
 
+
+def fill(path: Path) -> None:
+    """Leave no room on a file system."""
+    with contextlib.suppress(OSError), path.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
 
 def before(owner: Any, name: str, call: Callable[..., None]) -> None:
     """Let something happen before a function of ours."""
@@ -101,6 +124,7 @@ def log(self: Any, *_: Any) -> None:
         ranks = int(os.environ.get("WORLD_SIZE", "1"))
         rows = rows_of(batch.dense_features)
         entry = {"at": time.time(), "step": step, "rank": my_rank(), "ranks": ranks, "rows": rows}
+        entry["epoch"] = self.point.epoch
         file.write(json.dumps(entry) + "\n")
     time.sleep(float(os.environ.get("FAULTS_SLEEP", "0")))
 

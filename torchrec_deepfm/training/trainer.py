@@ -217,6 +217,7 @@ class _Training:
             for step, manifest in checkpoints.intact(refusals):
                 try:
                     there = run_folder.from_json(manifest)
+                    run_folder.check_same_run(f"--checkpoints {self._target}", there, self._run, self._data)
                     state, go_on = loop.resume(manifest)
                 except (KeyError, TypeError, ValueError, AttributeError) as error:
                     if isinstance(error, UserError):
@@ -227,7 +228,6 @@ class _Training:
                     raise UserError(
                         f"--checkpoints {self._target}: holds checkpoints already; name another place, or remove them"
                     )
-                run_folder.check_same_run(f"--checkpoints {self._target}", there, self._run, self._data)
                 reason = checkpoints.read(step, manifest, state)
                 if reason is None:
                     go_on()
