@@ -2,9 +2,9 @@
 
     python benchmarks/checkpoint_stall.py --output FOLDER [--rows 4000000]
 
-Steps run on; every few of them the state is saved, by turns with and without waiting until it is on the disk. The stall is
-the time between two steps that the save takes; that of the first save beside the training counts apart, as it also gets
-the memory for the copy.
+Steps run on; every few of them the state is saved, by turns with and without waiting until it is on the disk. The stall
+is the time between two steps that the save takes; that of the first save beside the training counts apart, as it also
+gets the memory for the copy.
 """
 
 import argparse

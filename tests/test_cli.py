@@ -203,7 +203,15 @@ def test_from_raw_text_to_an_evaluated_run(tmp_path: Path) -> None:
     assert named.startswith("wrote run/: ")
     written = {path.name for path in (tmp_path / "run").iterdir()}
     assert {name.strip("/,") for name in named.split()[2:]} == written
-    assert written >= {"checkpoint", "checkpoints", "config.json", "metrics.jsonl", "plan.json", "summary.json", "tensorboard"}
+    assert written >= {
+        "checkpoint",
+        "checkpoints",
+        "config.json",
+        "metrics.jsonl",
+        "plan.json",
+        "summary.json",
+        "tensorboard",
+    }
 
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     truth = json.loads((tmp_path / "raw" / "truth.json").read_text())

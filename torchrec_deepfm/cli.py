@@ -214,8 +214,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv: the command and its options; those of the process by default.
 
     Raises:
-        SystemExit: with code 2 and one line on standard error, where the input is wrong; with 143 or 130 where a training
-            was stopped by SIGTERM or Ctrl-C and has saved its state.
+        SystemExit: with code 2 and one line on standard error, where the input is wrong; with 143 or 130 where a
+            training was stopped by SIGTERM or Ctrl-C and has saved its state.
     """
     try:
         parse(sys.argv[1:] if argv is None else argv).run()

@@ -76,8 +76,8 @@ def explain(failed: "ChildFailedError") -> tuple[str, int]:
         failed: what torchelastic raised.
 
     Returns:
-        The line, and the exit code to end with: 2 for a user's mistake, 130 or 143 for a rank that was asked to stop, 1 for
-        anything else.
+        The line, and the exit code to end with: 2 for a user's mistake, 130 or 143 for a rank that was asked to stop, 1
+        for anything else.
     """
     for failure in failed.failures.values():
         if failure.exitcode == USER_ERROR_EXIT_CODE and isinstance(failure.message, dict):
@@ -138,7 +138,7 @@ def _restart_no_mistakes() -> None:
     monitor = LocalElasticAgent._monitor_workers
 
     def monitor_and_give_up(self: LocalElasticAgent, worker_group: WorkerGroup) -> RunResult:
-        result = monitor(self, worker_group)
+        result: RunResult = monitor(self, worker_group)
         if any(failure.exitcode == USER_ERROR_EXIT_CODE for failure in result.failures.values()):
             self._remaining_restarts = 0
         return result

@@ -1,7 +1,7 @@
 """A training that goes on under another plan, on another number of ranks: all pairs out of a list of seven.
 
-Each (plan, ranks) trains some steps and saves. Then each reads what each has saved, evaluates, and trains one more step on
-the same samples. What it gets must not depend on who reads: the state says all.
+Each (plan, ranks) trains some steps and saves. Then each reads what each has saved, evaluates, and trains one more step
+on the same samples. What it gets must not depend on who reads: the state says all.
 """
 
 import json
@@ -29,7 +29,15 @@ SIZES = {"a": 37, "b": 24, "c": 5}
 NUMERIC = 2
 GLOBAL_BATCH = 8
 STEPS = 6
-CASES = ["table_wise-1", "data_parallel-1", "table_wise-2", "row_wise-2", "data_parallel-2", "column_wise-2", "row_wise-4"]
+CASES = [
+    "table_wise-1",
+    "data_parallel-1",
+    "table_wise-2",
+    "row_wise-2",
+    "data_parallel-2",
+    "column_wise-2",
+    "row_wise-4",
+]
 SAMPLES = draw(GLOBAL_BATCH * (STEPS + 1), SIZES, NUMERIC, longest=3, seed=3)
 FRESH = draw(40, SIZES, NUMERIC, longest=3, seed=4)
 
@@ -115,9 +123,7 @@ def everything(folder: Path, optimizer: str) -> dict[str, Any]:
         for number in range(STEPS):
             trained.step(number)
         checkpoints = Checkpoints(str(folder / f"{plan}-{dist.get_world_size()}"), keep_last=1)
-        checkpoints.save(
-            STEPS, trained.tensors.to_save(), {"columns": trained.tensors.columns, "plan": plan}
-        )
+        checkpoints.save(STEPS, trained.tensors.to_save(), {"columns": trained.tensors.columns, "plan": plan})
         saved = {"logits": trained.logits(), "weights": read_state(trained.model), "values": trained.optimizer_values()}
         trained.step(STEPS)  # while it is written: what is saved must not move
         checkpoints.close()

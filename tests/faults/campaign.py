@@ -3,8 +3,8 @@
     python -m tests.faults.campaign [--seed N] [--quick]
 
 Kills come from outside, at moments that nobody has chosen: so long after the first step of a life as a random number
-says. Every run must end with the losses, metrics and weights of the run that nothing happened to, to the last bit, and must
-have seen every row of every epoch once.
+says. Every run must end with the losses, metrics and weights of the run that nothing happened to, to the last bit, and
+must have seen every row of every epoch once.
 """
 
 import argparse
@@ -135,7 +135,9 @@ def killed_in_each_phase(data: Path, folder: Path, undisturbed: Path) -> Tally:
     """Each phase of a save on each of two ranks that goes through it, in one job."""
     tally = Tally(runs=1)
     rank_0 = [{"at": phase, "rank": 0, "step": 4 * number + 4, "do": "kill"} for number, phase in enumerate(PHASES)]
-    rank_1 = [{"at": phase, "rank": 1, "step": 4 * number + 24, "do": "kill"} for number, phase in enumerate(PHASES[:2])]
+    rank_1 = [
+        {"at": phase, "rank": 1, "step": 4 * number + 24, "do": "kill"} for number, phase in enumerate(PHASES[:2])
+    ]
     faults = [*rank_0, *rank_1]
     place = folder / "phases"
     env = environment(place / "log", faults, FAULTS_SLEEP=SLEEP)
@@ -198,7 +200,9 @@ def main() -> None:
             code, _, err = run(command(data, place / "run", ranks=ranks, options=saves), environment(place / "log"))
             assert code == 0, err
             undisturbed[ranks, len(saves)] = place / "run"
-        print("| part | faults | runs | lives | ended as undisturbed | seconds |\n| --- | --- | --- | --- | --- | --- |")
+        print(
+            "| part | faults | runs | lives | ended as undisturbed | seconds |\n| --- | --- | --- | --- | --- | --- |"
+        )
         parts = {
             "2 ranks, restarted by torchelastic": lambda: killed_under_torchelastic(
                 rng, data, folder, undisturbed[2, 2], 30 // share, 2
@@ -214,7 +218,10 @@ def main() -> None:
             tally = play()
             shown = ", ".join(f"{count} x {fault}" for fault, count in sorted(tally.faults.items()))
             seconds = time.monotonic() - started
-            print(f"| {part} | {shown} | {tally.runs} | {tally.lives} | {tally.runs} of {tally.runs} | {seconds:.0f} |", flush=True)
+            print(
+                f"| {part} | {shown} | {tally.runs} | {tally.lives} | {tally.runs} of {tally.runs} | {seconds:.0f} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

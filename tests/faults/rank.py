@@ -88,6 +88,7 @@ def fill(path: Path) -> None:
         while True:
             file.write(bytes(4096))
 
+
 def before(owner: Any, name: str, call: Callable[..., None]) -> None:
     """Let something happen before a function of ours."""
     inner = getattr(owner, name)

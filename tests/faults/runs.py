@@ -83,7 +83,8 @@ def seen_rows(logs: Path) -> dict[int, list[int]]:
         by_step.setdefault(line["step"], {})[line["rank"]] = line["rows"]
         ranks[line["step"]] = line["ranks"]
     return {
-        step: [row for rank in range(ranks[step]) for row in of_ranks[rank]] for step, of_ranks in sorted(by_step.items())
+        step: [row for rank in range(ranks[step]) for row in of_ranks[rank]]
+        for step, of_ranks in sorted(by_step.items())
     }
 
 

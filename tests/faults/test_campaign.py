@@ -31,7 +31,7 @@ def undisturbed(folder: Path, data: Path) -> dict[int, Path]:
     runs = {}
     for ranks in (1, 2):
         runs[ranks] = folder / f"undisturbed_{ranks}"
-        code, out, err = run(command(data, runs[ranks], ranks=ranks), environment(folder / f"log_{ranks}"))
+        code, _, err = run(command(data, runs[ranks], ranks=ranks), environment(folder / f"log_{ranks}"))
         assert (code, err) == (0, ""), err
         assert_each_row_once(folder / f"log_{ranks}", epochs=2, global_batch=GLOBAL_BATCH)
     return runs
@@ -64,9 +64,7 @@ def test_ranks_are_killed_and_torchelastic_starts_them_again(
 
 
 @pytest.mark.parametrize("phase", PHASES)
-def test_a_kill_in_each_phase_of_a_save(
-    data: Path, tmp_path: Path, undisturbed: dict[int, Path], phase: str
-) -> None:
+def test_a_kill_in_each_phase_of_a_save(data: Path, tmp_path: Path, undisturbed: dict[int, Path], phase: str) -> None:
     env = environment(tmp_path / "log", [{"at": phase, "rank": 0, "step": 12, "do": "kill"}], FAULTS_SLEEP="0.05")
     code, _, _ = run(command(data, tmp_path / "run"), env)
     assert code == -signal.SIGKILL
@@ -84,7 +82,9 @@ def test_sigterm(data: Path, tmp_path: Path, undisturbed: dict[int, Path]) -> No
     """On all ranks through torchrun, and in one process; each goes on where it stopped."""
     for ranks, do, signum in ((2, "term parent", "SIGTERM"), (1, "term", "SIGTERM")):
         folder = tmp_path / do
-        env = environment(folder / "log", [{"at": "step", "rank": ranks - 1, "step": 13, "do": do}], FAULTS_SLEEP="0.05")
+        env = environment(
+            folder / "log", [{"at": "step", "rank": ranks - 1, "step": 13, "do": do}], FAULTS_SLEEP="0.05"
+        )
         code, _, err = run(command(data, folder / "run", ranks=ranks), env)
         assert code == 143
         stopped = re.search(rf"stopped by {signum} after step (\d+), saved in (.*/step_(\d+));", err)
@@ -187,7 +187,9 @@ def test_two_trainings_in_one_folder(data: Path, tmp_path: Path, undisturbed: di
     step_reached(tmp_path / "log", 2, first)
     code, out, err = run(command(data, tmp_path / "run", ranks=2), environment(tmp_path / "other"))
     assert (code, out) == (2, "")
-    assert err.startswith(f"error: --output {tmp_path / 'run'}: another training is writing there (process {first.pid} on")
+    assert err.startswith(
+        f"error: --output {tmp_path / 'run'}: another training is writing there (process {first.pid} on"
+    )
     assert err.count("\n") == 1
     code, _, err = first.finish()
     assert (code, err) == (0, "")
@@ -200,8 +202,8 @@ def test_other_options_over_a_run(data: Path, tmp_path: Path, undisturbed: dict[
     code, out, err = run(command(data, undisturbed[1], options=("--dropout", "0.5")), env)
     assert (code, out) == (2, "")
     assert err == (
-        f"error: --output {undisturbed[1]}: holds a run with --dropout 0.2, not 0.5; give the same options to go on with "
-        "it, or name another folder\n"
+        f"error: --output {undisturbed[1]}: holds a run with --dropout 0.2, not 0.5; give the same options to go on "
+        "with it, or name another folder\n"
     )
     code, out, err = run(command(data, undisturbed[1], options=("--resume", "never")), env)
     assert (code, out) == (2, "")
@@ -213,7 +215,9 @@ def test_other_options_over_a_run(data: Path, tmp_path: Path, undisturbed: dict[
 
 
 @pytest.mark.parametrize(("ranks", "then"), [(2, 1), (1, 2)])
-def test_another_number_of_ranks(data: Path, tmp_path: Path, undisturbed: dict[int, Path], ranks: int, then: int) -> None:
+def test_another_number_of_ranks(
+    data: Path, tmp_path: Path, undisturbed: dict[int, Path], ranks: int, then: int
+) -> None:
     """In the middle of an epoch, the global batch kept: every row once, and nearly the same numbers.
 
     Without dropout they would be the same but for the order of sums; the random numbers of another number of ranks are

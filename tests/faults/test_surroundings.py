@@ -1,5 +1,5 @@
-"""What happens around a training: disks, data, memory, ranks that stall, losses that are no numbers. Each ends in one line
-that says where and what to do, and what was saved is still there to go on from."""
+"""What happens around a training: disks, data, memory, ranks that stall, losses that are no numbers. Each ends in one
+line that says where and what to do, and what was saved is still there to go on from."""
 
 import json
 import math
@@ -93,7 +93,10 @@ def test_metrics_that_cannot_be_written(data: Path, tmp_path: Path, small_disk: 
     env = environment(tmp_path / "log", [fault], FAULTS_SLEEP="0.03")
     code, _, err = run(command(data, small_disk / "run", options=options), env)
     assert code == 2
-    assert err == f"error: {small_disk / 'run'}: no space is left on the device; free some, then run the same command again\n"
+    assert (
+        err
+        == f"error: {small_disk / 'run'}: no space is left on the device; free some, then run the same command again\n"
+    )
     assert saved_steps(tmp_path / "checkpoints")[-1] >= 16
     (small_disk / "filling").unlink()
     code, out, err = run(command(data, small_disk / "run", options=options), env)
@@ -102,7 +105,9 @@ def test_metrics_that_cannot_be_written(data: Path, tmp_path: Path, small_disk: 
     assert [line["step"] for line in records(small_disk / "run") if line["split"] == "validation"] == list(range(1, 41))
 
 
-@pytest.mark.parametrize(("do", "told"), [("shrink", "has changed while it was read"), ("vanish", "has gone while it was")])
+@pytest.mark.parametrize(
+    ("do", "told"), [("shrink", "has changed while it was read"), ("vanish", "has gone while it was")]
+)
 def test_data_that_shrink_or_vanish(data: Path, tmp_path: Path, undisturbed: Path, do: str, told: str) -> None:
     copy = tmp_path / "data"
     shutil.copytree(data, copy)
@@ -126,10 +131,10 @@ def test_other_data_are_refused(data: Path, tmp_path: Path) -> None:
     run(command(data, tmp_path / "run"), env)
     other = make_data(tmp_path / "other", rows=1900).folder
     code, _, err = run(command(other, tmp_path / "run"), env)
-    assert (code, err) == (
-        2,
-        f"error: --data {other}: {tmp_path / 'run'} holds a run on other data; name the data that it was trained on, or "
-        "another folder\n",
+    assert code == 2
+    assert err == (
+        f"error: --data {other}: {tmp_path / 'run'} holds a run on other data; name the data that it was trained on, "
+        "or another folder\n",
     )
 
 
@@ -149,7 +154,10 @@ def test_a_loss_that_is_no_number(data: Path, tmp_path: Path) -> None:
     env = environment(tmp_path / "log", [{"at": "step", "rank": 0, "step": 10, "do": "nan"}], FAULTS_SLEEP="0.03")
     code, _, err = run(command(data, tmp_path / "run"), env)
     assert code == 2
-    batch_folder, checkpoint = tmp_path / "run" / "nonfinite_step_00000010", tmp_path / "run" / "checkpoints" / "step_00000008"
+    batch_folder, checkpoint = (
+        tmp_path / "run" / "nonfinite_step_00000010",
+        tmp_path / "run" / "checkpoints" / "step_00000008",
+    )
     # The schedule is in its plateau at step 10: 4 steps of warm-up, decay from step 21.
     assert err == (
         f"error: step 10: the loss is not finite (learning rates: sparse 0.02 dense 0.001); its batch is saved in "
@@ -184,7 +192,20 @@ def test_a_rank_that_stalls_is_named(data: Path, tmp_path: Path) -> None:
 
 
 # Evaluations that get worse before they get better again: small batches, high rates.
-WILD = ("--epochs", "8", "--sparse-lr", "0.5", "--dense-lr", "0.02", "--eval-every", "7", "--warmup", "0", "--decay", "0")
+WILD = (
+    "--epochs",
+    "8",
+    "--sparse-lr",
+    "0.5",
+    "--dense-lr",
+    "0.02",
+    "--eval-every",
+    "7",
+    "--warmup",
+    "0",
+    "--decay",
+    "0",
+)
 
 
 def test_early_stopping_restores_the_best(data: Path, tmp_path: Path) -> None:
@@ -252,10 +273,10 @@ def test_data_without_a_validation_split(data: Path, tmp_path: Path) -> None:
     assert "validation" not in json.loads((tmp_path / "run" / "summary.json").read_text())
     assert {line["split"] for line in records(tmp_path / "run")} == {"train", "test"}
     code, _, err = run(command(copy, tmp_path / "other", options=("--patience", "2")), environment(tmp_path / "log"))
-    assert (code, err) == (
-        2,
-        f"error: --patience: {copy} has no validation split to judge by; leave the option out, or prepare the data with "
-        "--validation\n",
+    assert code == 2
+    assert err == (
+        f"error: --patience: {copy} has no validation split to judge by; leave the option out, or prepare the data "
+        "with --validation\n"
     )
     assert not (tmp_path / "other").exists()
 
@@ -275,4 +296,6 @@ def test_checkpoints_at_a_url(data: Path, tmp_path: Path, undisturbed: Path) -> 
     other = command(data, tmp_path / "another", options=(*options, "--seed", "3"))
     code, _, err = run(other, env)
     assert code == 2
-    assert err.startswith(f"error: --checkpoints file://{tmp_path}/elsewhere: holds a run with --seed 0, not 3; give the")
+    assert err.startswith(
+        f"error: --checkpoints file://{tmp_path}/elsewhere: holds a run with --seed 0, not 3; give the"
+    )

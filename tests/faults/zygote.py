@@ -1,7 +1,7 @@
 """Starts single-rank jobs in a fraction of a second: everything is imported once, and each job is a fork of that.
 
-The jobs are processes of their own like any other, to be killed and waited for. One JSON request a line on standard input,
-one JSON answer a line on standard output: {"start": {"argv", "env", "out", "err"}} -> {"pid"},
+The jobs are processes of their own like any other, to be killed and waited for. One JSON request a line on standard
+input, one JSON answer a line on standard output: {"start": {"argv", "env", "out", "err"}} -> {"pid"},
 {"wait": pid, "block": bool} -> {"code": exit code or null}.
 """
 
@@ -20,7 +20,10 @@ def start(job: dict[str, Any]) -> int:
     try:
         os.setsid()
         for number, (path, flags) in enumerate(
-            [("/dev/null", os.O_RDONLY), *[(job[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC) for name in ("out", "err")]]
+            [
+                ("/dev/null", os.O_RDONLY),
+                *[(job[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC) for name in ("out", "err")],
+            ]
         ):
             os.dup2(os.open(path, flags, 0o644), number)
         os.environ.clear()

@@ -1,5 +1,5 @@
-"""Files made by an attacker: an error, and no code runs. Whoever can write a checkpoint can seal it again, so no checksum
-stands in these tests' way."""
+"""Files made by an attacker: an error, and no code runs. Whoever can write a checkpoint can seal it again, so no
+checksum stands in these tests' way."""
 
 import hashlib
 import io

@@ -159,8 +159,8 @@ class Checkpoints:
                 self.store.abandon(step)
                 outcome = [
                     UserError(
-                        f"step {step}: {wrong} holds a NaN or an infinity; this state is not saved, the checkpoint before "
-                        "it stands; lower --sparse-lr or --dense-lr"
+                        f"step {step}: {wrong} holds a NaN or an infinity; this state is not saved, the checkpoint "
+                        "before it stands; lower --sparse-lr or --dense-lr"
                     )
                 ]
         dist.broadcast_object_list(outcome, src=0, group=self._group)

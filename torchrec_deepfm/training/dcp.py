@@ -3,9 +3,9 @@
 A state is a dictionary of ``Pieces``: a tensor's global size and the cuts of it that this rank holds, or wants. Writing
 and reading are resharded by torch.distributed.checkpoint itself, whatever cuts wrote and whatever cuts read.
 
-Its stock reader unpickles ``.metadata`` with ``pickle.load`` and objects with ``torch.load(weights_only=False)``: either
-runs any code that the file names. Here the first goes through an unpickler that knows the few classes of such a file
-and no others, and there are no objects: everything that is no tensor stands in the JSON manifest.
+Its stock reader unpickles ``.metadata`` with ``pickle.load`` and objects with ``torch.load(weights_only=False)``:
+either runs any code that the file names. Here the first goes through an unpickler that knows the few classes of such a
+file and no others, and there are no objects: everything that is no tensor stands in the JSON manifest.
 """
 
 import hashlib
@@ -67,7 +67,7 @@ class Pieces:
 State = Mapping[str, Pieces]
 
 
-class Stager(AsyncStager):  # type: ignore[misc]
+class Stager(AsyncStager):
     """Copies a state into memory of its own, which it keeps for the next time.
 
     Attributes:
@@ -78,7 +78,7 @@ class Stager(AsyncStager):  # type: ignore[misc]
         self.staged: dict[str, Pieces] = {}
         self._buffers: dict[tuple[str, tuple[int, ...]], Tensor] = {}
 
-    def stage(self, state_dict: State) -> dict[str, Pieces]:  # type: ignore[override]
+    def stage(self, state_dict: State) -> dict[str, Pieces]:
         """Copy the state; what the training does afterwards does not change the copy.
 
         Args:
@@ -141,7 +141,7 @@ class SavePlanner(DefaultSavePlanner):
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
         """Give the values of a cut."""
         offsets = tuple(write_item.index.offset or ())
-        pieces = self.state_dict[write_item.index.fqn]
+        pieces: Pieces = self.state_dict[write_item.index.fqn]
         return next(cut.tensor for cut in pieces.cuts if cut.offsets == offsets).detach()
 
 
@@ -308,7 +308,7 @@ _CLASSES: dict[tuple[str, str], Any] = {
 }
 
 
-class _Unpickler(pickle.Unpickler):  # noqa: S301 - the point of this class is to make it safe
+class _Unpickler(pickle.Unpickler):
     """Knows the classes that DCP's metadata is made of; none of them runs code that a file could choose."""
 
     def find_class(self, module: str, name: str) -> Any:

@@ -31,7 +31,7 @@ from torchrec_deepfm.training.progress import Progress
 from torchrec_deepfm.training.ranks import is_main
 from torchrec_deepfm.training.signals import Preempted, Requests
 from torchrec_deepfm.training.state import TrainingTensors, local_buffers, rank_rows, read_rank_rows
-from torchrec_deepfm.training.stopping import Tracker
+from torchrec_deepfm.training.stopping import Tracker, Verdict
 from torchrec_deepfm.training.watch import DataFiles
 from torchrec_deepfm.training.watch import Progress as Signs
 
@@ -165,8 +165,8 @@ class Loop:
         position = self._position(point)
         if manifest["position"] != position:
             raise UserError(
-                f"{self._s.folder}: the checkpoint of step {point.step} is at {manifest['position']} of the data, these "
-                f"data have {position}; name the data that the run was trained on"
+                f"{self._s.folder}: the checkpoint of step {point.step} is at {manifest['position']} of the data, "
+                f"these data have {position}; name the data that the run was trained on"
             )
 
         def go_on() -> None:
@@ -376,8 +376,8 @@ class Loop:
         told = " ".join(f"{name} {rate:g}" for name, rate in rates.items())
         stands = "no checkpoint" if saved is None else f"the checkpoint {self._s.checkpoints.store.shown(saved)}"
         raise UserError(
-            f"step {bad_step}: the loss is not finite (learning rates: {told}); its batch is saved in {folder}, before it "
-            f"stands {stands}; lower --sparse-lr or --dense-lr and train into another folder"
+            f"step {bad_step}: the loss is not finite (learning rates: {told}); its batch is saved in {folder}, before "
+            f"it stands {stands}; lower --sparse-lr or --dense-lr and train into another folder"
         )
 
     def _learning_rates(self) -> dict[str, float]:
@@ -423,7 +423,7 @@ class Loop:
             set_rates(self._scheduler, self._scheduler.last_epoch)
         return verdict.best
 
-    def judge(self, metrics: Metrics) -> Any:
+    def judge(self, metrics: Metrics) -> Verdict:
         """Tell the tracker of an evaluation on the validation split.
 
         Returns:

@@ -65,7 +65,9 @@ def make_optimizer(model: DistributedModelParallel, config: TrainConfig) -> Comb
     if not tables:
         return CombinedOptimizer([fused, dense])
     optimizer_class, options = _SPARSE_OPTIMIZERS[config.sparse_optimizer]
-    eager = KeyedOptimizerWrapper(tables, lambda weights: optimizer_class(weights, lr=config.sparse_lr, **options))
+    eager = KeyedOptimizerWrapper(
+        tables, lambda weights: optimizer_class(weights, **{"lr": config.sparse_lr, **options})
+    )
     return CombinedOptimizer([fused, eager, dense])
 
 
@@ -131,4 +133,4 @@ def set_rates(scheduler: LambdaLR, step: float) -> None:
     for group, base, factor in zip(
         scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
     ):
-        group["lr"] = base * factor(step)  # type: ignore[arg-type]
+        group["lr"] = base * factor(step)  # type: ignore[arg-type, operator]

@@ -87,8 +87,8 @@ def check_same_run(where: str, there: Run, run: Run, data: PreparedData) -> None
         if old != new and option.name not in _FREE:
             name = f"--{option.name.replace('_', '-')}"
             raise UserError(
-                f"{where}: holds a run with {name} {_typed(old)}, not {_typed(new)}; give the same options to go on with "
-                "it, or name another folder"
+                f"{where}: holds a run with {name} {_typed(old)}, not {_typed(new)}; give the same options to go on "
+                "with it, or name another folder"
             )
     same_data = there.data_sha256 in (None, run.data_sha256)
     if not same_data or there.numeric != run.numeric or dict(there.num_embeddings) != dict(run.num_embeddings):

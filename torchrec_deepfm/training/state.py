@@ -8,15 +8,16 @@ Names and meanings do not depend on the plan, so that any plan on any number of 
     ranks.<name>                       [ranks, ...]: a row per rank, such as its random numbers' state
 
 Rowwise Adagrad keeps one number per row and column shard: the sum over the steps of the mean of the squared gradient,
-over the shard's columns. A table in C column shards thus has C numbers a row. They are saved as such, with the columns at
-which the shards begin (``columns`` in the manifest). Where a plan with other borders reads them, a shard's number is the
-mean of those it overlaps, weighted by the columns in common. Merging shards is exact that way; a shard that is
+over the shard's columns. A table in C column shards thus has C numbers a row. They are saved as such, with the columns
+at which the shards begin (``columns`` in the manifest). Where a plan with other borders reads them, a shard's number is
+the mean of those it overlaps, weighted by the columns in common. Merging shards is exact that way; a shard that is
 split gives each part its own number, since what the parts had apart was never kept.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -83,7 +84,7 @@ def averaged(buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {}
     flat = torch.cat([value.reshape(-1) for value in buffers.values()])
     dist.all_reduce(flat)
-    parts = (flat / dist.get_world_size()).split([value.numel() for value in buffers.values()])
+    parts = (flat / dist.get_world_size()).split([value.numel() for value in buffers.values()])  # type: ignore[no-untyped-call]
     return {name: part.view_as(value) for (name, value), part in zip(buffers.items(), parts, strict=True)}
 
 
@@ -229,7 +230,7 @@ class TrainingTensors:
             if not _is_table(name) or not hasattr(weight, "local_shards"):
                 continue
             shards = list(local_shards(weight))
-            sums = list(states[name].values())[0].local_shards() if shards else []
+            sums = next(iter(states[name].values())).local_shards() if shards else []
             moments = [
                 (shard.tensor, row, column, tensor.shape[1])
                 for shard, (tensor, row, column) in zip(sums, shards, strict=True)  # TorchRec keeps one order for both
@@ -274,8 +275,7 @@ def _is_table(name: str) -> bool:
 def _overlaps(borders: Sequence[int], column: int, count: int) -> dict[int, int]:
     """Columns in common with ``[column, column + count)``, by the number of the saved shard."""
     common = {
-        number: min(end, column + count) - max(begin, column)
-        for number, (begin, end) in enumerate(zip(borders, borders[1:], strict=False))
+        number: min(end, column + count) - max(begin, column) for number, (begin, end) in enumerate(pairwise(borders))
     }
     return {number: columns for number, columns in common.items() if columns > 0}
 

@@ -290,8 +290,8 @@ class _Training:
             reason = checkpoints.read(step, found, model_state(sharded.model))
         if reason is not None:
             raise UserError(
-                f"{store.shown(step)}: {reason}; this was the best state, so the training can't end in it: train again, or "
-                "without --patience"
+                f"{store.shown(step)}: {reason}; this was the best state, so the training can't end in it: train "
+                "again, or without --patience"
             )
 
     def _remove_if_nothing_is_saved(self, checkpoints: Checkpoints) -> None:

@@ -28,7 +28,7 @@ _SECONDS_BETWEEN_SIGNS = 1.0
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed")
 
 
-class LostPeer(RuntimeError):
+class LostPeer(RuntimeError):  # noqa: N818 - it names what happened
     """Another rank has ended in the middle of the training."""
 
 
@@ -55,8 +55,8 @@ class DataFiles:
                 raise UserError(f"{path}: the file has gone while it was read; put it back, {_ON}") from error
             if found != size:
                 raise UserError(
-                    f"{path}: the file has changed while it was read, from {size} to {found} bytes; put the old one back, "
-                    f"{_ON}"
+                    f"{path}: the file has changed while it was read, from {size} to {found} bytes; put the old one "
+                    f"back, {_ON}"
                 )
 
 
@@ -80,7 +80,7 @@ class Progress:
         self._end = threading.Event()
         self._store: Any = None
         if dist.get_world_size() > 1:
-            self._store = dist.distributed_c10d._get_default_store().clone()
+            self._store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
             self._write()
             threading.Thread(target=self._tell, name="progress", daemon=True).start()
 
@@ -162,8 +162,8 @@ def explained(progress: Progress) -> Iterator[None]:
         phase, step = progress._now
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
             raise UserError(
-                f"rank {dist.get_rank()} is out of memory at step {step} ({phase}); lower --batch-size, use more ranks, "
-                f"{_ON}"
+                f"rank {dist.get_rank()} is out of memory at step {step} ({phase}); lower --batch-size, use more "
+                f"ranks, {_ON}"
             ) from error
         if any(words in text for words in _LOST):
             raise LostPeer(
