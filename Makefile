@@ -5,12 +5,13 @@ BIN = .venv/bin
 RANKS ?= 1x2
 ARGS ?=
 
-.PHONY: help setup train test lint clean
+.PHONY: help setup train test faults lint clean
 
 help:  ## say what there is (the default)
 	@echo "make setup   prepare .venv: CUDA builds where nvidia-smi answers, CPU builds elsewhere"
 	@echo "make train   set up, then train through TorchX on two ranks (RANKS=1x4, ARGS=\"-- --help\")"
 	@echo "make test    set up, then run all tests (ARGS=\"-k model\")"
+	@echo "make faults  set up, then the long fault campaign: kills, signals, full disks (some ten minutes)"
 	@echo "make lint    set up, then ruff and mypy, as .ci/run and pre-commit run them"
 	@echo "make clean   remove .venv and what the tools left"
 
@@ -22,6 +23,10 @@ train: setup
 
 test: setup
 	$(BIN)/python -m pytest $(ARGS)
+
+faults: setup
+	$(BIN)/python -m pytest tests/faults
+	$(BIN)/python -W ignore -m tests.faults.campaign $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

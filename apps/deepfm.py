@@ -31,12 +31,13 @@ def train(
     name: str = "deepfm-train",
     env: Optional[Dict[str, str]] = None,
     max_retries: int = 0,
+    max_restarts: int = 3,
 ) -> specs.AppDef:
     """Trains a sharded DeepFM, by default on a small synthetic set that it makes itself.
 
     Args:
         args: options of `python -m torchrec_deepfm train`, after `--`
-        j: {hosts}x{ranks per host}; one rank per GPU, on CPUs as many as pay
+        j: {hosts}x{ranks per host}, {fewest}:{most hosts}x{ranks per host}; one rank per GPU, on CPUs as many as pay
         cpu: CPU cores per host (local schedulers ignore it)
         gpu: GPUs per host (local schedulers ignore it)
         memMB: memory per host in MB (local schedulers ignore it)
@@ -45,9 +46,21 @@ def train(
         name: the job's name
         env: environment variables of the ranks (ENV1=v1,ENV2=v2)
         max_retries: how often the scheduler may start the job again
+        max_restarts: how often torchelastic may start the ranks again, each time from the last checkpoint
     """
     return _on_ranks(
-        "train", args, j=j, cpu=cpu, gpu=gpu, memMB=memMB, h=h, image=image, name=name, env=env, max_retries=max_retries
+        "train",
+        args,
+        max_restarts,
+        j=j,
+        cpu=cpu,
+        gpu=gpu,
+        memMB=memMB,
+        h=h,
+        image=image,
+        name=name,
+        env=env,
+        max_retries=max_retries,
     )
 
 
@@ -80,6 +93,7 @@ def evaluate(
     return _on_ranks(
         "evaluate",
         args,
+        0,
         j=j,
         cpu=cpu,
         gpu=gpu,
@@ -103,6 +117,7 @@ def prepare(
     name: str = "deepfm-prepare",
     env: Optional[Dict[str, str]] = None,
     max_retries: int = 0,
+    max_restarts: int = 3,
 ) -> specs.AppDef:
     """Turns raw click logs into a prepared folder; several ranks share the files, in a folder that all of them see.
 
@@ -117,10 +132,12 @@ def prepare(
         name: the job's name
         env: environment variables of the ranks (ENV1=v1,ENV2=v2)
         max_retries: how often the scheduler may start the job again; it goes on where it stood
+        max_restarts: how often torchelastic may start the ranks again
     """
     return _on_ranks(
         "prepare",
         args,
+        max_restarts,
         j=j,
         cpu=cpu,
         gpu=gpu,
@@ -133,11 +150,12 @@ def prepare(
     )
 
 
-def _on_ranks(command: str, args: tuple[str, ...], **options: Any) -> specs.AppDef:
+def _on_ranks(command: str, args: tuple[str, ...], max_restarts: int, **options: Any) -> specs.AppDef:
     """One role of `dist.ddp` whose ranks run a command of torchrec_deepfm."""
     app = ddp(command, *args, m="torchrec_deepfm", **options)
     (role,) = app.roles
     role.name = command  # it heads every line of output: "train/0" tells more than "torchrec_deepfm/0"
     # torchrun itself, behind a front that reports the failure of a rank in one line (torchrec_deepfm/launch.py).
-    role.args = [arg.replace("torchrun ", "python -m torchrec_deepfm.launch ", 1) for arg in role.args]
+    front = f"python -m torchrec_deepfm.launch --max_restarts {max_restarts} "
+    role.args = [arg.replace("torchrun ", front, 1) for arg in role.args]
     return app

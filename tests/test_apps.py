@@ -65,7 +65,7 @@ def test_the_readme_names_the_components_and_no_others() -> None:
     assert named | {deepfm.DEFAULT_COMPONENT} == set(COMPONENTS)
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "prepare"])
 def test_ranks_run_the_command_with_the_arguments(command: str) -> None:
     app: AppDef = getattr(deepfm, command)(
         "--data",
@@ -93,18 +93,12 @@ def test_ranks_run_the_command_with_the_arguments(command: str) -> None:
     shell_command = role.args[1]
     assert shell_command.startswith("python -m torchrec_deepfm.launch --")
     assert "--nnodes 2 --nproc_per_node 4 " in shell_command
+    assert f"--max_restarts {0 if command == 'evaluate' else 3} " in shell_command
     assert shell_command.endswith(f" -m torchrec_deepfm {command} --data 'with a blank'")
 
 
-def test_prepare_is_one_process() -> None:
-    app = deepfm.prepare("--input", "day_0", cpu=8, memMB=1000, image="an-image", name="a-name", env={"A": "b"})
-    (role,) = app.roles
-    assert (app.name, role.name, role.image, role.num_replicas, role.env) == (
-        "a-name",
-        "prepare",
-        "an-image",
-        1,
-        {"A": "b"},
-    )
-    assert [role.entrypoint, *role.args] == ["python", "-u", "-m", "torchrec_deepfm", "prepare", "--input", "day_0"]
-    assert (role.resource.cpu, role.resource.gpu, role.resource.memMB) == (8, 0, 1000)
+def test_an_elastic_range_of_hosts() -> None:
+    (role,) = deepfm.train(j="1:2x1", max_restarts=7).roles
+    assert (role.num_replicas, role.min_replicas) == (2, 1)
+    assert "--nnodes 1:2 --nproc_per_node 1 " in role.args[1]
+    assert "--max_restarts 7 " in role.args[1]

@@ -58,6 +58,15 @@ OPTIONS = {
         "precision",
         "eval-every",
         "seed",
+        "resume",
+        "checkpoints",
+        "timeout",
+        "checkpoint-every",
+        "keep-last",
+        "metric",
+        "patience",
+        "lr-patience",
+        "lr-factor",
     },
     "evaluate": {"run", "data", "split"},
     "doctor": set(),
@@ -214,7 +223,15 @@ def test_from_raw_text_to_an_evaluated_run(tmp_path: Path) -> None:
     assert named.startswith("wrote run/: ")
     written = {path.name for path in (tmp_path / "run").iterdir()}
     assert {name.strip("/,") for name in named.split()[2:]} == written
-    assert written >= {"checkpoint", "config.json", "metrics.jsonl", "plan.json", "summary.json", "tensorboard"}
+    assert written >= {
+        "checkpoint",
+        "checkpoints",
+        "config.json",
+        "metrics.jsonl",
+        "plan.json",
+        "summary.json",
+        "tensorboard",
+    }
 
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     truth = json.loads((tmp_path / "raw" / "truth.json").read_text())
@@ -225,8 +242,8 @@ def test_from_raw_text_to_an_evaluated_run(tmp_path: Path) -> None:
     assert all({"step", "split", "loss"} <= line.keys() for line in lines)
 
     again = run("train", "--data", "data", "--output", "run", "--recipe", "smoke", cwd=tmp_path)
-    assert again.returncode == 2
-    assert again.stderr == "error: --output run: the folder already holds a run; name another one, or remove it first\n"
+    assert (again.returncode, again.stderr) == (0, "")
+    assert again.stdout.startswith("run: this training is finished, there is nothing left to do\n")
 
     evaluated = run("evaluate", "--run", "run", "--data", "data", cwd=tmp_path)
     assert (evaluated.returncode, evaluated.stderr) == (0, "")

@@ -18,9 +18,10 @@ import tyro
 
 from torchrec_deepfm import terminal
 from torchrec_deepfm.errors import UserError
-from torchrec_deepfm.launch import exit_with
+from torchrec_deepfm.launch import STARTED, exit_with
 from torchrec_deepfm.parse_errors import one_line_errors
 from torchrec_deepfm.training.config import TrainConfig, recipe
+from torchrec_deepfm.training.signals import Preempted
 
 PROG = "python -m torchrec_deepfm"
 
@@ -133,7 +134,7 @@ class Prepare:
         from torchrec_deepfm.training import ranks
 
         # A rank may wait for another one as long as a day of Criteo Terabyte takes.
-        with ranks.process_group(timeout=timedelta(days=30)):
+        with ranks.process_group(timeout=timedelta(days=30).total_seconds()):
             run(Workers(rank=dist.get_rank(), count=dist.get_world_size(), wait=dist.barrier))
 
 
@@ -183,30 +184,65 @@ class Train:
     data: Path | None = None
     """Prepared folder. Without it a small synthetic set is made in data/synthetic, once."""
     output: Path | None = None
-    """Run folder to write; must be empty or absent. Default: runs/<time>."""
+    """Run folder. Where it holds the same run, unfinished, the training goes on. Default: runs/<time>."""
     recipe: str | None = None
     """Named settings: paper, smoke, synthetic. Default: paper; without --data, synthetic."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto: go on from the newest intact checkpoint in the run folder; never: refuse a folder that is not empty."""
+    checkpoints: str | None = None
+    """Folder, or URL such as s3://bucket/run, for the checkpoints. Default: in the run folder."""
+    timeout: int = 1800
+    """Seconds that ranks wait for one that stalls."""
     config: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
     """Model and training options."""
+
+    def __post_init__(self) -> None:
+        """Check what the library does not check itself."""
+        if self.timeout < 1:
+            raise UserError(f"--timeout {self.timeout}: must be at least 1")
 
     def run(self) -> None:
         """Run the command."""
         terminal.quiet()
+        from torchrec_deepfm.training.watch import LostPeer
+
+        try:
+            self._train()
+        except LostPeer as error:
+            sys.stderr.write(f"{error}\n")
+            sys.exit(1)
+
+    def _train(self) -> None:
         from torchrec_deepfm.data.prepared import PreparedData
         from torchrec_deepfm.data.sample import sample_data
         from torchrec_deepfm.training import ranks
         from torchrec_deepfm.training.trainer import train
 
-        with ranks.process_group() as device:
+        with ranks.process_group(self.timeout) as device:
             if self.data is None:
                 sample = Path("data") / "synthetic"
                 folder = ranks.on_main(lambda: sample_data(sample, terminal.say).folder)
             else:
                 folder = self.data
-            output = self.output or ranks.on_main(lambda: Path("runs") / f"{datetime.now(UTC):%Y%m%d-%H%M%S}")
-            result = train(self.config, PreparedData.open(folder), output, device)
+            # The launcher's start, and not this rank's, which may be one of many restarts.
+            started = os.environ.get(STARTED) or f"{datetime.now(UTC):%Y%m%d-%H%M%S}"
+            output = self.output or ranks.on_main(lambda: Path("runs") / started)
+            result = train(
+                self.config,
+                PreparedData.open(folder),
+                output,
+                device,
+                resume=self.resume,
+                checkpoints=self.checkpoints,
+                timeout=self.timeout,
+                say=terminal.say,
+            )
             if ranks.is_main():
-                terminal.say(terminal.training_summary(result.summary, result.folder))
+                if result.before:
+                    terminal.say(f"{result.folder}: this training is finished, there is nothing left to do")
+                    terminal.say(terminal.metrics_table(terminal.splits(result.summary)))
+                else:
+                    terminal.say(terminal.training_summary(result.summary, result.folder))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,12 +301,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv: the command and its options; those of the process by default.
 
     Raises:
-        SystemExit: with code 2 and one line on standard error, where the input is wrong.
+        SystemExit: with code 2 and one line on standard error, where the input is wrong; with 143 or 130 where a
+            training was stopped by SIGTERM or Ctrl-C and has saved its state.
     """
     try:
         parse(sys.argv[1:] if argv is None else argv).run()
     except UserError as error:
         exit_with(error)
+    except Preempted as request:
+        if os.environ.get("RANK", "0") == "0":
+            sys.stderr.write(f"{request}\n")
+        sys.exit(request.exit_code)
 
 
 def parse(argv: Sequence[str]) -> Command:

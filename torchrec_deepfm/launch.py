@@ -16,6 +16,7 @@ import os
 import signal
 import sys
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -28,6 +29,17 @@ USER_ERROR_EXIT_CODE = 2
 
 # Set for the ranks, so that they know that a launcher prints their last words. Plain torchrun does not.
 _UNDER_LAUNCHER = "TORCHREC_DEEPFM_UNDER_LAUNCHER"
+
+# When the launcher started, for the ranks: it outlives them, and a rank that is started again looks for its run there.
+STARTED = "TORCHREC_DEEPFM_STARTED"
+
+# Exit codes of ranks that were asked to stop, and have saved their state: 128 + SIGINT, 128 + SIGTERM.
+_STOPPED = (130, 143)
+
+_HINTS = {
+    "SIGKILL": "; often the machine ran out of memory",
+    "SIGBUS": "; often a data file has shrunk, or its disk has gone, while it was read",
+}
 
 
 def exit_with(error: UserError) -> NoReturn:
@@ -64,15 +76,19 @@ def explain(failed: "ChildFailedError") -> tuple[str, int]:
         failed: what torchelastic raised.
 
     Returns:
-        The line, and the exit code to end with: 2 for a user's mistake, 1 for anything else.
+        The line, and the exit code to end with: 2 for a user's mistake, 130 or 143 for a rank that was asked to stop, 1
+        for anything else.
     """
     for failure in failed.failures.values():
         if failure.exitcode == USER_ERROR_EXIT_CODE and isinstance(failure.message, dict):
             return str(failure.message["message"]), USER_ERROR_EXIT_CODE
     rank, failure = failed.get_first_failure()
+    if failure.exitcode in _STOPPED:
+        name = signal.Signals(failure.exitcode - 128).name
+        return f"rank {rank} was stopped by {name}; what it had to save is saved", failure.exitcode
     if failure.exitcode < 0:
         name = signal.Signals(-failure.exitcode).name
-        hint = "; often the machine ran out of memory" if name == "SIGKILL" else ""
+        hint = _HINTS.get(name, "")
         return f"rank {rank} was killed by {name}{hint}", 1
     return f"rank {rank} ended with exit code {failure.exitcode}; its output above says why", 1
 
@@ -101,6 +117,9 @@ def main(argv: list[str] | None = None) -> None:
     ranks = run.determine_local_world_size(options.nproc_per_node)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // ranks)))
     os.environ[_UNDER_LAUNCHER] = "1"
+    os.environ.setdefault(STARTED, f"{datetime.now(UTC):%Y%m%d-%H%M%S}")
+    _restart_no_mistakes()
+    _restart_with_a_fresh_store()
     try:
         record(run.run)(options)
     except ChildFailedError as failed:
@@ -109,6 +128,40 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(code)
     except SignalException as stop:  # by now the ranks have been stopped
         sys.exit(128 + stop.sigval)
+
+
+def _restart_no_mistakes() -> None:
+    """Let torchelastic start no ranks again that stopped over a user's mistake: they would stop over it again."""
+    from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+
+    monitor = LocalElasticAgent._monitor_workers
+
+    def monitor_and_give_up(self: LocalElasticAgent, worker_group: WorkerGroup) -> RunResult:
+        result: RunResult = monitor(self, worker_group)
+        if any(failure.exitcode == USER_ERROR_EXIT_CODE for failure in result.failures.values()):
+            self._remaining_restarts = 0
+        return result
+
+    LocalElasticAgent._monitor_workers = monitor_and_give_up  # type: ignore[method-assign]
+
+
+def _restart_with_a_fresh_store() -> None:
+    """Give the ranks a new store each time they are started.
+
+    torchelastic shares one store with them and keeps it over restarts, while the ranks (since torch 2.5) count on a new
+    one: they find the addresses of their dead predecessors in it, and hang or fail (pytorch/pytorch#135712).
+    """
+    from torch.distributed.elastic.rendezvous.api import RendezvousInfo
+    from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
+
+    meet = DynamicRendezvousHandler.next_rendezvous
+
+    def meet_anew(self: DynamicRendezvousHandler) -> RendezvousInfo:
+        self._bootstrap_store_info = self._shared_tcp_store_server = None
+        return meet(self)
+
+    DynamicRendezvousHandler.next_rendezvous = meet_anew  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -116,9 +116,14 @@ def training_summary(summary: Mapping[str, Any], folder: Path) -> str:
         f"{summary['batch_size']} samples, in {summary['train_seconds']:.1f} s "
         f"({summary['samples_per_second']:,.0f} samples/s)"
     )
-    table = metrics_table({split: summary[split] for split in ("validation", "test")})
+    table = metrics_table(splits(summary))
     files = ", ".join(sorted(path.name + ("/" if path.is_dir() else "") for path in folder.iterdir()))
     return f"{head}\n{table}\nwrote {folder}{os.sep}: {files}"
+
+
+def splits(summary: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Take the metrics by split out of the content of ``summary.json``."""
+    return {split: summary[split] for split in ("validation", "test") if split in summary}
 
 
 def _number(value: float | int | None) -> str:

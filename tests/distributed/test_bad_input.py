@@ -90,7 +90,9 @@ def test_a_bad_value_that_one_of_two_ranks_meets(
     path = patched(data, tmp_path / "data", patch, row)
     done = on_two_ranks(train(tmp_path / "data", tmp_path / "run"))
     assert done == (2, [line(data, path, row, patch, fault)])
-    assert not (tmp_path / "run").exists()  # no half of a run is in the way of the next one
+    # No half of a run is in the way of the next one; one that has trained to its end has something to lose.
+    assert (tmp_path / "run").exists() == (patch is LATE_LABEL)
+    assert (tmp_path / "run" / "checkpoints").exists() == (patch is LATE_LABEL)
 
 
 @pytest.mark.parametrize(("patch", "fault"), [(NEGATIVE_ID, ""), (LABEL, NO_LABEL)], ids=["negative id", "label"])
@@ -134,8 +136,23 @@ def test_an_output_folder_that_holds_a_run(
     run.mkdir()
     (run / "config.json").write_text("{}")
     expected = f"error: --output {run}: the folder already holds a run; name another one, or remove it first"
-    assert in_this_process(train(data.folder, run), capsys) == (2, [expected])
+    assert in_this_process(train(data.folder, run, "--resume", "never"), capsys) == (2, [expected])
+    expected = (
+        f"error: {run / 'config.json'}: the file is damaged (KeyError: 'config'); name another --output, or remove "
+    )
+    assert in_this_process(train(data.folder, run), capsys) == (2, [f"{expected}the folder"])
     assert [path.name for path in run.iterdir()] == ["config.json"]
+
+
+def test_an_output_folder_that_holds_something_else(
+    data: PreparedData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "thesis.tex").write_text("mine")
+    expected = f"error: --output {run}: the folder is not empty; name another one, or remove it first"
+    assert in_this_process(train(data.folder, run), capsys) == (2, [expected])
+    assert (run / "thesis.tex").read_text() == "mine"
 
 
 def test_an_output_that_is_a_file(data: PreparedData, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ import torch
 from tests.distributed.launcher import CPU, one_rank, run_ranks
 from torchrec_deepfm.data.prepared import PreparedData
 from torchrec_deepfm.errors import UserError
-from torchrec_deepfm.training import trainer
+from torchrec_deepfm.training import loop, trainer
 from torchrec_deepfm.training.config import TrainConfig
 
 GLOBAL_BATCH = 400
@@ -25,7 +25,7 @@ CONFIG = TrainConfig(
 
 
 def train(folder: Path, output: Path, world_size: int) -> dict[str, Any]:
-    trainer.RECORD_EVERY = 1
+    loop.RECORD_EVERY = 1
     config = replace(CONFIG, batch_size=GLOBAL_BATCH // world_size)
     return trainer.train(config, PreparedData.open(folder), output, CPU).summary
 
@@ -79,7 +79,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def alone(data: PreparedData, folder: Path) -> Path:
     with pytest.MonkeyPatch.context() as patch, one_rank():
-        patch.setattr(trainer, "RECORD_EVERY", 1)
+        patch.setattr(loop, "RECORD_EVERY", 1)
         train(data.folder, folder / "alone", 1)
     return folder / "alone"
 
@@ -166,11 +166,11 @@ def test_one_rank_reads_what_two_wrote(two: Path, data: PreparedData, device: to
 @pytest.mark.parametrize(
     ("how", "reason"),
     [
-        ("cut", "PytorchStreamReader failed"),
-        ("a file is lost", "No such file"),
-        ("other bytes", ""),  # torch says how it could be loaded all the same, by unsafe means
-        ("no metadata", "No such file"),
-        ("broken metadata", "metadata read failed"),
+        ("cut", ".distcp has "),
+        ("a file is lost", "__0_0.distcp is missing"),
+        ("other bytes", "__0_0.distcp is not what was written (its checksum differs)"),
+        ("no metadata", ".metadata is missing"),
+        ("broken metadata", ".metadata has 9 bytes, "),
         ("another model", "Size mismatch between saved torch.Size([8]) and current: torch.Size([9])"),
     ],
 )

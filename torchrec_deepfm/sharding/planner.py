@@ -1,7 +1,7 @@
 """TorchRec's planner on the hardware at hand: GPUs where there are, else CPU ranks."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 
 import torch
@@ -31,6 +31,7 @@ def plan_model(
     replicated: AbstractSet[str],
     batch_size: int,
     device: torch.device,
+    constraints: Mapping[str, ParameterConstraints] | None = None,
 ) -> tuple[ShardingPlan, EmbeddingBagCollectionSharder]:
     """Plan where the tables go with the stock planner; a collective over the current process group.
 
@@ -41,6 +42,7 @@ def plan_model(
             the others, and never by replication: their optimizer is fused.
         batch_size: samples per rank and step.
         device: this rank's device.
+        constraints: what the planner may do with single tables, by name, instead of the above.
 
     Returns:
         The plan, the same on every rank, and the sharder to apply it with.
@@ -48,23 +50,23 @@ def plan_model(
     Raises:
         UserError: the tables fit no plan on this hardware.
     """
-    sharder = EmbeddingBagCollectionSharder()
+    sharder = _Sharder()
     sharded_types = [
         sharding_type
-        for sharding_type in sharder.sharding_types(device.type)
+        for sharding_type in EmbeddingBagCollectionSharder().sharding_types(device.type)
         if sharding_type != ShardingType.DATA_PARALLEL.value
     ]
     replicate = ParameterConstraints(
         sharding_types=[ShardingType.DATA_PARALLEL.value], compute_kernels=[EmbeddingComputeKernel.DENSE.value]
     )
     shard = ParameterConstraints(sharding_types=sharded_types)
-    constraints = {table.name: replicate if table.name in replicated else shard for table in tables}
+    allowed = {table.name: replicate if table.name in replicated else shard for table in tables}
     planner = EmbeddingShardingPlanner(
         topology=_topology(device),
         batch_size=batch_size,
         # The dense part, the activations and the optimizer of both; the heuristic one guesses from modules on meta.
         storage_reservation=FixedPercentageStorageReservation(percentage=0.15),
-        constraints=constraints,
+        constraints={**allowed, **(constraints or {})},
     )
     try:
         plan = planner.collective_plan(module, [sharder], dist.group.WORLD)  # type: ignore[list-item]
@@ -75,6 +77,16 @@ def plan_model(
             f"({error.error_type.value}): use more ranks (-j), a smaller --factor-dim or a larger prepare --min-count"
         ) from error
     return plan, sharder
+
+
+class _Sharder(EmbeddingBagCollectionSharder):
+    """Knows row-wise sharding on CPU as well, which runs there; the stock one offers it on GPUs only.
+
+    The planner takes it where a table's constraints name it.
+    """
+
+    def sharding_types(self, compute_device_type: str) -> list[str]:
+        return list(dict.fromkeys([*super().sharding_types(compute_device_type), ShardingType.ROW_WISE.value]))
 
 
 def _topology(device: torch.device) -> Topology:

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import nn
 from torchrec import EmbeddingBagCollection
 from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.planner import ParameterConstraints
 from torchrec.distributed.types import ShardingPlan
 
 from torchrec_deepfm.model.deepfm import DeepFM, DeepFMTrain
@@ -41,6 +42,7 @@ def build_model(
     device: torch.device,
     *,
     is_weighted: bool = False,
+    constraints: Mapping[str, ParameterConstraints] | None = None,
 ) -> Sharded:
     """Build ``DeepFMTrain`` sharded over the current process group; a collective.
 
@@ -52,6 +54,7 @@ def build_model(
         dense_in_features: I.
         device: this rank's device.
         is_weighted: whether the batches carry weights, for all ids or for none (``bool(data.schema.weighted)``).
+        constraints: for the planner, by table.
 
     Returns:
         The sharded model with its plan.
@@ -78,7 +81,14 @@ def build_model(
     bags = {name: bag for name, bag in ebc.embedding_bags.items() if name not in replicated}
     fuse_sparse_optimizer([weight for bag in bags.values() for weight in bag.parameters()], config)
     train_model = DeepFMTrain(deepfm)
-    plan, sharder = plan_model(train_model, tables, replicated=replicated, batch_size=config.batch_size, device=device)
+    plan, sharder = plan_model(
+        train_model,
+        tables,
+        replicated=replicated,
+        batch_size=config.batch_size,
+        device=device,
+        constraints=constraints,
+    )
     model = DistributedModelParallel(train_model, device=device, plan=plan, sharders=[sharder])  # type: ignore[list-item]
     initialize_tables(model, tables, factor_dim=config.factor_dim, std=config.init_std, seed=config.seed)
     torch.manual_seed(config.seed + 1 + dist.get_rank())  # dropout: another stream on every rank

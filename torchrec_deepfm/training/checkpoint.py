@@ -1,17 +1,209 @@
-"""The weights of a trained model, by ``torch.distributed.checkpoint``: any plan on any number of ranks reads them."""
+"""Checkpoints by torch.distributed.checkpoint: any plan on any number of ranks reads them.
 
-import shutil
-from collections import OrderedDict
+``Checkpoints`` keeps those of a running training, ``save_model`` and ``load_model`` the weights of a finished one.
+"""
+
+import contextlib
+import pickle
+from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.state_dict_saver import async_save, save
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from torchrec_deepfm.errors import UserError
-from torchrec_deepfm.training.ranks import is_main
+from torchrec_deepfm.training.dcp import LoadPlanner, Pieces, Reader, SavePlanner, Stager, State, Writer
+from torchrec_deepfm.training.disk import refused
+from torchrec_deepfm.training.ranks import is_main, on_main
+from torchrec_deepfm.training.state import all_finite, averaged_buffers, model_state, owned
+from torchrec_deepfm.training.store import Damaged, Store
+
+_AGAIN = "run the same command again to go on from the last checkpoint"
+
+
+class Checkpoints:
+    """The checkpoints of a run; every method is a collective.
+
+    Args:
+        target: a folder or a URL of fsspec.
+        keep_last: how many of the newest to keep.
+
+    Attributes:
+        store: where they lie.
+        saved: the newest step that is known to be saved.
+    """
+
+    def __init__(self, target: str, *, keep_last: int) -> None:
+        self.store = Store(target)
+        self.saved: int | None = None
+        self._keep_last = keep_last
+        # Saving talks in a thread of its own, while the training talks through the other groups.
+        self._group = dist.new_group(backend="gloo")
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._stager = Stager()
+        self._pending: Future[int] | None = None
+
+    def save(self, step: int, state: State, meta: Mapping[str, Any], *, keep: Collection[int] = ()) -> None:
+        """Save a state: copy it now, write it while the training goes on.
+
+        Waits for the save before it, if that is still being written.
+
+        Args:
+            step: steps done.
+            state: this rank's cuts.
+            meta: what the manifest is to say besides; read on rank 0.
+            keep: steps whose checkpoints are to stay besides the newest ones.
+
+        Raises:
+            UserError: the save before this one has failed.
+        """
+        self.wait()
+        writer = Writer(self.store.begin(step), local=self.store.local)
+        written = async_save(
+            dict(state),
+            storage_writer=writer,
+            planner=SavePlanner(),
+            process_group=self._group,
+            async_stager=self._stager,
+        )
+        assert isinstance(written, Future)
+        self._pending = self._pool.submit(self._finish, written, writer, step, dict(meta), frozenset(keep))
+
+    def poll(self) -> None:
+        """Raise what a save has failed over, if one has; this alone is no collective and does not wait.
+
+        Raises:
+            UserError: the disk refused, or a weight is NaN or infinite.
+        """
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until everything is saved.
+
+        Raises:
+            UserError: the disk refused, or a weight is NaN or infinite.
+        """
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            self.saved = pending.result()
+
+    def close(self) -> None:
+        """Wait for a save that is being written, whatever comes of it, and give the memory back."""
+        with contextlib.suppress(Exception):
+            self.wait()
+        self._pool.shutdown(wait=True)
+        self._stager.close()
+
+    def intact(self, refusals: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Walk over the checkpoints that are whole, the newest first.
+
+        Args:
+            refusals: gets a line for each that is not.
+
+        Yields:
+            The step and the manifest.
+        """
+        for step in on_main(self.store.steps):
+            manifest, reason = on_main(lambda step=step: _read_manifest(self.store, step))  # type: ignore[misc]
+            if reason is None:
+                reason = verify_together(self.store, step, manifest["files"])
+            if reason is None:
+                yield step, manifest
+            else:
+                refusals.append(f"{self.store.shown(step)}: {reason}")
+
+    def read(self, step: int, manifest: Mapping[str, Any], state: State) -> str | None:
+        """Read a checkpoint.
+
+        Args:
+            step: its step.
+            manifest: its manifest.
+            state: what this rank wants of it, and where to.
+
+        Returns:
+            Why it can't be read; None if it has been.
+        """
+        try:
+            _load(self.store, step, manifest["files"], state)
+        except _UNREADABLE as error:
+            return _reason(error)
+        self.saved = step
+        return None
+
+    def _finish(
+        self, written: "Future[Any]", writer: Writer, step: int, meta: dict[str, Any], keep: frozenset[int]
+    ) -> int:
+        """After this rank's files: wait for all ranks', write the manifest, make the checkpoint visible."""
+        try:
+            written.result()
+        except _FAILED as error:
+            if is_main():
+                self.store.abandon(step)
+            raise _explained(error, self.store.shown(step)) from error
+        wrong = all_finite(self._stager.staged)
+        everyones: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyones, (writer.digests, wrong), group=self._group)
+        wrong = next((name for _, name in everyones if name is not None), None)
+        outcome: list[UserError | None] = [None]
+        if is_main():
+            if wrong is None:
+                files = {name: entry for digests, _ in everyones for name, entry in sorted(digests.items())}
+                outcome = [self._commit(step, files, meta, keep)]
+            else:
+                self.store.abandon(step)
+                outcome = [
+                    UserError(
+                        f"step {step}: {wrong} holds a NaN or an infinity; this state is not saved, the checkpoint "
+                        "before it stands; lower --sparse-lr or --dense-lr"
+                    )
+                ]
+        dist.broadcast_object_list(outcome, src=0, group=self._group)
+        if outcome[0] is not None:
+            raise outcome[0]
+        return step
+
+    def _commit(
+        self, step: int, files: Mapping[str, Any], meta: Mapping[str, Any], keep: frozenset[int]
+    ) -> UserError | None:
+        try:
+            self.store.commit(step, files, meta)
+            self.store.retain(self._keep_last, keep)
+        except OSError as error:
+            self.store.abandon(step)
+            return refused(self.store.shown(step), error, _AGAIN)
+        return None
+
+
+def verify_together(store: Store, step: int, files: Mapping[str, Any]) -> str | None:
+    """Compare a checkpoint's files with its manifest, each rank its share of them; a collective.
+
+    Args:
+        store: where it lies.
+        step: its step.
+        files: of its manifest.
+
+    Returns:
+        What is wrong with it, the same on every rank; None if nothing is.
+    """
+    share = sorted(files)[dist.get_rank() :: dist.get_world_size()]
+    reason = None
+    try:
+        store.verify(step, {name: files[name] for name in share})
+    except Damaged as error:
+        reason = str(error)
+    return _of_any_rank(reason)
+
+
+def _of_any_rank(reason: str | None) -> str | None:
+    reasons: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(reasons, reason)
+    return next((each for each in reasons if each is not None), None)
 
 
 def save_model(model: DistributedModelParallel, folder: Path) -> None:
@@ -21,16 +213,32 @@ def save_model(model: DistributedModelParallel, folder: Path) -> None:
 
     Args:
         model: the sharded model.
-        folder: where to; must not exist.
+        folder: where to; what is there is replaced.
+
+    Raises:
+        UserError: the disk refused.
     """
-    partial = folder.with_name(folder.name + ".partial")
-    if is_main() and partial.exists():
-        shutil.rmtree(partial)
-    dist.barrier()
-    save({"model": model.state_dict()}, checkpoint_id=partial)
+    store = _Single(folder)
     if is_main():
-        partial.rename(folder)
+        store.abandon(0)
     dist.barrier()
+    writer = Writer(store.begin(0), local=True)
+    try:
+        with averaged_buffers(model):
+            save(owned(model_state(model)), storage_writer=writer, planner=SavePlanner())
+    except _FAILED as error:
+        raise _explained(error, str(folder)) from error
+    everyones: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyones, writer.digests)
+    files = {name: entry for digests in everyones for name, entry in sorted(digests.items())}
+
+    def commit() -> None:
+        try:
+            store.commit(0, files, {})
+        except OSError as error:
+            raise refused(folder, error, _AGAIN) from error
+
+    on_main(commit)
 
 
 def load_model(model: DistributedModelParallel, folder: Path) -> None:
@@ -45,17 +253,73 @@ def load_model(model: DistributedModelParallel, folder: Path) -> None:
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no checkpoint; did the training reach its end?")
-    state = {"model": model.state_dict()}
+    store = _Single(folder)
+    manifest, reason = on_main(lambda: _read_manifest(store, 0))
+    if reason is None:
+        reason = verify_together(store, 0, manifest["files"])
+    if reason is None:
+        try:
+            _load(store, 0, manifest["files"], model_state(model))
+        except _UNREADABLE as error:
+            reason = _reason(error)
+    if reason is not None:
+        raise UserError(f"{folder}: the checkpoint can't be read ({reason}); train again")
+
+
+class _Single(Store):
+    """A folder that is one checkpoint, and not one of many."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(str(folder.parent))
+        self._folder = folder
+
+    def path(self, step: int) -> str:
+        return str(self._folder.absolute())
+
+
+# CheckpointException is no Exception. What DCP raises inside a rank it wraps in one, on every rank.
+_FAILED = (CheckpointException, Exception)
+_UNREADABLE = (CheckpointException, Damaged, OSError, RuntimeError, ValueError)
+
+
+def _load(store: Store, step: int, files: Mapping[str, Any], state: Mapping[str, Pieces]) -> None:
+    reader = Reader(store.where(step), local=store.local, files=list(files))
+    reason = None
     try:
-        load(state, checkpoint_id=folder)
-    except (CheckpointException, OSError, RuntimeError) as error:
-        raise UserError(f"{folder}: the checkpoint can't be read ({_reason(error)}); train again") from error
-    model.load_state_dict(OrderedDict(state["model"]))
+        reader.read_metadata()  # before DCP does it, which logs what is wrong as tracebacks
+    except (OSError, pickle.UnpicklingError) as error:
+        reason = str(error)
+    reason = _of_any_rank(reason)
+    if reason is not None:
+        raise Damaged(reason)
+    load(dict(state), storage_reader=reader, planner=LoadPlanner())
+
+
+def _read_manifest(store: Store, step: int) -> tuple[dict[str, Any], str | None]:
+    try:
+        return store.manifest(step), None
+    except Damaged as error:
+        return {}, str(error)
+
+
+def _first(error: BaseException) -> BaseException:
+    """What lies under a CheckpointException: what one rank met."""
+    if isinstance(error, CheckpointException) and error.failures:
+        causes = [failure[0] for failure in error.failures.values()]
+        return next((cause for cause in causes if isinstance(cause, OSError)), causes[0])
+    return error
+
+
+def _explained(error: BaseException, where: str) -> BaseException:
+    """A user's line for what a disk refused; other errors as they are."""
+    cause = _first(error)
+    return refused(where, cause, _AGAIN) if isinstance(cause, OSError) else error
 
 
 def _reason(error: BaseException) -> str:
     """What went wrong, in one sentence; torch reports it with the tracebacks of all ranks."""
-    if isinstance(error, CheckpointException) and error.failures:
-        error = next(iter(error.failures.values()))[0]
-    sentence = (str(error).strip().splitlines() or [""])[0].split(". ")[0].rstrip(".")
-    return f"{type(error).__name__}: {sentence}"
+    cause = _first(error)
+    if isinstance(cause, Damaged):
+        return str(cause)
+    sentence = (str(cause).strip().splitlines() or [""])[0].split(". ")[0].rstrip(".")
+    return f"{type(cause).__name__}: {sentence}"

@@ -15,10 +15,12 @@ from torchrec_deepfm.errors import UserError
 Activation = Literal["relu", "tanh", "sigmoid", "gelu", "silu"]
 SparseOptimizer = Literal["rowwise_adagrad", "adagrad", "sgd"]
 Precision = Literal["float32", "medium", "bf16"]
+Metric = Literal["auc", "logloss"]
 _CHOICES = {
     "activation": get_args(Activation),
     "sparse_optimizer": get_args(SparseOptimizer),
     "precision": get_args(Precision),
+    "metric": get_args(Metric),
 }
 
 
@@ -70,9 +72,22 @@ class TrainConfig:
     seed: int = 0
     """Seed of the initial weights, the dropout and the order of the samples."""
 
+    checkpoint_every: int = 0
+    """Steps between checkpoints; 0: after each epoch."""
+    keep_last: int = 2
+    """Checkpoints to keep, besides the one of the best evaluation."""
+    metric: Metric = "auc"
+    """Metric of the validation split that says which evaluation is the best: auc or logloss."""
+    patience: int = 0
+    """Evaluations in a row without a better one after which to stop and go back to the best; 0: never."""
+    lr_patience: int = 0
+    """Evaluations in a row without a better one after which the learning rates drop; 0: never."""
+    lr_factor: float = 0.1
+    """What the learning rates are multiplied by then, in (0, 1)."""
+
     def __post_init__(self) -> None:
         """Check the ranges that the model does not check itself."""
-        for option in ("epochs", "batch_size", "factor_dim"):
+        for option in ("epochs", "batch_size", "factor_dim", "keep_last"):
             if getattr(self, option) < 1:
                 raise UserError(f"--{option.replace('_', '-')} {getattr(self, option)}: must be at least 1")
         for option in ("sparse_lr", "dense_lr", "decay_power", "init_std"):
@@ -80,13 +95,15 @@ class TrainConfig:
                 raise UserError(
                     f"--{option.replace('_', '-')} {getattr(self, option)}: must be greater than 0, and finite"
                 )
-        for option in ("eval_every", "data_parallel_rows", "seed"):
+        for option in ("eval_every", "data_parallel_rows", "seed", "checkpoint_every", "patience", "lr_patience"):
             if getattr(self, option) < 0:
                 raise UserError(f"--{option.replace('_', '-')} {getattr(self, option)}: must not be negative")
         for option, choices in _CHOICES.items():  # the command line has checked them, a file by hand has not
             if getattr(self, option) not in choices:
                 name = option.replace("_", "-")
                 raise UserError(f"--{name} {getattr(self, option)}: choose one of {', '.join(choices)}")
+        if not 0.0 < self.lr_factor < 1.0:
+            raise UserError(f"--lr-factor {self.lr_factor}: what the rates drop by lies between 0 and 1")
         if not 0.0 <= self.dropout < 1.0:
             raise UserError(f"--dropout {self.dropout}: the probability of dropping a unit lies in [0, 1)")
         if min(self.warmup, self.decay) < 0.0 or not self.warmup + self.decay <= 1.0:

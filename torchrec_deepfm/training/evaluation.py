@@ -1,5 +1,6 @@
 """Evaluation of a sharded model over a whole split."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -10,6 +11,7 @@ from torchrec.distributed.train_pipeline import EvalPipelineSparseDist
 
 from torchrec_deepfm.data.loader import Loader
 from torchrec_deepfm.training.metrics import Metrics, gather_metrics
+from torchrec_deepfm.training.state import averaged_buffers
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
@@ -19,7 +21,13 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[obj
     return nullcontext()
 
 
-def evaluate(model: DistributedModelParallel, loader: Loader, device: torch.device, precision: str) -> Metrics:
+def evaluate(
+    model: DistributedModelParallel,
+    loader: Loader,
+    device: torch.device,
+    precision: str,
+    before_step: Callable[[], None] = lambda: None,
+) -> Metrics:
     """Run the model over every row that the loaders of all ranks yield; a collective.
 
     Args:
@@ -27,6 +35,7 @@ def evaluate(model: DistributedModelParallel, loader: Loader, device: torch.devi
         loader: this rank's part of the split, ``drop_last=False``.
         device: this rank's device.
         precision: as in ``TrainConfig``.
+        before_step: called before each step, on every rank as often; what it raises ends the evaluation.
 
     Returns:
         The exact metrics of the whole split, the same on every rank.
@@ -40,8 +49,9 @@ def evaluate(model: DistributedModelParallel, loader: Loader, device: torch.devi
         device,
     )
     batches = iter(loader)
-    with torch.no_grad(), autocast(precision, device):
+    with torch.no_grad(), autocast(precision, device), averaged_buffers(model):
         for step in range(len(loader)):
+            before_step()
             _, batch_logits, batch_labels = pipeline.progress(batches)
             valid = loader.valid_rows(step)  # the rest is padding, so that every rank has the same batches
             logits.append(batch_logits[:valid].float().cpu())

@@ -40,20 +40,38 @@ def fuse_sparse_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfi
 def make_optimizer(model: DistributedModelParallel, config: TrainConfig) -> CombinedOptimizer:
     """Combine the fused optimizer of the sharded tables with Adam for every other parameter.
 
+    A table of more than ``data_parallel_rows`` rows that the plan replicates all the same is trained by the tables'
+    optimizer as well, not fused.
+
     Args:
         model: the sharded model.
-        config: Adam's rate.
+        config: the optimizers and their rates.
 
     Returns:
         One keyed optimizer over both.
     """
     rest = dict(in_backward_optimizer_filter(model.named_parameters()))
-    dense = KeyedOptimizerWrapper(rest, lambda parameters: torch.optim.Adam(parameters, lr=config.dense_lr))
+    # A plan may replicate a table that ``data_parallel_rows`` does not: who trains a table must not depend on the plan.
+    tables = {
+        name: weight
+        for name, weight in rest.items()
+        if ".embedding_bags." in name and weight.dim() == 2 and len(weight) > config.data_parallel_rows
+    }
+    dense = KeyedOptimizerWrapper(
+        {name: weight for name, weight in rest.items() if name not in tables},
+        lambda parameters: torch.optim.Adam(parameters, lr=config.dense_lr),
+    )
     fused: KeyedOptimizer = model.fused_optimizer
-    return CombinedOptimizer([fused, dense])
+    if not tables:
+        return CombinedOptimizer([fused, dense])
+    optimizer_class, options = _SPARSE_OPTIMIZERS[config.sparse_optimizer]
+    eager = KeyedOptimizerWrapper(
+        tables, lambda weights: optimizer_class(weights, **{"lr": config.sparse_lr, **options})
+    )
+    return CombinedOptimizer([fused, eager, dense])
 
 
-def schedule(config: TrainConfig, total_steps: int) -> Callable[[int], float]:
+def schedule(config: TrainConfig, total_steps: int) -> Callable[[float], float]:
     """Linear warm-up, plateau, polynomial decay: the factor of the learning rate at each step.
 
     Args:
@@ -72,7 +90,7 @@ def schedule(config: TrainConfig, total_steps: int) -> Callable[[int], float]:
     decay_steps = round(config.decay * total_steps)
     decay_start = total_steps - decay_steps
 
-    def factor(step: int) -> float:
+    def factor(step: float) -> float:
         if step < warmup_steps:
             return (step + 1) / warmup_steps
         if step >= decay_start and decay_steps > 0:
@@ -83,7 +101,9 @@ def schedule(config: TrainConfig, total_steps: int) -> Callable[[int], float]:
     return factor
 
 
-def make_scheduler(optimizer: CombinedOptimizer, config: TrainConfig, total_steps: int) -> LambdaLR:
+def make_scheduler(
+    optimizer: CombinedOptimizer, config: TrainConfig, total_steps: int, plateau: Callable[[], float] = lambda: 1.0
+) -> LambdaLR:
     """Drive the learning rates of all parameter groups, fused ones included, by ``schedule``.
 
     The fused kernels take their rate from the groups in ``zero_grad``, which the pipeline calls before each forward
@@ -93,8 +113,24 @@ def make_scheduler(optimizer: CombinedOptimizer, config: TrainConfig, total_step
         optimizer: of ``make_optimizer``.
         config: the schedule.
         total_steps: length of the training.
+        plateau: a factor on top of the schedule, read at each step.
 
     Returns:
         A scheduler; call its ``step`` after each training step.
     """
-    return LambdaLR(optimizer, schedule(config, total_steps))
+    factor = schedule(config, total_steps)
+    return LambdaLR(optimizer, lambda step: factor(step) * plateau())
+
+
+def set_rates(scheduler: LambdaLR, step: float) -> None:
+    """Set the learning rates of all parameter groups to those of a step.
+
+    Args:
+        scheduler: of ``make_scheduler``.
+        step: steps done; a fraction where the length of a step has changed on the way.
+    """
+    scheduler.last_epoch = step  # type: ignore[assignment]
+    for group, base, factor in zip(
+        scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+    ):
+        group["lr"] = base * factor(step)  # type: ignore[arg-type, operator]

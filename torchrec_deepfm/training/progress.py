@@ -1,9 +1,11 @@
 """What a run says while it goes: a bar or plain lines, ``metrics.jsonl``, TensorBoard. Rank 0 only."""
 
+import contextlib
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Never
 
@@ -11,6 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from torchrec_deepfm import terminal
+from torchrec_deepfm.training.disk import refused
 from torchrec_deepfm.training.metrics import Metrics
 
 SECONDS_BETWEEN_LINES = 5.0
@@ -24,24 +27,43 @@ class Progress:
     Args:
         folder: the run's folder; gets ``metrics.jsonl`` and ``tensorboard/``.
         total_samples: of the whole training.
+        done_step: steps that are done already, where a training goes on.
+        done_samples: samples of these.
+
+    Raises:
+        UserError: the files can't be written.
     """
 
-    def __init__(self, folder: Path, total_samples: int) -> None:
-        self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
-        self._tensorboard = SummaryWriter(str(folder / "tensorboard"))
+    def __init__(self, folder: Path, total_samples: int, *, done_step: int = 0, done_samples: int = 0) -> None:
+        self._path = folder / "metrics.jsonl"
+        with self._writing():
+            self._file = self._path.open("a", encoding="utf-8", buffering=1)
+            # What TensorBoard has of later steps is of a life that the checkpoint does not know of.
+            self._tensorboard = SummaryWriter(
+                str(folder / "tensorboard"), purge_step=done_step + 1 if done_step else None
+            )
         self._total = total_samples
-        self._seen = 0
+        self._seen = done_samples
         self._last_line = time.monotonic()
         self._bar: tqdm[Never] | None = None
         if sys.stderr.isatty():
-            self._bar = tqdm(total=total_samples, unit=" samples", unit_scale=True, dynamic_ncols=True, desc="train")
+            self._bar = tqdm(
+                total=total_samples,
+                initial=done_samples,
+                unit=" samples",
+                unit_scale=True,
+                dynamic_ncols=True,
+                desc="train",
+            )
 
     def close(self) -> None:
         """Close the files and the bar."""
         if self._bar is not None:
             self._bar.close()
-        self._tensorboard.close()
-        self._file.close()
+        with contextlib.suppress(OSError):  # a full disk has been told of already
+            self._tensorboard.close()
+        with contextlib.suppress(OSError):
+            self._file.close()
 
     def train(self, *, step: int, epoch: int, loss: float, lr: Mapping[str, float], samples: int, rate: float) -> None:
         """Record a stretch of training.
@@ -54,11 +76,12 @@ class Progress:
             samples: samples done, on all ranks.
             rate: samples per second of the training so far.
         """
-        self._write("train", step, {"epoch": epoch, "loss": loss, "lr": dict(lr), "samples_per_second": rate})
-        self._tensorboard.add_scalar("train/loss", loss, step)
-        self._tensorboard.add_scalar("train/samples_per_second", rate, step)
-        for name, value in lr.items():
-            self._tensorboard.add_scalar(f"lr/{name}", value, step)
+        with self._writing():
+            self._write("train", step, {"epoch": epoch, "loss": loss, "lr": dict(lr), "samples_per_second": rate})
+            self._tensorboard.add_scalar("train/loss", loss, step)
+            self._tensorboard.add_scalar("train/samples_per_second", rate, step)
+            for name, value in lr.items():
+                self._tensorboard.add_scalar(f"lr/{name}", value, step)
         if self._bar is not None:
             self._bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
             self._bar.update(samples - self._seen)
@@ -78,10 +101,11 @@ class Progress:
             tell: whether to print it as well.
         """
         values = metrics.to_json()
-        self._write(split, step, {"loss": metrics.logloss, **values})
-        for name, value in values.items():
-            if value is not None:
-                self._tensorboard.add_scalar(f"{split}/{name}", value, step)
+        with self._writing():
+            self._write(split, step, {"loss": metrics.logloss, **values})
+            for name, value in values.items():
+                if value is not None:
+                    self._tensorboard.add_scalar(f"{split}/{name}", value, step)
         if not tell:
             return
         shown = "  ".join(f"{name} {value:.5f}" for name, value in values.items() if isinstance(value, float))
@@ -94,5 +118,43 @@ class Progress:
         else:
             terminal.say(line)
 
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:  # TensorBoard's own thread keeps what it meets for the next call
+            raise refused(self._path.parent, error, "run the same command again") from error
+
     def _write(self, split: str, step: int, values: Mapping[str, object]) -> None:
         self._file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
+
+
+def forget_after(folder: Path, step: int, *, evaluated: bool) -> None:
+    """Remove the lines of ``metrics.jsonl`` that a training which goes on will write again.
+
+    Args:
+        folder: the run's folder.
+        step: the step that it goes on from.
+        evaluated: whether the evaluation after this very step is part of what it goes on from.
+
+    Raises:
+        UserError: the file can't be read or written.
+    """
+    path = folder / "metrics.jsonl"
+    kept = []
+    try:
+        if not path.exists():
+            return
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                record = json.loads(line)
+                at, split = int(record["step"]), record["split"]
+            except (ValueError, KeyError, TypeError):
+                continue  # the last line of a process that was killed over it
+            if at < step or (at == step and (split == "train" or evaluated)):
+                kept.append(f"{line}\n")
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text("".join(kept), encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise refused(path, error, "run the same command again") from error

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.training.disk import refused
 
 T = TypeVar("T")
 
@@ -17,13 +18,13 @@ _MISTAKE = "torchrec_deepfm/user_error"
 
 
 @contextmanager
-def process_group(timeout: timedelta | None = None) -> Iterator[torch.device]:
+def process_group(timeout: float = 1800.0) -> Iterator[torch.device]:
     """Join the process group of this run, or make one of a single process; leave it at the end.
 
     NCCL carries CUDA tensors where there is a GPU for every local rank, gloo the rest.
 
     Args:
-        timeout: how long a rank waits for the others in a collective; torch's own default without it.
+        timeout: seconds after which a rank gives up waiting for the others.
 
     Yields:
         This rank's device, already set as the current one.
@@ -44,10 +45,10 @@ def process_group(timeout: timedelta | None = None) -> Iterator[torch.device]:
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
     else:
         store = torch._C._distributed_c10d.HashStore()  # torch.distributed exports it without saying so
-        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
     try:
         with shared_mistakes():
             yield device
@@ -104,7 +105,7 @@ def on_main(work: Callable[[], T]) -> T:
         The result, on every rank.
 
     Raises:
-        UserError: ``work`` raised it, on rank 0; every rank raises it again.
+        UserError: ``work`` raised it, or an ``OSError``, on rank 0; every rank raises it again.
     """
     outcome: list[tuple[T | None, UserError | None]] = [(None, None)]
     if is_main():
@@ -112,6 +113,8 @@ def on_main(work: Callable[[], T]) -> T:
             outcome = [(work(), None)]
         except UserError as error:
             outcome = [(None, error)]
+        except OSError as error:
+            outcome = [(None, refused(error.filename or "the disk", error))]
     dist.broadcast_object_list(outcome, src=0)
     result, refusal = outcome[0]
     if refusal is not None:

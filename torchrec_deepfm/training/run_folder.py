@@ -1,5 +1,6 @@
 """The folder of a run: its place, and the JSON files in it."""
 
+import hashlib
 import json
 import os
 import platform
@@ -11,10 +12,20 @@ from typing import Any
 
 from torchrec.distributed.types import EnumerableShardingSpec, ShardingPlan
 
+from torchrec_deepfm.data.prepared import PreparedData, read_manifest
 from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.training import lock
 from torchrec_deepfm.training.config import TrainConfig
+from torchrec_deepfm.training.disk import refused
 
 CHECKPOINT = "checkpoint"
+CHECKPOINTS = "checkpoints"
+SUMMARY = "summary.json"
+JSON_LIMIT = 64 * 2**20  # bytes
+
+# What a run may be gone on with otherwise than it was begun: none of these changes what is learnt, but for the size of
+# the batches, which changes with the number of ranks anyhow.
+_FREE = ("batch_size", "checkpoint_every", "keep_last")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,11 +36,13 @@ class Run:
         config: the options.
         num_embeddings: rows of each categorical feature's table, in the order of the fields.
         numeric: names of the numeric features.
+        data_sha256: digest of what the data are; None in runs of versions that did not keep it.
     """
 
     config: TrainConfig
     num_embeddings: Mapping[str, int]
     numeric: tuple[str, ...]
+    data_sha256: str | None = None
 
 
 def check_free(folder: Path) -> None:
@@ -38,35 +51,75 @@ def check_free(folder: Path) -> None:
     Raises:
         UserError: something is there already.
     """
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir() and any(path.name != lock.NAME for path in folder.iterdir()):
         what = "already holds a run" if (folder / "config.json").exists() else "is not empty"
         raise UserError(f"--output {folder}: the folder {what}; name another one, or remove it first")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output {folder}: there is a file of that name; name a folder")
 
 
-def create(folder: Path, run: Run, plan: ShardingPlan, *, data: Path, world_size: int) -> None:
-    """Make the folder and write ``config.json`` and ``plan.json``.
+def check_same(folder: Path, run: Run, data: PreparedData) -> None:
+    """Check that the run in ``folder`` is the one that is asked for, so that it can be gone on with.
+
+    Args:
+        folder: the run's folder, with a ``config.json``.
+        run: what is asked for.
+        data: the data named.
 
     Raises:
-        UserError: the folder cannot be made, or something is there already.
+        UserError: the run has other options or other data.
     """
-    check_free(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output {folder}: the folder can't be made ({error.strerror}); name another one") from error
+        there = read(folder)
+    except UserError as error:
+        raise UserError(str(error).replace("train again", "name another --output, or remove the folder")) from error
+    check_same_run(f"--output {folder}", there, run, data)
+
+
+def check_same_run(where: str, there: Run, run: Run, data: PreparedData) -> None:
+    """Check that two runs are the same; see ``check_same``.
+
+    Raises:
+        UserError: they differ in an option or their data.
+    """
+    for option in fields(TrainConfig):
+        old, new = getattr(there.config, option.name), getattr(run.config, option.name)
+        if old != new and option.name not in _FREE:
+            name = f"--{option.name.replace('_', '-')}"
+            raise UserError(
+                f"{where}: holds a run with {name} {_typed(old)}, not {_typed(new)}; give the same options to go on "
+                "with it, or name another folder"
+            )
+    same_data = there.data_sha256 in (None, run.data_sha256)
+    if not same_data or there.numeric != run.numeric or dict(there.num_embeddings) != dict(run.num_embeddings):
+        raise UserError(
+            f"--data {data.folder}: {where.removeprefix('--output ')} holds a run on other data; name the data that it "
+            "was trained on, or another folder"
+        )
+
+
+def create(folder: Path, run: Run, plan: ShardingPlan, *, data: Path, world_size: int) -> None:
+    """Make the folder, or go on in it, and write ``config.json`` and ``plan.json``.
+
+    Raises:
+        UserError: the folder cannot be made or written.
+    """
     config = {
         "format_version": 1,
         "config": asdict(run.config),
         "num_embeddings": dict(run.num_embeddings),
         "numeric": list(run.numeric),
         "data": str(data),
+        "data_sha256": run.data_sha256,
         "world_size": world_size,
-        "versions": _versions(),
+        "versions": versions(),
     }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {folder}: the folder can't be made ({error.strerror}); name another one") from error
     write_json(folder / "config.json", config)
-    write_json(folder / "plan.json", _plan_to_json(plan, world_size))
+    write_json(folder / "plan.json", plan_to_json(plan, world_size))
 
 
 def read(folder: Path) -> Run:
@@ -79,30 +132,87 @@ def read(folder: Path) -> Run:
     if not path.is_file():
         raise UserError(f"--run {folder}: there is no run here (no config.json); name the folder that train wrote")
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        known = {field.name for field in fields(TrainConfig)}
-        options: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in raw["config"].items()
-            if name in known
-        }
-        return Run(
-            config=TrainConfig(**options),
-            num_embeddings={str(name): int(rows) for name, rows in raw["num_embeddings"].items()},
-            numeric=tuple(str(name) for name in raw["numeric"]),
-        )
+        return from_json(read_json(path))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: the file is damaged ({type(error).__name__}: {error}); train again") from error
 
 
+def from_json(raw: Mapping[str, Any]) -> Run:
+    """Take a run out of what ``config.json`` or a checkpoint's manifest says.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError: it lacks something, or something has another type.
+        UserError: an option is out of its range.
+    """
+    known = {field.name for field in fields(TrainConfig)}
+    options: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in raw["config"].items()
+        if name in known
+    }
+    digest = raw.get("data_sha256")
+    return Run(
+        config=TrainConfig(**options),
+        num_embeddings={str(name): int(rows) for name, rows in raw["num_embeddings"].items()},
+        numeric=tuple(str(name) for name in raw["numeric"]),
+        data_sha256=None if digest is None else str(digest),
+    )
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        ValueError: it is no JSON, or larger than any of ours.
+    """
+    with path.open("rb") as file:
+        content = file.read(JSON_LIMIT + 1)
+    if len(content) > JSON_LIMIT:
+        raise ValueError(f"larger than {JSON_LIMIT // 2**20} MiB")
+    try:
+        return json.loads(content.decode("utf-8"))
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file that is there whole or not at all."""
+    """Write a JSON file that is there whole or not at all.
+
+    Raises:
+        UserError: the disk refuses.
+    """
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(value, indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        raise refused(path, error, "run the same command again") from error
 
 
-def _plan_to_json(plan: ShardingPlan, world_size: int) -> dict[str, Any]:
+def digest_of_data(data: PreparedData) -> str:
+    """Return a digest of what a prepared folder holds, wherever it lies and whenever it was made."""
+    if data.foreign is None:
+        manifest = read_manifest(data.folder)
+        held = {key: manifest.get(key) for key in ("schema", "num_embeddings", "splits", "files")}
+    else:  # a folder of other tools has no checksums
+        held = {
+            "num_embeddings": dict(data.num_embeddings),
+            "splits": {split: [asdict(day) for day in days] for split, days in data.splits.items()},
+            "files": {path.name: path.stat().st_size for path in sorted(data.folder.glob("*.np[yz]"))},
+        }
+    return hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()
+
+
+def digest_of_schema(data: PreparedData) -> str:
+    """Return a digest of the columns."""
+    return hashlib.sha256(json.dumps(data.schema.to_json(), sort_keys=True).encode()).hexdigest()
+
+
+def plan_to_json(plan: ShardingPlan, world_size: int) -> dict[str, Any]:
+    """Return a plan as ``plan.json`` holds it."""
     tables = {}
     for module in plan.plan.values():
         for name, sharding in module.items():  # type: ignore[attr-defined]
@@ -123,7 +233,8 @@ def _plan_to_json(plan: ShardingPlan, world_size: int) -> dict[str, Any]:
     return {"format_version": 1, "world_size": world_size, "tables": tables}
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Return the versions of what a run depends on, and a word about the machine."""
     found = {"python": platform.python_version(), "machine": platform.machine(), "cpus": str(os.cpu_count())}
     for name in ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "torchx", "torchrec_deepfm"):
         try:
@@ -131,3 +242,7 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def _typed(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)

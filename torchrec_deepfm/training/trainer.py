@@ -1,35 +1,33 @@
-"""The training loop: loaders, sharded model, pipeline, evaluations, and the files that they leave."""
+"""A whole training: loaders, sharded model, loop, evaluations, and the files that they leave."""
 
-import itertools
+import dataclasses
 import shutil
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torchrec.datasets.utils import Batch
-from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from torchrec_deepfm.data.loader import Loader
 from torchrec_deepfm.data.prepared import PreparedData
 from torchrec_deepfm.errors import UserError
-from torchrec_deepfm.training import run_folder
-from torchrec_deepfm.training.build import build_model
-from torchrec_deepfm.training.checkpoint import load_model, save_model
+from torchrec_deepfm.training import progress, run_folder
+from torchrec_deepfm.training.build import Sharded, build_model
+from torchrec_deepfm.training.checkpoint import Checkpoints, load_model, save_model, verify_together
 from torchrec_deepfm.training.config import TrainConfig
-from torchrec_deepfm.training.evaluation import autocast, evaluate
+from torchrec_deepfm.training.evaluation import evaluate
+from torchrec_deepfm.training.lock import RunLock
+from torchrec_deepfm.training.loop import Loop, Surroundings
 from torchrec_deepfm.training.metrics import Metrics, lift
-from torchrec_deepfm.training.optimizers import make_optimizer, make_scheduler
-from torchrec_deepfm.training.progress import Progress
 from torchrec_deepfm.training.ranks import is_main, on_main, shared_mistakes
+from torchrec_deepfm.training.signals import Preempted, Requests, requests_to_stop
+from torchrec_deepfm.training.state import model_state
+from torchrec_deepfm.training.store import Damaged
+from torchrec_deepfm.training.watch import DataFiles, Progress, explained
 
-# Steps between two records of the running loss. Reading the loss off a GPU waits for it, so not at each step.
-RECORD_EVERY = 20
+Resume = Literal["auto", "never"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,67 +37,278 @@ class Result:
     Attributes:
         folder: the run's folder.
         summary: the content of ``summary.json``.
+        before: it had been finished before; nothing has been done now.
     """
 
     folder: Path
     summary: dict[str, Any]
+    before: bool = False
 
 
-def train(config: TrainConfig, data: PreparedData, output: Path, device: torch.device) -> Result:
+def train(
+    config: TrainConfig,
+    data: PreparedData,
+    output: Path,
+    device: torch.device,
+    *,
+    resume: Resume = "auto",
+    checkpoints: str | None = None,
+    timeout: float = 1800.0,
+    say: Callable[[str], None] = lambda line: None,
+) -> Result:
     """Train a sharded DeepFM and evaluate it; a collective over the current process group.
+
+    Where ``output`` holds a run of the same options and data, it goes on from its newest intact checkpoint.
 
     Args:
         config: model and training options.
         data: the prepared data.
-        output: the run's folder; must be free.
+        output: the run's folder.
         device: this rank's device.
+        resume: ``auto`` goes on with a run in ``output``, ``never`` refuses a folder that is not empty.
+        checkpoints: folder or URL of fsspec for the checkpoints; by default in ``output``.
+        timeout: seconds that ranks wait for each other, for messages.
+        say: called on rank 0 with a line for the user.
 
     Returns:
         The folder and the summary of the run.
 
     Raises:
-        UserError: the folder is taken, the data do not fit the options or hold bad values, or the tables fit no plan.
+        UserError: the folder is taken or in use, the data do not fit the options or hold bad values, the tables fit no
+            plan, a disk refuses, or the loss is no number. What has been saved stays.
+        Preempted: SIGTERM or Ctrl-C asked it to stop; its state is saved.
     """
-    on_main(lambda: run_folder.check_free(output))
-    train_loader = _loader(data, "train", config, shuffle=True, drop_last=True, device=device)
-    eval_loaders = {
-        split: _loader(data, split, config, shuffle=False, drop_last=False, device=device)
-        for split in ("validation", "test")
-    }
-    torch.set_float32_matmul_precision("medium" if config.precision == "medium" else "highest")
-    num_embeddings = {name: data.num_embeddings[name] for name in data.schema.categorical}
-    is_weighted = bool(data.schema.weighted)
-    sharded = build_model(config, num_embeddings, len(data.schema.numeric), device, is_weighted=is_weighted)
-    run = run_folder.Run(config=config, num_embeddings=num_embeddings, numeric=data.schema.numeric)
-    world_size = dist.get_world_size()
-    on_main(lambda: run_folder.create(output, run, sharded.plan, data=data.folder, world_size=world_size))
+    run = run_folder.Run(
+        config=config,
+        num_embeddings={name: data.num_embeddings[name] for name in data.schema.categorical},
+        numeric=data.schema.numeric,
+        data_sha256=on_main(lambda: run_folder.digest_of_data(data)),
+    )
+    summary = on_main(lambda: _look(output, run, data, resume))
+    if summary is not None:
+        return Result(folder=output, summary=summary, before=True)
+    lock: RunLock | None = None
 
-    progress = None
-    if is_main():
-        progress = Progress(output, config.epochs * len(train_loader) * config.batch_size * world_size)
-    loop = _Loop(config, sharded.model, train_loader, eval_loaders["validation"], device, progress)
+    def take() -> None:
+        nonlocal lock
+        lock = RunLock(output)
+        if _look(output, run, data, resume) is not None:
+            raise UserError(f"--output {output}: another training has just finished there; look at its summary.json")
+
     try:
-        with shared_mistakes():
-            loop.run()
-            metrics = {
-                split: evaluate(sharded.model, loader, device, config.precision)
-                for split, loader in eval_loaders.items()
-            }
-        if progress is not None:
-            for split, result in metrics.items():
-                progress.evaluation(step=loop.total_steps, split=split, metrics=result, tell=False)
-    except UserError:
-        # Bad values in the data. There is nothing yet to keep, and a run that has no end would be in the way of the
-        # next one. Every rank removes it, as rank 0 may be stopped, over the loss of its peer, before it gets here.
-        shutil.rmtree(output, ignore_errors=True)
-        raise
+        on_main(take)
+        with requests_to_stop() as requests:
+            training = _Training(run, data, output, device, checkpoints, timeout, say, requests)
+            return training.run(resume)
     finally:
-        if progress is not None:
-            progress.close()
-    save_model(sharded.model, output / run_folder.CHECKPOINT)
-    summary = _summary(config, data, metrics, loop)
-    on_main(lambda: run_folder.write_json(output / "summary.json", summary))
-    return Result(folder=output, summary=summary)
+        if lock is not None:
+            lock.release()
+
+
+def _look(output: Path, run: run_folder.Run, data: PreparedData, resume: Resume) -> dict[str, Any] | None:
+    """Check that ``output`` can be written to; return the summary of a run that is finished."""
+    if resume == "never" or not (output / "config.json").exists():
+        run_folder.check_free(output)
+        return None
+    run_folder.check_same(output, run, data)
+    summary = output / run_folder.SUMMARY
+    try:
+        return dict(run_folder.read_json(summary)) if summary.exists() else None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{summary}: the file is damaged ({error}); remove it to finish the run again") from error
+
+
+class _Training:
+    """One life of a training, from its start or its last checkpoint to its end or the next fault."""
+
+    def __init__(
+        self,
+        run: run_folder.Run,
+        data: PreparedData,
+        output: Path,
+        device: torch.device,
+        checkpoints: str | None,
+        timeout: float,
+        say: Callable[[str], None],
+        requests: Requests,
+    ) -> None:
+        self._run, self._data, self._output, self._device = run, data, output, device
+        self._target = checkpoints or str(output / run_folder.CHECKPOINTS)
+        self._timeout, self._say, self._requests = timeout, say, requests
+
+    def run(self, resume: Resume) -> Result:
+        config, data, device = self._run.config, self._data, self._device
+        if not data.rows("validation"):
+            for option in ("patience", "lr_patience"):
+                if getattr(config, option):
+                    raise UserError(
+                        f"--{option.replace('_', '-')}: {data.folder} has no validation split to judge by; leave the "
+                        "option out, or prepare the data with --validation"
+                    )
+        train_loader = _loader(data, "train", config, shuffle=True, drop_last=True, device=device)
+        eval_loaders = {
+            split: _loader(data, split, config, shuffle=False, drop_last=False, device=device)
+            for split in ("validation", "test")
+            if data.rows(split)
+        }
+        torch.set_float32_matmul_precision("medium" if config.precision == "medium" else "highest")
+        is_weighted = bool(data.schema.weighted)
+        sharded = build_model(config, self._run.num_embeddings, len(self._run.numeric), device, is_weighted=is_weighted)
+        checkpoints = Checkpoints(self._target, keep_last=config.keep_last)
+        signs = Progress(self._timeout)
+        loop = Loop(
+            sharded.model,
+            Surroundings(
+                config=config,
+                device=device,
+                train=train_loader,
+                validation=eval_loaders.get("validation"),
+                checkpoints=checkpoints,
+                about=self._about(sharded),
+                requests=self._requests,
+                signs=signs,
+                files=DataFiles(data.folder),
+                folder=self._output,
+            ),
+        )
+        try:
+            with shared_mistakes(), explained(signs):
+                resumed = self._resume(loop, checkpoints, resume)
+                on_main(checkpoints.store.clean)
+                world_size = dist.get_world_size()
+                on_main(
+                    lambda: run_folder.create(
+                        self._output, self._run, sharded.plan, data=data.folder, world_size=world_size
+                    )
+                )
+                if is_main():
+                    step, samples = loop.point.step, loop.samples
+                    progress.forget_after(self._output, step, evaluated=loop.point.evaluated)
+                    loop.progress = progress.Progress(
+                        self._output, loop.total_samples, done_step=step, done_samples=samples
+                    )
+                    if resumed:
+                        self._say(f"going on after step {step} of {self._output}")
+                loop.run()
+                return self._finish(loop, sharded, checkpoints, eval_loaders)
+        except UserError:
+            self._remove_if_nothing_is_saved(checkpoints)
+            raise
+        finally:
+            signs.close()
+            checkpoints.close()
+            if loop.progress is not None:
+                loop.progress.close()
+
+    def _about(self, sharded: Sharded) -> dict[str, Any]:
+        return {
+            "config": dataclasses.asdict(self._run.config),
+            "num_embeddings": dict(self._run.num_embeddings),
+            "numeric": list(self._run.numeric),
+            "data_sha256": self._run.data_sha256,
+            "schema_sha256": run_folder.digest_of_schema(self._data),
+            "plan": run_folder.plan_to_json(sharded.plan, dist.get_world_size()),
+            "versions": run_folder.versions(),
+        }
+
+    def _resume(self, loop: Loop, checkpoints: Checkpoints, resume: Resume) -> bool:
+        """Go back to the newest intact checkpoint; say whether there was one."""
+        refusals: list[str] = []
+        try:
+            for step, manifest in checkpoints.intact(refusals):
+                try:
+                    there = run_folder.from_json(manifest)
+                    run_folder.check_same_run(f"--checkpoints {self._target}", there, self._run, self._data)
+                    state, go_on = loop.resume(manifest)
+                except (KeyError, TypeError, ValueError, AttributeError) as error:
+                    if isinstance(error, UserError):
+                        raise
+                    refusals.append(f"{checkpoints.store.shown(step)}: its manifest is of another make ({error!r})")
+                    continue
+                if resume == "never":
+                    raise UserError(
+                        f"--checkpoints {self._target}: holds checkpoints already; name another place, or remove them"
+                    )
+                reason = checkpoints.read(step, manifest, state)
+                if reason is None:
+                    go_on()
+                    on_main(lambda step=step: checkpoints.store.forget_newer(step))  # type: ignore[misc]
+                    return True
+                refusals.append(f"{checkpoints.store.shown(step)}: {reason}")
+        finally:
+            if is_main():
+                for refusal in refusals:
+                    self._say(f"not used: {refusal}")
+        if refusals:
+            raise UserError(f"{refusals[-1]}; no checkpoint is intact: name another --output to train from the start")
+        return False
+
+    def _finish(self, loop: Loop, sharded: Sharded, checkpoints: Checkpoints, loaders: Mapping[str, Loader]) -> Result:
+        """The last evaluation, the best weights where they are wanted, the files that say that it is finished."""
+        config = self._run.config
+
+        def evaluate_all() -> dict[str, Metrics]:
+            return {
+                split: evaluate(sharded.model, loader, self._device, config.precision, loop.heed)
+                for split, loader in loaders.items()
+            }
+
+        try:
+            metrics = evaluate_all()
+            if "validation" in metrics and not loop.tracker.stopped:
+                loop.judge(metrics["validation"])
+            checkpoints.wait()
+            restored = None
+            if config.patience and loop.tracker.best_step not in (None, loop.point.step):
+                restored = loop.tracker.best_step
+                self._restore_best(sharded, checkpoints, restored)
+                metrics = evaluate_all()
+        except Preempted as request:
+            loop.stop(request.signum)
+            raise
+        if loop.progress is not None:
+            for split, result in metrics.items():
+                loop.progress.evaluation(step=restored or loop.point.step, split=split, metrics=result, tell=False)
+        save_model(sharded.model, self._output / run_folder.CHECKPOINT)
+        summary = _summary(config, self._data, metrics, loop, restored)
+        on_main(lambda: run_folder.write_json(self._output / run_folder.SUMMARY, summary))
+        return Result(folder=self._output, summary=summary)
+
+    def _restore_best(self, sharded: Sharded, checkpoints: Checkpoints, step: int | None) -> None:
+        assert step is not None
+        store = checkpoints.store
+
+        def manifest() -> tuple[dict[str, Any], str | None]:
+            try:
+                return store.manifest(step), None
+            except Damaged as error:
+                return {}, str(error)
+
+        found, reason = on_main(manifest)
+        if reason is None:
+            reason = verify_together(store, step, found["files"])
+        if reason is None:
+            reason = checkpoints.read(step, found, model_state(sharded.model))
+        if reason is not None:
+            raise UserError(
+                f"{store.shown(step)}: {reason}; this was the best state, so the training can't end in it: train "
+                "again, or without --patience"
+            )
+
+    def _remove_if_nothing_is_saved(self, checkpoints: Checkpoints) -> None:
+        """Take away a run that came to nothing, so that it is not in the way of the next one.
+
+        Bad values in the data, a place that can't be written: there is nothing yet to keep. Every rank removes it, as
+        rank 0 may be stopped, over the loss of its peer, before it gets here.
+        """
+        checkpoints.close()  # a save that is being written may yet succeed
+        try:
+            kept = bool(checkpoints.store.steps()) or any(self._output.glob("nonfinite_*"))
+            kept = kept or any(self._output.glob(f"{run_folder.CHECKPOINTS}/step_*"))
+        except OSError:
+            return
+        if not kept:
+            shutil.rmtree(self._output, ignore_errors=True)
 
 
 def evaluate_run(folder: Path, data: PreparedData, split: str, device: torch.device) -> dict[str, Any]:
@@ -158,100 +367,6 @@ def _loader(
     )
 
 
-class _Loop:
-    """Steps, records and evaluations of one training."""
-
-    def __init__(
-        self,
-        config: TrainConfig,
-        model: DistributedModelParallel,
-        loader: Loader,
-        validation: Loader,
-        device: torch.device,
-        progress: Progress | None,
-    ) -> None:
-        self._config = config
-        self._model = model
-        self._loader = loader
-        self._validation = validation
-        self._device = device
-        self._progress = progress
-        self.steps_per_epoch = len(loader)
-        self.total_steps = config.epochs * self.steps_per_epoch
-        self.train_seconds = 0.0
-        self._optimizer = make_optimizer(model, config)
-        self._scheduler = make_scheduler(self._optimizer, config, self.total_steps)
-        self._pipeline: TrainPipelineSparseDist[Batch, tuple[Tensor, Tensor, Tensor]] = TrainPipelineSparseDist(
-            model, self._optimizer, device, execute_all_batches=True, custom_model_fwd=self._forward
-        )
-
-    def run(self) -> None:
-        """Train to the end, with the evaluations on the way."""
-        self._model.train()
-        batches = self._batches()
-        stretch: list[Tensor] = []
-        started = time.perf_counter()
-        for step in range(1, self.total_steps + 1):
-            loss, _, _ = self._pipeline.progress(batches)
-            stretch.append(loss)
-            lr = self._learning_rates()
-            self._scheduler.step()
-            last = step == self.total_steps
-            if step % RECORD_EVERY == 0 or last:
-                mean = self._mean(stretch)
-                stretch = []
-                self._record(step, mean, lr, self.train_seconds + time.perf_counter() - started)
-            if self._evaluates_after(step) and not last:
-                self.train_seconds += time.perf_counter() - started
-                self._evaluate(step)
-                started = time.perf_counter()
-        self.train_seconds += time.perf_counter() - started
-        # The silent fallback of a model that cannot be traced: it would train as well, and overlap nothing.
-        assert self._pipeline._pipelined_modules, "the sparse arch is not pipelined"
-        self._pipeline.detach()
-
-    def samples(self, step: int) -> int:
-        """Samples that all ranks have seen after ``step`` steps."""
-        return step * self._config.batch_size * dist.get_world_size()
-
-    def _forward(self, batch: Batch | None) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-        with autocast(self._config.precision, self._device):
-            return self._model(batch)  # type: ignore[no-any-return]
-
-    def _batches(self) -> Iterator[Batch]:
-        """Every epoch's batches in one stream, so that the pipeline need not run dry in between."""
-        for epoch in itertools.count():
-            self._loader.set_epoch(epoch)
-            yield from self._loader
-            if epoch + 1 == self._config.epochs:
-                return
-
-    def _mean(self, losses: list[Tensor]) -> float:
-        total = torch.stack(losses).mean()
-        dist.all_reduce(total)
-        return total.item() / dist.get_world_size()
-
-    def _learning_rates(self) -> dict[str, float]:
-        groups = list(self._optimizer.param_groups)  # the fused ones first; without any, all are Adam's
-        return {"sparse": float(groups[0]["lr"]), "dense": float(groups[-1]["lr"])}
-
-    def _record(self, step: int, loss: float, lr: dict[str, float], seconds: float) -> None:
-        if self._progress is not None:
-            epoch = (step - 1) // self.steps_per_epoch + 1
-            samples = self.samples(step)
-            self._progress.train(step=step, epoch=epoch, loss=loss, lr=lr, samples=samples, rate=samples / seconds)
-
-    def _evaluates_after(self, step: int) -> bool:
-        return step % (self._config.eval_every or self.steps_per_epoch) == 0
-
-    def _evaluate(self, step: int) -> None:
-        self._pipeline.detach()  # batches in flight stay there, and the next step attaches again
-        metrics = evaluate(self._model, self._validation, self._device, self._config.precision)
-        self._model.train()
-        if self._progress is not None:
-            self._progress.evaluation(step=step, split="validation", metrics=metrics)
-
-
 def _with_lift(metrics: Metrics, data: PreparedData, split: str) -> dict[str, Any]:
     values: dict[str, Any] = metrics.to_json()
     best = data.optimum.get(split)
@@ -261,12 +376,18 @@ def _with_lift(metrics: Metrics, data: PreparedData, split: str) -> dict[str, An
     return values
 
 
-def _summary(config: TrainConfig, data: PreparedData, metrics: dict[str, Metrics], loop: _Loop) -> dict[str, Any]:
+def _summary(
+    config: TrainConfig, data: PreparedData, metrics: dict[str, Metrics], loop: Loop, restored: int | None
+) -> dict[str, Any]:
+    tracker = loop.tracker
+    best = {"metric": config.metric, "value": tracker.best_value, "step": tracker.best_step}
     return {
         **{split: _with_lift(result, data, split) for split, result in metrics.items()},
-        "samples_per_second": loop.samples(loop.total_steps) / loop.train_seconds,
-        "train_seconds": loop.train_seconds,
-        "steps": loop.total_steps,
+        **({} if tracker.best_step is None else {"best": best}),
+        **({} if restored is None else {"restored_step": restored}),
+        "samples_per_second": loop.point.samples / max(loop.point.seconds, 1e-9),
+        "train_seconds": loop.point.seconds,
+        "steps": loop.point.step,
         "epochs": config.epochs,
         "batch_size": config.batch_size,
         "world_size": dist.get_world_size(),

@@ -1,0 +1,99 @@
+"""Runs for the tests of faults: data whose rows can be told apart, and what a run has left behind."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict_loader import load
+
+from torchrec_deepfm.data.prepare import prepare
+from torchrec_deepfm.data.prepared import PreparedData
+from torchrec_deepfm.data.schema import Schema
+from torchrec_deepfm.training.dcp import Cut, LoadPlanner, Pieces, Reader, load_metadata
+
+SCHEMA = Schema(label="label", numeric=("row", "noise"), categorical=("user", "item", "shop"))
+ROWS = 2000
+
+
+def make_data(folder: Path, *, rows: int = ROWS) -> PreparedData:
+    """Training rows whose first number is their own, so that a batch tells which rows it has."""
+    folder.mkdir(parents=True)
+    for name, count, first in (("train", rows, 0), ("validation", 300, 10_000), ("test", 300, 20_000)):
+        lines = []
+        for row in range(first, first + count):
+            user, item, shop = row * 7919 % 97, row * 104729 % 53, row % 11
+            noise = (row * 2654435761 >> 9) % 4 == 0  # so that whoever learns the rows by heart does worse on others
+            label = int((user % 5 + item % 3 > 2) != noise)
+            lines.append(f"{label}\t{row}\t{row * 13 % 17}\t{user:x}\t{item:x}\t{shop:x}\n")
+        (folder / f"{name}.tsv").write_text("".join(lines))
+    return prepare(
+        [folder / "train.tsv"], folder / "prepared", validation=[folder / "validation.tsv"], test=[folder / "test.tsv"],
+        schema=SCHEMA, min_count=1,
+    )  # fmt: skip
+
+
+def rows_of(dense_features: Tensor) -> list[int]:
+    """The numbers of a batch's rows: prepare keeps log(1 + x) of a number."""
+    return [round(math.expm1(value)) for value in dense_features[:, 0].double().tolist()]
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint, whole."""
+    files = [path.name for path in folder.iterdir()]
+    saved = load_metadata((folder / ".metadata").read_bytes(), frozenset(files))
+    state = {}
+    for name, entry in saved.state_dict_metadata.items():
+        memory = torch.empty(entry.size, dtype=entry.properties.dtype)  # type: ignore[union-attr]
+        state[name] = Pieces(tuple(memory.size()), [Cut((0,) * memory.dim(), memory)])
+    load(dict(state), storage_reader=Reader(str(folder), local=True, files=files), planner=LoadPlanner(), no_dist=True)
+    return {name: pieces.cuts[0].tensor for name, pieces in state.items()}
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, without what a clock says."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "samples_per_second"} for line in lines]
+
+
+def result(run: Path) -> dict[str, Any]:
+    """The summary, without what a clock says."""
+    summary = json.loads((run / "summary.json").read_text())
+    return {key: value for key, value in summary.items() if key not in ("samples_per_second", "train_seconds")}
+
+
+def assert_same_run(run: Path, other: Path) -> None:
+    """Both have the same losses, metrics and weights, to the last bit."""
+    assert records(run) == records(other)
+    assert result(run) == result(other)
+    weights, others = read_tensors(run / "checkpoint"), read_tensors(other / "checkpoint")
+    assert weights.keys() == others.keys()
+    for name, value in weights.items():
+        assert torch.equal(value, others[name]), name
+
+
+def seen_rows(logs: Path) -> dict[int, list[int]]:
+    """The rows of each step over all ranks, from what ``rank.py`` has written; of a step done again, the last time."""
+    lines = [json.loads(line) for path in logs.glob("rank_*") for line in path.read_text().splitlines()]
+    by_step: dict[int, dict[int, list[int]]] = {}
+    ranks: dict[int, int] = {}
+    for line in sorted(lines, key=lambda line: line["at"]):
+        by_step.setdefault(line["step"], {})[line["rank"]] = line["rows"]
+        ranks[line["step"]] = line["ranks"]
+    return {
+        step: [row for rank in range(ranks[step]) for row in of_ranks[rank]]
+        for step, of_ranks in sorted(by_step.items())
+    }
+
+
+def assert_each_row_once(logs: Path, *, epochs: int, global_batch: int, rows: int = ROWS) -> None:
+    """Every epoch has seen every row once, but for the last ones that are no full batch."""
+    steps = seen_rows(logs)
+    per_epoch = rows // global_batch
+    assert sorted(steps) == list(range(1, epochs * per_epoch + 1))
+    for epoch in range(epochs):
+        seen = [row for step in range(epoch * per_epoch, (epoch + 1) * per_epoch) for row in steps[step + 1]]
+        assert len(seen) == len(set(seen)) == per_epoch * global_batch
+        assert set(seen) <= set(range(rows))

@@ -1,0 +1,258 @@
+"""The fault campaign, short: every kind of fault at least once. ``make faults`` runs the long one (campaign.py)."""
+
+import json
+import re
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.faults.jobs import GLOBAL_BATCH, Job, command, environment, run, start
+from tests.faults.runs import assert_each_row_once, assert_same_run, make_data, read_tensors, records, seen_rows
+
+PHASES = ["before the save", "between ranks", "before the manifest", "before the rename", "after the rename"]
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("faults")
+
+
+@pytest.fixture(scope="session")
+def data(folder: Path) -> Path:
+    return make_data(folder / "data").folder
+
+
+@pytest.fixture(scope="session")
+def undisturbed(folder: Path, data: Path) -> dict[int, Path]:
+    """The run that nothing happens to, on one and on two ranks."""
+    runs = {}
+    for ranks in (1, 2):
+        runs[ranks] = folder / f"undisturbed_{ranks}"
+        code, _, err = run(command(data, runs[ranks], ranks=ranks), environment(folder / f"log_{ranks}"))
+        assert (code, err) == (0, ""), err
+        assert_each_row_once(folder / f"log_{ranks}", epochs=2, global_batch=GLOBAL_BATCH)
+    return runs
+
+
+def assert_as_undisturbed(run: Path, logs: Path, undisturbed: Path) -> None:
+    assert_same_run(run, undisturbed)
+    assert_each_row_once(logs, epochs=2, global_batch=GLOBAL_BATCH)
+    assert not [path.name for path in (run / "checkpoints").iterdir() if not re.fullmatch(r"step_\d{8}", path.name)]
+
+
+def test_ranks_are_killed_and_torchelastic_starts_them_again(
+    data: Path, tmp_path: Path, undisturbed: dict[int, Path]
+) -> None:
+    """In one job without a hand: between steps and in each phase of a save, rank 0 and rank 1."""
+    faults = [
+        {"at": "step", "rank": 1, "step": 3, "do": "kill"},  # nothing is saved yet
+        {"at": "step", "rank": 0, "step": 11, "do": "kill"},
+        {"at": "between ranks", "rank": 1, "step": 20, "do": "kill"},
+        {"at": "before the rename", "rank": 0, "step": 28, "do": "kill"},
+    ]
+    env = environment(tmp_path / "log", faults, FAULTS_SLEEP="0.05")
+    code, out, err = run(command(data, tmp_path / "run", ranks=2, restarts=4), env)
+    assert code == 0, err
+    assert all((tmp_path / "log" / f"fault_{number}").exists() for number in range(len(faults)))
+    went_on = [int(step) for step in re.findall(r"going on after step (\d+)", out)]
+    assert len(went_on) == 3
+    assert went_on[0] <= 8 < went_on[1] <= 16 < went_on[2] <= 24  # the newest may not have been on disk yet
+    assert_as_undisturbed(tmp_path / "run", tmp_path / "log", undisturbed[2])
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_kill_in_each_phase_of_a_save(data: Path, tmp_path: Path, undisturbed: dict[int, Path], phase: str) -> None:
+    env = environment(tmp_path / "log", [{"at": phase, "rank": 0, "step": 12, "do": "kill"}], FAULTS_SLEEP="0.05")
+    code, _, _ = run(command(data, tmp_path / "run"), env)
+    assert code == -signal.SIGKILL
+    complete = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step_????????"))
+    newest = 12 if phase == "after the rename" else 8
+    assert complete[-1] == f"step_{newest:08d}"
+    code, out, err = run(command(data, tmp_path / "run"), env)
+    assert (code, err) == (0, "")
+    assert f"going on after step {newest} of" in out
+    assert "not used" not in out
+    assert_as_undisturbed(tmp_path / "run", tmp_path / "log", undisturbed[1])
+
+
+def test_sigterm(data: Path, tmp_path: Path, undisturbed: dict[int, Path]) -> None:
+    """On all ranks through torchrun, and in one process; each goes on where it stopped."""
+    for ranks, do, signum in ((2, "term parent", "SIGTERM"), (1, "term", "SIGTERM")):
+        folder = tmp_path / do
+        env = environment(
+            folder / "log", [{"at": "step", "rank": ranks - 1, "step": 13, "do": do}], FAULTS_SLEEP="0.05"
+        )
+        code, _, err = run(command(data, folder / "run", ranks=ranks), env)
+        assert code == 143
+        stopped = re.search(rf"stopped by {signum} after step (\d+), saved in (.*/step_(\d+));", err)
+        assert stopped is not None, err
+        assert Path(stopped[2]).is_dir()
+        assert 13 <= int(stopped[1]) == int(stopped[3]) <= 17
+        assert "Traceback" not in err
+        code, out, err = run(command(data, folder / "run", ranks=ranks), env)
+        assert (code, err) == (0, "")
+        assert f"going on after step {stopped[1]} of" in out
+        assert_as_undisturbed(folder / "run", folder / "log", undisturbed[ranks])
+
+
+def step_reached(logs: Path, step: int, process: Job) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        lines = [json.loads(line) for path in logs.glob("rank_*") for line in path.read_text().splitlines()]
+        if any(line["step"] >= step for line in lines):
+            return
+        assert process.poll() is None
+        time.sleep(0.02)
+    raise AssertionError("it does not get there")
+
+
+def test_ctrl_c_once_and_twice(data: Path, tmp_path: Path, undisturbed: dict[int, Path]) -> None:
+    env = environment(tmp_path / "log", FAULTS_SLEEP="0.1")
+    process = start(command(data, tmp_path / "run"), env)
+    step_reached(tmp_path / "log", 5, process)
+    process.send_signal(signal.SIGINT)
+    code, _, err = process.finish()
+    assert code == 130
+    assert "stopped by SIGINT after step" in err
+    assert "Traceback" not in err
+    # Twice: at once, here in the middle of a step that would never end.
+    busy = environment(tmp_path / "log", [{"at": "step", "rank": 0, "step": 25, "do": "busy"}])
+    process = start(command(data, tmp_path / "run"), busy)
+    step_reached(tmp_path / "log", 24, process)
+    time.sleep(1.0)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.8)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.finish(timeout=10)[0] == 130
+    code, _, err = run(command(data, tmp_path / "run"), environment(tmp_path / "log"))
+    assert (code, err) == (0, "")
+    assert_as_undisturbed(tmp_path / "run", tmp_path / "log", undisturbed[1])
+
+
+def damages(checkpoint: Path) -> list[tuple[str, str]]:
+    names = sorted(path.name for path in checkpoint.iterdir())
+    return [(name, how) for name in names for how in ("cut", "flipped", "removed")]
+
+
+def damage(path: Path, how: str) -> None:
+    content = path.read_bytes()
+    middle = len(content) // 2
+    if how == "removed":
+        path.unlink()
+    elif how == "cut":
+        path.write_bytes(content[:middle])
+    else:
+        path.write_bytes(content[:middle] + bytes([content[middle] ^ 16]) + content[middle + 1 :])
+
+
+def test_damaged_checkpoints_are_refused_by_name(data: Path, tmp_path: Path, undisturbed: dict[int, Path]) -> None:
+    """Each file of the newest checkpoint, each way: the one before is used, and the end is the same."""
+    env = environment(tmp_path / "log", [{"at": "step", "rank": 0, "step": 18, "do": "kill"}], FAULTS_SLEEP="0.05")
+    code, _, _ = run(command(data, tmp_path / "run"), env)
+    assert code == -signal.SIGKILL
+    assert [path.name[-2:] for path in sorted((tmp_path / "run" / "checkpoints").iterdir())] == ["15", "16"]
+    found = damages(tmp_path / "run" / "checkpoints" / "step_00000016")
+    assert len(found) == 9
+    for number, (name, how) in enumerate(found):
+        copy = tmp_path / f"copy_{number}"
+        shutil.copytree(tmp_path / "run", copy)
+        damage(copy / "checkpoints" / "step_00000016" / name, how)
+        stop = [{"at": "step", "rank": 0, "step": 17, "do": "kill"}] if number else []
+        logs = tmp_path / f"log_{number}"
+        shutil.copytree(tmp_path / "log", logs)
+        (logs / "fault_0").unlink()
+        code, out, err = run(command(data, copy), environment(logs, stop))
+        told = [line for line in out.splitlines() if line.startswith("not used: ")]
+        if (name, how) == ("checkpoint.json", "removed"):
+            assert told == []  # a folder without a manifest is no checkpoint at all
+        else:
+            assert len(told) == 1
+            assert f"step_00000016: {name}" in told[0], told
+        assert "going on after step 15 of" in out
+        if not number:
+            assert (code, err) == (0, "")
+            assert_same_run(copy, undisturbed[1])
+            assert_each_row_once(logs, epochs=2, global_batch=GLOBAL_BATCH)
+        else:
+            assert code == -signal.SIGKILL
+
+
+def test_two_trainings_in_one_folder(data: Path, tmp_path: Path, undisturbed: dict[int, Path]) -> None:
+    env = environment(tmp_path / "log", FAULTS_SLEEP="0.3")
+    first = start(command(data, tmp_path / "run"), env)
+    step_reached(tmp_path / "log", 2, first)
+    code, out, err = run(command(data, tmp_path / "run", ranks=2), environment(tmp_path / "other"))
+    assert (code, out) == (2, "")
+    assert err.startswith(
+        f"error: --output {tmp_path / 'run'}: another training is writing there (process {first.pid} on"
+    )
+    assert err.count("\n") == 1
+    code, _, err = first.finish()
+    assert (code, err) == (0, "")
+    assert_as_undisturbed(tmp_path / "run", tmp_path / "log", undisturbed[1])
+
+
+def test_other_options_over_a_run(data: Path, tmp_path: Path, undisturbed: dict[int, Path]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in undisturbed[1].rglob("*")}
+    env = environment(tmp_path / "log")
+    code, out, err = run(command(data, undisturbed[1], options=("--dropout", "0.5")), env)
+    assert (code, out) == (2, "")
+    assert err == (
+        f"error: --output {undisturbed[1]}: holds a run with --dropout 0.2, not 0.5; give the same options to go on "
+        "with it, or name another folder\n"
+    )
+    code, out, err = run(command(data, undisturbed[1], options=("--resume", "never")), env)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"error: --output {undisturbed[1]}: the folder already holds a run; name another one")
+    code, out, err = run(command(data, undisturbed[1]), env)
+    assert (code, err) == (0, "")
+    assert "this training is finished, there is nothing left to do" in out
+    assert {path: path.stat().st_mtime_ns for path in undisturbed[1].rglob("*")} == before
+
+
+@pytest.mark.parametrize(("ranks", "then"), [(2, 1), (1, 2)])
+def test_another_number_of_ranks(
+    data: Path, tmp_path: Path, undisturbed: dict[int, Path], ranks: int, then: int
+) -> None:
+    """In the middle of an epoch, the global batch kept: every row once, and nearly the same numbers.
+
+    Without dropout they would be the same but for the order of sums; the random numbers of another number of ranks are
+    others.
+    """
+    without = ("--dropout", "0", "--no-batch-norm")
+    env = environment(tmp_path / "log", [{"at": "step", "rank": ranks - 1, "step": 26, "do": "kill"}])
+    code, _, _ = run(command(data, tmp_path / "run", ranks=ranks, options=without), env)
+    assert code != 0
+    code, out, err = run(command(data, tmp_path / "run", ranks=then, options=without), env)
+    assert (code, err) == (0, "")
+    assert re.search(r"going on after step 2[04] of", out)
+    assert_each_row_once(tmp_path / "log", epochs=2, global_batch=GLOBAL_BATCH)
+    other = tmp_path / "other"
+    code, _, _ = run(command(data, other, ranks=ranks, options=without), environment(tmp_path / "log_other"))
+    assert code == 0
+    for mine, theirs in zip(records(tmp_path / "run"), records(other), strict=True):
+        for name in {"loss", "auc"} & theirs.keys():
+            assert mine.get(name) == pytest.approx(theirs.get(name), rel=1e-4), (mine, theirs)
+    mine, theirs = read_tensors(tmp_path / "run" / "checkpoint"), read_tensors(other / "checkpoint")
+    for name, value in mine.items():
+        assert (value - theirs[name]).abs().max() < 1e-3, name
+
+
+def test_a_batch_of_another_size_sees_every_row_once(data: Path, tmp_path: Path) -> None:
+    """From 2 x 50 to 1 x 70 rows a step, in the middle of the first epoch: what is left is 1200 = 17 x 70 + 10 rows."""
+    env = environment(tmp_path / "log", [{"at": "step", "rank": 0, "step": 9, "do": "kill"}])
+    assert run(command(data, tmp_path / "run", ranks=2), env)[0] != 0
+    code, out, err = run(command(data, tmp_path / "run", options=("--batch-size", "70", "--epochs", "2")), env)
+    assert (code, err) == (0, "")
+    assert "going on after step 8 of" in out
+    steps = seen_rows(tmp_path / "log")
+    first = [row for step in range(1, 9) for row in steps[step]]
+    assert len(first) == 800
+    rest = [row for step in range(9, 9 + 17) for row in steps[step]]
+    assert len(set(first + rest)) == len(first + rest) == 800 + 17 * 70
+    second = [row for step in range(9 + 17, max(steps) + 1) for row in steps[step]]
+    assert len(set(second)) == len(second) == 2000 // 70 * 70

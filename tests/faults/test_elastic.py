@@ -1,0 +1,85 @@
+"""A host that comes and a host that goes: two agents of torchelastic, as ``-j 1:2x1`` starts them."""
+
+import json
+import os
+import re
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tests.faults.jobs import OPTIONS, Job, environment
+from tests.faults.runs import ROWS, make_data
+
+BATCH = 50  # per rank
+QUICK = "last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=3,join_timeout=60"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return int(probe.getsockname()[1])
+
+
+def agent(data: Path, run: Path, port: int, env: dict[str, str]) -> Job:
+    front = [sys.executable, "-m", "torchrec_deepfm.launch", "--rdzv_backend", "c10d", "--rdzv_conf", QUICK]
+    front += ["--rdzv_endpoint", f"localhost:{port}", "--rdzv_id", "job", "--nnodes", "1:2", "--nproc_per_node", "1"]
+    front += ["--max_restarts", "3", "-m", "tests.faults.rank", "--data", str(data), "--output", str(run)]
+    return Job([*front, *OPTIONS, "--batch-size", str(BATCH), "--epochs", "2"], env)
+
+
+def log(logs: Path) -> list[dict[str, Any]]:
+    lines = []
+    for path in logs.glob("rank_*"):
+        lines += [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    return sorted(lines, key=lambda line: line["at"])
+
+
+def until(logs: Path, agents: list[Job], *, ranks: int, steps: int) -> None:
+    """Wait until so many ranks have done so many steps together."""
+    deadline = time.monotonic() + 90
+    while len({line["step"] for line in log(logs) if line["ranks"] == ranks}) < steps:
+        assert time.monotonic() < deadline, "\n".join(each.out + each.err for each in agents)[-3000:]
+        assert agents[0].poll() is None
+        time.sleep(0.05)
+
+
+def kill_host(host: Job) -> None:
+    """The agent and its ranks, all at once."""
+    children = Path(f"/proc/{host.pid}/task/{host.pid}/children").read_text().split()
+    for pid in [host.pid, *map(int, children)]:
+        os.kill(pid, signal.SIGKILL)
+
+
+def test_a_host_comes_and_goes(tmp_path: Path) -> None:
+    data = make_data(tmp_path / "data").folder
+    env = environment(tmp_path / "log", FAULTS_SLEEP="0.1")
+    port = free_port()
+    first = agent(data, tmp_path / "run", port, env)
+    until(tmp_path / "log", [first], ranks=1, steps=5)
+    second = agent(data, tmp_path / "run", port, env)
+    until(tmp_path / "log", [first, second], ranks=2, steps=5)
+    kill_host(second)
+    code, out, err = first.finish()
+    assert code == 0, err[-3000:]
+    lines = log(tmp_path / "log")
+    worlds = [line["ranks"] for line in lines]
+    assert [w for i, w in enumerate(worlds) if i == 0 or w != worlds[i - 1]] == [1, 2, 1]
+    # When a host comes, the ranks are asked to stop (SIGTERM) and save: not a step is done twice.
+    joined = next(i for i, w in enumerate(worlds) if w == 2)
+    assert max(line["step"] for line in lines[:joined]) == lines[joined]["step"] - 1
+    assert len(re.findall("going on after step", out + second.out)) == 2
+    # A step that was done again counts as it was done last; then every row has been seen once in each epoch, but for
+    # the few at an epoch's end that are no full batch.
+    last: dict[int, list[dict[str, Any]]] = {}
+    for line in lines:
+        before = last.get(line["step"], [])
+        again = before and (before[0]["ranks"] != line["ranks"] or any(each["rank"] == line["rank"] for each in before))
+        last[line["step"]] = [line] if again else [*before, line]
+    assert sorted(last) == list(range(1, max(last) + 1))
+    for epoch in (0, 1):
+        rows = [row for step in last.values() for each in step if each["epoch"] == epoch for row in each["rows"]]
+        assert len(rows) == len(set(rows)) > ROWS - 2 * BATCH
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["world_size"] == 1

@@ -1,0 +1,32 @@
+"""What a disk refuses, told in one line."""
+
+import errno
+from pathlib import Path
+
+from torchrec_deepfm.errors import UserError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+def refused(where: str | Path, error: OSError, remedy: str = "") -> UserError:
+    """Explain why a file could not be written.
+
+    Args:
+        where: the file, folder or URL.
+        error: what the system said.
+        remedy: what to do, after a full or read-only disk has been dealt with.
+
+    Returns:
+        The error to raise.
+
+    Example:
+        >>> str(refused("runs/a", OSError(errno.ENOSPC, "No space left on device"), "run the same command again"))
+        'runs/a: no space is left on the device; free some, then run the same command again'
+    """
+    then = f", then {remedy}" if remedy else ""
+    if error.errno in _FULL:
+        return UserError(f"{where}: no space is left on the device; free some{then}")
+    if error.errno in _CLOSED:
+        return UserError(f"{where}: writing is not allowed ({error.strerror}); make it writable{then}")
+    return UserError(f"{where}: can't be written ({error.strerror or error}); look after the disk{then}")

@@ -1,0 +1,282 @@
+"""Where the checkpoints of a run lie: folders below a path or URL, each complete or invisible, each with checksums.
+
+    step_00000120/            a complete checkpoint
+        checkpoint.json       its manifest: step, position, plan, versions, and every other file's size and SHA-256
+        .metadata, *.distcp   written by torch.distributed.checkpoint
+    step_00000140.partial/    one that is being written
+
+On a local file system a folder is written beside its place and renamed. Object stores know no renaming; there the
+manifest is written last, and a folder without one is no checkpoint.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+
+from torchrec_deepfm.errors import UserError
+
+MANIFEST: Final = "checkpoint.json"
+FORMAT_VERSION: Final = 1
+MANIFEST_LIMIT: Final = 64 * 2**20  # bytes
+_NAME = re.compile(r"step_(\d{8,})")
+_FILE = re.compile(r"\.?\w[\w.-]*")
+_HEX = re.compile(r"[0-9a-f]{64}")
+_ZEROS = "0" * 64
+
+
+class Damaged(Exception):  # noqa: N818 - it is the checkpoint that is
+    """A checkpoint is not what its manifest says; the text names the file."""
+
+
+def seal(manifest: Mapping[str, Any]) -> bytes:
+    """Serialise a manifest, its own digest in its last key.
+
+    Args:
+        manifest: any JSON object without the key ``sha256``.
+
+    Returns:
+        The file's bytes. Their SHA-256, taken with 64 zeros in place of the digest, is the digest.
+    """
+    text = json.dumps({**manifest, "sha256": _ZEROS}, indent=2) + "\n"
+    head, _, tail = text.rpartition(_ZEROS)
+    return (head + hashlib.sha256(text.encode()).hexdigest() + tail).encode()
+
+
+def unseal(content: bytes) -> dict[str, Any]:
+    """Parse what ``seal`` wrote.
+
+    Args:
+        content: the file's bytes.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        Damaged: it is no JSON object, or not the one that was sealed.
+    """
+    try:
+        text = content.decode("utf-8")
+        manifest = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"{MANIFEST} is no valid JSON") from error
+    digest = manifest.get("sha256") if isinstance(manifest, dict) else None
+    if not isinstance(digest, str) or not _HEX.fullmatch(digest):
+        raise Damaged(f"{MANIFEST} has no checksum of its own")
+    head, _, tail = text.rpartition(digest)
+    if hashlib.sha256((head + _ZEROS + tail).encode()).hexdigest() != digest:
+        raise Damaged(f"{MANIFEST} is not what was written (its checksum differs)")
+    assert isinstance(manifest, dict)
+    return manifest
+
+
+class Store:
+    """The checkpoints below one path or URL.
+
+    Args:
+        target: a folder, or a URL of fsspec (``s3://bucket/run``); need not exist yet.
+
+    Attributes:
+        target: as given.
+        local: whether it is a folder of this machine's file system.
+    """
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+        try:
+            self._fs, self._root = url_to_fs(target)
+        except (ValueError, ImportError) as error:  # no such protocol, or its package is not installed
+            raise UserError(
+                f"--checkpoints {target}: {str(error).splitlines()[0]}; name a path or URL of fsspec"
+            ) from error
+        self.local = isinstance(self._fs, LocalFileSystem)
+
+    def steps(self) -> list[int]:
+        """Return the steps of all complete checkpoints, the newest first."""
+        self._fs.invalidate_cache()
+        try:
+            entries = self._fs.ls(self._root, detail=False)
+        except FileNotFoundError:
+            return []
+        found = [_NAME.fullmatch(str(entry).rstrip("/").rpartition("/")[2]) for entry in entries]
+        steps = sorted((int(match[1]) for match in found if match), reverse=True)
+        return [step for step in steps if self._fs.exists(f"{self.path(step)}/{MANIFEST}")]
+
+    def path(self, step: int) -> str:
+        """Return where the checkpoint of a step lies, as fsspec's file system wants it."""
+        return f"{self._root}/step_{step:08d}"
+
+    def shown(self, step: int) -> str:
+        """Return where the checkpoint of a step lies, as the user named it."""
+        return f"{self.target.rstrip('/')}/step_{step:08d}"
+
+    def begin(self, step: int) -> str:
+        """Return the path, with its protocol, to write the checkpoint of a step to."""
+        path = f"{self.path(step)}.partial" if self.local else self.path(step)
+        return path if self.local else str(self._fs.unstrip_protocol(path))
+
+    def where(self, step: int) -> str:
+        """Return the path, with its protocol, to read the checkpoint of a step from."""
+        return self.path(step) if self.local else str(self._fs.unstrip_protocol(self.path(step)))
+
+    def clean(self) -> None:
+        """Remove what broken saves and removals have left. Call it before the first save, on one rank."""
+        with contextlib.suppress(FileNotFoundError):
+            for entry in self._fs.ls(self._root, detail=False):
+                name = str(entry).rstrip("/").rpartition("/")[2]
+                head, _, tail = name.partition(".")
+                if not _NAME.fullmatch(head) or tail not in ("", "partial", "deleted"):
+                    continue
+                if tail or not self._fs.exists(f"{self._root}/{name}/{MANIFEST}"):
+                    self._fs.rm(f"{self._root}/{name}", recursive=True)
+
+    def commit(self, step: int, files: Mapping[str, Mapping[str, Any]], meta: Mapping[str, Any]) -> None:
+        """Make a checkpoint visible, all of whose other files are written.
+
+        Args:
+            step: its step.
+            files: ``bytes`` and ``sha256`` by name.
+            meta: what else the manifest says.
+        """
+        content = seal({"format_version": FORMAT_VERSION, "step": step, **meta, "files": dict(files)})
+        if not self.local:
+            with self._fs.open(f"{self.path(step)}/{MANIFEST}", "wb") as file:
+                file.write(content)
+            return
+        partial, final = Path(f"{self.path(step)}.partial"), Path(self.path(step))
+        with (partial / MANIFEST).open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        _sync_folder(partial)
+        if final.exists():  # of this very step, written before a resume from an older one
+            self.remove(step)
+        partial.rename(final)
+        _sync_folder(final.parent)
+
+    def abandon(self, step: int) -> None:
+        """Remove what there is of a checkpoint that could not be written."""
+        with contextlib.suppress(OSError):
+            self._fs.rm(f"{self.path(step)}.partial" if self.local else self.path(step), recursive=True)
+
+    def remove(self, step: int) -> None:
+        """Remove a checkpoint; broken off halfway, it is no checkpoint any more."""
+        if self.local:
+            gone = Path(f"{self.path(step)}.deleted")
+            shutil.rmtree(gone, ignore_errors=True)
+            Path(self.path(step)).rename(gone)
+            shutil.rmtree(gone, ignore_errors=True)
+            return
+        self._fs.rm(f"{self.path(step)}/{MANIFEST}")
+        self._fs.rm(self.path(step), recursive=True)
+
+    def set_aside(self, step: int) -> None:
+        """Take a damaged checkpoint out of the way of the next save of its step.
+
+        On a local file system it stays, as ``step_N.refused``; elsewhere it is removed.
+        """
+        with contextlib.suppress(OSError):
+            if not self.local:
+                self.remove(step)
+                return
+            aside = Path(f"{self.path(step)}.refused")
+            shutil.rmtree(aside, ignore_errors=True)
+            Path(self.path(step)).rename(aside)
+
+    def forget_newer(self, step: int) -> None:
+        """Take all checkpoints newer than the one that is gone on from out of the way: none of them is intact."""
+        for newer in self.steps():
+            if newer > step:
+                self.set_aside(newer)
+
+    def retain(self, keep_last: int, also: Collection[int]) -> None:
+        """Remove all but the newest checkpoints.
+
+        Args:
+            keep_last: how many to keep.
+            also: steps to keep besides.
+        """
+        steps = self.steps()
+        for step in steps[keep_last:]:
+            if step not in also:
+                self.remove(step)
+
+    def manifest(self, step: int) -> dict[str, Any]:
+        """Read and check the manifest of a checkpoint.
+
+        Args:
+            step: its step.
+
+        Returns:
+            The manifest; ``files`` holds plain names, sizes and digests.
+
+        Raises:
+            Damaged: it is not there, or is no manifest of this checkpoint.
+        """
+        try:
+            with self._fs.open(f"{self.path(step)}/{MANIFEST}", "rb") as file:
+                content = file.read(MANIFEST_LIMIT + 1)
+        except OSError as error:
+            raise Damaged(f"{MANIFEST} can't be read ({error.strerror or type(error).__name__})") from error
+        if len(content) > MANIFEST_LIMIT:
+            raise Damaged(f"{MANIFEST} is larger than {MANIFEST_LIMIT // 2**20} MiB")
+        manifest = unseal(content)
+        if manifest.get("format_version") != FORMAT_VERSION:
+            raise Damaged(f"{MANIFEST} has format_version {manifest.get('format_version')!r}, not {FORMAT_VERSION}")
+        if manifest.get("step") != step:
+            raise Damaged(f"{MANIFEST} is of step {manifest.get('step')!r}")
+        files = manifest.get("files")
+        if not isinstance(files, dict) or not files:
+            raise Damaged(f"{MANIFEST} names no files")
+        for name, entry in files.items():
+            if not _FILE.fullmatch(name) or ".." in name:
+                raise Damaged(f"{MANIFEST} names {name!r}, which is no file of its folder")
+            if not isinstance(entry, dict) or type(entry.get("bytes")) is not int:
+                raise Damaged(f"{MANIFEST} has no size of {name}")
+            if not isinstance(entry.get("sha256"), str) or not _HEX.fullmatch(entry["sha256"]):
+                raise Damaged(f"{MANIFEST} has no checksum of {name}")
+        return manifest
+
+    def verify(self, step: int, files: Mapping[str, Mapping[str, Any]]) -> None:
+        """Read files of a checkpoint and compare them with what the manifest says.
+
+        Args:
+            step: its step.
+            files: of the manifest, all or some.
+
+        Raises:
+            Damaged: a file is missing, or has other bytes.
+        """
+        for name, entry in files.items():
+            digest, size = hashlib.sha256(), 0
+            try:
+                with self._fs.open(f"{self.path(step)}/{name}", "rb") as file:
+                    while block := file.read(4 * 2**20):
+                        digest.update(block)
+                        size += len(block)
+            except FileNotFoundError as error:
+                raise Damaged(f"{name} is missing") from error
+            except OSError as error:
+                raise Damaged(f"{name} can't be read ({error.strerror or error})") from error
+            if size != entry["bytes"]:
+                raise Damaged(f"{name} has {size} bytes, {entry['bytes']} were written")
+            if digest.hexdigest() != entry["sha256"]:
+                raise Damaged(f"{name} is not what was written (its checksum differs)")
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:  # some network file systems do not sync folders; the data themselves are synced
+        pass
+    finally:
+        os.close(descriptor)
