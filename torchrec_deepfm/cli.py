@@ -108,7 +108,7 @@ class Prepare:
                 schema=load_schema(self.schema),
                 min_count=self.min_count,
                 hash=self.hash,
-                num_embeddings=self.num_embeddings or chosen.num_embeddings,
+                num_embeddings=self.num_embeddings or (chosen.num_embeddings if self.hash else None),
                 vocabulary=self.vocabulary,
                 numeric_transform=self.numeric,
                 split=self.split if self.split is not None or held_out else chosen.split,
@@ -129,13 +129,11 @@ class Prepare:
                 )
             return
         terminal.quiet()
-        import torch.distributed as dist
-
         from torchrec_deepfm.training import ranks
 
         # A rank may wait for another one as long as a day of Criteo Terabyte takes.
-        with ranks.process_group(timeout=timedelta(days=30).total_seconds()):
-            run(Workers(rank=dist.get_rank(), count=dist.get_world_size(), wait=dist.barrier))
+        with ranks.process_group(timeout=timedelta(days=30).total_seconds(), cpu=True):
+            run(Workers(rank=ranks.rank(), count=ranks.count(), gather=ranks.gather))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from tests.data.raw_oracle import SMALL, parse, random_text, splits_of, vocabularies
 from torchrec_deepfm.data import job as module
+from torchrec_deepfm.data.options import MEMORY
 from torchrec_deepfm.data.prepare import prepare
 from torchrec_deepfm.data.prepared import SPLITS, PreparedData
 from torchrec_deepfm.data.schema import CRITEO_KAGGLE
@@ -74,8 +75,9 @@ def check(data: PreparedData, stems, *, min_count=None, buckets=None):
 
 
 def small_pieces(monkeypatch, piece_bytes=2000, block_rows=50):
-    monkeypatch.setattr(module, "PIECE_SHARE", piece_bytes / module.MEMORY)
-    monkeypatch.setattr(module, "BLOCK_SHARE", 4 * 3 * block_rows / module.MEMORY)
+    monkeypatch.setattr(module, "PIECE_SHARE", piece_bytes / MEMORY)
+    monkeypatch.setattr(module, "_ROW_BYTES", 1)
+    monkeypatch.setattr(module, "BLOCK_SHARE", 4 * 3 * block_rows / MEMORY)
 
 
 def write(folder: Path, **texts: bytes) -> list[Path]:

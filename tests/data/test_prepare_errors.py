@@ -199,6 +199,9 @@ def test_more_options(tmp_path, path):
             "num_embeddings": [5, 6],
         },
         "--vocabulary: hashing has none; leave --hash or --vocabulary out": {"hash": True, "vocabulary": out},
+        "--num-embeddings: a vocabulary has as many ids as it counts; add --hash, or leave it out": {
+            "num_embeddings": 9
+        },
         "--on-bad-row ignore: choose error or skip": {"on_bad_row": "ignore"},
     }
     for message, options in tests.items():
@@ -219,6 +222,9 @@ def test_days(tmp_path):
         "--input: day_2 is missing between day_1.gz and day_3; name all days, or rename the files if they are no days"
     )
     assert refused(tmp_path, days("day_0", "day_1"), out, test=days("day_3.gz")).startswith("--input: day_2 is missing")
+    held_out = tmp_path / "v.tsv"
+    held_out.write_bytes(GOOD)
+    assert refused(tmp_path, days("day_0", "day_2"), out, validation=[held_out]).startswith("--input: day_1 is missing")
     twice = days("day_4", "day_4.gz")
     assert refused(tmp_path, twice, out) == (
         f"{twice[1]}: day 4 is there twice, also as {twice[0]}; name each day once"

@@ -14,8 +14,10 @@ from torchrec.datasets.criteo import BinaryCriteoUtils, InMemoryBinaryCriteoIter
 from tests.data.raw_oracle import SMALL, float32, parse, random_text
 from tests.data.test_prepare import check, expected, small_pieces, write
 from torchrec_deepfm.data import job as module
+from torchrec_deepfm.data.options import MEMORY
 from torchrec_deepfm.data.prepare import prepare
 from torchrec_deepfm.data.prepared import SPLITS
+from torchrec_deepfm.data.presets import MLPERF_NUM_EMBEDDINGS
 from torchrec_deepfm.data.schema import CRITEO_KAGGLE, Schema
 from torchrec_deepfm.errors import UserError
 
@@ -52,7 +54,7 @@ def test_log_equals_torchrec_bit_for_bit(tmp_path, monkeypatch):
 
 def test_log_takes_integers_of_32_bits(tmp_path):
     (path,) = write(tmp_path, a=b"1\t3000000000\t\tab\t\t\n" * 20)
-    with pytest.raises(UserError, match=re.escape("a.tsv: 3000000000 is no integer of 32 bits")):
+    with pytest.raises(UserError, match=re.escape("a.tsv: column 'n1': 3000000000 is no integer of 32 bits")):
         prepare([path], tmp_path / "out", schema=SMALL, numeric_transform="log", split="none")
     assert list(tmp_path.iterdir()) == [path]
 
@@ -175,6 +177,12 @@ def test_a_vocabulary_is_reapplied_to_new_days(tmp_path):
     hashed = prepare([a], tmp_path / "hashed", schema=SMALL, hash=True, num_embeddings=10).folder
     with pytest.raises(UserError, match=re.escape("name a folder that was prepared without --hash")):
         prepare([], tmp_path / "third", test=[b], schema=SMALL, vocabulary=hashed)
+    with pytest.raises(UserError, match=r"numeric column 'n1' was prepared with log1p, now it is none"):
+        prepare([], tmp_path / "third", test=[b], schema=SMALL, vocabulary=first.folder, numeric_transform="none")
+    damaged = first.folder / "vocabulary_1.parquet"
+    damaged.write_bytes(damaged.read_bytes()[:-9] + b"x" + damaged.read_bytes()[-8:])
+    with pytest.raises(UserError, match=r"vocabulary_1.parquet: the file is damaged"):
+        prepare([], tmp_path / "third", test=[b], schema=SMALL, vocabulary=first.folder)
     assert not (tmp_path / "third").exists()
 
 
@@ -189,6 +197,31 @@ def test_hash_sizes_of_each_column(tmp_path):
         for row in parse(text, SMALL)
     ]
     assert data.arrays(data.days("train")[0]).sparse[:].tolist() == wanted
+
+
+def test_bucketized_columns_have_ids_of_their_own_number(tmp_path):
+    path, *_ = write(tmp_path, a=random_text(50, 9))
+    options = {"hash": True, "numeric_transform": "bucketize", "split": "none"}
+    data = prepare([path], tmp_path / "out", num_embeddings=MLPERF_NUM_EMBEDDINGS, **options)
+    assert list(data.num_embeddings.values()) == [1000] * 13 + list(MLPERF_NUM_EMBEDDINGS)
+    assert list(prepare([path], tmp_path / "one", num_embeddings=77, **options).num_embeddings.values()) == [77] * 39
+    found = prepare([path], tmp_path / "none", **options).num_embeddings.values()
+    assert list(found) == [1000] * 13 + [40_000_000] * 26
+
+
+def test_a_number_beyond_float32(tmp_path):
+    paths = write(tmp_path, a=b"1\t5\t" + b"9" * 60 + b"\tab\t\t\n")
+    with pytest.raises(UserError, match=r"a.tsv: column 'n2': 1e\+60 is beyond the range of float32; choose log1p"):
+        prepare(paths, tmp_path / "out", schema=SMALL, numeric_transform="none", split="none")
+    assert prepare(paths, tmp_path / "out", schema=SMALL, min_count=1, split="none").rows("train") == 1
+
+
+@pytest.mark.parametrize("name", ["id=5", "value=7", "c0=3", "row=1", "count=2"])
+def test_a_folder_that_looks_like_a_column(tmp_path, name):
+    paths = write(tmp_path, a=random_text(200, 1, SMALL))
+    plain = prepare(paths, tmp_path / "out", schema=SMALL, min_count=2).folder
+    odd = prepare(paths, tmp_path / name / "out", schema=SMALL, min_count=2).folder
+    assert {p.name: p.read_bytes() for p in plain.iterdir()} == {p.name: p.read_bytes() for p in odd.iterdir()}
 
 
 def test_forty_million_ids_are_the_default_of_hashing(tmp_path):
@@ -270,7 +303,7 @@ def test_many_bad_rows_are_counted_and_the_first_listed(tmp_path):
 
 
 def test_a_line_longer_than_a_piece(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "PIECE_SHARE", 100 / module.MEMORY)
+    monkeypatch.setattr(module, "PIECE_SHARE", 100 / MEMORY)
     (path,) = write(tmp_path, a=b"1\t" + b"0" * 200 + b"\t\t\t\t\n")
     with pytest.raises(UserError, match="a line is longer than 100 bytes"):
         prepare([path], tmp_path / "out", schema=SMALL, split="none")

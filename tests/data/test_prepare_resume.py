@@ -214,6 +214,102 @@ def test_a_repaired_line_goes_on(tmp_path, monkeypatch):
     assert found == content(prepare([good, bad], tmp_path / "whole", schema=SMALL).folder)
 
 
+def test_a_kill_while_changed_sources_are_forgotten(tmp_path, monkeypatch):
+    """Whatever of the forgetting is done, the next call finds the change again."""
+    texts = {name: random_text(200, seed, SMALL) for seed, name in enumerate("ab")}
+    paths = write(tmp_path, **texts)
+    new = random_text(150, 9, SMALL)
+    whole = None
+    for stop in range(1, 12):
+        paths[1].write_bytes(texts["b"])
+        with monkeypatch.context() as patch:  # everything is encoded and summed
+            patch.setattr(module.Job, "_finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                prepare(paths, tmp_path / "out", schema=SMALL)
+        paths[1].write_bytes(new)
+        count = 0
+        with monkeypatch.context() as patch:
+            for owner, name in ((WorkFolder, "forget"), (WorkFolder, "write_record"), (Path, "unlink")):
+                do = getattr(owner, name)
+
+                def counted(*arguments, do=do, stop=stop, **options):
+                    nonlocal count
+                    count += 1
+                    if count == stop:
+                        raise KeyboardInterrupt
+                    return do(*arguments, **options)
+
+                patch.setattr(owner, name, counted)
+            with pytest.raises(KeyboardInterrupt):
+                prepare(paths, tmp_path / "out", schema=SMALL)
+        found = content(prepare(paths, tmp_path / "out", schema=SMALL).folder)
+        whole = whole or content(prepare(paths, tmp_path / "whole", schema=SMALL).folder)
+        assert found == whole, stop
+        shutil.rmtree(tmp_path / "out")
+
+
+def test_a_work_folder_whose_output_was_taken_away(tmp_path, monkeypatch):
+    paths = write(tmp_path, a=random_text(200, 0, SMALL))
+    with monkeypatch.context() as patch:
+        patch.setattr(WorkFolder, "remove", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            prepare(paths, tmp_path / "out", schema=SMALL)  # killed between the rename and the cleaning
+    (tmp_path / "out").rename(tmp_path / "elsewhere")
+    assert content(prepare(paths, tmp_path / "out", schema=SMALL).folder) == content(tmp_path / "elsewhere")
+
+
+def test_what_was_there_before_outlives_any_refusal(tmp_path, monkeypatch):
+    paths = write(tmp_path, a=random_text(300, 0, SMALL))
+    interrupted(tmp_path, monkeypatch, paths, schema=SMALL)
+    before = content(tmp_path / ".out.partial" / "out")
+    with monkeypatch.context() as patch:
+        usage = shutil.disk_usage(tmp_path)
+        patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=0))
+        with pytest.raises(UserError, match=r"of disk are needed"):
+            prepare(paths, tmp_path / "out", schema=SMALL)
+    assert content(tmp_path / ".out.partial" / "out") == before
+    prepare(paths, tmp_path / "out", schema=SMALL)
+
+
+def test_rows_that_were_skipped_are_told_without_skipping(tmp_path, monkeypatch):
+    paths = write(tmp_path, a=random_text(300, 0, SMALL) + b"x\n")
+    interrupted(tmp_path, monkeypatch, paths, schema=SMALL, on_bad_row="skip")
+    with pytest.raises(UserError, match=r"line 301 has 1 columns"):
+        prepare(paths, tmp_path / "out", schema=SMALL)
+
+
+def test_an_output_behind_a_link(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "data").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk" / "data")
+    paths = write(tmp_path, a=random_text(100, 0, SMALL))
+    prepare(paths, tmp_path / "out", schema=SMALL, min_count=1)
+    assert (tmp_path / "disk" / "data" / "manifest.json").exists()
+    assert (tmp_path / "out").is_symlink()
+
+
+def test_an_output_that_is_a_mount_point(tmp_path, monkeypatch):
+    paths = write(tmp_path, a=random_text(100, 0, SMALL))
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "out")
+    with pytest.raises(UserError, match=r"out: this is a mount point, which can't appear by a rename"):
+        prepare(paths, tmp_path / "out", schema=SMALL)
+    assert sorted(tmp_path.iterdir()) == paths
+
+
+@pytest.mark.parametrize("name", ["lock", "worker"])  # rank 0 holds both, the others the second
+def test_two_processes_at_once(tmp_path, name):
+    paths = write(tmp_path, a=random_text(100, 0, SMALL))
+    work = WorkFolder(tmp_path / "out")
+    work.enter({})
+    work.share()
+    for file in list(work._locks):
+        if Path(file.name).name != name:
+            file.close()
+    with pytest.raises(UserError, match=r"another process is preparing it"):
+        prepare(paths, tmp_path / "out", schema=SMALL)
+    work.leave()
+
+
 def test_two_at_once(tmp_path):
     paths = write(tmp_path, a=random_text(100, 0, SMALL))
     work = WorkFolder(tmp_path / "out")

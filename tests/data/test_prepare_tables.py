@@ -11,10 +11,12 @@ import numpy as np
 import polars as pl
 import pytest
 
+from tests.data.raw_oracle import splits_of
 from torchrec_deepfm.data import job as module
 from torchrec_deepfm.data import stage
 from torchrec_deepfm.data.inputs import BYTES_OF_A_ROW
 from torchrec_deepfm.data.loader import Loader
+from torchrec_deepfm.data.options import MEMORY
 from torchrec_deepfm.data.prepare import prepare
 from torchrec_deepfm.data.schema import Column, Schema, read_schema
 from torchrec_deepfm.data.verify import verify
@@ -103,8 +105,9 @@ def ids_of(train, hashed):
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(module, "PIECE_SHARE", 60 * BYTES_OF_A_ROW / module.MEMORY)
-    monkeypatch.setattr(module, "BLOCK_SHARE", 4 * 4 * 100 / module.MEMORY)
+    monkeypatch.setattr(module, "PIECE_SHARE", 60 * BYTES_OF_A_ROW / MEMORY)
+    monkeypatch.setattr(module, "_ROW_BYTES", 1)
+    monkeypatch.setattr(module, "BLOCK_SHARE", 4 * 4 * 100 / MEMORY)
 
 
 @pytest.mark.parametrize("hashed", [False, True], ids=["vocabulary", "hash"])
@@ -173,6 +176,49 @@ def test_a_vocabulary_of_text_for_integers(tmp_path):
     first = prepare([tmp_path / "text.parquet"], tmp_path / "first", schema=schema, split="none").folder
     with pytest.raises(UserError, match="column 'c' holds String there and Int64 here"):
         prepare([], tmp_path / "out", test=[tmp_path / "numbers.parquet"], schema=schema, vocabulary=first)
+
+
+def test_a_column_without_values_takes_any_vocabulary(tmp_path):
+    schema = Schema(label="y", numeric=(), categorical=("c",), layout="table")
+    pl.DataFrame({"y": [0, 1] * 20, "c": [1, 2] * 20}).write_parquet(tmp_path / "a.parquet")
+    empty = pl.Series("c", [None] * 4, dtype=pl.String)
+    pl.DataFrame([pl.Series("y", [0, 1, 0, 1]), empty]).write_parquet(tmp_path / "b.parquet")
+    first = prepare([tmp_path / "a.parquet"], tmp_path / "first", schema=schema, split="none").folder
+    data = prepare([], tmp_path / "out", test=[tmp_path / "b.parquet"], schema=schema, vocabulary=first)
+    assert data.arrays(data.days("test")[0]).sparse[:].tolist() == [[0]] * 4
+
+
+def test_log_of_a_table(tmp_path):
+    schema = Schema(label="y", numeric=("n",), categorical=("c",), layout="table", numeric_transform="log")
+    pl.DataFrame({"y": [0, 1, 1], "n": [5, None, -3], "c": [1, 2, 3]}).write_parquet(tmp_path / "a.parquet")
+    data = prepare([tmp_path / "a.parquet"], tmp_path / "out", schema=schema, split="none")
+    wanted = np.log(np.array([10, 5, 2], np.float32))  # the smallest number becomes 2, a missing one counts as 0
+    assert data.arrays(data.days("train")[0]).dense[:, 0].tolist() == wanted.tolist()
+    pl.DataFrame({"y": [0, 1], "n": [5.0, 0.5], "c": [1, 2]}).write_parquet(tmp_path / "b.parquet")
+    with pytest.raises(UserError, match=r"b.parquet: column 'n' has fractions; log takes integers"):
+        prepare([tmp_path / "b.parquet"], tmp_path / "no", schema=schema, split="none")
+
+
+@pytest.mark.parametrize("split", ["8:1:1", "last-day"])
+@pytest.mark.usefixtures("small")
+def test_lists_in_every_split(tmp_path, split):
+    tables = [rows(200, seed) for seed in (4, 5)]
+    paths = [write(tmp_path / f"day_{i}.parquet", found) for i, found in enumerate(tables)]
+    data = prepare(paths, tmp_path / "out", schema=SCHEMA, split=split, hash=True, num_embeddings=100)
+    idents = ids_of([], True)
+    if split == "last-day":
+        wanted = {"train": tables[0], "validation": tables[1][:100], "test": tables[1][100:]}
+    else:
+        wanted = {"train": [], "validation": [], "test": []}
+        for i, found in enumerate(tables):
+            for name, row in zip(splits_of(0, i, 200), found, strict=True):
+                wanted[name].append(row)
+    for name, found in wanted.items():
+        batch = Loader(data, name, batch_size=len(found)).batch(0).sparse_features.to_dict()
+        assert batch["tags"].values().tolist() == [idents["tags"](v) for row in found for v in bag(row, "tags")]
+        assert batch["tags"].weights().tolist() == [w for row in found for w in bag(row, "tag weights")]
+        assert batch["shops"].lengths().tolist() == [len(bag(row, "shops")) for row in found]
+        assert batch["user"].values().tolist() == [idents["user"](row["user"]) for row in found]
 
 
 def test_the_same_file_in_a_folder_and_by_itself(tmp_path):

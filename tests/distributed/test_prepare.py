@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -79,6 +80,44 @@ def test_killed_ranks_and_one_process_that_ends_it(tmp_path, raw, whole):
     assert content(data.folder) == whole["vocabulary"]
 
 
+def test_two_hosts(tmp_path, raw, whole):
+    """Two agents with a rank each, as on two hosts that see one folder."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = ["torchrec_deepfm", "prepare", "--input", raw, "--output", tmp_path / "out", *MODES["vocabulary"][0]]
+    meeting = ["--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", str(port), "--nproc-per-node", "1"]
+    hosts = [
+        subprocess.Popen(
+            [sys.executable, "-m", "torchrec_deepfm.launch", *meeting, "--node-rank", str(i), "-m", *map(str, command)],
+            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    for host in hosts:
+        _, err = host.communicate(timeout=150)
+        assert host.returncode == 0, err
+    assert content(tmp_path / "out") == whole["vocabulary"]
+
+
+@pytest.mark.parametrize("record", ["encode_*", "sum_*"])
+def test_killed_while_encoding_and_ended_by_other_ranks(tmp_path, raw, whole, record):
+    mode = "vocabulary"
+    process = subprocess.Popen(
+        [sys.executable, "-m", *ranks(3, "--input", raw, "--output", tmp_path / "out", *MODES[mode][0])],
+        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    records = WorkFolder(tmp_path / "out").path / "records"
+    limit = time.monotonic() + 120
+    while not any(records.glob(f"{record}.json")) and process.poll() is None:
+        assert time.monotonic() < limit
+    kill_all(str(tmp_path / "out"))
+    process.wait()
+    done = run_module(ranks(2, "--input", raw, "--output", tmp_path / "out", *MODES[mode][0]))
+    assert done.returncode == 0, done.stderr
+    assert content(tmp_path / "out") == whole[mode]
+
+
 def test_a_bad_row_that_one_rank_meets_stops_all_in_one_line(tmp_path, raw):
     bad = tmp_path / "raw"
     bad.mkdir()
@@ -88,7 +127,7 @@ def test_a_bad_row_that_one_rank_meets_stops_all_in_one_line(tmp_path, raw):
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert f"{bad / 'day_2'}: line 201 has 1 columns" in line
-    assert not (tmp_path / "out").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["raw"]  # nothing is left, whichever rank it was
 
 
 def test_torchx_runs_it_on_ranks(tmp_path, raw, whole):

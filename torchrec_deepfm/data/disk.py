@@ -2,44 +2,54 @@
 
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
 import polars as pl
 
+from torchrec_deepfm.data.folder import OutOfRoomError
 from torchrec_deepfm.data.schema import Schema
 from torchrec_deepfm.data.source import Source
 from torchrec_deepfm.errors import UserError
 
 # For vocabularies, spilling and the error of the estimate.
 MARGIN: Final = 1.15
+_HEAD_PIECES: Final = 16
 
 
-def estimate_bytes(heads: Sequence[Source], schema: Schema, *, vocabulary: bool) -> int:
+def estimate_bytes(heads: Sequence[Source], schema: Schema, *, staged: bool, log: bool) -> int:
     """Estimate how much disk a ``prepare`` takes at its peak, the work folder included.
 
     Args:
-        heads: The sources, opened so that their first piece is small.
+        heads: The sources, opened so that their pieces are small.
         schema: The prepared schema.
-        vocabulary: Whether values are staged until their vocabulary is known.
+        staged: Whether values wait on disk for their vocabulary.
+        log: Whether numbers wait on disk for their minimum.
 
     Returns:
-        Bytes: 4 for each number, id and label, as much again for staged values, and a margin.
+        Bytes: 4 for each number, id and label, the staged values and numbers, and a margin.
     """
     total = 0.0
     for source in heads:
-        piece = next(source.pieces(start=0, line=0, skip_bad=True), None)
-        if piece is None or not len(piece.frame):
+        rows, values, waiting, done = 0, 0.0, 0, 0.0
+        with suppress(UserError):  # what is wrong with a source is told when it is read
+            for count, piece in enumerate(source.pieces(start=0, line=0, skip_bad=True)):
+                # Where a file is read in larger blocks than pieces, `done` stands still while a block lasts.
+                if count == _HEAD_PIECES or (count and piece.done > done):
+                    break
+                done = piece.done
+                rows += len(piece.frame)
+                columns = [name for name in piece.frame.columns if name[0] in "cw"]
+                waiting += int(piece.frame.select(columns).estimated_size())
+                for name in columns:
+                    if isinstance(piece.frame.schema[name], pl.List):
+                        length = int(piece.frame[name].list.len().sum() or 0)
+                        values += length + 2 * len(piece.frame) if name.startswith("c") else length  # 8 bytes an offset
+        if not rows:
             continue
-        rows = len(piece.frame) / max(piece.done, 1e-12)
-        values = float(len(schema.one_hot))
-        extra = 0.0
-        for name in piece.frame.columns:
-            if isinstance(piece.frame.schema[name], pl.List):
-                mean = float(piece.frame[name].list.len().fill_null(0).mean() or 0)  # type: ignore[arg-type]
-                values += mean
-                extra += 8 if name.startswith("c") else 4 * mean  # offsets, weights
-        total += rows * (4 * (1 + len(schema.numeric) + values * (2 if vocabulary else 1)) + extra)
+        each = 1 + len(schema.numeric) * (2 if log else 1) + len(schema.one_hot) + values / rows
+        total += rows / max(done, 1e-12) * (4 * each + (waiting / rows if staged else 0))
     return int(total * MARGIN)
 
 
@@ -52,15 +62,15 @@ def check_room(output: Path, needed: int, work: Path) -> None:
         work: The work folder, whose content counts as there already.
 
     Raises:
-        UserError: There is less.
+        OutOfRoomError: There is less.
     """
-    place = output.absolute()
+    place = output.resolve()
     while not place.exists():
         place = place.parent
     have = sum(path.stat().st_size for path in work.rglob("*") if path.is_file()) if work.exists() else 0
     free = shutil.disk_usage(place).free
     if needed - have > free:
-        raise UserError(
+        raise OutOfRoomError(
             f"{output}: about {_shown(needed - have)} of disk are needed, {_shown(free)} are free; free some, or name "
             "an output on another disk"
         )

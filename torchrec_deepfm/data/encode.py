@@ -21,11 +21,12 @@ def encode_stem(
     connection: duckdb.DuckDBPyConnection,
     work: WorkFolder,
     stem: str,
-    staged: Sequence[tuple[Path, int]],
+    staged: Sequence[tuple[Path, int, int]],
     schema: Schema,
     vocabularies: Path,
     *,
     block_rows: int,
+    block_bytes: int,
     on_block: Callable[[int], None],
 ) -> None:
     """Write ``<stem>_sparse.npy``, and ``<stem>_ids_<j>.npy`` of list columns, from wherever they stand.
@@ -36,10 +37,11 @@ def encode_stem(
         connection: An open DuckDB connection.
         work: The work folder.
         stem: The stem.
-        staged: Its staged Parquet files and their rows.
+        staged: Its staged Parquet files, their rows, and the bytes that their values take in memory.
         schema: The prepared schema.
         vocabularies: The folder that holds the vocabularies.
-        block_rows: Rows in memory at once; the more, the less often a vocabulary is read.
+        block_rows: Most rows in memory at once; the more, the less often a vocabulary is read.
+        block_bytes: Most bytes of values in memory at once.
         on_block: Called with the rows of every finished block.
     """
     name = f"encode_{stem}"
@@ -53,7 +55,7 @@ def encode_stem(
 
         sparse = growing(SPARSE, (len(one_hot),), record["rows"])
         ids = {j: growing(f"_ids_{j}.npy", (), record["values"].get(str(j), 0)) for j in lists}
-        for files, rows in _blocks(staged[record["files"] :], block_rows):
+        for files, rows in _blocks(staged[record["files"] :], block_rows, block_bytes):
             block = np.empty((rows, len(one_hot)), np.int32)
             for place, j in enumerate(one_hot):
                 block[:, place] = look_up(connection, _column(files, j), vocabulary_file(vocabularies, j))
@@ -70,17 +72,21 @@ def encode_stem(
 
 
 def _column(files: list[Path], j: int) -> pl.Series:
-    return pl.read_parquet(files, columns=[f"c{j}"], glob=False)[f"c{j}"]
+    return pl.read_parquet(files, columns=[f"c{j}"], glob=False, hive_partitioning=False)[f"c{j}"]
 
 
-def _blocks(staged: Sequence[tuple[Path, int]], block_rows: int) -> Iterator[tuple[list[Path], int]]:
+def _blocks(
+    staged: Sequence[tuple[Path, int, int]], block_rows: int, block_bytes: int
+) -> Iterator[tuple[list[Path], int]]:
+    """Whole staged files, as many as fit; one at least."""
     files: list[Path] = []
-    rows = 0
-    for path, count in staged:
-        files.append(path)
-        rows += count
-        if rows >= block_rows:
+    rows = size = 0
+    for path, more_rows, more_bytes in staged:
+        if files and (rows + more_rows > block_rows or size + more_bytes > block_bytes):
             yield files, rows
-            files, rows = [], 0
+            files, rows, size = [], 0, 0
+        files.append(path)
+        rows += more_rows
+        size += more_bytes
     if files:
         yield files, rows

@@ -53,7 +53,7 @@ def appear(folder: Path, output: Path) -> None:
         UserError: The name is taken.
     """
     check_free(output)
-    folder.rename(output.absolute())
+    folder.rename(output.resolve())
 
 
 @contextmanager
@@ -70,7 +70,7 @@ def new_folder(output: Path) -> Iterator[Path]:
         UserError: ``output`` is taken, or the disk refuses.
     """
     check_free(output)
-    output = output.absolute()
+    output = output.resolve()
     partial = output.with_name(f".{output.name}.{uuid.uuid4().hex}.partial")
     try:
         with disk_errors(output):

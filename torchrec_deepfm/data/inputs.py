@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
@@ -115,7 +116,8 @@ def _expand(entries: Sequence[str | Path], schema: Schema) -> list[str]:
         if not folder.is_dir():
             paths.append(str(entry))
             continue
-        days = [path for path in sorted(folder.iterdir()) if _DAY.fullmatch(path.name)]
+        named = [(match, path) for path in sorted(folder.iterdir()) if (match := _DAY.fullmatch(path.name))]
+        days = [path for _, path in sorted(named, key=lambda pair: int(pair[0][1]))]
         if not days:
             raise UserError(f"{folder}: this is a folder without day_0, day_1, ...; name the files")
         paths += [str(path) for path in days]
@@ -132,24 +134,29 @@ def _check_distinct(paths: Mapping[str, Sequence[str]]) -> None:
 
 
 def _days(paths: Mapping[str, Sequence[str]]) -> list[int] | None:
-    """The day of every training file, where all files are named after one; they must have no gap and no double."""
-    matches = {path: _DAY.fullmatch(Path(path).name) for entries in paths.values() for path in entries}
-    if not matches or not all(matches.values()):
+    """The day of every training file, where they are named after days; without gap or double.
+
+    Held-out files that are named after days too have to fit in.
+    """
+    train = [_DAY.fullmatch(Path(path).name) for path in paths["train"]]
+    if not train or not all(train):
         return None
     days: dict[int, str] = {}
-    for path, match in matches.items():
-        assert match is not None
+    for path in (path for entries in paths.values() for path in entries):
+        match = _DAY.fullmatch(Path(path).name)
+        if match is None:
+            continue
         number = int(match[1])
         if number in days:
             raise UserError(f"{path}: day {number} is there twice, also as {days[number]}; name each day once")
         days[number] = path
-    for before, after in zip(sorted(days), sorted(days)[1:], strict=False):
+    for before, after in pairwise(sorted(days)):
         if after != before + 1:
             raise UserError(
                 f"--input: day_{before + 1} is missing between {Path(days[before]).name} and {Path(days[after]).name}; "
                 "name all days, or rename the files if they are no days"
             )
-    return [int(_DAY.fullmatch(Path(path).name)[1]) for path in paths["train"]]  # type: ignore[index]
+    return [int(match[1]) for match in train if match is not None]
 
 
 def _open(paths: Mapping[str, Sequence[str]], schema: Schema, piece_bytes: int) -> dict[str, list[Source]]:

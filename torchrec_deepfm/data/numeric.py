@@ -91,26 +91,29 @@ def buckets(frame: pl.DataFrame, chosen: Sequence[str]) -> list[pl.Series]:
     return found
 
 
-def dense(frame: pl.DataFrame, chosen: Sequence[str], where: str) -> NDArray[np.float32] | NDArray[np.int32]:
+def dense(
+    frame: pl.DataFrame, chosen: Sequence[str], names: Sequence[str], where: str
+) -> NDArray[np.float32] | NDArray[np.int32]:
     """Turn the other numeric columns of a piece into the dense array.
 
     Args:
         frame: n rows with ``n0`` ...
         chosen: What ``transforms`` returned.
+        names: The raw numeric columns, for messages.
         where: The source, for messages.
 
     Returns:
         float32 [n, I]; under ``log``, whose minimum is known at the end of the file only, the integers as int32 [n, I].
 
     Raises:
-        UserError: ``log`` meets a number that is no int32.
+        UserError: ``log`` meets a number that is no int32, or ``none`` one beyond float32.
     """
     kept = [(j, transform) for j, transform in enumerate(chosen) if transform != "bucketize"]
     if not kept:
         return np.empty((len(frame), 0), np.float32)
     if kept[0][1] == "log":
         for j, _ in kept:
-            _check_int32(frame[f"n{j}"], where)
+            _check_int32(frame[f"n{j}"], f"{where}: column {names[j]!r}")
         return np.ascontiguousarray(
             frame.select(pl.col(f"n{j}").fill_null(0).cast(pl.Int32) for j, _ in kept).to_numpy()
         )
@@ -119,7 +122,15 @@ def dense(frame: pl.DataFrame, chosen: Sequence[str], where: str) -> NDArray[np.
         (numbers[j].clip(lower_bound=0.0).log1p() if transform == "log1p" else numbers[j]).cast(pl.Float32)
         for j, transform in kept
     ]
-    return np.ascontiguousarray(frame.select(columns).to_numpy())
+    result = np.ascontiguousarray(frame.select(columns).to_numpy())
+    if not np.isfinite(result).all():
+        row, place = np.argwhere(~np.isfinite(result))[0].tolist()
+        j = kept[place][0]
+        raise UserError(
+            f"{where}: column {names[j]!r}: {frame[f'n{j}'][row]} is beyond the range of float32; choose log1p for it, "
+            "or mend the row"
+        )
+    return result
 
 
 def shifted_log(numbers: NDArray[np.int32], minimum: int) -> NDArray[np.float32]:
@@ -137,13 +148,13 @@ def shifted_log(numbers: NDArray[np.int32], minimum: int) -> NDArray[np.float32]
 
 
 def _check_int32(column: pl.Series, where: str) -> None:
-    if column.dtype != pl.Int64:
-        raise UserError(f"{where}: log takes integers of 32 bits, as TorchRec's script does; choose --numeric log1p")
-    least, most = int(column.min() or 0), int(column.max() or 0)  # type: ignore[arg-type]
-    # One or two at the ends are left for the shift by 2.
-    for number in (least, most):
-        if not _INT32.min + 2 <= number <= _INT32.max - 2:
+    if column.dtype != pl.Int64 and not (column.drop_nulls() == column.drop_nulls().floor()).all():
+        raise UserError(
+            f"{where} has fractions, and log takes integers, as TorchRec's script does; choose log1p for it"
+        )
+    # Two at each end are left for the shift by 2.
+    for number in (column.min() or 0, column.max() or 0):
+        if not _INT32.min + 2 <= number <= _INT32.max - 2:  # type: ignore[operator]
             raise UserError(
-                f"{where}: {number} is no integer of 32 bits, which log takes, as TorchRec's script does; "
-                "choose --numeric log1p"
+                f"{where}: {number!s} is no integer of 32 bits; log takes these, as TorchRec's script does; choose log1p"
             )

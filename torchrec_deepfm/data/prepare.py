@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
-from torchrec_deepfm.data.job import MEMORY, MIN_COUNT, Job
+from torchrec_deepfm.data.job import Job
+from torchrec_deepfm.data.options import MEMORY, MIN_COUNT
 from torchrec_deepfm.data.prepared import PreparedData
 from torchrec_deepfm.data.schema import CRITEO_KAGGLE, Schema
 from torchrec_deepfm.data.workers import Workers

@@ -7,7 +7,7 @@ Shape letters: n rows of a piece, I numeric columns, F1 categorical columns with
 """
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,7 +120,7 @@ class Stager:
         record["finished"] = True
         self.work.write_record(unit.name, record)
 
-    def staged_files(self, stem: str, record: dict[str, Any]) -> list[tuple[Path, int]]:
+    def staged_files(self, stem: str, record: Mapping[str, Any]) -> list[tuple[Path, int, int]]:
         """List the staged files of a stem.
 
         Args:
@@ -128,10 +128,10 @@ class Stager:
             record: The record of its source.
 
         Returns:
-            Parquet files in row order, each with its number of rows.
+            Parquet files in row order, each with its rows and the bytes that its values take in memory.
         """
         pieces = record["stems"][stem]["pieces"]
-        return [(self._staged(stem, number), rows) for number, rows in enumerate(pieces) if rows]
+        return [(self._staged(stem, number), rows, size) for number, (rows, size) in enumerate(pieces) if rows]
 
     def _staged(self, stem: str, number: int) -> Path:
         return self.work.staged / stem / f"{number:06d}.parquet"
@@ -180,7 +180,7 @@ class Stager:
     def _add(self, unit: Unit, piece: Piece, files: dict[str, dict[str, GrowingArray]], record: dict[str, Any]) -> None:
         frame = piece.frame
         labels = frame["label"].to_numpy().astype(np.int32)[:, None]
-        dense = numeric.dense(frame, self.transforms, unit.source.path)
+        dense = numeric.dense(frame, self.transforms, self.raw.numeric, unit.source.path)
         categories = self._categories(frame)
         if "log" in self.transforms and dense.size:
             least = int(dense.min())
@@ -232,9 +232,9 @@ class Stager:
         if self.hashing is not None:
             arrays[SPARSE].append(self.hashing.block(frame, one_hot))
             return
-        counts["pieces"].append(len(frame))
+        values = frame.select(f"c{j}" for j in range(len(self.schema.categorical)))
+        counts["pieces"].append([len(frame), int(values.estimated_size())])
         if len(frame):
-            values = frame.select(f"c{j}" for j in range(len(self.schema.categorical)))
             values.write_parquet(self._staged(stem, piece), compression="lz4", statistics=False)
             sync(self._staged(stem, piece))
 

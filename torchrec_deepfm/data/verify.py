@@ -34,7 +34,10 @@ def verify(folder: Path, report: Callable[[str], None] | None = None) -> int:
     faults += [f"{path}: the manifest does not know this file; remove it" for path in _strangers(folder, known)]
     with Phase("verify", sum(entry["bytes"] for entry in files.values()) / 1e6, tell=report) as phase:
         for name, entry in files.items():
-            found = digest(folder / name)
+            try:
+                found = digest(folder / name)
+            except OSError as error:
+                raise UserError(f"{folder / name}: the file can't be read ({error}); check the disk") from error
             if found != entry:
                 faults.append(f"{folder / name}: the content is not what was written (SHA-256 differs); {_AGAIN}")
             phase.add(entry["bytes"] / 1e6, 0)

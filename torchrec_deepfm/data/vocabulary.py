@@ -14,10 +14,8 @@ import polars as pl
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from torchrec_deepfm.data.schema import Schema
-from torchrec_deepfm.data.sql import quoted, quoted_source
+from torchrec_deepfm.data.sql import parquet, quoted
 from torchrec_deepfm.data.workfolder import sync
-from torchrec_deepfm.errors import UserError
 
 VOCABULARY: Final = "vocabulary_{}.parquet"
 
@@ -42,6 +40,7 @@ def count_column(
     *,
     is_list: bool,
     min_count: int,
+    drafts: Path,
     target: Path,
 ) -> None:
     """Count a column's values in the training rows, number those that occur often enough, write the file.
@@ -55,11 +54,13 @@ def count_column(
         j: The column's position.
         is_list: Whether its cells are lists.
         min_count: Values with fewer occurrences are left out (they become id 0).
+        drafts: A folder on the same disk for the unfinished file, and what DuckDB leaves when it is killed.
         target: The file to write, whole or not at all.
     """
-    rows = f"read_parquet([{', '.join(quoted_source(path) for path in staged)}])"
+    rows = parquet(staged)
     values = f"SELECT unnest(c{j}) AS value FROM {rows}" if is_list else f"SELECT c{j} AS value FROM {rows}"  # noqa: S608
-    partial = target.with_name(f"{target.name}.partial")
+    partial = drafts / target.name
+    partial.unlink(missing_ok=True)
     connection.execute(f"""
         COPY (
             SELECT value, (row_number() OVER (ORDER BY count DESC, value ASC NULLS FIRST))::INTEGER AS id, count
@@ -95,43 +96,15 @@ def look_up(connection: duckdb.DuckDBPyConnection, values: pl.Series, vocabulary
     Returns:
         int32 [n]; 0 for a value that is not in the vocabulary.
     """
+    if values.null_count() == len(values):  # of whatever type: nothing in it would tell
+        values = values.cast(pl.read_parquet_schema(vocabulary)["value"])
     looked_up = pl.DataFrame({"value": values}).with_row_index("row")
     connection.register("looked_up", looked_up.to_arrow())
     found = connection.execute(f"""
-        SELECT l.row, v.id FROM looked_up l JOIN read_parquet({quoted_source(vocabulary)}) v
+        SELECT l.row, v.id FROM looked_up l JOIN {parquet([vocabulary])} v
         ON l.value IS NOT DISTINCT FROM v.value
     """).fetchnumpy()  # noqa: S608 (the path is quoted)
     connection.unregister("looked_up")
     ids = np.zeros(len(values), np.int32)
     ids[found["row"]] = found["id"]  # joins keep no order
     return ids
-
-
-def check_vocabulary(folder: Path, schema: Schema, other: Schema, dtypes: Sequence[pl.DataType] | None) -> None:
-    """Check that a prepared folder's vocabulary serves other data.
-
-    Args:
-        folder: The prepared folder whose vocabulary is to be used.
-        schema: The prepared schema of the new data.
-        other: The schema in the folder.
-        dtypes: Types of the new data's categorical values, where they are known already.
-
-    Raises:
-        UserError: The columns differ, or there is no vocabulary.
-    """
-    if schema.categorical != other.categorical or schema.multi_hot != other.multi_hot:
-        different = [name for name in schema.categorical if name not in other.categorical]
-        different += [name for name in other.categorical if name not in schema.categorical]
-        what = f"column {different[0]!r} is in one of them only" if different else "the columns' order or kind differs"
-        raise UserError(f"--vocabulary {folder}: its categorical columns are not those of --schema; {what}")
-    for j, name in enumerate(schema.categorical):
-        path = vocabulary_file(folder, j)
-        if not path.is_file():
-            raise UserError(
-                f"--vocabulary {folder}: there is no {path.name}; name a folder that was prepared without --hash"
-            )
-        if dtypes is None:
-            continue
-        kept, dtype = pl.read_parquet_schema(path)["value"], dtypes[j]
-        if (kept == pl.String) != (dtype == pl.String):
-            raise UserError(f"--vocabulary {folder}: column {name!r} holds {kept} there and {dtype} here")

@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 
-def _nobody_to_wait_for() -> None:
-    pass
+def _alone(value: Any) -> list[Any]:
+    return [value]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,12 +18,12 @@ class Workers:
     Args:
         rank: Which one this is, 0 to ``count`` - 1.
         count: How many there are.
-        wait: Returns when all of them have called it; raises where one of them has failed.
+        gather: Waits until all of them have called it, and returns what each one gave, by rank.
     """
 
     rank: int = 0
     count: int = 1
-    wait: Callable[[], None] = _nobody_to_wait_for
+    gather: Callable[[Any], list[Any]] = _alone
 
     @property
     def is_main(self) -> bool:

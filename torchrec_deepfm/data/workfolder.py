@@ -10,7 +10,9 @@ import fcntl
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, TextIO
 
@@ -34,14 +36,15 @@ class WorkFolder:
     """
 
     def __init__(self, output: Path) -> None:
-        output = output.absolute()
+        output = output.resolve()  # a symbolic link to a folder: beside the folder itself, on its disk
         self.output = output
         self.path = output.with_name(f".{output.name}.partial")
         self.out = self.path / "out"
         self.staged = self.path / "staged"
-        self.spill = self.path / "spill"
+        # One for every process: DuckDB names its files by process number, and two hosts may have the same.
+        self.spill = self.path / "spill" / uuid.uuid4().hex
         self._records = self.path / "records"
-        self._lock: TextIO | None = None
+        self._locks: list[TextIO] = []
 
     def enter(self, job: Mapping[str, Any]) -> bool:
         """Take the folder for a job: make it, or go on in it.
@@ -50,32 +53,23 @@ class WorkFolder:
             job: JSON values that determine the output.
 
         Returns:
-            Whether there was one already.
+            Whether there was work in it already.
 
         Raises:
-            UserError: It belongs to another job, or another process works in it.
+            UserError: It can't be made, belongs to another job, or another process works in it.
         """
-        resumed = self.path.is_dir()
-        try:
-            for folder in (self.path, self.out, self.staged, self._records):
-                folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise UserError(
-                f"{self.output}: the folder can't be written ({error.strerror}); name another output"
-            ) from error
-        self._lock = (self.path / "lock").open("w", encoding="utf-8")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"{self.output}: another process is preparing it; wait for it, or name another output"
-            ) from error
+        self._make()
+        if not (self._lock("lock", fcntl.LOCK_EX) and self._lock("worker", fcntl.LOCK_EX)):
+            self.leave()
+            raise UserError(f"{self.output}: another process is preparing it; wait for it, or name another output")
+        self._locks.pop().close()  # the workers share this one
+        shutil.rmtree(self.spill.parent, ignore_errors=True)
+        for removed in self.path.parent.glob(f"{self.path.name}.removed-*"):
+            shutil.rmtree(removed, ignore_errors=True)
         path = self.path / "job.json"
         if not path.exists():
             write_json(path, dict(job))
-            return resumed
+            return False
         begun = _read_json(path)
         different = sorted(key for key in {*begun, *job} if begun.get(key) != json.loads(json.dumps(job.get(key))))
         if different:
@@ -83,13 +77,50 @@ class WorkFolder:
                 f"{self.path}: an unfinished prepare of {self.output.name} differs in {', '.join(different)}; "
                 "run it with its own options, or remove this folder to begin anew"
             )
-        return resumed
+        if not self.out.is_dir():  # it has become the output, which is no longer there
+            self.forget("*")
+            shutil.rmtree(self.staged, ignore_errors=True)
+        for folder in (self.out, self.staged, self._records):
+            folder.mkdir(exist_ok=True)
+        return True
+
+    def share(self) -> None:
+        """Keep others out as long as this process lives; every process calls it once the folder is entered."""
+        self._lock("worker", fcntl.LOCK_SH)
+
+    def _make(self) -> None:
+        try:
+            if os.path.ismount(self.output):
+                raise UserError(
+                    f"{self.output}: this is a mount point, which can't appear by a rename; name a folder in it"
+                )
+            self.path.mkdir(parents=True, exist_ok=True)
+            fresh = not (self.path / "job.json").exists()
+            for folder in (self.out, self.staged, self._records) if fresh or self.out.is_dir() else ():
+                folder.mkdir(exist_ok=True)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise UserError(
+                f"{self.output}: the folder can't be written ({error.strerror}); name another output"
+            ) from error
+
+    def _lock(self, name: str, kind: int) -> bool:
+        file = (self.path / name).open("w", encoding="utf-8")
+        self._locks.append(file)
+        try:
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:
+            pass  # some network file systems have no locks: there, nobody can be kept out
+        return True
 
     def leave(self) -> None:
         """Let go of the folder; what is done stays."""
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        shutil.rmtree(self.spill, ignore_errors=True)
+        while self._locks:
+            self._locks.pop().close()
 
     def record(self, name: str) -> dict[str, Any] | None:
         """Read a record.
@@ -131,9 +162,12 @@ class WorkFolder:
         return self.begun() is not None and sum(path.stat().st_size for path in files) >= WORTH_KEEPING
 
     def remove(self) -> None:
-        """Remove the folder."""
+        """Remove the folder: at once as far as others can see, so that nobody goes on with a half of it."""
+        removed = self.path.with_name(f"{self.path.name}.removed-{uuid.uuid4().hex}")
+        with suppress(OSError):
+            self.path.rename(removed)
         self.leave()
-        shutil.rmtree(self.path, ignore_errors=True)
+        shutil.rmtree(removed, ignore_errors=True)
 
 
 def sync(path: Path) -> None:

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,13 +18,14 @@ _MISTAKE = "torchrec_deepfm/user_error"
 
 
 @contextmanager
-def process_group(timeout: float = 1800.0) -> Iterator[torch.device]:
+def process_group(timeout: float = 1800.0, *, cpu: bool = False) -> Iterator[torch.device]:
     """Join the process group of this run, or make one of a single process; leave it at the end.
 
     NCCL carries CUDA tensors where there is a GPU for every local rank, gloo the rest.
 
     Args:
         timeout: seconds after which a rank gives up waiting for the others.
+        cpu: leave GPUs alone, however many there are.
 
     Yields:
         This rank's device, already set as the current one.
@@ -33,7 +34,7 @@ def process_group(timeout: float = 1800.0) -> Iterator[torch.device]:
         UserError: there are GPUs, but fewer than local ranks; or the user's mistake that stopped another rank.
     """
     device = torch.device("cpu")
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and not cpu:
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         if local_world_size > torch.cuda.device_count():
@@ -93,6 +94,30 @@ def _told(store: torch._C._distributed_c10d.Store) -> str | None:
 def is_main() -> bool:
     """Whether this is rank 0, the one that talks."""
     return dist.get_rank() == 0
+
+
+def rank() -> int:
+    """This rank's number."""
+    return dist.get_rank()
+
+
+def count() -> int:
+    """How many ranks there are."""
+    return dist.get_world_size()
+
+
+def gather(value: Any) -> list[Any]:
+    """Wait for all ranks; a collective.
+
+    Args:
+        value: picklable.
+
+    Returns:
+        What each rank gave, by rank.
+    """
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
 
 
 def on_main(work: Callable[[], T]) -> T:
