@@ -98,6 +98,20 @@ def test_sigterm(data: Path, tmp_path: Path, undisturbed: dict[int, Path]) -> No
         assert_as_undisturbed(folder / "run", folder / "log", undisturbed[ranks])
 
 
+@pytest.mark.parametrize("step", [15, 40])
+def test_sigterm_during_an_evaluation(data: Path, tmp_path: Path, undisturbed: dict[int, Path], step: int) -> None:
+    """Between two epochs' worth of steps, and after the last step; the evaluation is done again."""
+    small = ("--batch-size", "100")  # three steps of evaluation: told at the first, all ranks know at the second
+    env = environment(tmp_path / "log", [{"at": "evaluation", "rank": 0, "step": step, "do": "term"}])
+    code, _, err = run(command(data, tmp_path / "run", options=small), env)
+    assert code == 143
+    assert f"stopped by SIGTERM after step {step}, saved in" in err
+    code, out, err = run(command(data, tmp_path / "run", options=small), env)
+    assert (code, err) == (0, "")
+    assert f"going on after step {step} of" in out
+    assert_as_undisturbed(tmp_path / "run", tmp_path / "log", undisturbed[1])
+
+
 def step_reached(logs: Path, step: int, process: Job) -> None:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:

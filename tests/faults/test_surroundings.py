@@ -134,7 +134,7 @@ def test_other_data_are_refused(data: Path, tmp_path: Path) -> None:
     assert code == 2
     assert err == (
         f"error: --data {other}: {tmp_path / 'run'} holds a run on other data; name the data that it was trained on, "
-        "or another folder\n",
+        "or another folder\n"
     )
 
 
