@@ -238,7 +238,8 @@ def test_another_number_of_ranks(
     others.
     """
     without = ("--dropout", "0", "--no-batch-norm")
-    env = environment(tmp_path / "log", [{"at": "step", "rank": ranks - 1, "step": 26, "do": "kill"}])
+    fault = {"at": "step", "rank": ranks - 1, "step": 27, "do": "kill"}
+    env = environment(tmp_path / "log", [fault], FAULTS_SLEEP="0.05")
     code, _, _ = run(command(data, tmp_path / "run", ranks=ranks, options=without), env)
     assert code != 0
     code, out, err = run(command(data, tmp_path / "run", ranks=then, options=without), env)
@@ -258,7 +259,8 @@ def test_another_number_of_ranks(
 
 def test_a_batch_of_another_size_sees_every_row_once(data: Path, tmp_path: Path) -> None:
     """From 2 x 50 to 1 x 70 rows a step, in the middle of the first epoch: what is left is 1200 = 17 x 70 + 10 rows."""
-    env = environment(tmp_path / "log", [{"at": "step", "rank": 0, "step": 9, "do": "kill"}])
+    fault = {"at": "step", "rank": 0, "step": 11, "do": "kill"}
+    env = environment(tmp_path / "log", [fault], FAULTS_SLEEP="0.1")
     assert run(command(data, tmp_path / "run", ranks=2), env)[0] != 0
     code, out, err = run(command(data, tmp_path / "run", options=("--batch-size", "70", "--epochs", "2")), env)
     assert (code, err) == (0, "")
