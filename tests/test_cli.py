@@ -37,6 +37,7 @@ OPTIONS = {
     "schema": {"label", "output"},
     "train": {
         "data",
+        "num-embeddings",
         "output",
         "recipe",
         "factor-dim",
@@ -68,7 +69,7 @@ OPTIONS = {
         "lr-patience",
         "lr-factor",
     },
-    "evaluate": {"run", "data", "split"},
+    "evaluate": {"run", "data", "split", "num-embeddings"},
     "doctor": set(),
 }
 

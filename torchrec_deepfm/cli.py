@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -22,6 +22,9 @@ from torchrec_deepfm.launch import STARTED, exit_with
 from torchrec_deepfm.parse_errors import one_line_errors
 from torchrec_deepfm.training.config import TrainConfig, recipe
 from torchrec_deepfm.training.signals import Preempted
+
+if TYPE_CHECKING:
+    from torchrec_deepfm.data.prepared import PreparedData
 
 PROG = "python -m torchrec_deepfm"
 
@@ -191,6 +194,8 @@ class Train:
     """Folder, or URL such as s3://bucket/run, for the checkpoints. Default: in the run folder."""
     timeout: int = 1800
     """Seconds that ranks wait for one that stalls."""
+    num_embeddings: tuple[int, ...] = ()
+    """For a folder that another tool wrote: take ids modulo this, one number for all columns or one each."""
     config: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
     """Model and training options."""
 
@@ -211,7 +216,6 @@ class Train:
             sys.exit(1)
 
     def _train(self) -> None:
-        from torchrec_deepfm.data.prepared import PreparedData
         from torchrec_deepfm.data.sample import sample_data
         from torchrec_deepfm.training import ranks
         from torchrec_deepfm.training.trainer import train
@@ -222,12 +226,13 @@ class Train:
                 folder = ranks.on_main(lambda: sample_data(sample, terminal.say).folder)
             else:
                 folder = self.data
+            data = _open(folder, self.num_embeddings)
             # The launcher's start, and not this rank's, which may be one of many restarts.
             started = os.environ.get(STARTED) or f"{datetime.now(UTC):%Y%m%d-%H%M%S}"
             output = self.output or ranks.on_main(lambda: Path("runs") / started)
             result = train(
                 self.config,
-                PreparedData.open(folder),
+                data,
                 output,
                 device,
                 resume=self.resume,
@@ -253,16 +258,17 @@ class Evaluate:
     """Prepared folder."""
     split: Literal["validation", "test"] = "test"
     """Split to evaluate."""
+    num_embeddings: tuple[int, ...] = ()
+    """For a folder that another tool wrote: as in train."""
 
     def run(self) -> None:
         """Run the command."""
         terminal.quiet()
-        from torchrec_deepfm.data.prepared import PreparedData
         from torchrec_deepfm.training import ranks
         from torchrec_deepfm.training.trainer import evaluate_run
 
         with ranks.process_group() as device:
-            values = evaluate_run(self.run_folder, PreparedData.open(self.data), self.split, device)
+            values = evaluate_run(self.run_folder, _open(self.data, self.num_embeddings), self.split, device)
             if ranks.is_main():
                 terminal.say(terminal.metrics_table({self.split: values}))
 
@@ -348,6 +354,19 @@ def parse(argv: Sequence[str]) -> Command:
         )
     assert isinstance(command, Command)
     return command
+
+
+def _open(folder: Path, num_embeddings: tuple[int, ...]) -> "PreparedData":
+    from torchrec_deepfm.data.prepared import PreparedData
+    from torchrec_deepfm.training import ranks
+
+    if len(num_embeddings) > 1:
+        sizes: int | tuple[int, ...] | None = num_embeddings
+    else:
+        sizes = num_embeddings[0] if num_embeddings else None
+    # A folder of another tool may have to be read through to find its largest ids: once, and not by every rank.
+    ranks.on_main(lambda: PreparedData.open(folder, num_embeddings=sizes) and None)
+    return PreparedData.open(folder, num_embeddings=sizes)
 
 
 def _value_of(option: str, options: Sequence[str]) -> str | None:

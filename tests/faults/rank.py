@@ -139,6 +139,7 @@ def step_of(folder: os.PathLike[str] | str) -> int:
 def main() -> None:
     before(loop.Loop, "_step", count)
     after(loop.Loop, "_step", log)
+    before(loop.Loop, "heed", lambda self: fault("evaluation", self.point.step))
     before(checkpoint.Checkpoints, "save", lambda self, step, *_, **__: fault("before the save", step))
     # The files of this rank are written; the others' may not be.
     after(dcp.Writer, "write_data", lambda self, *_, **__: fault("between ranks", step_of(self.path)))

@@ -98,6 +98,20 @@ def test_sigterm(data: Path, tmp_path: Path, undisturbed: dict[int, Path]) -> No
         assert_as_undisturbed(folder / "run", folder / "log", undisturbed[ranks])
 
 
+@pytest.mark.parametrize("step", [15, 40])
+def test_sigterm_during_an_evaluation(data: Path, tmp_path: Path, undisturbed: dict[int, Path], step: int) -> None:
+    """Between two epochs' worth of steps, and after the last step; the evaluation is done again."""
+    small = ("--batch-size", "100")  # three steps of evaluation: told at the first, all ranks know at the second
+    env = environment(tmp_path / "log", [{"at": "evaluation", "rank": 0, "step": step, "do": "term"}])
+    code, _, err = run(command(data, tmp_path / "run", options=small), env)
+    assert code == 143
+    assert f"stopped by SIGTERM after step {step}, saved in" in err
+    code, out, err = run(command(data, tmp_path / "run", options=small), env)
+    assert (code, err) == (0, "")
+    assert f"going on after step {step} of" in out
+    assert_as_undisturbed(tmp_path / "run", tmp_path / "log", undisturbed[1])
+
+
 def step_reached(logs: Path, step: int, process: Job) -> None:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
@@ -224,7 +238,8 @@ def test_another_number_of_ranks(
     others.
     """
     without = ("--dropout", "0", "--no-batch-norm")
-    env = environment(tmp_path / "log", [{"at": "step", "rank": ranks - 1, "step": 26, "do": "kill"}])
+    fault = {"at": "step", "rank": ranks - 1, "step": 27, "do": "kill"}
+    env = environment(tmp_path / "log", [fault], FAULTS_SLEEP="0.05")
     code, _, _ = run(command(data, tmp_path / "run", ranks=ranks, options=without), env)
     assert code != 0
     code, out, err = run(command(data, tmp_path / "run", ranks=then, options=without), env)
@@ -244,7 +259,8 @@ def test_another_number_of_ranks(
 
 def test_a_batch_of_another_size_sees_every_row_once(data: Path, tmp_path: Path) -> None:
     """From 2 x 50 to 1 x 70 rows a step, in the middle of the first epoch: what is left is 1200 = 17 x 70 + 10 rows."""
-    env = environment(tmp_path / "log", [{"at": "step", "rank": 0, "step": 9, "do": "kill"}])
+    fault = {"at": "step", "rank": 0, "step": 11, "do": "kill"}
+    env = environment(tmp_path / "log", [fault], FAULTS_SLEEP="0.1")
     assert run(command(data, tmp_path / "run", ranks=2), env)[0] != 0
     code, out, err = run(command(data, tmp_path / "run", options=("--batch-size", "70", "--epochs", "2")), env)
     assert (code, err) == (0, "")

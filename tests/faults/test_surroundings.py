@@ -6,14 +6,16 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.faults.jobs import GLOBAL_BATCH, command, environment, run
+from tests.faults.jobs import GLOBAL_BATCH, command, environment, run, start
 from tests.faults.runs import assert_each_row_once, assert_same_run, make_data, read_tensors, records
 
 GO_ON = "then run the same command again to go on from the last checkpoint"
@@ -177,10 +179,22 @@ def test_a_loss_that_is_no_number(data: Path, tmp_path: Path) -> None:
     assert (about["step"], about["checkpoint"]) == (10, 8)
 
 
+def rank_that_is_alone(logs: Path) -> int | None:
+    """The process of rank 1, once rank 0 has ended."""
+    pids = {path.name.split("_")[1]: int(path.name.split("_")[2]) for path in logs.glob("rank_*")}
+    ended = "0" in pids and not Path(f"/proc/{pids['0']}").exists()
+    return pids["1"] if ended else None
+
+
 def test_a_rank_that_stalls_is_named(data: Path, tmp_path: Path) -> None:
     env = environment(tmp_path / "log", [{"at": "step", "rank": 1, "step": 10, "do": "stop"}], FAULTS_SLEEP="0.3")
     words = command(data, tmp_path / "run", ranks=2, options=("--timeout", "5"))
-    code, _, err = run(words, env)
+    job = start(words, env)
+    while (process := rank_that_is_alone(tmp_path / "log")) is None:
+        assert job.poll() is None, job.err
+        time.sleep(0.1)
+    os.kill(process, signal.SIGKILL)  # torchrun would do that, half a minute later
+    code, _, err = job.finish()
     assert code == 2
     told = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(told) == 1

@@ -156,5 +156,5 @@ def _check_int32(column: pl.Series, where: str) -> None:
     for number in (column.min() or 0, column.max() or 0):
         if not _INT32.min + 2 <= number <= _INT32.max - 2:  # type: ignore[operator]
             raise UserError(
-                f"{where}: {number!s} is no integer of 32 bits; log takes these, as TorchRec's script does; choose log1p"
+                f"{where}: {number!s} is no integer of 32 bits; log takes these, as TorchRec's script; choose log1p"
             )

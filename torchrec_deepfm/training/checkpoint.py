@@ -7,6 +7,7 @@ import contextlib
 import pickle
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +33,19 @@ class Checkpoints:
     Args:
         target: a folder or a URL of fsspec.
         keep_last: how many of the newest to keep.
+        timeout: seconds that ranks wait for each other.
 
     Attributes:
         store: where they lie.
         saved: the newest step that is known to be saved.
     """
 
-    def __init__(self, target: str, *, keep_last: int) -> None:
+    def __init__(self, target: str, *, keep_last: int, timeout: float = 1800.0) -> None:
         self.store = Store(target)
         self.saved: int | None = None
         self._keep_last = keep_last
         # Saving talks in a thread of its own, while the training talks through the other groups.
-        self._group = dist.new_group(backend="gloo")
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._stager = Stager()
         self._pending: Future[int] | None = None

@@ -1,5 +1,7 @@
 """What all ranks have to know at the same step: that one was asked to stop, or has met a loss that is no number."""
 
+from datetime import timedelta
+
 import torch
 import torch.distributed as dist
 
@@ -10,10 +12,13 @@ class Control:
     """One small exchange per step, which nobody waits for: its result is read at the next one.
 
     So all ranks learn of a request at the same step, one step after the first of them knew.
+
+    Args:
+        timeout: seconds that ranks wait for each other.
     """
 
-    def __init__(self) -> None:
-        self._group = dist.new_group(backend="gloo")
+    def __init__(self, timeout: float) -> None:
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
         self._waiting: tuple[dist.Work, torch.Tensor] | None = None
 
     def exchange(self, signum: int, bad_step: int | None) -> tuple[int, int | None]:

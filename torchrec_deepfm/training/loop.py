@@ -77,6 +77,7 @@ class Surroundings:
         signs: what the other ranks see of this one.
         files: the data files.
         folder: of the run.
+        timeout: seconds that ranks wait for each other.
     """
 
     config: TrainConfig
@@ -89,6 +90,7 @@ class Surroundings:
     signs: Signs
     files: DataFiles
     folder: Path
+    timeout: float
 
 
 class Loop:
@@ -122,7 +124,7 @@ class Loop:
         self._pipeline: TrainPipelineSparseDist[Batch, tuple[Tensor, Tensor, Tensor]] = TrainPipelineSparseDist(
             model, self._optimizer, surroundings.device, execute_all_batches=True, custom_model_fwd=self._forward
         )
-        self._control = Control()
+        self._control = Control(surroundings.timeout)
         self._stretch: list[Tensor] = []  # losses since the last record
         self._bad_step: int | None = None
         on_gpu = surroundings.device.type == "cuda"
@@ -155,6 +157,8 @@ class Loop:
         """
         state, finish = self._tensors.to_read(manifest["columns"])
         ranks = int(manifest["world_size"])
+        if not 1 <= ranks <= 2**20 or not 0 <= int(manifest["random"]) <= 2**20 or not 0 <= manifest["losses"] <= 2**20:
+            raise ValueError("numbers that no training has")
         key, state[key], random = read_rank_rows("random", ranks, [int(manifest["random"])], torch.uint8)
         key, state[key], losses = read_rank_rows("losses", ranks, [int(manifest["losses"])], torch.float32)
         buffers = local_buffers(self._model)
@@ -234,15 +238,19 @@ class Loop:
         if signum:
             raise Preempted(signum, "")
 
-    def stop(self, signum: int) -> None:
+    def stop(self, signum: int, *, save: bool = True) -> None:
         """Save the state, unless it is saved, and end.
+
+        Args:
+            signum: the signal that asked for it.
+            save: False where the model holds other weights than those of this step, which is saved.
 
         Raises:
             Preempted: always.
         """
         checkpoints, step = self._s.checkpoints, self.point.step
         checkpoints.wait()
-        if checkpoints.saved != step:
+        if save and checkpoints.saved != step:
             self._save()
             checkpoints.wait()
         dist.barrier()

@@ -154,7 +154,7 @@ class _Training:
         torch.set_float32_matmul_precision("medium" if config.precision == "medium" else "highest")
         is_weighted = bool(data.schema.weighted)
         sharded = build_model(config, self._run.num_embeddings, len(self._run.numeric), device, is_weighted=is_weighted)
-        checkpoints = Checkpoints(self._target, keep_last=config.keep_last)
+        checkpoints = Checkpoints(self._target, keep_last=config.keep_last, timeout=self._timeout)
         signs = Progress(self._timeout)
         loop = Loop(
             sharded.model,
@@ -169,6 +169,7 @@ class _Training:
                 signs=signs,
                 files=DataFiles(data.folder),
                 folder=self._output,
+                timeout=self._timeout,
             ),
         )
         try:
@@ -253,18 +254,18 @@ class _Training:
                 for split, loader in loaders.items()
             }
 
+        restored = None
         try:
             metrics = evaluate_all()
             if "validation" in metrics and not loop.tracker.stopped:
                 loop.judge(metrics["validation"])
             checkpoints.wait()
-            restored = None
             if config.patience and loop.tracker.best_step not in (None, loop.point.step):
                 restored = loop.tracker.best_step
                 self._restore_best(sharded, checkpoints, restored)
                 metrics = evaluate_all()
         except Preempted as request:
-            loop.stop(request.signum)
+            loop.stop(request.signum, save=restored is None)
             raise
         if loop.progress is not None:
             for split, result in metrics.items():
