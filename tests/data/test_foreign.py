@@ -154,7 +154,9 @@ def test_raw_values_are_refused_with_the_remedy(raw, tmp_path, dtype):
         np.save(path, np.load(path).astype(np.uint32).view(np.int32) if dtype is np.int32 else np.load(path))
     message = refusal(lambda: PreparedData.open(folder))
     assert message.startswith(f"{folder / 'day_0_sparse.npy'}: column cat_")
-    assert message.endswith("open the folder with num_embeddings, and ids are taken modulo it as by TorchRec's hashes")
+    assert message.endswith(
+        "give --num-embeddings (in Python num_embeddings=), and ids are taken modulo it as by TorchRec's hashes"
+    )
     assert ("holds -" in message) == (dtype is np.int32)
 
 
@@ -323,9 +325,9 @@ def test_what_can_be_wrong_with_archives(multi_hot):
 @pytest.mark.parametrize(
     ("num_embeddings", "message"),
     [
-        ([1, 2], "num_embeddings: 2 numbers for the 26 categorical columns of {}; give one for each, or one for all"),
-        (0, "num_embeddings: 0 is out of range; give 1 to 2147483647"),
-        ([5] * 25 + [2**31], "num_embeddings: 2147483648 is out of range; give 1 to 2147483647"),
+        ([1, 2], "--num-embeddings: 2 numbers for the 26 categorical columns of {}; give one for each, or one for all"),
+        (0, "--num-embeddings: 0 is out of range; give 1 to 2147483647"),
+        ([5] * 25 + [2**31], "--num-embeddings: 2147483648 is out of range; give 1 to 2147483647"),
     ],
 )
 def test_bad_num_embeddings(contiguous, num_embeddings, message):

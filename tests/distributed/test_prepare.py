@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -46,12 +47,18 @@ def ranks(count, *options):
 
 def kill_all(word: str) -> None:
     """Kill every process with a word in its command line: torchrun puts its ranks into sessions of their own."""
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if word.encode() in path.read_bytes() and int(path.parent.name) != os.getpid():
-                os.kill(int(path.parent.name), signal.SIGKILL)
-        except (FileNotFoundError, ProcessLookupError):
-            continue
+    while True:
+        alive = 0
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                if word.encode() in path.read_bytes() and int(path.parent.name) != os.getpid():
+                    os.kill(int(path.parent.name), signal.SIGKILL)
+                    alive += 1
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+        if not alive:
+            return
+        time.sleep(0.02)
 
 
 @pytest.mark.parametrize(("mode", "count"), [("vocabulary", 2), ("vocabulary", 7), ("hash", 3)])
@@ -73,8 +80,8 @@ def test_killed_ranks_and_one_process_that_ends_it(tmp_path, raw, whole):
     while not work.begun() and process.poll() is None:
         assert time.monotonic() < limit
         time.sleep(0.01)
+    threading.Thread(target=process.wait).start()  # or it would stay in the list of processes
     kill_all(str(tmp_path / "out"))
-    process.wait()
     assert work.begun()
     data = prepare([raw], tmp_path / "out", **MODES["vocabulary"][1])
     assert content(data.folder) == whole["vocabulary"]
@@ -111,8 +118,8 @@ def test_killed_while_encoding_and_ended_by_other_ranks(tmp_path, raw, whole, re
     limit = time.monotonic() + 120
     while not any(records.glob(f"{record}.json")) and process.poll() is None:
         assert time.monotonic() < limit
+    threading.Thread(target=process.wait).start()  # or it would stay in the list of processes
     kill_all(str(tmp_path / "out"))
-    process.wait()
     done = run_module(ranks(2, "--input", raw, "--output", tmp_path / "out", *MODES[mode][0]))
     assert done.returncode == 0, done.stderr
     assert content(tmp_path / "out") == whole[mode]

@@ -204,12 +204,12 @@ def _given(num_embeddings: int | Sequence[int], columns: int, folder: Path) -> l
     counts = [num_embeddings] * columns if isinstance(num_embeddings, int) else list(num_embeddings)
     if len(counts) != columns:
         raise UserError(
-            f"num_embeddings: {len(counts)} numbers for the {columns} categorical columns of {folder}; "
+            f"--num-embeddings: {len(counts)} numbers for the {columns} categorical columns of {folder}; "
             "give one for each, or one for all"
         )
     for count in counts:
         if not 1 <= count <= MAX_NUM_EMBEDDINGS:
-            raise UserError(f"num_embeddings: {count} is out of range; give 1 to {MAX_NUM_EMBEDDINGS}")
+            raise UserError(f"--num-embeddings: {count} is out of range; give 1 to {MAX_NUM_EMBEDDINGS}")
     return counts
 
 
@@ -230,7 +230,7 @@ def _scan(folder: Path, days: Sequence[DayArrays]) -> list[int]:
                     value = _example(part, column, together=bags)
                     raise UserError(
                         f"{part.where}: column cat_{column} holds {value}, which is a raw value and no row of a table; "
-                        "open the folder with num_embeddings, and ids are taken modulo it as by TorchRec's hashes"
+                        "give --num-embeddings (in Python num_embeddings=), and ids are taken modulo it as by TorchRec's hashes"
                     )
                 counts[column] = max(counts[column], highest + 1)
                 column += 1
