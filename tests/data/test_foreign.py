@@ -154,9 +154,7 @@ def test_raw_values_are_refused_with_the_remedy(raw, tmp_path, dtype):
         np.save(path, np.load(path).astype(np.uint32).view(np.int32) if dtype is np.int32 else np.load(path))
     message = refusal(lambda: PreparedData.open(folder))
     assert message.startswith(f"{folder / 'day_0_sparse.npy'}: column cat_")
-    assert message.endswith(
-        "give --num-embeddings (in Python num_embeddings=), and ids are taken modulo it as by TorchRec's hashes"
-    )
+    assert message.endswith("give --num-embeddings, and ids are taken modulo it as by TorchRec's hashes")
     assert ("holds -" in message) == (dtype is np.int32)
 
 

@@ -230,7 +230,7 @@ def _scan(folder: Path, days: Sequence[DayArrays]) -> list[int]:
                     value = _example(part, column, together=bags)
                     raise UserError(
                         f"{part.where}: column cat_{column} holds {value}, which is a raw value and no row of a table; "
-                        "give --num-embeddings (in Python num_embeddings=), and ids are taken modulo it as by TorchRec's hashes"
+                        "give --num-embeddings, and ids are taken modulo it as by TorchRec's hashes"
                     )
                 counts[column] = max(counts[column], highest + 1)
                 column += 1
