@@ -6,6 +6,7 @@ these and agree after each that all went well. ``workfolder.py`` says how a kill
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
@@ -89,6 +90,7 @@ class Job:
             threads=threads,
         )
         self._output, self._memory, self._workers, self._named = output, memory, workers, named
+        self._threads = threads
         self._tell = report if report is not None and workers.is_main else None
         transforms = numeric.transforms(raw, numeric_transform)
         self._schema = numeric.prepared_schema(raw, transforms)
@@ -348,10 +350,11 @@ class Job:
         """Take the checksum of every file that will be in the folder."""
         files = self._files(units)
         mine = self._workers.mine(list(files), [float(rows) for rows in files.values()])
-        with Phase("check", len(mine), tell=self._tell) as phase:
-            for name in mine:
-                if self._work.record(f"sum_{name}") is None:
-                    self._work.write_record(f"sum_{name}", digest(self._work.out / name))
+        missing = [name for name in mine if self._work.record(f"sum_{name}") is None]
+        with Phase("check", len(missing), tell=self._tell) as phase, ThreadPoolExecutor(self._threads) as threads:
+            digests = threads.map(lambda name: digest(self._work.out / name), missing)
+            for name, found in zip(missing, digests, strict=True):
+                self._work.write_record(f"sum_{name}", found)
                 phase.add(1, 0)
 
     def _finish(self, units: _Staged, splits: Mapping[str, Sequence[Mapping[str, Any]]]) -> PreparedData:
