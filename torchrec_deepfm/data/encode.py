@@ -1,6 +1,7 @@
 """Second pass: staged values -> ids by the vocabularies, in row order."""
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,13 @@ from typing import Any
 import duckdb
 import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
 from torchrec_deepfm.data.npyfile import GrowingArray
 from torchrec_deepfm.data.prepared import SPARSE
 from torchrec_deepfm.data.schema import Schema
 from torchrec_deepfm.data.stage import flat
-from torchrec_deepfm.data.vocabulary import look_up, vocabulary_file
+from torchrec_deepfm.data.vocabulary import SMALL, look_up, vocabulary_file, vocabulary_size
 from torchrec_deepfm.data.workfolder import WorkFolder
 
 
@@ -27,6 +29,7 @@ def encode_stem(
     *,
     block_rows: int,
     block_bytes: int,
+    threads: int | None,
     on_block: Callable[[int], None],
 ) -> None:
     """Write ``<stem>_sparse.npy``, and ``<stem>_ids_<j>.npy`` of list columns, from wherever they stand.
@@ -42,6 +45,7 @@ def encode_stem(
         vocabularies: The folder that holds the vocabularies.
         block_rows: Most rows in memory at once; the more, the less often a vocabulary is read.
         block_bytes: Most bytes of values in memory at once.
+        threads: Most threads.
         on_block: Called with the rows of every finished block.
     """
     name = f"encode_{stem}"
@@ -56,10 +60,7 @@ def encode_stem(
         sparse = growing(SPARSE, (len(one_hot),), record["rows"])
         ids = {j: growing(f"_ids_{j}.npy", (), record["values"].get(str(j), 0)) for j in lists}
         for files, rows in _blocks(staged[record["files"] :], block_rows, block_bytes):
-            block = np.empty((rows, len(one_hot)), np.int32)
-            for place, j in enumerate(one_hot):
-                block[:, place] = look_up(connection, _column(files, j), vocabulary_file(vocabularies, j))
-            sparse.append(block)
+            sparse.append(_one_hot(connection, files, rows, one_hot, vocabularies, threads))
             for j, array in ids.items():
                 array.append(look_up(connection, flat(_column(files, j)), vocabulary_file(vocabularies, j)))
                 array.flush()
@@ -69,6 +70,30 @@ def encode_stem(
             record["rows"] += rows
             work.write_record(name, record)
             on_block(rows)
+
+
+def _one_hot(
+    connection: duckdb.DuckDBPyConnection,
+    files: list[Path],
+    rows: int,
+    columns: Sequence[int],
+    vocabularies: Path,
+    threads: int | None,
+) -> NDArray[np.int32]:
+    """The ids of a block: DuckDB takes all cores for a large vocabulary, the small ones share them out."""
+
+    def ids_of(j: int) -> NDArray[np.int32]:
+        return look_up(connection, _column(files, j), vocabulary_file(vocabularies, j))
+
+    if not columns:
+        return np.empty((rows, 0), np.int32)
+    small = [j for j in columns if vocabulary_size(vocabularies, j) <= SMALL]
+    with ThreadPoolExecutor(threads) as pool:
+        ids = dict(zip(small, pool.map(ids_of, small), strict=True))
+    ids |= {j: ids_of(j) for j in columns if j not in ids}
+    # Polars goes from columns to rows with all cores.
+    block = pl.DataFrame({str(j): ids[j] for j in columns}).to_numpy(order="c")
+    return np.ascontiguousarray(block)
 
 
 def _column(files: list[Path], j: int) -> pl.Series:

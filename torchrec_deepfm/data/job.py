@@ -325,6 +325,7 @@ class Job:
                     self._work.out,
                     block_rows=block_rows,
                     block_bytes=int(self._memory * VALUES_SHARE),
+                    threads=self._threads,
                     on_block=lambda rows: phase.add(rows, rows),
                 )
 

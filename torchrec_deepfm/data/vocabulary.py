@@ -20,7 +20,7 @@ from torchrec_deepfm.data.sql import parquet, quoted
 from torchrec_deepfm.data.workfolder import sync
 
 VOCABULARY: Final = "vocabulary_{}.parquet"
-# Up to so many values, a table of Arrow's is faster than a join of DuckDB's, and need not be put in order again.
+# Up to so many ids, a table of Arrow's is faster than a join of DuckDB's, and need not be put in order again.
 SMALL: Final = 100_000
 
 
@@ -102,14 +102,14 @@ def look_up(connection: duckdb.DuckDBPyConnection, values: pl.Series, vocabulary
     """
     if values.null_count() == len(values):  # of whatever type: nothing in it would tell
         values = values.cast(pl.read_parquet_schema(vocabulary)["value"])
-    if pq.read_metadata(vocabulary).num_rows <= SMALL:
+    if pq.read_metadata(vocabulary).num_rows < SMALL:
         kept = pl.read_parquet(vocabulary, columns=["value"], glob=False, hive_partitioning=False)["value"]
         values = values.cast(kept.dtype) if values.dtype.is_integer() and kept.dtype == pl.Int64 else values
         if values.dtype == kept.dtype:
             # The file is in the order of the ids: the place in it tells the id.
             places = pc.index_in(values.to_arrow(), value_set=kept.to_arrow())
-            found: NDArray[np.int32] = pc.add(places.fill_null(-1), pa.scalar(1, pa.int32())).to_numpy()
-            return found
+            small: NDArray[np.int32] = pc.add(places.fill_null(-1), pa.scalar(1, pa.int32())).to_numpy()
+            return small
     looked_up = pl.DataFrame({"value": values}).with_row_index("row")
     connection.register("looked_up", looked_up.to_arrow())
     found = connection.execute(f"""
