@@ -18,6 +18,7 @@ from tests.data.raw_oracle import SMALL, random_text
 from tests.data.test_prepare import small_pieces, write
 from torchrec_deepfm.data import job as module
 from torchrec_deepfm.data import stage
+from torchrec_deepfm.data.options import MEMORY
 from torchrec_deepfm.data.prepare import prepare
 from torchrec_deepfm.data.workfolder import WorkFolder
 from torchrec_deepfm.errors import UserError
@@ -308,6 +309,22 @@ def test_two_processes_at_once(tmp_path, name):
     with pytest.raises(UserError, match=r"another process is preparing it"):
         prepare(paths, tmp_path / "out", schema=SMALL)
     work.leave()
+
+
+def test_what_does_not_fit_in_memory_is_spilled(tmp_path, monkeypatch):
+    values = random.Random(0).sample(range(2**32), 500_000)
+    text = "".join(f"{i % 2}\t\t\t{value:x}\t{value:x}\t1\n" for i, value in enumerate(values)).encode()
+    paths = write(tmp_path, a=text)
+    options = {"schema": SMALL, "min_count": 1, "split": "none", "threads": 1}
+    whole = content(prepare(paths, tmp_path / "whole", **options).folder)
+    monkeypatch.setattr(module, "DUCKDB_SHARE", (20 << 20) / MEMORY)
+    assert content(prepare(paths, tmp_path / "spilled", **options).folder) == whole
+    # That it had to: without a place to spill to, it can't go on, and keeps what is done.
+    monkeypatch.setattr(WorkFolder, "share", lambda _: None)
+    with pytest.raises(UserError, match=r"DuckDB could not go on .*; what is done is kept in"):
+        prepare(paths, tmp_path / "not", **options)
+    monkeypatch.undo()
+    assert content(prepare(paths, tmp_path / "not", **options).folder) == whole
 
 
 def test_two_at_once(tmp_path):

@@ -87,6 +87,7 @@ class WorkFolder:
     def share(self) -> None:
         """Keep others out as long as this process lives; every process calls it once the folder is entered."""
         self._lock("worker", fcntl.LOCK_SH)
+        self.spill.mkdir(parents=True, exist_ok=True)  # DuckDB makes the last folder of a path only
 
     def _make(self) -> None:
         try:
