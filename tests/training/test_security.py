@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.training import dcp
 from torchrec_deepfm.training.checkpoint import Checkpoints, load_model
 from torchrec_deepfm.training.dcp import Cut, Pieces, load_metadata
 from torchrec_deepfm.training.store import seal
@@ -203,3 +204,24 @@ def test_the_weights_of_a_finished_run(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"the checkpoint can't be read \(.metadata names .*\); train again$"):
         load_model(model, folder)  # type: ignore[arg-type]
     assert not (tmp_path / "proof").exists()
+
+
+class _Attribute:
+    """Pickled as Python 3.11.0 to 3.11.3 pickle the members of an Enum."""
+
+    def __init__(self, *arguments):
+        self.arguments = arguments
+
+    def __reduce__(self):
+        return getattr, self.arguments
+
+
+def test_getattr_in_metadata_gives_members_of_one_enum_and_nothing_else():
+    def read(*arguments):
+        return dcp._Unpickler(io.BytesIO(pickle.dumps(_Attribute(*arguments)))).load()
+
+    formats = torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING
+    assert read(formats, "TORCH_CONTIGUOUS_FORMAT") is formats.TORCH_CONTIGUOUS_FORMAT
+    for arguments in ((formats, "__class__"), (formats, "mro"), (torch.Size, "__init__"), (formats, "x", None)):
+        with pytest.raises((pickle.UnpicklingError, TypeError)):
+            read(*arguments)

@@ -308,6 +308,16 @@ _CLASSES: dict[tuple[str, str], Any] = {
 }
 
 
+def _member(cls: Any, name: Any) -> metadata._MEM_FORMAT_ENCODING:
+    """Stands for ``getattr``, by which Python 3.11.0 to 3.11.3 pickle the members of an Enum, and does nothing else."""
+    if cls is not metadata._MEM_FORMAT_ENCODING or name not in metadata._MEM_FORMAT_ENCODING.__members__:
+        raise pickle.UnpicklingError(f"{METADATA} asks for an attribute {name!r}, which no metadata needs")
+    return metadata._MEM_FORMAT_ENCODING[name]
+
+
+_CLASSES["builtins", "getattr"] = _member
+
+
 class _Unpickler(pickle.Unpickler):
     """Knows the classes that DCP's metadata is made of; none of them runs code that a file could choose."""
 
