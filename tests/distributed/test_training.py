@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.distributed.launcher import CPU, one_rank, run_ranks
-from torchrec_deepfm.data.prepared import PreparedData
+from torchrec_deepfm.data.prepared import PreparedData, seal
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.training import loop, trainer
 from torchrec_deepfm.training.config import TrainConfig
@@ -206,7 +206,7 @@ def changed(data: PreparedData, copy: Path, change: Any) -> PreparedData:
     shutil.copytree(data.folder, copy)
     manifest = read(copy / "manifest.json")
     change(manifest)
-    (copy / "manifest.json").write_text(json.dumps(manifest))
+    (copy / "manifest.json").write_bytes(seal(manifest))
     return PreparedData.open(copy)
 
 
