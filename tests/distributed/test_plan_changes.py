@@ -61,7 +61,7 @@ class Trained:
 
     def __init__(self, plan: str, optimizer: str) -> None:
         config = options(optimizer, dist.get_world_size())
-        sharded = build_model(config, SIZES, NUMERIC, CPU, constraints(plan))
+        sharded = build_model(config, SIZES, NUMERIC, CPU, constraints=constraints(plan))
         self.plan = sharded.plan
         self.model = sharded.model
         self.optimizer = make_optimizer(self.model, config)
