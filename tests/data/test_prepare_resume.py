@@ -298,7 +298,8 @@ def test_an_output_that_is_a_mount_point(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["lock", "worker"])  # rank 0 holds both, the others the second
-def test_two_processes_at_once(tmp_path, name):
+def test_two_processes_at_once(tmp_path, monkeypatch, name):
+    monkeypatch.setattr("torchrec_deepfm.data.workfolder.LOCK_SECONDS", 0.2)
     paths = write(tmp_path, a=random_text(100, 0, SMALL))
     work = WorkFolder(tmp_path / "out")
     work.enter({})
@@ -327,7 +328,8 @@ def test_what_does_not_fit_in_memory_is_spilled(tmp_path, monkeypatch):
     assert content(prepare(paths, tmp_path / "not", **options).folder) == whole
 
 
-def test_two_at_once(tmp_path):
+def test_two_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("torchrec_deepfm.data.workfolder.LOCK_SECONDS", 0.2)
     paths = write(tmp_path, a=random_text(100, 0, SMALL))
     work = WorkFolder(tmp_path / "out")
     work.enter({})

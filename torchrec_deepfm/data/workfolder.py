@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Mapping
 from contextlib import suppress
@@ -21,6 +22,8 @@ from torchrec_deepfm.errors import UserError
 # Bytes of finished work that are kept when a mistake in the input or the options stops a prepare. With less, it leaves
 # nothing behind. (Kills and full disks always leave what is done.)
 WORTH_KEEPING: Final = 64 << 20
+# How long to wait for whoever has the folder locked.
+LOCK_SECONDS: Final = 5.0
 
 
 class WorkFolder:
@@ -59,9 +62,13 @@ class WorkFolder:
             UserError: It can't be made, belongs to another job, or another process works in it.
         """
         self._make()
-        if not (self._lock("lock", fcntl.LOCK_EX) and self._lock("worker", fcntl.LOCK_EX)):
+        # A rank that was killed a moment ago, and is started again, may still be holding them.
+        limit = time.monotonic() + LOCK_SECONDS
+        while not (self._lock("lock", fcntl.LOCK_EX) and self._lock("worker", fcntl.LOCK_EX)):
             self.leave()
-            raise UserError(f"{self.output}: another process is preparing it; wait for it, or name another output")
+            if time.monotonic() >= limit:
+                raise UserError(f"{self.output}: another process is preparing it; wait for it, or name another output")
+            time.sleep(0.05)
         self._locks.pop().close()  # the workers share this one
         shutil.rmtree(self.spill.parent, ignore_errors=True)
         for removed in self.path.parent.glob(f"{self.path.name}.removed-*"):
