@@ -19,7 +19,7 @@ def raw_frame(text: bytes) -> pl.DataFrame:
     return pl.DataFrame(numbers | dict(zip(SMALL.categorical, columns[2:], strict=True)))
 
 
-@pytest.mark.parametrize("numbers", ["log1p", "bucketize", "none"])
+@pytest.mark.parametrize("numbers", ["log1p", "bucketize", "fuxictr", "none"])
 @pytest.mark.parametrize("hashed", [False, True], ids=["vocabulary", "hash"])
 def test_criteo(tmp_path, numbers, hashed):
     text = random_text(300, 1, SMALL)

@@ -1,5 +1,6 @@
 """What the options of prepare do, each against plain Python, or against TorchRec's own scripts."""
 
+import dataclasses
 import json
 import math
 import re
@@ -13,12 +14,13 @@ from torchrec.datasets.criteo import BinaryCriteoUtils, InMemoryBinaryCriteoIter
 
 from tests.data.raw_oracle import SMALL, float32, parse, random_text
 from tests.data.test_prepare import check, expected, small_pieces, write
+from torchrec_deepfm import cli
 from torchrec_deepfm.data import job as module
 from torchrec_deepfm.data.options import MEMORY
 from torchrec_deepfm.data.prepare import prepare
-from torchrec_deepfm.data.prepared import SPLITS
+from torchrec_deepfm.data.prepared import SPLITS, PreparedData
 from torchrec_deepfm.data.presets import MLPERF_NUM_EMBEDDINGS
-from torchrec_deepfm.data.schema import CRITEO_KAGGLE, Schema
+from torchrec_deepfm.data.schema import CRITEO_KAGGLE, CRITEO_X4, Schema
 from torchrec_deepfm.errors import UserError
 
 
@@ -86,6 +88,72 @@ def test_bucketize(tmp_path, mode):
             table = duckdb.execute("FROM read_parquet(?)", [str(data.folder / f"vocabulary_{j}.parquet")]).fetchall()
             assert table == [(value, i, values.count(value)) for i, value in enumerate(kept, 1)]
         assert arrays.sparse[:, j].tolist() == wanted
+
+
+def fuxictr_word(cell: str) -> int | None:
+    """What FuxiCTR's Criteo processor makes of a number with ``fill_na: 0``, where 0 is no word of the vocabulary."""
+    number = float(cell) if cell else 0.0
+    word = math.floor(math.log(number) ** 2) if number > 2 else int(number)
+    return word or None
+
+
+@pytest.mark.parametrize("mode", ["vocabulary", "hash"])
+def test_the_benchmark_layout_criteo_x4(tmp_path, mode):
+    """Missing numbers, 0 and rare values share id 0, missing categories too; the label's name and the rest are x4's."""
+    edges = ["", "0", "-1", "-3", "1", "2", "3", "4", "5", "2000000000", "0.0", "-0.9", "2.5", "1.9"]
+    rows = [
+        [
+            str(i % 2),
+            *(edges[(i * (j + 1)) % len(edges)] for j in range(13)),
+            *("" if i % 3 else "0a" for _ in range(26)),
+        ]
+        for i in range(280)
+    ]
+    head = ["Label", *CRITEO_KAGGLE.numeric, *CRITEO_KAGGLE.categorical]
+    path = tmp_path / "train.csv"
+    path.write_text("".join(f"{','.join(row)}\n" for row in [head, *rows]))
+    options = {"min_count": 21} if mode == "vocabulary" else {"hash": True, "num_embeddings": 1000}
+    data = prepare([path], tmp_path / "out", schema=CRITEO_X4, split="none", **options)
+    assert data.schema.missing == "rare"
+    sparse = data.arrays(data.days("train")[0]).sparse
+    for j in range(39):
+        cells = [row[1 + j] for row in rows]
+        words = [fuxictr_word(cell) if j < 13 else cell or None for cell in cells]
+        if mode == "hash":
+            if j < 13:
+                assert sparse[:, j].tolist() == [0 if word is None else 1 + word % 999 for word in words]
+            assert [i for i, word in zip(sparse[:, j].tolist(), words, strict=True) if word is None and i != 0] == []
+            continue
+        kept = sorted({w for w in words if w is not None and words.count(w) >= 21}, key=lambda w: (-words.count(w), w))
+        assert sparse[:, j].tolist() == [kept.index(word) + 1 if word in kept else 0 for word in words]
+        assert data.num_embeddings[data.schema.categorical[j]] == 1 + len(kept)
+
+
+def test_a_vocabulary_knows_what_missing_was(tmp_path):
+    path, *_ = write(tmp_path, a=random_text(60, 9, SMALL))
+    rare = dataclasses.replace(SMALL, missing="rare")
+    data = prepare([path], tmp_path / "out", schema=rare, min_count=1, split="none")
+    assert Schema.from_json(data.schema.to_json()) == data.schema
+    again = prepare([path], tmp_path / "again", schema=rare, vocabulary=data.folder, split="none")
+    assert (again.arrays(again.days("train")[0]).sparse[:] == data.arrays(data.days("train")[0]).sparse[:]).all()
+    with pytest.raises(
+        UserError, match="was prepared with --missing rare, now it is value; choose --missing as it was"
+    ):
+        prepare([path], tmp_path / "other", schema=SMALL, vocabulary=data.folder, split="none")
+
+
+def test_missing_by_the_command_line(tmp_path):
+    """Over the schema's word, and over its default."""
+    path, *_ = write(tmp_path, a=b"1\t\t\t\n0\t\t\t5\n" * 20)
+    (tmp_path / "s.toml").write_text(
+        'layout = "criteo"\nmissing = "rare"\nlabel = "y"\nnumeric = ["n"]\ncategorical = ["c1", "c2"]\n'
+    )
+    for said, ids in (([], [[0, 0], [0, 1]]), (["--missing", "value"], [[1, 1], [1, 2]])):
+        out = tmp_path / f"out{len(said)}"
+        words = ["--schema", str(tmp_path / "s.toml"), "--split", "none", *said]
+        cli.main(["prepare", "--input", str(path), "--output", str(out), *words])
+        data = PreparedData.open(out)
+        assert data.arrays(data.days("train")[0]).sparse[:2].tolist() == ids
 
 
 def test_numbers_as_they_are(tmp_path):

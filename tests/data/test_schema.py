@@ -36,7 +36,8 @@ def test_unknown_name_lists_the_known_ones():
     assert named_schema("criteo-terabyte") is CRITEO_TERABYTE
     with pytest.raises(UserError) as caught:
         named_schema("criteo")
-    assert str(caught.value) == "--schema: there is no schema 'criteo'; choose one of criteo-kaggle, criteo-terabyte"
+    names = "criteo-kaggle, criteo-terabyte, criteo-x1, criteo-x4, frappe-x1"
+    assert str(caught.value) == f"--schema: there is no schema 'criteo'; choose one of {names}"
 
 
 @pytest.mark.parametrize(
@@ -139,7 +140,7 @@ def test_json_of_version_1_is_read():
 
 
 LISTS = "categorical: numeric and categorical must be lists of column names; give text in [ ]"
-KEYS = "choose from label, numeric, categorical, columns, layout, numeric_transform, delimiter"
+KEYS = "choose from label, numeric, categorical, columns, layout, numeric_transform, delimiter, missing"
 OPTIONS = "choose from list, separator, weights, type, min_count, num_embeddings, transform"
 OF_CATEGORICAL = "this is an option of a categorical column; remove it"
 UNNAMED = "is not among label, numeric and categorical; name it there"
@@ -162,7 +163,10 @@ GOOD = 'label = "y"\nnumeric = ["price"]\ncategorical = ["c", "d"]\n'
         (GOOD + 'delimiter = "||"', "delimiter: '||' can't part cells; give one ASCII character, no quote or newline"),
         (
             GOOD + 'numeric_transform = "log2"',
-            "numeric_transform: 'log2' is not known; choose from log1p, log, bucketize, none (did you mean 'log'?)",
+            (
+                "numeric_transform: 'log2' is not known; choose from log1p, log, bucketize, fuxictr, none "
+                "(did you mean 'log'?)"
+            ),
         ),
         (GOOD + "columns = 1", "columns: this is no table; write [columns.NAME] and the options below it"),
         (GOOD + "[columns]\nc = 1", "columns.c: this is no table; write [columns.NAME] and the options below it"),
@@ -258,7 +262,8 @@ def test_load_schema_knows_names():
     with pytest.raises(UserError) as caught:
         load_schema("criteo-kagle")
     assert str(caught.value) == (
-        "--schema: there is no schema 'criteo-kagle'; choose one of criteo-kaggle, criteo-terabyte, or name a .toml "
+        "--schema: there is no schema 'criteo-kagle'; choose one of criteo-kaggle, criteo-terabyte, criteo-x1, "
+        "criteo-x4, frappe-x1, or name a .toml "
         "file (did you mean 'criteo-kaggle'?)"
     )
 

@@ -294,6 +294,7 @@ class Job:
                     j,
                     is_list=self._schema.categorical[j] in self._schema.multi_hot,
                     min_count=self._min_counts[j],
+                    missing_is_rare=self._schema.missing == "rare",
                     drafts=self._work.staged,
                     target=vocabulary_file(self._work.out, j),
                 )

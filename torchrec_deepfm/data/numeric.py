@@ -6,6 +6,10 @@
 | log | log(x - m + 2), m the smallest number of the file (missing: 0), as TorchRec's tsv_to_npys | as x = 0 |
 | none | x | 0 |
 | bucketize | no dense value; an extra category: floor(log(x)^2) above 2, floor(x) up to 2 | a category of its own |
+| fuxictr | as bucketize, but x up to 2 is cut towards 0, and 0 counts as missing | as x = 0 |
+
+``fuxictr`` is what the benchmark configurations of FuxiCTR do (``datasets/criteo.py`` with ``fill_na: 0``): a missing
+number is filled with 0, and the filler is no word of the vocabulary.
 
 Shape letters: n rows, I numeric columns that stay dense.
 """
@@ -21,6 +25,8 @@ from numpy.typing import NDArray
 from torchrec_deepfm.data.schema import TRANSFORMS, Schema
 from torchrec_deepfm.errors import UserError
 
+# Transforms that make a category of a number.
+BUCKETS: Final = ("bucketize", "fuxictr")
 _INT32: Final = np.iinfo(np.int32)
 
 
@@ -43,7 +49,7 @@ def transforms(schema: Schema, option: str | None) -> tuple[str, ...]:
         raise UserError(f"--numeric {option}: there is no such transform; choose one of {', '.join(TRANSFORMS)}")
     fallback = option or ("log1p" if schema.layout == "criteo" else "none")
     chosen = [schema.options(name).transform or schema.numeric_transform or fallback for name in schema.numeric]
-    if "log" in chosen and set(chosen) - {"log", "bucketize"}:
+    if "log" in chosen and set(chosen) - {"log", *BUCKETS}:
         raise UserError(
             "numeric columns: log shifts all of them by one minimum, so it can't stand beside log1p or none; use log "
             "for all, or for none"
@@ -61,7 +67,7 @@ def prepared_schema(schema: Schema, chosen: Sequence[str]) -> Schema:
     Returns:
         The schema with the remaining numeric columns.
     """
-    bucketized = tuple(name for name, transform in zip(schema.numeric, chosen, strict=True) if transform == "bucketize")
+    bucketized = tuple(name for name, transform in zip(schema.numeric, chosen, strict=True) if transform in BUCKETS)
     dense = tuple(name for name in schema.numeric if name not in bucketized)
     columns = {name: options for name, options in schema.columns.items() if name not in bucketized}
     return replace(schema, numeric=dense, categorical=bucketized + schema.categorical, columns=columns)
@@ -79,13 +85,15 @@ def buckets(frame: pl.DataFrame, chosen: Sequence[str]) -> list[pl.Series]:
     """
     found = []
     for j, transform in enumerate(chosen):
-        if transform != "bucketize":
+        if transform not in BUCKETS:
             continue
         number = frame[f"n{j}"].cast(pl.Float64)
         values, missing = number.fill_null(0.0).to_numpy(), number.is_null()
-        bucket = np.floor(values)
+        bucket = np.trunc(values) if transform == "fuxictr" else np.floor(values)
         large = values > 2
         bucket[large] = np.floor(np.log(values[large]) ** 2)
+        if transform == "fuxictr":
+            missing = pl.Series(bucket == 0)
         # A negative code beyond 63 bits would not fit; there is no telling such codes apart anyway.
         found.append(pl.Series(np.maximum(bucket, -(2.0**62)).astype(np.int64)).set(missing, None))
     return found
@@ -108,7 +116,7 @@ def dense(
     Raises:
         UserError: ``log`` meets a number that is no int32, or ``none`` one beyond float32.
     """
-    kept = [(j, transform) for j, transform in enumerate(chosen) if transform != "bucketize"]
+    kept = [(j, transform) for j, transform in enumerate(chosen) if transform not in BUCKETS]
     if not kept:
         return np.empty((len(frame), 0), np.float32)
     if kept[0][1] == "log":

@@ -18,13 +18,21 @@ class Preset:
     Args:
         split: How the days are split.
         num_embeddings: Ids per column when values are hashed.
+        min_count: Values seen less often in training become id 0; ``None`` leaves it to ``prepare``.
     """
 
     split: str | None = None
     num_embeddings: tuple[int, ...] | None = None
+    min_count: int | None = None
 
 
-_PRESETS: Final = {"criteo-terabyte": Preset(split="last-day", num_embeddings=MLPERF_NUM_EMBEDDINGS)}
+_PRESETS: Final = {
+    "criteo-terabyte": Preset(split="last-day", num_embeddings=MLPERF_NUM_EMBEDDINGS),
+    # min_categr_count of BARS' configurations: 1 (DeepFM_criteo_x1, DeepFM_frappe_x1), 10 (DeepFM_criteo_x4_001).
+    "criteo-x1": Preset(min_count=1),
+    "criteo-x4": Preset(min_count=10),
+    "frappe-x1": Preset(min_count=1),
+}
 
 
 def preset(schema: str) -> Preset:

@@ -38,6 +38,11 @@ class OldVocabulary:
                 f"column {different[0]!r} is in one of them only" if different else "the columns' order or kind differs"
             )
             raise UserError(f"--vocabulary {folder}: its categorical columns are not those of --schema; {what}")
+        if schema.missing != theirs.missing:
+            raise UserError(
+                f"--vocabulary {folder}: was prepared with --missing {theirs.missing}, now it is {schema.missing}; "
+                "choose --missing as it was"
+            )
         then = data.made.get("numeric")
         if isinstance(then, Mapping) and dict(then) != dict(transforms):
             names = [name for name in {**then, **transforms} if then.get(name) != transforms.get(name)]

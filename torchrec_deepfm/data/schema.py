@@ -14,7 +14,8 @@ from typing import Any, Final
 
 from torchrec_deepfm.errors import UserError
 
-TRANSFORMS: Final = ("log1p", "log", "bucketize", "none")
+TRANSFORMS: Final = ("log1p", "log", "bucketize", "fuxictr", "none")
+MISSING: Final = ("value", "rare")
 LAYOUTS: Final = ("criteo", "table")
 TYPES: Final = ("string", "integer")
 
@@ -95,6 +96,8 @@ class Schema:
             it to the command.
         delimiter: Character between the cells of a CSV; ``None`` takes it from the file's name (``.csv`` a comma,
             ``.tsv`` a tab).
+        missing: With a vocabulary, ``value`` counts a missing value as a value of its own, ``rare`` gives it id 0 as it
+            does to rare values. Hashing always gives it id 0.
 
     Raises:
         UserError: A name is empty or used twice, there is no categorical column, or an option does not fit its column.
@@ -111,6 +114,7 @@ class Schema:
     layout: str = "criteo"
     numeric_transform: str | None = None
     delimiter: str | None = None
+    missing: str = "value"
 
     def __post_init__(self) -> None:
         """Check the names, then the options against them."""
@@ -126,6 +130,7 @@ class Schema:
         try:
             _check_choice("layout", self.layout, LAYOUTS)
             _check_choice("numeric_transform", self.numeric_transform, TRANSFORMS)
+            _check_choice("missing", self.missing, MISSING)
         except UserError as error:
             raise UserError(f"schema: {error}") from error
         if self.delimiter is not None and (
@@ -225,6 +230,8 @@ class Schema:
         for key in ("numeric_transform", "delimiter"):
             if getattr(self, key) is not None:
                 value[key] = getattr(self, key)
+        if self.missing != "value":
+            value["missing"] = self.missing
         columns = {name: column.to_json() for name, column in self.columns.items()}
         if any(columns.values()):
             value["columns"] = {name: options for name, options in columns.items() if options}
@@ -268,7 +275,7 @@ def _build(value: Mapping[str, Any], *, layout: str) -> Schema:
     if not isinstance(tables, Mapping):
         raise UserError("schema: columns: this is no table; write [columns.NAME] and the options below it")
     columns = {name: _column(name, options) for name, options in tables.items()}
-    rest = {key: value[key] for key in ("layout", "numeric_transform", "delimiter") if key in value}
+    rest = {key: value[key] for key in ("layout", "numeric_transform", "delimiter", "missing") if key in value}
     return Schema(
         label=value["label"],
         numeric=tuple(value["numeric"]),
@@ -313,45 +320,6 @@ def _hint(wrong: object, known: Iterable[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-_DEFAULTS: Final = Column()
-
-
-def _criteo() -> Schema:
-    return Schema(
-        label="label",
-        numeric=tuple(f"I{i}" for i in range(1, 14)),
-        categorical=tuple(f"C{i}" for i in range(1, 27)),
-    )
-
-
-# Both publications of the data have the same columns. They are told apart because their day files and splits differ.
-CRITEO_KAGGLE = _criteo()
-CRITEO_TERABYTE = _criteo()
-
-_NAMED = {"criteo-kaggle": CRITEO_KAGGLE, "criteo-terabyte": CRITEO_TERABYTE}
-
-
-def named_schema(name: str) -> Schema:
-    """Return a built-in schema.
-
-    Args:
-        name: ``criteo-kaggle`` or ``criteo-terabyte``.
-
-    Returns:
-        The schema of that name.
-
-    Raises:
-        UserError: There is no such schema.
-
-    Example:
-        >>> len(named_schema("criteo-kaggle").names)
-        40
-    """
-    if name not in _NAMED:
-        raise UserError(f"--schema: there is no schema {name!r}; choose one of {', '.join(_NAMED)}")
-    return _NAMED[name]
-
-
 def toml_text(text: str) -> str:
     r"""Return a text as TOML writes it.
 
@@ -383,6 +351,82 @@ def toml_key(name: str) -> str:
         ('price', '"user id"')
     """
     return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else toml_text(name)
+
+
+_DEFAULTS: Final = Column()
+
+
+_NUMERIC: Final = tuple(f"I{i}" for i in range(1, 14))
+_CATEGORICAL: Final = tuple(f"C{i}" for i in range(1, 27))
+_FRAPPE: Final = (
+    "user", "item", "daytime", "weekday", "isweekend", "homework", "cost", "weather", "country", "city",
+)  # fmt: skip
+
+
+def _criteo() -> Schema:
+    return Schema(label="label", numeric=_NUMERIC, categorical=_CATEGORICAL)
+
+
+# Both publications of the data have the same columns. They are told apart because their day files and splits differ.
+CRITEO_KAGGLE = _criteo()
+CRITEO_TERABYTE = _criteo()
+
+# The benchmark data of BARS (reczoo/Datasets): CSV files with a head, as its configurations of FuxiCTR read them.
+# Criteo_x1 is AFN's: the numbers are scaled, the categories numbered already.
+CRITEO_X1 = Schema(
+    label="label",
+    numeric=_NUMERIC,
+    categorical=_CATEGORICAL,
+    layout="table",
+    numeric_transform="none",
+    columns={name: Column(type="integer") for name in _CATEGORICAL},
+)
+# Criteo_x4 has the challenge's raw values. FuxiCTR gives what is missing the id of rare values.
+CRITEO_X4 = Schema(
+    label="Label",
+    numeric=_NUMERIC,
+    categorical=_CATEGORICAL,
+    layout="table",
+    numeric_transform="fuxictr",
+    missing="rare",
+    columns={name: Column(type="string") for name in _CATEGORICAL},
+)
+FRAPPE_X1 = Schema(
+    label="label",
+    numeric=(),
+    categorical=_FRAPPE,
+    layout="table",
+    columns={name: Column(type="integer") for name in _FRAPPE},
+)
+
+_NAMED = {
+    "criteo-kaggle": CRITEO_KAGGLE,
+    "criteo-terabyte": CRITEO_TERABYTE,
+    "criteo-x1": CRITEO_X1,
+    "criteo-x4": CRITEO_X4,
+    "frappe-x1": FRAPPE_X1,
+}
+
+
+def named_schema(name: str) -> Schema:
+    """Return a built-in schema.
+
+    Args:
+        name: ``criteo-kaggle``, ``criteo-terabyte``, ``criteo-x1``, ``criteo-x4`` or ``frappe-x1``.
+
+    Returns:
+        The schema of that name.
+
+    Raises:
+        UserError: There is no such schema.
+
+    Example:
+        >>> len(named_schema("criteo-kaggle").names)
+        40
+    """
+    if name not in _NAMED:
+        raise UserError(f"--schema: there is no schema {name!r}; choose one of {', '.join(_NAMED)}")
+    return _NAMED[name]
 
 
 def read_schema(path: Path | str) -> Schema:
@@ -423,7 +467,7 @@ def load_schema(name_or_path: str) -> Schema:
     """Return a built-in schema, or read a ``.toml`` file.
 
     Args:
-        name_or_path: ``criteo-kaggle``, ``criteo-terabyte``, or the path of a TOML file.
+        name_or_path: A name as ``named_schema`` takes it, or the path of a TOML file.
 
     Returns:
         The schema.

@@ -44,13 +44,14 @@ def count_column(
     *,
     is_list: bool,
     min_count: int,
+    missing_is_rare: bool = False,
     drafts: Path,
     target: Path,
 ) -> None:
     """Count a column's values in the training rows, number those that occur often enough, write the file.
 
     Values are numbered from 1 by falling count, ties by value (numbers by size, text by its UTF-8 bytes); a missing
-    value counts as a value that comes before all others on a tie.
+    value counts as a value that comes before all others on a tie, unless it is told to be rare.
 
     Args:
         connection: An open DuckDB connection.
@@ -58,17 +59,19 @@ def count_column(
         j: The column's position.
         is_list: Whether its cells are lists.
         min_count: Values with fewer occurrences are left out (they become id 0).
+        missing_is_rare: Leave the missing value out too, however often it occurs.
         drafts: A folder on the same disk for the unfinished file, and what DuckDB leaves when it is killed.
         target: The file to write, whole or not at all.
     """
     rows = parquet(staged)
     values = f"SELECT unnest(c{j}) AS value FROM {rows}" if is_list else f"SELECT c{j} AS value FROM {rows}"  # noqa: S608
+    known = "WHERE value IS NOT NULL" if missing_is_rare else ""
     partial = drafts / target.name
     partial.unlink(missing_ok=True)
     connection.execute(f"""
         COPY (
             SELECT value, (row_number() OVER (ORDER BY count DESC, value ASC NULLS FIRST))::INTEGER AS id, count
-            FROM (SELECT value, count(*) AS count FROM ({values}) GROUP BY value HAVING count(*) >= {min_count})
+            FROM (SELECT value, count(*) AS count FROM ({values}) {known} GROUP BY value HAVING count(*) >= {min_count})
             ORDER BY id
         ) TO {quoted(partial)} (FORMAT parquet)
     """)  # noqa: S608 (paths are quoted, all else is ours)
