@@ -2,18 +2,26 @@
 
     python benchmarks/peers.py
 
-makes them all; a benchmark makes the one that it needs. They lie in ``.bench/``, which git ignores.
+makes them all; a benchmark makes the one that it needs. They lie in ``.bench/``, which git ignores. torch is taken in
+the version that is installed here, from the index that ``TORCH_INDEX_URL`` names if it is set.
 """
 
+import os
 import shutil
 import subprocess
 import sys
 import venv
+from importlib.metadata import version
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent.parent / ".bench"
+_TORCH = f"torch=={version('torch').partition('+')[0]}"
 # FuxiCTR's CSV reader calls a parameter that Polars 2 no longer has. torch is only needed by its models.
-PEERS = {"fuxictr": ("fuxictr==2.3.10", "polars<2")}
+PEERS = {
+    "fuxictr": ("fuxictr==2.3.10", "polars<2"),
+    "fuxictr-models": ("fuxictr==2.3.10", "polars<2", _TORCH),
+    "deepctr": ("deepctr-torch==0.3.0", "requests", "packaging", _TORCH),  # it imports the two and asks for neither
+}
 
 
 def peer_python(name: str) -> Path:
@@ -37,7 +45,9 @@ def peer_python(name: str) -> Path:
     print(f"installing {', '.join(PEERS[name])} into {folder}", file=sys.stderr, flush=True)
     shutil.rmtree(folder, ignore_errors=True)
     venv.create(folder, with_pip=False)
-    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "-qq", *PEERS[name]]
+    index = os.environ.get("TORCH_INDEX_URL") if _TORCH in PEERS[name] else None
+    extra = ["--extra-index-url", index] if index else []
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "-qq", *extra, *PEERS[name]]
     if subprocess.run(pip, check=False).returncode:
         raise SystemExit(f"{name}: pip could not install {', '.join(PEERS[name])}; see above")
     done.write_text(wanted, encoding="utf-8")

@@ -1,0 +1,92 @@
+"""One training in a process of its own, its result kept: what the quality benchmarks share. No benchmark itself.
+
+A result lies in ``OUTPUT/results/<data set>/<model>/<seed>.json`` with all that was asked for. The same question is not
+asked twice, so that a benchmark that was stopped goes on; another one (other settings, other data) is.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from measured import threads
+from peers import peer_python
+
+HERE = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A training: which worker, on what data, with which settings and seed.
+
+    ``worker`` is the name of a script here, which takes DATA RESULT.json SETTINGS.json SEED. ``environment`` names the
+    peer's environment that runs it, ours if it is empty.
+    """
+
+    data: Path
+    model: str
+    worker: str
+    settings: dict[str, Any]
+    seed: int
+    environment: str = ""
+
+
+def result_of(job: Job, output: Path, *, cores: int = 1) -> dict[str, Any]:
+    """Return what a training gave, from an earlier run of it if there was one.
+
+    Args:
+        job: The training.
+        output: The benchmark's folder.
+        cores: Threads for it.
+
+    Returns:
+        The worker's result: ``validation`` and ``test`` with ``auc`` and ``logloss``, ``seconds``, ``versions``.
+
+    Raises:
+        SystemExit: The training failed; its last words are in the message.
+    """
+    name = re.sub(r"[^A-Za-z0-9.]+", "_", job.model).strip("_")
+    path = output / "results" / job.data.name / name / f"{job.seed}.json"
+    manifest = json.loads((job.data / "manifest.json").read_text(encoding="utf-8"))
+    asked = json.loads(json.dumps(asdict(job) | {"data": manifest["sha256"]}))
+    if path.exists():
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if kept.get("asked") == asked:
+            return dict(kept)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    settings, fresh = path.with_suffix(".settings"), path.with_suffix(".new")
+    settings.write_text(json.dumps(job.settings | {"threads": cores}), encoding="utf-8")
+    python = peer_python(job.environment) if job.environment else sys.executable
+    command = [str(word) for word in (python, HERE / job.worker, job.data, fresh, settings, job.seed)]
+    root = str(HERE.parent)
+    environment = {**os.environ, **threads(cores)}
+    if not job.environment:
+        environment["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    began = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    if done.returncode:
+        last = "\n".join((done.stdout + done.stderr).strip().splitlines()[-15:])
+        raise SystemExit(f"{job.model}, seed {job.seed}, on {job.data}: exit code {done.returncode}\n{last}")
+    result = json.loads(fresh.read_text(encoding="utf-8")) | {"asked": asked}
+    result["process_seconds"] = time.perf_counter() - began
+    fresh.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    fresh.rename(path)
+    settings.unlink()
+    return result
+
+
+def command(*words: object) -> None:
+    """Run a command of ours.
+
+    Raises:
+        SystemExit: It failed.
+    """
+    line = [sys.executable, "-m", "torchrec_deepfm", *map(str, words)]
+    done = subprocess.run(line, capture_output=True, text=True, check=False, cwd=HERE.parent)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(map(str, words))}\n{done.stdout}{done.stderr}")
