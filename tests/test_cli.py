@@ -12,7 +12,8 @@ import tyro
 
 from torchrec_deepfm import cli
 from torchrec_deepfm.errors import UserError
-from torchrec_deepfm.training.config import RECIPES, TrainConfig, recipe
+from torchrec_deepfm.training.config import TrainConfig
+from torchrec_deepfm.training.recipes import RECIPES, recipe
 
 # Scripts rely on these names. Add to them; a change or a removal breaks somebody's job.
 OPTIONS = {
@@ -32,8 +33,11 @@ OPTIONS = {
         "vocabulary",
         "on-bad-row",
         "memory",
+        "missing",
     },
     "verify": set(),
+    "recipes": {"data", "ranks", "samples-per-second"},
+    "report": {"run"},
     "schema": {"label", "output"},
     "train": {
         "data",
@@ -56,6 +60,15 @@ OPTIONS = {
         "warmup",
         "decay",
         "decay-power",
+        "embedding-l2",
+        "linear-l2",
+        "touched-embedding-l2",
+        "touched-linear-l2",
+        "over-arch-l2",
+        "clip-norm",
+        "ema",
+        "ema-every",
+        "seeds",
         "precision",
         "eval-every",
         "seed",
@@ -84,7 +97,7 @@ def options_in_help(command: str, capsys: pytest.CaptureFixture[str]) -> set[str
     with pytest.raises(SystemExit) as stopped:
         cli.main([command, "--help"])
     assert stopped.value.code == 0
-    return set(re.findall(r"^\W{1,3}--([a-z][a-z-]*)", capsys.readouterr().out, flags=re.MULTILINE))
+    return set(re.findall(r"^\W{1,3}--([a-z][a-z0-9-]*)", capsys.readouterr().out, flags=re.MULTILINE))
 
 
 def test_the_commands_are_frozen() -> None:
@@ -130,12 +143,9 @@ def test_a_recipe_and_single_options_on_top() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "no command is named; choose one of synthetic, schema, prepare, verify, train, evaluate, doctor"),
+        ([], f"no command is named; choose one of {', '.join(cli.COMMANDS)}"),
         (["trian"], "trian: there is no such command; did you mean train?"),
-        (
-            ["zzz"],
-            "zzz: there is no such command; choose one of synthetic, schema, prepare, verify, train, evaluate, doctor",
-        ),
+        (["zzz"], f"zzz: there is no such command; choose one of {', '.join(cli.COMMANDS)}"),
         (["train", "--batchsize", "3"], "unknown option --batchsize; python -m torchrec_deepfm train --help lists"),
         (["train", "--dropout", "x"], "option --dropout: could not convert string to float: 'x'; python -m"),
         (["train", "--dropout", "1"], "--dropout 1.0: the probability of dropping a unit lies in [0, 1)"),
@@ -143,7 +153,13 @@ def test_a_recipe_and_single_options_on_top() -> None:
         (["train", "--sparse-lr", "nan"], "--sparse-lr nan: must be greater than 0"),
         (["train", "--warmup", "0.6", "--decay", "0.6"], "--warmup 0.6 --decay 0.6: these are shares of the training"),
         (["train", "--precision", "fp8"], "option --precision takes no 'fp8'; choose one of float32, medium, bf16"),
-        (["train", "--recipe", "x"], "--recipe x: there is no such recipe; choose one of paper, smoke, synthetic"),
+        (["train", "--recipe", "x"], "--recipe x: there is no such recipe; choose one of paper, d2l, criteo-x1, "),
+        (["recipes", "--ranks", "2"], "--ranks: name the recipe too"),
+        (["recipes", "paper", "--ranks", "0"], "--ranks 0: must be at least 1"),
+        (["recipes", "d2l", "--samples-per-second", "nan"], "--samples-per-second nan: must be greater than 0"),
+        (["recipes", "papre"], "--recipe papre: there is no such recipe; did you mean paper?"),
+        (["recipes", "paper", "--data", "nowhere"], "nowhere: "),
+        (["report", "--run", "nowhere"], "--run nowhere: there is no run here"),
         (["prepare", "--output", "x"], "--input: no file is named; name at least one"),
         (["prepare", "--input", "x"], "option --output is missing; python -m torchrec_deepfm prepare --help lists"),
         (
@@ -230,6 +246,8 @@ def test_from_raw_text_to_an_evaluated_run(tmp_path: Path) -> None:
         "config.json",
         "metrics.jsonl",
         "plan.json",
+        "calibration.json",
+        "report.html",
         "summary.json",
         "tensorboard",
     }
@@ -241,6 +259,13 @@ def test_from_raw_text_to_an_evaluated_run(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert {line["split"] for line in lines} == {"train", "validation", "test"}
     assert all({"step", "split", "loss"} <= line.keys() for line in lines)
+
+    (tmp_path / "run" / "report.html").unlink()
+    drawn = run("report", "--run", "run", cwd=tmp_path)
+    assert (drawn.returncode, drawn.stdout, drawn.stderr) == (0, "wrote run/report.html\n", "")
+    told = run("recipes", "smoke", "--data", "data", cwd=tmp_path)
+    assert (told.returncode, told.stderr) == (0, "")
+    assert f"steps             {summary['steps']:,} of 256 samples" in told.stdout
 
     again = run("train", "--data", "data", "--output", "run", "--recipe", "smoke", cwd=tmp_path)
     assert (again.returncode, again.stderr) == (0, "")

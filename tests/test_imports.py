@@ -20,6 +20,7 @@ BASE = {"errors", "data.schema", "training.config"}
 ALLOWED = {
     "": {"model"},  # public names, loaded on first use
     "errors": set(),
+    "page": {"errors"},
     "data.schema": {"errors"},
     "training.config": {"errors"},
     "doctor": set(),
@@ -29,14 +30,30 @@ ALLOWED = {
     "parse_errors": {"errors"},
     "model": BASE,
     "data": BASE,
-    "sharding": BASE | {"model", "data"},
-    "training": BASE | {"terminal", "model", "data", "sharding"},
-    "inference": BASE | {"terminal", "model", "data", "sharding", "training"},
+    "sharding": BASE | {"page", "model", "data"},
+    "training": BASE | {"page", "terminal", "model", "data", "sharding"},
+    "inference": BASE | {"page", "terminal", "model", "data", "sharding", "training"},
     "cli": BASE
-    | {"doctor", "launch", "terminal", "parse_errors", "model", "data", "sharding", "training", "inference"},
+    | {"doctor", "launch", "page", "terminal", "parse_errors", "model", "data", "sharding", "training", "inference"},
     "__main__": {"cli"},
 }
-WITHOUT_TORCH = ["", "errors", "data.schema", "training.config", "doctor", "launch", "torchx_run", "terminal", "cli"]
+WITHOUT_TORCH = [
+    "",
+    "errors",
+    "page",
+    "data.schema",
+    "training.config",
+    "training.recipes",
+    "training.recipe_text",
+    "training.sizing",
+    "training.report",
+    "training.pictures",
+    "doctor",
+    "launch",
+    "torchx_run",
+    "terminal",
+    "cli",
+]
 
 
 def modules(root: Path) -> dict[str, Path]:

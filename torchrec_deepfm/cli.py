@@ -4,13 +4,16 @@ Every command is a dataclass whose fields are its options; tyro parses it and wr
 as it stands, and ``train`` and ``evaluate`` as a rank when torchrun or TorchX starts them.
 """
 
+import dataclasses
 import difflib
 import itertools
+import math
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -20,11 +23,13 @@ from torchrec_deepfm import terminal
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.launch import STARTED, exit_with
 from torchrec_deepfm.parse_errors import one_line_errors
-from torchrec_deepfm.training.config import TrainConfig, recipe
+from torchrec_deepfm.training.config import TrainConfig
+from torchrec_deepfm.training.recipes import recipe
 from torchrec_deepfm.training.signals import Preempted
 
 if TYPE_CHECKING:
     from torchrec_deepfm.data.prepared import PreparedData
+    from torchrec_deepfm.training.recipes import DataSet
 
 PROG = "python -m torchrec_deepfm"
 
@@ -68,15 +73,19 @@ class Prepare:
     test: tuple[str, ...] = ()
     """Raw test files."""
     schema: str = "criteo-kaggle"
-    """Which columns the files have: criteo-kaggle, criteo-terabyte, or the TOML file of a table."""
+    """Which columns the files have: criteo-kaggle, criteo-terabyte; criteo-x1, criteo-x4, frappe-x1 (CSV files of
+    reczoo's data sets, prepared as FuxiCTR does); or the TOML file of a table."""
     split: str | None = None
     """How to split the input: 8:1:1, 9:1 (no validation), last-day (halved: validation, test), or none. Default: 8:1:1;
     for criteo-terabyte last-day."""
     numeric: str | None = None
-    """What becomes of numbers: log1p, log (as TorchRec's script), bucketize (extra categories), or none. Default: what
-    the schema says; else log1p for Criteo, none for a table."""
-    min_count: int = 10
-    """Values seen less often in training share id 0."""
+    """What becomes of numbers: log1p, log (as TorchRec's script), bucketize (extra categories), fuxictr (the same as
+    FuxiCTR makes them), or none. Default: what the schema says; else log1p for Criteo, none for a table."""
+    missing: Literal["value", "rare"] | None = None
+    """A missing category is a value of its own, or has id 0 as rare ones do. Default: what the schema says; else
+    value."""
+    min_count: int | None = None
+    """Values seen less often in training share id 0. Default: 10; for criteo-x1 and frappe-x1 1."""
     hash: tyro.conf.FlagCreatePairsOff[bool] = False
     """Hash values to ids instead of keeping a vocabulary."""
     num_embeddings: tuple[int, ...] = ()
@@ -94,12 +103,16 @@ class Prepare:
         """Run the command."""
         cores = terminal.threads()
         os.environ["POLARS_MAX_THREADS"] = str(cores)  # read when polars is loaded
+        from torchrec_deepfm.data.options import MIN_COUNT
         from torchrec_deepfm.data.prepare import prepare
         from torchrec_deepfm.data.presets import preset
         from torchrec_deepfm.data.schema import load_schema
         from torchrec_deepfm.data.workers import Workers
 
-        chosen = preset(self.schema)
+        chosen, schema = preset(self.schema), load_schema(self.schema)
+        if self.missing is not None:
+            schema = dataclasses.replace(schema, missing=self.missing)
+        counts = (self.min_count, chosen.min_count, MIN_COUNT)
         held_out = self.validation or self.test
 
         def run(workers: Workers) -> None:
@@ -108,8 +121,8 @@ class Prepare:
                 self.output,
                 validation=self.validation,
                 test=self.test,
-                schema=load_schema(self.schema),
-                min_count=self.min_count,
+                schema=schema,
+                min_count=next(count for count in counts if count is not None),
                 hash=self.hash,
                 num_embeddings=self.num_embeddings or (chosen.num_embeddings if self.hash else None),
                 vocabulary=self.vocabulary,
@@ -187,13 +200,16 @@ class Train:
     output: Path | None = None
     """Run folder. Where it holds the same run, unfinished, the training goes on. Default: runs/<time>."""
     recipe: str | None = None
-    """Named settings: paper, smoke, synthetic. Default: paper; without --data, synthetic."""
+    """Named settings, which the command recipes lists, or FILE.py:FUNCTION of your own. Default: paper; without --data,
+    synthetic."""
     resume: Literal["auto", "never"] = "auto"
     """auto: go on from the newest intact checkpoint in the run folder; never: refuse a folder that is not empty."""
     checkpoints: str | None = None
     """Folder, or URL such as s3://bucket/run, for the checkpoints. Default: in the run folder."""
     timeout: int = 1800
     """Seconds that ranks wait for one that stalls."""
+    seeds: int = 1
+    """Train with so many seeds, from --seed on, into folders seed_0, seed_1, ... of the run folder."""
     num_embeddings: tuple[int, ...] = ()
     """For a folder that another tool wrote: take ids modulo this, one number for all columns or one each."""
     config: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
@@ -203,6 +219,8 @@ class Train:
         """Check what the library does not check itself."""
         if self.timeout < 1:
             raise UserError(f"--timeout {self.timeout}: must be at least 1")
+        if self.seeds < 1:
+            raise UserError(f"--seeds {self.seeds}: must be at least 1")
 
     def run(self) -> None:
         """Run the command."""
@@ -218,8 +236,10 @@ class Train:
     def _train(self) -> None:
         from torchrec_deepfm.data.sample import sample_data
         from torchrec_deepfm.training import ranks
+        from torchrec_deepfm.training.seeds import train_seeds
         from torchrec_deepfm.training.trainer import train
 
+        how = partial(train_seeds, count=self.seeds) if self.seeds > 1 else train
         with ranks.process_group(self.timeout) as device:
             if self.data is None:
                 sample = Path("data") / "synthetic"
@@ -230,7 +250,7 @@ class Train:
             # The launcher's start, and not this rank's, which may be one of many restarts.
             started = os.environ.get(STARTED) or f"{datetime.now(UTC):%Y%m%d-%H%M%S}"
             output = self.output or ranks.on_main(lambda: Path("runs") / started)
-            result = train(
+            result = how(
                 self.config,
                 data,
                 output,
@@ -243,9 +263,58 @@ class Train:
             if ranks.is_main():
                 if result.before:
                     terminal.say(f"{result.folder}: this training is finished, there is nothing left to do")
+                if self.seeds > 1:
+                    terminal.say(terminal.seeds_summary(result.summary, result.folder))
+                elif result.before:
                     terminal.say(terminal.metrics_table(terminal.splits(result.summary)))
                 else:
                     terminal.say(terminal.training_summary(result.summary, result.folder))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipes:
+    """List the named recipes, or tell where the values of one come from and what a training with it takes."""
+
+    name: tyro.conf.Positional[str | None] = None
+    """A recipe, or FILE.py:FUNCTION of your own. Without it all are listed."""
+    data: Path | None = None
+    """Prepared folder to work memory and time out for. Default: the published data that the recipe is for."""
+    ranks: int | None = None
+    """Ranks to work it out for. Default: as many as the recipe is meant for."""
+    samples_per_second: float | None = None
+    """Speed of the training on all ranks together, to work the time out."""
+
+    def run(self) -> None:
+        """Run the command."""
+        from torchrec_deepfm.training.recipe_text import recipe_text, recipes_table
+
+        if self.name is None:
+            for option in ("data", "ranks", "samples_per_second"):
+                if getattr(self, option) is not None:
+                    raise UserError(f"--{option.replace('_', '-')}: name the recipe too")
+            terminal.say(recipes_table())
+            return
+        if self.ranks is not None and self.ranks < 1:
+            raise UserError(f"--ranks {self.ranks}: must be at least 1")
+        if self.samples_per_second is not None and not 0 < self.samples_per_second < math.inf:
+            raise UserError(f"--samples-per-second {self.samples_per_second}: must be greater than 0, and finite")
+        data = None if self.data is None else _data_set(self.data)
+        terminal.say(recipe_text(self.name, data, ranks=self.ranks, samples_per_second=self.samples_per_second))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Draw the report of a run again, or that of one that goes on; train draws it at the end."""
+
+    run_folder: Annotated[Path, tyro.conf.arg(name="run")]
+    """Run folder that train wrote."""
+
+    def run(self) -> None:
+        """Run the command."""
+        terminal.quiet()
+        from torchrec_deepfm.training.report import write_run_report
+
+        terminal.say(f"wrote {write_run_report(self.run_folder)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,13 +355,15 @@ class Doctor:
         sys.exit(report.exit_code)
 
 
-Command = Synthetic | Prepare | Verify | SchemaCommand | Train | Evaluate | Doctor
+Command = Synthetic | Prepare | Verify | SchemaCommand | Recipes | Train | Report | Evaluate | Doctor
 COMMANDS: dict[str, type[Command]] = {
     "synthetic": Synthetic,
     "schema": SchemaCommand,
     "prepare": Prepare,
     "verify": Verify,
+    "recipes": Recipes,
     "train": Train,
+    "report": Report,
     "evaluate": Evaluate,
     "doctor": Doctor,
 }
@@ -354,6 +425,21 @@ def parse(argv: Sequence[str]) -> Command:
         )
     assert isinstance(command, Command)
     return command
+
+
+def _data_set(folder: Path) -> "DataSet":
+    from torchrec_deepfm.data.prepared import PreparedData
+    from torchrec_deepfm.training.recipes import DataSet
+
+    data = PreparedData.open(folder)
+    return DataSet(
+        prepare="",
+        folder=str(folder),
+        train_rows=data.rows("train"),
+        table_rows=sum(data.num_embeddings.values()),
+        numeric=len(data.schema.numeric),
+        fields=len(data.schema.numeric) + len(data.schema.categorical),
+    )
 
 
 def _open(folder: Path, num_embeddings: tuple[int, ...]) -> "PreparedData":

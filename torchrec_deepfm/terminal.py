@@ -20,12 +20,15 @@ _WARNINGS = (
     r"fbgemm::dense_embedding_codegen_lookup_function: an autograd kernel was not registered",
     r"[\s\S]*fbgemm_gpu.split_table_batched_embeddings_ops is now DEPRECATED",  # TorchRec imports it
 )
-_LOGGED = {
+_LOGGED: dict[str, str | tuple[str, ...]] = {
     "root": "Sharding spec not found for",  # data_parallel tables have none
     "torchrec.distributed.utils": "Sharding Type is data_parallel, caching params will be ignored",
     "torch.fx._symbolic_trace": "is_fx_tracing will return true for both",  # TorchRec asks it while it pipelines
     # Raised again where the batch is wanted, and told there.
     "torchrec.distributed.train_pipeline.utils": "DataLoadingThread: Non-retriable exception in data loading: UserE",
+    # Of the report's pictures, where the home can't be written to, or the first time ever.
+    "matplotlib": ("mkdir -p failed for path", "Matplotlib created a temporary cache directory"),
+    "matplotlib.font_manager": "Matplotlib is building the font cache",
 }
 
 
@@ -119,6 +122,26 @@ def training_summary(summary: Mapping[str, Any], folder: Path) -> str:
     table = metrics_table(splits(summary))
     files = ", ".join(sorted(path.name + ("/" if path.is_dir() else "") for path in folder.iterdir()))
     return f"{head}\n{table}\nwrote {folder}{os.sep}: {files}"
+
+
+def seeds_summary(summary: Mapping[str, Any], folder: Path) -> str:
+    """Lay out what runs with several seeds have in common.
+
+    Args:
+        summary: of ``train_seeds``.
+        folder: of the runs.
+
+    Returns:
+        Lines: the means, and below each its standard deviation.
+    """
+    columns = ("auc", "logloss", "ne", "calibration", "rows")
+    lines = [f"{len(summary['seeds'])} seeds".ljust(12) + "".join(f"{column:>13}" for column in columns)]
+    for split, means in splits(summary).items():
+        std = summary["std"][split]
+        lines.append(f"{split:<12}" + "".join(f"{_number(means[column]):>13}" for column in columns))
+        shown = ("-" if std.get(column) is None else f"{std[column]:.5f}" for column in columns[:-1])
+        lines.append(f"{'  +-':<12}" + "".join(f"{text:>13}" for text in shown))
+    return "\n".join([*lines, f"wrote {folder / 'summary.json'}; the runs are in {folder}{os.sep}seed_*"])
 
 
 def splits(summary: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

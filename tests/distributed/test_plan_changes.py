@@ -18,9 +18,11 @@ from torchrec.distributed.planner import ParameterConstraints
 
 from tests.distributed.launcher import CPU, run_ranks
 from tests.distributed.samples import batches_of_rank, draw, read_state, to_batch
+from torchrec_deepfm.training.averaging import MovingAverage
 from torchrec_deepfm.training.build import build_model
 from torchrec_deepfm.training.checkpoint import Checkpoints
 from torchrec_deepfm.training.config import TrainConfig
+from torchrec_deepfm.training.dcp import Pieces
 from torchrec_deepfm.training.optimizers import make_optimizer
 from torchrec_deepfm.training.ranks import on_main
 from torchrec_deepfm.training.state import TrainingTensors
@@ -66,6 +68,7 @@ class Trained:
         self.model = sharded.model
         self.optimizer = make_optimizer(self.model, config)
         self.tensors = TrainingTensors(self.model, self.optimizer, config.sparse_optimizer)
+        self.average = MovingAverage(self.model, 0.8)
 
     def step(self, number: int) -> None:
         batch = batches_of_rank(SAMPLES, list(SIZES), GLOBAL_BATCH)[number]
@@ -73,6 +76,14 @@ class Trained:
         loss, _ = self.model(batch)
         loss.backward()
         self.optimizer.step()
+        self.average.update(number + 1)
+
+    def averages(self) -> dict[str, torch.Tensor]:
+        with self.average.in_place():
+            return read_state(self.model)
+
+    def to_save(self) -> dict[str, Pieces]:
+        return self.tensors.to_save() | self.average.to_save()
 
     def logits(self) -> list[float]:
         """Of samples that no step has seen; every rank evaluates all of them."""
@@ -123,8 +134,9 @@ def everything(folder: Path, optimizer: str) -> dict[str, Any]:
         for number in range(STEPS):
             trained.step(number)
         checkpoints = Checkpoints(str(folder / f"{plan}-{dist.get_world_size()}"), keep_last=1)
-        checkpoints.save(STEPS, trained.tensors.to_save(), {"columns": trained.tensors.columns, "plan": plan})
+        checkpoints.save(STEPS, trained.to_save(), {"columns": trained.tensors.columns, "plan": plan})
         saved = {"logits": trained.logits(), "weights": read_state(trained.model), "values": trained.optimizer_values()}
+        saved["averages"] = trained.averages()
         trained.step(STEPS)  # while it is written: what is saved must not move
         checkpoints.close()
         saved["next"] = read_state(trained.model)
@@ -139,10 +151,13 @@ def everything(folder: Path, optimizer: str) -> dict[str, Any]:
             checkpoints = Checkpoints(str(folder / source), keep_last=1)
             [(step, manifest)] = list(checkpoints.intact([]))
             state, finish = trained.tensors.to_read(manifest["columns"])
-            assert checkpoints.read(step, manifest, state) is None
+            averages, finish_averages = trained.average.to_read(int(source.split("-")[1]))
+            assert checkpoints.read(step, manifest, state | averages) is None
             finish()
+            finish_averages()
             found = {
                 "logits": trained.logits(), "weights": read_state(trained.model), "values": trained.optimizer_values(),
+                "averages": trained.averages(),
             }  # fmt: skip
             trained.step(STEPS)
             found["next"] = read_state(trained.model)
@@ -172,6 +187,8 @@ def test_every_value_arrives(seen: dict[Any, Any], source: str) -> None:
         assert found["weights"].keys() == saved["weights"].keys()
         for name, value in saved["weights"].items():
             assert torch.equal(found["weights"][name], value), (reader, name)
+            assert torch.equal(found["averages"][name], saved["averages"][name]), (reader, name)
+            assert not torch.equal(saved["averages"][name], value), name
         assert found["values"].keys() == saved["values"].keys()
         for name, value in saved["values"].items():
             assert value.abs().sum() > 0, name

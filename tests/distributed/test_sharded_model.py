@@ -125,7 +125,7 @@ def gathered(counts: list[int]) -> Metrics:
     logits, labels = predictions(sum(counts))
     first = sum(counts[: dist.get_rank()])
     mine = slice(first, first + counts[dist.get_rank()])
-    return gather_metrics(logits[mine], labels[mine])
+    return gather_metrics(logits[mine], labels[mine], bins=7)
 
 
 def everything() -> dict[str, Any]:
@@ -221,7 +221,7 @@ def test_the_comparison_saw_keys_in_another_order(ranks: list[dict[str, Any]]) -
 @pytest.mark.parametrize("name", UNEVEN)
 def test_metrics_of_uneven_ranks_are_those_of_the_whole_set(ranks: list[dict[str, Any]], name: str) -> None:
     logits, labels = predictions(sum(UNEVEN[name]))
-    expected = compute_metrics(logits.numpy(), labels.numpy())
+    expected = compute_metrics(logits.numpy(), labels.numpy(), bins=7)
     assert [rank["metrics"][name] for rank in ranks] == [expected, expected]
     assert expected.auc is not None
 

@@ -103,6 +103,19 @@ def read(path: Path) -> Any:
     return json.loads(path.read_text())
 
 
+def test_the_reliability_curve_covers_every_row_of_all_ranks(two: Path) -> None:
+    summary, curves = read(two / "summary.json"), read(two / "calibration.json")["splits"]
+    for split in ("validation", "test"):
+        bins = curves[split]
+        rows = [one["rows"] for one in bins]
+        assert sum(rows) == summary[split]["rows"]
+        assert len(bins) > 5
+        predicted = sum(one["predicted"] * n for one, n in zip(bins, rows, strict=True))
+        clicks = sum(one["observed"] * n for one, n in zip(bins, rows, strict=True))
+        assert predicted / clicks == pytest.approx(summary[split]["calibration"], rel=1e-9)
+    assert (two / "report.html").stat().st_size > 10_000
+
+
 def test_two_ranks_have_the_loss_curve_of_one(alone: Path, two: Path) -> None:
     curves = [[line["loss"] for line in records(run, "train")] for run in (alone, two)]
     assert len(curves[0]) == STEPS

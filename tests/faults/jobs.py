@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 OPTIONS = [
     "--factor-dim", "4", "--over-arch-layer-sizes", "16", "8", "--dropout", "0.2", "--batch-norm", "--epochs", "2",
     "--data-parallel-rows", "20", "--warmup", "0.1", "--decay", "0.5", "--eval-every", "15", "--checkpoint-every", "4",
+    "--ema", "0.9", "--ema-every", "3", "--clip-norm", "0.5",
 ]  # fmt: skip
 GLOBAL_BATCH = 100
 STEPS = 40

@@ -120,7 +120,7 @@ def count(self: Any, *_: Any) -> None:
 
 def log(self: Any, *_: Any) -> None:
     step = self.point.step
-    [batch] = [batch for number, batch in self._recent if number == step]
+    [batch] = [batch for number, batch in self._watch._batches if number == step]
     with (log_folder() / f"rank_{my_rank()}_{os.getpid()}").open("a") as file:
         ranks = int(os.environ.get("WORLD_SIZE", "1"))
         rows = rows_of(batch.dense_features)

@@ -6,7 +6,8 @@ import math
 import pytest
 
 from torchrec_deepfm.errors import UserError
-from torchrec_deepfm.training.config import RECIPES, TrainConfig, paper, recipe
+from torchrec_deepfm.training.config import TrainConfig
+from torchrec_deepfm.training.recipes import RECIPES, paper, recipe
 
 
 @pytest.mark.parametrize(
@@ -31,7 +32,18 @@ from torchrec_deepfm.training.config import RECIPES, TrainConfig, paper, recipe
         ({"lr_patience": -2}, "--lr-patience -2: must not be negative"),
         ({"lr_factor": 1.0}, "--lr-factor 1.0: what the rates drop by lies between 0 and 1"),
         ({"lr_factor": 0.0}, "--lr-factor 0.0: what the rates drop by lies between 0 and 1"),
-        ({"metric": "ne"}, "--metric ne: choose one of auc, logloss"),
+        ({"metric": "ne"}, "--metric ne: choose one of auc, logloss, auc-logloss"),
+        ({"sparse_optimizer": "lamb"}, "--sparse-optimizer lamb: choose one of rowwise_adagrad, adagrad, sgd, adam"),
+        ({"embedding_l2": -0.1}, "--embedding-l2 -0.1: must be 0, for none, or greater, and finite"),
+        ({"linear_l2": math.nan}, "--linear-l2 nan: must be 0, for none, or greater, and finite"),
+        ({"touched_embedding_l2": -1.0}, "--touched-embedding-l2 -1.0: must be 0, for none, or greater, and finite"),
+        ({"touched_linear_l2": math.inf}, "--touched-linear-l2 inf: must be 0, for none, or greater, and finite"),
+        ({"over_arch_l2": -1e-9}, "--over-arch-l2 -1e-09: must be 0, for none, or greater, and finite"),
+        ({"clip_norm": math.nan}, "--clip-norm nan: must be 0, for none, or greater, and finite"),
+        ({"ema": 1.0}, "--ema 1.0: the decay of a moving average lies in [0, 1), such as 0.99; 0 for none"),
+        ({"ema": -0.5}, "--ema -0.5: the decay of a moving average lies in [0, 1), such as 0.99; 0 for none"),
+        ({"ema": math.nan}, "--ema nan: the decay of a moving average lies in [0, 1), such as 0.99; 0 for none"),
+        ({"ema_every": 0}, "--ema-every 0: must be at least 1"),
         ({"dropout": 1.0}, "--dropout 1.0: the probability of dropping a unit lies in [0, 1)"),
         ({"dropout": -0.1}, "--dropout -0.1: the probability of dropping a unit lies in [0, 1)"),
         ({"dropout": math.nan}, "--dropout nan: the probability of dropping a unit lies in [0, 1)"),
@@ -74,13 +86,14 @@ def test_the_default_is_the_paper() -> None:
 
 
 def test_recipes_by_name() -> None:
-    assert sorted(RECIPES) == ["paper", "smoke", "synthetic"]
+    names = ["paper", "d2l", "criteo-x1", "criteo-x4", "frappe-x1", "criteo-terabyte", "synthetic", "smoke"]
+    assert list(RECIPES) == names
     for name, make in RECIPES.items():
         assert recipe(name) == make()
         assert make.__doc__, f"the recipe {name} does not say where its values come from"
     with pytest.raises(UserError) as raised:
         recipe("papers")
-    assert str(raised.value) == "--recipe papers: there is no such recipe; choose one of paper, smoke, synthetic"
+    assert str(raised.value) == "--recipe papers: there is no such recipe; did you mean paper?"
 
 
 def test_a_config_does_not_change() -> None:

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.calibration import calibration_curve
 
-from torchrec_deepfm.training.metrics import Metrics, compute_metrics, lift
+from torchrec_deepfm.training.metrics import Metrics, compute_metrics, lift, reliability
 
 
 def compute(logits: list[float], labels: list[int]) -> Metrics:
@@ -95,3 +96,46 @@ def test_json() -> None:
 @pytest.mark.parametrize(("auc", "expected"), [(0.5, 0.0), (0.75, 1.0), (0.625, 0.5), (0.45, -0.2), (0.8, 1.2)])
 def test_lift(auc: float, expected: float) -> None:
     assert lift(auc, 0.75) == expected
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 50), st.integers(0, 1)), min_size=1, max_size=60),
+    st.integers(1, 12),
+    st.randoms(use_true_random=False),
+)
+def test_the_reliability_curve_is_that_of_sklearn(pairs: list[tuple[int, int]], bins: int, rng: random.Random) -> None:
+    rng.shuffle(pairs)
+    predicted, labels = np.array([p / 50 for p, _ in pairs]), np.array([float(y) for _, y in pairs])
+    curve = reliability(predicted, labels, bins)
+    observed, means = calibration_curve(labels, predicted, n_bins=bins, strategy="quantile", pos_label=1)
+    assert [one.observed for one in curve] == pytest.approx(observed.tolist(), abs=1e-12)
+    assert [one.predicted for one in curve] == pytest.approx(means.tolist(), abs=1e-12)
+    # What scikit-learn does not tell: the bins are a partition of the samples, in the order of their predictions.
+    inside = [[(p, y) for p, y in zip(predicted, labels, strict=True) if one.low <= p <= one.high] for one in curve]
+    assert [one.rows for one in curve] == [len(members) for members in inside]
+    assert sum(one.rows for one in curve) == len(pairs)
+    assert [(one.low, one.high) for one in curve] == [(min(members)[0], max(members)[0]) for members in inside]
+    for one, members in zip(curve, inside, strict=True):
+        assert one.observed == pytest.approx(sum(y for _, y in members) / len(members), abs=1e-12)
+        assert one.predicted == pytest.approx(math.fsum(p for p, _ in members) / len(members), abs=1e-12)
+
+
+def test_the_order_of_the_samples_is_no_part_of_the_curve() -> None:
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(-3, 1, 5000).astype(np.float32), (rng.random(5000) < 0.05).astype(np.float32)
+    one = compute_metrics(logits, labels, bins=20)
+    order = rng.permutation(5000)
+    other = compute_metrics(logits[order], labels[order], bins=20)
+    assert [(b.low, b.high, b.rows, b.observed) for b in one.reliability] == [
+        (b.low, b.high, b.rows, b.observed) for b in other.reliability
+    ]
+    assert {b.rows for b in one.reliability} == {250}
+    assert "reliability" not in one.to_json()
+    assert compute_metrics(logits, labels).reliability == ()
+
+
+def test_a_curve_of_odd_sets() -> None:
+    assert [b.rows for b in compute_metrics(np.zeros(7, np.float32), np.ones(7, np.float32), 20).reliability] == [7]
+    assert reliability(np.array([0.5, math.nan]), np.array([0.0, 1.0]), 5) == ()
+    [alone] = compute_metrics(np.float32([100.0]), np.float32([0.0]), 20).reliability
+    assert (alone.low, alone.high, alone.rows, alone.observed) == (1.0, 1.0, 1, 0.0)

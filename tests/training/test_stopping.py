@@ -3,9 +3,12 @@
 import json
 import math
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from torchrec_deepfm.training.loop import monitored
+from torchrec_deepfm.training.metrics import Metrics
 from torchrec_deepfm.training.stopping import Tracker
 
 VALUES = st.lists(st.one_of(st.none(), st.just(math.nan), st.integers(0, 5).map(lambda n: n / 5)), max_size=25)
@@ -45,6 +48,35 @@ def test_rates_drop_again_and_again() -> None:
     drops = [tracker.update(step, value).drop for step, value in enumerate([0.5, 0.6, 0.6, 0.6, 0.6, 0.4, 0.5, 0.5])]
     assert drops == [False, False, True, False, True, False, False, True]
     assert tracker.factor == 0.125
+
+
+def test_it_does_what_fuxictr_does() -> None:
+    """FuxiCTR's BaseModel by its defaults: an evaluation that is no better cuts the rate to a tenth, two in a row end.
+
+    It monitors {"AUC": 1, "logloss": -1} in its experiments. (It also wants a gain of 1e-6, and cuts to 1e-6 at most.)
+    """
+    aucs = [0.970, 0.975, 0.974, 0.976, 0.9765, 0.976, 0.975, 0.98]
+    loglosses = [0.20, 0.18, 0.17, 0.175, 0.176, 0.16, 0.19, 0.10]
+    rate, best, bad, expected = 1.0, -math.inf, 0, []
+    for auc, logloss in zip(aucs, loglosses, strict=True):
+        value = auc - logloss
+        if value > best:
+            best, bad = value, 0
+        else:
+            rate, bad = rate * 0.1, bad + 1
+        expected.append(rate)
+        if bad == 2:
+            break
+    tracker = Tracker(metric="auc-logloss", patience=2, lr_patience=1)
+    found = []
+    for step, (auc, logloss) in enumerate(zip(aucs, loglosses, strict=True)):
+        metrics = Metrics(rows=1, logloss=logloss, auc=auc, ne=None, calibration=None)
+        tracker.update(step, monitored(metrics, "auc-logloss"))
+        found.append(tracker.factor)
+        if tracker.stopped:
+            break
+    assert found == pytest.approx(expected)
+    assert (len(found), tracker.best_step) == (5, 2)
 
 
 @given(VALUES, st.integers(0, 25))

@@ -72,8 +72,9 @@ def plan_model(
         plan = planner.collective_plan(module, [sharder], dist.group.WORLD)  # type: ignore[list-item]
     except PlannerError as error:
         gib = sum(table.num_embeddings * table.embedding_dim * 4 for table in tables) / 2**30
+        whole = f", {len(replicated)} of {len(tables)} replicated on every rank" if replicated else ""
         raise UserError(
-            f"the tables ({gib:.1f} GiB of weights) fit no plan on {dist.get_world_size()} {device.type} rank(s) "
+            f"the tables ({gib:.1f} GiB of weights{whole}) fit no plan on {dist.get_world_size()} {device.type} rank(s) "
             f"({error.error_type.value}): use more ranks (-j), a smaller --factor-dim or a larger prepare --min-count"
         ) from error
     return plan, sharder

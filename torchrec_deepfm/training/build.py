@@ -1,22 +1,26 @@
 """From a configuration to a sharded model, in TorchRec's order: meta tables, fused optimizer, plan, DMP, weights."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torchrec import EmbeddingBagCollection
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import ParameterConstraints
-from torchrec.distributed.types import ShardingPlan
+from torchrec.distributed.types import ShardingPlan, ShardingType
 
+from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.model.deepfm import DeepFM, DeepFMTrain
 from torchrec_deepfm.model.tables import embedding_tables
 from torchrec_deepfm.sharding.initialize import initialize_tables
 from torchrec_deepfm.sharding.planner import plan_model
 from torchrec_deepfm.training.config import TrainConfig
 from torchrec_deepfm.training.optimizers import fuse_sparse_optimizer
+from torchrec_deepfm.training.regularisers import penalise_looked_up_rows
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
@@ -25,6 +29,9 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "gelu": nn.GELU,
     "silu": nn.SiLU,
 }
+
+# Kernels whose weights lie in the device's own memory, every row up to date.
+_IN_MEMORY = (EmbeddingComputeKernel.DENSE.value, EmbeddingComputeKernel.FUSED.value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +67,7 @@ def build_model(
         The sharded model with its plan.
 
     Raises:
-        UserError: the tables fit no plan, or a model option is bad.
+        UserError: the tables fit no plan, a model option is bad, or an option does not go with the tables' optimizer.
     """
     tables = embedding_tables(num_embeddings, config.factor_dim, init_std=config.init_std)
     ebc = EmbeddingBagCollection(tables=tables, device=torch.device("meta"), is_weighted=is_weighted)
@@ -77,7 +84,10 @@ def build_model(
         init_std=config.init_std,
         dense_device=device,
     )
-    replicated = {table.name for table in tables if table.num_embeddings <= config.data_parallel_rows}
+    penalise_looked_up_rows(deepfm.sparse_arch, config, device)
+    whole = config.sparse_optimizer == "adam"
+    replicated = {table.name for table in tables if whole or table.num_embeddings <= config.data_parallel_rows}
+    _check_penalties(config, [table.name for table in tables if table.name not in replicated])
     bags = {name: bag for name, bag in ebc.embedding_bags.items() if name not in replicated}
     fuse_sparse_optimizer([weight for bag in bags.values() for weight in bag.parameters()], config)
     train_model = DeepFMTrain(deepfm)
@@ -89,7 +99,39 @@ def build_model(
         device=device,
         constraints=constraints,
     )
+    _check_plan(config, plan, replicated)
     model = DistributedModelParallel(train_model, device=device, plan=plan, sharders=[sharder])  # type: ignore[list-item]
     initialize_tables(model, tables, factor_dim=config.factor_dim, std=config.init_std, seed=config.seed)
     torch.manual_seed(config.seed + 1 + dist.get_rank())  # dropout: another stream on every rank
     return Sharded(model=model, plan=plan)
+
+
+def _check_penalties(config: TrainConfig, fused: Sequence[str]) -> None:
+    """Refuse penalties on whole tables where a kernel sees the rows of the batch only."""
+    for option in ("embedding_l2", "linear_l2"):
+        if getattr(config, option) and fused:
+            name = option.replace("_", "-")
+            raise UserError(
+                f"--{name} {getattr(config, option)}: this penalty is on whole tables, but {config.sparse_optimizer}, "
+                f"which trains {fused[0]}, sees the rows of each batch only; add --sparse-optimizer adam, or take "
+                f"--touched-{name}"
+            )
+
+
+def _check_plan(config: TrainConfig, plan: ShardingPlan, replicated: AbstractSet[str]) -> None:
+    """Refuse a plan that shards what an optimizer wants whole, or hides from the moving average what it averages."""
+    for module in plan.plan.values():
+        for name, sharding in module.items():  # type: ignore[attr-defined]
+            if name in replicated and sharding.sharding_type != ShardingType.DATA_PARALLEL.value:
+                reason = "--sparse-optimizer adam"
+                if config.sparse_optimizer != "adam":
+                    reason = f"--data-parallel-rows {config.data_parallel_rows}"
+                raise UserError(
+                    f"table {name}: the plan shards it ({sharding.sharding_type}), but {reason} replicates it; plan it "
+                    "as data_parallel, or change the option"
+                )
+            if config.ema and sharding.compute_kernel not in _IN_MEMORY:
+                raise UserError(
+                    f"table {name}: the plan keeps it out of the device's memory ({sharding.compute_kernel}), where "
+                    "--ema would read stale rows or move all of them at each step; plan it as fused, or leave out --ema"
+                )

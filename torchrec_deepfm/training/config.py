@@ -1,27 +1,29 @@
-"""What a training run can be told, and the named recipes. Standard library only.
-
-A recipe is a function that returns a ``TrainConfig``; its docstring says where its values come from. The command line
-takes one by name (``--recipe paper``) and any field of it as an option on top (``--dropout 0.2``). Your own recipe is
-``dataclasses.replace(paper(), dropout=0.2)``.
-"""
+"""What a training run can be told; ``recipes.py`` has the values that belong together. Standard library only."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from torchrec_deepfm.errors import UserError
 
 Activation = Literal["relu", "tanh", "sigmoid", "gelu", "silu"]
-SparseOptimizer = Literal["rowwise_adagrad", "adagrad", "sgd"]
+SparseOptimizer = Literal["rowwise_adagrad", "adagrad", "sgd", "adam"]
 Precision = Literal["float32", "medium", "bf16"]
-Metric = Literal["auc", "logloss"]
+Metric = Literal["auc", "logloss", "auc-logloss"]
 _CHOICES = {
     "activation": get_args(Activation),
     "sparse_optimizer": get_args(SparseOptimizer),
     "precision": get_args(Precision),
     "metric": get_args(Metric),
 }
+_PENALTIES = (
+    "embedding_l2",
+    "linear_l2",
+    "touched_embedding_l2",
+    "touched_linear_l2",
+    "over_arch_l2",
+    "clip_norm",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +54,8 @@ class TrainConfig:
     batch_size: int = 2048
     """Samples per step and rank."""
     sparse_optimizer: SparseOptimizer = "rowwise_adagrad"
-    """Optimizer of the tables, fused into the backward pass."""
+    """Optimizer of the tables, fused into the backward pass; adam is not: it replicates every table on every rank and
+    steps on all of its rows, seen or not."""
     sparse_lr: float = 0.02
     """Learning rate of the tables."""
     dense_lr: float = 1e-3
@@ -65,6 +68,23 @@ class TrainConfig:
     """Share of the steps, the last ones, during which the learning rates fall to zero."""
     decay_power: float = 2.0
     """Power of the polynomial by which they fall."""
+
+    embedding_l2: float = 0.0
+    """L2 penalty of the latent vectors, whole tables at each step: lambda/2 ||v||^2. Wants --sparse-optimizer adam."""
+    linear_l2: float = 0.0
+    """The same of the first-order weights w."""
+    touched_embedding_l2: float = 0.0
+    """L2 penalty of the latent vectors that a batch looks up, per sample, whatever optimizer trains the tables."""
+    touched_linear_l2: float = 0.0
+    """The same of the first-order weights."""
+    over_arch_l2: float = 0.0
+    """L2 penalty of the MLP's weights, not of its biases and batch normalisation."""
+    clip_norm: float = 0.0
+    """Largest norm of the gradient of everything that is not fused, all together; 0: no limit."""
+    ema: float = 0.0
+    """Decay of the moving average of the weights, with which to evaluate and to end, in [0, 1); 0: none."""
+    ema_every: int = 1
+    """Steps between two updates of the moving average."""
     precision: Precision = "float32"
     """float32; float32 with bfloat16 matrix products inside (medium); or bfloat16 autocast of the MLP."""
     eval_every: int = 0
@@ -77,7 +97,7 @@ class TrainConfig:
     keep_last: int = 2
     """Checkpoints to keep, besides the one of the best evaluation."""
     metric: Metric = "auc"
-    """Metric of the validation split that says which evaluation is the best: auc or logloss."""
+    """Metric of the validation split that says which evaluation is the best; auc-logloss is their difference."""
     patience: int = 0
     """Evaluations in a row without a better one after which to stop and go back to the best; 0: never."""
     lr_patience: int = 0
@@ -87,7 +107,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges that the model does not check itself."""
-        for option in ("epochs", "batch_size", "factor_dim", "keep_last"):
+        for option in ("epochs", "batch_size", "factor_dim", "keep_last", "ema_every"):
             if getattr(self, option) < 1:
                 raise UserError(f"--{option.replace('_', '-')} {getattr(self, option)}: must be at least 1")
         for option in ("sparse_lr", "dense_lr", "decay_power", "init_std"):
@@ -98,10 +118,17 @@ class TrainConfig:
         for option in ("eval_every", "data_parallel_rows", "seed", "checkpoint_every", "patience", "lr_patience"):
             if getattr(self, option) < 0:
                 raise UserError(f"--{option.replace('_', '-')} {getattr(self, option)}: must not be negative")
+        for option in _PENALTIES:
+            if not 0.0 <= getattr(self, option) < math.inf:
+                raise UserError(
+                    f"--{option.replace('_', '-')} {getattr(self, option)}: must be 0, for none, or greater, and finite"
+                )
         for option, choices in _CHOICES.items():  # the command line has checked them, a file by hand has not
             if getattr(self, option) not in choices:
                 name = option.replace("_", "-")
                 raise UserError(f"--{name} {getattr(self, option)}: choose one of {', '.join(choices)}")
+        if not 0.0 <= self.ema < 1.0:
+            raise UserError(f"--ema {self.ema}: the decay of a moving average lies in [0, 1), such as 0.99; 0 for none")
         if not 0.0 < self.lr_factor < 1.0:
             raise UserError(f"--lr-factor {self.lr_factor}: what the rates drop by lies between 0 and 1")
         if not 0.0 <= self.dropout < 1.0:
@@ -110,59 +137,3 @@ class TrainConfig:
             raise UserError(
                 f"--warmup {self.warmup} --decay {self.decay}: these are shares of the training, together at most 1"
             )
-
-
-def paper() -> TrainConfig:
-    """The paper's Criteo settings: K = 10, 400-400-400, ReLU, dropout 0.5 (arXiv 1703.04247, section 3.1), Adam 1e-3.
-
-    The paper names Adam for the model and no batch size, rate or number of epochs. Here Adam trains the dense part and
-    row-wise Adagrad the tables, since fused kernels on CPU have no Adam; 2 x 2048 a step.
-    """
-    return TrainConfig()
-
-
-def smoke() -> TrainConfig:
-    """A few seconds on anything: a small MLP, small batches, one epoch. It checks an installation, not quality."""
-    return TrainConfig(over_arch_layer_sizes=(32, 32), dropout=0.0, batch_size=256)
-
-
-def synthetic() -> TrainConfig:
-    """What ``make train`` runs: the synthetic set, whose best reachable AUC is known, learnt within a few minutes.
-
-    Found by experiment on that set (docs/results.md). Criteo-like data want a wider MLP; start from ``paper`` there.
-    """
-    return TrainConfig(
-        over_arch_layer_sizes=(128, 64),
-        dropout=0.0,
-        epochs=3,
-        batch_size=1024,
-        sparse_lr=0.05,
-        dense_lr=3e-3,
-        warmup=0.05,
-        decay=0.95,
-        decay_power=1.0,
-    )
-
-
-RECIPES: dict[str, Callable[[], TrainConfig]] = {"paper": paper, "smoke": smoke, "synthetic": synthetic}
-
-
-def recipe(name: str) -> TrainConfig:
-    """Look up a named recipe.
-
-    Args:
-        name: one of ``RECIPES``.
-
-    Returns:
-        Its configuration.
-
-    Raises:
-        UserError: there is no such recipe.
-
-    Example:
-        >>> recipe("paper").over_arch_layer_sizes
-        (400, 400, 400)
-    """
-    if name not in RECIPES:
-        raise UserError(f"--recipe {name}: there is no such recipe; choose one of {', '.join(sorted(RECIPES))}")
-    return RECIPES[name]()

@@ -27,6 +27,7 @@ def evaluate(
     device: torch.device,
     precision: str,
     before_step: Callable[[], None] = lambda: None,
+    bins: int = 0,
 ) -> Metrics:
     """Run the model over every row that the loaders of all ranks yield; a collective.
 
@@ -36,6 +37,7 @@ def evaluate(
         device: this rank's device.
         precision: as in ``TrainConfig``.
         before_step: called before each step, on every rank as often; what it raises ends the evaluation.
+        bins: most bins of the reliability curve; 0 for none.
 
     Returns:
         The exact metrics of the whole split, the same on every rank.
@@ -57,4 +59,4 @@ def evaluate(
             logits.append(batch_logits[:valid].float().cpu())
             labels.append(batch_labels[:valid].float().cpu())
     pipeline.detach()
-    return gather_metrics(torch.cat(logits), torch.cat(labels))
+    return gather_metrics(torch.cat(logits), torch.cat(labels), bins)

@@ -1,11 +1,9 @@
 """The steps of a training: what happens at each of them, and what it takes to go on from any of them."""
 
-import json
-import math
 import signal
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,26 +17,25 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from torchrec_deepfm.data.loader import Loader
 from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.training.averaging import MovingAverage
 from torchrec_deepfm.training.checkpoint import Checkpoints
-from torchrec_deepfm.training.config import TrainConfig
+from torchrec_deepfm.training.config import Metric, TrainConfig
 from torchrec_deepfm.training.control import Control
 from torchrec_deepfm.training.dcp import Pieces
-from torchrec_deepfm.training.disk import refused
 from torchrec_deepfm.training.evaluation import autocast, evaluate
 from torchrec_deepfm.training.metrics import Metrics
+from torchrec_deepfm.training.nonfinite import LossWatch
 from torchrec_deepfm.training.optimizers import make_optimizer, make_scheduler, set_rates
 from torchrec_deepfm.training.progress import Progress
-from torchrec_deepfm.training.ranks import is_main
+from torchrec_deepfm.training.rank_state import RankState
 from torchrec_deepfm.training.signals import Preempted, Requests
-from torchrec_deepfm.training.state import TrainingTensors, local_buffers, rank_rows, read_rank_rows
+from torchrec_deepfm.training.state import TrainingTensors
 from torchrec_deepfm.training.stopping import Tracker, Verdict
 from torchrec_deepfm.training.watch import DataFiles
 from torchrec_deepfm.training.watch import Progress as Signs
 
 # Steps between two records of the running loss. Reading the loss off a GPU waits for it, so not at each step.
 RECORD_EVERY = 20
-# Batches that are in the pipeline, and not trained on yet, with some to spare.
-_AHEAD = 8
 
 
 @dataclass(kw_only=True)
@@ -103,6 +100,7 @@ class Loop:
     Attributes:
         point: how far it has come.
         tracker: the best evaluation, and patience.
+        average: the moving average of the weights; None without.
         progress: what tells of it; rank 0 sets it once it is known where the training begins.
     """
 
@@ -121,15 +119,15 @@ class Loop:
             self._optimizer, config, config.epochs * len(surroundings.train), lambda: self.tracker.factor
         )
         self._tensors = TrainingTensors(model, self._optimizer, config.sparse_optimizer)
+        self._own = RankState(model, surroundings.device, config.seed)
+        self.average = MovingAverage(model, config.ema, config.ema_every) if config.ema else None
         self._pipeline: TrainPipelineSparseDist[Batch, tuple[Tensor, Tensor, Tensor]] = TrainPipelineSparseDist(
             model, self._optimizer, surroundings.device, execute_all_batches=True, custom_model_fwd=self._forward
         )
         self._control = Control(surroundings.timeout)
         self._stretch: list[Tensor] = []  # losses since the last record
-        self._bad_step: int | None = None
-        on_gpu = surroundings.device.type == "cuda"
-        self._recent: deque[tuple[int, Batch]] = deque(maxlen=_AHEAD + (RECORD_EVERY if on_gpu else 0))
-        self._rates: deque[tuple[int, dict[str, float]]] = deque(maxlen=self._recent.maxlen)
+        # On a GPU the losses of a stretch are looked at together.
+        self._watch = LossWatch(late=RECORD_EVERY if surroundings.device.type == "cuda" else 0)
         self._started = 0.0
 
     @property
@@ -156,15 +154,10 @@ class Loop:
             UserError: the checkpoint is of other data or another order.
         """
         state, finish = self._tensors.to_read(manifest["columns"])
-        ranks = int(manifest["world_size"])
-        if not 1 <= ranks <= 2**20 or not 0 <= int(manifest["random"]) <= 2**20 or not 0 <= manifest["losses"] <= 2**20:
-            raise ValueError("numbers that no training has")
-        key, state[key], random = read_rank_rows("random", ranks, [int(manifest["random"])], torch.uint8)
-        key, state[key], losses = read_rank_rows("losses", ranks, [int(manifest["losses"])], torch.float32)
-        buffers = local_buffers(self._model)
-        own = {}
-        for name, buffer in buffers.items():
-            key, state[key], own[name] = read_rank_rows(f"model.{name}", ranks, buffer.shape, buffer.dtype)
+        own, finish_own = self._own.to_read(manifest)
+        averages, finish_averages = (
+            ({}, None) if self.average is None else self.average.to_read(int(manifest["world_size"]))
+        )
         point = Point(**manifest["point"])
         position = self._position(point)
         if manifest["position"] != position:
@@ -175,22 +168,17 @@ class Loop:
 
         def go_on() -> None:
             finish()
+            if finish_averages is not None:
+                finish_averages()
+            self._stretch = finish_own(point.step)
             self.point = point
             self.tracker.load_json(manifest["tracker"])
             self._s.train.load_state_dict(position)
             # The same number, unless batches have another size now: then how far, in today's steps.
             exact, rest = divmod(self.samples, self._global_batch)
             set_rates(self._scheduler, exact if rest == 0 else self.samples / self._global_batch)
-            rank = dist.get_rank()
-            self._stretch = list((losses[rank] if ranks == dist.get_world_size() else losses.mean(0)).unbind())
-            if ranks == dist.get_world_size():
-                _set_random_state(random[rank], self._s.device)
-                for name, values in own.items():
-                    buffers[name].copy_(values[rank])
-            else:
-                torch.manual_seed(self._config.seed + 1 + rank + 1_000_003 * point.step)
 
-        return state, go_on
+        return state | own | averages, go_on
 
     def run(self) -> None:
         """Train to the end, with the evaluations and checkpoints on the way.
@@ -225,6 +213,10 @@ class Loop:
         # The silent fallback of a model that cannot be traced: it would train as well, and overlap nothing.
         assert not trained or self._pipeline._pipelined_modules, "the sparse arch is not pipelined"
         self._pipeline.detach()
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Let the model have the weights that count: their moving average, where one is kept."""
+        return nullcontext() if self.average is None else self.average.in_place()
 
     def heed(self) -> None:
         """Look after the data, and for requests to stop, where nothing else does: before each step of an evaluation.
@@ -268,9 +260,11 @@ class Loop:
         point.step += 1
         point.samples += self._global_batch
         self._stretch.append(loss)
-        self._rates.append((point.step, self._learning_rates()))
+        self._watch.rates(point.step, self._learning_rates())
         if loss.device.type == "cpu":
-            self._look_at(point.step, [loss])
+            self._watch.look_at(point.step, [loss])
+        if self.average is not None:
+            self.average.update(point.step)
         self._scheduler.step()
 
     def _after(self, ends: bool, *, last: bool) -> None:
@@ -278,10 +272,10 @@ class Loop:
         point, config = self.point, self._config
         if point.step % RECORD_EVERY == 0 or last:
             self._record(ends)
-        signum, bad = self._control.exchange(self._s.requests.signum, self._bad_step)
+        signum, bad = self._control.exchange(self._s.requests.signum, self._watch.bad_step)
         due = self._s.validation is not None and (point.step % config.eval_every == 0 if config.eval_every else ends)
         point.evaluated = not due or last  # the last one comes after the loop
-        self._refuse(bad)
+        self._watch.refuse(bad, self._s.folder, self._s.checkpoints)
         if signum:
             self._pause()
             self.stop(signum)
@@ -325,7 +319,7 @@ class Loop:
                 if batch is None:
                     break
                 step += 1
-                self._recent.append((step, batch))
+                self._watch.batch(step, batch)
                 yield batch
 
     def _position(self, point: Point) -> dict[str, Any]:
@@ -333,60 +327,24 @@ class Loop:
 
     def _save(self) -> None:
         if self._stretch:
-            self._look_at(self.point.step - len(self._stretch) + 1, self._stretch)
-        signum, bad = self._control.now(self._s.requests.signum, self._bad_step)
+            self._watch.look_at(self.point.step - len(self._stretch) + 1, self._stretch)
+        signum, bad = self._control.now(self._s.requests.signum, self._watch.bad_step)
         del signum  # heard again at the next step
-        self._refuse(bad)
+        self._watch.refuse(bad, self._s.folder, self._s.checkpoints)
         state = self._tensors.to_save()
-        losses = torch.stack([loss.float().cpu() for loss in self._stretch]) if self._stretch else torch.empty(0)
-        own = {f"model.{name}": value for name, value in local_buffers(self._model).items()}
-        for name, mine in {"random": _random_state(self._s.device), "losses": losses, **own}.items():
-            key, pieces = rank_rows(name, mine)
-            state[key] = pieces
+        if self.average is not None:
+            state |= self.average.to_save()
+        own, counts = self._own.to_save(self._stretch)
         meta = {
             **self._s.about,
-            "world_size": dist.get_world_size(),
+            **counts,
             "point": asdict(self.point),
             "position": self._position(self.point),
             "tracker": self.tracker.to_json(),
             "columns": self._tensors.columns,
-            "random": len(_random_state(self._s.device)),
-            "losses": len(self._stretch),
         }
         best = self.tracker.best_step
-        self._s.checkpoints.save(self.point.step, state, meta, keep=() if best is None else (best,))
-
-    def _look_at(self, first_step: int, losses: list[Tensor]) -> None:
-        """Remember the first loss that is no number."""
-        if self._bad_step is None:
-            values = [loss.item() for loss in losses]
-            bad = (first_step + i for i, value in enumerate(values) if not math.isfinite(value))
-            self._bad_step = next(bad, None)
-
-    def _refuse(self, bad_step: int | None) -> None:
-        if bad_step is None:
-            return
-        self._s.checkpoints.wait()
-        saved = self._s.checkpoints.saved
-        rates = next((rates for step, rates in self._rates if step == bad_step), {})
-        folder = self._s.folder / f"nonfinite_step_{bad_step:08d}"
-        batch = next((batch for step, batch in self._recent if step == bad_step), None)
-        try:
-            folder.mkdir(exist_ok=True)
-            if batch is not None:
-                torch.save(_plain(batch), folder / f"rank_{dist.get_rank()}.pt")
-            if is_main():
-                about = {"step": bad_step, "lr": rates, "checkpoint": saved, "world_size": dist.get_world_size()}
-                (folder / "about.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise refused(folder, error) from error
-        dist.barrier()
-        told = " ".join(f"{name} {rate:g}" for name, rate in rates.items())
-        stands = "no checkpoint" if saved is None else f"the checkpoint {self._s.checkpoints.store.shown(saved)}"
-        raise UserError(
-            f"step {bad_step}: the loss is not finite (learning rates: {told}); its batch is saved in {folder}, before "
-            f"it stands {stands}; lower --sparse-lr or --dense-lr and train into another folder"
-        )
+        self._s.checkpoints.save(self.point.step, state | own, meta, keep=() if best is None else (best,))
 
     def _learning_rates(self) -> dict[str, float]:
         groups = list(self._optimizer.param_groups)  # the fused ones first; without any, all are Adam's
@@ -394,7 +352,7 @@ class Loop:
 
     def _record(self, ends: bool) -> None:
         stretch, self._stretch = self._stretch, []
-        self._look_at(self.point.step - len(stretch) + 1, stretch)
+        self._watch.look_at(self.point.step - len(stretch) + 1, stretch)
         total = torch.stack([loss.to(self._s.device) for loss in stretch]).mean()
         dist.all_reduce(total)
         if self.progress is not None:
@@ -403,7 +361,7 @@ class Loop:
                 step=point.step,
                 epoch=point.epoch if ends else point.epoch + 1,
                 loss=total.item() / dist.get_world_size(),
-                lr=self._rates[-1][1],
+                lr=self._watch.newest_rates,
                 samples=self.samples,
                 rate=point.samples / (point.seconds + time.perf_counter() - self._started),
             )
@@ -415,7 +373,8 @@ class Loop:
         self._s.signs.at("evaluation", step)
         self._pipeline.detach()  # batches in flight stay there, and the next step attaches again
         try:
-            metrics = evaluate(self._model, self._s.validation, self._s.device, self._config.precision, self.heed)
+            with self.averaged():
+                metrics = evaluate(self._model, self._s.validation, self._s.device, self._config.precision, self.heed)
         except Preempted as request:
             self.stop(request.signum)
         self._model.train()
@@ -437,33 +396,17 @@ class Loop:
         Returns:
             Its verdict.
         """
-        return self.tracker.update(self.point.step, getattr(metrics, self._config.metric))
+        return self.tracker.update(self.point.step, monitored(metrics, self._config.metric))
 
 
-def _random_state(device: torch.device) -> Tensor:
-    """The state of this rank's random numbers, uint8 [n]: the CPU's, then the GPU's."""
-    states = [torch.get_rng_state()]
-    if device.type == "cuda":
-        states.append(torch.cuda.get_rng_state(device))
-    return torch.cat(states)
+def monitored(metrics: Metrics, metric: Metric) -> float | None:
+    """The value of an evaluation by which it is judged; None where it has none.
 
-
-def _set_random_state(state: Tensor, device: torch.device) -> None:
-    count = len(torch.get_rng_state())
-    torch.set_rng_state(state[:count].clone())
-    if device.type == "cuda" and len(state) > count:
-        torch.cuda.set_rng_state(state[count:].clone(), device)
-
-
-def _plain(batch: Batch) -> dict[str, Any]:
-    """A batch as plain tensors, which ``torch.load(weights_only=True)`` reads."""
-    sparse = batch.sparse_features
-    weights = sparse.weights_or_none()
-    return {
-        "dense_features": batch.dense_features.cpu(),
-        "keys": list(sparse.keys()),
-        "values": sparse.values().cpu(),
-        "lengths": sparse.lengths().cpu(),
-        **({} if weights is None else {"weights": weights.cpu()}),
-        "labels": batch.labels.cpu(),
-    }
+    Example:
+        >>> monitored(Metrics(rows=9, logloss=0.25, auc=0.75, ne=None, calibration=None), "auc-logloss")
+        0.5
+    """
+    if metric == "auc-logloss":
+        return None if metrics.auc is None else metrics.auc - metrics.logloss
+    value: float | None = getattr(metrics, metric)
+    return value

@@ -14,6 +14,28 @@ from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
+# Of the curve that a finished training keeps.
+RELIABILITY_BINS = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReliabilityBin:
+    """Samples of about the same predicted click probability.
+
+    Attributes:
+        low: smallest prediction among them.
+        high: largest one.
+        rows: how many there are.
+        predicted: their mean prediction.
+        observed: the share of clicks among them; the same as ``predicted`` where the model is calibrated.
+    """
+
+    low: float
+    high: float
+    rows: int
+    predicted: float
+    observed: float
+
 
 @dataclass(frozen=True, kw_only=True)
 class Metrics:
@@ -26,6 +48,7 @@ class Metrics:
         ne: normalised entropy, logloss over the entropy of the set's own click rate (He et al., 2014); below 1 the
             model knows more than the base rate. None where there is but one class.
         calibration: mean predicted click probability over the click rate; None without clicks.
+        reliability: the reliability curve, where it was asked for; not part of ``to_json``.
     """
 
     rows: int
@@ -33,18 +56,20 @@ class Metrics:
     auc: float | None
     ne: float | None
     calibration: float | None
+    reliability: tuple[ReliabilityBin, ...] = ()
 
     def to_json(self) -> dict[str, float | int | None]:
-        """Return the metrics as a JSON object."""
-        return asdict(self)
+        """Return the single numbers as a JSON object."""
+        return {name: value for name, value in asdict(self).items() if name != "reliability"}
 
 
-def compute_metrics(logits: NDArray[np.float32], labels: NDArray[np.float32]) -> Metrics:
+def compute_metrics(logits: NDArray[np.float32], labels: NDArray[np.float32], bins: int = 0) -> Metrics:
     """Compute the metrics of predictions that lie in one process, in float64.
 
     Args:
         logits: [N], N > 0.
         labels: [N] of 0 and 1.
+        bins: most bins of the reliability curve; 0 for none.
 
     Returns:
         The metrics.
@@ -60,18 +85,62 @@ def compute_metrics(logits: NDArray[np.float32], labels: NDArray[np.float32]) ->
     if 0.0 < rate < 1.0:
         auc = float(roc_auc_score(y, z))
         ne = logloss / -(rate * math.log(rate) + (1.0 - rate) * math.log1p(-rate))
+    predicted = 0.5 + 0.5 * np.tanh(0.5 * z)  # expit by tanh: no overflow at either end
     if rate > 0.0:
-        # expit by tanh: no overflow at either end
-        calibration = float(np.mean(0.5 + 0.5 * np.tanh(0.5 * z))) / rate
-    return Metrics(rows=len(z), logloss=logloss, auc=auc, ne=ne, calibration=calibration)
+        calibration = float(np.mean(predicted)) / rate
+    curve = reliability(predicted, y, bins) if bins else ()
+    return Metrics(rows=len(z), logloss=logloss, auc=auc, ne=ne, calibration=calibration, reliability=curve)
 
 
-def gather_metrics(logits: Tensor, labels: Tensor) -> Metrics:
+def reliability(predicted: NDArray[np.float64], labels: NDArray[np.float64], bins: int) -> tuple[ReliabilityBin, ...]:
+    """Compute a reliability curve over bins of equally many samples.
+
+    Click rates are low and predictions crowd there, so bins of equal width would put nearly all samples into one. The
+    edges are quantiles of the predictions, as in ``sklearn.calibration.calibration_curve(strategy="quantile")``. Equal
+    predictions are never parted, so there may be fewer bins and their sizes may differ; the order of the samples, and
+    with it the ranks that held them, has no part in it.
+
+    Args:
+        predicted: [N] click probabilities, N > 0; a NaN makes the curve empty.
+        labels: [N] of 0 and 1.
+        bins: most bins, at least 1.
+
+    Returns:
+        The bins that hold samples, by rising prediction.
+
+    Example:
+        >>> [one.observed for one in reliability(np.array([0.1, 0.1, 0.6, 0.9]), np.array([0.0, 1, 1, 1]), 2)]
+        [0.5, 1.0]
+    """
+    if np.isnan(predicted).any():
+        return ()
+    edges = np.percentile(predicted, np.linspace(0.0, 100.0, bins + 1))
+    places = np.searchsorted(edges[1:-1], predicted)
+    rows = np.bincount(places, minlength=bins)
+    sums, clicks = (np.bincount(places, weights=values, minlength=bins) for values in (predicted, labels))
+    low, high = np.full(bins, np.inf), np.full(bins, -np.inf)
+    np.minimum.at(low, places, predicted)
+    np.maximum.at(high, places, predicted)
+    return tuple(
+        ReliabilityBin(
+            low=float(low[i]),
+            high=float(high[i]),
+            rows=int(rows[i]),
+            predicted=float(sums[i] / rows[i]),
+            observed=float(clicks[i] / rows[i]),
+        )
+        for i in range(bins)
+        if rows[i]
+    )
+
+
+def gather_metrics(logits: Tensor, labels: Tensor, bins: int = 0) -> Metrics:
     """Compute the metrics of predictions that lie on all ranks; a collective.
 
     Args:
         logits: [N_r], this rank's logits on the CPU; N_r may differ between the ranks and may be 0.
         labels: [N_r], their labels.
+        bins: most bins of the reliability curve; 0 for none.
 
     Returns:
         The metrics of the whole set, the same object on every rank.
@@ -85,7 +154,7 @@ def gather_metrics(logits: Tensor, labels: Tensor) -> Metrics:
     result: list[Metrics | None] = [None]
     if gathered is not None:
         rows = torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)]).numpy()
-        result = [compute_metrics(rows[:, 0], rows[:, 1])]
+        result = [compute_metrics(rows[:, 0], rows[:, 1], bins)]
     dist.broadcast_object_list(result, src=0)
     metrics = result[0]
     assert metrics is not None

@@ -14,12 +14,14 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from torchrec_deepfm.training.config import TrainConfig
+from torchrec_deepfm.training.regularisers import before_step, is_table
 
 # FBGEMM's eps, whatever torch's classes say (torch.optim.Adagrad has 1e-10): the same numbers sharded or not.
 _SPARSE_OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "rowwise_adagrad": (RowWiseAdagrad, {"eps": 1e-8}),
     "adagrad": (torch.optim.Adagrad, {"eps": 1e-8}),
     "sgd": (torch.optim.SGD, {}),
+    "adam": (torch.optim.Adam, {}),  # never fused: FBGEMM's steps on the rows of the batch only, and on GPUs only
 }
 
 
@@ -41,7 +43,8 @@ def make_optimizer(model: DistributedModelParallel, config: TrainConfig) -> Comb
     """Combine the fused optimizer of the sharded tables with Adam for every other parameter.
 
     A table of more than ``data_parallel_rows`` rows that the plan replicates all the same is trained by the tables'
-    optimizer as well, not fused.
+    optimizer as well, not fused; so are all of them where that is Adam. Penalties and the limit on the gradient's norm
+    come before the step.
 
     Args:
         model: the sharded model.
@@ -53,22 +56,25 @@ def make_optimizer(model: DistributedModelParallel, config: TrainConfig) -> Comb
     rest = dict(in_backward_optimizer_filter(model.named_parameters()))
     # A plan may replicate a table that ``data_parallel_rows`` does not: who trains a table must not depend on the plan.
     tables = {
-        name: weight
-        for name, weight in rest.items()
-        if ".embedding_bags." in name and weight.dim() == 2 and len(weight) > config.data_parallel_rows
+        name: weight for name, weight in rest.items() if is_table(name) and len(weight) > config.data_parallel_rows
     }
     dense = KeyedOptimizerWrapper(
         {name: weight for name, weight in rest.items() if name not in tables},
         lambda parameters: torch.optim.Adam(parameters, lr=config.dense_lr),
     )
     fused: KeyedOptimizer = model.fused_optimizer
-    if not tables:
-        return CombinedOptimizer([fused, dense])
-    optimizer_class, options = _SPARSE_OPTIMIZERS[config.sparse_optimizer]
-    eager = KeyedOptimizerWrapper(
-        tables, lambda weights: optimizer_class(weights, **{"lr": config.sparse_lr, **options})
-    )
-    return CombinedOptimizer([fused, eager, dense])
+    parts: list[KeyedOptimizer | tuple[str, KeyedOptimizer]] = [fused, dense]
+    if tables:
+        optimizer_class, options = _SPARSE_OPTIMIZERS[config.sparse_optimizer]
+        eager = KeyedOptimizerWrapper(
+            tables, lambda weights: optimizer_class(weights, **{"lr": config.sparse_lr, **options})
+        )
+        parts.insert(1, eager)
+    combined = CombinedOptimizer(parts)
+    hook = before_step(rest, config)
+    if hook is not None:
+        combined.register_step_pre_hook(hook)
+    return combined
 
 
 def schedule(config: TrainConfig, total_steps: int) -> Callable[[float], float]:

@@ -155,7 +155,7 @@ class TrainingTensors:
     ) -> None:
         self._model, self._optimizer = model, optimizer
         # Whether the tables' optimizer keeps one number per row, not one per weight; None if it keeps none.
-        self._rowwise = {"rowwise_adagrad": True, "adagrad": False, "sgd": None}[sparse_optimizer]
+        self._rowwise = {"rowwise_adagrad": True, "adagrad": False, "sgd": None, "adam": None}[sparse_optimizer]
         self.columns = table_columns(model)
 
     def to_save(self) -> dict[str, Pieces]:

@@ -26,8 +26,8 @@ class Verdict:
 class Tracker:
     """Keeps the best evaluation and counts those since that are no better.
 
-    An evaluation is better if its metric is strictly higher (auc) or lower (logloss). One that has no value, such as
-    the AUC of a split with one class, or that is NaN, is no better.
+    An evaluation is better if its metric is strictly higher (auc, auc-logloss) or lower (logloss). One that has no
+    value, such as the AUC of a split with one class, or that is NaN, is no better.
 
     Args:
         metric: which value to look at.
@@ -107,7 +107,7 @@ class Tracker:
             return False
         if self.best_value is None:
             return True
-        return value > self.best_value if self._metric == "auc" else value < self.best_value
+        return value < self.best_value if self._metric == "logloss" else value > self.best_value
 
 
 @dataclass(frozen=True)

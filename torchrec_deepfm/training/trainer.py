@@ -3,6 +3,7 @@
 import dataclasses
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,8 +21,9 @@ from torchrec_deepfm.training.config import TrainConfig
 from torchrec_deepfm.training.evaluation import evaluate
 from torchrec_deepfm.training.lock import RunLock
 from torchrec_deepfm.training.loop import Loop, Surroundings
-from torchrec_deepfm.training.metrics import Metrics, lift
+from torchrec_deepfm.training.metrics import RELIABILITY_BINS, Metrics, lift
 from torchrec_deepfm.training.ranks import is_main, on_main, shared_mistakes
+from torchrec_deepfm.training.report import CALIBRATION, write_run_report
 from torchrec_deepfm.training.signals import Preempted, Requests, requests_to_stop
 from torchrec_deepfm.training.state import model_state
 from torchrec_deepfm.training.store import Damaged
@@ -138,13 +140,7 @@ class _Training:
 
     def run(self, resume: Resume) -> Result:
         config, data, device = self._run.config, self._data, self._device
-        if not data.rows("validation"):
-            for option in ("patience", "lr_patience"):
-                if getattr(config, option):
-                    raise UserError(
-                        f"--{option.replace('_', '-')}: {data.folder} has no validation split to judge by; leave the "
-                        "option out, or prepare the data with --validation"
-                    )
+        _check_options(config, data)
         train_loader = _loader(data, "train", config, shuffle=True, drop_last=True, device=device)
         eval_loaders = {
             split: _loader(data, split, config, shuffle=False, drop_last=False, device=device)
@@ -250,19 +246,20 @@ class _Training:
 
         def evaluate_all() -> dict[str, Metrics]:
             return {
-                split: evaluate(sharded.model, loader, self._device, config.precision, loop.heed)
+                split: evaluate(sharded.model, loader, self._device, config.precision, loop.heed, RELIABILITY_BINS)
                 for split, loader in loaders.items()
             }
 
         restored = None
         try:
-            metrics = evaluate_all()
+            with loop.averaged():
+                metrics = evaluate_all()
             if "validation" in metrics and not loop.tracker.stopped:
                 loop.judge(metrics["validation"])
             checkpoints.wait()
             if config.patience and loop.tracker.best_step not in (None, loop.point.step):
                 restored = loop.tracker.best_step
-                self._restore_best(sharded, checkpoints, restored)
+                self._restore_best(loop, sharded, checkpoints, restored)
                 metrics = evaluate_all()
         except Preempted as request:
             loop.stop(request.signum, save=restored is None)
@@ -270,12 +267,24 @@ class _Training:
         if loop.progress is not None:
             for split, result in metrics.items():
                 loop.progress.evaluation(step=restored or loop.point.step, split=split, metrics=result, tell=False)
-        save_model(sharded.model, self._output / run_folder.CHECKPOINT)
+        with loop.averaged() if restored is None else nullcontext():  # the best state is in its place already
+            save_model(sharded.model, self._output / run_folder.CHECKPOINT)
         summary = _summary(config, self._data, metrics, loop, restored)
+        curves = {split: [dataclasses.asdict(one) for one in result.reliability] for split, result in metrics.items()}
+        calibration = {"format_version": 1, "splits": curves}
+        on_main(lambda: run_folder.write_json(self._output / CALIBRATION, calibration))
         on_main(lambda: run_folder.write_json(self._output / run_folder.SUMMARY, summary))
+        on_main(self._draw)
         return Result(folder=self._output, summary=summary)
 
-    def _restore_best(self, sharded: Sharded, checkpoints: Checkpoints, step: int | None) -> None:
+    def _draw(self) -> None:
+        """The report; the run is finished with it or without."""
+        try:
+            write_run_report(self._output)
+        except Exception as error:
+            self._say(f"the report could not be drawn ({error}); python -m torchrec_deepfm report tries again")
+
+    def _restore_best(self, loop: Loop, sharded: Sharded, checkpoints: Checkpoints, step: int | None) -> None:
         assert step is not None
         store = checkpoints.store
 
@@ -289,7 +298,8 @@ class _Training:
         if reason is None:
             reason = verify_together(store, step, found["files"])
         if reason is None:
-            reason = checkpoints.read(step, found, model_state(sharded.model))
+            weights = model_state(sharded.model) if loop.average is None else loop.average.as_weights()
+            reason = checkpoints.read(step, found, weights)
         if reason is not None:
             raise UserError(
                 f"{store.shown(step)}: {reason}; this was the best state, so the training can't end in it: train "
@@ -338,6 +348,23 @@ def evaluate_run(folder: Path, data: PreparedData, split: str, device: torch.dev
     values = _with_lift(evaluate(model, loader, device, run.config.precision), data, split)
     on_main(lambda: run_folder.write_json(folder / f"evaluate_{split}.json", values))
     return values
+
+
+def _check_options(config: TrainConfig, data: PreparedData) -> None:
+    """Refuse options that these data do not go with."""
+    for option in ("patience", "lr_patience"):
+        if getattr(config, option) and not data.rows("validation"):
+            raise UserError(
+                f"--{option.replace('_', '-')}: {data.folder} has no validation split to judge by; leave the option "
+                "out, or prepare the data with --validation"
+            )
+    for option in ("touched_embedding_l2", "touched_linear_l2"):
+        if getattr(config, option) and data.schema.multi_hot:
+            name = option.replace("_", "-")
+            raise UserError(
+                f"--{name}: column {data.schema.multi_hot[0]!r} of {data.folder} holds lists, whose rows are summed "
+                f"before this penalty sees them; take --{name.removeprefix('touched-')} with --sparse-optimizer adam"
+            )
 
 
 def _check_fits(run: run_folder.Run, data: PreparedData, folder: Path) -> None:

@@ -1,0 +1,167 @@
+"""The named recipes, those of users, and what is said of their size."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torchrec import EmbeddingBagCollection
+
+from torchrec_deepfm import cli
+from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.model.deepfm import DeepFM
+from torchrec_deepfm.model.tables import embedding_tables
+from torchrec_deepfm.training.config import TrainConfig
+from torchrec_deepfm.training.recipe_text import recipe_text, recipes_table
+from torchrec_deepfm.training.recipes import DATA, RECIPES, one_line, recipe
+from torchrec_deepfm.training.sizing import dense_parameters, size_of
+
+OWN = """
+from dataclasses import replace
+from torchrec_deepfm.training.recipes import criteo_x1
+
+def wider():
+    return replace(criteo_x1(), factor_dim=20, dropout=0.2)
+
+def nothing():
+    pass
+
+def bad():
+    return replace(criteo_x1(), dropout=2.0)
+
+def broken():
+    raise RuntimeError("no\\nluck")
+
+number = 3
+"""
+
+
+def test_what_the_issue_of_each_recipe_is() -> None:
+    """The values that the sources give, typed from the sources."""
+    paper = recipe("paper")
+    assert (paper.factor_dim, paper.over_arch_layer_sizes, paper.dropout) == (10, (400, 400, 400), 0.5)
+    d2l = recipe("d2l")
+    assert (d2l.factor_dim, d2l.over_arch_layer_sizes, d2l.dropout, d2l.batch_size) == (10, (30, 20, 10), 0.1, 2048)
+    assert (d2l.sparse_optimizer, d2l.sparse_lr, d2l.dense_lr) == ("adam", 0.01, 0.01)
+    x1, x4 = recipe("criteo-x1"), recipe("criteo-x4")
+    assert (x1.factor_dim, x1.over_arch_layer_sizes, x1.batch_norm, x1.batch_size) == (10, (400,) * 3, True, 4096)
+    assert (x1.dropout, x1.embedding_l2, x1.linear_l2, x1.metric) == (0.1, 1e-5, 1e-5, "auc")
+    assert (x4.factor_dim, x4.over_arch_layer_sizes, x4.batch_norm, x4.batch_size) == (16, (1000,) * 5, False, 10_000)
+    assert (x4.dropout, x4.embedding_l2, x4.linear_l2, x4.metric) == (0.2, 1e-5, 1e-5, "auc-logloss")
+    for one in (x1, x4):
+        assert (one.sparse_optimizer, one.sparse_lr, one.dense_lr, one.clip_norm) == ("adam", 1e-3, 1e-3, 10.0)
+        assert (one.patience, one.lr_patience, one.lr_factor, one.init_std) == (2, 1, 0.1, 1e-4)
+    terabyte = recipe("criteo-terabyte")
+    assert terabyte.batch_size * DATA["criteo-terabyte"].ranks == 65_536
+    assert (terabyte.sparse_optimizer, terabyte.sparse_lr, terabyte.epochs) == ("adagrad", 0.005, 1)
+    assert (terabyte.warmup, terabyte.decay) == (0.0, 0.0)
+    assert DATA["criteo-terabyte"].table_rows == 204_184_588
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_says_where_it_comes_from(name: str) -> None:
+    assert isinstance(recipe(name), TrainConfig)
+    assert len(one_line(name)) < 110
+    documentation = RECIPES[name].__doc__ or ""
+    if name not in ("smoke", "synthetic"):
+        assert re.search(r"arXiv|d2l\.ai|reczoo/BARS|mlcommons/training", documentation)
+    text = recipe_text(name)
+    assert "--output runs/" in text or name not in DATA
+    assert name in recipes_table()
+
+
+def test_the_text_of_a_recipe_is_a_command_line(tmp_path: Path) -> None:
+    """The options that are told, given to train, are the recipe."""
+    text = recipe_text("criteo-x4").partition("Options that differ")[2].partition("Commands:")[0]
+    words = []
+    for option, value in re.findall(r"^  (--[a-z0-9-]+) +(.*)$", text, re.MULTILINE):
+        words += [option] if value == "yes" else [option, *value.split()]
+    command = cli.parse(["train", "--data", "x", *words])
+    assert isinstance(command, cli.Train)
+    assert command.config == recipe("criteo-x4")
+    for name in ("criteo-x1", "criteo-x4", "frappe-x1", "criteo-terabyte"):
+        [line] = [line for line in recipe_text(name).splitlines() if " -m torchrec_deepfm prepare " in line]
+        prepare = cli.parse(line.split()[3:])
+        assert isinstance(prepare, cli.Prepare)
+        assert str(prepare.output) == DATA[name].folder
+
+
+def test_a_recipe_of_ones_own(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(OWN)
+    assert recipe(f"{path}:wider") == replace(recipe("criteo-x1"), factor_dim=20, dropout=0.2)
+    command = cli.parse(["train", "--data", "x", "--recipe", f"{path}:wider", "--seed", "4"])
+    assert isinstance(command, cli.Train)
+    assert command.config == replace(recipe("criteo-x1"), factor_dim=20, dropout=0.2, seed=4)
+    assert "--factor-dim              20" in recipe_text(f"{path}:wider")
+    (tmp_path / "syntax.py").write_text("def a(:\n")
+    for name, message in {
+        f"{path}:gone": "has no 'gone'; name a function that returns a TrainConfig",
+        f"{path}:number": "number gives no TrainConfig but None; let it return one",
+        f"{path}:nothing": "nothing gives no TrainConfig but None; let it return one",
+        f"{path}:bad": "--dropout 2.0: the probability of dropping a unit lies in [0, 1)",
+        f"{path}:broken": "the file could not be run (RuntimeError: no luck); mend it",
+        f"{path}:": "has no ''; name a function",
+        f"{tmp_path}/none.py:a": f"there is no file {tmp_path}/none.py; name a Python file and a function in it",
+        f"{tmp_path}/syntax.py:a": "the file could not be run (SyntaxError",
+    }.items():
+        with pytest.raises(UserError) as refused:
+            recipe(name)
+        assert str(refused.value).startswith(f"--recipe {name}: ")
+        assert message in str(refused.value)
+        assert "\n" not in str(refused.value)
+
+
+def test_recipes_that_there_are_not() -> None:
+    with pytest.raises(UserError, match=r"critio-x1: there is no such recipe; did you mean criteo-x1\?"):
+        recipe("critio-x1")
+    with pytest.raises(UserError, match=r"choose one of paper, d2l, .*, smoke, or FILE.py:FUNCTION"):
+        recipe("")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        TrainConfig(factor_dim=5, over_arch_layer_sizes=(7, 3), batch_norm=True),
+        TrainConfig(factor_dim=4, over_arch_layer_sizes=(6,)),
+        TrainConfig(factor_dim=7, terms=("linear", "fm")),
+    ],
+)
+def test_the_count_of_dense_weights_is_that_of_the_model(config: TrainConfig) -> None:
+    sizes = {"a": 11, "b": 5}
+    tables = EmbeddingBagCollection(tables=embedding_tables(sizes, config.factor_dim), device=torch.device("cpu"))
+    model = DeepFM(
+        tables, 3, config.over_arch_layer_sizes, config.factor_dim, terms=config.terms, batch_norm=config.batch_norm
+    )
+    inside = {id(parameter) for parameter in tables.parameters()}
+    dense = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in inside)
+    assert dense_parameters(config, fields=5, numeric=3) == dense
+    size = size_of(config, table_rows=16, fields=5, numeric=3, train_rows=100)
+    assert size.table_bytes == sum(4 * parameter.numel() for parameter in tables.parameters())
+
+
+def test_sizes_by_hand() -> None:
+    """Criteo Terabyte at MLPerf's size: 204,184,588 rows of 128 float32, Adagrad's state as large again."""
+    about = {"table_rows": 204_184_588, "fields": 39, "numeric": 13, "train_rows": 4_195_197_692}
+    size = size_of(recipe("criteo-terabyte"), **about, ranks=8)
+    assert size.row_width == 128
+    assert size.table_bytes == size.table_state_bytes == 204_184_588 * 512
+    assert size.steps == 4_195_197_692 // 65_536
+    mlp = 39 * 127 * 1024 + 1024 + 1024 * 1024 + 1024 + 1024 * 512 + 512 + 512 * 256 + 256 + 256
+    assert size.dense_parameters == mlp + 13 * 128 + 1
+    assert size.checkpoint_bytes == 2 * size.table_bytes + 12 * size.dense_parameters
+    assert size.rank_bytes == 2 * size.table_bytes // 8 + 16 * size.dense_parameters
+    averaged = size_of(replace(recipe("criteo-terabyte"), ema=0.9), **about, ranks=8)
+    assert averaged.average_bytes == size.table_bytes + 4 * size.dense_parameters
+    adam = size_of(replace(recipe("criteo-terabyte"), sparse_optimizer="adam"), **about, ranks=8)
+    assert adam.rank_bytes == 4 * size.table_bytes + 16 * size.dense_parameters  # weights, gradient, two moments
+
+
+def test_the_page_tells_of_every_recipe_and_its_commands() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text(encoding="utf-8")
+    for name in RECIPES:
+        assert f"| `{name}` |" in page, name
+    for name in ("criteo-x1", "criteo-terabyte"):  # the two that are dry-run; the others go the same way
+        for line in recipe_text(name).partition("Commands:")[2].splitlines()[1:3]:
+            assert line.strip() in page

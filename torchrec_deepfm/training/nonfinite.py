@@ -1,0 +1,111 @@
+"""A loss that is no number: found, and told with its step, its batch and its learning rates."""
+
+import json
+import math
+from collections import deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torchrec.datasets.utils import Batch
+
+from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.training.checkpoint import Checkpoints
+from torchrec_deepfm.training.disk import refused
+from torchrec_deepfm.training.ranks import is_main
+
+# Batches that are in the pipeline, and not trained on yet, with some to spare.
+_AHEAD = 8
+
+
+class LossWatch:
+    """Keeps the last batches and rates until their losses have been looked at.
+
+    Args:
+        late: steps by which the look may come late.
+
+    Attributes:
+        bad_step: the first step whose loss was no number on this rank; None while there is none.
+    """
+
+    def __init__(self, *, late: int) -> None:
+        self.bad_step: int | None = None
+        self._batches: deque[tuple[int, Batch]] = deque(maxlen=_AHEAD + late)
+        self._rates: deque[tuple[int, Mapping[str, float]]] = deque(maxlen=_AHEAD + late)
+
+    def batch(self, step: int, batch: Batch) -> None:
+        """Keep the batch of a step that is to come."""
+        self._batches.append((step, batch))
+
+    def rates(self, step: int, rates: Mapping[str, float]) -> None:
+        """Keep the learning rates of a step."""
+        self._rates.append((step, rates))
+
+    @property
+    def newest_rates(self) -> Mapping[str, float]:
+        """The learning rates of the last step."""
+        return self._rates[-1][1]
+
+    def look_at(self, first_step: int, losses: Sequence[Tensor]) -> None:
+        """Remember the first loss that is no number.
+
+        Args:
+            first_step: step of the first loss.
+            losses: of steps in a row.
+        """
+        if self.bad_step is None:
+            values = [loss.item() for loss in losses]
+            bad = (first_step + i for i, value in enumerate(values) if not math.isfinite(value))
+            self.bad_step = next(bad, None)
+
+    def refuse(self, bad_step: int | None, run: Path, checkpoints: Checkpoints) -> None:
+        """End the training if a loss is no number; a collective.
+
+        Args:
+            bad_step: of all ranks together.
+            run: the run's folder; gets a folder with each rank's batch.
+            checkpoints: of the run.
+
+        Raises:
+            UserError: there is such a step.
+        """
+        if bad_step is None:
+            return
+        checkpoints.wait()
+        saved = checkpoints.saved
+        rates = next((rates for step, rates in self._rates if step == bad_step), {})
+        folder = run / f"nonfinite_step_{bad_step:08d}"
+        batch = next((batch for step, batch in self._batches if step == bad_step), None)
+        try:
+            folder.mkdir(exist_ok=True)
+            if batch is not None:
+                torch.save(_plain(batch), folder / f"rank_{dist.get_rank()}.pt")
+            if is_main():
+                about = {"step": bad_step, "lr": rates, "checkpoint": saved, "world_size": dist.get_world_size()}
+                (folder / "about.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise refused(folder, error) from error
+        dist.barrier()
+        told = " ".join(f"{name} {rate:g}" for name, rate in rates.items())
+        stands = "no checkpoint" if saved is None else f"the checkpoint {checkpoints.store.shown(saved)}"
+        raise UserError(
+            f"step {bad_step}: the loss is not finite (learning rates: {told}); its batch is saved in {folder}, before "
+            f"it stands {stands}; lower --sparse-lr or --dense-lr and train into another folder"
+        )
+
+
+def _plain(batch: Batch) -> dict[str, Any]:
+    """A batch as plain tensors, which ``torch.load(weights_only=True)`` reads."""
+    sparse = batch.sparse_features
+    weights = sparse.weights_or_none()
+    return {
+        "dense_features": batch.dense_features.cpu(),
+        "keys": list(sparse.keys()),
+        "values": sparse.values().cpu(),
+        "lengths": sparse.lengths().cpu(),
+        **({} if weights is None else {"weights": weights.cpu()}),
+        "labels": batch.labels.cpu(),
+    }

@@ -1,0 +1,129 @@
+"""What the command ``recipes`` prints. Standard library only."""
+
+import inspect
+import re
+from dataclasses import asdict
+from typing import Any
+
+from torchrec_deepfm.training.config import TrainConfig
+from torchrec_deepfm.training.recipes import DATA, RECIPES, DataSet, one_line, recipe
+from torchrec_deepfm.training.sizing import size_of
+
+_PROG = "python -m torchrec_deepfm"
+
+
+def recipes_table() -> str:
+    """Lay out all recipes.
+
+    Returns:
+        A line each: name, what it is, and how its data are prepared, where they are published ones.
+    """
+    lines = []
+    for name in RECIPES:
+        lines.append(f"{name:<17}{one_line(name)}")
+        if name in DATA:
+            lines.append(f"{'':<17}  {_PROG} {DATA[name].prepare}")
+    lines += [
+        "",
+        f"{_PROG} recipes NAME tells where its values come from, and what it takes; train --recipe NAME uses it.",
+        "Your own: train --recipe FILE.py:FUNCTION, where the function returns a TrainConfig (docs/recipes.md).",
+    ]
+    return "\n".join(lines)
+
+
+def recipe_text(
+    name: str, data: DataSet | None = None, *, ranks: int | None = None, samples_per_second: float | None = None
+) -> str:
+    """Tell all of one recipe.
+
+    Args:
+        name: as ``recipe`` takes it.
+        data: what it is to be trained on; by default the published data that it is for, if any.
+        ranks: on how many ranks; by default as many as the data set says.
+        samples_per_second: speed of the training, to work out its time.
+
+    Returns:
+        Its source, the options that differ from the defaults, its commands, and what a training takes.
+
+    Raises:
+        UserError: there is no such recipe.
+    """
+    config = recipe(name)
+    blocks = []
+    if name in RECIPES:
+        blocks.append(f"{name}: {inspect.getdoc(RECIPES[name])}".replace("``", ""))
+    blocks.append("\n".join(["Options that differ from the defaults:", *_options(config)]))
+    published = DATA.get(name)
+    data = data or published
+    if data is not None:
+        ranks = ranks or data.ranks
+        steps = [f"  {_PROG} {published.prepare}"] if published is data else []
+        start = f"{_PROG} train" if ranks == 1 else f"torchx run apps/deepfm.py:train -j 1x{ranks} --"
+        run = re.sub(r"\W+", "-", name.partition(":")[2] or name)
+        steps.append(f"  {start} --recipe {name} --data {data.folder} --output runs/{run}")
+        blocks.append("\n".join(["Commands:", *steps]))
+        blocks.append(
+            "\n".join([f"What it takes on {ranks} rank(s):", *_size(config, data, ranks, samples_per_second)])
+        )
+    return "\n\n".join(blocks)
+
+
+def _options(config: TrainConfig) -> list[str]:
+    default = asdict(TrainConfig())
+    changed = {key: value for key, value in asdict(config).items() if value != default[key]}
+    lines = [f"  --{key.replace('_', '-'):<24}{_words(value)}" for key, value in changed.items()]
+    return lines or ["  none"]
+
+
+def _size(config: TrainConfig, data: DataSet, ranks: int, samples_per_second: float | None) -> list[str]:
+    size = size_of(
+        config,
+        table_rows=data.table_rows,
+        fields=data.fields,
+        numeric=data.numeric,
+        train_rows=data.train_rows,
+        ranks=ranks,
+    )
+    batch = config.batch_size * ranks
+    replicated = config.sparse_optimizer == "adam"
+    lines = {
+        "tables": f"{data.table_rows:,} rows x {size.row_width} numbers: {_bytes(size.table_bytes)}",
+        "their optimizer": f"{config.sparse_optimizer}: {_bytes(size.table_state_bytes)}",
+        "moving average": _bytes(size.average_bytes) if size.average_bytes else "none",
+        "everything else": f"{size.dense_parameters:,} weights",
+        "memory per rank": f"{_bytes(size.rank_bytes)} for these"
+        + (", as every rank has all tables" if replicated and ranks > 1 else "")
+        + "; libraries, batches and activations come on top",
+        "a checkpoint": f"{_bytes(size.checkpoint_bytes)}; up to {config.keep_last + 2} are there at a time",
+        "steps": f"{size.steps:,} of {batch:,} samples"
+        + (f", in {config.epochs} epochs" if config.epochs > 1 else "")
+        + (", or fewer: it stops early" if config.patience else ""),
+    }
+    if samples_per_second:
+        lines["time of an epoch"] = f"{_time(data.train_rows / samples_per_second)}, evaluations not counted"
+    return [f"  {name:<18}{text}" for name, text in lines.items()]
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return " ".join(map(str, value)) if isinstance(value, tuple) else f"{value}"
+
+
+def _bytes(count: int) -> str:
+    """Of memory, in powers of 1024.
+
+    Example:
+        >>> _bytes(2048), _bytes(5 * 2**30)
+        ('2.0 KiB', '5.0 GiB')
+    """
+    value, units = float(count), ["B", "KiB", "MiB", "GiB"]
+    while value >= 1024 and len(units) > 1:
+        value, units = value / 1024, units[1:]
+    return f"{value:,.1f} {units[0]}"
+
+
+def _time(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

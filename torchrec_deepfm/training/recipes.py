@@ -1,0 +1,325 @@
+"""The named recipes: settings that belong together, and where each value comes from. Standard library only.
+
+A recipe is a function that returns a ``TrainConfig``. The command line takes one by name (``train --recipe paper``) and
+any field of it as an option on top (``--dropout 0.2``); ``python -m torchrec_deepfm recipes`` lists them. Your own is a
+few lines in a file of yours, ``mine.py``, which ``train --recipe mine.py:wider`` takes:
+
+    from dataclasses import replace
+    from torchrec_deepfm.training.recipes import criteo_x1
+
+    def wider():
+        return replace(criteo_x1(), factor_dim=20, dropout=0.2)
+"""
+
+import difflib
+import importlib.util
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torchrec_deepfm.data.presets import MLPERF_NUM_EMBEDDINGS
+from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.training.config import TrainConfig
+
+
+def paper() -> TrainConfig:
+    """The settings of the DeepFM paper for Criteo.
+
+    arXiv 1703.04247, section 3.1: latent vectors of 10, three hidden layers of 400, ReLU, dropout 0.5, Adam. The paper
+    names no batch size, rate or number of epochs. Here Adam at 1e-3 trains the dense part and row-wise Adagrad the
+    tables, since the kernels for large tables have no Adam on CPU; 2,048 samples a step and rank.
+    """
+    return TrainConfig()
+
+
+def d2l() -> TrainConfig:
+    """The DeepFM of Dive into Deep Learning, which many have met first.
+
+    Section "Deep Factorization Machines" of d2l.ai (chapter_recommender-systems/deepfm.md): 10 factors, an MLP of
+    30-20-10, dropout 0.1, Adam at 0.01 on everything, batches of 2,048, 30 epochs, no regulariser. Its data are a small
+    advertising log of categorical columns. All weights start by Xavier there; here tables start by a normal of 0.01.
+    """
+    return TrainConfig(
+        factor_dim=10,
+        over_arch_layer_sizes=(30, 20, 10),
+        dropout=0.1,
+        sparse_optimizer="adam",
+        sparse_lr=0.01,
+        dense_lr=0.01,
+        batch_size=2048,
+        epochs=30,
+    )
+
+
+def _fuxictr(**values: object) -> TrainConfig:
+    """What FuxiCTR 1.0 and 1.1 do in every run of BARS, beside the values of the run.
+
+    fuxictr/pytorch/models/base_model.py: Adam at 1e-3 on everything; rates x 0.1 after each evaluation that is no
+    better, an end after ``patience`` of them, the best weights kept; gradients clipped at a norm of 10; embeddings
+    drawn with a deviation of 1e-4; ``embedding_regularizer`` is lambda / 2 ||.||^2 of whole tables and of the
+    first-order weights, which are embeddings of width 1 there. 100 epochs are more than any run needs.
+    """
+    common = {
+        "sparse_optimizer": "adam",
+        "sparse_lr": 1e-3,
+        "dense_lr": 1e-3,
+        "init_std": 1e-4,
+        "clip_norm": 10.0,
+        "epochs": 100,
+        "patience": 2,
+        "lr_patience": 1,
+        "lr_factor": 0.1,
+    }
+    return TrainConfig(**(common | values))  # type: ignore[arg-type]
+
+
+def criteo_x1() -> TrainConfig:
+    """BARS' DeepFM on Criteo_x1: test AUC 0.8138, log loss 0.4380.
+
+    reczoo/BARS, ranking/ctr/DeepFM/DeepFM_criteo_x1, experiment DeepFM_criteo_x1_001_4b788fed (mean of five runs
+    0.813812 / 0.438033): dimension 10, 400-400-400 with batch normalisation, dropout 0.1, regulariser 1e-5, batches of
+    4,096, judged by AUC. The log of its first run ends after 15 epochs. Adam at 1e-3, the plateau rule, clipping and
+    initial values are FuxiCTR's (v1.1.0).
+    """
+    return _fuxictr(
+        factor_dim=10,
+        over_arch_layer_sizes=(400, 400, 400),
+        batch_norm=True,
+        dropout=0.1,
+        embedding_l2=1e-5,
+        linear_l2=1e-5,
+        batch_size=4096,
+        metric="auc",
+    )
+
+
+def criteo_x4() -> TrainConfig:
+    """BARS' DeepFM on Criteo_x4: test AUC 0.8143, log loss 0.4376.
+
+    reczoo/BARS, ranking/ctr/DeepFM/DeepFM_criteo_x4_001, experiment DeepFM_criteo_x4_024_626165ea (0.814332 /
+    0.437584): dimension 16, five layers of 1,000, no batch normalisation, dropout 0.2, regulariser 1e-5, batches of
+    10,000, judged by AUC less log loss. Its log ends after 10 epochs. The rest is FuxiCTR's (v1.0.2), as in
+    ``criteo-x1``.
+    """
+    return _fuxictr(
+        factor_dim=16,
+        over_arch_layer_sizes=(1000,) * 5,
+        dropout=0.2,
+        embedding_l2=1e-5,
+        linear_l2=1e-5,
+        batch_size=10_000,
+        metric="auc-logloss",
+    )
+
+
+def frappe_x1() -> TrainConfig:
+    """DeepFM on Frappe_x1, past BARS' own: validation AUC 0.988 where its settings give 0.985.
+
+    BARS' DeepFM (reczoo/BARS, DeepFM_frappe_x1_001_4ae3a56e: test AUC 0.9842, log loss 0.1482) has dimension 10,
+    400-400-400 with batch normalisation, dropout 0.2, regulariser 0.05, batches of 4,096, Adam at 1e-3. From there, by
+    experiment on the validation split alone (docs/results.md): a moving average of the weights, at a rate that is never
+    cut, and judged by it; dimension 40, which pairs of user and item need; and 0.02, which takes a dozen epochs to
+    where 0.05 is after 30. Other dimensions, dropouts, rates and batch sizes were no better.
+    """
+    return TrainConfig(
+        factor_dim=40,
+        over_arch_layer_sizes=(400, 400, 400),
+        batch_norm=True,
+        dropout=0.2,
+        sparse_optimizer="adam",
+        sparse_lr=1e-3,
+        dense_lr=1e-3,
+        embedding_l2=0.02,
+        linear_l2=0.02,
+        ema=0.995,
+        batch_size=4096,
+        epochs=40,
+        patience=3,
+        metric="auc",
+    )
+
+
+def criteo_terabyte() -> TrainConfig:
+    """DeepFM at the size and the schedule of MLPerf's DLRM-DCNv2: 204 million rows of 128 numbers, one epoch.
+
+    mlcommons/training, recommendation_v2/torchrec_dlrm (README): Adagrad at 0.005 with neither warm-up nor decay, one
+    epoch, 65,536 samples a step on 8 ranks, rows of 128, over arch 1024-1024-512-256, an evaluation each twentieth of
+    the epoch. A packed row of 128 holds a latent vector of 127 and the first-order weight. MLPerf's 26 table sizes come
+    with ``prepare --schema criteo-terabyte --hash``.
+
+    Not as there: Adam at 1e-3 trains what is no table, where MLPerf uses Adagrad for all; one value per field and
+    not MLPerf's made-up multi-hot lists; and an FM instead of a DCN. The README's target is an AUC of 0.8030; nobody
+    has published DeepFM's. On other than 8 ranks give ``--batch-size`` so that the step keeps its size.
+    """
+    return TrainConfig(
+        factor_dim=127,
+        over_arch_layer_sizes=(1024, 1024, 512, 256),
+        dropout=0.0,
+        sparse_optimizer="adagrad",
+        sparse_lr=0.005,
+        dense_lr=1e-3,
+        batch_size=8192,
+        epochs=1,
+        eval_every=3200,
+        checkpoint_every=6400,
+    )
+
+
+def smoke() -> TrainConfig:
+    """A few seconds on anything: it checks an installation, not quality.
+
+    A small MLP, small batches, one epoch; chosen for speed.
+    """
+    return TrainConfig(over_arch_layer_sizes=(32, 32), dropout=0.0, batch_size=256)
+
+
+def synthetic() -> TrainConfig:
+    """What ``make train`` runs: the synthetic set, whose best reachable AUC is known.
+
+    Found by experiment on that set (docs/results.md), learnt within a few minutes. Criteo-like data want a wider MLP;
+    start from ``paper`` there.
+    """
+    return TrainConfig(
+        over_arch_layer_sizes=(128, 64),
+        dropout=0.0,
+        epochs=3,
+        batch_size=1024,
+        sparse_lr=0.05,
+        dense_lr=3e-3,
+        warmup=0.05,
+        decay=0.95,
+        decay_power=1.0,
+    )
+
+
+RECIPES: dict[str, Callable[[], TrainConfig]] = {
+    "paper": paper,
+    "d2l": d2l,
+    "criteo-x1": criteo_x1,
+    "criteo-x4": criteo_x4,
+    "frappe-x1": frappe_x1,
+    "criteo-terabyte": criteo_terabyte,
+    "synthetic": synthetic,
+    "smoke": smoke,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSet:
+    """The published data that a recipe is made for.
+
+    Attributes:
+        prepare: the command that prepares them, after ``python -m torchrec_deepfm``.
+        folder: the folder that it writes.
+        train_rows: training samples.
+        table_rows: rows of all tables.
+        numeric: numeric columns that stay numbers.
+        fields: all fields, numeric and categorical.
+        ranks: how many ranks the recipe is meant for.
+    """
+
+    prepare: str
+    folder: str
+    train_rows: int
+    table_rows: int
+    numeric: int
+    fields: int
+    ranks: int = 1
+
+
+def _files(schema: str, folder: str) -> str:
+    return f"prepare --schema {schema} --input train.csv --validation valid.csv --test test.csv --output data/{folder}"
+
+
+# Rows of the tables: of x1 and x4 as BARS' logs imply them. DeepFM_criteo_x1 has 23,429,477 parameters, of which its
+# MLP takes 480,001; each word and each number has 11 of the rest. LR_criteo_x4_001 has 910,709: a word each, a bias.
+DATA: dict[str, DataSet] = {
+    "criteo-x1": DataSet(
+        prepare=_files("criteo-x1", "criteo_x1"),
+        folder="data/criteo_x1",
+        train_rows=33_003_326,
+        table_rows=2_086_303,
+        numeric=13,
+        fields=39,
+    ),
+    "criteo-x4": DataSet(
+        prepare=_files("criteo-x4", "criteo_x4"),
+        folder="data/criteo_x4",
+        train_rows=36_672_493,
+        table_rows=910_708,
+        numeric=0,
+        fields=39,
+    ),
+    "frappe-x1": DataSet(
+        prepare=_files("frappe-x1", "frappe_x1"),
+        folder="data/frappe_x1",
+        train_rows=202_027,
+        table_rows=5_392,  # 5,382 ids and an unseen one for each column
+        numeric=0,
+        fields=10,
+    ),
+    "criteo-terabyte": DataSet(
+        prepare="prepare --schema criteo-terabyte --hash --input DAYS --output data/terabyte",
+        folder="data/terabyte",
+        train_rows=4_195_197_692,
+        table_rows=sum(MLPERF_NUM_EMBEDDINGS),
+        numeric=13,
+        fields=39,
+        ranks=8,
+    ),
+}
+
+
+def recipe(name: str) -> TrainConfig:
+    """Look up a named recipe, or take one of the user's own.
+
+    Args:
+        name: one of ``RECIPES``; or ``path/to/file.py:function``, whose file is executed as Python.
+
+    Returns:
+        Its configuration.
+
+    Raises:
+        UserError: there is no such recipe, or the user's own gives no ``TrainConfig``.
+
+    Example:
+        >>> recipe("paper").over_arch_layer_sizes
+        (400, 400, 400)
+    """
+    path, colon, function = name.rpartition(":")
+    if colon and path.endswith(".py"):
+        return _own(name, Path(path), function)
+    if name not in RECIPES:
+        close = difflib.get_close_matches(name, RECIPES, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(RECIPES)}, or FILE.py:FUNCTION"
+        raise UserError(f"--recipe {name}: there is no such recipe; {hint}")
+    return RECIPES[name]()
+
+
+def one_line(name: str) -> str:
+    """Return what a named recipe is, in one line."""
+    return (inspect.getdoc(RECIPES[name]) or "").partition("\n")[0].replace("``", "")
+
+
+def _own(name: str, path: Path, function: str) -> TrainConfig:
+    if not path.is_file():
+        raise UserError(f"--recipe {name}: there is no file {path}; name a Python file and a function in it")
+    spec = importlib.util.spec_from_file_location("own_recipe", path)
+    assert spec is not None
+    assert spec.loader is not None  # the name ends in .py
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        make = getattr(module, function, None)
+        made = make() if callable(make) else None
+    except UserError as error:
+        raise UserError(f"--recipe {name}: {error}") from error
+    except Exception as error:  # of the user's code, whatever it is
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"--recipe {name}: the file could not be run ({what}); mend it") from error
+    if make is None:
+        raise UserError(f"--recipe {name}: {path} has no {function!r}; name a function that returns a TrainConfig")
+    if not isinstance(made, TrainConfig):
+        raise UserError(f"--recipe {name}: {function} gives no TrainConfig but {made!r:.60}; let it return one")
+    return made

@@ -1,0 +1,94 @@
+"""L2 penalties, whole and of what a batch looks up, and the limit on the gradient's norm.
+
+Shapes: B samples on this rank, S categorical features, K factor_dim, R = K + 1 columns of a packed row ``[v (K) | w]``.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchrec_deepfm.model.arches import SparseArch
+from torchrec_deepfm.training.config import TrainConfig
+
+
+def penalise_looked_up_rows(sparse_arch: SparseArch, config: TrainConfig, device: torch.device) -> None:
+    r"""Let each look-up of a row pull it towards zero, whatever optimizer trains its table, fused or not.
+
+    The backward pass gets the gradient of a penalty on top of the loss, per sample as the loss is:
+
+    .. math:: \frac1B \sum_b \sum_s \frac{\lambda_v}{2} \lVert v_{bs} \rVert^2 + \frac{\lambda_w}{2} w_{bs}^2
+
+    A row that n of the B samples look up so gets n/B times lambda times itself, and one that none does is left alone.
+    The bags must hold one id each: of several only the sum is known here, and its penalty is not that of the rows.
+
+    (FBGEMM's own ``weight_decay`` is no way to do it: its row-wise Adagrad has one on GPUs, and its CPU kernels take
+    the option and ignore it.)
+
+    Args:
+        sparse_arch: looks the rows up; gets a hook.
+        config: ``touched_embedding_l2`` and ``touched_linear_l2``.
+        device: where the rows come to.
+    """
+    if not config.touched_embedding_l2 and not config.touched_linear_l2:
+        return
+    columns = [config.touched_embedding_l2] * config.factor_dim + [config.touched_linear_l2]
+    penalties = torch.tensor(columns, device=device)
+
+    def pull(module: nn.Module, inputs: Any, rows: Tensor) -> None:  # [B, S, R]
+        if not isinstance(rows, Tensor) or not rows.requires_grad:  # TorchRec traces the model; or it evaluates
+            return
+        values, share = rows.detach(), 1.0 / max(len(rows), 1)
+        rows.register_hook(  # type: ignore[no-untyped-call]
+            lambda gradient: torch.addcmul(gradient, values, penalties, value=share)
+        )
+
+    sparse_arch.register_forward_hook(pull)
+
+
+def before_step(parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> Callable[..., None] | None:
+    """Make what is to happen to the gradients between the backward pass and the optimizers' step.
+
+    First each penalty lambda/2 ||weight||^2 adds lambda * weight, then the gradients' common norm is limited. Gradients
+    are averaged over the ranks by then, so both are the same on any number of ranks.
+
+    Args:
+        parameters: all that are not fused, by name.
+        config: ``embedding_l2``, ``linear_l2``, ``over_arch_l2`` and ``clip_norm``.
+
+    Returns:
+        A hook for ``Optimizer.register_step_pre_hook``; None where there is nothing to do.
+    """
+    penalised = list(_penalised(parameters, config))
+    weights = list(parameters.values())
+    if not penalised and not config.clip_norm:
+        return None
+
+    def hook(*_: Any) -> None:
+        for weight, penalty in penalised:
+            if weight.grad is not None:
+                weight.grad.addcmul_(weight.detach(), penalty)
+        if config.clip_norm:
+            torch.nn.utils.clip_grad_norm_(weights, config.clip_norm)
+
+    return hook
+
+
+def _penalised(parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """Each weight that has a penalty, with lambda: one number, or one per column of a packed row."""
+    columns = [config.embedding_l2] * config.factor_dim + [config.linear_l2]
+    for name, weight in parameters.items():
+        if is_table(name) or name.endswith("dense_arch.rows"):
+            penalty = torch.tensor(columns + [0.0] * (weight.shape[1] - len(columns)), device=weight.device)
+        elif ".over_arch." in name and weight.dim() == 2:
+            penalty = torch.tensor(config.over_arch_l2, device=weight.device)
+        else:
+            continue
+        if penalty.any():
+            yield weight, penalty
+
+
+def is_table(name: str) -> bool:
+    """Whether a parameter of this name is a table."""
+    return ".embedding_bags." in name and name.endswith(".weight")

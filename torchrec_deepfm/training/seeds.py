@@ -1,0 +1,137 @@
+"""The same training with several seeds, one after the other, and what their metrics have in common."""
+
+import gc
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torchrec_deepfm.data.prepared import PreparedData
+from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.training import run_folder
+from torchrec_deepfm.training.config import TrainConfig
+from torchrec_deepfm.training.ranks import is_main, on_main
+from torchrec_deepfm.training.trainer import Result, Resume, train
+
+_SPLITS = ("validation", "test")
+
+
+def train_seeds(
+    config: TrainConfig,
+    data: PreparedData,
+    output: Path,
+    device: torch.device,
+    *,
+    count: int,
+    resume: Resume = "auto",
+    checkpoints: str | None = None,
+    timeout: float = 1800.0,
+    say: Callable[[str], None] = lambda line: None,
+) -> Result:
+    """Train with the seeds ``config.seed``, ``config.seed`` + 1 and so on; a collective.
+
+    Each run gets a folder ``seed_<seed>`` in ``output``. What is finished there is not trained again, what is not is
+    gone on with; so a larger ``count`` later adds to what there is.
+
+    Args:
+        config: model and training options; the first seed.
+        data: the prepared data.
+        output: folder of the runs; gets a ``summary.json``, see ``summarise``.
+        device: this rank's device.
+        count: how many seeds.
+        resume: as in ``train``.
+        checkpoints: folder or URL; each run gets a place of its own below it.
+        timeout: as in ``train``.
+        say: called on rank 0 with a line for the user.
+
+    Returns:
+        The folder and the summary of all runs; ``before`` if none of them was left to do.
+
+    Raises:
+        UserError: ``output`` holds something else, or what ``train`` raises.
+        Preempted: as in ``train``.
+    """
+    seeds = range(config.seed, config.seed + count)
+    on_main(lambda: _check_free(output, resume))
+    summaries, before = {}, True
+    for seed in seeds:
+        if is_main():
+            say(f"seed {seed}, {seed - config.seed + 1} of {count}: {output / f'seed_{seed}'}")
+        result = train(
+            replace(config, seed=seed),
+            data,
+            output / f"seed_{seed}",
+            device,
+            resume=resume,
+            checkpoints=None if checkpoints is None else f"{checkpoints.rstrip('/')}/seed_{seed}",
+            timeout=timeout,
+            say=say,
+        )
+        summaries[seed] = result.summary
+        before = before and result.before
+        gc.collect()  # the model that has been trained, before the next one is made
+    summary = summarise(summaries)
+    on_main(lambda: run_folder.write_json(output / run_folder.SUMMARY, summary))
+    return Result(folder=output, summary=summary, before=before)
+
+
+def summarise(summaries: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+    """Take the mean and the standard deviation over runs.
+
+    Args:
+        summaries: the content of each run's ``summary.json``, by seed.
+
+    Returns:
+        ``seeds``; by split the mean of each metric; the same below ``std`` for the standard deviation, that of a sample
+        (n - 1), None for one seed; and below ``runs`` each run's own. A metric that one run lacks is None.
+
+    Example:
+        >>> runs = {0: {"test": {"auc": 0.7, "rows": 9}}, 1: {"test": {"auc": 0.8, "rows": 9}}}
+        >>> found = summarise(runs)
+        >>> found["test"], round(found["std"]["test"]["auc"], 4)
+        ({'auc': 0.75, 'rows': 9}, 0.0707)
+    """
+    runs = [{split: run[split] for split in _SPLITS if split in run} for run in summaries.values()]
+    splits = [split for split in _SPLITS if all(split in run for run in runs)]
+    by_metric = {split: {name: [run[split].get(name) for run in runs] for name in runs[0][split]} for split in splits}
+    return {
+        "seeds": list(summaries),
+        **{
+            split: {name: _mean(name, values) for name, values in metrics.items()}
+            for split, metrics in by_metric.items()
+        },
+        "std": {
+            split: {name: _std(values) for name, values in metrics.items() if name != "rows"}
+            for split, metrics in by_metric.items()
+        },
+        "runs": {f"seed_{seed}": run for seed, run in zip(summaries, runs, strict=True)},
+    }
+
+
+def _mean(name: str, values: Sequence[float | None]) -> float | None:
+    found = [value for value in values if value is not None]
+    if len(found) < len(values):
+        return None
+    return found[0] if name == "rows" else statistics.fmean(found)
+
+
+def _std(values: Sequence[float | None]) -> float | None:
+    found = [value for value in values if value is not None]
+    return statistics.stdev(found) if len(found) == len(values) > 1 else None
+
+
+def _check_free(output: Path, resume: Resume) -> None:
+    """Refuse a folder with anything but runs of seeds in it, and one with anything where nothing is to be resumed."""
+    if not output.exists():
+        return
+    if not output.is_dir():
+        raise UserError(f"--output {output}: there is a file of that name; name a folder")
+    names = sorted(path.name for path in output.iterdir())
+    if (output / "config.json").exists():
+        raise UserError(f"--output {output}: the folder holds a single run; name another one for --seeds")
+    foreign = [name for name in names if not name.startswith("seed_") and name != run_folder.SUMMARY]
+    if foreign or (names and resume == "never"):
+        raise UserError(f"--output {output}: the folder is not empty ({(foreign or names)[0]}); name another one")

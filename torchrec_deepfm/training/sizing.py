@@ -1,0 +1,102 @@
+"""How much memory, disk and time a training will take, worked out from its options. Standard library only."""
+
+import itertools
+import math
+from dataclasses import dataclass
+
+from torchrec_deepfm.training.config import TrainConfig
+
+_FLOAT = 4  # bytes of a float32, in which all weights and states are kept
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """What a training needs. Bytes count whole tables, over all ranks together, unless they are said to be per rank.
+
+    Attributes:
+        row_width: numbers in a packed row, padding included.
+        table_bytes: the tables.
+        table_state_bytes: what their optimizer keeps.
+        average_bytes: the moving average of all weights; 0 without one.
+        dense_parameters: weights of what is no table.
+        rank_bytes: tables, states and averages on each rank, if the planner shares the tables out evenly: the least
+            that a rank needs. Batches, activations, buffers of the collectives and the libraries come on top.
+        checkpoint_bytes: one checkpoint to go on from.
+        steps: steps of the whole training, if nothing stops it early.
+    """
+
+    row_width: int
+    table_bytes: int
+    table_state_bytes: int
+    average_bytes: int
+    dense_parameters: int
+    rank_bytes: int
+    checkpoint_bytes: int
+    steps: int
+
+
+def size_of(
+    config: TrainConfig, *, table_rows: int, fields: int, numeric: int, train_rows: int, ranks: int = 1
+) -> Size:
+    """Work out what a training needs.
+
+    Tables that ``data_parallel_rows`` would replicate are counted as if they were not: they are small.
+
+    Args:
+        config: the options.
+        table_rows: rows of all tables together.
+        fields: categorical and numeric fields.
+        numeric: the numeric ones.
+        train_rows: training samples.
+        ranks: on how many ranks.
+
+    Returns:
+        What it needs.
+
+    Example:
+        >>> size = size_of(TrainConfig(), table_rows=1000, fields=39, numeric=13, train_rows=10_000, ranks=2)
+        >>> size.row_width, size.table_bytes, size.table_state_bytes, size.steps
+        (12, 48000, 4000, 2)
+    """
+    width = math.ceil((config.factor_dim + 1) / 4) * 4
+    tables = table_rows * width * _FLOAT
+    kept = {"rowwise_adagrad": table_rows * _FLOAT, "adagrad": tables, "adam": 2 * tables, "sgd": 0}
+    state = kept[config.sparse_optimizer]
+    replicated = config.sparse_optimizer == "adam"
+    dense = dense_parameters(config, fields=fields, numeric=numeric)
+    averages = (tables + dense * _FLOAT) if config.ema else 0
+    # Adam keeps two moments of every dense weight; a gradient is there for each of them, fused tables have none.
+    dense_bytes = dense * _FLOAT * 4 + (tables if replicated else 0)
+    share = 1 if replicated else ranks
+    average_tables = tables if config.ema else 0
+    rank = math.ceil((tables + state + average_tables) / share) + dense_bytes + (dense * _FLOAT if config.ema else 0)
+    return Size(
+        row_width=width,
+        table_bytes=tables,
+        table_state_bytes=state,
+        average_bytes=averages,
+        dense_parameters=dense,
+        rank_bytes=rank,
+        checkpoint_bytes=tables + state + averages + 3 * dense * _FLOAT,
+        steps=config.epochs * (train_rows // (config.batch_size * ranks)),
+    )
+
+
+def dense_parameters(config: TrainConfig, *, fields: int, numeric: int) -> int:
+    """Count the weights of what is no table: MLP, batch normalisation, rows of the numeric fields, bias.
+
+    Args:
+        config: the options.
+        fields: categorical and numeric fields.
+        numeric: the numeric ones.
+
+    Returns:
+        How many numbers are trained.
+    """
+    count = 1 + numeric * (config.factor_dim + 1)  # no kernel reads these rows, so they have no padding
+    if "deep" in config.terms:
+        sizes = [fields * config.factor_dim, *config.over_arch_layer_sizes]
+        for inputs, outputs in itertools.pairwise(sizes):
+            count += inputs * outputs + outputs + (2 * outputs if config.batch_norm else 0)
+        count += sizes[-1]  # the last layer has no bias of its own
+    return count
