@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from torchrec_deepfm import terminal
+from torchrec_deepfm.cli_experiment import CalibrateCommand, ExperimentCommand
+from torchrec_deepfm.cli_plan import PlanCommand
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.launch import STARTED, exit_with
 from torchrec_deepfm.parse_errors import one_line_errors
@@ -206,6 +208,10 @@ class Train:
     """auto: go on from the newest intact checkpoint in the run folder; never: refuse a folder that is not empty."""
     checkpoints: str | None = None
     """Folder, or URL such as s3://bucket/run, for the checkpoints. Default: in the run folder."""
+    plan: Path | None = None
+    """File of a plan that says where the tables go: of plan, or the plan.json of a run."""
+    constraint: Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction] = ()
+    """What the planner may do with a table: C1=row_wise, 't_C*=column_wise:min_partition=8', '>1e6=row_wise'."""
     timeout: int = 1800
     """Seconds that ranks wait for one that stalls."""
     seeds: int = 1
@@ -257,6 +263,8 @@ class Train:
                 device,
                 resume=self.resume,
                 checkpoints=self.checkpoints,
+                plan=self.plan,
+                constraints=tuple(itertools.chain.from_iterable(self.constraint)),
                 timeout=self.timeout,
                 say=terminal.say,
             )
@@ -355,7 +363,20 @@ class Doctor:
         sys.exit(report.exit_code)
 
 
-Command = Synthetic | Prepare | Verify | SchemaCommand | Recipes | Train | Report | Evaluate | Doctor
+Command = (
+    Synthetic
+    | Prepare
+    | Verify
+    | SchemaCommand
+    | Recipes
+    | Train
+    | Report
+    | Evaluate
+    | PlanCommand
+    | ExperimentCommand
+    | CalibrateCommand
+    | Doctor
+)
 COMMANDS: dict[str, type[Command]] = {
     "synthetic": Synthetic,
     "schema": SchemaCommand,
@@ -365,6 +386,9 @@ COMMANDS: dict[str, type[Command]] = {
     "train": Train,
     "report": Report,
     "evaluate": Evaluate,
+    "plan": PlanCommand,
+    "experiment": ExperimentCommand,
+    "calibrate": CalibrateCommand,
     "doctor": Doctor,
 }
 

@@ -1,8 +1,10 @@
 """From a configuration to a sharded model, in TorchRec's order: meta tables, fused optimizer, plan, DMP, weights."""
 
+import os
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -16,10 +18,15 @@ from torchrec.distributed.types import ShardingPlan, ShardingType
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.model.deepfm import DeepFM, DeepFMTrain
 from torchrec_deepfm.model.tables import embedding_tables
+from torchrec_deepfm.sharding.constraints import parse_constraints
 from torchrec_deepfm.sharding.initialize import initialize_tables
-from torchrec_deepfm.sharding.planner import plan_model
+from torchrec_deepfm.sharding.plan import PlanFile
+from torchrec_deepfm.sharding.plan_sharding import find_embedding_bags, to_sharding_plan
+from torchrec_deepfm.sharding.planner import DATA_PARALLEL_ROWS, plan_model, read_fitting_plan
+from torchrec_deepfm.sharding.sharder import make_sharder
 from torchrec_deepfm.training.config import TrainConfig
 from torchrec_deepfm.training.optimizers import fuse_sparse_optimizer
+from torchrec_deepfm.training.ranks import on_main
 from torchrec_deepfm.training.regularisers import penalise_looked_up_rows
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -36,10 +43,17 @@ _IN_MEMORY = (EmbeddingComputeKernel.DENSE.value, EmbeddingComputeKernel.FUSED.v
 
 @dataclass(frozen=True, kw_only=True)
 class Sharded:
-    """A sharded model and the plan behind it."""
+    """A sharded model and the plan behind it.
+
+    Attributes:
+        model: the model.
+        plan: as TorchRec has it.
+        plan_file: as a file holds it.
+    """
 
     model: DistributedModelParallel
     plan: ShardingPlan
+    plan_file: PlanFile
 
 
 def build_model(
@@ -49,7 +63,8 @@ def build_model(
     device: torch.device,
     *,
     is_weighted: bool = False,
-    constraints: Mapping[str, ParameterConstraints] | None = None,
+    constraints: Mapping[str, ParameterConstraints] | Sequence[str] = (),
+    plan: Path | None = None,
 ) -> Sharded:
     """Build ``DeepFMTrain`` sharded over the current process group; a collective.
 
@@ -61,14 +76,19 @@ def build_model(
         dense_in_features: I.
         device: this rank's device.
         is_weighted: whether the batches carry weights, for all ids or for none (``bool(data.schema.weighted)``).
-        constraints: for the planner, by table.
+        constraints: for the planner, by table; or rules, see ``sharding.constraints``.
+        plan: file of a plan to use instead of the planner, as rank 0 sees it.
 
     Returns:
         The sharded model with its plan.
 
     Raises:
-        UserError: the tables fit no plan, a model option is bad, or an option does not go with the tables' optimizer.
+        UserError: the tables fit no plan, the plan does not fit, a constraint or a model option is bad, or an
+            option does not go with the tables' optimizer.
     """
+    if plan is not None and constraints:
+        raise UserError("--plan and --constraint: a plan says of every table where it goes; leave one of them out")
+    sharder = make_sharder(device, *config.qcomms_both)
     tables = embedding_tables(num_embeddings, config.factor_dim, init_std=config.init_std)
     ebc = EmbeddingBagCollection(tables=tables, device=torch.device("meta"), is_weighted=is_weighted)
     torch.manual_seed(config.seed)  # the dense part, alike on every rank
@@ -86,24 +106,43 @@ def build_model(
     )
     penalise_looked_up_rows(deepfm.sparse_arch, config, device)
     whole = config.sparse_optimizer == "adam"
+    replicated_by = "--sparse-optimizer adam" if whole else DATA_PARALLEL_ROWS
     replicated = {table.name for table in tables if whole or table.num_embeddings <= config.data_parallel_rows}
     _check_penalties(config, [table.name for table in tables if table.name not in replicated])
     bags = {name: bag for name, bag in ebc.embedding_bags.items() if name not in replicated}
     fuse_sparse_optimizer([weight for bag in bags.values() for weight in bag.parameters()], config)
     train_model = DeepFMTrain(deepfm)
-    plan, sharder = plan_model(
-        train_model,
-        tables,
-        replicated=replicated,
-        batch_size=config.batch_size,
-        device=device,
-        constraints=constraints,
-    )
-    _check_plan(config, plan, replicated)
-    model = DistributedModelParallel(train_model, device=device, plan=plan, sharders=[sharder])  # type: ignore[list-item]
+
+    def find_plan() -> PlanFile:
+        if plan is not None:
+            return read_fitting_plan(plan, tables, replicated=replicated, replicated_by=replicated_by, device=device)
+        by_table = constraints
+        if not isinstance(by_table, Mapping):
+            by_table = parse_constraints(
+                by_table,
+                tables,
+                compute_device=device.type,
+                world_size=dist.get_world_size(),
+                local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+            )
+        return plan_model(
+            train_model,
+            tables,
+            replicated=replicated,
+            replicated_by=replicated_by,
+            batch_size=config.batch_size,
+            device=device,
+            sharder=sharder,
+            constraints=by_table,
+        )
+
+    found = on_main(find_plan)
+    sharding_plan = to_sharding_plan(found, find_embedding_bags(train_model), device)
+    _check_plan(config, sharding_plan, replicated)
+    model = DistributedModelParallel(train_model, device=device, plan=sharding_plan, sharders=[sharder])  # type: ignore[list-item]
     initialize_tables(model, tables, factor_dim=config.factor_dim, std=config.init_std, seed=config.seed)
     torch.manual_seed(config.seed + 1 + dist.get_rank())  # dropout: another stream on every rank
-    return Sharded(model=model, plan=plan)
+    return Sharded(model=model, plan=sharding_plan, plan_file=found)
 
 
 def _check_penalties(config: TrainConfig, fused: Sequence[str]) -> None:

@@ -10,6 +10,7 @@ Activation = Literal["relu", "tanh", "sigmoid", "gelu", "silu"]
 SparseOptimizer = Literal["rowwise_adagrad", "adagrad", "sgd", "adam"]
 Precision = Literal["float32", "medium", "bf16"]
 Metric = Literal["auc", "logloss", "auc-logloss"]
+Qcomms = Literal["fp32", "fp16", "bf16"]
 _CHOICES = {
     "activation": get_args(Activation),
     "sparse_optimizer": get_args(SparseOptimizer),
@@ -87,6 +88,8 @@ class TrainConfig:
     """Steps between two updates of the moving average."""
     precision: Precision = "float32"
     """float32; float32 with bfloat16 matrix products inside (medium); or bfloat16 autocast of the MLP."""
+    qcomms: tuple[Qcomms, ...] = ("fp32",)
+    """How pooled rows and their gradients travel between GPUs: one precision for both, or one each."""
     eval_every: int = 0
     """Steps between evaluations on the validation split; 0: after each epoch."""
     seed: int = 0
@@ -129,6 +132,11 @@ class TrainConfig:
                 raise UserError(f"--{name} {getattr(self, option)}: choose one of {', '.join(choices)}")
         if not 0.0 <= self.ema < 1.0:
             raise UserError(f"--ema {self.ema}: the decay of a moving average lies in [0, 1), such as 0.99; 0 for none")
+        if len(self.qcomms) not in (1, 2) or not set(self.qcomms) <= set(get_args(Qcomms)):
+            raise UserError(
+                f"--qcomms {' '.join(map(str, self.qcomms))}: one of {', '.join(get_args(Qcomms))} for pooled rows and "
+                "gradients, or one for each"
+            )
         if not 0.0 < self.lr_factor < 1.0:
             raise UserError(f"--lr-factor {self.lr_factor}: what the rates drop by lies between 0 and 1")
         if not 0.0 <= self.dropout < 1.0:
@@ -137,3 +145,8 @@ class TrainConfig:
             raise UserError(
                 f"--warmup {self.warmup} --decay {self.decay}: these are shares of the training, together at most 1"
             )
+
+    @property
+    def qcomms_both(self) -> tuple[Qcomms, Qcomms]:
+        """Precision of pooled rows, and of their gradients."""
+        return self.qcomms[0], self.qcomms[-1]

@@ -10,10 +10,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from torchrec.distributed.types import EnumerableShardingSpec, ShardingPlan
-
 from torchrec_deepfm.data.prepared import PreparedData, read_manifest
 from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.sharding.plan_file import PlanFile, plan_text
 from torchrec_deepfm.training import lock
 from torchrec_deepfm.training.config import TrainConfig
 from torchrec_deepfm.training.disk import refused
@@ -98,7 +97,7 @@ def check_same_run(where: str, there: Run, run: Run, data: PreparedData) -> None
         )
 
 
-def create(folder: Path, run: Run, plan: ShardingPlan, *, data: Path, world_size: int) -> None:
+def create(folder: Path, run: Run, plan: PlanFile, *, data: Path, world_size: int) -> None:
     """Make the folder, or go on in it, and write ``config.json`` and ``plan.json``.
 
     Raises:
@@ -119,7 +118,7 @@ def create(folder: Path, run: Run, plan: ShardingPlan, *, data: Path, world_size
     except OSError as error:
         raise UserError(f"--output {folder}: the folder can't be made ({error.strerror}); name another one") from error
     write_json(folder / "config.json", config)
-    write_json(folder / "plan.json", plan_to_json(plan, world_size))
+    _write(folder / "plan.json", plan_text(plan))
 
 
 def read(folder: Path) -> Run:
@@ -181,10 +180,14 @@ def write_json(path: Path, value: Any) -> None:
     Raises:
         UserError: the disk refuses.
     """
+    _write(path, json.dumps(value, indent=2) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     try:
         with partial.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(value, indent=2) + "\n")
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
@@ -209,28 +212,6 @@ def digest_of_data(data: PreparedData) -> str:
 def digest_of_schema(data: PreparedData) -> str:
     """Return a digest of the columns."""
     return hashlib.sha256(json.dumps(data.schema.to_json(), sort_keys=True).encode()).hexdigest()
-
-
-def plan_to_json(plan: ShardingPlan, world_size: int) -> dict[str, Any]:
-    """Return a plan as ``plan.json`` holds it."""
-    tables = {}
-    for module in plan.plan.values():
-        for name, sharding in module.items():  # type: ignore[attr-defined]
-            spec = sharding.sharding_spec
-            shards = []
-            if isinstance(spec, EnumerableShardingSpec):
-                shards = [
-                    {"rank": shard.placement.rank(), "offsets": shard.shard_offsets, "sizes": shard.shard_sizes}
-                    for shard in spec.shards
-                    if shard.placement is not None
-                ]
-            tables[name] = {
-                "sharding_type": sharding.sharding_type,
-                "compute_kernel": sharding.compute_kernel,
-                "ranks": sharding.ranks,
-                "shards": shards,
-            }
-    return {"format_version": 1, "world_size": world_size, "tables": tables}
 
 
 def versions() -> dict[str, str]:

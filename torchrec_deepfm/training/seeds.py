@@ -28,6 +28,8 @@ def train_seeds(
     count: int,
     resume: Resume = "auto",
     checkpoints: str | None = None,
+    plan: Path | None = None,
+    constraints: Sequence[str] = (),
     timeout: float = 1800.0,
     say: Callable[[str], None] = lambda line: None,
 ) -> Result:
@@ -44,6 +46,8 @@ def train_seeds(
         count: how many seeds.
         resume: as in ``train``.
         checkpoints: folder or URL; each run gets a place of its own below it.
+        plan: as in ``train``, as are the constraints.
+        constraints: see above.
         timeout: as in ``train``.
         say: called on rank 0 with a line for the user.
 
@@ -67,6 +71,8 @@ def train_seeds(
             device,
             resume=resume,
             checkpoints=None if checkpoints is None else f"{checkpoints.rstrip('/')}/seed_{seed}",
+            plan=plan,
+            constraints=constraints,
             timeout=timeout,
             say=say,
         )

@@ -2,7 +2,7 @@
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +55,8 @@ def train(
     *,
     resume: Resume = "auto",
     checkpoints: str | None = None,
+    plan: Path | None = None,
+    constraints: Sequence[str] = (),
     timeout: float = 1800.0,
     say: Callable[[str], None] = lambda line: None,
 ) -> Result:
@@ -69,6 +71,9 @@ def train(
         device: this rank's device.
         resume: ``auto`` goes on with a run in ``output``, ``never`` refuses a folder that is not empty.
         checkpoints: folder or URL of fsspec for the checkpoints; by default in ``output``.
+        plan: file of a plan that says where the tables go. Like ``constraints`` it may change from one start of a run
+            to the next.
+        constraints: rules for the planner, see ``sharding.constraints``.
         timeout: seconds that ranks wait for each other, for messages.
         say: called on rank 0 with a line for the user.
 
@@ -77,7 +82,8 @@ def train(
 
     Raises:
         UserError: the folder is taken or in use, the data do not fit the options or hold bad values, the tables fit no
-            plan, a disk refuses, or the loss is no number. What has been saved stays.
+            plan, the plan or a constraint does not fit the tables, a disk refuses, or the loss is no number. What has
+            been saved stays.
         Preempted: SIGTERM or Ctrl-C asked it to stop; its state is saved.
     """
     run = run_folder.Run(
@@ -100,7 +106,7 @@ def train(
     try:
         on_main(take)
         with requests_to_stop() as requests:
-            training = _Training(run, data, output, device, checkpoints, timeout, say, requests)
+            training = _Training(run, data, output, device, checkpoints, plan, constraints, timeout, say, requests)
             return training.run(resume)
     finally:
         if lock is not None:
@@ -130,12 +136,15 @@ class _Training:
         output: Path,
         device: torch.device,
         checkpoints: str | None,
+        plan: Path | None,
+        constraints: Sequence[str],
         timeout: float,
         say: Callable[[str], None],
         requests: Requests,
     ) -> None:
         self._run, self._data, self._output, self._device = run, data, output, device
         self._target = checkpoints or str(output / run_folder.CHECKPOINTS)
+        self._plan, self._constraints = plan, constraints
         self._timeout, self._say, self._requests = timeout, say, requests
 
     def run(self, resume: Resume) -> Result:
@@ -149,7 +158,15 @@ class _Training:
         }
         torch.set_float32_matmul_precision("medium" if config.precision == "medium" else "highest")
         is_weighted = bool(data.schema.weighted)
-        sharded = build_model(config, self._run.num_embeddings, len(self._run.numeric), device, is_weighted=is_weighted)
+        sharded = build_model(
+            config,
+            self._run.num_embeddings,
+            len(self._run.numeric),
+            device,
+            is_weighted=is_weighted,
+            constraints=self._constraints,
+            plan=self._plan,
+        )
         checkpoints = Checkpoints(self._target, keep_last=config.keep_last, timeout=self._timeout)
         signs = Progress(self._timeout)
         loop = Loop(
@@ -175,7 +192,7 @@ class _Training:
                 world_size = dist.get_world_size()
                 on_main(
                     lambda: run_folder.create(
-                        self._output, self._run, sharded.plan, data=data.folder, world_size=world_size
+                        self._output, self._run, sharded.plan_file, data=data.folder, world_size=world_size
                     )
                 )
                 if is_main():
@@ -204,7 +221,7 @@ class _Training:
             "numeric": list(self._run.numeric),
             "data_sha256": self._run.data_sha256,
             "schema_sha256": run_folder.digest_of_schema(self._data),
-            "plan": run_folder.plan_to_json(sharded.plan, dist.get_world_size()),
+            "plan": sharded.plan_file.without_predictions().to_json(),
             "versions": run_folder.versions(),
         }
 
@@ -343,7 +360,9 @@ def evaluate_run(folder: Path, data: PreparedData, split: str, device: torch.dev
     loader = _loader(data, split, run.config, shuffle=False, drop_last=False, device=device)
     torch.set_float32_matmul_precision("medium" if run.config.precision == "medium" else "highest")
     is_weighted = bool(data.schema.weighted)
-    model = build_model(run.config, run.num_embeddings, len(run.numeric), device, is_weighted=is_weighted).model
+    # What was trained on GPUs with quantised communication is evaluated on CPU ranks as well.
+    config = run.config if device.type == "cuda" else dataclasses.replace(run.config, qcomms=("fp32",))
+    model = build_model(config, run.num_embeddings, len(run.numeric), device, is_weighted=is_weighted).model
     load_model(model, folder / run_folder.CHECKPOINT)
     values = _with_lift(evaluate(model, loader, device, run.config.precision), data, split)
     on_main(lambda: run_folder.write_json(folder / f"evaluate_{split}.json", values))

@@ -1,0 +1,135 @@
+"""What TorchRec's planner means by its errors, told by what is true.
+
+Its ``PlannerError`` names a kind that says less than it seems to:
+
+- ``INSUFFICIENT_STORAGE`` is raised where the smallest proposal that was tried exceeds all ranks together; and so where
+  none was tried at all, as by ``GridSearchProposer``, which proposes nothing above a limit of combinations.
+- ``STRICT_CONSTRAINTS`` is raised in every other case in which no proposal could be placed: most often one table has no
+  shard small enough for a rank, without any constraint of the user's.
+- ``PARTITION`` is what the partitioner says of a single proposal: a shard fits on no rank.
+
+So the options themselves are looked at: what the least is that some rank has to hold of each table, and all ranks of
+all tables.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+
+from torchrec.distributed.planner.types import PlannerError, PlannerErrorType, ShardingOption, Storage, Topology
+
+from torchrec_deepfm.errors import UserError
+
+GIB = 2**30
+
+
+def explain(
+    error: PlannerError,
+    options: Sequence[ShardingOption],
+    topology: Topology,
+    *,
+    proposals: int | None = None,
+) -> UserError:
+    """Say why there is no plan.
+
+    Args:
+        error: what the planner raised.
+        options: all sharding options of all tables, with their estimates; ``planner._enumerator`` keeps them as
+            ``last_stored_search_space``.
+        topology: the ranks with the memory that tables may take, after reservations.
+        proposals: how many the planner has tried, where that is known.
+
+    Returns:
+        The error to raise: one line with the table, the numbers and what to do.
+    """
+    reason = out_of_memory(options, topology)
+    if reason is not None:
+        return reason
+    tried = "" if proposals is None else f" {proposals}"
+    if proposals == 0:
+        tables = len({option.fqn for option in options})
+        return UserError(
+            f"the search proposed no plan at all: {len(options)} options of {tables} tables are more combinations than "
+            "it goes through, and memory is not what is short; constrain some tables (--constraint), or take another "
+            "search"
+        )
+    if error.error_type in (PlannerErrorType.INSUFFICIENT_STORAGE, PlannerErrorType.STRICT_CONSTRAINTS):
+        tried = "no plan" if proposals is None else f"none of the {proposals} plans"
+        full = re.search(r"Couldn't find a rank for shard .* of table ([^,]+),", str(error))
+        last = f" (the last left no room for a part of table {full[1]})" if full else ""
+        return UserError(
+            f"{tried} that the search tried fits the memory of the ranks{last}, though each table by itself fits, and "
+            "all take less than there is: use more ranks (-j), or let the large tables be row_wise (--constraint)"
+        )
+    return UserError(f"the planner found no plan ({error.error_type.value}): {_first_line(error)}")
+
+
+def out_of_memory(options: Iterable[ShardingOption], topology: Topology) -> UserError | None:
+    """Find a table that no rank can hold its part of, or say that all ranks together are too small.
+
+    Args:
+        options: sharding options of all tables, with their estimates.
+        topology: the ranks with the memory that tables may take.
+
+    Returns:
+        The error to raise; None where neither is the case.
+    """
+    capacity = [device.storage for device in topology.devices]
+    largest = Storage(hbm=max(each.hbm for each in capacity), ddr=max(each.ddr for each in capacity))
+    by_table: dict[str, list[ShardingOption]] = {}
+    for option in options:
+        by_table.setdefault(option.name, []).append(option)
+    on_gpu = topology.compute_device != "cpu"
+    least = Storage(hbm=0, ddr=0)
+    for name, choices in by_table.items():
+        best = min(choices, key=lambda option: max(_overfull(shard.storage, largest) for shard in option.shards))
+        held = max((_known(shard.storage) for shard in best.shards), key=lambda storage: _overfull(storage, largest))
+        if _overfull(held, largest) > 1.0:
+            tier = "hbm" if held.hbm > largest.hbm else "ddr"
+            rows, width = best.tensor.shape
+            tried = ", ".join(dict.fromkeys(option.sharding_type for option in choices))
+            return UserError(
+                f"table {name}: {rows:,} x {width} are {_gib(rows * width * best.tensor.element_size())} of weights; "
+                f"at best, as {best.sharding_type} (of {tried}), one rank holds {_gib(getattr(held, tier))} of it with "
+                f"optimizer and buffers, but has {_gib(getattr(largest, tier))} of {_memory(tier, on_gpu)} for "
+                "tables: use more ranks (-j), let it be row_wise or column_wise (--constraint), or take fewer rows or "
+                "columns"
+            )
+        totals = [[_known(shard.storage) for shard in option.shards] for option in choices]
+        totals = [shards for shards in totals if all(_overfull(each, largest) <= 1.0 for each in shards)]
+        least.hbm += min(sum(each.hbm for each in shards) for shards in totals)
+        least.ddr += min(sum(each.ddr for each in shards) for shards in totals)
+    for tier in ("hbm", "ddr"):
+        needed, there = getattr(least, tier), sum(getattr(each, tier) for each in capacity)
+        if needed > there:
+            ranks = math.ceil(needed / max(there / len(capacity), 1))
+            return UserError(
+                f"the {len(by_table)} tables take {_gib(needed)} with optimizer and buffers, but {len(capacity)} "
+                f"rank(s) have {_gib(there)} of {_memory(tier, on_gpu)} for tables: use at least {ranks} ranks (-j), "
+                "or take fewer rows or columns"
+            )
+    return None
+
+
+def _known(storage: Storage | None) -> Storage:
+    assert storage is not None, "options have their estimates"
+    return storage
+
+
+def _overfull(storage: Storage | None, capacity: Storage) -> float:
+    """The share of a rank's memory that a shard takes; more than 1 where it does not fit."""
+    needed = _known(storage)
+    shares = ((needed.hbm, capacity.hbm), (needed.ddr, capacity.ddr))
+    return max(taken / there if there > 0 else (math.inf if taken else 0.0) for taken, there in shares)
+
+
+def _memory(tier: str, on_gpu: bool) -> str:
+    return "GPU memory" if tier == "hbm" else "host memory" if on_gpu else "memory"
+
+
+def _gib(count: float) -> str:
+    return f"{count / GIB:,.1f} GiB" if count >= GIB / 10 else f"{count / 2**20:,.1f} MiB"
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()), type(error).__name__)
