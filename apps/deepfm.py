@@ -150,6 +150,86 @@ def prepare(
     )
 
 
+def plan(
+    *args: str,
+    cpu: int = 2,
+    memMB: int = 8192,
+    h: Optional[str] = None,
+    image: str = torchx.IMAGE,
+    name: str = "deepfm-plan",
+    env: Optional[Dict[str, str]] = None,
+    max_retries: int = 0,
+) -> specs.AppDef:
+    """Plans where tables go on hardware that need not be there, in one process.
+
+    Args:
+        args: options of `python -m torchrec_deepfm plan`, after `--`
+        cpu: CPU cores (local schedulers ignore it)
+        memMB: memory in MB (local schedulers ignore it)
+        h: a named resource of TorchX, instead of cpu and memMB
+        image: the image with torchrec_deepfm in it (local_cwd runs what is installed here)
+        name: the job's name
+        env: environment variables (ENV1=v1,ENV2=v2)
+        max_retries: how often the scheduler may start the job again
+    """
+    return _on_ranks(
+        "plan",
+        args,
+        0,
+        j="1x1",
+        cpu=cpu,
+        gpu=0,
+        memMB=memMB,
+        h=h,
+        image=image,
+        name=name,
+        env=env,
+        max_retries=max_retries,
+    )
+
+
+def experiment(
+    *args: str,
+    j: str = "1x2",
+    cpu: int = 2,
+    gpu: int = 0,
+    memMB: int = 8192,
+    h: Optional[str] = None,
+    image: str = torchx.IMAGE,
+    name: str = "deepfm-experiment",
+    env: Optional[Dict[str, str]] = None,
+    max_retries: int = 0,
+) -> specs.AppDef:
+    """Measures sharding plans on real ranks, beside what is predicted of them.
+
+    Args:
+        args: options of `python -m torchrec_deepfm experiment`, after `--`
+        j: {hosts}x{ranks per host}; one rank per GPU, on CPUs as many as there are cores for
+        cpu: CPU cores per host (local schedulers ignore it)
+        gpu: GPUs per host (local schedulers ignore it)
+        memMB: memory per host in MB (local schedulers ignore it)
+        h: a named resource of TorchX, instead of cpu, gpu and memMB
+        image: the image with torchrec_deepfm in it (local_cwd runs what is installed here)
+        name: the job's name
+        env: environment variables of the ranks (ENV1=v1,ENV2=v2)
+        max_retries: how often the scheduler may start the job again
+    """
+    return _on_ranks(
+        "experiment",
+        args,
+        0,
+        j=j,
+        cpu=cpu,
+        gpu=gpu,
+        memMB=memMB,
+        h=h,
+        image=image,
+        name=name,
+        env=env,
+        max_retries=max_retries,
+    )
+
+
 def _on_ranks(command: str, args: tuple[str, ...], max_restarts: int, **options: Any) -> specs.AppDef:
     """One role of `dist.ddp` whose ranks run a command of torchrec_deepfm."""
     app = ddp(command, *args, m="torchrec_deepfm", **options)

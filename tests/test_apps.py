@@ -12,7 +12,7 @@ from torchx.specs.finder import ComponentValidationException
 
 ROOT = Path(__file__).resolve().parent.parent
 FILE = ROOT / "apps" / "deepfm.py"
-COMPONENTS = ["evaluate", "prepare", "train"]
+COMPONENTS = ["evaluate", "experiment", "plan", "prepare", "train"]
 
 
 def load(path: Path) -> ModuleType:
@@ -35,6 +35,12 @@ class TestAsTorchXSeesThem(ComponentTestCase):
 
     def test_evaluate(self) -> None:
         self.validate(deepfm, "evaluate")
+
+    def test_experiment(self) -> None:
+        self.validate(deepfm, "experiment")
+
+    def test_plan(self) -> None:
+        self.validate(deepfm, "plan")
 
     def test_prepare(self) -> None:
         self.validate(deepfm, "prepare")
@@ -65,7 +71,7 @@ def test_the_readme_names_the_components_and_no_others() -> None:
     assert named | {deepfm.DEFAULT_COMPONENT} == set(COMPONENTS)
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "prepare"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "experiment", "prepare"])
 def test_ranks_run_the_command_with_the_arguments(command: str) -> None:
     app: AppDef = getattr(deepfm, command)(
         "--data",
@@ -93,8 +99,15 @@ def test_ranks_run_the_command_with_the_arguments(command: str) -> None:
     shell_command = role.args[1]
     assert shell_command.startswith("python -m torchrec_deepfm.launch --")
     assert "--nnodes 2 --nproc_per_node 4 " in shell_command
-    assert f"--max_restarts {0 if command == 'evaluate' else 3} " in shell_command
+    assert f"--max_restarts {0 if command in ('evaluate', 'experiment') else 3} " in shell_command
     assert shell_command.endswith(f" -m torchrec_deepfm {command} --data 'with a blank'")
+
+
+def test_plan_runs_in_one_process() -> None:
+    (role,) = deepfm.plan("--tables", "criteo-terabyte", cpu=3, memMB=1000).roles
+    assert (role.name, role.num_replicas, role.resource.cpu, role.resource.memMB) == ("plan", 1, 3, 1000)
+    assert "--nnodes 1 --nproc_per_node 1 " in role.args[1]
+    assert role.args[1].endswith(" -m torchrec_deepfm plan --tables criteo-terabyte")
 
 
 def test_an_elastic_range_of_hosts() -> None:

@@ -1,0 +1,110 @@
+"""Descriptions of hardware: presets, TOML files, and what is refused."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.sharding.hardware import PRESETS, Hardware, read_hardware, write_hardware
+from torchrec_deepfm.sharding.topology import topology
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_survives_its_file_and_its_json(name: str, tmp_path: Path) -> None:
+    calibrated = replace(PRESETS[name], extra={"shard_ms": 0.25, "step_ms": 1.0})
+    for hardware in (PRESETS[name], calibrated):
+        write_hardware(hardware, tmp_path / "mine.toml")
+        assert read_hardware(str(tmp_path / "mine.toml")) == hardware
+        assert Hardware.from_json(hardware.to_json()) == hardware
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.toml"]
+
+
+def test_presets_say_where_their_figures_come_from() -> None:
+    for name in ("a100-40", "a100-80", "h100", "h200", "b200"):
+        assert "NVIDIA" in PRESETS[name].source
+        assert "data sheet (20" in PRESETS[name].source
+
+
+def test_a_file_takes_the_rest_from_its_base_and_reads_units(tmp_path: Path) -> None:
+    path = tmp_path / "slow net.toml"
+    path.write_text('base = "h100"\ninter_host_bandwidth = "12.5 GB/s"\nhbm_bytes = "40 GiB"\n')
+    hardware = read_hardware(str(path))
+    assert hardware.name == "slow net"
+    assert (hardware.inter_host_bandwidth, hardware.hbm_bytes) == (12.5e9, 40 * 2**30)
+    assert hardware.intra_host_bandwidth == PRESETS["h100"].intra_host_bandwidth
+    assert "the user's own figures" in hardware.source
+
+
+def test_the_planner_sees_the_bandwidths() -> None:
+    """TorchRec's factory leaves them out unless it is told to; then it plans for its own defaults."""
+    found = topology(PRESETS["b200"], 32)
+    assert (found.world_size, found.local_world_size) == (32, 8)
+    assert found.hbm_mem_bw == 8000e9 / 1000
+    assert (found.intra_host_bw, found.inter_host_bw) == (900e9 / 1000, 50e9 / 1000)
+    assert {device.storage.hbm for device in found.devices} == {180 * 2**30}
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("hbm_bytes = -1", "hbm_bytes: -1 is no number of bytes; give a whole number greater than 0"),
+        ("hbm_bytes = 0", "hbm_bytes: 0 is no number of bytes"),
+        ("ddr_bytes = 1.5", "ddr_bytes: 1.5 is no number of bytes"),
+        ('hbm_bytes = "80 GiB/s"', "hbm_bytes: '80 GiB/s' is no amount; write it as '80 GiB'"),
+        ('inter_host_bandwidth = "50 GB"', "inter_host_bandwidth: '50 GB' is no amount; write it as '450 GB/s'"),
+        ("inter_host_bandwidth = nan", "inter_host_bandwidth: nan is no bandwidth"),
+        ("inter_host_bandwidth = inf", "inter_host_bandwidth: inf is no bandwidth"),
+        ("inter_host_bandwidth = -5.0", "inter_host_bandwidth: -5.0 is no bandwidth"),
+        ("inter_host_bandwidth = true", "inter_host_bandwidth: True is no bandwidth"),
+        ("ranks_per_host = 0", "ranks_per_host: 0 is no number of ranks"),
+        ('compute_device = "tpu"', "compute_device: 'tpu' is not known; choose cuda or cpu"),
+        ("inter_bandwidth = 1", "inter_bandwidth: there is no such key; choose from name, "),
+        ("[extra]\nshard_ms = -1", "extra.shard_ms: -1 is no time"),
+        ("[extra]\nshards = 1", "extra.shards: there is no such cost; choose from step_ms, shard_ms, group_ms"),
+        ("extra = 3", "extra: 3 is no table"),
+        ("name = 3", "name: 3 is no text"),
+        ('base = "h300"', "hardware 'h300': there is no such preset; choose from a100-40, "),
+        ("name = ", "this is no TOML"),
+    ],
+)
+def test_a_wrong_file_is_told_by_its_key(text: str, told: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(text if text.startswith("base") else f'base = "h100"\n{text}\n')
+    with pytest.raises(UserError, match=re.escape(f"{path}: {told}")) as caught:
+        read_hardware(str(path))
+    assert "\n" not in str(caught.value).strip()
+
+
+def test_a_file_without_a_base_lacks_what_it_lacks(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text('compute_device = "cuda"\nranks_per_host = 8\n')
+    with pytest.raises(UserError, match=r"hbm_bytes, ddr_bytes, hbm_bandwidth.*missing"):
+        read_hardware(str(path))
+    path.write_text("")
+    with pytest.raises(UserError, match="empty"):
+        read_hardware(str(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("h10", "there is no such preset; choose from a100-40, .* (did you mean 'h100'?)"),
+        ("nothing.toml", "there is no such file"),
+        ("", "name a preset"),
+    ],
+)
+def test_an_unknown_name_is_told_with_the_presets(name: str, told: str) -> None:
+    with pytest.raises(UserError, match=told.replace("(", r"\(").replace(")", r"\)").replace("?", r"\?")) as caught:
+        read_hardware(name)
+    assert "a100-80" in str(caught.value)
+
+
+def test_ranks_fill_hosts() -> None:
+    h100 = PRESETS["h100"]
+    assert [h100.local_world_size(ranks) for ranks in (1, 3, 8, 16, 1024)] == [1, 3, 8, 8, 8]
+    with pytest.raises(UserError, match=r"12 ranks on h100: 8 ranks share a host, .* take 8 or 16"):
+        h100.local_world_size(12)
+    with pytest.raises(UserError, match="ranks: 0 is no number of ranks"):
+        h100.local_world_size(0)

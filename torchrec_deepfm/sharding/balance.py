@@ -1,0 +1,213 @@
+"""Spreading pieces of tables over ranks so that the slowest rank is as fast as it can be. Numpy only, no TorchRec.
+
+A way to shard a table comes as equal **pieces**. One of them lies
+
+- on **every** rank: data_parallel, row_wise;
+- on all ranks of **any host**: a table_row_wise table, a column block of a grid_shard table;
+- on **any rank**: a table_wise table, a column shard.
+
+Letters: W ranks, L ranks on a host, H = W / L hosts.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Where = Literal["every rank", "any host", "any rank"]
+Floats = NDArray[np.float64]
+Counts = NDArray[np.int64]
+
+_MOST_CANDIDATES = 1 << 22  # starts of pieces that are looked at together, to bound memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pieces:
+    """A way to shard a table.
+
+    Args:
+        where: Where a piece may lie.
+        count: How many pieces there are; 1 where one lies on every rank.
+        ms: What a piece costs each rank on which it lies, in milliseconds a step.
+        hbm: Bytes of GPU memory that it takes there.
+        ddr: Bytes of host memory that it takes there.
+    """
+
+    where: Where
+    count: int
+    ms: float
+    hbm: int
+    ddr: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """The ranks.
+
+    Args:
+        ranks: W.
+        ranks_per_host: L.
+        hbm: Bytes of GPU memory that tables may take on each rank [W].
+        ddr: Bytes of host memory that tables may take on each rank [W].
+    """
+
+    ranks: int
+    ranks_per_host: int
+    hbm: Floats
+    ddr: Floats
+
+    @property
+    def hosts(self) -> int:
+        """H."""
+        return self.ranks // self.ranks_per_host
+
+    def copies(self, where: Where) -> int:
+        """Return on how many ranks a piece lies."""
+        return {"every rank": self.ranks, "any host": self.ranks_per_host, "any rank": 1}[where]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where pieces went.
+
+    Args:
+        ms: Milliseconds of each rank [W].
+        short: Bytes for which there was no room; 0 if the placement is possible.
+        slots: For each way given, the rank (or host) of each piece; empty where it lies on every rank.
+    """
+
+    ms: Floats
+    short: float
+    slots: tuple[Counts, ...]
+
+    @property
+    def critical_path(self) -> float:
+        """Milliseconds of the slowest rank."""
+        return float(self.ms.max())
+
+
+def place(machine: Machine, ways: Sequence[Pieces], *, where: bool = True) -> Placement:
+    """Place the pieces, the most expensive first, each where the least is to do and memory is left.
+
+    What lies on every rank comes first, then what takes whole hosts, then what takes single ranks and so fills gaps.
+    This is the "longest processing time first" rule of scheduling (R. L. Graham, SIAM J. Appl. Math. 17, 1969), by
+    groups of equal pieces at once.
+
+    Args:
+        machine: The ranks.
+        ways: A way to shard for each table.
+        where: Whether to say where the pieces went; without it ``slots`` is empty.
+
+    Returns:
+        The placement; one with ``short > 0`` does not fit.
+
+    Example:
+        >>> machine = Machine(ranks=2, ranks_per_host=2, hbm=np.full(2, 9.0), ddr=np.full(2, 9.0))
+        >>> ways = [Pieces(where="any rank", count=1, ms=ms, hbm=1, ddr=0) for ms in (2.0, 3.0, 4.0)]
+        >>> place(machine, ways).ms.tolist()
+        [4.0, 5.0]
+    """
+    ms = np.zeros(machine.ranks)
+    hbm, ddr = machine.hbm.copy(), machine.ddr.copy()
+    for way in ways:
+        if way.where == "every rank":
+            ms += way.ms
+            hbm -= way.hbm
+            ddr -= way.ddr
+    short = float(np.maximum(-hbm, 0).sum() + np.maximum(-ddr, 0).sum())
+    found: list[Counts] = [np.zeros(0, np.int64)] * len(ways)
+    hosts = (machine.hosts, machine.ranks_per_host)
+    load = ms.reshape(hosts).max(axis=1)
+    room = (hbm.reshape(hosts).min(axis=1), ddr.reshape(hosts).min(axis=1))
+    short += _fill(ways, "any host", load, room, found if where else None)
+    # Ranks of a host differ so far only where the machine's own memory does.
+    ms = np.repeat(load, machine.ranks_per_host)
+    hbm += np.repeat(room[0] - hbm.reshape(hosts).min(axis=1), machine.ranks_per_host)
+    ddr += np.repeat(room[1] - ddr.reshape(hosts).min(axis=1), machine.ranks_per_host)
+    short += _fill(ways, "any rank", ms, (hbm, ddr), found if where else None)
+    return Placement(ms=ms, short=short, slots=tuple(found) if where else ())
+
+
+def _fill(
+    ways: Sequence[Pieces], where: Where, load: Floats, room: tuple[Floats, Floats], found: list[Counts] | None
+) -> float:
+    """Place all pieces of a kind; changes load and room, and says for how many bytes there was none."""
+    hbm, ddr = room
+    groups: dict[tuple[float, int, int], list[int]] = {}
+    for number, way in enumerate(ways):
+        if way.where == where:
+            groups.setdefault((way.ms, way.hbm, way.ddr), []).append(number)
+    short = 0.0
+    for (ms, piece_hbm, piece_ddr), members in sorted(groups.items(), reverse=True):
+        count = sum(ways[number].count for number in members)
+        most = np.full(len(load), count, np.int64)
+        for piece, left in ((piece_hbm, hbm), (piece_ddr, ddr)):
+            if piece:
+                np.minimum(most, np.maximum(left // piece, 0).astype(np.int64), out=most)
+        missing = count - int(most.sum())
+        if missing > 0:  # so that the search sees how far it is from a plan that fits
+            short += float(missing) * (piece_hbm + piece_ddr)
+            most += -(-missing // len(most))
+        taken = fill(load, most, count, ms)
+        load += taken * ms
+        hbm -= taken * piece_hbm
+        ddr -= taken * piece_ddr
+        if found is not None:
+            _deal(ways, members, taken, found)
+    return short
+
+
+def fill(load: Floats, most: Counts, count: int, ms: float) -> Counts:
+    """Put equal pieces one after another where the least is to do.
+
+    Args:
+        load: Milliseconds of each slot so far [slots].
+        most: How many pieces each slot has room for [slots]; ``count`` in all at least.
+        count: Pieces.
+        ms: Milliseconds of one.
+
+    Returns:
+        How many each slot takes [slots].
+
+    Example:
+        >>> fill(np.array([0.0, 1.5, 9.0]), np.array([5, 5, 5]), 4, 1.0).tolist()
+        [3, 1, 0]
+    """
+    # A slot takes its j-th piece when it has come to load + j ms: the `count` smallest of these starts are taken.
+    spread = float(load.max() - load.min())
+    deep = min(count, int(spread / ms if ms > 0 else 0) + -(-count // len(load)) + 1)
+    while int(np.minimum(most, deep).sum()) < count or _too_shallow(load, most, count, ms, deep):
+        deep = min(count, 2 * deep)
+        if deep == count:
+            break
+    levels = np.arange(deep)
+    starts = load[:, None] + levels[None, :] * ms
+    starts[levels[None, :] >= most[:, None]] = np.inf
+    last = np.partition(starts.ravel(), count - 1)[count - 1]
+    taken: Counts = (starts < last).sum(axis=1)
+    rest = count - int(taken.sum())
+    # Of equal starts the earlier pieces go first, and of those the earlier slots.
+    for level in levels:
+        if not rest:
+            break
+        ready = np.flatnonzero(starts[:, level] == last)[:rest]
+        taken[ready] += 1
+        rest -= len(ready)
+    return taken
+
+
+def _too_shallow(load: Floats, most: Counts, count: int, ms: float, deep: int) -> bool:
+    """Whether a slot might take more than ``deep`` pieces, since others are full."""
+    return deep < count and bool((most < deep).any()) and len(load) * deep < _MOST_CANDIDATES
+
+
+def _deal(ways: Sequence[Pieces], members: Iterable[int], taken: Counts, found: list[Counts]) -> None:
+    """Hand the slots of a group to its tables, so that a table meets a slot twice only where it must."""
+    levels = [np.flatnonzero(taken > level) for level in range(int(taken.max()))]
+    order = np.concatenate(levels)
+    start = 0
+    for number in members:
+        found[number] = order[start : start + ways[number].count]
+        start += ways[number].count

@@ -1,0 +1,353 @@
+"""What a plan costs, by TorchRec's own estimators, every term of it.
+
+For each shard TorchRec estimates six terms in milliseconds: the look-up and the update of rows (``fwd_compute``,
+``bwd_compute``), the exchange of pooled rows and of their gradients (``fwd_comms``, ``bwd_comms``), ``prefetch`` of
+cached rows, and the exchange of ids (``input_dist_comms``). Its ``Perf.total``, by which its planner chooses, leaves
+the last one out. Here a rank's time is the sum of all six over its shards, and the **critical path** is the time of the
+slowest rank. To this come the fixed costs that ``hardware.extra`` may hold (``EXTRA`` says which).
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Final, Literal
+
+import torch
+from torch import nn
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.planner.constants import DEFAULT_PERF_ESTIMATOR
+from torchrec.distributed.planner.enumerators import get_partition_by_type
+from torchrec.distributed.planner.estimator.estimator import EmbeddingPerfEstimatorFactory
+from torchrec.distributed.planner.shard_estimators import EmbeddingStorageEstimator
+from torchrec.distributed.planner.types import (
+    ParameterConstraints,
+    Perf,
+    Shard,
+    SharderDataMap,
+    ShardEstimator,
+    ShardingOption,
+    Storage,
+    Topology,
+)
+from torchrec.distributed.planner.utils import build_sharder_data_map, sharder_name
+from torchrec.distributed.types import CacheParams, ModuleSharder
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
+
+from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.sharding.hardware import Hardware
+from torchrec_deepfm.sharding.plan import Cost, PlanFile, PlannedTable, Predicted
+from torchrec_deepfm.sharding.table_list import Table
+from torchrec_deepfm.sharding.topology import topology
+
+SparseOptimizer = Literal["rowwise_adagrad", "adagrad", "sgd"]
+_OPTIMIZERS: Final[dict[SparseOptimizer, type[torch.optim.Optimizer]]] = {
+    "rowwise_adagrad": RowWiseAdagrad,
+    "adagrad": torch.optim.Adagrad,
+    "sgd": torch.optim.SGD,
+}
+
+
+def table_module(tables: Sequence[Table], optimizer: SparseOptimizer = "rowwise_adagrad") -> nn.Module:
+    """Make a model of the tables alone, on ``meta``, for a planner to look at.
+
+    Args:
+        tables: The tables. Weighted ones need a collection of their own, as in TorchRec.
+        optimizer: The tables' optimizer, whose state takes memory too.
+
+    Returns:
+        A module whose children are the collections.
+    """
+    model = nn.ModuleDict()
+    for weighted in (False, True):
+        chosen = [table for table in tables if table.weighted == weighted]
+        if not chosen:
+            continue
+        collection = EmbeddingBagCollection(
+            tables=[
+                EmbeddingBagConfig(
+                    name=table.name,
+                    feature_names=[table.name.removeprefix("t_")],
+                    num_embeddings=table.num_embeddings,
+                    embedding_dim=table.embedding_dim,
+                )
+                for table in chosen
+            ],
+            is_weighted=weighted,
+            device=torch.device("meta"),
+        )
+        for parameter in collection.parameters():
+            # What apply_optimizer_in_backward leaves on a parameter, and what the storage estimator reads.
+            parameter._optimizer_classes = [_OPTIMIZERS[optimizer]]  # type: ignore[attr-defined]
+        model["weighted_tables" if weighted else "tables"] = collection
+    return model
+
+
+def table_constraints(tables: Iterable[Table]) -> dict[str, ParameterConstraints]:
+    """Tell a planner how many ids each table gets.
+
+    Args:
+        tables: The tables.
+
+    Returns:
+        Constraints by name of the table that allow everything.
+    """
+    return {
+        table.name: ParameterConstraints(pooling_factors=[table.pooling_factor], is_weighted=table.weighted)
+        for table in tables
+    }
+
+
+class SharedShardEstimator(ShardEstimator):
+    """Runs an estimator once for shards that are alike, instead of once for each.
+
+    TorchRec's estimators look at a shard's size only, and a table on 1,024 ranks has 1,024 shards of two sizes. All
+    shards of a size then share one ``Perf`` and one ``Storage``.
+
+    Args:
+        estimator: One of TorchRec's estimators.
+        shard_ms: Fixed milliseconds of each shard, on top of its look-up and update.
+    """
+
+    def __init__(self, estimator: ShardEstimator, shard_ms: float = 0.0) -> None:
+        self._estimator = estimator
+        self._shard_ms = shard_ms
+
+    def estimate(self, sharding_options: list[ShardingOption], sharder_data_map: SharderDataMap) -> None:
+        """Fill in ``perf`` or ``storage`` of every shard.
+
+        Args:
+            sharding_options: What to estimate; changed in place.
+            sharder_data_map: What the estimators want to know of the sharders.
+        """
+        for option in sharding_options:
+            shards = option.shards
+            alike: dict[tuple[int, ...], Shard] = {}
+            for shard in shards:
+                key = tuple(shard.size)
+                if key not in alike:
+                    alike[key] = Shard(size=shard.size, offset=shard.offset, perf=shard.perf, storage=shard.storage)
+            option.shards = list(alike.values())
+            try:
+                self._estimator.estimate([option], sharder_data_map)
+            finally:
+                option.shards = shards
+            if self._shard_ms:
+                for each in alike.values():
+                    if each.perf is not None:
+                        # Backward takes twice the forward's time, in TorchRec's model of the kernels.
+                        each.perf = each.perf + Perf(self._shard_ms / 3, 0.0, self._shard_ms * 2 / 3, 0.0)
+            for shard in shards:
+                one = alike[tuple(shard.size)]
+                shard.perf, shard.storage = one.perf, one.storage
+
+
+def shard_estimators(
+    hardware: Hardware, planner_topology: Topology, constraints: dict[str, ParameterConstraints]
+) -> list[ShardEstimator]:
+    """Make the estimators that TorchRec's planner uses by default, quick ones, for an ``Enumerator``.
+
+    Args:
+        hardware: The hardware, for its fixed costs.
+        planner_topology: The same as the planner sees it.
+        constraints: The planner's constraints.
+
+    Returns:
+        The estimator of times and the one of memory.
+    """
+    perf = EmbeddingPerfEstimatorFactory.create(
+        DEFAULT_PERF_ESTIMATOR, topology=planner_topology, constraints=constraints
+    )
+    storage = EmbeddingStorageEstimator(topology=planner_topology, constraints=constraints)
+    return [SharedShardEstimator(perf, hardware.extra.get("shard_ms", 0.0)), SharedShardEstimator(storage)]
+
+
+def cost_of(perf: Perf, storage: Storage) -> Cost:
+    """Put TorchRec's estimates of a shard together, every term in the total.
+
+    Args:
+        perf: Its times.
+        storage: Its memory.
+
+    Returns:
+        The same as plain values.
+    """
+    return Cost(
+        total_ms=perf.total + perf.input_dist_comms,
+        fwd_compute_ms=perf.fwd_compute,
+        fwd_comms_ms=perf.fwd_comms,
+        bwd_compute_ms=perf.bwd_compute,
+        bwd_comms_ms=perf.bwd_comms,
+        prefetch_ms=perf.prefetch_compute,
+        input_dist_comms_ms=perf.input_dist_comms,
+        hbm_bytes=storage.hbm,
+        ddr_bytes=storage.ddr,
+    )
+
+
+def predict(
+    plan: PlanFile,
+    tables: Sequence[Table],
+    hardware: Hardware,
+    ranks: int | None = None,
+    batch_size: int | None = None,
+    *,
+    optimizer: SparseOptimizer = "rowwise_adagrad",
+) -> Predicted:
+    """Predict what a step of any plan costs on some hardware.
+
+    Args:
+        plan: The plan, however it was made.
+        tables: Its tables.
+        hardware: The hardware.
+        ranks: How many there are; the plan's by default.
+        batch_size: Samples per rank and step; the plan's by default.
+        optimizer: The tables' optimizer, for its memory.
+
+    Returns:
+        Milliseconds of a step and bytes, by rank.
+
+    Raises:
+        UserError: The plan is for other tables or another number of ranks.
+    """
+    predicted = with_prediction(plan, tables, hardware, ranks, batch_size, optimizer=optimizer).predicted
+    assert predicted is not None
+    return predicted
+
+
+def with_prediction(
+    plan: PlanFile,
+    tables: Sequence[Table],
+    hardware: Hardware,
+    ranks: int | None = None,
+    batch_size: int | None = None,
+    *,
+    optimizer: SparseOptimizer = "rowwise_adagrad",
+) -> PlanFile:
+    """Fill in what each shard and each rank of a plan costs.
+
+    Args:
+        plan: The plan.
+        tables: Its tables.
+        hardware: The hardware.
+        ranks: How many there are; the plan's by default.
+        batch_size: Samples per rank and step; the plan's by default.
+        optimizer: The tables' optimizer, for its memory.
+
+    Returns:
+        The plan with its hardware and predictions.
+
+    Raises:
+        UserError: The plan is for other tables or another number of ranks, or no batch size is known.
+    """
+    if ranks not in (None, plan.world_size):
+        raise UserError(f"the plan is for {plan.world_size} ranks, not for {ranks}; plan anew, or predict for its own")
+    batch_size = plan.batch_size if batch_size is None else batch_size
+    if batch_size is None:
+        raise UserError("the plan does not say how many samples a rank takes; give --batch-size")
+    by_name = {table.name: table for table in tables}
+    estimator = _PlanEstimator(tables, hardware, plan.world_size, plan.local_world_size, batch_size, optimizer)
+    planned = [estimator.fill_in(table, by_name.get(table.name)) for table in plan.tables]
+    sharding_types = {table.sharding_type for table in planned}
+    fixed = hardware.extra.get("step_ms", 0.0) + len(sharding_types) * hardware.extra.get("group_ms", 0.0)
+    per_rank = _sum_by_rank(planned, plan.world_size, fixed)
+    totals = [cost.total_ms for cost in per_rank]
+    return replace(
+        plan,
+        batch_size=batch_size,
+        tables=tuple(planned),
+        hardware=hardware.to_json(),
+        predicted=Predicted(critical_path_ms=max(totals), mean_ms=sum(totals) / len(totals), per_rank=tuple(per_rank)),
+    )
+
+
+class _PlanEstimator:
+    """Estimates the shards of planned tables; the tables of a model share one module and one topology."""
+
+    def __init__(
+        self,
+        tables: Sequence[Table],
+        hardware: Hardware,
+        ranks: int,
+        local_world_size: int,
+        batch_size: int,
+        optimizer: SparseOptimizer,
+    ) -> None:
+        if hardware.local_world_size(ranks) != local_world_size:
+            raise UserError(
+                f"the plan has {local_world_size} ranks on a host, {hardware.name} has "
+                f"{hardware.local_world_size(ranks)}; name hardware with ranks_per_host = {local_world_size}"
+            )
+        self._batch_size = batch_size
+        self._tables = {table.name: table for table in tables}
+        self._modules = {
+            name: (path, module, parameter)
+            for path, module in table_module(tables, optimizer).named_children()
+            for name, parameter in _parameters(module)
+        }
+        sharder: ModuleSharder[nn.Module] = EmbeddingBagCollectionSharder()  # type: ignore[assignment]
+        self._sharder_data = build_sharder_data_map({sharder_name(sharder.module_type): sharder})
+        self._estimators = shard_estimators(hardware, topology(hardware, ranks), table_constraints(tables))
+
+    def fill_in(self, planned: PlannedTable, table: Table | None) -> PlannedTable:
+        sizes = list(dict.fromkeys(shard.sizes for shard in planned.shards))
+        if table is None:
+            known = ", ".join(list(self._tables)[:3])
+            raise UserError(f"the plan has a table {planned.name}, which is not among {known}, ...; name its tables")
+        if (table.num_embeddings, table.embedding_dim) != (planned.num_embeddings, planned.embedding_dim):
+            raise UserError(
+                f"table {planned.name}: {planned.num_embeddings} x {planned.embedding_dim} in the plan, "
+                f"{table.num_embeddings} x {table.embedding_dim} in the list of tables; plan anew, or name its tables"
+            )
+        path, module, parameter = self._modules[planned.name]
+        option = ShardingOption(
+            name=planned.name,
+            tensor=parameter,
+            module=(path, module),
+            input_lengths=[table.pooling_factor],
+            batch_size=self._batch_size,
+            sharding_type=planned.sharding_type,
+            partition_by=get_partition_by_type(planned.sharding_type),
+            compute_kernel=planned.compute_kernel,
+            shards=[Shard(size=list(size), offset=[0, 0]) for size in sizes],
+            cache_params=_cache_params(planned),
+            is_pooled=True,
+        )
+        for estimator in self._estimators:
+            estimator.estimate([option], self._sharder_data)
+        costs = {}
+        for size, shard in zip(sizes, option.shards, strict=True):
+            assert shard.perf is not None
+            assert shard.storage is not None
+            costs[size] = cost_of(shard.perf, shard.storage)
+        return replace(planned, shards=tuple(replace(shard, predicted=costs[shard.sizes]) for shard in planned.shards))
+
+
+def _parameters(collection: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
+    for name, parameter in collection.named_parameters():
+        yield name.split(".")[-2], parameter  # embedding_bags.<table>.weight
+
+
+def _cache_params(planned: PlannedTable) -> CacheParams | None:
+    load_factor = planned.kernel_options.get("cache_load_factor")
+    if planned.compute_kernel != EmbeddingComputeKernel.FUSED_UVM_CACHING.value or load_factor is None:
+        return None
+    return CacheParams(load_factor=load_factor)
+
+
+def _sum_by_rank(tables: Iterable[PlannedTable], ranks: int, fixed_ms: float) -> list[Cost]:
+    names = list(Cost.__dataclass_fields__)
+    sums = [dict.fromkeys(names, 0.0) for _ in range(ranks)]
+    for table in tables:
+        for shard in table.shards:
+            assert shard.predicted is not None
+            for name in names:
+                sums[shard.rank][name] += getattr(shard.predicted, name)
+    return [
+        Cost(
+            **{name: int(value) if name.endswith("_bytes") else value for name, value in each.items()}
+            | {"total_ms": each["total_ms"] + fixed_ms}  # type: ignore[arg-type]
+        )
+        for each in sums
+    ]
