@@ -33,14 +33,30 @@ ALLOWED = {
     "sharding": BASE | {"page", "model", "data"},
     "training": BASE | {"page", "terminal", "model", "data", "sharding"},
     "inference": BASE | {"page", "terminal", "model", "data", "sharding", "training"},
+    "cli_experiment": {"errors", "launch", "terminal", "sharding", "training"},
+    "cli_plan": {"errors", "terminal", "sharding"},
     "cli": BASE
-    | {"doctor", "launch", "page", "terminal", "parse_errors", "model", "data", "sharding", "training", "inference"},
+    | {
+        "cli_experiment",
+        "cli_plan",
+        "doctor",
+        "launch",
+        "page",
+        "terminal",
+        "parse_errors",
+        "model",
+        "data",
+        "sharding",
+        "training",
+        "inference",
+    },
     "__main__": {"cli"},
 }
 WITHOUT_TORCH = [
     "",
     "errors",
     "page",
+    "sharding.plan_file",
     "data.schema",
     "training.config",
     "training.recipes",
@@ -52,7 +68,13 @@ WITHOUT_TORCH = [
     "launch",
     "torchx_run",
     "terminal",
+    "sharding.report",
+    "sharding.hardware",
+    "sharding.table_list",
+    "sharding.plan_text",
     "cli",
+    "cli_experiment",
+    "cli_plan",
 ]
 
 

@@ -16,6 +16,7 @@ _WARNINGS = (
     r"Please use DTensor instead and we are deprecating ShardedTensor",  # TorchRec's state_dict holds the latter
     r"`broadcast_buffers` is deprecated",  # TorchRec passes it to DistributedDataParallel
     r"[\s\S]*Failed to import: fbgemm_gpu",  # operators that the CPU build of FBGEMM leaves out
+    r"`torch\.distributed\.(all_gather_into|reduce_scatter)_tensor` is deprecated",  # row-wise sharding calls them
     # Of data_parallel tables on CPU; tests/training/test_optimizers.py proves their gradients right.
     r"fbgemm::dense_embedding_codegen_lookup_function: an autograd kernel was not registered",
     r"[\s\S]*fbgemm_gpu.split_table_batched_embeddings_ops is now DEPRECATED",  # TorchRec imports it
@@ -23,6 +24,8 @@ _WARNINGS = (
 _LOGGED: dict[str, str | tuple[str, ...]] = {
     "root": "Sharding spec not found for",  # data_parallel tables have none
     "torchrec.distributed.utils": "Sharding Type is data_parallel, caching params will be ignored",
+    # What it takes for a host, and the process groups in and between hosts, of table_row_wise and grid_shard.
+    "torchrec.distributed.comm": ("TORCHREC_RESOLVED_POD_SIZE not set", "[Connection] "),
     "torch.fx._symbolic_trace": "is_fx_tracing will return true for both",  # TorchRec asks it while it pipelines
     # Raised again where the batch is wanted, and told there.
     "torchrec.distributed.train_pipeline.utils": "DataLoadingThread: Non-retriable exception in data loading: UserE",

@@ -1,0 +1,104 @@
+"""The folder of an experiment: it reads back what was written, and says what is wrong with a damaged one."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.sharding.by_hand import cpu, experiment, plan
+from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.sharding.experiment import write_experiment
+from torchrec_deepfm.sharding.measured import Experiment, read_experiment
+from torchrec_deepfm.sharding.table_list import Table
+
+TABLES = (
+    Table(name="a", num_embeddings=100, embedding_dim=8),
+    Table(name="b", num_embeddings=50, embedding_dim=8, pooling_factor=2.5),
+)
+
+
+def example() -> Experiment:
+    plans = {"one": plan(TABLES, ["table_wise", "row_wise"], 2), "two": plan(TABLES, ["data_parallel"] * 2, 2)}
+    return experiment(TABLES, plans, {"one": 10.0, "two": 12.0}, cpu(2))
+
+
+def test_it_reads_what_it_wrote(tmp_path: Path) -> None:
+    write_experiment(example(), tmp_path / "here")
+    assert read_experiment(tmp_path / "here") == example()
+    assert read_experiment(tmp_path / "here" / "results.json") == example()
+    assert sorted(path.relative_to(tmp_path / "here").as_posix() for path in (tmp_path / "here").rglob("*.*")) == [
+        "plans/one.json", "plans/two.json", "report.html", "results.json",
+    ]  # fmt: skip
+    assert list(tmp_path.iterdir()) == [tmp_path / "here"]
+
+
+def test_a_step_is_the_median_over_turns_of_the_slowest_rank() -> None:
+    one = example().plans[0]
+    assert one.turns_ms == [12.0, 10.0, 9.0]
+    assert one.step_ms == 10.0
+
+
+def test_a_folder_with_something_in_it_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match="the folder is not empty"):
+        write_experiment(example(), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+    with pytest.raises(UserError, match="there is a file of that name"):
+        write_experiment(example(), tmp_path / "mine.txt")
+
+
+def remove(key: str) -> Callable[[Any], None]:
+    return lambda raw: raw.pop(key)
+
+
+def put(value: Any, *keys: Any) -> Callable[[Any], None]:
+    def change(raw: Any) -> None:
+        for key in keys[:-1]:
+            raw = raw[key]
+        raw[keys[-1]] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (remove("plans"), "'plans' is missing"),
+        (remove("settings"), "'settings' is missing"),
+        (put([], "plans"), "it holds no plan"),
+        (put("x", "plans"), "damaged"),
+        (put("../../etc/passwd", "plans", 0, "name"), "is no name of a plan"),
+        (put("absent", "plans", 0, "name"), "absent.json: there is no such file"),
+        (put([], "plans", 0, "ranks"), "plan one has 0 ranks, the experiment 2"),
+        (put([], "plans", 0, "ranks", 0, "step_ms"), "step_ms of one is empty"),
+        (put([-1.0], "plans", 0, "ranks", 0, "step_ms"), "step_ms of one is -1.0, no time"),
+        (put(["fast"], "plans", 0, "ranks", 0, "step_ms"), "is 'fast', no time"),
+        (put(1, "settings", "unknown"), "unexpected keyword argument 'unknown'"),
+        (put(7, "format_version"), "format version 7"),
+        (put("other", "format"), "these are no results of an experiment"),
+    ],
+)
+def test_damage_is_told(tmp_path: Path, change: Callable[[Any], None], message: str) -> None:
+    write_experiment(example(), tmp_path / "here")
+    path = tmp_path / "here" / "results.json"
+    raw = json.loads(path.read_text())
+    change(raw)
+    path.write_text(json.dumps(raw))
+    with pytest.raises(UserError) as error:
+        read_experiment(tmp_path / "here")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"format": NaN}'])
+def test_no_results(tmp_path: Path, content: str) -> None:
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(UserError, match="experiment"):
+        read_experiment(tmp_path)
+
+
+def test_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"there is no results\.json; name a folder that experiment wrote"):
+        read_experiment(tmp_path / "absent")

@@ -1,0 +1,154 @@
+"""`plan`, `plan show` and `plan diff` as commands, and what they refuse."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from torchrec_deepfm import cli
+from torchrec_deepfm.sharding.plan_file import load_plan
+from torchrec_deepfm.sharding.plan_text import diff_text, ranks_text
+
+
+def run(*words: object) -> None:
+    cli.main([str(word) for word in words])
+
+
+def planned(folder: Path, name: str, *words: object) -> Path:
+    path = folder / name
+    run("plan", "--tables", "criteo-terabyte", "--hardware", "h100", "--ranks", 16, "--output", path, *words)
+    return path
+
+
+def test_a_plan_is_written_shown_and_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ours = planned(tmp_path, "ours.json")
+    printed = capsys.readouterr().out
+    plan = load_plan(ours)
+    assert plan.predicted is not None
+    path = plan.predicted.critical_path_ms
+    assert f"critical path {path:.2f} ms (rank " in printed
+    assert f"mean {plan.predicted.mean_ms:.2f} ms" in printed
+    assert "of 68.0 GiB a rank (80.0 GiB less 15% for all else)" in printed
+    assert printed.rstrip().endswith(f"wrote {ours}")
+    raw = json.loads(ours.read_text())
+    assert raw["hardware"]["name"] == "h100"
+    assert raw["predicted"]["critical_path_ms"] == path
+    assert len(raw["predicted"]["per_rank"]) == raw["world_size"] == 16
+    assert [table["name"] for table in raw["tables"]] == [f"t_C{n}" for n in range(1, 27)]
+    totals = [0.0] * 16
+    for table in raw["tables"]:
+        for shard in table["shards"]:
+            totals[shard["rank"]] += shard["predicted"]["total_ms"]
+    assert max(totals) == pytest.approx(path)
+
+    run("plan", "show", ours)
+    assert f"critical path {path:.2f} ms" in capsys.readouterr().out
+
+    stock = planned(tmp_path, "stock.json", "--search", "stock", "--constraint", "C1=row_wise")
+    capsys.readouterr()
+    run("plan", "diff", ours, stock)
+    told = capsys.readouterr().out
+    before = next(table for table in raw["tables"] if table["name"] == "t_C1")
+    assert f"t_C1: {before['sharding_type']} -> row_wise; {len(before['shards'])} -> 16 shards" in told
+    other = load_plan(stock).predicted
+    assert other is not None
+    assert f"critical path: {path:.2f} -> {other.critical_path_ms:.2f} ms" in told
+    run("plan", "diff", ours, ours)
+    assert capsys.readouterr().out == f"{ours} and {ours} place 26 tables alike\n"
+
+
+def test_single_differences_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = planned(tmp_path, "a.json", "--dim", 16)
+    raw = json.loads(path.read_text())
+    table = next(table for table in raw["tables"] if table["sharding_type"] != "data_parallel")
+    moved = table["shards"][0]
+    moved["rank"] = (moved["rank"] + 1) % 16
+    table["ranks"][0] = moved["rank"]
+    (tmp_path / "b.json").write_text(json.dumps(raw))
+    one, other = load_plan(path), load_plan(tmp_path / "b.json")
+    told = diff_text(one, other, ("a", "b")).splitlines()
+    assert told[0] == "a -> b: 1 of 26 tables placed differently"
+    assert told[1].startswith(f"{table['name']}: ranks ")
+    assert told[-1].startswith(("GPU memory of the fullest rank", "host memory"))
+
+
+def test_ranks_in_short() -> None:
+    assert ranks_text(range(16)) == "0-15"
+    assert ranks_text([3, 1, 3]) == "1 3"
+    assert ranks_text(range(0, 40, 2)) == "0 2 4 6 8 10 ... (20 ranks)"
+
+
+def test_as_a_rank_only_the_first_one_plans(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torchrec_deepfm", "plan", "--tables", "criteo-terabyte", "--hardware", "h100"]
+    command += ["--ranks", "8", "--output", str(tmp_path / "plan.json")]
+    environment = {**os.environ, "RANK": "1", "WORLD_SIZE": "2"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+GOOD = {"--tables": "criteo-terabyte", "--hardware": "h100", "--ranks": "16", "--output": "plan.json"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"--ranks": "12"}, "12 ranks on h100: 8 ranks share a host, and 12 is no multiple of that; take 8 or 16"),
+        ({"--ranks": "0"}, "--ranks 0: must be at least 1"),
+        ({"--ranks": None}, "--ranks is missing; plan wants --tables, --hardware, --ranks and --output"),
+        ({"--hardware": "h10"}, "hardware 'h10': there is no such preset; choose from a100-40,"),
+        ({"--hardware": "bad.toml"}, "bad.toml: hbm_bytes: -5 is no number of bytes"),
+        ({"--tables": "criteo"}, "tables 'criteo': neither criteo-terabyte nor a file nor a prepared folder"),
+        ({"--tables": "."}, "."),
+        ({"--dim": "10"}, "--dim: 10 is no multiple of 4"),
+        ({"--dim": "-4"}, "--dim: -4 is no count"),
+        ({"--batch-size": "0"}, "--batch-size 0: must be at least 1"),
+        ({"--output": "absent/plan.json"}, "--output absent/plan.json: there is no such folder"),
+        ({"--output": "."}, "--output .: this is a folder"),
+        ({"--constraint": "C99=row_wise"}, "--constraint C99=row_wise: "),
+        ({"--constraint": "C1=fused"}, "--constraint C1=fused: there is no sharding type 'fused'"),
+        ({"--tables": "huge.json"}, "table huge: 1,000,000,000,000 x 128 are 476,837.2 GiB of weights"),
+    ],
+)
+def test_bad_input_gets_one_line_and_leaves_nothing(
+    changed: dict[str, str | None],
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("bad.toml").write_text('base = "h100"\nhbm_bytes = -5\n')
+    Path("huge.json").write_text('[{"name": "huge", "num_embeddings": 1000000000000, "embedding_dim": 128}]')
+    words = [word for key, value in (GOOD | changed).items() if value is not None for word in (key, value)]
+    with pytest.raises(SystemExit) as stopped:
+        run("plan", *words)
+    captured = capsys.readouterr()
+    assert stopped.value.code == 2
+    assert captured.err.startswith(f"error: {told}")
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.toml", "huge.json"]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["shwo", "a.json"], "plan shwo: there is no such thing to do"),
+        (["show"], "plan show: 0 file(s) given, 1 wanted"),
+        (["diff", "a.json"], "plan diff: 1 file(s) given, 2 wanted"),
+        (["show", "absent.json"], "absent.json: there is no such file"),
+        (["show", "absent.json", "--ranks", "8"], "--ranks: plan show reads plans that are there"),
+        ([], "--tables is missing"),
+    ],
+)
+def test_wrong_words_get_one_line(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run("plan", *words)
+    captured = capsys.readouterr()
+    assert (stopped.value.code, captured.out) == (2, "")
+    assert captured.err.startswith(f"error: {told}")
+    assert captured.err.count("\n") == 1

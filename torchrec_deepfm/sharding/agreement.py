@@ -1,0 +1,78 @@
+"""How well predictions and measurements of the same plans agree. No torch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from scipy.stats import spearmanr
+
+from torchrec_deepfm.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """What predictions are worth for choosing a plan.
+
+    Attributes:
+        plans: how many were compared.
+        spearman: Spearman's rank correlation; None where one side does not vary.
+        picked: the plan with the smallest prediction.
+        best: the plan with the smallest measured time.
+        regret: how much longer the picked plan takes than the best one, as a share of the best: 0.1 is 10%.
+    """
+
+    plans: int
+    spearman: float | None
+    picked: str
+    best: str
+    regret: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as ``results.json`` holds it."""
+        return {name: getattr(self, name) for name in ("plans", "spearman", "picked", "best", "regret")}
+
+
+def agreement(names: Sequence[str], predicted: Sequence[float], measured: Sequence[float]) -> Agreement:
+    """Compare the predictions of some plans with what was measured.
+
+    Args:
+        names: the plans.
+        predicted: a time for each, in any unit.
+        measured: a time for each, in any unit, above zero.
+
+    Returns:
+        How well they agree.
+
+    Raises:
+        UserError: there is no plan.
+
+    Example:
+        >>> agreement(["a", "b", "c"], predicted=[1.0, 2.0, 3.0], measured=[11.0, 10.0, 30.0])
+        Agreement(plans=3, spearman=0.5, picked='a', best='b', regret=0.1)
+    """
+    if not names:
+        raise UserError("there is no plan with a prediction and a measurement; measure one at least")
+    picked = min(range(len(names)), key=predicted.__getitem__)
+    best = min(range(len(names)), key=measured.__getitem__)
+    return Agreement(
+        plans=len(names),
+        spearman=rank_correlation(predicted, measured),
+        picked=names[picked],
+        best=names[best],
+        regret=round(measured[picked] / measured[best] - 1.0, 12),
+    )
+
+
+def rank_correlation(left: Sequence[float], right: Sequence[float]) -> float | None:
+    """Spearman's rank correlation (ties share their mean rank).
+
+    Args:
+        left: one value per plan.
+        right: one value per plan.
+
+    Returns:
+        -1 to 1; None where one side does not vary, so that it has no ranks.
+    """
+    if len(set(left)) < 2 or len(set(right)) < 2:
+        return None
+    return round(float(spearmanr(left, right).statistic), 12)
