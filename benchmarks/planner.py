@@ -34,7 +34,7 @@ from torchrec_deepfm.sharding.hardware import Hardware, read_hardware  # noqa: E
 from torchrec_deepfm.sharding.table_list import Table, criteo_tables  # noqa: E402
 
 RANKS = (8, 16, 32, 64, 128, 256, 512, 1024)
-# What the author, or anybody with an afternoon, would try by hand.
+# What anybody with an afternoon would try by hand.
 BY_HAND: Mapping[int, tuple[str, int]] = {
     8: ("column_wise", 64),
     16: ("column_wise", 32),

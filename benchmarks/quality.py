@@ -29,7 +29,6 @@ from quality_settings import Row, rows
 from quality_tables import Figure, write
 
 from torchrec_deepfm.data.prepared import PreparedData
-from torchrec_deepfm.data.synthetic import DEFAULT_ROWS
 
 QUICK_ROWS = 4000
 
@@ -50,7 +49,7 @@ class Options:
     """Where frappe/ and criteo/ lie."""
     frappe_test: Path | None = None
     """Parquet file with Frappe's test split, to be judged by."""
-    rows: int = DEFAULT_ROWS
+    rows: int = 300_000
     """Training rows of the synthetic set."""
     data_seed: int = 0
     """Seed of the synthetic set."""

@@ -36,6 +36,21 @@ class Job:
     environment: str = ""
 
 
+def kept_result(job: Job, output: Path) -> dict[str, Any] | None:
+    """Return what an earlier run of this training gave; None if there was none."""
+    path, asked = _place(job, output)
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return dict(kept) if kept.get("asked") == asked else None
+
+
+def _place(job: Job, output: Path) -> tuple[Path, dict[str, Any]]:
+    """Where the result of a training lies, and all that is asked for in it."""
+    name = re.sub(r"[^A-Za-z0-9.]+", "_", job.model).strip("_")
+    manifest = json.loads((job.data / "manifest.json").read_text(encoding="utf-8"))
+    asked = json.loads(json.dumps(asdict(job) | {"data": manifest["sha256"]}))
+    return output / "results" / job.data.name / name / f"{job.seed}.json", asked
+
+
 def result_of(job: Job, output: Path, *, cores: int = 1) -> dict[str, Any]:
     """Return what a training gave, from an earlier run of it if there was one.
 
@@ -50,14 +65,10 @@ def result_of(job: Job, output: Path, *, cores: int = 1) -> dict[str, Any]:
     Raises:
         SystemExit: The training failed; its last words are in the message.
     """
-    name = re.sub(r"[^A-Za-z0-9.]+", "_", job.model).strip("_")
-    path = output / "results" / job.data.name / name / f"{job.seed}.json"
-    manifest = json.loads((job.data / "manifest.json").read_text(encoding="utf-8"))
-    asked = json.loads(json.dumps(asdict(job) | {"data": manifest["sha256"]}))
-    if path.exists():
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        if kept.get("asked") == asked:
-            return dict(kept)
+    kept = kept_result(job, output)
+    if kept is not None:
+        return kept
+    path, asked = _place(job, output)
     path.parent.mkdir(parents=True, exist_ok=True)
     settings, fresh = path.with_suffix(".settings"), path.with_suffix(".new")
     settings.write_text(json.dumps(job.settings | {"threads": cores}), encoding="utf-8")

@@ -21,8 +21,6 @@ from quality_jobs import Job, result_of
 from quality_settings import our_config
 from quality_tables import mean, standard_error, with_deviation
 
-from torchrec_deepfm.data.synthetic import DEFAULT_ROWS
-
 # Changes per variant; the first one is what the others are compared with.
 PRECISIONS: dict[str, list[dict[str, Any]]] = {name: [{"precision": name}] for name in ("float32", "medium", "bf16")}
 # Of the fused optimizers' kernels only the cousin of the whole-table penalty is to be had: that of the rows looked up.
@@ -42,7 +40,7 @@ CANDIDATES: dict[str, dict[str, list[dict[str, Any]]]] = {
     "synthetic": {
         "adam": [{"sparse_optimizer": "adam", "sparse_lr": rate} for rate in (1e-3, 3e-3)],
         **{
-            name: [{"sparse_optimizer": name, "sparse_lr": rate} for rate in (0.02, 0.05, 0.1)]
+            name: [{"sparse_optimizer": name, "sparse_lr": rate, **_FUSED} for rate in (0.01, 0.02, 0.05)]
             for name in ("adagrad", "rowwise_adagrad")
         },
     },
@@ -63,7 +61,7 @@ class Options:
     """Seeds of the trainings."""
     shared: Path = quality_data.SHARED
     """Where frappe/ lies."""
-    rows: int = DEFAULT_ROWS
+    rows: int = 300_000
     """Training rows of the synthetic set."""
     cores: int = 1
     """Threads of each training."""

@@ -3,6 +3,7 @@
 What their results are compared with is worked out in plain Python.
 """
 
+import csv
 import gzip
 import importlib
 import json
@@ -278,3 +279,17 @@ def test_engines_that_differ_are_told(module: Any) -> None:
     assert engines.agree(cases)
     cases[1].check = [1, 3]
     assert not engines.agree(cases)
+
+
+# planner.py
+
+
+def test_planner_compares_with_stock_by_hand_and_the_bound(tmp_path: Path) -> None:
+    said = run("planner.py", "--ranks", 8, 16, "--output", tmp_path / "found.csv")
+    assert "2 cases, ours worse than stock in 0" in said
+    with (tmp_path / "found.csv").open(newline="", encoding="utf-8") as file:
+        small, large = csv.DictReader(file)
+    assert (large["stock ms"], large["by hand ms"]) == ("10.78", "8.54")  # known before the search was there
+    for row in (small, large):
+        assert float(row["bound ms"]) <= float(row["ours ms"]) <= min(float(row["stock ms"]), float(row["by hand ms"]))
+    assert float(large["ours ms"]) <= 8.5

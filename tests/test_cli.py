@@ -148,7 +148,7 @@ def test_help_tells_of_every_option_its_type_and_default(command: str, capsys: p
     with pytest.raises(SystemExit):
         cli.main([command, "--help"])
     text = " ".join(capsys.readouterr().out.replace("│", " ").replace("|", " ").split())
-    assert text.count("(default:") + text.count("(required)") >= len(OPTIONS[command])
+    assert text.count("(default:") + text.count("(required)") + text.count("(repeatable)") >= len(OPTIONS[command])
 
 
 def test_help_shows_the_recipes_values(capsys: pytest.CaptureFixture[str]) -> None:

@@ -112,6 +112,8 @@ def imports(module: str, path: Path, known: dict[str, Path]) -> Iterator[tuple[i
                 continue
             while inside and inside not in known:  # the last word may be a name in a module
                 inside = inside.rpartition(".")[0]
+            if isinstance(node, ast.Constant) and not inside:
+                continue  # a name of ours, but no module's: the format of a file
             yield node.lineno, inside
 
 

@@ -30,13 +30,30 @@ CONFIG: dict[str, Any] = {
     "versions": {"torch": "2.13.0"},
 }
 PLAN: dict[str, Any] = {
-    "format_version": 1,
+    "format": "torchrec_deepfm.plan",
+    "format_version": 2,
     "world_size": 2,
-    "tables": {
-        "t_user": {"sharding_type": "row_wise", "compute_kernel": "fused", "ranks": [0, 1], "shards": []},
-        "t_<b>item": {"sharding_type": "data_parallel", "compute_kernel": "dense", "ranks": [0, 1], "shards": []},
-    },
-}
+    "local_world_size": 2,
+    "batch_size": 64,
+    "search": "stock",
+    "hardware": None,
+    "made_with": {},
+    "predicted": None,
+    "tables": [
+        {
+            "name": name, "num_embeddings": rows, "embedding_dim": 8, "sharding_type": kind, "compute_kernel": kernel,
+            "ranks": [0, 1],
+            "shards": [
+                {"rank": rank, "offsets": [at, 0], "sizes": [size, 8], "predicted": None}
+                for rank, (at, size) in enumerate(shards)
+            ],
+        }
+        for name, rows, kind, kernel, shards in (
+            ("t_user", 1000, "row_wise", "fused", [(0, 500), (500, 500)]),
+            ("t_<b>item", 10, "data_parallel", "dense", [(0, 10), (0, 10)]),
+        )
+    ],
+}  # fmt: skip
 SUMMARY: dict[str, Any] = {
     "validation": {"rows": 50, "logloss": 0.4, "auc": 0.8125, "ne": 0.7, "calibration": 1.01},
     "test": {"rows": 40, "logloss": 0.41, "auc": None, "ne": None, "calibration": None},
@@ -171,7 +188,7 @@ def test_odd_runs(tmp_path: Path, files: dict[str, object], pictures: int, text:
         ({"summary": "[1]"}, "{}/summary.json: the file can't be read (no JSON object)"),
         ({"summary": {"steps": 3}}, "{}: no report can be made of these files (KeyError: 'world_size')"),
         ({"config": {**CONFIG, "config": 3}}, "{}: no report can be made of these files (AttributeError: "),
-        ({"plan": {"tables": {"t_user": {}}}}, "{}: no report can be made of these files (KeyError: 'sharding_type')"),
+        ({"plan": {**PLAN, "tables": [{}]}}, "{}/plan.json: "),
         ({"calibration": {"splits": {"test": [{"rows": 1}]}}}, "{}: no report can be made of these files (KeyError: "),
     ],
 )

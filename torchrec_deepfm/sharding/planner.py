@@ -143,8 +143,8 @@ def check_replicated(
 ) -> None:
     """Check that every table which the dense optimizer trains may be data_parallel.
 
-    ``--data-parallel-rows``, or the optimizer, says who trains a table, and so what is learnt; a plan only says where it lies. Adam is not
-    fused, so what it trains is replicated.
+    ``--data-parallel-rows``, or the optimizer, says who trains a table, and so what is learnt; a plan only says where
+    it lies. Adam is not fused, so what it trains is replicated.
 
     Args:
         replicated: names of those tables.

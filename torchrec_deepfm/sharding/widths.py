@@ -158,9 +158,9 @@ class WidthEnumerator(EmbeddingEnumerator):
                 ]
         if not options:
             raise UserError(
-                f"table {name}: no sharding type and kernel is left on {self._compute_device}, its constraints "
-                f"allow {constraint.sharding_types or 'all types'} with {constraint.compute_kernels or 'all kernels'}; loosen "
-                "them (--constraint)"
+                f"table {name}: no sharding type and kernel is left on {self._compute_device}, its constraints allow "
+                f"{constraint.sharding_types or 'all types'} with {constraint.compute_kernels or 'all kernels'}; "
+                "loosen them (--constraint)"
             )
         return options
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.page import Block, Data, Paragraph, Picture, Section, Table, Terms, write_page
+from torchrec_deepfm.sharding.plan_file import PlanFile, load_plan
 from torchrec_deepfm.training.config import TrainConfig
 from torchrec_deepfm.training.pictures import learning_curves, points, reliability_curves, thinned
 
@@ -39,7 +40,7 @@ def write_run_report(folder: Path) -> Path:
         raise UserError(f"--run {folder}: there is no run here (no config.json); name the folder that train wrote")
     config = _read(folder / "config.json")
     summary = _read(folder / "summary.json") if (folder / "summary.json").exists() else None
-    plan = _read(folder / "plan.json") if (folder / "plan.json").exists() else {}
+    plan = load_plan(folder / "plan.json") if (folder / "plan.json").exists() else None
     calibration = _read(folder / CALIBRATION) if (folder / CALIBRATION).exists() else {}
     records = _records(folder / "metrics.jsonl")
     try:
@@ -48,7 +49,7 @@ def write_run_report(folder: Path) -> Path:
             _learning(records, summary, dropout=bool(config["config"].get("dropout"))),
             _calibration(calibration),
             _options(config),
-            *_plan(config, plan),
+            *_plan(plan),
             _origin(config),
         ]
     except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
@@ -226,31 +227,27 @@ def _options(config: Mapping[str, Any]) -> Section:
     return Section("Options", Table(["option", "value", "default, where it differs"], changed))
 
 
-def _plan(config: Mapping[str, Any], plan: Mapping[str, Any]) -> list[Section]:
-    tables = plan.get("tables", {})
-    if not tables:
+def _plan(plan: PlanFile | None) -> list[Section]:
+    if plan is None or not plan.tables:
         return []
-    width = -(-(config["config"]["factor_dim"] + 1) // 4) * 4
-    rows = []
-    for name, table in tables.items():
-        size = config["num_embeddings"].get(name.removeprefix("t_"))  # as model/tables.py names them
-        rows.append(
-            [
-                name,
-                size,
-                None if size is None else size * width * 4 / 2**20,
-                table["sharding_type"],
-                table["compute_kernel"],
-                _ranks(table.get("ranks") or []),
-            ]
-        )
-    total = sum(row[1] or 0 for row in rows)
+    rows = [
+        [
+            table.name,
+            table.num_embeddings,
+            table.num_embeddings * table.embedding_dim * 4 / 2**20,
+            table.sharding_type,
+            table.compute_kernel,
+            _ranks(table.ranks),
+        ]
+        for table in plan.tables
+    ]
+    total = sum(table.num_embeddings for table in plan.tables)
     return [
         Section(
             "Plan",
             Paragraph(
-                f"{len(rows)} tables with {total:,} rows of {width} numbers (latent vector, first-order weight, "
-                f"padding), on {plan.get('world_size', 1)} rank(s)."
+                f"{len(rows)} tables with {total:,} rows of {plan.tables[0].embedding_dim} numbers (latent vector, "
+                f"first-order weight, padding), on {plan.world_size} rank(s)."
             ),
             Table(["table", "rows", "MiB", "sharding", "kernel", "ranks"], rows, formats={"MiB": ",.2f"}),
         )
