@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from torchrec_deepfm.errors import UserError
-from torchrec_deepfm.page import Block, Data, Paragraph, Picture, Section, Table, Terms, write_page
+from torchrec_deepfm.page import Block, Data, Link, Paragraph, Picture, Section, Table, Terms, write_page
 from torchrec_deepfm.sharding.plan_file import PlanFile, load_plan
 from torchrec_deepfm.training.config import TrainConfig
 from torchrec_deepfm.training.pictures import learning_curves, points, reliability_curves, thinned
@@ -230,7 +230,7 @@ def _options(config: Mapping[str, Any]) -> Section:
 def _plan(plan: PlanFile | None) -> list[Section]:
     if plan is None or not plan.tables:
         return []
-    rows = [
+    rows: list[list[str | int | float | bool | Link | None]] = [
         [
             table.name,
             table.num_embeddings,
