@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 import quality_data
 import tyro
-from quality_jobs import HERE, Job, result_of
+from quality_jobs import HERE, Job, kept_result, result_of
 from quality_settings import Row, rows
 from quality_tables import Figure, write
 
@@ -59,6 +59,8 @@ class Options:
     """Threads of each training."""
     peers: bool = True
     """Whether to run those that are installed into environments of their own."""
+    kept_only: bool = False
+    """Train nothing: table and picture of the results that are there."""
     quick: bool = False
     """Tiny data, tiny models, one epoch: to see that it runs."""
 
@@ -91,6 +93,8 @@ def main(options: Options) -> None:
                     seed=seed,
                     environment=row.environment,
                 )
+                if options.kept_only and kept_result(job, options.output) is None:
+                    continue
                 of_row[seed] = result = result_of(job, options.output, cores=options.cores)
                 split = judged(result)
                 print(
@@ -98,7 +102,9 @@ def main(options: Options) -> None:
                     f"logloss {result[split]['logloss']:.4f}  {result['seconds']:.0f} s",
                     flush=True,
                 )
-        figures = [figure(name, model, results, folders[name]) for (name, model), results in found.items()]
+        figures = [figure(name, model, results, folders[name]) for (name, model), results in found.items() if results]
+        if not figures:
+            raise SystemExit(f"{options.output}: there is nothing to make a table of")
         text = write(figures, options.output, about(options))
     print("\n" + text)
 

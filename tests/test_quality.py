@@ -93,10 +93,13 @@ def test_tables_and_picture(module: Any, tmp_path: Path) -> None:
     assert "- DeepFM >= peer: NO (-0.0950, standard error 0.0050)" in text
     with (tmp_path / "quality.csv").open(encoding="utf-8") as file:
         assert [(row["model"], row["seed"], row["auc"]) for row in csv.DictReader(file)] == [
-            ("LR", "0", "0.7"), ("FM", "0", "0.69"), ("FM", "1", "0.7"),
-            ("DeepFM", "0", "0.8"), ("DeepFM", "1", "0.81"),
+            ("LR", "0", "0.7"),
+            ("FM", "0", "0.69"),
+            ("FM", "1", "0.7"),
+            ("DeepFM", "0", "0.8"),
+            ("DeepFM", "1", "0.81"),
             ("peer", "0", "0.9"),
-        ]  # fmt: skip
+        ]
     assert (tmp_path / "quality.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((tmp_path / "quality.json").read_text())["about"] == {"date": "today"}
 
