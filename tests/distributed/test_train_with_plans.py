@@ -13,8 +13,8 @@ from tests.distributed.launcher import CPU, run_module, run_ranks
 from torchrec_deepfm.data.prepared import PreparedData
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.sharding.plan_file import load_plan
-from torchrec_deepfm.training.config import smoke
 from torchrec_deepfm.training.ranks import on_main
+from torchrec_deepfm.training.recipes import smoke
 from torchrec_deepfm.training.trainer import train
 
 CONFIG = smoke()
