@@ -12,6 +12,10 @@ def run() -> int:
         main()
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except BrokenPipeError:
+        # Who reads has enough, such as head. What is not yet written goes nowhere, or Python would try it once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # as a shell reports a program that SIGPIPE ended
     return 0
 
 

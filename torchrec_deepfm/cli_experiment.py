@@ -9,6 +9,7 @@ import tyro
 
 from torchrec_deepfm import launch, terminal
 from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.sharding.hardware import MAX_BATCH_SIZE, MAX_RANKS
 
 if TYPE_CHECKING:
     import torch
@@ -63,9 +64,14 @@ class ExperimentCommand:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+        for option, most in (("batch_size", MAX_BATCH_SIZE), ("ranks", MAX_RANKS)):
+            if (getattr(self, option) or 0) > most:
+                raise UserError(f"--{option.replace('_', '-')} {getattr(self, option)}: must be at most {most:,}")
         for count in self.scaling:
             if count < 1:
                 raise UserError(f"--scaling {count}: must be at least 1")
+            if count > MAX_RANKS:
+                raise UserError(f"--scaling {count}: must be at most {MAX_RANKS:,}")
         for size in self.over_arch_layer_sizes:
             if size < 1:
                 raise UserError(f"--over-arch-layer-sizes {size}: every hidden layer needs at least one unit")
@@ -106,29 +112,26 @@ class ExperimentCommand:
         with ranks.process_group() as device:
             if self.ranks not in (None, ranks.count()):
                 raise UserError(f"--ranks {self.ranks}: {ranks.count()} rank(s) are started already; leave --ranks out")
-            tables, described, plans = ranks.on_main(lambda: self._prepare(device))
+            # All that can go wrong comes before the measuring, which takes long.
+            tables, described, plans, scaling = ranks.on_main(lambda: self._prepare(device))
             runs = self._runs(tables)
             if ranks.is_main():
                 terminal.say(f"{len(plans.named)} plans on {ranks.count()} ranks, {runs.turns} turns each")
             measured = take_turns(plans.named, runs, device, terminal.say)
 
             def write() -> None:
-                from torchrec_deepfm.sharding.experiment import predict_scaling, summarize, write_experiment
+                from torchrec_deepfm.sharding.experiment import summarize, write_experiment
 
                 hardware = Hardware.from_json(described)
-                scaling = self.scaling or tuple(ranks.count() * times for times in (1, 2, 4, 8))
-                experiment = summarize(
-                    measured, plans, runs, hardware, device=_device_name(device),
-                    scaling=predict_scaling(tables, hardware, scaling, self.batch_size, self.optimizer),
-                )  # fmt: skip
+                experiment = summarize(measured, plans, runs, hardware, device=_device_name(device), scaling=scaling)
                 write_experiment(experiment, self.output)
                 terminal.say(experiment_table(experiment))
                 terminal.say(f"wrote {self.output}{os.sep}: results.json, plans{os.sep}, report.html")
 
             ranks.on_main(write)
 
-    def _prepare(self, device: "torch.device") -> "tuple[tuple[Table, ...], dict[str, Any], Plans]":
-        from torchrec_deepfm.sharding.experiment import Wanted, check_output, make_plans
+    def _prepare(self, device: "torch.device") -> "tuple[tuple[Table, ...], dict[str, Any], Plans, dict[int, float]]":
+        from torchrec_deepfm.sharding.experiment import Wanted, check_output, make_plans, predict_scaling
         from torchrec_deepfm.sharding.table_list import read_tables
         from torchrec_deepfm.training import ranks
 
@@ -137,7 +140,9 @@ class ExperimentCommand:
         hardware = _hardware(self.hardware, device)
         wanted = Wanted(files=self.plans, rules=self.rules, sweep=self.sweep or not (self.plans or self.rules))
         plans = make_plans(wanted, tables, hardware, ranks.count(), self.batch_size, self.optimizer)
-        return tables, hardware.to_json(), plans
+        counts = self.scaling or tuple(ranks.count() * times for times in (1, 2, 4, 8))
+        scaling = predict_scaling(tables, hardware, counts, self.batch_size, self.optimizer)
+        return tables, hardware.to_json(), plans, scaling
 
     def _runs(self, tables: "tuple[Table, ...]") -> "Runs":
         from torchrec_deepfm.sharding.take_turns import Runs
@@ -174,17 +179,22 @@ class CalibrateCommand:
         from torchrec_deepfm.sharding.measured import read_experiment
         from torchrec_deepfm.sharding.report import write_experiment_report
 
-        fitted_to = {folder: read_experiment(folder) for folder in self.experiments}
-        held_out = {folder: read_experiment(folder) for folder in self.check}
+        if self.output.is_dir() or not self.output.absolute().parent.is_dir():
+            what = "this is a folder" if self.output.is_dir() else "there is no such folder to write it to"
+            raise UserError(f"--output {self.output}: {what}; name a file, such as here.toml")
+        fitted_to = {folder: read_experiment(folder) for folder in map(_folder, self.experiments)}
+        held_out = {folder: read_experiment(folder) for folder in map(_folder, self.check)}
         found = calibrate(list(fitted_to.values()), self.name or self.output.stem)
         lines = [f"{'':<44}{'plans':>6}{'error':>9}{'spearman':>10}{'regret':>9}  picked"]
+        recalculated = {}
         for kind, group in (("fitted", fitted_to), ("held out", held_out)):
             for folder, experiment in group.items():
-                after = recalculate(experiment, found.hardware)
+                after = recalculated[folder] = recalculate(experiment, found.hardware)
                 for what, one in (("before", experiment), ("after", after)):
-                    lines.append(_agreement_line(f"{folder.name} ({kind}), {what}", one))
-                write_experiment_report(after, folder / "report-calibrated.html")
+                    lines.append(_agreement_line(f"{folder.absolute().name} ({kind}), {what}", one))
         write_hardware(found.hardware, self.output)
+        for folder, after in recalculated.items():
+            write_experiment_report(after, folder / "report-calibrated.html")
         terminal.say("\n".join(lines))
         for key, value in found.hardware.to_json().items():
             if key.endswith("_bandwidth") and key not in found.unseen:
@@ -219,10 +229,17 @@ def experiment_table(experiment: "Experiment") -> str:
     return "\n".join(lines)
 
 
+def _folder(named: Path) -> Path:
+    from torchrec_deepfm.sharding.measured import RESULTS
+
+    return named.parent if named.name == RESULTS else named
+
+
 def _agreement_line(name: str, experiment: "Experiment") -> str:
     found = experiment.agreement()
-    assert found is not None
-    told = [(one.predicted_ms or 0.0, one.step_ms) for one in experiment.plans]
+    if found is None:  # nothing was predicted of it
+        return f"{name:<44}{len(experiment.plans):>6}{'-':>9}{'-':>10}{'-':>9}  -"
+    told = [(one.predicted_ms, one.step_ms) for one in experiment.plans if one.predicted_ms is not None]
     error = sum(abs(predicted / measured - 1.0) for predicted, measured in told) / len(told)
     rank = "-" if found.spearman is None else f"{found.spearman:.3f}"
     return f"{name:<44}{found.plans:>6}{error:>9.1%}{rank:>10}{found.regret:>9.1%}  {found.picked}"

@@ -2,7 +2,7 @@
 
 import itertools
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -57,6 +57,7 @@ class PlanCommand:
             self._plan()
 
     def _read(self, action: str, files: list[Path]) -> None:
+        from torchrec_deepfm.sharding.hardware import RESERVED
         from torchrec_deepfm.sharding.plan_file import load_plan
         from torchrec_deepfm.sharding.plan_text import diff_text, plan_text
 
@@ -65,22 +66,25 @@ class PlanCommand:
             raise UserError(
                 f"plan {action}: there is no such thing to do; give options to plan, or show FILE, or diff A B"
             )
-        for option in ("tables", "hardware", "ranks", "output", "dim"):
-            if getattr(self, option) is not None:
-                raise UserError(f"--{option}: plan {action} reads plans that are there; leave the option out")
+        for option in fields(self):
+            used = option.name == "words" or (option.name == "report" and action == "show")
+            if not used and getattr(self, option.name) != option.default:
+                raise UserError(
+                    f"--{option.name.replace('_', '-')}: plan {action} reads plans that are there; leave the option out"
+                )
         if len(files) != wanted[action]:
             raise UserError(
                 f"plan {action}: {len(files)} file(s) given, {wanted[action]} wanted; name the plans' files"
             )
         plans = [load_plan(file) for file in files]
         if action == "show":
-            terminal.say(plan_text(plans[0]))
+            terminal.say(plan_text(plans[0], reserved=RESERVED))
             self._write_report(plans[0])
         else:
             terminal.say(diff_text(plans[0], plans[1], (str(files[0]), str(files[1]))))
 
     def _plan(self) -> None:
-        from torchrec_deepfm.sharding.hardware import read_hardware
+        from torchrec_deepfm.sharding.hardware import MAX_BATCH_SIZE, MAX_RANKS, RESERVED, read_hardware
         from torchrec_deepfm.sharding.table_list import read_tables
 
         for option in ("tables", "hardware", "ranks", "output"):
@@ -94,6 +98,9 @@ class PlanCommand:
             raise UserError(f"--ranks {self.ranks}: must be at least 1")
         if self.batch_size < 1:
             raise UserError(f"--batch-size {self.batch_size}: must be at least 1")
+        for option, value, most in (("ranks", self.ranks, MAX_RANKS), ("batch-size", self.batch_size, MAX_BATCH_SIZE)):
+            if value > most:
+                raise UserError(f"--{option} {value}: must be at most {most:,}")
         if self.output.is_dir() or not self.output.absolute().parent.is_dir():
             what = "this is a folder" if self.output.is_dir() else "there is no such folder to write it to"
             raise UserError(f"--output {self.output}: {what}; name a file, such as plan.json")
@@ -101,23 +108,44 @@ class PlanCommand:
         hardware = read_hardware(self.hardware)
         local_world_size = hardware.local_world_size(self.ranks)
 
-        from torchrec_deepfm.sharding.constraints import parse_constraints
-        from torchrec_deepfm.sharding.plan_file import save_plan
+        from torchrec_deepfm.sharding.constraints import keep_to_possible, parse_constraints
+        from torchrec_deepfm.sharding.plan_file import check_fits, save_plan
         from torchrec_deepfm.sharding.plan_text import plan_text
-        from torchrec_deepfm.sharding.search import RESERVED, lower_bound_ms, plan_tables
+        from torchrec_deepfm.sharding.search import lower_bound_ms, plan_tables
 
         rules = tuple(itertools.chain.from_iterable(self.constraint))
         constraints = parse_constraints(
-            rules, tables, compute_device=hardware.compute_device, local_world_size=local_world_size
+            rules,
+            tables,
+            compute_device=hardware.compute_device,
+            world_size=self.ranks,
+            local_world_size=local_world_size,
         )
+        possible = constraints
+        if self.search == "stock":
+            possible = keep_to_possible(
+                constraints,
+                tables,
+                compute_device=hardware.compute_device,
+                world_size=self.ranks,
+                local_world_size=local_world_size,
+            )
         plan = plan_tables(
             tables,
             hardware,
             self.ranks,
             batch_size=self.batch_size,
-            constraints=constraints,
+            constraints=possible,
             search=self.search,
             optimizer=self.optimizer,
+        )
+        check_fits(
+            plan,
+            tables,
+            self.ranks,
+            local_world_size=local_world_size,
+            compute_device=hardware.compute_device,
+            where=f"the plan of --search {self.search}",
         )
         bound = lower_bound_ms(tables, hardware, self.ranks, batch_size=self.batch_size, constraints=constraints)
         save_plan(plan, self.output)

@@ -187,7 +187,11 @@ def test_the_report_shows_what_the_results_say(folder: Path) -> None:
 
 def test_calibrate_reads_the_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cli.main(["calibrate", str(folder / "out"), "--output", str(folder / "mine.toml")])
-    assert "spearman" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "spearman" in told
+    (folder / "out" / "report-calibrated.html").unlink()
+    cli.main(["calibrate", str(folder / "out" / "results.json"), "--output", str(folder / "mine.toml")])
+    assert capsys.readouterr().out == told
     assert (folder / "out" / "report-calibrated.html").exists()
     assert "ranks_per_host = 2" in (folder / "mine.toml").read_text()
 
@@ -206,6 +210,11 @@ def test_calibrate_reads_the_folder(folder: Path, capsys: pytest.CaptureFixture[
         (["--batch-size", "0"], "--batch-size 0: must be at least 1"),
         (["--steps", "-1"], "--steps -1: must be at least 1"),
         (["--scaling", "0"], "--scaling 0: must be at least 1"),
+        (["--scaling", "70000"], "--scaling 70000: must be at most 65,536"),
+        (["--batch-size", "9" * 30], "must be at most 2,147,483,647"),
+        (["--ranks", "9" * 30], "must be at most 65,536"),
+        (["--output", "tables.toml/new"], "nothing can be written below"),
+        (["--plans", "one\nline.json"], r"--plans 'one\nline.json': the name is too long or can't be printed"),
         (["--over-arch-layer-sizes", "0"], "--over-arch-layer-sizes 0"),
         (["--output", "."], "the folder is not empty"),
         (["--tables", "nowhere"], "nowhere"),
@@ -224,6 +233,31 @@ def test_bad_input(
     assert message in error
     assert error.count("\n") == 1
     assert not (folder / "new").exists()
+
+
+def test_numbers_of_ranks_are_checked_before_anything_is_measured(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    words = ["--tables", folder / "tables.toml", "--output", folder / "new", "--ranks", 1, "--rules", "*=table_wise"]
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["experiment", *map(str, words), "--scaling", "2", "3"])
+    assert stopped.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: --scaling 3: 3 ranks on cpu: 2 ranks share a host")
+    assert captured.out == ""
+    assert not (folder / "new").exists()
+
+
+def test_calibrate_writes_nothing_where_the_output_is_bad(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = folder / "out" / "report-calibrated.html"
+    report.unlink(missing_ok=True)
+    for output, message in ((folder, "this is a folder"), (folder / "absent" / "x.toml", "there is no such folder")):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(["calibrate", str(folder / "out"), "--output", str(output)])
+        assert stopped.value.code == 2
+        assert capsys.readouterr().err.startswith(f"error: --output {output}: {message}")
+    assert not report.exists()
 
 
 def test_calibrate_refuses(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,7 @@ import pytest
 
 from torchrec_deepfm import embedding_tables
 from torchrec_deepfm.errors import UserError
-from torchrec_deepfm.sharding.constraints import parse_constraints
+from torchrec_deepfm.sharding.constraints import keep_to_possible, parse_constraints
 from torchrec_deepfm.sharding.sharding_types import SHARDING_TYPES, column_cuts, default_min_partition
 
 # Rows of 16 columns. One column is called as another one's table, one has letters of rules and globs in its name.
@@ -34,6 +34,7 @@ def types(*rules: str, **ranks: int) -> dict[str, str]:
         (["<10=table_wise"], {"t_t_C1": "table_wise"}),
         (["<=10=table_wise"], {"t_C1": "table_wise", "t_t_C1": "table_wise"}),
         (["10..100000=table_wise"], {"t_C10": "table_wise", "t_a=b:*": "table_wise"}),
+        (["> 1e5 = row_wise", "C1 = row_wise, table_wise"], {"t_C1": "table_wise|row_wise", "t_C2": "row_wise"}),
         (["C1=row_wise,table_wise"], {"t_C1": "table_wise|row_wise"}),
         (["C1=any"], {"t_C1": "|".join(SHARDING_TYPES)}),
         (["C1=any:kernel=fused"], {"t_C1": "|".join(SHARDING_TYPES[1:])}),
@@ -123,6 +124,14 @@ def test_types_that_a_table_cannot_have_are_no_choices() -> None:
             ["C1=column_wise:min_partition=16"],
             "--constraint C1=column_wise:min_partition=16: table t_C1: min_partition 16 leaves its 16 columns in one p",
         ),
+        (["C1=column_wise:min_partition=16388"], "--constraint C1=column_wise:min_partition=16388: min_partition is a"),
+        ([f"C1=column_wise:min_partition={'9' * 32}"], f"--constraint C1=column_wise:min_partition={'9' * 32}: min_p"),
+        ([f"C1=column_wise:min_partition={'9' * 400}"], "--constraint C1=column_wise:min_partition=999"),
+        ([f"C1=column_wise:min_partition={'9' * 5000}"], "--constraint C1=column_wise:min_partition=999"),
+        (["C1=any:pooling_factor=1e308"], "--constraint C1=any:pooling_factor=1e308: pooling_factor 1e+308 is the mea"),
+        (["1e5..1e4=row_wise"], "--constraint 1e5..1e4=row_wise: no number is above 100000 and at most 10000; write"),
+        (["C1=row\nwise"], "--constraint 'C1=row\\nwise': this can't be printed; write NAME=TYPE on one line"),
+        (["C1=\ud800"], "--constraint 'C1=\\ud800': this can't be printed"),
         (["C1=any:cache_load_factor=0.2"], "--constraint C1=any:cache_load_factor=0.2: cache_load_factor is for kerne"),
         (["C1=any:pooling_factor=nan"], "--constraint C1=any:pooling_factor=nan: pooling_factor 'nan' is no number"),
         (["C1=any:pooling_factor=-1"], "--constraint C1=any:pooling_factor=-1: pooling_factor -1 is the mean number o"),
@@ -134,6 +143,20 @@ def test_bad_rules(rules: list[str], message: str) -> None:
         parse_constraints(rules, TABLES)
     assert str(raised.value).startswith(message)
     assert "\n" not in str(raised.value)
+
+
+def test_what_torchrec_plans_by_itself_is_kept_to_what_ranks_can_run() -> None:
+    """10 rows on 8 CPU ranks of two hosts are pieces of 2, which leaves 3 ranks none, but 3, 3, 3, 1 on one host."""
+    ranks = {"world_size": 8, "local_world_size": 4}
+    given = parse_constraints(["t_t_C1=table_wise"], TABLES, **ranks)  # type: ignore[arg-type]
+    found = keep_to_possible(given, TABLES, compute_device="cpu", **ranks)
+    assert set(found) == {"t_C1", "t_t_C1"}
+    assert found["t_C1"].sharding_types == [kind for kind in SHARDING_TYPES if kind != "row_wise"]
+    assert found["t_t_C1"] is given["t_t_C1"]
+    assert keep_to_possible({}, TABLES, compute_device="cuda", **ranks) == {}
+    alone = keep_to_possible({}, TABLES, compute_device="cuda", world_size=4, local_world_size=1)
+    kept = [kind for kind in SHARDING_TYPES if kind not in ("table_row_wise", "grid_shard")]
+    assert {name: each.sharding_types for name, each in alone.items()} == dict.fromkeys((t.name for t in TABLES), kept)
 
 
 def test_a_load_factor_is_a_share() -> None:

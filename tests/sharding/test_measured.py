@@ -77,6 +77,21 @@ def put(value: Any, *keys: Any) -> Callable[[Any], None]:
         (put(["fast"], "plans", 0, "ranks", 0, "step_ms"), "is 'fast', no time"),
         (put(1, "settings", "unknown"), "unexpected keyword argument 'unknown'"),
         (put(7, "format_version"), "format version 7"),
+        (put([1.0, 2.0], "plans", 0, "ranks", 1, "step_ms"), "plan one has 2 turns, the experiment 3"),
+        (put("2", "settings", "ranks"), "settings.ranks is '2', no whole number from 1 to"),
+        (put(True, "settings", "local_ranks"), "settings.local_ranks is True, no whole number"),
+        (put(1e999, "settings", "batch_size"), "settings.batch_size is inf, no whole number"),
+        (put(0, "settings", "turns"), "settings.turns is 0, no whole number"),
+        (put(0.5, "settings", "seed"), "settings.seed is 0.5, no whole number"),
+        (put(["a"], "settings", "over_arch_layer_sizes"), "settings.over_arch_layer_sizes[0] is 'a', no whole number"),
+        (put("abc", "settings", "over_arch_layer_sizes"), "settings.over_arch_layer_sizes is 'abc', no list"),
+        (put("adamw", "settings", "optimizer"), "settings.optimizer is 'adamw', none of"),
+        (put(None, "settings", "device"), "settings.device is None, no text"),
+        (put(-1, "settings", "tables", 0, "num_embeddings"), "settings.tables: num_embeddings: -1 is no count"),
+        (put(99, "settings", "tables", 0, "num_embeddings"), "plan one: table a is 100 x 8 in the plan, but 99 x 8"),
+        (put(-1, "hardware", "ddr_bytes"), "hardware: ddr_bytes: -1 is no number of bytes"),
+        (put(1e999, "plans", 0, "ranks", 0, "table_bytes"), "damaged"),
+        (put("\ud800", "settings", "device"), "damaged"),
         (put("other", "format"), "these are no results of an experiment"),
     ],
 )
@@ -85,7 +100,7 @@ def test_damage_is_told(tmp_path: Path, change: Callable[[Any], None], message: 
     path = tmp_path / "here" / "results.json"
     raw = json.loads(path.read_text())
     change(raw)
-    path.write_text(json.dumps(raw))
+    path.write_text(json.dumps(raw).replace("Infinity", "1e999"))
     with pytest.raises(UserError) as error:
         read_experiment(tmp_path / "here")
     assert message in str(error.value)

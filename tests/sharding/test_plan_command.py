@@ -45,7 +45,9 @@ def test_a_plan_is_written_shown_and_compared(tmp_path: Path, capsys: pytest.Cap
     assert max(totals) == pytest.approx(path)
 
     run("plan", "show", ours)
-    assert f"critical path {path:.2f} ms" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"critical path {path:.2f} ms" in shown
+    assert "of 68.0 GiB a rank (80.0 GiB less 15% for all else)" in shown
 
     stock = planned(tmp_path, "stock.json", "--search", "stock", "--constraint", "C1=row_wise")
     capsys.readouterr()
@@ -75,6 +77,23 @@ def test_single_differences_are_told(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert told[-1].startswith(("GPU memory of the fullest rank", "host memory"))
 
 
+@pytest.mark.parametrize("search", ["ours", "stock"])
+def test_a_plan_for_cpu_ranks_leaves_none_without_a_row(search: str, tmp_path: Path) -> None:
+    """FBGEMM's kernel on CPU needs one. TorchRec's planner does not know, and takes row_wise of two rows here."""
+    (tmp_path / "short.csv").write_text("name,num_embeddings,embedding_dim,pooling_factor\na,2,128,100\nb,2,128,100\n")
+    words = ["--tables", tmp_path / "short.csv", "--hardware", "cpu", "--ranks", 8, "--output", tmp_path / "plan.json"]
+    run("plan", *words, "--search", search)
+    plan = load_plan(tmp_path / "plan.json")
+    assert all(min(shard.sizes) >= 1 for table in plan.tables for shard in table.shards)
+
+
+def test_a_reader_that_leaves_early_is_no_error() -> None:
+    command = f"{sys.executable} -m torchrec_deepfm plan --help | head -n 1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=300)
+    assert done.stdout.startswith("usage")
+    assert done.stderr == ""
+
+
 def test_ranks_in_short() -> None:
     assert ranks_text(range(16)) == "0-15"
     assert ranks_text([3, 1, 3]) == "1 3"
@@ -97,6 +116,8 @@ GOOD = {"--tables": "criteo-terabyte", "--hardware": "h100", "--ranks": "16", "-
     ("changed", "told"),
     [
         ({"--ranks": "12"}, "12 ranks on h100: 8 ranks share a host, and 12 is no multiple of that; take 8 or 16"),
+        ({"--ranks": "9" * 30}, f"--ranks {'9' * 30}: must be at most 65,536"),
+        ({"--batch-size": "9" * 30}, f"--batch-size {'9' * 30}: must be at most 2,147,483,647"),
         ({"--ranks": "0"}, "--ranks 0: must be at least 1"),
         ({"--ranks": None}, "--ranks is missing; plan wants --tables, --hardware, --ranks and --output"),
         ({"--hardware": "h10"}, "hardware 'h10': there is no such preset; choose from a100-40,"),
@@ -110,6 +131,10 @@ GOOD = {"--tables": "criteo-terabyte", "--hardware": "h100", "--ranks": "16", "-
         ({"--output": "."}, "--output .: this is a folder"),
         ({"--constraint": "C99=row_wise"}, "--constraint C99=row_wise: "),
         ({"--constraint": "C1=fused"}, "--constraint C1=fused: there is no sharding type 'fused'"),
+        (
+            {"--tables": "short.csv", "--hardware": "cpu", "--constraint": "b=row_wise"},
+            "--constraint b=row_wise: table b: row_wise cuts its 2 rows into pieces of 1 and leaves 14 of 16 ranks",
+        ),
         ({"--tables": "huge.json"}, "table huge: 1,000,000,000,000 x 128 are 476,837.2 GiB of weights"),
     ],
 )
@@ -123,6 +148,7 @@ def test_bad_input_gets_one_line_and_leaves_nothing(
     monkeypatch.chdir(tmp_path)
     Path("bad.toml").write_text('base = "h100"\nhbm_bytes = -5\n')
     Path("huge.json").write_text('[{"name": "huge", "num_embeddings": 1000000000000, "embedding_dim": 128}]')
+    Path("short.csv").write_text("name,num_embeddings,embedding_dim\na,100000,16\nb,2,16\n")
     words = [word for key, value in (GOOD | changed).items() if value is not None for word in (key, value)]
     with pytest.raises(SystemExit) as stopped:
         run("plan", *words)
@@ -131,7 +157,7 @@ def test_bad_input_gets_one_line_and_leaves_nothing(
     assert captured.err.startswith(f"error: {told}")
     assert captured.err.count("\n") == 1
     assert captured.out == ""
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.toml", "huge.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.toml", "huge.json", "short.csv"]
 
 
 @pytest.mark.parametrize(
@@ -142,6 +168,11 @@ def test_bad_input_gets_one_line_and_leaves_nothing(
         (["diff", "a.json"], "plan diff: 1 file(s) given, 2 wanted"),
         (["show", "absent.json"], "absent.json: there is no such file"),
         (["show", "absent.json", "--ranks", "8"], "--ranks: plan show reads plans that are there"),
+        (["show", "absent.json", "--batch-size", "3"], "--batch-size: plan show reads plans that are there"),
+        (["show", "absent.json", "--search", "stock"], "--search: plan show reads plans that are there"),
+        (["show", "absent.json", "--constraint", "C1=row_wise"], "--constraint: plan show reads plans that are there"),
+        (["show", "absent.json", "--optimizer", "sgd"], "--optimizer: plan show reads plans that are there"),
+        (["diff", "a.json", "b.json", "--report", "x.html"], "--report: plan diff reads plans that are there"),
         ([], "--tables is missing"),
     ],
 )

@@ -15,6 +15,7 @@ from torchrec.types import DataType
 
 from tests.sharding.plans import PATH, TABLES, plan_file, sharding_plan
 from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.sharding.hardware import PRESETS
 from torchrec_deepfm.sharding.plan import Cost, PlanFile, Predicted
 from torchrec_deepfm.sharding.plan_file import check_fits, load_plan, plan_text, save_plan
 from torchrec_deepfm.sharding.plan_sharding import from_sharding_plan, to_sharding_plan
@@ -37,7 +38,7 @@ def with_predictions(plan: PlanFile) -> PlanFile:
         for table in plan.tables
     )
     predicted = Predicted(critical_path_ms=63.0, mean_ms=31.5, per_rank=tuple(cost(rank) for rank in range(4)))
-    return replace(plan, tables=tables, predicted=predicted, hardware={"name": "h100", "hbm_bytes": 80 * 10**9})
+    return replace(plan, tables=tables, predicted=predicted, hardware=PRESETS["h100"].to_json())
 
 
 def test_every_type_is_in_the_plan() -> None:
@@ -194,11 +195,17 @@ def both(first: Callable[[Any], None], second: Callable[[Any], None]) -> Callabl
         (lambda raw: raw.update(serach="x"), "there is no key 'serach' in a plan; did you mean 'search'?"),
         (lambda raw: raw.update(tables=[]), "'tables' must be a list of at least one, not []"),
         (lambda raw: raw.update(hardware="h100"), 'hardware: "h100" is no JSON object'),
+        (lambda raw: raw.update(hardware={"name": "h100"}), "hardware: compute_device, ranks_per_host, hbm_bytes, "),
+        (lambda raw: raw["hardware"].update(hbm_bytes=-1), "hardware: hbm_bytes: -1 is no number of bytes; give a who"),
+        (lambda raw: raw.update(search="\ud800"), r"'search' must be a text that can be printed, not '\ud800'; make"),
+        (lambda raw: raw["made_with"].update(torch=2), "made_with: 'torch' must be a text that can be printed, not 2"),
+        (set_in("b", name="t\nb"), r"tables[1]: 'name' must be a text that can be printed, not 't\nb'; make the pl"),
+        (set_in("b", name="\udcff"), r"tables[1]: 'name' must be a text that can be printed, not '\udcff'; make th"),
         (lambda raw: raw["predicted"]["per_rank"].pop(), "predicted.per_rank has 3 ranks, world_size is 4"),
         (lambda raw: raw["predicted"]["per_rank"][1].update(rank=2), "predicted.per_rank[1]: rank 2, not 1; list ever"),
         (lambda raw: raw["predicted"].update(mean_ms=-1), "predicted: 'mean_ms' must be a number of at least 0, not -"),
         (lambda raw: raw["tables"].append(raw["tables"][0]), "table t_a stands twice; leave one"),
-        (set_in("b", name=""), "tables[1]: 'name' must be a text, not \"\""),
+        (set_in("b", name=""), "tables[1]: 'name' must be a text that can be printed, not \"\""),
         (set_in("b", num_embeddings=0), "tables[1] (t_b): 'num_embeddings' must be a whole number of at least 1, not "),
         (set_in("b", ranks=[1]), "tables[1] (t_b): 'ranks' is [1], but the shards lie on [3]; give the rank of each"),
         (set_in("b", sharding_type="rowwise"), "table t_b: no sharding type 'rowwise'; choose one of data_parallel, "),

@@ -162,6 +162,35 @@ def test_never_worse_than_torchrecs_planner(tables: str, ranks: int) -> None:
     assert ours == plan_tables(listed, HARDWARE, ranks, batch_size=2048)  # the same every time
 
 
+@pytest.mark.parametrize(
+    ("hardware", "ranks", "tables"),
+    [
+        ("cpu", 1, [(300, 128, 40.0), (2_000_000, 128, 1.0)]),  # one rank: row_wise is the cheapest by the estimates
+        ("cpu", 16, [(500_000, 92, 5.0)]),
+        ("cpu", 64, [(100_000, 4, 40.0), (3_000_000, 8, 5.0)]),
+        ("h100", 1, [(1_000_000, 64, 40.0)]),
+        ("short of memory", 32, [(2829, 16, 40.0), (199_098, 16, 40.0), (4_456_391, 16, 0.3)]),  # into host memory
+    ],
+)
+def test_never_worse_where_rows_or_host_memory_are_best(
+    hardware: str, ranks: int, tables: list[tuple[int, int, float]]
+) -> None:
+    listed = [
+        Table(name=f"t{n}", num_embeddings=rows, embedding_dim=dim, pooling_factor=pooling)
+        for n, (rows, dim, pooling) in enumerate(tables)
+    ]
+    if hardware == "short of memory":
+        held = sum(table.gib for table in listed) * 2**30
+        at = replace(HARDWARE, hbm_bytes=int(held / ranks * 2.5) + 2**25)
+    else:
+        at = PRESETS[hardware]
+    stock = plan_tables(listed, at, ranks, batch_size=512, search="stock")
+    ours = plan_tables(listed, at, ranks, batch_size=512)
+    assert critical_path(ours) <= critical_path(stock) * (1 + 1e-9)
+    bound = lower_bound_ms(listed, at, ranks, batch_size=512)
+    assert bound <= min(critical_path(ours), critical_path(stock)) * (1 + 1e-9)
+
+
 def test_tight_memory_is_kept_where_torchrec_keeps_it() -> None:
     tables = criteo_tables(64)
     weights = sum(table.gib for table in tables) * 2**30

@@ -67,6 +67,7 @@ def one(**given: object) -> str:
         ("a.json", one(embedding_dim=10), "table 1 (a): embedding_dim: 10 is no multiple of 4"),
         ("a.json", one(pooling_factor=0), "table 1 (a): pooling_factor: 0 is no number of ids"),
         ("a.json", one(pooling_factor=float("nan")), "table 1 (a): pooling_factor: nan is no number of ids"),
+        ("a.json", one(pooling_factor=1e308), "table 1 (a): pooling_factor: 1e+308 is no number of ids"),
         ("a.json", one(weighted=1), "table 1 (a): weighted: 1 is neither true nor false"),
         ("a.json", one(rows=3), "table 1 (a): rows: there is no such key; choose from name, num_embeddings"),
         ("a.json", one(name=""), "table 1 (): name: '' is no name of a table"),

@@ -36,6 +36,7 @@ from torchrec.distributed.types import ShardingType
 
 from torchrec_deepfm.sharding.balance import Machine, Pieces, place
 from torchrec_deepfm.sharding.choose import Choice, Effort, choose
+from torchrec_deepfm.sharding.sharding_types import WIDE_ENOUGH
 
 
 def shard_ms(shard: Shard) -> float:
@@ -128,15 +129,19 @@ class BalancedProposer(Proposer):
     """Proposes the plan that a search over all options finds (``choose.choose``), and TorchRec's if that fits nowhere.
 
     TorchRec's proposers walk through the options of a table one after another, each judged by itself. This one knows
-    what lies on every rank, on a host and on a single one, so it judges all tables together before it proposes. It
+    what lies on every rank, on a host and on a single one, so it judges all tables together before it proposes.
+    What the greedy ones would propose is among the starts of its search. It
     first proposes the fastest option of each table, since the planner tells of the memory only in its answer.
 
     Args:
         effort: How long to search.
+        fallbacks: Whether to propose TorchRec's where the plan found fits nowhere. Beside ``BalancedPartitioner`` that
+            is no use: the search has tried the same placements.
     """
 
-    def __init__(self, effort: Effort | None = None) -> None:
+    def __init__(self, effort: Effort | None = None, *, fallbacks: bool = True) -> None:
         self._effort = effort or Effort()
+        self._with_fallbacks = fallbacks
         self._options: list[list[ShardingOption]] = []
         self._next: list[ShardingOption] | None = None
         self._fallbacks: list[Proposer] = []
@@ -157,7 +162,9 @@ class BalancedProposer(Proposer):
             by_table.setdefault(option.fqn, []).append(option)
         self._options = list(by_table.values())
         self._next = [min(options, key=_dearest) for options in self._options] or None
-        self._fallbacks = [GreedyProposer(), GreedyProposer(use_depth=False), UniformProposer()]
+        self._fallbacks = []
+        if self._with_fallbacks:
+            self._fallbacks = [GreedyProposer(), GreedyProposer(use_depth=False), UniformProposer()]
         for fallback in self._fallbacks:
             fallback.load(search_space, enumerator)
         self._searched, self._fits, self.choice = False, False, None
@@ -205,8 +212,46 @@ class BalancedProposer(Proposer):
     def _search(self, storage_constraint: Topology) -> list[ShardingOption]:
         machine = machine_of(storage_constraint)
         ways = [[pieces_of(option, machine) for option in options] for options in self._options]
-        self.choice = choose(machine, ways, self._effort)
+        self.choice = choose(machine, ways, self._effort, starts=_greedy_proposals(self._options))
         return [options[number] for options, number in zip(self._options, self.choice.ways, strict=True)]
+
+
+def _greedy_proposals(options: Sequence[Sequence[ShardingOption]]) -> list[tuple[int, ...]]:
+    """What TorchRec's greedy proposers would propose, of the options that its enumerator would offer.
+
+    They walk one way, whatever they are told: the table that takes the most memory gets its next dearer option. Theirs
+    looks at every shard of every table again at each step, which is too slow for a thousand ranks.
+    """
+    known = [[(number, option) for number, option in enumerate(each) if _torchrecs(option)] for each in options]
+    known = [some or list(enumerate(each)) for some, each in zip(known, options, strict=True)]
+    found: list[tuple[int, ...]] = []
+    for total in (max, sum):
+        ways = [sorted((total(_perf_totals(option)), number) for number, option in each) for each in known]
+        sizes = [{number: _memory(option) for number, option in each} for each in known]
+        at = [0] * len(ways)
+        while True:
+            found.append(tuple(each[step][1] for each, step in zip(ways, at, strict=True)))
+            left = [table for table, each in enumerate(ways) if at[table] + 1 < len(each)]
+            if not left:
+                break
+            at[max(left, key=lambda table: sizes[table][found[-1][table]])] += 1
+    return found
+
+
+def _torchrecs(option: ShardingOption) -> bool:
+    """Whether TorchRec's enumerator would offer this: no grid, and of narrow tables only the whole width."""
+    width = option.shards[0].size[1]
+    return option.sharding_type != ShardingType.GRID_SHARD.value and width >= min(option.tensor.shape[1], WIDE_ENOUGH)
+
+
+def _perf_totals(option: ShardingOption) -> list[float]:
+    return [float(shard.perf.total) for shard in option.shards if shard.perf is not None]
+
+
+def _memory(option: ShardingOption) -> tuple[int, int, int, int]:
+    held = [shard.storage for shard in option.shards if shard.storage is not None]
+    hbm, ddr = [each.hbm for each in held], [each.ddr for each in held]
+    return max(hbm), sum(hbm), max(ddr), sum(ddr)
 
 
 def machine_of(ranks: Topology) -> Machine:

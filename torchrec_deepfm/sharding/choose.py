@@ -70,16 +70,23 @@ class Choice:
         return self.critical_path < other.critical_path * (1 - _SAME)
 
 
-def choose(machine: Machine, ways: Sequence[Sequence[Pieces]], effort: Effort | None = None) -> Choice:
+def choose(
+    machine: Machine,
+    ways: Sequence[Sequence[Pieces]],
+    effort: Effort | None = None,
+    *,
+    starts: Iterable[tuple[int, ...]] = (),
+) -> Choice:
     """Find a way for each table so that the slowest rank is fast.
 
     Args:
         machine: The ranks.
         ways: Ways of each table, one at least.
         effort: How long to search.
+        starts: Choices to start from as well, a way for each table.
 
     Returns:
-        The best choice found; ``short`` is positive where none fits.
+        The best choice found, no worse than any of ``starts``; ``short`` is positive where none fits.
 
     Example:
         >>> machine = Machine(ranks=2, ranks_per_host=2, hbm=np.full(2, 9.0), ddr=np.full(2, 9.0))
@@ -88,7 +95,7 @@ def choose(machine: Machine, ways: Sequence[Sequence[Pieces]], effort: Effort | 
         >>> choose(machine, [[whole, halves]]).ways
         (1,)
     """
-    return _Search(machine, ways, effort or Effort()).run()
+    return _Search(machine, ways, effort or Effort()).run(starts)
 
 
 @dataclass(frozen=True)
@@ -98,12 +105,12 @@ class _Search:
     effort: Effort
     placed: dict[tuple[int, ...], Choice] = field(default_factory=dict)
 
-    def run(self) -> Choice:
+    def run(self, given: Iterable[tuple[int, ...]] = ()) -> Choice:
         arrays = _Arrays.of(self.machine, self.ways)
         starts = sorted(
             dict.fromkeys(arrays.starts()), key=lambda start: (arrays.lack(start), arrays.bound(start), start)
         )
-        placed = [self._place(start) for start in starts[: self.effort.placed_starts]]
+        placed = [self._place(start) for start in dict.fromkeys((*given, *starts[: self.effort.placed_starts]))]
         placed.sort(key=lambda choice: (choice.short, choice.critical_path, choice.ways))
         best = placed[0]
         for start in placed[: self.effort.starts]:

@@ -29,14 +29,18 @@ from torchrec_deepfm.sharding.sharding_types import (
     COLUMN_TYPES,
     CUDA_KERNELS,
     KERNELS,
+    MAX_POOLING_FACTOR,
     SHARDING_TYPES,
     TableSize,
     kernels_of,
     why_impossible,
+    why_rows_impossible,
 )
 
 OPTIONS = ("min_partition", "kernel", "cache_load_factor", "pooling_factor")
 ANY = "any"
+MAX_MIN_PARTITION = 2**14
+"""No table is wider."""
 
 _SIZE = re.compile(r"(?P<sign><=|>=|<|>)(?P<bound>[^=]*)=(?P<rest>.*)")
 _RANGE = re.compile(r"(?P<above>[0-9][^=]*?)\.\.(?P<most>[^=]*)=(?P<rest>.*)")
@@ -126,7 +130,55 @@ def parse_constraints(
     }
 
 
+def keep_to_possible(
+    constraints: Mapping[str, ParameterConstraints],
+    tables: Sequence[NamedTable],
+    *,
+    compute_device: str,
+    world_size: int,
+    local_world_size: int,
+) -> dict[str, ParameterConstraints]:
+    """Keep TorchRec's own planner to what these ranks can run: it knows of no type that needs a row on every rank.
+
+    Args:
+        constraints: of ``parse_constraints``, for the same ranks.
+        tables: all tables.
+        compute_device: ``cpu`` or ``cuda``.
+        world_size: ranks.
+        local_world_size: ranks per host.
+
+    Returns:
+        The constraints, and those of further tables whose rows can't be cut in every way.
+
+    Example:
+        >>> from torchrec_deepfm.model.tables import embedding_tables
+        >>> tables = embedding_tables({"C1": 2, "C2": 2_000_000}, factor_dim=15)
+        >>> found = keep_to_possible({}, tables, compute_device="cpu", world_size=8, local_world_size=8)
+        >>> {name: each.sharding_types for name, each in found.items()}
+        {'t_C1': ['data_parallel', 'table_wise', 'column_wise', 'table_column_wise']}
+    """
+    found = dict(constraints)
+    for table in tables:
+        possible = [
+            kind
+            for kind in SHARDING_TYPES
+            if why_rows_impossible(
+                kind,
+                table,
+                world_size=world_size,
+                local_world_size=local_world_size,
+                compute_device=compute_device,
+            )
+            is None
+        ]
+        if table.name not in found and len(possible) < len(SHARDING_TYPES):
+            found[table.name] = ParameterConstraints(sharding_types=possible)
+    return found
+
+
 def _parse(text: str, tables: Sequence[NamedTable]) -> _Rule:
+    if not text.isprintable():
+        raise UserError(f"--constraint {text!r}: this can't be printed; write NAME=TYPE on one line")
     where = f"--constraint {text}"
     names = {name for table in tables for name in (table.name, *table.feature_names)}
     # A column may have "=" or a letter of a glob in its name.
@@ -153,6 +205,8 @@ def _parse(text: str, tables: Sequence[NamedTable]) -> _Rule:
         )
     if span := _RANGE.fullmatch(text):
         above, most = _rows(span["above"], where), _rows(span["most"], where)
+        if above >= most:
+            raise UserError(f"{where}: no number is above {above:g} and at most {most:g}; write the smaller one first")
         return _Rule(
             text=text,
             rank=_Rank.SIZE,
@@ -160,6 +214,7 @@ def _parse(text: str, tables: Sequence[NamedTable]) -> _Rule:
             demand=_demand(span["rest"], where),
         )
     which, equals, rest = text.partition("=")
+    which = which.strip()
     if not equals or not which:
         raise UserError(f"{where}: write NAME=TYPE, such as C1=row_wise or '>1e6=column_wise'")
     return _Rule(
@@ -181,8 +236,8 @@ def _rows(text: str, where: str) -> float:
 
 
 def _demand(text: str, where: str) -> Demand:
-    listed, *options = text.split(":")
-    types = SHARDING_TYPES if listed == ANY else tuple(dict.fromkeys(listed.split(",")))
+    listed, *options = (part.strip() for part in text.split(":"))
+    types = SHARDING_TYPES if listed == ANY else tuple(dict.fromkeys(kind.strip() for kind in listed.split(",")))
     for kind in types:
         if kind not in SHARDING_TYPES:
             raise UserError(f"{where}: there is no sharding type {kind!r}; {_choose(kind, (*SHARDING_TYPES, ANY))}")
@@ -199,6 +254,8 @@ def _demand(text: str, where: str) -> Demand:
         types = _of_kernel(kernel, types, where)
     min_partition = _number(found, "min_partition", where, whole=True)
     load_factor = _number(found, "cache_load_factor", where)
+    if min_partition is not None and min_partition > MAX_MIN_PARTITION:
+        raise UserError(f"{where}: min_partition is a number of columns, at most {MAX_MIN_PARTITION:,}; take fewer")
     if min_partition is not None and (min_partition % COLUMN_ALIGNMENT or min_partition < COLUMN_ALIGNMENT):
         raise UserError(
             f"{where}: min_partition {min_partition:g} is no multiple of {COLUMN_ALIGNMENT}, as FBGEMM's kernels want; "
@@ -215,6 +272,10 @@ def _demand(text: str, where: str) -> Demand:
     pooling_factor = _number(found, "pooling_factor", where)
     if pooling_factor is not None and pooling_factor <= 0.0:
         raise UserError(f"{where}: pooling_factor {pooling_factor:g} is the mean number of ids, greater than 0")
+    if pooling_factor is not None and pooling_factor > MAX_POOLING_FACTOR:
+        raise UserError(
+            f"{where}: pooling_factor {pooling_factor:g} is the mean number of ids, at most {MAX_POOLING_FACTOR:,}"
+        )
     return Demand(
         sharding_types=tuple(kind for kind in SHARDING_TYPES if kind in types),
         kernel=kernel,
@@ -241,7 +302,7 @@ def _number(found: Mapping[str, str], name: str, where: str, *, whole: bool = Fa
         value = int(found[name]) if whole else float(found[name])
     except ValueError:
         value = math.nan
-    if not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{where}: {name} {found[name]!r} is no {'whole ' if whole else ''}number")
     return value
 
@@ -259,7 +320,7 @@ def _nothing(rule: _Rule, tables: Sequence[NamedTable]) -> str:
             f"no table has so many rows: they have {smallest.num_embeddings:,} ({smallest.name}) to "
             f"{largest.num_embeddings:,} ({largest.name})"
         )
-    which = rule.text.partition("=")[0]
+    which = rule.text.partition("=")[0].strip()
     names = [name for table in tables for name in (*table.feature_names, table.name)]
     close = difflib.get_close_matches(which, names, n=3, cutoff=0.4) or names[:3]
     return f"no table or feature is called so; did you mean one of {', '.join(close)}?"

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import median_low
 
 from torchrec_deepfm.errors import UserError
-from torchrec_deepfm.sharding.constraints import parse_constraints
+from torchrec_deepfm.sharding.constraints import keep_to_possible, parse_constraints
 from torchrec_deepfm.sharding.estimate import SparseOptimizer, with_prediction
 from torchrec_deepfm.sharding.hardware import Hardware
 from torchrec_deepfm.sharding.measured import PLANS, RESULTS, Experiment, PlanMeasured, Settings
@@ -79,6 +79,8 @@ def make_plans(
     named: dict[str, PlanFile] = {}
     left_out: dict[str, str] = {}
     for path in wanted.files:
+        if not path.stem.isprintable() or len(path.stem.encode()) > 200:  # it names a file of the experiment too
+            raise UserError(f"--plans {str(path)!r}: the name is too long or can't be printed; rename the file")
         plan = load_plan(path)
         check_fits(plan, tables, ranks, local_world_size=local, compute_device=hardware.compute_device, where=str(path))
         if path.stem in named:
@@ -87,7 +89,7 @@ def make_plans(
             replace(plan, local_world_size=local), tables, hardware, ranks, batch_size, optimizer=optimizer
         )
     for text in wanted.rules:
-        name = re.sub(r"[^\w.+-]+", "_", text.strip()).strip("_.") or "rules"
+        name = re.sub(r"[^\w.+-]+", "_", text.strip()).strip("_.")[:60] or "rules"  # a file's name, at 4 bytes a letter
         if name in named:
             raise UserError(f"--rules {text!r}: there is another plan called {name}; leave one of them out")
         named[name] = _planned(text.split(), "stock", tables, hardware, ranks, batch_size, optimizer)
@@ -142,15 +144,17 @@ def _planned(
     batch_size: int,
     optimizer: SparseOptimizer,
 ) -> PlanFile:
-    constraints = parse_constraints(
-        rules,
-        bag_configs(tables),
-        compute_device=hardware.compute_device,
-        local_world_size=hardware.local_world_size(ranks),
-    )
-    return plan_tables(
+    local, device, configs = hardware.local_world_size(ranks), hardware.compute_device, bag_configs(tables)
+    constraints = parse_constraints(rules, configs, compute_device=device, world_size=ranks, local_world_size=local)
+    if search == "stock":
+        constraints = keep_to_possible(
+            constraints, configs, compute_device=device, world_size=ranks, local_world_size=local
+        )
+    plan = plan_tables(
         tables, hardware, ranks, batch_size=batch_size, constraints=constraints, search=search, optimizer=optimizer
     )
+    check_fits(plan, tables, ranks, local_world_size=local, compute_device=device, where=f"the plan of search {search}")
+    return plan
 
 
 def _same(one: PlanFile, other: PlanFile) -> bool:
@@ -187,7 +191,10 @@ def predict_scaling(
     """
     found = {}
     for count in ranks:
-        hardware.local_world_size(count)
+        try:
+            hardware.local_world_size(count)
+        except UserError as error:
+            raise UserError(f"--scaling {count}: {error}") from error
         try:
             plan = _planned([], "ours", tables, hardware, count, batch_size, optimizer)
         except UserError:
@@ -247,12 +254,15 @@ def check_output(folder: Path) -> None:
     """Check that an experiment may be written to a folder.
 
     Raises:
-        UserError: there is something there.
+        UserError: there is something there, or nothing can be written there.
     """
     if folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"--output {folder}: the folder is not empty; name another one, or remove it first")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output {folder}: there is a file of that name; name a folder")
+    above = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise UserError(f"--output {folder}: nothing can be written below {above}; name another folder")
 
 
 def write_experiment(experiment: Experiment, folder: Path) -> None:

@@ -36,6 +36,14 @@ EXTRA: Final[Mapping[str, str]] = MappingProxyType(
 )
 """Fixed costs that ``calibrate`` fits and TorchRec's estimators leave out; each in milliseconds a step."""
 
+RESERVED: Final = 0.15
+"""Share of a GPU's memory that is kept for the dense part, activations and what the estimates miss."""
+
+MAX_RANKS: Final = 2**16
+"""More ranks than any cluster has: a number beyond is a slip, which would keep a planner busy for days."""
+MAX_BATCH_SIZE: Final = 2**31 - 1
+"""Samples a rank; TorchRec's lengths and offsets count no further."""
+
 _CAPACITIES: Final = ("hbm_bytes", "ddr_bytes")
 _BANDWIDTHS: Final = (
     "hbm_bandwidth",
@@ -91,11 +99,11 @@ class Hardware:
         """Check every figure; messages begin with its key."""
         for key in ("name", "source"):
             value = getattr(self, key)
-            if not isinstance(value, str) or not value:
-                raise UserError(f"{key}: {value!r} is no text; give a non-empty one")
+            if not isinstance(value, str) or not value or not " ".join(value.split()).isprintable():
+                raise UserError(f"{key}: {value!r} is no text; give a non-empty one that can be printed")
         if self.compute_device not in get_args(ComputeDevice):
             raise UserError(f"compute_device: {self.compute_device!r} is not known; choose cuda or cpu")
-        _check_count("ranks_per_host", self.ranks_per_host, "ranks")
+        _check_count("ranks_per_host", self.ranks_per_host, "ranks", MAX_RANKS)
         if self.compute_device == "cuda" or self.hbm_bytes is not None:
             _check_count("hbm_bytes", self.hbm_bytes, "bytes")
         _check_count("ddr_bytes", self.ddr_bytes, "bytes")
@@ -131,7 +139,7 @@ class Hardware:
             >>> PRESETS["h100"].local_world_size(4), PRESETS["h100"].local_world_size(64)
             (4, 8)
         """
-        _check_count("ranks", ranks, "ranks")
+        _check_count("ranks", ranks, "ranks", MAX_RANKS)
         if ranks <= self.ranks_per_host:
             return ranks
         if ranks % self.ranks_per_host:
@@ -291,9 +299,11 @@ def _toml(value: str | float) -> str:
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
-def _check_count(key: str, value: object, unit: str) -> None:
+def _check_count(key: str, value: object, unit: str, most: int = 2**60) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise UserError(f"{key}: {value!r} is no number of {unit}; give a whole number greater than 0")
+    if value > most:
+        raise UserError(f"{key}: {value} is too large a number of {unit}; give at most {most:,}")
 
 
 def _check_positive(key: str, value: object) -> None:
@@ -307,7 +317,10 @@ def _quantity(key: str, text: str, like: str) -> float:
         raise UserError(f"{key}: {text!r} is no amount; write it as {like!r}")
     prefix = match[2]
     power = "KMGTP".index(prefix.upper()) + 1 if prefix else 0
-    return float(match[1]) * float(1024 if match[3] else 1000) ** power
+    amount = float(match[1]) * float(1024 if match[3] else 1000) ** power
+    if amount == math.inf:
+        raise UserError(f"{key}: {text!r} is more than there is; write it as {like!r}")
+    return amount
 
 
 def _choices(wrong: object, known: Iterable[str]) -> str:
@@ -330,7 +343,11 @@ def _dgx(
     adapter: float,
     source: str,
 ) -> Hardware:
-    """A node of 8 GPUs: capacities in GiB, bandwidths in GB/s, host memory shared out over the GPUs."""
+    """A node of 8 GPUs: capacities in GiB, bandwidths in GB/s, host memory shared out over the GPUs.
+
+    Data sheets print the capacity of a GPU in GB, but a device tells its driver about as many GiB: 81,559 MiB of an
+    H100's 80, 143,771 MiB of an H200's 141.
+    """
     return Hardware(
         name=name,
         compute_device="cuda",

@@ -15,13 +15,17 @@ from typing import Any, TypeVar
 
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.sharding.agreement import Agreement, agreement
+from torchrec_deepfm.sharding.hardware import Hardware
 from torchrec_deepfm.sharding.plan import PlanFile
-from torchrec_deepfm.sharding.plan_file import load_plan
+from torchrec_deepfm.sharding.plan_file import check_fits, load_plan
+from torchrec_deepfm.sharding.table_list import Table
 
 FORMAT = "torchrec_deepfm.experiment"
 FORMAT_VERSION = 1
 RESULTS = "results.json"
 PLANS = "plans"
+OPTIMIZERS = ("rowwise_adagrad", "adagrad", "sgd")
+IDS = ("zipf", "uniform")
 
 T = TypeVar("T")
 
@@ -193,7 +197,7 @@ def read_experiment(folder: Path) -> Experiment:
             f"{path}: format version {raw.get('format_version')!r}, this version of torchrec_deepfm reads "
             f"{FORMAT_VERSION}; run the experiment again"
         )
-    return _whole(path, lambda: _experiment(raw, folder))
+    return _whole(path, lambda: _experiment(raw, path))
 
 
 def _whole(path: Path, read: Callable[[], T]) -> T:
@@ -203,22 +207,29 @@ def _whole(path: Path, read: Callable[[], T]) -> T:
         raise
     except KeyError as error:
         raise UserError(f"{path}: damaged ({error} is missing); run the experiment again") from error
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(f"{path}: damaged ({error}); run the experiment again") from error
 
 
-def _experiment(raw: Mapping[str, Any], folder: Path) -> Experiment:
-    settings = dict(raw["settings"])
-    for name in ("tables", "over_arch_layer_sizes"):
-        settings[name] = tuple(settings[name])
-    plans = tuple(_plan_measured(one, folder) for one in raw["plans"])
+def _experiment(raw: Mapping[str, Any], path: Path) -> Experiment:
+    json.dumps(raw, ensure_ascii=False).encode()  # half of a surrogate pair can't be printed, nor written to a report
+    settings, tables = _settings(raw["settings"])
+    plans = tuple(_plan_measured(one, path.parent) for one in raw["plans"])
     for one in plans:
-        if len(one.ranks) != settings["ranks"] or one.plan.world_size != settings["ranks"]:
-            raise ValueError(f"plan {one.name} has {len(one.ranks)} ranks, the experiment {settings['ranks']}")
+        if len(one.ranks) != settings.ranks or one.plan.world_size != settings.ranks:
+            raise ValueError(f"plan {one.name} has {len(one.ranks)} ranks, the experiment {settings.ranks}")
+        for rank in one.ranks:
+            if len(rank.step_ms) != settings.turns:
+                raise ValueError(f"plan {one.name} has {len(rank.step_ms)} turns, the experiment {settings.turns}")
+        check_fits(one.plan, tables, settings.ranks, where=f"{path}: plan {one.name}")
     if not plans:
         raise ValueError("it holds no plan")
+    try:
+        Hardware.from_json(raw["hardware"])
+    except UserError as error:
+        raise ValueError(f"hardware: {error}") from error
     return Experiment(
-        settings=Settings(**settings),
+        settings=settings,
         plans=plans,
         hardware=dict(raw["hardware"]),
         left_out={str(name): str(why) for name, why in raw["left_out"].items()},
@@ -226,6 +237,30 @@ def _experiment(raw: Mapping[str, Any], folder: Path) -> Experiment:
         made_at=str(raw["made_at"]),
         made_with={str(name): str(version) for name, version in raw["made_with"].items()},
     )
+
+
+def _settings(raw: Mapping[str, Any]) -> tuple[Settings, tuple[Table, ...]]:
+    given = dict(raw)
+    for name in ("tables", "over_arch_layer_sizes"):
+        if not isinstance(given[name], list):
+            raise ValueError(f"settings.{name} is {given[name]!r}, no list")
+        given[name] = tuple(given[name])
+    settings = Settings(**given)
+    counts = {name: getattr(settings, name) for name in ("ranks", "local_ranks", "batch_size", "steps", "turns")}
+    counts |= {f"over_arch_layer_sizes[{i}]": size for i, size in enumerate(settings.over_arch_layer_sizes)}
+    for name, count in counts.items():
+        if type(count) is not int or not 1 <= count < 2**31:
+            raise ValueError(f"settings.{name} is {count!r}, no whole number from 1 to {2**31 - 1}")
+    if type(settings.seed) is not int:
+        raise ValueError(f"settings.seed is {settings.seed!r}, no whole number")
+    for name, choices in (("optimizer", OPTIMIZERS), ("ids", IDS), ("device", None)):
+        text = getattr(settings, name)
+        if not isinstance(text, str) or (choices is not None and text not in choices):
+            raise ValueError(f"settings.{name} is {text!r}, {f'none of {choices}' if choices else 'no text'}")
+    try:
+        return settings, tuple(Table(**one) for one in settings.tables)
+    except UserError as error:
+        raise ValueError(f"settings.tables: {error}") from error
 
 
 def _plan_measured(raw: Mapping[str, Any], folder: Path) -> PlanMeasured:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.sharding.hardware import Hardware
 from torchrec_deepfm.sharding.plan import (
     FORMAT,
     FORMAT_VERSION,
@@ -116,19 +117,28 @@ def _no_constant(name: str) -> None:
 def _plan(raw: Mapping[str, Any], where: str) -> PlanFile:
     keys = ("world_size", "local_world_size", "batch_size", "search", "hardware", "made_with", "predicted", "tables")
     _keys(raw, ("format", "format_version", *keys), where)
-    hardware = raw["hardware"]
+    hardware, made_with = raw["hardware"], _object(raw["made_with"], f"{where}: made_with")
     return PlanFile(
         world_size=_integer(raw, "world_size", where, least=1),
         local_world_size=_integer(raw, "local_world_size", where, least=1),
         batch_size=None if raw["batch_size"] is None else _integer(raw, "batch_size", where, least=1),
         search=_text(raw, "search", where),
-        hardware=None if hardware is None else _object(hardware, f"{where}: hardware"),
-        made_with={name: str(value) for name, value in _object(raw["made_with"], f"{where}: made_with").items()},
+        hardware=None if hardware is None else _hardware(hardware, f"{where}: hardware"),
+        made_with={name: _text(made_with, name, f"{where}: made_with") for name in made_with},
         predicted=None if raw["predicted"] is None else _predicted(raw["predicted"], f"{where}: predicted"),
         tables=tuple(
             _table(each, f"{where}: tables[{number}]") for number, each in enumerate(_list(raw, "tables", where))
         ),
     )
+
+
+def _hardware(value: Any, where: str) -> Mapping[str, Any]:
+    try:
+        Hardware.from_json(_object(value, where))
+    except UserError as error:
+        told = str(error)
+        raise error if told.startswith(where) else UserError(f"{where}: {told}") from error
+    return value  # type: ignore[no-any-return]
 
 
 def _predicted(value: Any, where: str) -> Predicted:
@@ -222,8 +232,9 @@ def _list(raw: Mapping[str, Any], key: str, where: str) -> list[Any]:
 
 def _text(raw: Mapping[str, Any], key: str, where: str) -> str:
     value = raw.get(key)
-    if not isinstance(value, str) or not value:
-        raise UserError(f"{where}: {key!r} must be a text, not {_short(value)}; make the plan anew")
+    if not isinstance(value, str) or not value or not value.isprintable():
+        shown = ascii(value) if isinstance(value, str) and not value.isprintable() else _short(value)
+        raise UserError(f"{where}: {key!r} must be a text that can be printed, not {shown}; make the plan anew")
     return value
 
 
@@ -249,7 +260,7 @@ def _number(raw: Mapping[str, Any], key: str, where: str) -> float:
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
+    text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

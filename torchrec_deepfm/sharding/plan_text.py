@@ -22,7 +22,8 @@ def plan_text(plan: PlanFile, *, bound_ms: float | None = None, reserved: float 
 
     Args:
         plan: The plan.
-        bound_ms: What no plan can go below, where that is known.
+        bound_ms: What no plan of the options searched can go below, where that is known. It is left out where this
+            plan is below, so was not made of these options.
         reserved: Share of a GPU's memory that was kept from the tables.
 
     Returns:
@@ -51,8 +52,8 @@ def _costs(plan: PlanFile, bound_ms: float | None) -> list[str]:
     lines = [
         f"critical path {path:.2f} ms (rank {slowest}), mean {mean:.2f} ms, balance {mean / path if path else 1:.0%}"
     ]
-    if bound_ms is not None:
-        lines.append(f"  no plan of these sharding types is below {bound_ms:.2f} ms by the same estimates")
+    if bound_ms is not None and bound_ms <= path * (1 + 1e-9):
+        lines.append(f"  no plan of the options searched is below {bound_ms:.2f} ms by the same estimates")
     lines.append(f"  {'ms a step':<36}{f'rank {slowest}':>10}{'mean':>10}")
     for term in TERMS:
         name = f"{term.removesuffix('_ms')} ({_MEANINGS[term]})"

@@ -20,6 +20,7 @@ KERNELS = ("dense", "fused", "fused_uvm", "fused_uvm_caching")
 CUDA_KERNELS = ("fused_uvm", "fused_uvm_caching")
 
 COLUMN_ALIGNMENT = 4  # FBGEMM's fused kernels want the local width of a table to be a multiple of it
+MAX_POOLING_FACTOR = 1_000_000  # ids a sample; far beyond any bag, and no product of it overflows
 WIDE_ENOUGH = 128  # columns of a shard, TorchRec's own default (planner.constants.MIN_CW_DIM)
 
 

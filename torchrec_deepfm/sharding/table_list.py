@@ -27,6 +27,7 @@ from torchrec_deepfm.data.prepared import PreparedData
 from torchrec_deepfm.data.presets import MLPERF_NUM_EMBEDDINGS
 from torchrec_deepfm.data.schema import CRITEO_TERABYTE
 from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.sharding.sharding_types import MAX_POOLING_FACTOR
 
 CRITEO: Final = "criteo-terabyte"
 CRITEO_DIM: Final = 128  # MLPerf's DLRM
@@ -77,8 +78,11 @@ class Table:
                 f"{self.embedding_dim + -self.embedding_dim % 4} (DeepFM packs its rows to that)"
             )
         pooling = self.pooling_factor
-        if isinstance(pooling, bool) or not isinstance(pooling, int | float) or not 0 < pooling < math.inf:
-            raise UserError(f"pooling_factor: {pooling!r} is no number of ids; give one greater than 0, and finite")
+        if isinstance(pooling, bool) or not isinstance(pooling, int | float) or not 0 < pooling <= MAX_POOLING_FACTOR:
+            raise UserError(
+                f"pooling_factor: {pooling!r} is no number of ids; give one greater than 0, at most "
+                f"{MAX_POOLING_FACTOR:,}"
+            )
         object.__setattr__(self, "pooling_factor", float(pooling))
         if not isinstance(self.weighted, bool):
             raise UserError(f"weighted: {self.weighted!r} is neither true nor false; give one of them")

@@ -19,12 +19,16 @@ from torchrec.distributed.sharding_plan import calculate_shard_sizes_and_offsets
 from torchrec.distributed.types import ModuleSharder, ShardingType
 
 from torchrec_deepfm.errors import UserError
-from torchrec_deepfm.sharding.sharding_types import COLUMN_TYPES, ROW_TYPES, why_rows_impossible
+from torchrec_deepfm.sharding.sharding_types import (
+    COLUMN_TYPES,
+    WIDE_ENOUGH,
+    default_min_partition,
+    why_rows_impossible,
+)
 from torchrec_deepfm.sharding.table_list import Table
 
 MIN_WIDTH: Final = 8
 
-_REPLICATED_SHARE: Final = 0.25  # of a rank's memory: what a table may take that is to lie on each
 _UVM: Final = (EmbeddingComputeKernel.FUSED_UVM.value, EmbeddingComputeKernel.FUSED_UVM_CACHING.value)
 
 
@@ -35,10 +39,11 @@ class WidthEnumerator(EmbeddingEnumerator):
     constraint names it. What a constraint says holds here as well: a ``min_partition`` fixes the width, listed types
     and kernels are the only ones.
 
-    Left out, unless a constraint leaves nothing else: data_parallel of tables that take more than a quarter of a
-    rank's memory; row_wise of tables whose narrowest column shard fits in a quarter (its exchange grows with ranks);
-    table_column_wise, which is column_wise with fewer places; kernels that keep rows in host memory where half of the
-    GPUs' memory holds everything; more blocks than hosts, and more column shards than ranks.
+    All that TorchRec's enumerator offers is offered here, except what could only make a plan worse, or no plan at all
+    (unless a constraint leaves nothing else): table_column_wise, which by the estimates is column_wise with fewer
+    places; types that can't run (``sharding_types.why_rows_impossible``); and kernels that keep rows in host memory if
+    ``host_memory`` is false. Of the narrower widths those that make more blocks than hosts, or more column shards than
+    ranks, are no use either.
 
     Args:
         topology: The ranks.
@@ -48,6 +53,8 @@ class WidthEnumerator(EmbeddingEnumerator):
         use_exact_enumerate_order: As for TorchRec's enumerator.
         min_width: Columns of a shard at least; a multiple of 4. Narrow shards mean many small kernels and rows that
             fill no cache line, which the estimators do not count.
+        host_memory: Whether to offer kernels that keep a table's rows in host memory, which is slow, to tables of which
+            no constraint names the kernel. Without them a search has a third of the options.
     """
 
     def __init__(
@@ -59,11 +66,11 @@ class WidthEnumerator(EmbeddingEnumerator):
         use_exact_enumerate_order: bool = False,
         *,
         min_width: int = MIN_WIDTH,
+        host_memory: bool = True,
     ) -> None:
         super().__init__(topology, batch_size, constraints, estimator, use_exact_enumerate_order)
         self._min_width = max(min_width, 4)
-        storage = topology.devices[0].storage
-        self._rank_bytes = storage.ddr if topology.compute_device == "cpu" else storage.hbm
+        self._host_memory = host_memory
 
     def enumerate(self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]]) -> list[ShardingOption]:
         """Find the ways to shard each table of a module, with their estimates.
@@ -89,13 +96,11 @@ class WidthEnumerator(EmbeddingEnumerator):
                 queue.extend((f"{path}.{name}".removeprefix("."), each) for name, each in child.named_children())
             else:
                 found.append((path, child, sharder, sharder.shardable_parameters(child)))
-        total = sum(_bytes(parameter) for *_, parameters in found for parameter in parameters.values())
-        tight = total > 0.5 * self._rank_bytes * self._world_size
         options = [
             option
             for path, child, sharder, parameters in found
             for name, parameter in parameters.items()
-            for option in self._of_table(path, child, sharder, name, parameter, tight)
+            for option in self._of_table(path, child, sharder, name, parameter)
         ]
         self.populate_estimates(options)
         self._last_stored_module, self._last_stored_sharders = module, sharders
@@ -109,7 +114,6 @@ class WidthEnumerator(EmbeddingEnumerator):
         sharder: ModuleSharder[nn.Module],
         name: str,
         parameter: nn.Parameter,
-        tight: bool,
     ) -> list[ShardingOption]:
         constraint = (self._constraints or {}).get(name) or ParameterConstraints(pooling_factors=[POOLING_FACTOR])
         if constraint.device_group and constraint.device_group != self._compute_device:
@@ -120,7 +124,7 @@ class WidthEnumerator(EmbeddingEnumerator):
             kernels = sorted(
                 self._filter_compute_kernels(name, sharder.compute_kernels(kind, self._compute_device), kind)
             )
-            if not tight and not constraint.compute_kernels:
+            if not self._host_memory and not constraint.compute_kernels:
                 kernels = [kernel for kernel in kernels if kernel not in _UVM] or kernels
             for width in self._widths(kind, parameter, constraint):
                 with warnings.catch_warnings():  # of a width that does not divide: then it is the whole table
@@ -175,18 +179,14 @@ class WidthEnumerator(EmbeddingEnumerator):
             if "FeatureProcessed" in type(sharder).__name__:
                 asked = self._filter_sharding_types(name, offered, sharder_name(sharder.module_type))
         rows, columns = parameter.shape
-        size = _bytes(parameter)
-        narrowest = size * min(self._min_width, columns) / columns
         hosts = self._world_size // self._local_world_size
         kept = [
             kind
             for kind in asked
-            if not (kind == ShardingType.DATA_PARALLEL.value and size > _REPLICATED_SHARE * self._rank_bytes)
-            and not (kind == ShardingType.ROW_WISE.value and narrowest <= _REPLICATED_SHARE * self._rank_bytes)
-            and not (kind == ShardingType.TABLE_COLUMN_WISE.value and ShardingType.COLUMN_WISE.value in asked)
+            if not (kind == ShardingType.TABLE_COLUMN_WISE.value and ShardingType.COLUMN_WISE.value in asked)
             and not (kind == ShardingType.GRID_SHARD.value and hosts == 1)
             and not (kind == ShardingType.TABLE_ROW_WISE.value and self._local_world_size == 1)
-            and not (rows < self._local_world_size and kind in ROW_TYPES)
+            and not (kind == ShardingType.GRID_SHARD.value and rows < self._local_world_size)
             and why_rows_impossible(
                 kind,
                 Table(name="t", num_embeddings=rows, embedding_dim=max(4, columns - columns % 4)),
@@ -213,8 +213,7 @@ class WidthEnumerator(EmbeddingEnumerator):
             for width in range(4 * -(-self._min_width // 4), columns, 4)
             if columns % width == 0 and columns // width <= most
         ]
+        torchrecs = default_min_partition(columns)
+        if torchrecs is not None and torchrecs >= WIDE_ENOUGH and torchrecs not in widths:
+            widths.append(torchrecs)
         return widths or [columns]
-
-
-def _bytes(parameter: nn.Parameter) -> int:
-    return parameter.numel() * parameter.element_size()
