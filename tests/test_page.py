@@ -175,6 +175,9 @@ def test_what_makes_no_page() -> None:
     for href in ("javascript:alert(1)", " JavaScript:x", "data:text/html,x", "file:///etc/passwd"):
         with pytest.raises(ValueError, match="a page links to"):
             Link("x", href)
+    for href in ("java\tscript:alert(1)", "\x01javascript:x", "a\nb", "a\x85b"):
+        with pytest.raises(ValueError, match="an address has no control characters"):
+            Link("x", href)
     for href in ("https://example.org/a", "plans/a:b.json", "#x", "a.json?b=c"):
         assert Link("x", href).href == href
 
@@ -188,6 +191,10 @@ def test_writing_is_all_or_nothing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="two Data"):
         write_page(path, "third", [Section("a", Data("x", 1), Data("x", 1))])
     assert "second" in path.read_text(encoding="utf-8")
+    with pytest.raises(UserError, match="a text in it is no Unicode") as refused:
+        write_page(path, "half a pair \ud800", [])
+    assert "\n" not in str(refused.value)
+    assert [one.name for one in path.parent.iterdir()] == ["report.html"]
     (tmp_path / "folder.html").mkdir()
     for bad in (tmp_path / "folder.html", path / "below.html"):
         with pytest.raises(UserError, match="the page can't be written"):

@@ -85,9 +85,9 @@ class Prepare:
     FuxiCTR makes them), or none. Default: what the schema says; else log1p for Criteo, none for a table."""
     missing: Literal["value", "rare"] | None = None
     """A missing category is a value of its own, or has id 0 as rare ones do. Default: what the schema says; else
-    value."""
+    value. With --hash it always has id 0."""
     min_count: int | None = None
-    """Values seen less often in training share id 0. Default: 10; for criteo-x1 and frappe-x1 1."""
+    """Values seen less often in training share id 0; not with --hash. Default: 10; for criteo-x1 and frappe-x1 1."""
     hash: tyro.conf.FlagCreatePairsOff[bool] = False
     """Hash values to ids instead of keeping a vocabulary."""
     num_embeddings: tuple[int, ...] = ()
@@ -103,9 +103,10 @@ class Prepare:
 
     def run(self) -> None:
         """Run the command."""
+        if self.hash and self.missing == "value":
+            raise UserError("--missing value: hashing gives a missing category id 0; leave --hash or --missing out")
         cores = terminal.threads()
         os.environ["POLARS_MAX_THREADS"] = str(cores)  # read when polars is loaded
-        from torchrec_deepfm.data.options import MIN_COUNT
         from torchrec_deepfm.data.prepare import prepare
         from torchrec_deepfm.data.presets import preset
         from torchrec_deepfm.data.schema import load_schema
@@ -114,7 +115,6 @@ class Prepare:
         chosen, schema = preset(self.schema), load_schema(self.schema)
         if self.missing is not None:
             schema = dataclasses.replace(schema, missing=self.missing)
-        counts = (self.min_count, chosen.min_count, MIN_COUNT)
         held_out = self.validation or self.test
 
         def run(workers: Workers) -> None:
@@ -124,7 +124,7 @@ class Prepare:
                 validation=self.validation,
                 test=self.test,
                 schema=schema,
-                min_count=next(count for count in counts if count is not None),
+                min_count=chosen.min_count if self.min_count is None and not self.hash else self.min_count,
                 hash=self.hash,
                 num_embeddings=self.num_embeddings or (chosen.num_embeddings if self.hash else None),
                 vocabulary=self.vocabulary,

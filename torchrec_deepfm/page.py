@@ -31,6 +31,7 @@ import base64
 import io
 import json
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 NOTHING = "\N{EN DASH}"  # what a cell without a value shows
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
 _SCHEME = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*:")
 
 
@@ -60,7 +62,7 @@ class Link:
         href: a path relative to the page, a fragment (``#plan``), or an address of ``https``, ``http`` or ``mailto``.
 
     Raises:
-        ValueError: the address is of another kind, such as ``javascript:``.
+        ValueError: the address is of another kind, such as ``javascript:``, or has control characters.
     """
 
     text: str
@@ -68,6 +70,8 @@ class Link:
 
     def __post_init__(self) -> None:
         """Refuse what a browser would run."""
+        if _CONTROL.search(self.href):  # a browser drops some of them, and then sees another scheme
+            raise ValueError(f"{self.href!r}: an address has no control characters")
         scheme = _SCHEME.match(self.href.strip())
         if scheme and scheme[0].lower() not in ("https:", "http:", "mailto:"):
             raise ValueError(f"{self.href}: a page links to https, http, mailto, or a file beside it")
@@ -299,10 +303,10 @@ def write_page(path: Path, title: str, sections: Iterable[Section], *, subtitle:
 
     Raises:
         ValueError: as in ``render``.
-        UserError: the file can't be written.
+        UserError: the file can't be written, or text in the page is no Unicode.
     """
     html = render(title, sections, subtitle=subtitle)
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -312,6 +316,8 @@ def write_page(path: Path, title: str, sections: Iterable[Section], *, subtitle:
             partial.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"{path}: the page can't be written ({error.strerror}); name another file") from error
+    except UnicodeError as error:  # half of a surrogate pair, from JSON or from a file name of other bytes than UTF-8
+        raise UserError(f"{path}: the page can't be written (a text in it is no Unicode: {error})") from error
 
 
 def embedded_data(html: str) -> dict[str, Any]:

@@ -37,7 +37,8 @@ _LOGGED: dict[str, str | tuple[str, ...]] = {
 
 def say(line: str) -> None:
     """Print to standard output at once, also where that is a pipe."""
-    sys.stdout.write(f"{line}\n")
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(f"{line}\n".encode(encoding, "backslashreplace").decode(encoding))  # such as odd file names
     sys.stdout.flush()
 
 

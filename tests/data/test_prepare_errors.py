@@ -199,6 +199,7 @@ def test_more_options(tmp_path, path):
             "num_embeddings": [5, 6],
         },
         "--vocabulary: hashing has none; leave --hash or --vocabulary out": {"hash": True, "vocabulary": out},
+        "--min-count: hashing counts nothing; leave --hash or --min-count out": {"hash": True, "min_count": 10},
         "--num-embeddings: a vocabulary has as many ids as it counts; add --hash, or leave it out": {
             "num_embeddings": 9
         },

@@ -156,6 +156,20 @@ def test_missing_by_the_command_line(tmp_path):
         assert data.arrays(data.days("train")[0]).sparse[:2].tolist() == ids
 
 
+def test_what_does_not_go_with_hashing(tmp_path, capsys):
+    [path] = write(tmp_path, a=b"1" + b"\t3" * 39 + b"\n")
+    words = ["prepare", "--input", str(path), "--output", str(tmp_path / "out"), "--split", "none", "--hash"]
+    for option, value, reason in (
+        ("--missing", "value", "--missing value: hashing gives a missing category id 0; leave --hash or --missing out"),
+        ("--min-count", "10", "--min-count: hashing counts nothing; leave --hash or --min-count out"),
+    ):
+        with pytest.raises(SystemExit):
+            cli.main([*words, option, value])
+        assert capsys.readouterr().err == f"error: {reason}\n"
+    cli.main([*words, "--schema", "criteo-kaggle", "--missing", "rare"])  # as hashing has it anyhow
+    assert PreparedData.open(tmp_path / "out").rows("train") == 1
+
+
 def test_numbers_as_they_are(tmp_path):
     text = random_text(100, 4)
     data = prepare(write(tmp_path, a=text), tmp_path / "out", numeric_transform="none", split="none")

@@ -1,6 +1,7 @@
 """The moving average of the weights: its equation, and that what counts is evaluated, saved and exported."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -107,6 +108,41 @@ def test_what_counts_is_the_average(
     assert summary["validation"]["auc"] == history[ended_in]["auc"]
     for split in ("validation", "test"):
         assert evaluate_run(tmp_path / "run", data, split, device) == summary[split]
+
+
+def test_the_end_does_not_lag(data: Any, tmp_path: Path, device: torch.device) -> None:
+    """Of 8 steps, with an update each 3, the last one comes after 2: what is evaluated and exported has it."""
+    config = replace(CONFIG, batch_size=250, ema=0.9, ema_every=3, checkpoint_every=1, keep_last=9)
+    train(config, data, tmp_path / "run", device)
+    checkpoints = [tmp_path / "run" / "checkpoints" / f"step_{step:08d}" for step in range(1, 9)]
+    expected = {name: value.double() for name, value in averages(checkpoints[0]).items()}  # as it began
+    for step, steps in ((3, 3), (6, 3), (8, 2)):
+        now, d = read_tensors(checkpoints[step - 1]), (step / (9 + step)) ** steps
+        expected = {name: d * value + (1 - d) * now[name].double() for name, value in expected.items()}
+    final = read_tensors(tmp_path / "run" / "checkpoint")
+    for name, value in expected.items():
+        torch.testing.assert_close(final[name].double(), value, rtol=1e-5, atol=1e-6, msg=name)
+    for at, name in ((7, "checkpoint"), (8, "checkpoint")):  # stopped before the last step, and after it
+        again = tmp_path / f"again_{at}"
+        shutil.copytree(tmp_path / "run", again)
+        for file in ("summary.json", "calibration.json", "report.html"):
+            (again / file).unlink()
+        shutil.rmtree(again / name)
+        for step in range(at + 1, 9):
+            shutil.rmtree(again / "checkpoints" / f"step_{step:08d}")
+        train(config, data, again, device)
+        resumed = read_tensors(again / name)
+        assert all(torch.equal(resumed[key], value) for key, value in final.items())
+
+
+def test_an_epoch_shorter_than_its_updates(data: Any, tmp_path: Path, device: torch.device) -> None:
+    with pytest.raises(UserError) as raised:
+        train(replace(CONFIG, batch_size=500, ema=0.9, ema_every=5), data, tmp_path / "run", device)
+    assert str(raised.value) == (
+        f"--ema-every 5: an epoch of {data.folder} has 4 steps, so it would be evaluated before the first update; take "
+        "at most as many"
+    )
+    assert not (tmp_path / "run").exists()
 
 
 def test_without_a_decay_nothing_is_kept(data: Any, tmp_path: Path, device: torch.device) -> None:

@@ -1,8 +1,11 @@
 """The options of a training: their ranges, what is said of a bad one, and the recipes."""
 
 import dataclasses
+import json
 import math
+from typing import Any
 
+import numpy as np
 import pytest
 
 from torchrec_deepfm.errors import UserError
@@ -44,6 +47,22 @@ from torchrec_deepfm.training.recipes import RECIPES, paper, recipe
         ({"ema": -0.5}, "--ema -0.5: the decay of a moving average lies in [0, 1), such as 0.99; 0 for none"),
         ({"ema": math.nan}, "--ema nan: the decay of a moving average lies in [0, 1), such as 0.99; 0 for none"),
         ({"ema_every": 0}, "--ema-every 0: must be at least 1"),
+        (
+            {"ema_every": 3},
+            "--ema-every 3: there is no moving average to update; add --ema, such as 0.99, or leave it out",
+        ),
+        (
+            {"ema": 0.9, "ema_every": 10},
+            "--ema-every 10: the average of --ema 0.9 reaches back 10 steps; take fewer between two updates",
+        ),
+        (
+            {"ema": 0.995, "ema_every": 900},
+            "--ema-every 900: the average of --ema 0.995 reaches back 200 steps; take fewer between two updates",
+        ),
+        (
+            {"ema": 0.9, "ema_every": 5, "eval_every": 4},
+            "--ema-every 5: --eval-every 4 would evaluate before the first update; take at most as many",
+        ),
         ({"dropout": 1.0}, "--dropout 1.0: the probability of dropping a unit lies in [0, 1)"),
         ({"dropout": -0.1}, "--dropout -0.1: the probability of dropping a unit lies in [0, 1)"),
         ({"dropout": math.nan}, "--dropout nan: the probability of dropping a unit lies in [0, 1)"),
@@ -70,9 +89,57 @@ def test_a_value_out_of_range(options: dict[str, float], message: str) -> None:
         dataclasses.replace(paper(), **options)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"factor_dim": "20"}, "--factor-dim '20': must be a whole number"),
+        ({"factor_dim": 20.0}, "--factor-dim 20.0: must be a whole number"),
+        ({"seed": True}, "--seed True: must be a whole number"),
+        ({"embedding_l2": None}, "--embedding-l2 None: must be a number"),
+        ({"dropout": False}, "--dropout False: must be a number"),
+        ({"ema": "0.9"}, "--ema '0.9': must be a number"),
+        ({"clip_norm": 10**400}, f"--clip-norm 1{'0' * 59}: must be a number"),
+        ({"batch_norm": "no"}, "--batch-norm 'no': must be True or False"),
+        ({"batch_norm": 1}, "--batch-norm 1: must be True or False"),
+        ({"precision": None}, "--precision None: must be one of float32, medium, bf16"),
+        ({"metric": ["auc"]}, "--metric ['auc']: must be one of auc, logloss, auc-logloss"),
+        ({"over_arch_layer_sizes": 64}, "--over-arch-layer-sizes 64: must be a tuple of whole numbers"),
+        ({"over_arch_layer_sizes": (64, "a")}, "--over-arch-layer-sizes 'a': must be a whole number"),
+        (
+            {"over_arch_layer_sizes": np.ones((2, 2))},
+            "--over-arch-layer-sizes array([[1., 1.], [1., 1.]]): must be a tuple of whole numbers",
+        ),
+        ({"terms": "fm"}, "--terms 'fm': must be a tuple of names: linear, fm, deep"),
+        ({"terms": (1,)}, "--terms 1: must be one of linear, fm, deep"),
+        ({"qcomms": {"fp16"}}, "--qcomms {'fp16'}: must be a tuple of names: fp32, fp16, bf16"),
+    ],
+    ids=str,
+)
+def test_a_value_of_another_type(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as raised:
+        TrainConfig(**options)
+    assert str(raised.value) == message
+
+
+def test_what_stands_for_a_type_is_taken_as_it() -> None:
+    given: dict[str, Any] = {"factor_dim": np.int64(7), "dropout": 0, "ema": np.float32(0.5), "terms": ["fm"]}
+    config = TrainConfig(**given, over_arch_layer_sizes=[8, np.int32(4)])  # type: ignore[arg-type]
+    assert (config.factor_dim, config.dropout, config.ema) == (7, 0.0, 0.5)
+    assert (config.terms, config.over_arch_layer_sizes) == (("fm",), (8, 4))
+    json.dumps(dataclasses.asdict(config))
+
+
 def test_the_ends_of_the_ranges_are_allowed() -> None:
     lowest = {"epochs": 1, "batch_size": 1, "factor_dim": 1, "eval_every": 0, "data_parallel_rows": 0, "seed": 0}
-    for options in (lowest, {"dropout": 0.0}, {"dropout": 0.999}, {"warmup": 0.0, "decay": 1.0}, {"warmup": 1.0}):
+    average = {"ema": 0.9, "ema_every": 9, "eval_every": 9}
+    for options in (
+        lowest,
+        {"dropout": 0.0},
+        {"dropout": 0.999},
+        {"warmup": 0.0, "decay": 1.0},
+        {"warmup": 1.0},
+        average,
+    ):
         config = TrainConfig(**options)  # type: ignore[arg-type]
         assert {name: getattr(config, name) for name in options} == options
 

@@ -19,7 +19,7 @@ from torchrec_deepfm.training.sizing import dense_parameters, size_of
 
 OWN = """
 from dataclasses import replace
-from torchrec_deepfm.training.recipes import criteo_x1
+from torchrec_deepfm.training.recipes import TrainConfig, criteo_x1
 
 def wider():
     return replace(criteo_x1(), factor_dim=20, dropout=0.2)
@@ -33,11 +33,22 @@ def bad():
 def broken():
     raise RuntimeError("no\\nluck")
 
+def leaves():
+    raise SystemExit(3)
+
+def text():
+    return replace(criteo_x1(), factor_dim="20")
+
+def another():
+    class Mine(TrainConfig):
+        pass
+    return Mine()
+
 number = 3
 """
 
 
-def test_what_the_issue_of_each_recipe_is() -> None:
+def test_the_values_of_each_recipe_are_those_of_its_source() -> None:
     """The values that the sources give, typed from the sources."""
     paper = recipe("paper")
     assert (paper.factor_dim, paper.over_arch_layer_sizes, paper.dropout) == (10, (400, 400, 400), 0.5)
@@ -95,6 +106,9 @@ def test_a_recipe_of_ones_own(tmp_path: Path) -> None:
     assert isinstance(command, cli.Train)
     assert command.config == replace(recipe("criteo-x1"), factor_dim=20, dropout=0.2, seed=4)
     assert "--factor-dim              20" in recipe_text(f"{path}:wider")
+    with pytest.raises(UserError) as without_data:
+        recipe_text(f"{path}:wider", ranks=2)
+    assert str(without_data.value) == f"--ranks: name --data too; {path}:wider has no data set of its own"
     (tmp_path / "syntax.py").write_text("def a(:\n")
     for name, message in {
         f"{path}:gone": "has no 'gone'; name a function that returns a TrainConfig",
@@ -102,6 +116,9 @@ def test_a_recipe_of_ones_own(tmp_path: Path) -> None:
         f"{path}:nothing": "nothing gives no TrainConfig but None; let it return one",
         f"{path}:bad": "--dropout 2.0: the probability of dropping a unit lies in [0, 1)",
         f"{path}:broken": "the file could not be run (RuntimeError: no luck); mend it",
+        f"{path}:leaves": "the file could not be run (SystemExit: 3); mend it",
+        f"{path}:text": "--factor-dim '20': must be a whole number",
+        f"{path}:another": "another gives no TrainConfig but ",
         f"{path}:": "has no ''; name a function",
         f"{tmp_path}/none.py:a": f"there is no file {tmp_path}/none.py; name a Python file and a function in it",
         f"{tmp_path}/syntax.py:a": "the file could not be run (SyntaxError",
@@ -111,6 +128,14 @@ def test_a_recipe_of_ones_own(tmp_path: Path) -> None:
         assert str(refused.value).startswith(f"--recipe {name}: ")
         assert message in str(refused.value)
         assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("words", [["--ranks", "2"], ["--samples-per-second", "1000"]])
+def test_nothing_to_work_out_for(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["recipes", "paper", *words])
+    assert f"{words[0]}: name --data too; paper has no data set of its own\n" in capsys.readouterr().err
+    cli.main(["recipes", "criteo-x1", *words])
 
 
 def test_recipes_that_there_are_not() -> None:

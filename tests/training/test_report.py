@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from matplotlib.figure import Figure
 
 from tests.faults.runs import make_data
+from torchrec_deepfm import cli
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.page import NOTHING, embedded_data
 from torchrec_deepfm.training.config import TrainConfig
@@ -189,6 +191,14 @@ def test_odd_runs(tmp_path: Path, files: dict[str, object], pictures: int, text:
         ({"summary": {"steps": 3}}, "{}: no report can be made of these files (KeyError: 'world_size')"),
         ({"config": {**CONFIG, "config": 3}}, "{}: no report can be made of these files (AttributeError: "),
         ({"plan": {**PLAN, "tables": [{}]}}, "{}/plan.json: "),
+        ({"summary": {**SUMMARY, "steps": [1]}}, "{}: no report can be made of these files (TypeError: "),
+        ({"summary": {**SUMMARY, "train_seconds": 10**400}}, "{}: no report can be made of these files (OverflowError"),
+        ({"metrics": [{**train(1, 0.5), "step": 10**400}]}, "{}: no report can be made of these files ("),
+        (
+            {"calibration": {"splits": {"test": [{**BINS[0], "rows": -1}, {**BINS[0], "rows": 1}]}}},
+            "{}: no report can be made of these files (",
+        ),
+        ({"config": {**CONFIG, "versions": {"\ud800": "1"}}}, "{}/report.html: the page can't be written (a text"),
         ({"calibration": {"splits": {"test": [{"rows": 1}]}}}, "{}: no report can be made of these files (KeyError: "),
     ],
 )
@@ -199,6 +209,30 @@ def test_damaged_runs_are_told_in_one_line(tmp_path: Path, files: dict[str, obje
     assert str(refused.value).startswith(message.format(folder))
     assert "\n" not in str(refused.value)
     assert not (folder / "report.html").exists()
+
+
+def test_names_that_are_no_utf_8(tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    name = os.fsdecode(b"run \xff")
+    try:
+        folder = make_run(tmp_path / name, config={**CONFIG, "data": os.fsdecode(b"data/\xfe")})
+    except OSError:
+        pytest.skip("this file system takes no such name")
+    shown, _ = read(folder)
+    assert "Run run \N{REPLACEMENT CHARACTER}" in shown.text
+    assert "data/?" in shown.text
+    cli.main(["report", "--run", str(folder)])
+    assert b"report.html" in capfdbinary.readouterr().out
+
+
+def test_a_folder_of_seeds(tmp_path: Path) -> None:
+    (tmp_path / "seed_3").mkdir()
+    make_run(tmp_path / "seed_12")
+    make_run(tmp_path / "seed_4")
+    with pytest.raises(UserError) as refused:
+        write_run_report(tmp_path)
+    assert str(refused.value) == (
+        f"--run {tmp_path}: the folder holds runs of several seeds; name one of them, such as {tmp_path / 'seed_4'}"
+    )
 
 
 def test_a_report_that_is_there_is_replaced_only_by_a_whole_one(tmp_path: Path) -> None:
@@ -258,7 +292,7 @@ def test_a_report_that_fails_does_not_lose_the_run(
     tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*args: object, **options: object) -> None:
-        raise MemoryError("no room for a picture")
+        raise MemoryError("no room\nfor a picture")
 
     data, said = make_data(tmp_path / "data"), []
     config = TrainConfig(factor_dim=3, over_arch_layer_sizes=(4,), batch_size=200)

@@ -2,6 +2,7 @@
 
 import json
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.terminal import seeds_summary
 from torchrec_deepfm.training.config import TrainConfig
 from torchrec_deepfm.training.seeds import summarise, train_seeds
-from torchrec_deepfm.training.trainer import train
+from torchrec_deepfm.training.trainer import evaluate_run, train
 
 CONFIG = TrainConfig(factor_dim=3, over_arch_layer_sizes=(4,), batch_size=500, seed=4)
 
@@ -43,6 +44,28 @@ def test_seeds_are_added_to_those_that_are_there(tmp_path: Path, device: torch.d
     assert f"{summary['test']['auc']:.5f}" in seeds_summary(summary, output)
     assert f"{summary['std']['test']['auc']:.5f}" in seeds_summary(summary, output)
     assert train_seeds(CONFIG, data, output, device, count=3).before
+    # A smaller count, or another first seed, keeps what is there in the summary.
+    (output / "summary.json.partial").touch()
+    smaller = train_seeds(CONFIG, data, output, device, count=2)
+    assert smaller.before
+    assert smaller.summary == summary == json.loads((output / "summary.json").read_text(encoding="utf-8"))
+    later = train_seeds(replace(CONFIG, seed=10), data, output, device, count=2).summary
+    assert later["seeds"] == [4, 5, 6, 10, 11]
+    assert list(later["runs"]) == [f"seed_{seed}" for seed in (4, 5, 6, 10, 11)]
+    with pytest.raises(UserError) as others:
+        train_seeds(replace(CONFIG, seed=20, dropout=0.25), data, output, device, count=2)
+    assert str(others.value).startswith(f"--output {output / 'seed_4'}: holds a run with --dropout 0.5, not 0.25; ")
+    # Such a folder is no run.
+    with pytest.raises(UserError) as no_run:
+        evaluate_run(output, data, "test", device)
+    assert str(no_run.value) == (
+        f"--run {output}: the folder holds runs of several seeds; name one of them, such as {output / 'seed_4'}"
+    )
+    with pytest.raises(UserError) as taken:
+        train(CONFIG, data, output, device)
+    assert str(taken.value) == (
+        f"--output {output}: the folder holds runs of several seeds; go on with them by --seeds, or name another one"
+    )
     # Each run is the run of its seed alone.
     train(TrainConfig(factor_dim=3, over_arch_layer_sizes=(4,), batch_size=500, seed=5), data, tmp_path / "one", device)
     assert result(tmp_path / "one") == result(output / "seed_5")
@@ -59,6 +82,14 @@ def test_seeds_are_added_to_those_that_are_there(tmp_path: Path, device: torch.d
         (
             lambda folder: (folder.mkdir(), (folder / "mine.txt").touch()),
             "the folder is not empty (mine.txt); name another one",
+        ),
+        (
+            lambda folder: (folder / "seed_best").mkdir(parents=True),
+            "the folder is not empty (seed_best); name another one",
+        ),
+        (
+            lambda folder: (folder.mkdir(), (folder / "seed_4").touch()),
+            "the folder is not empty (seed_4); name another one",
         ),
     ],
 )

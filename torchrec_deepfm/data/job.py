@@ -17,7 +17,7 @@ from torchrec_deepfm.data.disk import check_room, estimate_bytes
 from torchrec_deepfm.data.encode import encode_stem
 from torchrec_deepfm.data.folder import OutOfRoomError, appear, check_free, digest, disk_errors
 from torchrec_deepfm.data.hashing import Hashing
-from torchrec_deepfm.data.options import check_options, hash_sizes
+from torchrec_deepfm.data.options import MIN_COUNT, check_options, hash_sizes
 from torchrec_deepfm.data.prepared import (
     DENSE,
     FORMAT_VERSION,
@@ -65,7 +65,7 @@ class Job:
         output: Path,
         named: Mapping[str, Sequence[str | Path]],
         raw: Schema,
-        min_count: int,
+        min_count: int | None,
         hash_ids: bool,
         num_embeddings: int | Sequence[int] | None,
         vocabulary: Path | None,
@@ -95,7 +95,8 @@ class Job:
         transforms = numeric.transforms(raw, numeric_transform)
         self._schema = numeric.prepared_schema(raw, transforms)
         self._hash_sizes = hash_sizes(raw, self._schema, num_embeddings) if hash_ids else None
-        self._min_counts = [self._schema.options(name).min_count or min_count for name in self._schema.categorical]
+        common = MIN_COUNT if min_count is None else min_count
+        self._min_counts = [self._schema.options(name).min_count or common for name in self._schema.categorical]
         by_column = dict(zip(raw.numeric, transforms, strict=True))
         self._old = None if vocabulary is None else OldVocabulary(vocabulary, self._schema, by_column)
         self._inputs = found.find_inputs(named, raw, split=split, seed=seed, piece_bytes=int(memory * PIECE_SHARE))
@@ -113,7 +114,7 @@ class Job:
         counts = not hash_ids and self._old is None
         self._made = {
             "mode": "hash" if hash_ids else "vocabulary",
-            "min_count": min_count if counts else None,
+            "min_count": common if counts else None,
             "num_embeddings": self._hash_sizes,
             "vocabulary": None if self._old is None else self._old.digests,
             "numeric": by_column,

@@ -20,7 +20,7 @@ BUCKET_EMBEDDINGS: Final = 1000
 def check_options(
     named: Mapping[str, Sequence[str | Path]],
     *,
-    min_count: int,
+    min_count: int | None,
     hash_ids: bool,
     num_embeddings: int | Sequence[int] | None,
     vocabulary: Path | None,
@@ -47,7 +47,7 @@ def check_options(
     """
     if not any(named.values()):
         raise UserError("--input: no file is named; name at least one")
-    if min_count < 1:
+    if min_count is not None and min_count < 1:
         raise UserError(f"--min-count: {min_count} is too small; give 1 or more")
     if seed < 0:
         raise UserError(f"--seed: {seed} is negative; give 0 or more")
@@ -59,6 +59,8 @@ def check_options(
         raise UserError(f"--on-bad-row {on_bad_row}: choose error or skip")
     if hash_ids and vocabulary is not None:
         raise UserError("--vocabulary: hashing has none; leave --hash or --vocabulary out")
+    if hash_ids and min_count is not None:
+        raise UserError("--min-count: hashing counts nothing; leave --hash or --min-count out")
     if num_embeddings is not None and not hash_ids:
         raise UserError("--num-embeddings: a vocabulary has as many ids as it counts; add --hash, or leave it out")
     if not named["train"] and not hash_ids and vocabulary is None:

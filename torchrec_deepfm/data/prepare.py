@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from torchrec_deepfm.data.job import Job
-from torchrec_deepfm.data.options import MEMORY, MIN_COUNT
+from torchrec_deepfm.data.options import MEMORY
 from torchrec_deepfm.data.prepared import PreparedData
 from torchrec_deepfm.data.schema import CRITEO_KAGGLE, Schema
 from torchrec_deepfm.data.workers import Workers
@@ -21,7 +21,7 @@ def prepare(
     validation: Sequence[str | Path] = (),
     test: Sequence[str | Path] = (),
     schema: Schema = CRITEO_KAGGLE,
-    min_count: int = MIN_COUNT,
+    min_count: int | None = None,
     hash: bool = False,  # noqa: A002 (the option's name on the command line)
     num_embeddings: int | Sequence[int] | None = None,
     vocabulary: Path | None = None,
@@ -46,7 +46,8 @@ def prepare(
         validation: Validation files. Without these and ``test``, the rows of ``inputs`` are split.
         test: Test files.
         schema: The columns of all files.
-        min_count: Vocabulary mode: values with fewer training occurrences become id 0.
+        min_count: Vocabulary mode: values with fewer training occurrences become id 0. 10
+            by default.
         hash: Use hashing instead of a vocabulary.
         num_embeddings: Hashing mode: ids per categorical column, id 0 among them; one number for all, or one each.
             40 million by default.

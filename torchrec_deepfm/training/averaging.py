@@ -39,8 +39,9 @@ class MovingAverage:
     .. math:: \bar\theta_t = d_t^n \bar\theta_{t-n} + (1 - d_t^n) \theta_t, \quad d_t = \min(d, t / (t + 9))
 
     at every n-th step t. That is the average over all steps for what has not changed in between, as most rows of a
-    large table; for the rest it is that of every n-th state. Running statistics of batch normalisation are averaged
-    like the weights.
+    large table; for the rest it is that of every n-th state. The last update, at the end, may come after
+    fewer steps than n, and takes their number for n. Running statistics of batch normalisation are averaged like the
+    weights.
 
     (``torch.optim.swa_utils.AveragedModel`` copies the module, and a sharded model can't be copied: it has process
     groups and kernels that own their memory. The averaging itself is torch's.)
@@ -74,15 +75,17 @@ class MovingAverage:
             f"average.{name}": self._average[f"average.{name}"].cuts[0].tensor for name in local_buffers(model)
         }
 
-    def update(self, step: int) -> None:
-        """Take in the weights after a step.
+    def update(self, step: int, *, last: bool = False) -> None:
+        """Take in the weights after a step, where an update is due.
 
         Args:
             step: steps done.
+            last: this is the end of the training, for which one is always due.
         """
-        if step % self._every:
+        since = step % self._every
+        if since and not last:
             return
-        decay = decay_at(step, self._decay) ** self._every
+        decay = decay_at(step, self._decay) ** (since or self._every)
         update = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
         update([mine for _, mine in self._pairs], [weight for weight, _ in self._pairs], None)
 

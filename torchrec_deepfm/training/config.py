@@ -1,8 +1,11 @@
 """What a training run can be told; ``recipes.py`` has the values that belong together. Standard library only."""
 
+import functools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from numbers import Integral, Real
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from torchrec_deepfm.errors import UserError
 
@@ -32,7 +35,7 @@ class TrainConfig:
     """Model and training options. The defaults are the paper's where the paper has one.
 
     Raises:
-        UserError: a value is out of its range; the message names the option.
+        UserError: a value is of another type or out of its range; the message names the option.
     """
 
     factor_dim: int = 10
@@ -85,7 +88,7 @@ class TrainConfig:
     ema: float = 0.0
     """Decay of the moving average of the weights, with which to evaluate and to end, in [0, 1); 0: none."""
     ema_every: int = 1
-    """Steps between two updates of the moving average."""
+    """Steps between two updates of the moving average, fewer than the 1 / (1 - d) over which it averages."""
     precision: Precision = "float32"
     """float32; float32 with bfloat16 matrix products inside (medium); or bfloat16 autocast of the MLP."""
     qcomms: tuple[Qcomms, ...] = ("fp32",)
@@ -109,7 +112,9 @@ class TrainConfig:
     """What the learning rates are multiplied by then, in (0, 1)."""
 
     def __post_init__(self) -> None:
-        """Check the ranges that the model does not check itself."""
+        """Check the types, and the ranges that the model does not check itself."""
+        for option, hint in _hints().items():  # the command line has checked them, a file by hand has not
+            object.__setattr__(self, option, _taken(option, getattr(self, option), hint))
         for option in ("epochs", "batch_size", "factor_dim", "keep_last", "ema_every"):
             if getattr(self, option) < 1:
                 raise UserError(f"--{option.replace('_', '-')} {getattr(self, option)}: must be at least 1")
@@ -126,12 +131,13 @@ class TrainConfig:
                 raise UserError(
                     f"--{option.replace('_', '-')} {getattr(self, option)}: must be 0, for none, or greater, and finite"
                 )
-        for option, choices in _CHOICES.items():  # the command line has checked them, a file by hand has not
+        for option, choices in _CHOICES.items():
             if getattr(self, option) not in choices:
                 name = option.replace("_", "-")
                 raise UserError(f"--{name} {getattr(self, option)}: choose one of {', '.join(choices)}")
         if not 0.0 <= self.ema < 1.0:
             raise UserError(f"--ema {self.ema}: the decay of a moving average lies in [0, 1), such as 0.99; 0 for none")
+        self._check_ema_every()
         if len(self.qcomms) not in (1, 2) or not set(self.qcomms) <= set(get_args(Qcomms)):
             raise UserError(
                 f"--qcomms {' '.join(map(str, self.qcomms))}: one of {', '.join(get_args(Qcomms))} for pooled rows and "
@@ -146,7 +152,53 @@ class TrainConfig:
                 f"--warmup {self.warmup} --decay {self.decay}: these are shares of the training, together at most 1"
             )
 
+    def _check_ema_every(self) -> None:
+        every, what = self.ema_every, f"--ema-every {self.ema_every}"
+        if every > 1 and not self.ema:
+            raise UserError(f"{what}: there is no moving average to update; add --ema, such as 0.99, or leave it out")
+        if every > 1 and every * (1.0 - self.ema) >= 1.0 - 1e-9:  # 10 * (1 - 0.9) is a little less than 1
+            raise UserError(
+                f"{what}: the average of --ema {self.ema} reaches back {1.0 / (1.0 - self.ema):.4g} steps; take fewer "
+                "between two updates"
+            )
+        if every > self.eval_every > 0:
+            raise UserError(
+                f"{what}: --eval-every {self.eval_every} would evaluate before the first update; take at most as many"
+            )
+
     @property
     def qcomms_both(self) -> tuple[Qcomms, Qcomms]:
         """Precision of pooled rows, and of their gradients."""
         return self.qcomms[0], self.qcomms[-1]
+
+
+@functools.cache
+def _hints() -> Mapping[str, Any]:
+    return get_type_hints(TrainConfig)
+
+
+def _taken(option: str, value: Any, hint: Any) -> Any:
+    """Return an option's value as its type has it: a list as a tuple, numpy's numbers as Python's."""
+    try:
+        if hint is int and isinstance(value, Integral) and not isinstance(value, bool):
+            return int(value)
+        if hint is float and isinstance(value, Real) and not isinstance(value, bool):
+            return float(value)
+        wanted: Any = bool if hint is bool else str if get_origin(hint) is Literal else None
+        if wanted is not None and isinstance(value, wanted):
+            return value
+        if get_origin(hint) is tuple and isinstance(value, list | tuple):
+            return tuple(_taken(option, one, get_args(hint)[0]) for one in value)
+    except OverflowError:  # an integer beyond every float
+        pass
+    shown = " ".join(repr(value).split())  # an array has lines
+    raise UserError(f"--{option.replace('_', '-')} {shown:.60}: must be {_described(hint)}")
+
+
+def _described(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(get_args(hint))}"
+    if get_origin(hint) is tuple:
+        inner = get_args(hint)[0]
+        return "a tuple of " + ("names: " + ", ".join(get_args(inner)) if inner is not int else "whole numbers")
+    return {int: "a whole number", float: "a number", bool: "True or False"}[hint]

@@ -208,7 +208,10 @@ class Loop:
                 point.epoch, point.row, steps, done = point.epoch + 1, 0, len(loader), 0
             else:
                 point.row += self._global_batch
-            self._after(ends, last=ends and point.epoch == self._config.epochs)
+            last = ends and point.epoch == self._config.epochs
+            if self.average is not None:
+                self.average.update(point.step, last=last)
+            self._after(ends, last=last)
         self.point.seconds += time.perf_counter() - self._started
         # The silent fallback of a model that cannot be traced: it would train as well, and overlap nothing.
         assert not trained or self._pipeline._pipelined_modules, "the sparse arch is not pipelined"
@@ -263,8 +266,6 @@ class Loop:
         self._watch.rates(point.step, self._learning_rates())
         if loss.device.type == "cpu":
             self._watch.look_at(point.step, [loss])
-        if self.average is not None:
-            self.average.update(point.step)
         self._scheduler.step()
 
     def _after(self, ends: bool, *, last: bool) -> None:

@@ -5,6 +5,7 @@ import re
 from dataclasses import asdict
 from typing import Any
 
+from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.training.config import TrainConfig
 from torchrec_deepfm.training.recipes import DATA, RECIPES, DataSet, one_line, recipe
 from torchrec_deepfm.training.sizing import size_of
@@ -46,9 +47,12 @@ def recipe_text(
         Its source, the options that differ from the defaults, its commands, and what a training takes.
 
     Raises:
-        UserError: there is no such recipe.
+        UserError: there is no such recipe, or no data to work out for.
     """
     config = recipe(name)
+    for option, value in {"--ranks": ranks, "--samples-per-second": samples_per_second}.items():
+        if value is not None and data is None and name not in DATA:
+            raise UserError(f"{option}: name --data too; {name} has no data set of its own")
     blocks = []
     if name in RECIPES:
         blocks.append(f"{name}: {inspect.getdoc(RECIPES[name])}".replace("``", ""))

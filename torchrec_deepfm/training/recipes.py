@@ -315,11 +315,12 @@ def _own(name: str, path: Path, function: str) -> TrainConfig:
         made = make() if callable(make) else None
     except UserError as error:
         raise UserError(f"--recipe {name}: {error}") from error
-    except Exception as error:  # of the user's code, whatever it is
+    except (Exception, SystemExit) as error:  # of the user's code, whatever it is
         what = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"--recipe {name}: the file could not be run ({what}); mend it") from error
     if make is None:
         raise UserError(f"--recipe {name}: {path} has no {function!r}; name a function that returns a TrainConfig")
-    if not isinstance(made, TrainConfig):
-        raise UserError(f"--recipe {name}: {function} gives no TrainConfig but {made!r:.60}; let it return one")
+    if type(made) is not TrainConfig:  # a subclass may have fields that are no options
+        shown = " ".join(repr(made).split())
+        raise UserError(f"--recipe {name}: {function} gives no TrainConfig but {shown:.60}; let it return one")
     return made

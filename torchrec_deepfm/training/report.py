@@ -5,6 +5,7 @@ the training goes on. It loads no torch.
 """
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -16,11 +17,14 @@ from torchrec_deepfm.page import Block, Data, Link, Paragraph, Picture, Section,
 from torchrec_deepfm.sharding.plan_file import PlanFile, load_plan
 from torchrec_deepfm.training.config import TrainConfig
 from torchrec_deepfm.training.pictures import learning_curves, points, reliability_curves, thinned
+from torchrec_deepfm.training.run_folder import check_there
 
 REPORT = "report.html"
 CALIBRATION = "calibration.json"
 _SPLITS = ("validation", "test")
 _LIMIT = 256 * 2**20  # bytes
+# What values of the wrong kind or size end in, here, in matplotlib or in the page.
+_DAMAGED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
 
 
 def write_run_report(folder: Path) -> Path:
@@ -36,8 +40,7 @@ def write_run_report(folder: Path) -> Path:
     Raises:
         UserError: there is no run, a file of it is damaged, or the page can't be written.
     """
-    if not (folder / "config.json").is_file():
-        raise UserError(f"--run {folder}: there is no run here (no config.json); name the folder that train wrote")
+    check_there(folder)
     config = _read(folder / "config.json")
     summary = _read(folder / "summary.json") if (folder / "summary.json").exists() else None
     plan = load_plan(folder / "plan.json") if (folder / "plan.json").exists() else None
@@ -52,14 +55,17 @@ def write_run_report(folder: Path) -> Path:
             *_plan(plan),
             _origin(config),
         ]
-    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        path = folder / REPORT
+        name = os.fsencode(folder.resolve().name).decode("utf-8", "replace")
+        subtitle = f"DeepFM, {name}, drawn {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
+        write_page(path, f"Run {name}", sections, subtitle=subtitle)  # pictures and numbers are drawn only here
+    except UserError:
+        raise
+    except _DAMAGED as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(
-            f"{folder}: no report can be made of these files ({type(error).__name__}: {error}); they are of another "
-            "version, or damaged"
+            f"{folder}: no report can be made of these files ({reason:.300}); they are of another version, or damaged"
         ) from error
-    path = folder / REPORT
-    subtitle = f"DeepFM, {folder.resolve().name}, drawn {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
-    write_page(path, f"Run {folder.resolve().name}", sections, subtitle=subtitle)
     return path
 
 
@@ -267,4 +273,5 @@ def _ranks(ranks: Sequence[int]) -> str:
 def _words(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    text = " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    return text.encode("utf-8", "replace").decode()  # the folder of the data may have a name that is no UTF-8

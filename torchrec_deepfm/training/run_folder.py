@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
@@ -21,6 +22,7 @@ CHECKPOINT = "checkpoint"
 CHECKPOINTS = "checkpoints"
 SUMMARY = "summary.json"
 JSON_LIMIT = 64 * 2**20  # bytes
+_SEED = re.compile("0|[1-9][0-9]*", re.ASCII)
 
 # What a run may be gone on with otherwise than it was begun: none of these changes what is learnt, but for the size of
 # the batches, which changes with the number of ranks anyhow.
@@ -44,6 +46,16 @@ class Run:
     data_sha256: str | None = None
 
 
+def describe(config: TrainConfig, data: PreparedData) -> Run:
+    """Return what ``config.json`` is to say of a run on these data."""
+    return Run(
+        config=config,
+        num_embeddings={name: data.num_embeddings[name] for name in data.schema.categorical},
+        numeric=data.schema.numeric,
+        data_sha256=digest_of_data(data),
+    )
+
+
 def check_free(folder: Path) -> None:
     """Check that a run may be written to ``folder``.
 
@@ -51,10 +63,37 @@ def check_free(folder: Path) -> None:
         UserError: something is there already.
     """
     if folder.is_dir() and any(path.name != lock.NAME for path in folder.iterdir()):
+        if seed_folders(folder):
+            raise UserError(
+                f"--output {folder}: the folder holds runs of several seeds; go on with them by --seeds, or name "
+                "another one"
+            )
         what = "already holds a run" if (folder / "config.json").exists() else "is not empty"
         raise UserError(f"--output {folder}: the folder {what}; name another one, or remove it first")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output {folder}: there is a file of that name; name a folder")
+
+
+def seed_folders(folder: Path) -> dict[int, Path]:
+    """Return the folders of runs that ``train --seeds`` has made in a folder, by seed in their order."""
+    if not folder.is_dir():
+        return {}
+    found = {path.name.removeprefix("seed_"): path for path in folder.glob("seed_*") if path.is_dir()}
+    return {int(seed): found[seed] for seed in sorted(filter(_SEED.fullmatch, found), key=int)}
+
+
+def check_there(folder: Path) -> None:
+    """Check that a folder holds one run.
+
+    Raises:
+        UserError: it holds none, or those of several seeds.
+    """
+    if (folder / "config.json").is_file():
+        return
+    runs = [path for path in seed_folders(folder).values() if (path / "config.json").is_file()]
+    if runs:
+        raise UserError(f"--run {folder}: the folder holds runs of several seeds; name one of them, such as {runs[0]}")
+    raise UserError(f"--run {folder}: there is no run here (no config.json); name the folder that train wrote")
 
 
 def check_same(folder: Path, run: Run, data: PreparedData) -> None:
@@ -127,13 +166,25 @@ def read(folder: Path) -> Run:
     Raises:
         UserError: there is none, or it is damaged or of another version.
     """
+    check_there(folder)
     path = folder / "config.json"
-    if not path.is_file():
-        raise UserError(f"--run {folder}: there is no run here (no config.json); name the folder that train wrote")
     try:
         return from_json(read_json(path))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: the file is damaged ({type(error).__name__}: {error}); train again") from error
+
+
+def read_summary(folder: Path) -> dict[str, Any] | None:
+    """Read ``summary.json`` of a run; None where it is not finished.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    path = folder / SUMMARY
+    try:
+        return dict(read_json(path)) if path.exists() else None
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: the file is damaged ({error}); remove it to finish the run again") from error
 
 
 def from_json(raw: Mapping[str, Any]) -> Run:
@@ -144,11 +195,7 @@ def from_json(raw: Mapping[str, Any]) -> Run:
         UserError: an option is out of its range.
     """
     known = {field.name for field in fields(TrainConfig)}
-    options: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in raw["config"].items()
-        if name in known
-    }
+    options: dict[str, Any] = {name: value for name, value in raw["config"].items() if name in known}
     digest = raw.get("data_sha256")
     return Run(
         config=TrainConfig(**options),

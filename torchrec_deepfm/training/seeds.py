@@ -11,7 +11,7 @@ import torch
 
 from torchrec_deepfm.data.prepared import PreparedData
 from torchrec_deepfm.errors import UserError
-from torchrec_deepfm.training import run_folder
+from torchrec_deepfm.training import lock, run_folder
 from torchrec_deepfm.training.config import TrainConfig
 from torchrec_deepfm.training.ranks import is_main, on_main
 from torchrec_deepfm.training.trainer import Result, Resume, train
@@ -36,7 +36,8 @@ def train_seeds(
     """Train with the seeds ``config.seed``, ``config.seed`` + 1 and so on; a collective.
 
     Each run gets a folder ``seed_<seed>`` in ``output``. What is finished there is not trained again, what is not is
-    gone on with; so a larger ``count`` later adds to what there is.
+    gone on with; so a larger ``count`` or another first seed later adds to what there is. The summary is of all that is
+    finished there then, whatever this call has trained of it.
 
     Args:
         config: model and training options; the first seed.
@@ -55,12 +56,13 @@ def train_seeds(
         The folder and the summary of all runs; ``before`` if none of them was left to do.
 
     Raises:
-        UserError: ``output`` holds something else, or what ``train`` raises.
+        UserError: ``output`` holds something else or runs of other options, or what ``train`` raises.
         Preempted: as in ``train``.
     """
     seeds = range(config.seed, config.seed + count)
     on_main(lambda: _check_free(output, resume))
-    summaries, before = {}, True
+    summaries = on_main(lambda: _finished(config, data, output))
+    before = True
     for seed in seeds:
         if is_main():
             say(f"seed {seed}, {seed - config.seed + 1} of {count}: {output / f'seed_{seed}'}")
@@ -79,7 +81,7 @@ def train_seeds(
         summaries[seed] = result.summary
         before = before and result.before
         gc.collect()  # the model that has been trained, before the next one is made
-    summary = summarise(summaries)
+    summary = summarise(dict(sorted(summaries.items())))
     on_main(lambda: run_folder.write_json(output / run_folder.SUMMARY, summary))
     return Result(folder=output, summary=summary, before=before)
 
@@ -135,9 +137,23 @@ def _check_free(output: Path, resume: Resume) -> None:
         return
     if not output.is_dir():
         raise UserError(f"--output {output}: there is a file of that name; name a folder")
-    names = sorted(path.name for path in output.iterdir())
+    runs = {path.name for path in run_folder.seed_folders(output).values()}
+    names = sorted({path.name for path in output.iterdir()} - {lock.NAME, f"{run_folder.SUMMARY}.partial"})
     if (output / "config.json").exists():
         raise UserError(f"--output {output}: the folder holds a single run; name another one for --seeds")
-    foreign = [name for name in names if not name.startswith("seed_") and name != run_folder.SUMMARY]
+    foreign = [name for name in names if name not in runs and name != run_folder.SUMMARY]
     if foreign or (names and resume == "never"):
         raise UserError(f"--output {output}: the folder is not empty ({(foreign or names)[0]}); name another one")
+
+
+def _finished(config: TrainConfig, data: PreparedData, output: Path) -> dict[int, dict[str, Any]]:
+    """The summaries of the runs that are finished in ``output``, by seed; refuse those of other options or data."""
+    run, found = run_folder.describe(config, data), {}
+    for seed, folder in run_folder.seed_folders(output).items():
+        if not (folder / "config.json").exists():
+            continue
+        run_folder.check_same(folder, replace(run, config=replace(config, seed=seed)), data)
+        summary = run_folder.read_summary(folder)
+        if summary is not None:
+            found[seed] = summary
+    return found

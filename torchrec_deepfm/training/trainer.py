@@ -86,12 +86,7 @@ def train(
             been saved stays.
         Preempted: SIGTERM or Ctrl-C asked it to stop; its state is saved.
     """
-    run = run_folder.Run(
-        config=config,
-        num_embeddings={name: data.num_embeddings[name] for name in data.schema.categorical},
-        numeric=data.schema.numeric,
-        data_sha256=on_main(lambda: run_folder.digest_of_data(data)),
-    )
+    run = on_main(lambda: run_folder.describe(config, data))
     summary = on_main(lambda: _look(output, run, data, resume))
     if summary is not None:
         return Result(folder=output, summary=summary, before=True)
@@ -119,11 +114,7 @@ def _look(output: Path, run: run_folder.Run, data: PreparedData, resume: Resume)
         run_folder.check_free(output)
         return None
     run_folder.check_same(output, run, data)
-    summary = output / run_folder.SUMMARY
-    try:
-        return dict(run_folder.read_json(summary)) if summary.exists() else None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{summary}: the file is damaged ({error}); remove it to finish the run again") from error
+    return run_folder.read_summary(output)
 
 
 class _Training:
@@ -151,6 +142,11 @@ class _Training:
         config, data, device = self._run.config, self._data, self._device
         _check_options(config, data)
         train_loader = _loader(data, "train", config, shuffle=True, drop_last=True, device=device)
+        if config.ema_every > len(train_loader):
+            raise UserError(
+                f"--ema-every {config.ema_every}: an epoch of {data.folder} has {len(train_loader)} steps, so it would "
+                "be evaluated before the first update; take at most as many"
+            )
         eval_loaders = {
             split: _loader(data, split, config, shuffle=False, drop_last=False, device=device)
             for split in ("validation", "test")
@@ -299,7 +295,8 @@ class _Training:
         try:
             write_run_report(self._output)
         except Exception as error:
-            self._say(f"the report could not be drawn ({error}); python -m torchrec_deepfm report tries again")
+            reason = " ".join(str(error).split()) or type(error).__name__
+            self._say(f"the report could not be drawn ({reason}); python -m torchrec_deepfm report tries again")
 
     def _restore_best(self, loop: Loop, sharded: Sharded, checkpoints: Checkpoints, step: int | None) -> None:
         assert step is not None
