@@ -178,6 +178,9 @@ class Job:
                 room = isinstance(error, OutOfRoomError)
                 if not (self._work.begun() if room else self._work.worth_keeping()):
                     self._work.remove()
+            with suppress(RuntimeError):  # a process that is gone can't wait
+                # The first one to end has the others stopped by the launcher: not in the middle of that.
+                self._workers.gather(None)
             raise
         finally:
             self._work.leave()
