@@ -90,7 +90,8 @@ def test_a_file_that_may_grow_no_further(data: Path, tmp_path: Path) -> None:
 
 
 def test_metrics_that_cannot_be_written(data: Path, tmp_path: Path, small_disk: Path) -> None:
-    options = ("--checkpoints", str(tmp_path / "checkpoints"), "--eval-every", "1")  # more than fits into a page
+    often = ("--eval-every", "1", "--ema-every", "1")  # more than fits into a page
+    options = ("--checkpoints", str(tmp_path / "checkpoints"), *often)
     fault = {"at": "step", "rank": 0, "step": 19, "do": "fill", "path": str(small_disk)}
     env = environment(tmp_path / "log", [fault], FAULTS_SLEEP="0.03")
     code, _, err = run(command(data, small_disk / "run", options=options), env)
