@@ -30,7 +30,8 @@ from torchrec.distributed.planner.enumerators import EmbeddingEnumerator  # noqa
 
 from torchrec_deepfm.errors import UserError  # noqa: E402
 from torchrec_deepfm.sharding import search  # noqa: E402
-from torchrec_deepfm.sharding.hardware import Hardware, read_hardware  # noqa: E402
+from torchrec_deepfm.sharding.hardware import Hardware  # noqa: E402
+from torchrec_deepfm.sharding.hardware_file import read_hardware  # noqa: E402
 from torchrec_deepfm.sharding.table_list import Table, criteo_tables  # noqa: E402
 
 RANKS = (8, 16, 32, 64, 128, 256, 512, 1024)

@@ -106,10 +106,12 @@ class ExperimentCommand:
 
     def _run_as_rank(self) -> None:
         from torchrec_deepfm.sharding.hardware import Hardware
+        from torchrec_deepfm.sharding.steady import steady
         from torchrec_deepfm.sharding.take_turns import take_turns
         from torchrec_deepfm.training import ranks
 
         with ranks.process_group() as device:
+            steady(device)
             if self.ranks not in (None, ranks.count()):
                 raise UserError(f"--ranks {self.ranks}: {ranks.count()} rank(s) are started already; leave --ranks out")
             # All that can go wrong comes before the measuring, which takes long.
@@ -175,7 +177,8 @@ class CalibrateCommand:
         """Run the command."""
         terminal.quiet()
         from torchrec_deepfm.sharding.calibrate import calibrate, recalculate
-        from torchrec_deepfm.sharding.hardware import EXTRA, write_hardware
+        from torchrec_deepfm.sharding.hardware import EXTRA
+        from torchrec_deepfm.sharding.hardware_file import write_hardware
         from torchrec_deepfm.sharding.measured import read_experiment
         from torchrec_deepfm.sharding.report import write_experiment_report
 
@@ -247,8 +250,9 @@ def _agreement_line(name: str, experiment: "Experiment") -> str:
 
 def _hardware(named: str | None, device: "torch.device") -> "Hardware":
     """The description to predict with, with the hosts that these ranks are on."""
-    from torchrec_deepfm.sharding.hardware import PRESETS, read_hardware
+    from torchrec_deepfm.sharding.hardware_file import read_hardware
     from torchrec_deepfm.sharding.memory import host_bytes
+    from torchrec_deepfm.sharding.presets import PRESETS
 
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if named is not None:
@@ -267,7 +271,7 @@ def _hardware(named: str | None, device: "torch.device") -> "Hardware":
 
 def _gpu_preset(name: str, capacity: int) -> "Hardware":
     """The preset of a GPU such as "NVIDIA A100-SXM4-40GB", with so many bytes; the driver keeps some for itself."""
-    from torchrec_deepfm.sharding.hardware import PRESETS
+    from torchrec_deepfm.sharding.presets import PRESETS
 
     fitting = [
         preset

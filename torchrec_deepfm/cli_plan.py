@@ -84,7 +84,8 @@ class PlanCommand:
             terminal.say(diff_text(plans[0], plans[1], (str(files[0]), str(files[1]))))
 
     def _plan(self) -> None:
-        from torchrec_deepfm.sharding.hardware import MAX_BATCH_SIZE, MAX_RANKS, RESERVED, read_hardware
+        from torchrec_deepfm.sharding.hardware import MAX_BATCH_SIZE, MAX_RANKS, RESERVED
+        from torchrec_deepfm.sharding.hardware_file import read_hardware
         from torchrec_deepfm.sharding.table_list import read_tables
 
         for option in ("tables", "hardware", "ranks", "output"):

@@ -234,10 +234,13 @@ def test_mistakes_in_toml(tmp_path, text, expected):
     ("content", "expected"),
     [
         (b"label = \n", "this is no TOML (Invalid value (at line 1, column 9)); correct it there"),
-        (b"\xff", "byte 0 is no UTF-8; a schema is a TOML file, save it as UTF-8"),
-        (b"#" * (1 << 20) + b"\n", "larger than 1048576 bytes; a schema is a small TOML file, not the data"),
+        (b"\xff", "byte 0 is no UTF-8; save it as UTF-8, or name a TOML file, or write one: schema infer"),
+        (
+            b"#" * (1 << 20) + b"\n",
+            "larger than 1,048,576 bytes, which no schema is; name a TOML file, or write one: schema infer",
+        ),
         (b"a = " + b"[" * 9999, None),
-        (None, "no such file; check the path, or write one with `schema infer`"),
+        (None, "there is no such file; name a TOML file, or write one: schema infer"),
     ],
 )
 def test_files_that_are_no_schema(tmp_path, content, expected):
@@ -253,7 +256,7 @@ def test_files_that_are_no_schema(tmp_path, content, expected):
 
 
 def test_a_folder_is_no_schema(tmp_path):
-    with pytest.raises(UserError, match="the file can't be read"):
+    with pytest.raises(UserError, match="this can't be read"):
         read_schema(tmp_path)
 
 

@@ -2,6 +2,10 @@
 
 import json
 import math
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.launcher import run_module
+from tests.distributed.launcher import ROOT, run_module
 from tests.sharding.by_hand import BATCH_SIZE, plan
 from torchrec_deepfm import cli
 from torchrec_deepfm.cli_experiment import ExperimentCommand
@@ -38,6 +42,7 @@ TABLES = tuple(Table(name=name, num_embeddings=rows, embedding_dim=DIM) for name
 FLOAT = 4
 ID = 8
 LENGTH = 4
+HOST_KINDS = ["table_wise", "table_row_wise", "grid_shard"]
 
 
 def write_tables(folder: Path) -> Path:
@@ -271,6 +276,64 @@ def test_calibrate_refuses(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
         assert stopped.value.code == 2
         assert message in capsys.readouterr().err
     assert not (folder / "other.toml").exists()
+
+
+@pytest.fixture(scope="module")
+def on_two_hosts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An experiment of two agents with two ranks each, as on two hosts."""
+    here = tmp_path_factory.mktemp("hosts")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = ["--tables", str(write_tables(here)), "--output", str(here / "out"), "--batch-size", str(BATCH_SIZE)]
+    words += ["--steps", "2", "--turns", "1", "--over-arch-layer-sizes", str(LAYER)]
+    words += ["--rules", *(f">=40={kind} <40=data_parallel" for kind in HOST_KINDS)]
+    meeting = ["--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", str(port), "--nproc-per-node", "2"]
+    command = ["-m", "torchrec_deepfm", "experiment", *words]
+    hosts = [
+        subprocess.Popen(
+            [sys.executable, "-m", "torchrec_deepfm.launch", *meeting, "--node-rank", str(number), *command],
+            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        for number in range(2)
+    ]  # fmt: skip
+    try:
+        for host in hosts:
+            out, err = host.communicate(timeout=150)
+            assert host.returncode == 0, f"{out[-3000:]}\n{err[-3000:]}"
+    finally:
+        for host in hosts:
+            host.terminate()
+    return here
+
+
+def test_two_hosts(on_two_hosts: Path) -> None:
+    found = read_experiment(on_two_hosts / "out")
+    assert (found.settings.ranks, found.settings.local_ranks) == (4, 2)
+    assert [one.plan.tables[0].sharding_type for one in found.plans] == HOST_KINDS
+    hardware = Hardware.from_json(found.hardware)
+    assert (hardware.ranks_per_host, hardware.local_world_size(4)) == (2, 2)
+    for one in found.plans:
+        assert len(one.ranks) == 4
+        assert one.plan.predicted == predict(one.plan, TABLES, hardware)
+        if one.plan.tables[0].sharding_type != "table_wise":
+            pieces = [shard for table in one.plan.tables[:3] for shard in table.shards]
+            cuts = {(table.name, shard.offsets[1]) for table in one.plan.tables[:3] for shard in table.shards}
+            assert len(pieces) == 2 * len(cuts)  # both ranks of a host have rows of each piece of columns
+
+
+def test_bytes_of_table_row_wise_on_two_hosts(on_two_hosts: Path) -> None:
+    """By hand: the ranks of the table's host add up their parts, then each sends its half of the samples' rows on."""
+    plans = read_experiment(on_two_hosts / "out").plans
+    [one] = [each for each in plans if each.plan.tables[0].sharding_type == "table_row_wise"]
+    sharded = [table for table in one.plan.tables if table.sharding_type == "table_row_wise"]
+    assert [sorted(table.ranks) in ([0, 1], [2, 3]) for table in sharded] == [True] * 3
+    for rank, measured in enumerate(one.ranks):
+        mine = sum(rank in {shard.rank for shard in table.shards} for table in sharded)
+        # Partial sums of all four ranks' samples, half of which the neighbour on the host is to add up.
+        sent_bytes = mine * 4 * BATCH_SIZE * DIM * FLOAT // 2
+        assert measured.traffic.get("reduce_scatter", {"sent_bytes": 0})["sent_bytes"] == sent_bytes
 
 
 def test_the_command_line_of_the_ranks_is_the_same_command() -> None:

@@ -4,9 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 
 from torchrec_deepfm.sharding.estimate import with_prediction
-from torchrec_deepfm.sharding.hardware import PRESETS, Hardware
+from torchrec_deepfm.sharding.hardware import Hardware
 from torchrec_deepfm.sharding.measured import Experiment, PlanMeasured, RankMeasured, Settings
 from torchrec_deepfm.sharding.plan import PlanFile, PlannedShard, PlannedTable
+from torchrec_deepfm.sharding.presets import PRESETS
 from torchrec_deepfm.sharding.table_list import Table
 
 BATCH_SIZE = 64

@@ -13,7 +13,8 @@ from tests.sharding.by_hand import cpu, experiment, plan
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.sharding.calibrate import BANDWIDTHS, Measurement, calibrate, fit, recalculate
 from torchrec_deepfm.sharding.estimate import predict
-from torchrec_deepfm.sharding.hardware import EXTRA, Hardware, read_hardware, write_hardware
+from torchrec_deepfm.sharding.hardware import EXTRA, Hardware
+from torchrec_deepfm.sharding.hardware_file import read_hardware, write_hardware
 from torchrec_deepfm.sharding.measured import Experiment
 from torchrec_deepfm.sharding.plan import PlanFile
 from torchrec_deepfm.sharding.table_list import Table

@@ -6,8 +6,8 @@ import pytest
 
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.sharding.estimate import predict, with_prediction
-from torchrec_deepfm.sharding.hardware import PRESETS
 from torchrec_deepfm.sharding.plan import TERMS, PlanFile, PlannedShard, PlannedTable
+from torchrec_deepfm.sharding.presets import PRESETS
 from torchrec_deepfm.sharding.table_list import Table, criteo_tables
 
 HARDWARE = PRESETS["torchrec"]

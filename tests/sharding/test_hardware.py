@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from torchrec_deepfm.errors import UserError
-from torchrec_deepfm.sharding.hardware import PRESETS, Hardware, read_hardware, write_hardware
+from torchrec_deepfm.sharding.hardware import Hardware
+from torchrec_deepfm.sharding.hardware_file import read_hardware, write_hardware
+from torchrec_deepfm.sharding.presets import PRESETS
 from torchrec_deepfm.sharding.topology import topology
 
 

@@ -15,10 +15,10 @@ from torchrec.types import DataType
 
 from tests.sharding.plans import PATH, TABLES, plan_file, sharding_plan
 from torchrec_deepfm.errors import UserError
-from torchrec_deepfm.sharding.hardware import PRESETS
 from torchrec_deepfm.sharding.plan import Cost, PlanFile, Predicted
 from torchrec_deepfm.sharding.plan_file import check_fits, load_plan, plan_text, save_plan
 from torchrec_deepfm.sharding.plan_sharding import from_sharding_plan, to_sharding_plan
+from torchrec_deepfm.sharding.presets import PRESETS
 from torchrec_deepfm.sharding.sharding_types import SHARDING_TYPES
 
 TYPE_OF = {table.name: table.sharding_type for table in plan_file().tables}

@@ -13,9 +13,9 @@ from tests.sharding.by_hand import cpu, experiment, plan
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.page import embedded_data
 from torchrec_deepfm.sharding.estimate import with_prediction
-from torchrec_deepfm.sharding.hardware import PRESETS
 from torchrec_deepfm.sharding.plan import Cost, PlanFile, Predicted
 from torchrec_deepfm.sharding.plan_file import save_plan
+from torchrec_deepfm.sharding.presets import PRESETS
 from torchrec_deepfm.sharding.report import write_experiment_report, write_plan_report
 from torchrec_deepfm.sharding.table_list import Table
 

@@ -19,9 +19,9 @@ from torchrec_deepfm.sharding.balanced import AllTermsPerfModel, BalancedPartiti
 from torchrec_deepfm.sharding.bound import lower_bound
 from torchrec_deepfm.sharding.choose import choose
 from torchrec_deepfm.sharding.estimate import shard_estimators, table_constraints, table_module
-from torchrec_deepfm.sharding.hardware import PRESETS
 from torchrec_deepfm.sharding.plan import PlanFile
 from torchrec_deepfm.sharding.plan_check import check_fits, check_sound
+from torchrec_deepfm.sharding.presets import PRESETS
 from torchrec_deepfm.sharding.search import RESERVED, lower_bound_ms, plan_tables
 from torchrec_deepfm.sharding.table_list import Table, criteo_tables
 from torchrec_deepfm.sharding.topology import topology

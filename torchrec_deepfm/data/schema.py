@@ -6,13 +6,13 @@ Shape letters: I numeric columns, F categorical columns.
 import difflib
 import json
 import re
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.small_file import parse_toml, read_text
 
 TRANSFORMS: Final = ("log1p", "log", "bucketize", "fuxictr", "none")
 MISSING: Final = ("value", "rare")
@@ -442,21 +442,8 @@ def read_schema(path: Path | str) -> Schema:
         UserError: The file can't be read, is no TOML, or is no valid schema. The message names file and key.
     """
     path = Path(path)
-    try:
-        with path.open("rb") as file:
-            content = file.read(_MAX_TOML_BYTES + 1)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file; check the path, or write one with `schema infer`") from error
-    except OSError as error:
-        raise UserError(f"{path}: the file can't be read ({error.strerror}); check the path and permissions") from error
-    if len(content) > _MAX_TOML_BYTES:
-        raise UserError(f"{path}: larger than {_MAX_TOML_BYTES} bytes; a schema is a small TOML file, not the data")
-    try:
-        value = tomllib.loads(content.decode("utf-8-sig").replace("\r\n", "\n"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: byte {error.start} is no UTF-8; a schema is a TOML file, save it as UTF-8") from error
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise UserError(f"{path}: this is no TOML ({' '.join(str(error).split())}); correct it there") from error
+    text = read_text(path, most=_MAX_TOML_BYTES, what="schema", instead="name a TOML file, or write one: schema infer")
+    value = parse_toml(path, text)
     try:
         return _build(value, layout="table")
     except UserError as error:

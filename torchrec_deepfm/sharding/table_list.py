@@ -17,7 +17,6 @@ import difflib
 import io
 import json
 import math
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -28,6 +27,7 @@ from torchrec_deepfm.data.presets import MLPERF_NUM_EMBEDDINGS
 from torchrec_deepfm.data.schema import CRITEO_TERABYTE
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.sharding.sharding_types import MAX_POOLING_FACTOR
+from torchrec_deepfm.small_file import parse_toml, read_text
 
 CRITEO: Final = "criteo-terabyte"
 CRITEO_DIM: Final = 128  # MLPerf's DLRM
@@ -174,10 +174,12 @@ def _prepared_tables(folder: Path, dim: int) -> tuple[Table, ...]:
 def _file_tables(path: Path, dim: int | None) -> tuple[Table, ...]:
     if path.suffix not in _SUFFIXES:
         raise UserError(f"{path}: a list of tables is a .toml, .json or .csv file; give it its ending")
-    text = _read(path)
+    text = read_text(path, most=_MAX_BYTES, what="list of tables", instead=f"name another one, or {CRITEO}")
     try:
-        value = _PARSERS[path.suffix](text)
-    except (tomllib.TOMLDecodeError, json.JSONDecodeError, csv.Error, RecursionError, ValueError) as error:
+        value = _PARSERS[path.suffix](text) if path.suffix != ".toml" else parse_toml(path, text)
+    except UserError:
+        raise
+    except (json.JSONDecodeError, csv.Error, RecursionError, ValueError) as error:
         raise UserError(f"{path}: this is no {path.suffix[1:].upper()}: {error}; correct it") from error
     if isinstance(value, list):
         value = {"tables": value}
@@ -197,22 +199,6 @@ def _file_tables(path: Path, dim: int | None) -> tuple[Table, ...]:
             raise UserError(f"{path}: table {table.name} stands twice (the second time at {number}); rename one")
         tables[table.name] = table
     return tuple(tables.values())
-
-
-def _read(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            content = file.read(_MAX_BYTES + 1)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: there is no such file; write it, or name {CRITEO} or a prepared folder") from error
-    except OSError as error:
-        raise UserError(f"{path}: this can't be read ({error.strerror}); name a file of tables") from error
-    if len(content) > _MAX_BYTES:
-        raise UserError(f"{path}: larger than {_MAX_BYTES >> 20} MiB, so it is no list of tables; name another file")
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: this is no text in UTF-8: {error}; name a file of tables") from error
 
 
 def _csv(text: str) -> list[dict[str, Any]]:
@@ -260,7 +246,7 @@ def _table(path: Path, number: int, value: object, default: Mapping[str, Any], d
         raise UserError(f"{where}: {error}") from error
 
 
-_PARSERS: Final[Mapping[str, Any]] = {".toml": tomllib.loads, ".json": json.loads, ".csv": _csv}
+_PARSERS: Final[Mapping[str, Any]] = {".json": json.loads, ".csv": _csv}
 
 
 def _check_count(key: str, value: object, least: int, most: int) -> None:

@@ -1,6 +1,5 @@
 """Measures plans on real ranks: each gets a turn, then each another one, so that what drifts meets all of them."""
 
-import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
@@ -14,6 +13,7 @@ from torchrec_deepfm.sharding.measure import PHASES, split_step, step_seconds
 from torchrec_deepfm.sharding.measured import PlanMeasured, RankMeasured
 from torchrec_deepfm.sharding.memory import PeakMemory
 from torchrec_deepfm.sharding.plan import PlanFile
+from torchrec_deepfm.sharding.steady import give_back, no_collections
 from torchrec_deepfm.sharding.table_list import Table
 from torchrec_deepfm.sharding.traffic import Traffic
 from torchrec_deepfm.sharding.workload import Draw, batches, build, table_bytes
@@ -101,7 +101,7 @@ def take_turns(
 
 
 def _turn(plan: PlanFile, seen: _Seen, runs: Runs, own: Sequence[Any], device: torch.device, *, first: bool) -> None:
-    gc.collect()
+    give_back()
     memory = PeakMemory(device)
     dist.barrier()
     trained = build(
@@ -113,7 +113,8 @@ def _turn(plan: PlanFile, seen: _Seen, runs: Runs, own: Sequence[Any], device: t
     )
     for step in range(WARM_UP):
         trained.step(own[step % len(own)])
-    seen.step_ms.append(1e3 * step_seconds(trained, [own[step % len(own)] for step in range(runs.steps)]))
+    with no_collections():
+        seen.step_ms.append(1e3 * step_seconds(trained, [own[step % len(own)] for step in range(runs.steps)]))
     seen.peaks.append(memory.bytes())
     seen.splits += [split_step(trained, own[step % len(own)]) for step in range((runs.steps + 1) // 2)]
     if first:

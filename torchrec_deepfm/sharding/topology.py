@@ -22,7 +22,7 @@ def topology(hardware: Hardware, ranks: int) -> Topology:
         UserError: The ranks do not fill their hosts.
 
     Example:
-        >>> from torchrec_deepfm.sharding.hardware import PRESETS
+        >>> from torchrec_deepfm.sharding.presets import PRESETS
         >>> found = topology(PRESETS["h100"], 16)
         >>> found.local_world_size, found.hbm_mem_bw, found.inter_host_bw
         (8, 3350000000.0, 50000000.0)

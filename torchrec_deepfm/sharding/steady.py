@@ -1,0 +1,94 @@
+"""Keeps CPU ranks steady while they are measured: cores of their own, and memory that stays with the process."""
+
+import ctypes
+import gc
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+import torch
+import torch.distributed as dist
+
+# Of glibc's malloc.h.
+_M_TRIM_THRESHOLD: Final = -1
+_M_MMAP_THRESHOLD: Final = -3
+_KEPT_BYTES: Final = 2**30
+
+
+def steady(device: torch.device) -> None:
+    """Take two sources of noise out of a CPU rank's times; a collective.
+
+    - A rank that moves between cores finds cold caches, and meets the others' threads at random. All threads that it
+      has and will have are bound to its share of the machine's cores; not where ranks of a machine may use different
+      ones: somebody else has bound them already.
+    - glibc gives large blocks back to the system and gets them again, page by page, in each step: a third of the
+      system's time of a step in docs/results.md, and the part that varies most. Now it keeps them (``give_back`` does
+      not); other libraries for memory, and systems without glibc, stay as they are.
+
+    Args:
+        device: where the rank computes; nothing happens on a GPU.
+    """
+    if device.type != "cpu":
+        return
+    _pin()
+    allocator = ctypes.CDLL(None)
+    if hasattr(allocator, "mallopt"):
+        allocator.mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)
+        allocator.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+
+
+def give_back() -> None:
+    """Give unused memory back to the system, so that what is needed from here on can be told from what was."""
+    gc.collect()
+    allocator = ctypes.CDLL(None)
+    if hasattr(allocator, "malloc_trim"):
+        allocator.malloc_trim(0)
+
+
+@contextmanager
+def no_collections() -> Iterator[None]:
+    """Let Python collect no garbage meanwhile, as ``timeit`` does."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
+def share(cores: Sequence[int], number: int, ranks: int) -> list[int]:
+    """Choose the cores of one of several ranks.
+
+    Args:
+        cores: what all of them may use.
+        number: which rank, from 0.
+        ranks: how many there are.
+
+    Returns:
+        Neighbouring cores that no other rank gets, the same number for each rank or one more; a single core, which
+        several ranks have, where there are more ranks than cores.
+    """
+    if ranks >= len(cores):
+        return [cores[number % len(cores)]]
+    return list(cores[number * len(cores) // ranks : (number + 1) * len(cores) // ranks])
+
+
+def _pin() -> None:
+    if not hasattr(os, "sched_setaffinity"):  # macOS has none
+        return
+    own = (socket.gethostname(), sorted(os.sched_getaffinity(0)))
+    everyone: list[tuple[str, list[int]]] = [own] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    mates = [rank for rank, (host, _) in enumerate(everyone) if host == own[0]]
+    if any(everyone[rank][1] != own[1] for rank in mates):
+        return
+    cores = share(own[1], mates.index(dist.get_rank()), len(mates))
+    for thread in Path("/proc/self/task").iterdir():
+        try:
+            os.sched_setaffinity(int(thread.name), cores)
+        except ProcessLookupError:  # it has ended in the meantime
+            continue
