@@ -1,15 +1,10 @@
 """The quality benchmarks run, go on, and say what was measured; tiny sizes, and no peer that would be installed."""
 
 import csv
-import importlib
 import json
 import math
-import subprocess
-import sys
-from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -17,34 +12,10 @@ import pytest
 import torch
 from torchrec import EmbeddingBagCollection, KeyedJaggedTensor
 
+from tests.benchmarks.scripts import run
 from torchrec_deepfm import embedding_tables
 from torchrec_deepfm.data.loader import Loader
 from torchrec_deepfm.data.prepared import PreparedData
-
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-
-
-@pytest.fixture
-def module(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Imports a file of benchmarks/, whose files import each other as scripts do."""
-    before = set(sys.modules)
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-
-    def load(name: str) -> ModuleType:
-        return importlib.import_module(name)
-
-    yield load
-    for name in set(sys.modules) - before:
-        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(BENCHMARKS)):
-            del sys.modules[name]
-
-
-def run(script: str, *words: object) -> str:
-    command = [sys.executable, str(BENCHMARKS / script), *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
 
 # quality_tables.py
 
@@ -208,3 +179,15 @@ def test_quality_from_data_to_picture(module: Any, tmp_path: Path) -> None:
     assert len(aucs) == 2
     assert f"| **DeepFM** | {sum(aucs) / 2:.4f} ± {abs(aucs[0] - aucs[1]) / math.sqrt(2):.4f} |" in text
     assert not list(tmp_path.glob("results/**/*.run"))
+
+    # The same rows and settings as one of the variants: its result is taken, the others are compared with float32.
+    words = ("precision", "--datasets", "synthetic", "--rows", 4000, "--seeds", 3, "--quick", "--output", tmp_path)
+    run("quality_variants.py", *words)
+    trained = {path.parent.name for path in tmp_path.glob("results/*/*/3.json")} - set(results)
+    assert trained == {"DeepFM_float32_precision_float32", "DeepFM_bf16_precision_bf16"}
+    with (tmp_path / "precision.csv").open(encoding="utf-8") as file:
+        found = {row["variant"]: float(row["auc"]) for row in csv.DictReader(file)}
+    assert list(found) == ["float32", "medium", "bf16"]
+    assert found["medium"] == kept["DeepFM"][1]["test"]["auc"]
+    lines = [line.split(" | ") for line in (tmp_path / "precision.md").read_text().splitlines()[2:]]
+    assert [line[4] for line in lines] == [f"{found[line[1]] - found['float32']:+.5f}" for line in lines]

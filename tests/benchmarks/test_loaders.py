@@ -3,22 +3,12 @@
 The sizes are tiny, and no rate is looked at.
 """
 
-import subprocess
-import sys
-from pathlib import Path
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def lines(*words: str) -> list[str]:
-    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, cwd=ROOT, timeout=200)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
+from tests.benchmarks.scripts import run
 
 
 def test_mixing() -> None:
     rows = [
-        line.rsplit(maxsplit=6) for line in lines("benchmarks/mixing.py", "--rows", "3000000", "--batch-sizes", "4096")
+        line.rsplit(maxsplit=6) for line in run("mixing.py", "--rows", 3_000_000, "--batch-sizes", 4096).splitlines()
     ]
     table = {words[0]: [float(word.replace(",", "")) for word in words[1:]] for words in rows[2:]}
     expected = table["global shuffle"]
@@ -34,7 +24,7 @@ def test_mixing() -> None:
 
 
 def test_the_loader() -> None:
-    found = lines("benchmarks/loader.py", "--rows", "16000", "--days", "2", "--batch-size", "512", "--repeats", "1")
+    found = run("loader.py", "--rows", 16_000, "--days", 2, "--batch-size", 512, "--repeats", 1).splitlines()
     kinds = [
         "Loader, in order",
         "Loader, shuffled",

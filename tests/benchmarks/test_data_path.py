@@ -5,46 +5,21 @@ What their results are compared with is worked out in plain Python.
 
 import csv
 import gzip
-import importlib
 import json
 import re
-import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+from tests.benchmarks.scripts import run
+
 LINE = re.compile(rb"[01](\t(-?[0-9]+)?){13}(\t([0-9a-f]{8})?){26}\n")
 MIB = 1 << 20
-
-
-@pytest.fixture
-def module(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Imports a file of benchmarks/, whose files import each other as scripts do."""
-    before = set(sys.modules)
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-
-    def load(name: str) -> ModuleType:
-        return importlib.import_module(name)
-
-    yield load
-    for name in set(sys.modules) - before:
-        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(BENCHMARKS)):
-            del sys.modules[name]
-
-
-def run(script: str, *words: object) -> str:
-    command = [sys.executable, str(BENCHMARKS / script), *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 # big_log.py
