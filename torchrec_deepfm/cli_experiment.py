@@ -177,10 +177,10 @@ class CalibrateCommand:
         """Run the command."""
         terminal.quiet()
         from torchrec_deepfm.sharding.calibrate import calibrate, recalculate
+        from torchrec_deepfm.sharding.experiment_report import write_experiment_report
         from torchrec_deepfm.sharding.hardware import EXTRA
         from torchrec_deepfm.sharding.hardware_file import write_hardware
         from torchrec_deepfm.sharding.measured import read_experiment
-        from torchrec_deepfm.sharding.report import write_experiment_report
 
         if self.output.is_dir() or not self.output.absolute().parent.is_dir():
             what = "this is a folder" if self.output.is_dir() else "there is no such folder to write it to"

@@ -156,7 +156,7 @@ class PlanCommand:
 
     def _write_report(self, plan: "PlanFile") -> None:
         if self.report is not None:
-            from torchrec_deepfm.sharding.report import write_plan_report
+            from torchrec_deepfm.sharding.plan_report import write_plan_report
 
             write_plan_report(plan, self.report)
             terminal.say(f"wrote {self.report}")

@@ -13,10 +13,11 @@ from tests.sharding.by_hand import cpu, experiment, plan
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.page import embedded_data
 from torchrec_deepfm.sharding.estimate import with_prediction
+from torchrec_deepfm.sharding.experiment_report import write_experiment_report
 from torchrec_deepfm.sharding.plan import Cost, PlanFile, Predicted
 from torchrec_deepfm.sharding.plan_file import save_plan
+from torchrec_deepfm.sharding.plan_report import write_plan_report
 from torchrec_deepfm.sharding.presets import PRESETS
-from torchrec_deepfm.sharding.report import write_experiment_report, write_plan_report
 from torchrec_deepfm.sharding.table_list import Table
 
 TABLES = (
@@ -126,8 +127,7 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 def test_reports_load_no_torch(tmp_path: Path) -> None:
-    code = (
-        "import sys, torchrec_deepfm.sharding.report; print('torch' in sys.modules, 'matplotlib.pyplot' in sys.modules)"
-    )
+    module = "torchrec_deepfm.sharding.experiment_report"
+    code = f"import sys, {module}; print('torch' in sys.modules, 'matplotlib.pyplot' in sys.modules)"
     done: Any = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]

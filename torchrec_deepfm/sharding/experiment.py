@@ -13,12 +13,12 @@ from statistics import median_low
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.sharding.constraints import keep_to_possible, parse_constraints
 from torchrec_deepfm.sharding.estimate import SparseOptimizer, with_prediction
+from torchrec_deepfm.sharding.experiment_report import write_experiment_report
 from torchrec_deepfm.sharding.hardware import Hardware
 from torchrec_deepfm.sharding.measured import PLANS, RESULTS, Experiment, PlanMeasured, Settings
 from torchrec_deepfm.sharding.plan import PlanFile
 from torchrec_deepfm.sharding.plan_check import check_fits
 from torchrec_deepfm.sharding.plan_file import load_plan, save_plan
-from torchrec_deepfm.sharding.report import write_experiment_report
 from torchrec_deepfm.sharding.search import Search, plan_tables
 from torchrec_deepfm.sharding.sharding_types import SHARDING_TYPES
 from torchrec_deepfm.sharding.table_list import Table
