@@ -7,7 +7,7 @@ case with the same ranks and the other tables.
 
     OMP_NUM_THREADS=1 python -m benchmarks.planner_measured --output /path/to/new/folder
 
-The folder gets every experiment with its report, the descriptions, and results.md. A case takes seven to twelve minutes
+The folder gets every experiment with its report, the descriptions, and results.md. A case takes six to twelve minutes
 on two idle cores.
 """
 
@@ -118,6 +118,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--turns", type=int, default=7, help="of the sweep; the second experiment has 2 x this - 1")
     options = parser.parse_args()
+    if options.turns < 2:
+        parser.error("--turns: at least 2; the turns of a plan are compared with each other")
     options.output.mkdir(parents=True)
     rows, picked = [], []
     for ranks in options.ranks:

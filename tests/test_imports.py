@@ -20,7 +20,7 @@ BASE = {"errors", "small_file", "data.schema", "training.config"}
 ALLOWED = {
     "": {"model"},  # public names, loaded on first use
     "errors": set(),
-    "page": {"errors"},
+    "page": {"errors", "small_file"},
     "small_file": {"errors"},
     "data.schema": {"errors", "small_file"},
     "training.config": {"errors"},
@@ -34,8 +34,8 @@ ALLOWED = {
     "sharding": BASE | {"page", "model", "data"},
     "training": BASE | {"page", "terminal", "model", "data", "sharding"},
     "inference": BASE | {"page", "terminal", "model", "data", "sharding", "training"},
-    "cli_experiment": {"errors", "launch", "terminal", "sharding", "training"},
-    "cli_plan": {"errors", "terminal", "sharding"},
+    "cli_experiment": {"errors", "small_file", "launch", "terminal", "sharding", "training"},
+    "cli_plan": {"errors", "small_file", "terminal", "sharding"},
     "cli": BASE
     | {
         "cli_experiment",

@@ -6,6 +6,7 @@ as it stands, and ``train`` and ``evaluate`` as a rank when torchrun or TorchX s
 
 import dataclasses
 import difflib
+import errno
 import itertools
 import math
 import os
@@ -22,7 +23,7 @@ import tyro
 from torchrec_deepfm import terminal
 from torchrec_deepfm.cli_experiment import CalibrateCommand, ExperimentCommand
 from torchrec_deepfm.cli_plan import PlanCommand
-from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.errors import UserError, shown
 from torchrec_deepfm.launch import STARTED, exit_with
 from torchrec_deepfm.parse_errors import one_line_errors
 from torchrec_deepfm.training.config import TrainConfig
@@ -407,6 +408,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         parse(sys.argv[1:] if argv is None else argv).run()
     except UserError as error:
         exit_with(error)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG or error.filename is None:
+            raise
+        exit_with(UserError(f"{shown(str(error.filename))}: longer than a name may be here; take a shorter one"))
     except Preempted as request:
         if os.environ.get("RANK", "0") == "0":
             sys.stderr.write(f"{request}\n")

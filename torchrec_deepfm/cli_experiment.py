@@ -10,6 +10,7 @@ import tyro
 from torchrec_deepfm import launch, terminal
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.sharding.hardware import MAX_BATCH_SIZE, MAX_RANKS
+from torchrec_deepfm.small_file import check_target
 
 if TYPE_CHECKING:
     import torch
@@ -180,11 +181,11 @@ class CalibrateCommand:
         from torchrec_deepfm.sharding.experiment_report import write_experiment_report
         from torchrec_deepfm.sharding.hardware import EXTRA
         from torchrec_deepfm.sharding.hardware_file import write_hardware
-        from torchrec_deepfm.sharding.measured import read_experiment
+        from torchrec_deepfm.sharding.measured import RESULTS, read_experiment
 
-        if self.output.is_dir() or not self.output.absolute().parent.is_dir():
-            what = "this is a folder" if self.output.is_dir() else "there is no such folder to write it to"
-            raise UserError(f"--output {self.output}: {what}; name a file, such as here.toml")
+        folders = [_folder(named) for named in (*self.experiments, *self.check)]
+        written = [folder / name for folder in folders for name in (RESULTS, "report.html", "report-calibrated.html")]
+        check_target("--output", self.output, like="here.toml", inputs=written)
         fitted_to = {folder: read_experiment(folder) for folder in map(_folder, self.experiments)}
         held_out = {folder: read_experiment(folder) for folder in map(_folder, self.check)}
         found = calibrate(list(fitted_to.values()), self.name or self.output.stem)

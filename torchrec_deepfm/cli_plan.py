@@ -10,6 +10,7 @@ import tyro
 
 from torchrec_deepfm import terminal
 from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.small_file import check_target
 
 if TYPE_CHECKING:
     from torchrec_deepfm.sharding.plan import PlanFile
@@ -76,6 +77,7 @@ class PlanCommand:
             raise UserError(
                 f"plan {action}: {len(files)} file(s) given, {wanted[action]} wanted; name the plans' files"
             )
+        self._check_report(files)
         plans = [load_plan(file) for file in files]
         if action == "show":
             terminal.say(plan_text(plans[0], reserved=RESERVED))
@@ -102,9 +104,9 @@ class PlanCommand:
         for option, value, most in (("ranks", self.ranks, MAX_RANKS), ("batch-size", self.batch_size, MAX_BATCH_SIZE)):
             if value > most:
                 raise UserError(f"--{option} {value}: must be at most {most:,}")
-        if self.output.is_dir() or not self.output.absolute().parent.is_dir():
-            what = "this is a folder" if self.output.is_dir() else "there is no such folder to write it to"
-            raise UserError(f"--output {self.output}: {what}; name a file, such as plan.json")
+        inputs = [Path(self.tables), Path(self.hardware)]
+        check_target("--output", self.output, like="plan.json", inputs=inputs)
+        self._check_report([*inputs, self.output])
         tables = read_tables(self.tables, self.dim)
         hardware = read_hardware(self.hardware)
         local_world_size = hardware.local_world_size(self.ranks)
@@ -153,6 +155,10 @@ class PlanCommand:
         terminal.say(plan_text(plan, bound_ms=bound, reserved=RESERVED))
         terminal.say(f"\nwrote {self.output}")
         self._write_report(plan)
+
+    def _check_report(self, inputs: list[Path]) -> None:
+        if self.report is not None:
+            check_target("--report", self.report, like="plan.html", inputs=inputs)
 
     def _write_report(self, plan: "PlanFile") -> None:
         if self.report is not None:

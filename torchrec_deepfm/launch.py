@@ -54,18 +54,19 @@ def exit_with(error: UserError) -> NoReturn:
     Raises:
         SystemExit: always, with code 2.
     """
+    line = " ".join(str(error).splitlines())  # a name from a file may have lines of its own
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if error_file:
         reply = {
             "message": {
-                "message": str(error),
+                "message": line,
                 "errorCode": USER_ERROR_EXIT_CODE,
                 "extraInfo": {"timestamp": str(int(time.time()))},
             }
         }
         Path(error_file).write_text(json.dumps(reply), encoding="utf-8")
     if not error_file or _UNDER_LAUNCHER not in os.environ:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {line}\n")
     sys.exit(USER_ERROR_EXIT_CODE)
 
 

@@ -31,7 +31,6 @@ import base64
 import io
 import json
 import math
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
@@ -44,6 +43,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import jinja2
 
 from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.small_file import write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -306,14 +306,9 @@ def write_page(path: Path, title: str, sections: Iterable[Section], *, subtitle:
         UserError: the file can't be written, or text in the page is no Unicode.
     """
     html = render(title, sections, subtitle=subtitle)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            partial.write_text(html, encoding="utf-8")
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_text(path, html, what="page")
     except OSError as error:
         raise UserError(f"{path}: the page can't be written ({error.strerror}); name another file") from error
     except UnicodeError as error:  # half of a surrogate pair, from JSON or from a file name of other bytes than UTF-8

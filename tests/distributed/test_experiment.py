@@ -294,7 +294,7 @@ def on_two_hosts(tmp_path_factory: pytest.TempPathFactory) -> Path:
         subprocess.Popen(
             [sys.executable, "-m", "torchrec_deepfm.launch", *meeting, "--node-rank", str(number), *command],
             cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         )
         for number in range(2)
     ]  # fmt: skip
@@ -305,6 +305,7 @@ def on_two_hosts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     finally:
         for host in hosts:
             host.terminate()
+            host.wait(timeout=60)
     return here
 
 

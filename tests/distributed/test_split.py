@@ -29,5 +29,23 @@ def test_phases_sum_up_to_the_step(kinds: list[str], device: torch.device) -> No
         assert min(split.values()) >= 0
         assert sum(split.values()) <= whole
         shares.append(sum(split.values()) / whole)
-    # What is left out is the work of the marks themselves. A phase that went missing would take its share from all.
+    # What is left out is the work of the marks themselves.
     assert max(shares) > 0.96
+
+
+@pytest.mark.parametrize(
+    ("parts", "phase"),
+    [("_input_dists", "input_dist"), ("_lookups", "lookup"), ("_output_dists", "output_dist"), ("over_arch", "dense")],
+)
+def test_a_phase_has_the_time_of_its_part(parts: str, phase: str, device: torch.device) -> None:
+    trained = build(TABLES, plan(TABLES, ["table_wise"] * 4, 1), device, optimizer="sgd", over_arch_layer_sizes=(64,))
+    own = batches(TABLES, Draw(batch_size=BATCH_SIZE), 0, 1, device)[0]
+    trained.step(own)
+    for module in trained.model.modules():
+        part = getattr(module, parts, None)
+        for one in part if isinstance(part, list | torch.nn.ModuleList) else [part]:
+            if isinstance(one, torch.nn.Module):
+                one.register_forward_pre_hook(lambda *_: time.sleep(0.2))
+    split = split_step(trained, own)
+    assert split[phase] > 0.2
+    assert sum(split.values()) - split[phase] < 0.2

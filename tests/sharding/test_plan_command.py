@@ -129,6 +129,17 @@ GOOD = {"--tables": "criteo-terabyte", "--hardware": "h100", "--ranks": "16", "-
         ({"--batch-size": "0"}, "--batch-size 0: must be at least 1"),
         ({"--output": "absent/plan.json"}, "--output absent/plan.json: there is no such folder"),
         ({"--output": "."}, "--output .: this is a folder"),
+        ({"--output": "pipe"}, "--output pipe: this is no regular file; name a file, such as plan.json"),
+        ({"--output": "o" * 300}, f"'{'o' * 56}...: longer than a name may be here; take a shorter one"),
+        ({"--output": "o" * 250}, f"{'o' * 250}: the plan can't be written (File name too long)"),
+        ({"--tables": "short.csv", "--output": "short.csv"}, "--output short.csv: this command reads or writes that"),
+        ({"--hardware": "good.toml", "--output": "good.toml"}, "--output good.toml: this command reads or writes that"),
+        ({"--report": "./plan.json"}, "--report plan.json: this command reads or writes that file already"),
+        ({"--report": "."}, "--report .: this is a folder; name a file, such as plan.html"),
+        ({"--tables": "short.csv", "--dim": "6"}, "--dim: 6 is no multiple of 4"),
+        ({"--tables": "lines.json"}, "lines.json: a b: there is no such key"),
+        ({"--tables": "t" * 300}, f"'{'t' * 56}...: longer than a name may be here"),
+        ({"--hardware": "h" * 300}, f"'{'h' * 56}...: longer than a name may be here"),
         ({"--constraint": "C99=row_wise"}, "--constraint C99=row_wise: "),
         ({"--constraint": "C1=fused"}, "--constraint C1=fused: there is no sharding type 'fused'"),
         (
@@ -148,7 +159,11 @@ def test_bad_input_gets_one_line_and_leaves_nothing(
     monkeypatch.chdir(tmp_path)
     Path("bad.toml").write_text('base = "h100"\nhbm_bytes = -5\n')
     Path("huge.json").write_text('[{"name": "huge", "num_embeddings": 1000000000000, "embedding_dim": 128}]')
+    Path("good.toml").write_text('base = "H100"\n')
+    Path("lines.json").write_text('{"a\\nb": 1}')
+    os.mkfifo("pipe")
     Path("short.csv").write_text("name,num_embeddings,embedding_dim\na,100000,16\nb,2,16\n")
+    before = {path.name: path.read_text() for path in tmp_path.iterdir() if path.is_file()}
     words = [word for key, value in (GOOD | changed).items() if value is not None for word in (key, value)]
     with pytest.raises(SystemExit) as stopped:
         run("plan", *words)
@@ -157,7 +172,9 @@ def test_bad_input_gets_one_line_and_leaves_nothing(
     assert captured.err.startswith(f"error: {told}")
     assert captured.err.count("\n") == 1
     assert captured.out == ""
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.toml", "huge.json", "short.csv"]
+    assert {path.name: path.read_text() for path in tmp_path.iterdir() if path.is_file()} == before
+    assert len(list(tmp_path.iterdir())) == len(before) + 1
+    assert Path("pipe").is_fifo()
 
 
 @pytest.mark.parametrize(

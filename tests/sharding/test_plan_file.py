@@ -192,6 +192,8 @@ def both(first: Callable[[Any], None], second: Callable[[Any], None]) -> Callabl
         (lambda raw: raw.update(world_size=True), "'world_size' must be a whole number of at least 1, not true"),
         (lambda raw: raw.update(local_world_size=3), "world_size 4 is no multiple of local_world_size 3; every host h"),
         (lambda raw: raw.pop("search"), "the key 'search' is missing"),
+        (lambda raw: raw.update(world_size=10**400), "'world_size' must be at most 4611686018427387904, not 1000"),
+        (lambda raw: raw["predicted"].update(mean_ms=10**400), "predicted: 'mean_ms' must be a number of at least 0, "),
         (lambda raw: raw.update(serach="x"), "there is no key 'serach' in a plan; did you mean 'search'?"),
         (lambda raw: raw.update(tables=[]), "'tables' must be a list of at least one, not []"),
         (lambda raw: raw.update(hardware="h100"), 'hardware: "h100" is no JSON object'),

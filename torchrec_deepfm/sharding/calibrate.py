@@ -21,17 +21,10 @@ from scipy.optimize import nnls
 
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.sharding.estimate import predict, with_prediction
-from torchrec_deepfm.sharding.hardware import EXTRA, Hardware
+from torchrec_deepfm.sharding.hardware import BANDWIDTHS, EXTRA, Hardware
 from torchrec_deepfm.sharding.measured import Experiment, PlanMeasured
 from torchrec_deepfm.sharding.table_list import Table
 
-BANDWIDTHS: Final = (
-    "hbm_bandwidth",
-    "ddr_bandwidth",
-    "hbm_to_ddr_bandwidth",
-    "intra_host_bandwidth",
-    "inter_host_bandwidth",
-)
 _ONE: Final = 1e9  # bytes per second: the unit in which terms are taken apart
 _ENDLESS: Final = 1e30
 _ROUNDS: Final = 100

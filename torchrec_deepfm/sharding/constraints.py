@@ -321,7 +321,7 @@ def _nothing(rule: _Rule, tables: Sequence[NamedTable]) -> str:
             f"{largest.num_embeddings:,} ({largest.name})"
         )
     which = rule.text.partition("=")[0].strip()
-    names = [name for table in tables for name in (*table.feature_names, table.name)]
+    names = list(dict.fromkeys(name for table in tables for name in (*table.feature_names, table.name)))
     close = difflib.get_close_matches(which, names, n=3, cutoff=0.4) or names[:3]
     return f"no table or feature is called so; did you mean one of {', '.join(close)}?"
 

@@ -1,13 +1,12 @@
 """A kind of hardware: what a rank holds and how fast bytes move. Standard library only."""
 
 import difflib
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any, Final, Literal, get_args
 
-from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.errors import UserError, shown
 
 ComputeDevice = Literal["cuda", "cpu"]
 
@@ -25,6 +24,8 @@ RESERVED: Final = 0.15
 
 MAX_RANKS: Final = 2**16
 """More ranks than any cluster has: a number beyond is a slip, which would keep a planner busy for days."""
+_MAX_BANDWIDTH: Final = 1e30  # what calibrate calls endless
+_MAX_EXTRA_MS: Final = 1e9
 MAX_BATCH_SIZE: Final = 2**31 - 1
 """Samples a rank; TorchRec's lengths and offsets count no further."""
 
@@ -83,9 +84,9 @@ class Hardware:
         for key in ("name", "source"):
             value = getattr(self, key)
             if not isinstance(value, str) or not value or not " ".join(value.split()).isprintable():
-                raise UserError(f"{key}: {value!r} is no text; give a non-empty one that can be printed")
+                raise UserError(f"{key}: {shown(value)} is no text; give a non-empty one that can be printed")
         if self.compute_device not in get_args(ComputeDevice):
-            raise UserError(f"compute_device: {self.compute_device!r} is not known; choose cuda or cpu")
+            raise UserError(f"compute_device: {shown(self.compute_device)} is not known; choose cuda or cpu")
         _check_count("ranks_per_host", self.ranks_per_host, "ranks", MAX_RANKS)
         if self.compute_device == "cuda" or self.hbm_bytes is not None:
             _check_count("hbm_bytes", self.hbm_bytes, "bytes")
@@ -93,12 +94,14 @@ class Hardware:
         for key in BANDWIDTHS:
             _check_positive(key, getattr(self, key))
         if not isinstance(self.extra, Mapping):
-            raise UserError(f"extra: {self.extra!r} is no table; write [extra] and milliseconds below it")
+            raise UserError(f"extra: {shown(self.extra)} is no table; write [extra] and milliseconds below it")
         for key, cost in self.extra.items():
             if key not in EXTRA:
                 raise UserError(f"extra.{key}: there is no such cost; choose from {choices(key, EXTRA)}")
-            if isinstance(cost, bool) or not isinstance(cost, int | float) or not 0 <= cost < math.inf:
-                raise UserError(f"extra.{key}: {cost!r} is no time; give milliseconds of at least 0")
+            if isinstance(cost, bool) or not isinstance(cost, int | float) or not 0 <= cost <= _MAX_EXTRA_MS:
+                raise UserError(
+                    f"extra.{key}: {shown(cost)} is no time; give milliseconds of at least 0, at most {_MAX_EXTRA_MS:g}"
+                )
         object.__setattr__(self, "extra", MappingProxyType({key: float(cost) for key, cost in self.extra.items()}))
 
     @property
@@ -175,14 +178,16 @@ class Hardware:
 
 def _check_count(key: str, value: object, unit: str, most: int = 2**60) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UserError(f"{key}: {value!r} is no number of {unit}; give a whole number greater than 0")
+        raise UserError(f"{key}: {shown(value)} is no number of {unit}; give a whole number greater than 0")
     if value > most:
-        raise UserError(f"{key}: {value} is too large a number of {unit}; give at most {most:,}")
+        raise UserError(f"{key}: {shown(value)} is too large a number of {unit}; give at most {most:,}")
 
 
 def _check_positive(key: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise UserError(f"{key}: {value!r} is no bandwidth; give bytes per second, greater than 0 and finite")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 1 <= value <= _MAX_BANDWIDTH:
+        raise UserError(
+            f"{key}: {shown(value)} is no bandwidth; give bytes per second, at least 1 and at most {_MAX_BANDWIDTH:g}"
+        )
 
 
 def choices(wrong: object, known: Iterable[str]) -> str:

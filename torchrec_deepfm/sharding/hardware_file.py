@@ -23,7 +23,7 @@ from typing import Any, Final
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.sharding.hardware import BANDWIDTHS, CAPACITIES, Hardware, choices
 from torchrec_deepfm.sharding.presets import PRESETS, preset
-from torchrec_deepfm.small_file import parse_toml, read_text
+from torchrec_deepfm.small_file import parse_toml, read_text, write_text
 
 _MAX_TOML_BYTES: Final = 1 << 20
 _QUANTITY: Final = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)\s*(?:([kKMGTP])(i?))?(?:B(/s)?)?\s*")
@@ -48,7 +48,7 @@ def read_hardware(name_or_toml: str) -> Hardware:
     if not isinstance(name_or_toml, str) or not name_or_toml:
         raise UserError(f"hardware {name_or_toml!r}: name a preset, or a TOML file; choose from {', '.join(PRESETS)}")
     if name_or_toml.lower() in PRESETS:
-        return PRESETS[name_or_toml.lower()]
+        return preset(name_or_toml)
     path = Path(name_or_toml)
     if path.suffix != ".toml" and os.sep not in name_or_toml and not path.is_file():
         return preset(name_or_toml)
@@ -80,13 +80,7 @@ def write_hardware(hardware: Hardware, path: Path) -> None:
     ]
     if hardware.extra:
         lines += ["", "[extra]", *(f"{key} = {_toml(cost)}" for key, cost in hardware.extra.items())]
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"{path}: the description can't be written ({error.strerror}); name another file") from error
+    write_text(path, "\n".join(lines) + "\n", what="description")
 
 
 def _described(value: Mapping[str, Any]) -> Hardware:

@@ -15,8 +15,6 @@ it into TorchRec's ``ShardingPlan`` and back.
 
 import difflib
 import json
-import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +31,7 @@ from torchrec_deepfm.sharding.plan import (
     Predicted,
 )
 from torchrec_deepfm.sharding.plan_check import check_fits, check_sound
+from torchrec_deepfm.small_file import write_text
 
 __all__ = [
     "Cost",
@@ -46,6 +45,8 @@ __all__ = [
     "save_plan",
 ]
 
+_MAX_COUNT = 2**62
+_MAX_MS = 1e300  # sums of it are still numbers
 SIZE_LIMIT = 256 * 2**20  # bytes; 1,024 ranks times 26 tables take 15 MiB
 
 
@@ -242,6 +243,8 @@ def _integer(raw: Mapping[str, Any], key: str, where: str, least: int = 0) -> in
     value = raw.get(key)
     if type(value) is not int or value < least:
         raise UserError(f"{where}: {key!r} must be a whole number of at least {least}, not {_short(value)}")
+    if value > _MAX_COUNT:
+        raise UserError(f"{where}: {key!r} must be at most {_MAX_COUNT}, not {_short(value)}")
     return value
 
 
@@ -254,8 +257,8 @@ def _pair(raw: Mapping[str, Any], key: str, where: str) -> tuple[int, int]:
 
 def _number(raw: Mapping[str, Any], key: str, where: str) -> float:
     value = raw.get(key)
-    if type(value) not in (int, float) or not 0 <= value < math.inf:  # type: ignore[operator]
-        raise UserError(f"{where}: {key!r} must be a number of at least 0, not {_short(value)}")
+    if type(value) not in (int, float) or not 0 <= value <= _MAX_MS:  # type: ignore[operator]
+        raise UserError(f"{where}: {key!r} must be a number of at least 0, not {_short(value)}, at most {_MAX_MS:g}")
     return float(value)  # type: ignore[arg-type]
 
 
@@ -274,16 +277,7 @@ def save_plan(plan: PlanFile, path: Path) -> None:
     Raises:
         UserError: the file can't be written.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(plan_text(plan))
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"{path}: the plan can't be written ({error.strerror}); name another file") from error
+    write_text(path, plan_text(plan), what="plan")
 
 
 def plan_text(plan: PlanFile) -> str:

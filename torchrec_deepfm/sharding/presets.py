@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
 
-from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.errors import UserError, shown
 from torchrec_deepfm.sharding.hardware import Hardware, choices
 
 _GIB: Final = 2**30
@@ -137,7 +137,7 @@ def preset(name: object) -> Hardware:
     """Return a preset by its name.
 
     Args:
-        name: A key of ``PRESETS``.
+        name: A key of ``PRESETS``, in small or capital letters.
 
     Returns:
         The preset.
@@ -145,6 +145,6 @@ def preset(name: object) -> Hardware:
     Raises:
         UserError: There is none of this name.
     """
-    if isinstance(name, str) and name in PRESETS:
-        return PRESETS[name]
-    raise UserError(f"hardware {name!r}: there is no such preset; choose from {choices(name, PRESETS)}")
+    if isinstance(name, str) and name.lower() in PRESETS:
+        return PRESETS[name.lower()]
+    raise UserError(f"hardware {shown(name)}: there is no such preset; choose from {choices(name, PRESETS)}")

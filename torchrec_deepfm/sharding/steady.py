@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import os
+import re
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,9 +25,8 @@ def steady(device: torch.device) -> None:
     - A rank that moves between cores finds cold caches, and meets the others' threads at random. All threads that it
       has and will have are bound to its share of the machine's cores; not where ranks of a machine may use different
       ones: somebody else has bound them already.
-    - glibc gives large blocks back to the system and gets them again, page by page, in each step: a third of the
-      system's time of a step in docs/results.md, and the part that varies most. Now it keeps them (``give_back`` does
-      not); other libraries for memory, and systems without glibc, stay as they are.
+    - glibc gives large blocks back to the system and gets them again, page by page, in each step. Now it keeps them
+      (``give_back`` does not); other libraries for memory, and systems without glibc, stay as they are.
 
     Args:
         device: where the rank computes; nothing happens on a GPU.
@@ -36,6 +36,7 @@ def steady(device: torch.device) -> None:
     _pin()
     allocator = ctypes.CDLL(None)
     if hasattr(allocator, "mallopt"):
+        # Both: with one of them alone the other threshold no longer grows by itself, which is worse than none.
         allocator.mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)
         allocator.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
 
@@ -64,7 +65,7 @@ def share(cores: Sequence[int], number: int, ranks: int) -> list[int]:
     """Choose the cores of one of several ranks.
 
     Args:
-        cores: what all of them may use.
+        cores: what all of them may use, neighbours side by side.
         number: which rank, from 0.
         ranks: how many there are.
 
@@ -77,6 +78,15 @@ def share(cores: Sequence[int], number: int, ranks: int) -> list[int]:
     return list(cores[number * len(cores) // ranks : (number + 1) * len(cores) // ranks])
 
 
+def _core(cpu: int) -> tuple[int, int]:
+    """Sort the threads of a core side by side; Linux often numbers them apart."""
+    try:
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text(encoding="ascii")
+        return int(re.split("[,-]", siblings, maxsplit=1)[0]), cpu
+    except (OSError, ValueError):  # not told here
+        return cpu, cpu
+
+
 def _pin() -> None:
     if not hasattr(os, "sched_setaffinity"):  # macOS has none
         return
@@ -86,7 +96,7 @@ def _pin() -> None:
     mates = [rank for rank, (host, _) in enumerate(everyone) if host == own[0]]
     if any(everyone[rank][1] != own[1] for rank in mates):
         return
-    cores = share(own[1], mates.index(dist.get_rank()), len(mates))
+    cores = share(sorted(own[1], key=_core), mates.index(dist.get_rank()), len(mates))
     for thread in Path("/proc/self/task").iterdir():
         try:
             os.sched_setaffinity(int(thread.name), cores)

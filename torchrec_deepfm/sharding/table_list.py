@@ -25,7 +25,7 @@ from typing import Any, Final
 from torchrec_deepfm.data.prepared import PreparedData
 from torchrec_deepfm.data.presets import MLPERF_NUM_EMBEDDINGS
 from torchrec_deepfm.data.schema import CRITEO_TERABYTE
-from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.errors import UserError, shown
 from torchrec_deepfm.sharding.sharding_types import MAX_POOLING_FACTOR
 from torchrec_deepfm.small_file import parse_toml, read_text
 
@@ -67,7 +67,7 @@ class Table:
     def __post_init__(self) -> None:
         """Check every value."""
         if not isinstance(self.name, str) or not self.name or not self.name.isprintable():
-            raise UserError(f"name: {self.name!r} is no name of a table; give a non-empty text")
+            raise UserError(f"name: {shown(self.name)} is no name of a table; give a non-empty text")
         if "." in self.name:
             raise UserError(f"name: {self.name!r} has a dot, which torch keeps from names of modules; take it out")
         _check_count("num_embeddings", self.num_embeddings, 1, _MAX_NUM_EMBEDDINGS)
@@ -80,12 +80,12 @@ class Table:
         pooling = self.pooling_factor
         if isinstance(pooling, bool) or not isinstance(pooling, int | float) or not 0 < pooling <= MAX_POOLING_FACTOR:
             raise UserError(
-                f"pooling_factor: {pooling!r} is no number of ids; give one greater than 0, at most "
+                f"pooling_factor: {shown(pooling)} is no number of ids; give one greater than 0, at most "
                 f"{MAX_POOLING_FACTOR:,}"
             )
         object.__setattr__(self, "pooling_factor", float(pooling))
         if not isinstance(self.weighted, bool):
-            raise UserError(f"weighted: {self.weighted!r} is neither true nor false; give one of them")
+            raise UserError(f"weighted: {shown(self.weighted)} is neither true nor false; give one of them")
 
     @property
     def feature_names(self) -> tuple[str, ...]:
@@ -132,15 +132,12 @@ def read_tables(source: str, dim: int | None = None) -> tuple[Table, ...]:
         UserError: There is no such source, or it lists no sound tables.
     """
     path = Path(source)
-    try:
-        if source == CRITEO:
-            return criteo_tables(dim)
-        if path.is_dir():
-            return _prepared_tables(path, PREPARED_DIM if dim is None else dim)
-    except UserError as error:
-        if dim is not None and str(error).startswith("embedding_dim: "):
-            raise UserError(f"--dim: {str(error).removeprefix('embedding_dim: ')}") from error
-        raise
+    if source == CRITEO:
+        _check_dim(dim)
+        return criteo_tables(dim)
+    if path.is_dir():
+        _check_dim(dim)
+        return _prepared_tables(path, PREPARED_DIM if dim is None else dim)
     if path.suffix not in _SUFFIXES and not path.is_file():
         hint = difflib.get_close_matches(source, [CRITEO], n=1)
         raise UserError(
@@ -148,6 +145,13 @@ def read_tables(source: str, dim: int | None = None) -> tuple[Table, ...]:
             + (f" (did you mean {hint[0]!r}?)" if hint else "")
         )
     return _file_tables(path, dim)
+
+
+def _check_dim(dim: int | None) -> None:
+    try:
+        Table(name="any", num_embeddings=1, embedding_dim=CRITEO_DIM if dim is None else dim)
+    except UserError as error:
+        raise UserError(f"--dim: {str(error).removeprefix('embedding_dim: ')}") from error
 
 
 def _prepared_tables(folder: Path, dim: int) -> tuple[Table, ...]:
@@ -175,6 +179,7 @@ def _file_tables(path: Path, dim: int | None) -> tuple[Table, ...]:
     if path.suffix not in _SUFFIXES:
         raise UserError(f"{path}: a list of tables is a .toml, .json or .csv file; give it its ending")
     text = read_text(path, most=_MAX_BYTES, what="list of tables", instead=f"name another one, or {CRITEO}")
+    _check_dim(dim)
     try:
         value = _PARSERS[path.suffix](text) if path.suffix != ".toml" else parse_toml(path, text)
     except UserError:
@@ -226,7 +231,7 @@ def _cell(key: str, cell: str) -> Any:
 def _table(path: Path, number: int, value: object, default: Mapping[str, Any], dim: int | None) -> Table:
     where = f"{path}: table {number}"
     if not isinstance(value, Mapping):
-        raise UserError(f"{where}: {value!r} is no table; give name, num_embeddings and embedding_dim")
+        raise UserError(f"{where}: {shown(value)} is no table; give name, num_embeddings and embedding_dim")
     known = [each.name for each in fields(Table)]
     name = value.get("name")
     where += f" ({name})" if isinstance(name, str) else ""
@@ -251,4 +256,4 @@ _PARSERS: Final[Mapping[str, Any]] = {".json": json.loads, ".csv": _csv}
 
 def _check_count(key: str, value: object, least: int, most: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise UserError(f"{key}: {value!r} is no count; give a whole number from {least} to {most}")
+        raise UserError(f"{key}: {shown(value)} is no count; give a whole number from {least} to {most}")
