@@ -9,7 +9,7 @@ import csv
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -125,6 +125,16 @@ def write(figures: Sequence[Figure], output: Path, about: dict[str, object]) -> 
     return text
 
 
+def apart(ticks: Iterable[float], limits: tuple[float, float]) -> list[float]:
+    """Leave out of a logarithmic axis' ticks those whose labels would lie on each other."""
+    least = 0.075 * abs(math.log(limits[0] / limits[1]))
+    kept: list[float] = []
+    for tick in sorted(ticks, reverse=True):
+        if min(limits) <= tick <= max(limits) and (not kept or math.log(kept[-1] / tick) >= least):
+            kept.append(tick)
+    return kept
+
+
 def draw(figures: Sequence[Figure], path: Path) -> None:
     """Draw a panel per data set: AUC with standard deviations, the distance to 1 on a logarithmic scale."""
     import matplotlib
@@ -150,7 +160,7 @@ def draw(figures: Sequence[Figure], path: Path) -> None:
             )
         axis.set_xscale("log")
         axis.invert_xaxis()
-        axis.xaxis.set_major_locator(FixedLocator(GAPS))
+        axis.xaxis.set_major_locator(FixedLocator(apart(GAPS, axis.get_xlim())))
         axis.xaxis.set_minor_locator(NullLocator())
         axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{1 - value:.4g}"))
         axis.tick_params(axis="x", labelsize=8)

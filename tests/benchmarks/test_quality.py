@@ -75,6 +75,11 @@ def test_tables_and_picture(module: Any, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "quality.json").read_text())["about"] == {"date": "today"}
 
 
+def test_labels_of_the_picture_keep_apart(module: Any) -> None:
+    apart = module("quality_tables").apart
+    assert apart((0.9, 0.1, 0.09, 0.05, 0.01, 0.001), (1.0, 0.01)) == [0.9, 0.1, 0.05, 0.01]  # least: x 1.41
+
+
 # quality_arrays.py
 
 
