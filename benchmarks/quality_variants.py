@@ -32,8 +32,8 @@ CANDIDATES: dict[str, dict[str, list[dict[str, Any]]]] = {
         **{
             name: [
                 {"sparse_optimizer": name, "sparse_lr": rate, **_FUSED, "touched_embedding_l2": penalty}
-                for rate in (0.02, 0.05)
-                for penalty in (0.0, 0.01, 0.05)
+                for rate in (0.02, 0.05, 0.1)
+                for penalty in (0.0, 0.05, 0.2)
             ]
             for name in ("adagrad", "rowwise_adagrad")
         },
