@@ -29,8 +29,8 @@ def test_phases_sum_up_to_the_step(kinds: list[str], device: torch.device) -> No
         assert min(split.values()) >= 0
         assert sum(split.values()) <= whole
         shares.append(sum(split.values()) / whole)
-    # What is left out is the work of the marks themselves.
-    assert max(shares) > 0.96
+    # What is left out is the work of the marks themselves; a lost phase would take more.
+    assert max(shares) > 0.8
 
 
 @pytest.mark.parametrize(

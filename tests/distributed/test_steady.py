@@ -67,8 +67,9 @@ def test_ranks_share_the_cores_and_keep_their_memory() -> None:
     ranks = run_ranks(program, 2, False)
     for number, found in enumerate(ranks):
         assert all(one == set(share(sorted(found["cores"], key=_core), number, 2)) for one in found["after"])
-        # Without it every round gets its 48 MiB from the system: 12,288 pages of 4 KiB, or some huge ones.
-        assert found["faults"] < ROUNDS
+        # Without it every round gets its 48 MiB from the system. With it none does, but for one whose block could not
+        # lie where the last one was, as something small had come to lie there.
+        assert found["faults"] < ROUNDS * BLOCK * 4 // os.sysconf("SC_PAGE_SIZE") // 2
         assert found["given_back"] > BLOCK * 4 / 2
 
 
