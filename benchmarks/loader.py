@@ -59,8 +59,8 @@ def make(folder: Path, options: Options, *, lists: bool) -> None:
     """Days with Criteo's columns and random values, or 20 columns of them and 6 of lists with 0 to 8 ids."""
     import numpy as np
 
-    from torchrec_deepfm.data.prepared import seal
     from torchrec_deepfm.data.schema import Column, Schema
+    from torchrec_deepfm.small_file import seal
 
     folder.mkdir()
     draw = np.random.default_rng(0)

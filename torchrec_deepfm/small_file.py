@@ -1,13 +1,26 @@
-"""Small files, read whole and written whole, with one line about what is wrong. Standard library only."""
+"""Small files, read whole and written whole, with one line about what is wrong. Standard library only.
+
+Every file that the package writes is opened with ``regular_file``: a folder may come from somebody else, and a symbolic
+link in it must not lead a write to another file of the user's.
+"""
 
 import errno
+import hashlib
+import json
 import os
+import re
+import secrets
+import stat
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from torchrec_deepfm.errors import UserError
+
+_PARTIAL: Final = re.compile(r"\..*\.[0-9a-f]{16}\.partial", re.DOTALL)
+_SEAL: Final = re.compile(rb'"sha256": "([0-9a-f]{64})"\n}\n\Z')
+_UNSEALED: Final = "0" * 64
 
 
 def read_text(path: Path, *, most: int, what: str, instead: str) -> str:
@@ -88,31 +101,142 @@ def _same_file(one: Path, other: Path) -> bool:
     return one.exists() and other.exists() and one.samefile(other)
 
 
-def write_text(path: Path, text: str, *, what: str) -> None:
-    """Write a file that is there whole or not at all.
+def regular_file(path: str, flags: int) -> int:
+    """Open a regular file and nothing else: an ``opener`` for Python's ``open``.
+
+    A symbolic link is read through, but never written through. A FIFO or a device, on which ``open`` alone could wait
+    for ever, is refused.
 
     Args:
-        path: the file; one that is there is replaced.
-        text: what it shall hold, written in UTF-8.
+        path: the file.
+        flags: of ``os.open``.
+
+    Returns:
+        The file descriptor.
+
+    Raises:
+        OSError: it can't be opened, is not a regular file, or is a symbolic link that would be written through.
+    """
+    writes, name = flags & (os.O_WRONLY | os.O_RDWR), Path(path).name
+    try:
+        descriptor = os.open(path, flags | os.O_NONBLOCK | (os.O_NOFOLLOW if writes else 0), 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP and writes:
+            raise OSError(errno.ELOOP, f"{name} is a symbolic link", path) from error
+        if error.errno == errno.ENXIO:  # a FIFO that nobody reads
+            raise OSError(errno.EINVAL, f"{name} is not a regular file", path) from error
+        raise
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        code, what = (errno.EISDIR, "a folder") if stat.S_ISDIR(mode) else (errno.EINVAL, "not a regular file")
+        raise OSError(code, f"{name} is {what}", path)
+    return descriptor
+
+
+def read_bytes(path: Path, *, most: int) -> bytes:
+    """Read a regular file.
+
+    Args:
+        path: the file.
+        most: bytes that it may have.
+
+    Returns:
+        The content.
+
+    Raises:
+        OSError: it can't be read, is not a regular file, or is larger.
+    """
+    with open(path, "rb", opener=regular_file) as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise OSError(errno.EFBIG, f"larger than {most >> 20} MiB", str(path))
+    return content
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file that appears complete or not at all, even if the machine stops.
+
+    Args:
+        path: the file; an existing one, or a symbolic link of that name, is replaced.
+        content: its content.
+
+    Raises:
+        OSError: it can't be written.
+    """
+    partial = path.with_name(f".{path.name[:32]}.{secrets.token_hex(8)}.partial")
+    try:
+        with open(partial, "xb", opener=regular_file) as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def is_partial(name: str) -> bool:
+    """Whether a name is that of a file that ``write_bytes`` left behind when it was killed."""
+    return _PARTIAL.fullmatch(name) is not None
+
+
+def seal(content: Mapping[str, Any]) -> bytes:
+    """Serialise a JSON object that ends in its own checksum.
+
+    Args:
+        content: the object; a key ``sha256`` is replaced.
+
+    Returns:
+        JSON whose last key ``sha256`` is the digest of these very bytes with 64 zeros in the place of the digest.
+
+    Example:
+        >>> len(json.loads(seal({"rows": 3}))["sha256"])
+        64
+    """
+    keys = {key: value for key, value in content.items() if key != "sha256"}
+    text = (json.dumps({**keys, "sha256": _UNSEALED}, indent=2) + "\n").encode()
+    return text[: -len(_UNSEALED) - 4] + hashlib.sha256(text).hexdigest().encode() + text[-4:]
+
+
+def check_seal(content: bytes) -> bool:
+    """Check that bytes are those that ``seal`` made.
+
+    Args:
+        content: all bytes of the file.
+
+    Returns:
+        False if any of them has changed.
+
+    Example:
+        >>> content = seal({"rows": 3})
+        >>> check_seal(content), check_seal(content.replace(b"3", b"4", 1))
+        (True, False)
+    """
+    found = _SEAL.search(content)
+    if found is None:
+        return False
+    unsealed = content[: found.start(1)] + _UNSEALED.encode() + content[found.end(1) :]
+    return hashlib.sha256(unsealed).hexdigest().encode() == found[1]
+
+
+def write_text(path: Path, text: str, *, what: str) -> None:
+    """Write a file that the user named, which appears complete or not at all.
+
+    Args:
+        path: the file; an existing one is replaced.
+        text: its content, written in UTF-8.
         what: what it is, for messages: "plan".
 
     Raises:
         UserError: it can't be written.
         UnicodeError: there is half of a surrogate pair in the text.
     """
+    content = text.encode()
     try:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         if path.exists() and not path.is_file():  # /dev/null would be gone for everybody
-            raise UserError(f"{path}: the {what} can't be written (no regular file); name another file")
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
-            with partial.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+            raise UserError(f"{path}: the {what} can't be written (not a regular file); name another file")
+        write_bytes(path, content)
     except OSError as error:
         raise UserError(f"{path}: the {what} can't be written ({error.strerror}); name another file") from error

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from torchrec_deepfm.data.prepared import PreparedData, seal
+from torchrec_deepfm.data.prepared import PreparedData
 from torchrec_deepfm.data.schema import Column, Schema
+from torchrec_deepfm.small_file import seal
 
 SCHEMA = Schema(label="y", numeric=("n1", "n2"), categorical=("c1", "c2", "c3"))
 # c2 and c4 are lists, c4 with weights.

@@ -13,9 +13,10 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from tests.data.batches import real_rows, rows_of
 from tests.data.folders import LISTS, SCHEMA, bag, halved, ids, make, number, weights
 from torchrec_deepfm.data.loader import Loader
-from torchrec_deepfm.data.prepared import PreparedData, seal
+from torchrec_deepfm.data.prepared import PreparedData
 from torchrec_deepfm.data.schema import Column, Schema
 from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.small_file import seal
 
 
 @pytest.mark.parametrize("shuffle", [False, True])

@@ -10,8 +10,9 @@ from tests.data.folders import LISTS, bag, halved, ids, make, weights
 from tests.data.raw_oracle import SMALL, random_text
 from torchrec_deepfm.data import prepared
 from torchrec_deepfm.data.prepare import prepare
-from torchrec_deepfm.data.prepared import Day, PreparedData, check_seal, seal
+from torchrec_deepfm.data.prepared import Day, PreparedData
 from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.small_file import check_seal, seal
 
 AGAIN = "; prepare the data again"
 
@@ -112,7 +113,10 @@ def test_a_huge_manifest_is_not_read(tmp_path, monkeypatch):
     path = make(tmp_path / "data", (5,)).folder / "manifest.json"
     monkeypatch.setattr(prepared, "MAX_MANIFEST_BYTES", 1 << 20)
     path.write_bytes(b" " * (1 << 20) + path.read_bytes())
-    assert refusal(lambda: PreparedData.open(path.parent)) == f"{path}: the manifest is larger than 1 MiB" + AGAIN
+    assert (
+        refusal(lambda: PreparedData.open(path.parent))
+        == f"{path}: the manifest can't be read (larger than 1 MiB)" + AGAIN
+    )
 
 
 def test_bag_borders_that_do_not_fit(tmp_path):

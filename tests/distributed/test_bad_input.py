@@ -12,7 +12,8 @@ import pytest
 from tests.distributed.launcher import run_module
 from torchrec_deepfm.cli import main
 from torchrec_deepfm.data.order import EpochOrder
-from torchrec_deepfm.data.prepared import PreparedData, seal
+from torchrec_deepfm.data.prepared import PreparedData
+from torchrec_deepfm.small_file import seal
 
 BATCH = 256  # of the smoke recipe, per rank
 REPAIR = "the folder is damaged or foreign; prepare the data again"

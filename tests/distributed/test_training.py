@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from tests.distributed.launcher import CPU, one_rank, run_ranks
-from torchrec_deepfm.data.prepared import PreparedData, seal
+from torchrec_deepfm.data.prepared import PreparedData
 from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.small_file import seal
 from torchrec_deepfm.training import loop, trainer
 from torchrec_deepfm.training.config import TrainConfig
 

@@ -24,10 +24,10 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.small_file import seal
 from torchrec_deepfm.training import dcp
 from torchrec_deepfm.training.checkpoint import Checkpoints, load_model
 from torchrec_deepfm.training.dcp import Cut, Pieces, load_metadata
-from torchrec_deepfm.training.store import seal
 
 
 class Exploit:

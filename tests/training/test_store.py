@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from torchrec_deepfm.errors import UserError
-from torchrec_deepfm.training.store import MANIFEST, Damaged, Store, seal, unseal
+from torchrec_deepfm.small_file import seal
+from torchrec_deepfm.training.store import MANIFEST, Damaged, Store, unseal
 
 CONTENT = {"a.distcp": b"one", ".metadata": b"two" * 1000}
 
@@ -94,8 +95,8 @@ def test_set_aside(store: Store) -> None:
         (".metadata", lambda data: data + b"x", ".metadata has 3001 bytes, 3000 were written"),
         (MANIFEST, lambda data: data[:-5], "checkpoint.json"),
         (MANIFEST, lambda data: data.replace(b'"step": 5', b'"step": 6'), "checkpoint.json is not what was written"),
-        (MANIFEST, lambda data: b"[" * 100_000, "checkpoint.json is no valid JSON"),
-        (MANIFEST, lambda data: b"\xff", "checkpoint.json is no valid JSON"),
+        (MANIFEST, lambda data: b"[" * 100_000, "checkpoint.json is not valid JSON"),
+        (MANIFEST, lambda data: b"\xff", "checkpoint.json is not valid JSON"),
         (MANIFEST, lambda data: b"[1, 2]", "checkpoint.json has no checksum of its own"),
     ],
 )

@@ -13,7 +13,6 @@ import itertools
 import json
 import os
 import re
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from torchrec_deepfm.data.days import DENSE, LABELS, MAX_NUM_EMBEDDINGS, SPARSE,
 from torchrec_deepfm.data.mapped import MappedRows, map_npy, map_npz
 from torchrec_deepfm.data.schema import Column, Schema
 from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.small_file import write_bytes
 
 MULTI_HOT: Final = "_sparse_multi_hot.npz"
 SCAN_BYTES: Final = 64 << 20  # read at once when the largest id is looked for
@@ -236,9 +236,7 @@ def _scan(folder: Path, days: Sequence[DayArrays]) -> list[int]:
                 column += 1
     with contextlib.suppress(OSError):  # no home, or no room: then the next time reads again
         memory.parent.mkdir(parents=True, exist_ok=True)
-        partial = memory.with_name(f"{uuid.uuid4().hex}.partial")
-        partial.write_text(json.dumps(counts), encoding="utf-8")
-        partial.replace(memory)
+        write_bytes(memory, json.dumps(counts).encode())
     return counts
 
 

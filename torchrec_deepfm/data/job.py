@@ -28,7 +28,6 @@ from torchrec_deepfm.data.prepared import (
     PreparedData,
     ids_file,
     offsets_file,
-    seal,
     weights_file,
 )
 from torchrec_deepfm.data.progress import Phase
@@ -40,8 +39,9 @@ from torchrec_deepfm.data.sql import connect
 from torchrec_deepfm.data.stage import Stager, Unit
 from torchrec_deepfm.data.vocabulary import count_column, vocabulary_file, vocabulary_size
 from torchrec_deepfm.data.workers import Workers
-from torchrec_deepfm.data.workfolder import WorkFolder, sync
+from torchrec_deepfm.data.workfolder import WorkFolder
 from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.small_file import seal, write_bytes
 
 # Shares of the memory: DuckDB's own, a piece of text, a block of ids, the values that it is made from. Libraries and
 # what is in flight take the rest.
@@ -385,8 +385,7 @@ class Job:
                 if record["skipped"]["rows"]
             ],
         }
-        (self._work.out / MANIFEST).write_bytes(seal(manifest))
-        sync(self._work.out / MANIFEST)
+        write_bytes(self._work.out / MANIFEST, seal(manifest))
         appear(self._work.out, self._output)
         self._work.remove()
         for split in SPLITS:

@@ -12,6 +12,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from torchrec_deepfm.small_file import regular_file
+
 # numpy pads a header so that its first axis can grow in place; for our shapes that always makes 128 bytes.
 _HEADER_BYTES: Final = 128
 
@@ -37,7 +39,7 @@ class GrowingArray:
 
     def __init__(self, path: Path, row: tuple[int, ...], dtype: DTypeLike, *, rows: int = 0) -> None:
         self._dtype, self._row, self.rows = np.dtype(dtype), row, rows
-        self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+        self._file = os.fdopen(regular_file(os.fspath(path), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC), "r+b")
         good = _HEADER_BYTES + rows * int(np.prod(row, dtype=np.int64)) * self._dtype.itemsize
         size = os.fstat(self._file.fileno()).st_size
         assert size >= good or rows == 0, (path, size, good)

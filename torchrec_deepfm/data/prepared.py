@@ -7,10 +7,8 @@ Shape letters: N rows of a stem's files, I numeric columns, F1 categorical colum
 column.
 """
 
-import hashlib
 import itertools
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +26,7 @@ from torchrec_deepfm.data.foreign import Foreign, open_foreign
 from torchrec_deepfm.data.mapped import MappedRows, map_npy
 from torchrec_deepfm.data.schema import Schema
 from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.small_file import check_seal, read_bytes
 
 FORMAT_VERSION: Final = 2
 MANIFEST: Final = "manifest.json"
@@ -35,8 +34,6 @@ SPLITS: Final = ("train", "validation", "test")
 MAX_MANIFEST_BYTES: Final = 64 << 20
 
 _AGAIN = "prepare the data again"
-_SEAL = re.compile(rb'"sha256": "([0-9a-f]{64})"\n}\n\Z')
-_UNSEALED = "0" * 64
 
 
 def offsets_file(stem: str, j: int) -> str:
@@ -52,45 +49,6 @@ def ids_file(stem: str, j: int) -> str:
 def weights_file(stem: str, j: int) -> str:
     """Name the file with the weights of the multi-hot column at place ``j`` of ``schema.categorical``."""
     return f"{stem}_weights_{j}.npy"
-
-
-def seal(manifest: Mapping[str, Any]) -> bytes:
-    """Turn a manifest into the bytes of ``manifest.json``, which end in their own checksum.
-
-    Args:
-        manifest: Its keys; a key ``sha256`` is replaced.
-
-    Returns:
-        JSON whose last key ``sha256`` is the digest of these very bytes with 64 zeros in the place of the digest.
-
-    Example:
-        >>> len(json.loads(seal({"rows": 3}))["sha256"])
-        64
-    """
-    keys = {key: value for key, value in manifest.items() if key != "sha256"}
-    content = (json.dumps({**keys, "sha256": _UNSEALED}, indent=2) + "\n").encode()
-    return content[: -len(_UNSEALED) - 4] + hashlib.sha256(content).hexdigest().encode() + content[-4:]
-
-
-def check_seal(content: bytes) -> bool:
-    """Tell whether the bytes of a manifest are those that ``seal`` made.
-
-    Args:
-        content: All bytes of ``manifest.json``.
-
-    Returns:
-        False if any of them has changed.
-
-    Example:
-        >>> content = seal({"rows": 3})
-        >>> check_seal(content), check_seal(content.replace(b"3", b"4", 1))
-        (True, False)
-    """
-    found = _SEAL.search(content)
-    if found is None:
-        return False
-    unsealed = content[: found.start(1)] + _UNSEALED.encode() + content[found.end(1) :]
-    return hashlib.sha256(unsealed).hexdigest().encode() == found[1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,15 +260,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def _read(path: Path) -> bytes | None:
     try:
-        with path.open("rb") as file:
-            content = file.read(MAX_MANIFEST_BYTES + 1)
+        return read_bytes(path, most=MAX_MANIFEST_BYTES)
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise UserError(f"{path}: the manifest can't be read ({error.strerror}); check its permissions") from error
-    if len(content) > MAX_MANIFEST_BYTES:
-        raise UserError(f"{path}: the manifest is larger than {MAX_MANIFEST_BYTES >> 20} MiB; {_AGAIN}")
-    return content
+        raise UserError(f"{path}: the manifest can't be read ({error.strerror}); {_AGAIN}") from error
 
 
 def _parse(path: Path, content: bytes) -> dict[str, Any]:

@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any, Final, TextIO
 
 from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.small_file import read_bytes, regular_file, write_bytes
 
+MAX_RECORD_BYTES: Final = 64 << 20
 # Bytes of finished work that are kept when a mistake in the input or the options stops a prepare. With less, it leaves
 # nothing behind. (Kills and full disks always leave what is done.)
 WORTH_KEEPING: Final = 64 << 20
@@ -75,7 +77,7 @@ class WorkFolder:
             shutil.rmtree(removed, ignore_errors=True)
         path = self.path / "job.json"
         if not path.exists():
-            write_json(path, dict(job))
+            write_bytes(path, json.dumps(dict(job)).encode())
             return False
         begun = _read_json(path)
         different = sorted(key for key in {*begun, *job} if begun.get(key) != json.loads(json.dumps(job.get(key))))
@@ -114,7 +116,7 @@ class WorkFolder:
             ) from error
 
     def _lock(self, name: str, kind: int) -> bool:
-        file = (self.path / name).open("w", encoding="utf-8")
+        file = open(self.path / name, "w", encoding="utf-8", opener=regular_file)  # noqa: SIM115 - until leave()
         self._locks.append(file)
         try:
             fcntl.flock(file, kind | fcntl.LOCK_NB)
@@ -149,7 +151,7 @@ class WorkFolder:
             name: Its name.
             content: JSON values.
         """
-        write_json(self._records / f"{name}.json", content)
+        write_bytes(self._records / f"{name}.json", json.dumps(content).encode())
 
     def forget(self, pattern: str) -> None:
         """Remove records.
@@ -188,24 +190,9 @@ def sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file, whole or not at all, also if the machine stops.
-
-    Args:
-        path: The file.
-        content: JSON values.
-    """
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_bytes(path, most=MAX_RECORD_BYTES))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: the file is damaged ({error}); remove {path.parent} to begin anew") from error
     assert isinstance(content, dict)

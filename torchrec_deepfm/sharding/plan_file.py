@@ -31,7 +31,7 @@ from torchrec_deepfm.sharding.plan import (
     Predicted,
 )
 from torchrec_deepfm.sharding.plan_check import check_fits, check_sound
-from torchrec_deepfm.small_file import write_text
+from torchrec_deepfm.small_file import regular_file, write_text
 
 __all__ = [
     "Cost",
@@ -84,7 +84,7 @@ def load_plan(path: Path) -> PlanFile:
 
 def _read(path: Path) -> Any:
     try:
-        with path.open("rb") as file:
+        with open(path, "rb", opener=regular_file) as file:
             content = file.read(SIZE_LIMIT + 1)
     except IsADirectoryError as error:
         inside = path / "plan.json"

@@ -34,6 +34,8 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, T
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.staging import AsyncStager
 
+from torchrec_deepfm.small_file import regular_file
+
 METADATA = ".metadata"
 METADATA_LIMIT = 2**30  # bytes; some hundred bytes per tensor and rank
 
@@ -212,7 +214,7 @@ class Writer(filesystem.FileSystemWriter):
         self.digests: dict[str, dict[str, Any]] = {}
         inner = filesystem.FileSystem() if local else FsspecFileSystem()
         self.path = inner.init_path(path)
-        self.fs = _Digesting(inner, self.digests)  # type: ignore[assignment]
+        self.fs = _Digesting(inner, self.digests, local=local)  # type: ignore[assignment]
 
     def storage_meta(self) -> StorageMeta:
         """Say nothing about where this is: a checkpoint may be moved."""
@@ -336,15 +338,19 @@ class _Unpickler(pickle.Unpickler):
 class _Digesting:
     """A file system of DCP whose new files have their checksums taken as they are written."""
 
-    def __init__(self, inner: Any, digests: dict[str, dict[str, Any]]) -> None:
-        self._inner, self._digests = inner, digests
+    def __init__(self, inner: Any, digests: dict[str, dict[str, Any]], *, local: bool) -> None:
+        self._inner, self._digests, self._local = inner, digests, local
+
+    def _create(self, path: str | os.PathLike[str]) -> Any:
+        return open(path, "xb", opener=regular_file) if self._local else self._inner.create_stream(path, "wb")
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
-        with self._inner.create_stream(path, mode) as stream:
-            if mode != "wb":
+        if mode != "wb":
+            with self._inner.create_stream(path, mode) as stream:
                 yield stream
-                return
+            return
+        with self._create(path) as stream:
             wrapped = _DigestingStream(stream)
             yield cast(io.IOBase, wrapped)
             name = os.fspath(path).rpartition("/")[2]

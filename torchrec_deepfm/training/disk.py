@@ -27,6 +27,8 @@ def refused(where: str | Path, error: OSError, remedy: str = "") -> UserError:
     then = f", then {remedy}" if remedy else ""
     if error.errno in _FULL:
         return UserError(f"{where}: no space is left on the device; free some{then}")
+    if error.errno == errno.ELOOP:
+        return UserError(f"{where}: not written through a symbolic link ({error.strerror}); remove the link{then}")
     if error.errno in _CLOSED:
         return UserError(f"{where}: writing is not allowed ({error.strerror}); make it writable{then}")
     return UserError(f"{where}: can't be written ({error.strerror or error}); look after the disk{then}")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.small_file import regular_file
 
 NAME = ".lock"
 # After a rank died its successor may come before the kernel, or the server of a network file system, has noticed.
@@ -64,7 +65,7 @@ class RunLock:
 
     def _try(self, deadline: float) -> IO[str] | None:
         path = self._folder / NAME
-        file = path.open("a+", encoding="utf-8")
+        file = open(path, "a+", encoding="utf-8", opener=regular_file)  # noqa: SIM115 - until release()
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.fstat(file.fileno()).st_ino != path.stat().st_ino:

@@ -1,5 +1,6 @@
 """A loss that is no number: found, and told with its step, its batch and its learning rates."""
 
+import io
 import json
 import math
 from collections import deque
@@ -13,6 +14,7 @@ from torch import Tensor
 from torchrec.datasets.utils import Batch
 
 from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.small_file import write_bytes
 from torchrec_deepfm.training.checkpoint import Checkpoints
 from torchrec_deepfm.training.disk import refused
 from torchrec_deepfm.training.ranks import is_main
@@ -82,10 +84,12 @@ class LossWatch:
         try:
             folder.mkdir(exist_ok=True)
             if batch is not None:
-                torch.save(_plain(batch), folder / f"rank_{dist.get_rank()}.pt")
+                content = io.BytesIO()
+                torch.save(_plain(batch), content)
+                write_bytes(folder / f"rank_{dist.get_rank()}.pt", content.getvalue())
             if is_main():
                 about = {"step": bad_step, "lr": rates, "checkpoint": saved, "world_size": dist.get_world_size()}
-                (folder / "about.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+                write_bytes(folder / "about.json", (json.dumps(about, indent=2) + "\n").encode())
         except OSError as error:
             raise refused(folder, error) from error
         dist.barrier()

@@ -13,6 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from torchrec_deepfm import terminal
+from torchrec_deepfm.small_file import regular_file, write_bytes
 from torchrec_deepfm.training.disk import refused
 from torchrec_deepfm.training.metrics import Metrics
 
@@ -37,7 +38,7 @@ class Progress:
     def __init__(self, folder: Path, total_samples: int, *, done_step: int = 0, done_samples: int = 0) -> None:
         self._path = folder / "metrics.jsonl"
         with self._writing():
-            self._file = self._path.open("a", encoding="utf-8", buffering=1)
+            self._file = open(self._path, "a", encoding="utf-8", buffering=1, opener=regular_file)  # noqa: SIM115
             # What TensorBoard has of later steps is of a life that the checkpoint does not know of.
             self._tensorboard = SummaryWriter(
                 str(folder / "tensorboard"), purge_step=done_step + 1 if done_step else None
@@ -153,8 +154,6 @@ def forget_after(folder: Path, step: int, *, evaluated: bool) -> None:
                 continue  # the last line of a process that was killed over it
             if at < step or (at == step and (split == "train" or evaluated)):
                 kept.append(f"{line}\n")
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text("".join(kept), encoding="utf-8")
-        partial.replace(path)
+        write_bytes(path, "".join(kept).encode())
     except OSError as error:
         raise refused(path, error, "run the same command again") from error

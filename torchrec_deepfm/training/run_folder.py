@@ -14,6 +14,7 @@ from typing import Any
 from torchrec_deepfm.data.prepared import PreparedData, read_manifest
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.sharding.plan_file import PlanFile, plan_text
+from torchrec_deepfm.small_file import read_bytes, write_bytes
 from torchrec_deepfm.training import lock
 from torchrec_deepfm.training.config import TrainConfig
 from torchrec_deepfm.training.disk import refused
@@ -211,10 +212,7 @@ def read_json(path: Path) -> Any:
     Raises:
         ValueError: it is no JSON, or larger than any of ours.
     """
-    with path.open("rb") as file:
-        content = file.read(JSON_LIMIT + 1)
-    if len(content) > JSON_LIMIT:
-        raise ValueError(f"larger than {JSON_LIMIT // 2**20} MiB")
+    content = read_bytes(path, most=JSON_LIMIT)
     try:
         return json.loads(content.decode("utf-8"))
     except RecursionError as error:
@@ -231,13 +229,8 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
     try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        write_bytes(path, text.encode())
     except OSError as error:
         raise refused(path, error, "run the same command again") from error
 

@@ -11,6 +11,7 @@ import torch
 
 from torchrec_deepfm.data.prepared import PreparedData
 from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.small_file import is_partial
 from torchrec_deepfm.training import lock, run_folder
 from torchrec_deepfm.training.config import TrainConfig
 from torchrec_deepfm.training.ranks import is_main, on_main
@@ -138,7 +139,8 @@ def _check_free(output: Path, resume: Resume) -> None:
     if not output.is_dir():
         raise UserError(f"--output {output}: there is a file of that name; name a folder")
     runs = {path.name for path in run_folder.seed_folders(output).values()}
-    names = sorted({path.name for path in output.iterdir()} - {lock.NAME, f"{run_folder.SUMMARY}.partial"})
+    left = {lock.NAME, f"{run_folder.SUMMARY}.partial"}  # the second one by older versions
+    names = sorted(path.name for path in output.iterdir() if path.name not in left and not is_partial(path.name))
     if (output / "config.json").exists():
         raise UserError(f"--output {output}: the folder holds a single run; name another one for --seeds")
     foreign = [name for name in names if name not in runs and name != run_folder.SUMMARY]

@@ -23,6 +23,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.small_file import check_seal, seal, write_bytes
 
 MANIFEST: Final = "checkpoint.json"
 FORMAT_VERSION: Final = 1
@@ -30,29 +31,14 @@ MANIFEST_LIMIT: Final = 64 * 2**20  # bytes
 _NAME = re.compile(r"step_(\d{8,})")
 _FILE = re.compile(r"\.?\w[\w.-]*")
 _HEX = re.compile(r"[0-9a-f]{64}")
-_ZEROS = "0" * 64
 
 
 class Damaged(Exception):  # noqa: N818 - it is the checkpoint that is
     """A checkpoint is not what its manifest says; the text names the file."""
 
 
-def seal(manifest: Mapping[str, Any]) -> bytes:
-    """Serialise a manifest, its own digest in its last key.
-
-    Args:
-        manifest: any JSON object without the key ``sha256``.
-
-    Returns:
-        The file's bytes. Their SHA-256, taken with 64 zeros in place of the digest, is the digest.
-    """
-    text = json.dumps({**manifest, "sha256": _ZEROS}, indent=2) + "\n"
-    head, _, tail = text.rpartition(_ZEROS)
-    return (head + hashlib.sha256(text.encode()).hexdigest() + tail).encode()
-
-
 def unseal(content: bytes) -> dict[str, Any]:
-    """Parse what ``seal`` wrote.
+    """Parse a manifest that ``seal`` wrote.
 
     Args:
         content: the file's bytes.
@@ -61,21 +47,21 @@ def unseal(content: bytes) -> dict[str, Any]:
         The manifest.
 
     Raises:
-        Damaged: it is no JSON object, or not the one that was sealed.
+        Damaged: it is not a JSON object, or not the one that was sealed.
     """
     try:
-        text = content.decode("utf-8")
-        manifest = json.loads(text)
+        manifest = json.loads(content.decode("utf-8"), parse_constant=_not_finite)
     except (ValueError, RecursionError) as error:
-        raise Damaged(f"{MANIFEST} is no valid JSON") from error
-    digest = manifest.get("sha256") if isinstance(manifest, dict) else None
-    if not isinstance(digest, str) or not _HEX.fullmatch(digest):
+        raise Damaged(f"{MANIFEST} is not valid JSON") from error
+    if not isinstance(manifest, dict) or "sha256" not in manifest:
         raise Damaged(f"{MANIFEST} has no checksum of its own")
-    head, _, tail = text.rpartition(digest)
-    if hashlib.sha256((head + _ZEROS + tail).encode()).hexdigest() != digest:
+    if not check_seal(content):
         raise Damaged(f"{MANIFEST} is not what was written (its checksum differs)")
-    assert isinstance(manifest, dict)
     return manifest
+
+
+def _not_finite(name: str) -> None:
+    raise ValueError(f"{name} is not a number of JSON")
 
 
 class Store:
@@ -152,10 +138,7 @@ class Store:
                 file.write(content)
             return
         partial, final = Path(f"{self.path(step)}.partial"), Path(self.path(step))
-        with (partial / MANIFEST).open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        write_bytes(partial / MANIFEST, content)
         _sync_folder(partial)
         if final.exists():  # of this very step, written before a resume from an older one
             self.remove(step)
