@@ -26,6 +26,7 @@ from torchrec_deepfm.cli_plan import PlanCommand
 from torchrec_deepfm.errors import UserError, shown
 from torchrec_deepfm.launch import STARTED, exit_with
 from torchrec_deepfm.parse_errors import one_line_errors
+from torchrec_deepfm.small_file import check_local
 from torchrec_deepfm.training.config import TrainConfig
 from torchrec_deepfm.training.recipes import recipe
 from torchrec_deepfm.training.signals import Preempted
@@ -428,7 +429,8 @@ def parse(argv: Sequence[str]) -> Command:
         The command, ready to run.
 
     Raises:
-        UserError: there is no such command; or an option is unknown, missing or has a bad value.
+        UserError: there is no such command; or an option is unknown, missing or has a bad value, such as an address
+            where only a local path works.
         SystemExit: after ``--help``.
     """
     name, *options = argv or [""]
@@ -453,6 +455,11 @@ def parse(argv: Sequence[str]) -> Command:
             COMMANDS[name], args=options, prog=f"{PROG} {name}", default=default, config=(tyro.conf.OmitArgPrefixes,)
         )
     assert isinstance(command, Command)
+    for option in dataclasses.fields(command):  # an option that takes addresses too is text, and not a Path
+        value = getattr(command, option.name)
+        for path in value if isinstance(value, tuple) else (value,):
+            if isinstance(path, Path):
+                check_local(path)
     return command
 
 

@@ -21,6 +21,32 @@ from torchrec_deepfm.errors import UserError
 _PARTIAL: Final = re.compile(r"\..*\.[0-9a-f]{16}\.partial", re.DOTALL)
 _SEAL: Final = re.compile(rb'"sha256": "([0-9a-f]{64})"\n}\n\Z')
 _UNSEALED: Final = "0" * 64
+# pathlib makes one slash of the two in s3://bucket, and one letter before the colon is a drive.
+_ADDRESS: Final = re.compile(r"((?:^|::)[A-Za-z][A-Za-z0-9+.-]+:)/+")
+
+
+def check_local(path: Path) -> Path:
+    """Refuse an address such as ``s3://bucket/out`` where only a local file or folder works.
+
+    As a path it names a local folder ``s3:``, which nobody means.
+
+    Args:
+        path: what the user named.
+
+    Returns:
+        The same path.
+
+    Raises:
+        UserError: it is an address.
+
+    Example:
+        >>> check_local(Path("runs/a")).name
+        'a'
+    """
+    if _ADDRESS.search(str(path)):
+        address = _ADDRESS.sub(r"\1//", str(path))
+        raise UserError(f"{address}: only a local path works here, not an address; name a local file or folder")
+    return path
 
 
 def read_text(path: Path, *, most: int, what: str, instead: str) -> str:
@@ -84,6 +110,7 @@ def check_target(option: str, path: Path, *, like: str, inputs: Iterable[Path] =
     Raises:
         UserError: this is a folder or a device, there is no folder for it, or it is one of the inputs.
     """
+    check_local(path)
     what = ""
     if path.is_dir():
         what = "this is a folder"
@@ -232,6 +259,7 @@ def write_text(path: Path, text: str, *, what: str) -> None:
         UnicodeError: there is half of a surrogate pair in the text.
     """
     content = text.encode()
+    check_local(path)
     try:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))

@@ -11,6 +11,7 @@ from pathlib import Path
 import duckdb
 
 from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.small_file import check_local
 
 
 def check_free(output: Path) -> None:
@@ -20,8 +21,9 @@ def check_free(output: Path) -> None:
         output: The folder that is to be written.
 
     Raises:
-        UserError: Something is there already.
+        UserError: Something is there already, or this is an address and not a local folder.
     """
+    check_local(output)
     if output.is_dir():
         if any(output.iterdir()):
             raise UserError(f"{output}: the output folder is not empty; name another one or remove it")

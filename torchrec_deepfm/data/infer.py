@@ -21,6 +21,7 @@ from torchrec_deepfm.data.schema import toml_text
 from torchrec_deepfm.data.table import missing_column
 from torchrec_deepfm.data.tablefile import CsvTable, ParquetTable, open_table
 from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.small_file import check_local
 
 # In this order, whatever the case of their letters.
 _LABELS: Final = ("label", "click", "clicked", "is_click", "is_clicked", "target", "y")
@@ -125,6 +126,7 @@ def write_inferred(named: str, output: Path, label: str | None = None) -> None:
     Raises:
         UserError: As ``infer_schema``, or the file exists or can't be written.
     """
+    check_local(output)
     exists = UserError(f"{output}: the file exists, and its corrections would be lost; name another or remove it")
     if output.exists():
         raise exists

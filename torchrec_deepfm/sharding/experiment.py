@@ -24,6 +24,7 @@ from torchrec_deepfm.sharding.sharding_types import SHARDING_TYPES
 from torchrec_deepfm.sharding.table_list import Table
 from torchrec_deepfm.sharding.take_turns import Runs
 from torchrec_deepfm.sharding.workload import bag_configs
+from torchrec_deepfm.small_file import check_local
 
 REPORT = "report.html"
 
@@ -256,6 +257,7 @@ def check_output(folder: Path) -> None:
     Raises:
         UserError: there is something there, or nothing can be written there.
     """
+    check_local(folder)
     if folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"--output {folder}: the folder is not empty; name another one, or remove it first")
     if folder.exists() and not folder.is_dir():

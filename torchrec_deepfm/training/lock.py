@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from torchrec_deepfm.errors import UserError
-from torchrec_deepfm.small_file import regular_file
+from torchrec_deepfm.small_file import check_local, regular_file
 
 NAME = ".lock"
 # After a rank died its successor may come before the kernel, or the server of a network file system, has noticed.
@@ -33,7 +33,7 @@ class RunLock:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self._folder = check_local(folder)
         self._made = not folder.exists()
         self._file: IO[str] | None = None
         deadline = time.monotonic() + SECONDS_FOR_A_PREDECESSOR
