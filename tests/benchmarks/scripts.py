@@ -1,19 +1,10 @@
-"""Runs the scripts of benchmarks/, as a user does. No test itself."""
+"""Runs a script of benchmarks/ in this process, with words as on its command line. No test itself."""
 
-import subprocess
-import sys
-from pathlib import Path
+from types import ModuleType
 
-BENCHMARKS = Path(__file__).resolve().parent.parent.parent / "benchmarks"
+import tyro
 
 
-def run(script: str, *words: object) -> str:
-    """Return what a script prints.
-
-    Raises:
-        AssertionError: It failed; all it said is in the message.
-    """
-    command = [sys.executable, str(BENCHMARKS / script), *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=BENCHMARKS.parent, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+def run(script: ModuleType, *words: object) -> None:
+    """Read the words as the script does and run its `main`."""
+    script.main(tyro.cli(script.Options, args=[str(word) for word in words]))

@@ -12,23 +12,23 @@ import pytest
 import torch
 from torchrec import EmbeddingBagCollection, KeyedJaggedTensor
 
+from benchmarks.quality import prepared_arrays, settings, table, train_deepfm, variants, write_tables
 from tests.benchmarks.scripts import run
 from torchrec_deepfm import embedding_tables
 from torchrec_deepfm.data.loader import Loader
 from torchrec_deepfm.data.prepared import PreparedData
 
-# quality_tables.py
+# quality_write_tables.py
 
 
-def test_statistics_follow_their_definitions(module: Any) -> None:
-    tables = module("quality_tables")
+def test_statistics_follow_their_definitions() -> None:
     values = [0.81, 0.84, 0.8, 0.83]
     middle = sum(values) / 4
     spread = math.sqrt(sum((one - middle) ** 2 for one in values) / 3)
-    assert tables.mean(values) == pytest.approx(middle, rel=1e-12)
-    assert tables.deviation(values) == pytest.approx(spread, rel=1e-12)
-    assert tables.standard_error(values) == pytest.approx(spread / 2, rel=1e-12)
-    assert tables.deviation([0.7]) == tables.standard_error([0.7]) == 0.0
+    assert write_tables.mean(values) == pytest.approx(middle, rel=1e-12)
+    assert write_tables.deviation(values) == pytest.approx(spread, rel=1e-12)
+    assert write_tables.standard_error(values) == pytest.approx(spread / 2, rel=1e-12)
+    assert write_tables.deviation([0.7]) == write_tables.standard_error([0.7]) == 0.0
 
 
 @pytest.mark.parametrize(
@@ -41,23 +41,20 @@ def test_statistics_follow_their_definitions(module: Any) -> None:
         ([0.80], [0.8001], False),
     ],
 )
-def test_not_below_allows_for_one_standard_error(
-    module: Any, ours: list[float], theirs: list[float], expected: bool
-) -> None:
-    assert module("quality_tables").not_below(ours, theirs) is expected
+def test_not_below_allows_for_one_standard_error(ours: list[float], theirs: list[float], expected: bool) -> None:
+    assert write_tables.not_below(ours, theirs) is expected
 
 
-def test_tables_and_picture(module: Any, tmp_path: Path) -> None:
-    tables = module("quality_tables")
+def test_tables_and_picture(tmp_path: Path) -> None:
 
     def figure(model: str, *auc: float) -> Any:
         few = tuple(range(len(auc)))
-        return tables.Figure(
+        return write_tables.Figure(
             data="set", model=model, split="test", seeds=few, auc=auc, logloss=auc, seconds=auc, epochs=auc
         )
 
     figures = [figure("LR", 0.7), figure("FM", 0.69, 0.70), figure("DeepFM", 0.8, 0.81), figure("peer", 0.9)]
-    text = tables.write(figures, tmp_path, {"date": "today"})
+    text = write_tables.write(figures, tmp_path, {"date": "today"})
     assert "| FM | 0.6950 ± 0.0071 | 0.6950 ± 0.0071 | 1 | 1 | 2 |" in text
     assert "- FM >= LR: yes (-0.0050, standard error 0.0050)" in text
     assert "- DeepFM >= FM: yes (+0.1100, standard error 0.0071)" in text
@@ -75,15 +72,15 @@ def test_tables_and_picture(module: Any, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "quality.json").read_text())["about"] == {"date": "today"}
 
 
-def test_labels_of_the_picture_keep_apart(module: Any) -> None:
-    apart = module("quality_tables").apart
+def test_labels_of_the_picture_keep_apart() -> None:
+    apart = write_tables.apart
     assert apart((0.9, 0.1, 0.09, 0.05, 0.01, 0.001), (1.0, 0.01)) == [0.9, 0.1, 0.05, 0.01]  # least: x 1.41
 
 
-# quality_arrays.py
+# prepared_arrays
 
 
-def test_score_counts_pairs_and_logs(module: Any) -> None:
+def test_score_counts_pairs_and_logs() -> None:
     labels = np.array([1, 0, 1, 0, 0])
     chances = np.array([0.9, 0.4, 0.4, 0.1, 1.0])
     won = sum(
@@ -93,19 +90,19 @@ def test_score_counts_pairs_and_logs(module: Any) -> None:
     )
     kept = [min(max(one, 1e-7), 1 - 1e-7) for one in chances]
     losses = [-math.log(one if label else 1 - one) for label, one in zip(labels, kept, strict=True)]
-    found = module("quality_arrays").score(labels, chances)
+    found = prepared_arrays.score(labels, chances)
     assert found == {"auc": pytest.approx(won / 6), "logloss": pytest.approx(sum(losses) / 5)}
 
 
-# quality_ours.py
+# train_deepfm
 
 
-def test_fm_and_dnn_is_its_equation(module: Any) -> None:
+def test_fm_and_dnn_is_its_equation() -> None:
     k, sizes = 3, (5, 4)
     torch.manual_seed(0)
     counts = {"a": 7, "b": 4}
     ebc = EmbeddingBagCollection(tables=embedding_tables(counts, 2 * k, init_std=0.5))
-    model = module("quality_ours").FMAndDNN(
+    model = train_deepfm.FMAndDNN(
         ebc, 2, sizes, 2 * k, activation=torch.nn.ReLU, dropout=0.0, batch_norm=False, dense_device=None, init_std=0.5
     )
     with torch.no_grad():
@@ -134,12 +131,11 @@ def test_fm_and_dnn_is_its_equation(module: Any) -> None:
         torch.testing.assert_close(found[row], expected, rtol=1e-5, atol=1e-5)
 
 
-# quality_settings.py
+# settings
 
 
-def test_peers_as_ours_have_our_penalty(module: Any) -> None:
+def test_peers_as_ours_have_our_penalty() -> None:
     """DeepCTR-Torch sums the loss over the batch and adds l2 ||E||^2: per sample that is our lambda/2 ||E||^2."""
-    settings = module("quality_settings")
     config = settings.recipe("paper")
     changed = settings.replace(config, sparse_optimizer="adam", embedding_l2=0.06, batch_size=512)
     found = settings._as_ours(changed)
@@ -152,10 +148,11 @@ def test_peers_as_ours_have_our_penalty(module: Any) -> None:
 # the whole
 
 
-def test_quality_from_data_to_picture(module: Any, tmp_path: Path) -> None:
+def test_quality_from_data_to_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ("--output", tmp_path, "--datasets", "synthetic", "frappe", "--quick", "--no-peers", "--shared", tmp_path)
     chosen = ("--models", "FM", "DeepFM", "scikit", "--seeds")
-    text = run("quality.py", *words, *chosen, 3)
+    run(table, *words, *chosen, 3)
+    text = capsys.readouterr().out
     results = {path.parent.name: path for path in tmp_path.glob("results/*/*/3.json")}
     assert set(results) == {"FM", "FM_DNN", "DeepFM", "scikit_learn_logistic_regression"}
     kept = {name: (path.stat().st_mtime_ns, json.loads(path.read_text())) for name, path in results.items()}
@@ -165,7 +162,7 @@ def test_quality_from_data_to_picture(module: Any, tmp_path: Path) -> None:
 
     # The peers' reader has the rows that the loader gives.
     [folder] = tmp_path.glob("data/synthetic-*")
-    arrays, data = module("quality_arrays").Arrays.read(folder), PreparedData.open(folder)
+    arrays, data = prepared_arrays.Arrays.read(folder), PreparedData.open(folder)
     for split, found in arrays.splits.items():
         batches = list(Loader(data, split, batch_size=1000, shuffle=False, drop_last=False))
         assert len(found.labels) == data.rows(split)
@@ -176,7 +173,8 @@ def test_quality_from_data_to_picture(module: Any, tmp_path: Path) -> None:
         assert torch.equal(torch.from_numpy(found.sparse.T), ids[:, : len(found.labels)].long())
 
     # Another seed trains what is random, and leaves alone what is there.
-    text = run("quality.py", *words, *chosen, 3, 4)
+    run(table, *words, *chosen, 3, 4)
+    text = capsys.readouterr().out
     assert {path.parent.name for path in tmp_path.glob("results/*/*/4.json")} == {"FM", "FM_DNN", "DeepFM"}
     assert all(path.stat().st_mtime_ns == kept[name][0] for name, path in results.items())
     with (tmp_path / "quality.csv").open(encoding="utf-8") as file:
@@ -187,7 +185,7 @@ def test_quality_from_data_to_picture(module: Any, tmp_path: Path) -> None:
 
     # The same rows and settings as one of the variants: its result is taken, the others are compared with float32.
     words = ("precision", "--datasets", "synthetic", "--rows", 4000, "--seeds", 3, "--quick", "--output", tmp_path)
-    run("quality_variants.py", *words)
+    run(variants, *words)
     trained = {path.parent.name for path in tmp_path.glob("results/*/*/3.json")} - set(results)
     assert trained == {"DeepFM_float32_precision_float32", "DeepFM_bf16_precision_bf16"}
     with (tmp_path / "precision.csv").open(encoding="utf-8") as file:

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.distributed.launcher import ROOT
 from tests.distributed.samples import draw, read_state, to_batch
 from tests.faults.runs import make_data, read_tensors
 from torchrec_deepfm.errors import UserError
@@ -175,11 +172,3 @@ def test_a_plan_that_shards_what_is_to_be_whole(options: dict[str, Any], reason:
         f"table t_a: the plan shards it (row_wise), but {reason} replicates it; plan it as data_parallel, or change "
         "the option"
     )
-
-
-def test_the_benchmark_of_its_cost() -> None:
-    words = ["benchmarks/averaging.py", "--rows", "5200", "--batch-size", "8", "--repeats", "2", "--threads", "1"]
-    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, cwd=ROOT, timeout=200)
-    assert done.returncode == 0, done.stderr
-    lines = [line.split("rows")[1].split()[:1] for line in done.stdout.splitlines()[1:]]
-    assert lines == [["float32"], ["bf16"], ["update"]]

@@ -1,0 +1,1 @@
+"""What several benchmarks need: resource usage of a process tree, environments for peers, tables."""

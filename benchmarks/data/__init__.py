@@ -1,0 +1,1 @@
+"""Benchmarks of `prepare` and of the loader."""

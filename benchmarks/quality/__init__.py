@@ -1,0 +1,1 @@
+"""Benchmarks of model quality: AUC and logloss."""

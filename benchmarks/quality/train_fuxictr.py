@@ -1,0 +1,129 @@
+"""FuxiCTR's DeepFM on a prepared folder; ``table.py`` starts this in FuxiCTR's own environment.
+
+    .bench/fuxictr-models/bin/python -m benchmarks.quality.train_fuxictr DATA RESULT.json SETTINGS.json SEED
+
+The wheel of FuxiCTR 2.3.10 holds no DeepFM (its model zoo is not packed), so it is put together here from its public
+layers on its ``BaseModel``, as its layers' documentation describes them: ``FactorizationMachine`` (with the first order
+in it) plus ``MLP_Block`` over one ``FeatureEmbedding``. ``BaseModel.fit`` trains: Adam, its regulariser, gradients
+clipped at a norm of 10, the rate cut by ten when the validation AUC does not rise, an end after ``patience`` epochs
+without a rise. Its own readers collate row by row; the rows come from memory instead.
+"""
+
+import json
+import logging
+import sys
+import tempfile
+from collections import OrderedDict
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from fuxictr.features import FeatureMap
+from fuxictr.pytorch.layers import FactorizationMachine, FeatureEmbedding, MLP_Block
+from fuxictr.pytorch.models import BaseModel
+from fuxictr.pytorch.torch_utils import seed_everything
+from torch import Tensor
+
+from benchmarks.quality.prepared_arrays import Arrays, Clock, Split, score, write
+
+
+class DeepFM(BaseModel):
+    """FuxiCTR's parts, added up."""
+
+    def __init__(self, feature_map: FeatureMap, settings: dict[str, Any], folder: str) -> None:
+        super().__init__(
+            feature_map,
+            model_id="DeepFM",
+            monitor="AUC",
+            monitor_mode="max",
+            early_stop_patience=settings["patience"],
+            embedding_regularizer=settings["embedding_l2"],
+            reduce_lr_on_plateau=True,
+            verbose=0,
+            model_root=folder,
+            metrics=["AUC", "logloss"],
+        )
+        self.embedding_layer = FeatureEmbedding(
+            feature_map,
+            settings["embedding_dim"],
+            embedding_initializer=f"partial(nn.init.normal_, std={settings['init_std']})",
+        )
+        self.fm = FactorizationMachine(feature_map)
+        self.mlp = MLP_Block(
+            input_dim=settings["embedding_dim"] * feature_map.num_fields,
+            hidden_units=settings["hidden_units"],
+            output_dim=1,
+            dropout_rates=settings["dropout"],
+            batch_norm=settings["batch_norm"],
+        )
+        self.compile("adam", "binary_crossentropy", settings["learning_rate"])
+        self.reset_parameters()
+        self.model_to_device()
+
+    def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the click probabilities [B, 1] of a batch."""
+        columns = self.get_inputs(inputs)
+        embedded = self.embedding_layer(columns)
+        logits = self.fm(columns, embedded) + self.mlp(embedded.flatten(start_dim=1))
+        return {"y_pred": self.output_activation(logits)}
+
+
+class Batches:
+    """A split in memory as the batches that ``BaseModel.fit`` takes: a dictionary of columns each."""
+
+    def __init__(self, arrays: Arrays, split: Split, batch_size: int, *, shuffle: bool) -> None:
+        self._dense, self._sparse = torch.from_numpy(split.dense), torch.from_numpy(split.sparse)
+        self._labels = torch.from_numpy(split.labels).float()
+        self._numeric, self._categorical = arrays.numeric, list(arrays.num_embeddings)
+        self._batch_size, self._shuffle = batch_size, shuffle
+
+    def __len__(self) -> int:
+        """Count the batches."""
+        return -(-len(self._labels) // self._batch_size)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        """Yield them, in another order each time if they are shuffled."""
+        rows = len(self._labels)
+        order = torch.randperm(rows) if self._shuffle else torch.arange(rows)
+        for chosen in order.split(self._batch_size):
+            dense, sparse = self._dense[chosen].unbind(1), self._sparse[chosen].unbind(1)
+            columns = dict(zip(self._numeric, dense, strict=True)) | dict(zip(self._categorical, sparse, strict=True))
+            yield columns | {"label": self._labels[chosen]}
+
+
+def main(data: Path, result: Path, settings: dict[str, Any], seed: int) -> None:
+    torch.set_num_threads(settings.get("threads", 1))
+    torch.set_float32_matmul_precision(settings["precision"])
+    logging.disable(logging.INFO)
+    seed_everything(seed)
+    arrays = Arrays.read(data).with_unit_numbers()
+    numeric = [(name, {"source": "", "type": "numeric"}) for name in arrays.numeric]
+    categorical = [
+        (name, {"source": "", "type": "categorical", "vocab_size": rows})
+        for name, rows in arrays.num_embeddings.items()
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        feature_map = FeatureMap("data", folder)
+        feature_map.features = OrderedDict(numeric + categorical)
+        feature_map.labels = ["label"]
+        feature_map.num_fields = feature_map.get_num_fields()
+        feature_map.set_column_index()
+        (Path(folder) / "data").mkdir()
+        model = DeepFM(feature_map, settings, folder)
+        train = Batches(arrays, arrays.splits["train"], settings["batch_size"], shuffle=True)
+        held_out = {
+            name: Batches(arrays, split, 16_384, shuffle=False)
+            for name, split in arrays.splits.items()
+            if name != "train"
+        }
+        clock = Clock()
+        model.fit(train, epochs=settings["epochs"], validation_data=held_out["validation"])
+        scores = {name: score(arrays.splits[name].labels, model.predict(batches)) for name, batches in held_out.items()}
+    versions = {"fuxictr": version("fuxictr"), "torch": torch.__version__}
+    write(result, {**scores, "seconds": clock(), "epochs": model._epoch_index + 1, "versions": versions})
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), json.loads(Path(sys.argv[3]).read_text()), int(sys.argv[4]))

@@ -1,0 +1,1 @@
+"""Benchmarks of a training step and of what runs beside it."""
