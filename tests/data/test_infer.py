@@ -149,7 +149,11 @@ def test_only_the_first_rows_are_read(tmp_path):
             NO_LABEL,
         ),
         ({"rating": [1, 5]}, "rating", "column 'rating' holds other values than 0 and 1; name another --label"),
-        ({"rating": [1, 0]}, "ratings", "there is no column 'ratings'; it has 'rating' (did you mean 'rating'?)"),
+        (
+            {"rating": [1, 0]},
+            "ratings",
+            "there is no column 'ratings'; the file has 'rating' (did you mean 'rating'?); name another --label",
+        ),
         (
             {"y": [1, 0], "price": [0.5, 1]},
             None,

@@ -155,13 +155,14 @@ def test_damaged_compressed_data(tmp_path, monkeypatch, ending, pack):
     whole = bytes(pack(text))
     flipped = bytearray(whole)
     flipped[-6] ^= 1  # in a gzip's checksum; the last bytes of a frame
-    for damaged in (whole[: len(whole) // 2], whole[:-3], bytes(flipped), GOOD * 5):
+    for damaged in (whole[: len(whole) // 2], whole[:-3], bytes(flipped)):
         path.write_bytes(damaged)
         message = refused(tmp_path, [path], tmp_path / "out")
-        assert message.startswith(f"{path}: the .{ending} data are damaged or cut off after line "), message
+        assert message.startswith(f"{path}: after line "), message
+        assert f", the .{ending} data are damaged or cut off (" in message
         assert message.endswith("; fetch or compress the file anew")
     path.write_bytes(whole[: len(whole) // 2])
-    assert int(refused(tmp_path, [path], tmp_path / "out").split("after line ")[1].split()[0]) > 1000
+    assert int(refused(tmp_path, [path], tmp_path / "out").split("after line ")[1].split(",")[0]) > 1000
     # A bad line before the damage is what to tell first.
     path.write_bytes(bytes(pack(b"x\n" + text))[: len(whole) // 2])
     assert refused(tmp_path, [path], tmp_path / "out").startswith(f"{path}: line 1 has 1 columns")

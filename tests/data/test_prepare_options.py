@@ -56,7 +56,7 @@ def test_log_equals_torchrec_bit_for_bit(tmp_path, monkeypatch):
 
 def test_log_takes_integers_of_32_bits(tmp_path):
     (path,) = write(tmp_path, a=b"1\t3000000000\t\tab\t\t\n" * 20)
-    with pytest.raises(UserError, match=re.escape("a.tsv: column 'n1': 3000000000 is no integer of 32 bits")):
+    with pytest.raises(UserError, match=r"a.tsv: line 1, column n1: '3000000000' is not an integer of 32 bits"):
         prepare([path], tmp_path / "out", schema=SMALL, numeric_transform="log", split="none")
     assert list(tmp_path.iterdir()) == [path]
 
@@ -293,7 +293,7 @@ def test_bucketized_columns_have_ids_of_their_own_number(tmp_path):
 
 def test_a_number_beyond_float32(tmp_path):
     paths = write(tmp_path, a=b"1\t5\t" + b"9" * 60 + b"\tab\t\t\n")
-    with pytest.raises(UserError, match=r"a.tsv: column 'n2': 1e\+60 is beyond the range of float32; choose log1p"):
+    with pytest.raises(UserError, match=r"a.tsv: line 1, column n2: '9+...' is beyond the range of float32"):
         prepare(paths, tmp_path / "out", schema=SMALL, numeric_transform="none", split="none")
     assert prepare(paths, tmp_path / "out", schema=SMALL, min_count=1, split="none").rows("train") == 1
 

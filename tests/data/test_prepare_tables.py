@@ -195,7 +195,7 @@ def test_log_of_a_table(tmp_path):
     wanted = np.log(np.array([10, 5, 2], np.float32))  # the smallest number becomes 2, a missing one counts as 0
     assert data.arrays(data.days("train")[0]).dense[:, 0].tolist() == wanted.tolist()
     pl.DataFrame({"y": [0, 1], "n": [5.0, 0.5], "c": [1, 2]}).write_parquet(tmp_path / "b.parquet")
-    with pytest.raises(UserError, match=r"b.parquet: column 'n' has fractions, and log takes integers"):
+    with pytest.raises(UserError, match=r"b.parquet: row 2, column 'n': 0.5 is not an integer of 32 bits"):
         prepare([tmp_path / "b.parquet"], tmp_path / "no", schema=schema, split="none")
 
 

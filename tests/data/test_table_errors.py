@@ -133,9 +133,12 @@ def test_bad_rows_of_a_table_with_lists_are_left_out(tmp_path):
         (b"y,n,\xff\n1,2,a\n", "the header is no UTF-8; save the file as UTF-8"),
         ("y,n,c\n", None),
         ("", "the file is empty; give a CSV whose first row holds the column names"),
-        ("1,2,a\n0,2,a\n", ("there is no column 'y'; it has '1', '2', 'a'; the first row of a CSV must hold the column "
-                             "names")),
-        ("Y,n,c\n1,2,a\n", "there is no column 'y'; it has 'Y', 'n', 'c' (did you mean 'Y'?)"),
+        ("1,2,a\n0,2,a\n", ("there is no column 'y'; the file has '1', '2', 'a'; its first row looks like data: add a "
+                             "first row that holds the column names")),
+        ("Y,n,c\n1,2,a\n", ("there is no column 'y'; the file has 'Y', 'n', 'c' (did you mean 'Y'?); correct the name "
+                             "in the schema, or add the column")),
+        ("y;n;c\n1;2;a\n", ("there is no column 'y'; the file has 'y;n;c'; its cells are separated by ';': set "
+                             'delimiter = ";" in the schema')),
         ("y,n,c,c\n1,2,a,b\n", "column 'c' appears twice; give every column a name of its own"),
         ('y,n,c\n1,2,a\n1,2,"b\n1,2,c\n', ("a quoted cell is not closed before the end; close the quote, or fetch the "
                                           "file anew if it is cut off")),
@@ -168,7 +171,10 @@ def test_separator_is_needed_in_a_csv(tmp_path):
 def test_columns_that_are_absent_or_double(tmp_path):
     path = parquet(tmp_path / "t.parquet", {"y": [1], "Näme": [1], "c": ["a"]})
     schema = Schema(label="y", numeric=("näme",), categorical=("c",), layout="table")
-    assert message(path, schema) == f"{path}: there is no column 'näme'; it has 'y', 'Näme', 'c' (did you mean 'Näme'?)"
+    assert message(path, schema) == (
+        f"{path}: there is no column 'näme'; the file has 'y', 'Näme', 'c' (did you mean 'Näme'?); correct the name in "
+        "the schema, or add the column"
+    )
     twice = pa.table([[1], [1], ["a"], ["b"]], names=["y", "n", "c", "c"])
     pq.write_table(twice, path)
     assert message(path) == f"{path}: column 'c' appears twice; give every column a name of its own"
@@ -176,7 +182,7 @@ def test_columns_that_are_absent_or_double(tmp_path):
 
 def test_damaged_files(tmp_path):
     whole = small(tmp_path / "t.parquet").read_bytes()
-    for content in (b"", whole[:-6], whole[: len(whole) // 2], b"no parquet"):
+    for content in (b"", whole[:-6], whole[: len(whole) // 2], b"not Parquet"):
         path = text_file(tmp_path / "t.parquet", content)
         assert message(path).startswith(f"{path}: the file can't be read as Parquet (")
     # The footer is whole, a page is not.
@@ -188,14 +194,13 @@ def test_damaged_files(tmp_path):
         packed[:-20],
         packed[:4000] + b"\0\0" + packed[4002:],
         packed[:-5] + b"x" + packed[-4:],
-        b"y,n,c\n1,2,3\n",
     ):
         path = text_file(tmp_path / "t.csv.gz", content)
-        assert message(path).startswith(f"{path}: the file can't be read as CSV (")
+        assert message(path).startswith(f"{path}: the .gz data are damaged or cut off (")
     packed = pa.Codec("zstd").compress(text, asbytes=True)
     for content in (packed[:-20], packed[: len(packed) // 2]):
         path = text_file(tmp_path / "t.csv.zst", content)
-        assert message(path).startswith(f"{path}: the file can't be read as CSV (")
+        assert message(path).startswith(f"{path}: the .zst data are damaged or cut off (")
 
 
 def test_files_must_agree_in_type(tmp_path):

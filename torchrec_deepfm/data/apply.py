@@ -98,7 +98,10 @@ class Encoder:
                     raise UserError(f"column {name!r}: not all values are hexadecimal numbers ({error})") from error
             frame[f"c{j}"] = column
         raw = pl.DataFrame(frame)
-        dense = numeric.dense(raw, self._transforms, self._raw.numeric, "rows")
+        for j, (name, transform) in enumerate(zip(self._raw.numeric, self._transforms, strict=True)):
+            for row in np.flatnonzero(numeric.unfit(raw[f"n{j}"], transform))[:1].tolist():
+                raise UserError(f"row {row + 1}, column {name!r}: {raw[f'n{j}'][row]} {numeric.UNFIT[transform]}")
+        dense = numeric.dense(raw, self._transforms)
         assert dense.dtype == np.float32
         columns = [*numeric.buckets(raw, self._transforms), *(raw[f"c{j}"] for j in range(len(self._raw.categorical)))]
         sparse, bags = [], {}

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from torchrec_deepfm.data.kinds import kind_of, stored
+from torchrec_deepfm.data.numeric import UNFIT, unfit
 
 # The longest text of the input that a message repeats.
 _SHOWN: Final = 40
@@ -56,16 +57,22 @@ def labels(column: pa.ChunkedArray) -> Values:
     return Values(series=numbers.series.set(~good.fill_null(False), None).cast(pl.UInt8), faults=faults)
 
 
-def numbers(column: pa.ChunkedArray) -> Values:
+def numbers(column: pa.ChunkedArray, transform: str | None = None) -> Values:
     """Read numbers.
 
     Args:
         column: n cells: booleans, numbers, or the cells of a CSV.
+        transform: What becomes of them, where it is known.
 
     Returns:
-        n values Float64, null for missing and for NaN; what is infinite, or text that is no number, is a fault.
+        n values Float64, null for missing and for NaN; what is infinite, text that is no number, and what the transform
+        does not take is a fault.
     """
-    return _numbers(_flat(column))
+    flat = _flat(column)
+    values = _numbers(flat)
+    for row in np.flatnonzero(unfit(values.series, transform)).tolist():
+        values.faults[row] = f"{_show(flat.raw(row))} {UNFIT[str(transform)]}"
+    return values
 
 
 def categories(column: pa.ChunkedArray, wanted: str) -> Values:

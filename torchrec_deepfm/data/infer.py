@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from torchrec_deepfm.data import cells, kinds
 from torchrec_deepfm.data.address import find_files
 from torchrec_deepfm.data.schema import toml_text
-from torchrec_deepfm.data.table import missing_column
+from torchrec_deepfm.data.table import delimiter_in, is_number, missing_column
 from torchrec_deepfm.data.tablefile import CsvTable, ParquetTable, open_table
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.small_file import check_local
@@ -30,10 +30,10 @@ _ID: Final = re.compile(r"(?:^|[^A-Za-z])(?:id|ids|ID|IDs|Id|Ids)$|[a-z0-9](?:Id
 _TIME: Final = re.compile(r"(?i)time|date|(?:^|[^a-z])(?:ts|epoch)(?:$|[^a-z])")
 # Integers: so few different ones are categories; so large ones are ids or hashes.
 _FEW: Final = 50
+# Names that a message lists.
+_SHOWN: Final = 4
 _HUGE: Final = 2**31
 _SEPARATORS: Final = ("|", ";")
-# Where all of a CSV's header is one name with one of these in it, this is what parts its cells.
-_DELIMITERS: Final = (";", "\t", ",", "|")
 
 
 @dataclass
@@ -78,12 +78,18 @@ def infer_schema(named: str, *, label: str | None = None, sample_rows: int = 100
         raise UserError(f"{named}: there is no row in it; give a table with data")
     first = tables[0]
     if label is not None and label not in first.fields:
-        raise missing_column(first, label)
+        raise missing_column(first, label, remedy="name another --label")
     if first.twice:
         raise UserError(
             f"{first.file.name}: column {sorted(first.twice)[0]!r} appears twice; give every column a name of its own"
         )
     columns = [_looked_at(name, column, text=first.is_text) for name, column in _sample(tables, sample_rows).items()]
+    if first.is_text and any(map(is_number, first.fields)) and label is None:
+        shown = ", ".join(map(repr, list(first.fields)[:_SHOWN]))
+        raise UserError(
+            f"{first.file.name}: its first row looks like data ({shown}), and a CSV begins with the column names; add "
+            "such a row, or pass --label NAME if these are names. Criteo's own text needs no schema"
+        )
     found = _find_label(named, columns, label)
     others = [column for column in columns if column is not found]
     numeric, categorical, left_out = _sort(others)
@@ -146,11 +152,9 @@ def _open(named: str) -> tuple[list[ParquetTable | CsvTable], str | None]:
     """The files of a table, and the delimiter of a CSV if its name does not say it."""
     files = find_files(named)
     tables = [open_table(file) for file in files]
-    header = next(iter(tables[0].fields))
-    for delimiter in _DELIMITERS:
-        if tables[0].is_text and len(tables[0].fields) == 1 and delimiter in header:
-            return [open_table(file, delimiter) for file in files], delimiter
-    return tables, None
+    header = next(iter(tables[0].fields), "")
+    delimiter = delimiter_in(header) if tables[0].is_text and len(tables[0].fields) == 1 else None
+    return (tables if delimiter is None else [open_table(file, delimiter) for file in files]), delimiter
 
 
 def _sample(tables: Sequence[ParquetTable | CsvTable], rows: int) -> dict[str, pa.ChunkedArray]:
@@ -262,7 +266,7 @@ def _place(column: _Column) -> tuple[str, str]:
     kind, series = column.kind, column.series.drop_nulls()
     if column.series.dtype == pl.Float64:
         series = series.drop_nans()
-    if kind.scalar not in ("boolean", "integer", "float", "text", "nothing"):
+    if kind.scalar not in kinds.TAKEN:
         return "left out", f"it holds {kind}; convert it to numbers, integers or text"
     if not len(series):
         return "left out", "no value in these rows"

@@ -99,8 +99,9 @@ class Job:
         self._min_counts = [self._schema.options(name).min_count or common for name in self._schema.categorical]
         by_column = dict(zip(raw.numeric, transforms, strict=True))
         self._old = None if vocabulary is None else OldVocabulary(vocabulary, self._schema, by_column)
-        self._inputs = found.find_inputs(named, raw, split=split, seed=seed, piece_bytes=int(memory * PIECE_SHARE))
-        self._heads = found.find_inputs(named, raw, split=split, seed=seed, piece_bytes=_HEAD_BYTES).units
+        reading = numeric.settled(raw, transforms)
+        self._inputs = found.find_inputs(named, reading, split=split, seed=seed, piece_bytes=int(memory * PIECE_SHARE))
+        self._heads = found.find_inputs(named, reading, split=split, seed=seed, piece_bytes=_HEAD_BYTES).units
         self._work = WorkFolder(output)
         self._connection = connect(self._work.spill, memory=int(memory * DUCKDB_SHARE), threads=threads)
         self._stager = Stager(

@@ -5,11 +5,14 @@ not fit is an error for the whole file. ``cells.py`` reads the values.
 """
 
 from dataclasses import dataclass
+from typing import Final
 
 import pyarrow as pa
 
 from torchrec_deepfm.data.schema import Column, toml_key
 from torchrec_deepfm.errors import UserError
+
+TAKEN: Final = ("boolean", "integer", "float", "text", "nothing")
 
 
 @dataclass(frozen=True)
@@ -17,8 +20,8 @@ class Kind:
     """What a column of a file holds.
 
     Args:
-        scalar: ``boolean``, ``integer``, ``float``, ``text`` or ``nothing`` (all missing); else the name of a type that
-            is not taken.
+        scalar: ``boolean``, ``integer``, ``float``, ``text`` or ``nothing`` (all missing); else ``lists`` or the name
+            of a type, none of which is taken.
         is_list: Whether there is a list of these in each row.
     """
 
@@ -55,7 +58,7 @@ def kind_of(arrow: pa.DataType) -> Kind:
         or types.is_large_list_view(arrow)
     ):
         inner = kind_of(arrow.value_type)
-        return Kind(str(arrow)) if inner.is_list else Kind(inner.scalar, True)
+        return Kind("lists" if inner.is_list else inner.scalar, True)
     if types.is_boolean(arrow):
         return Kind("boolean")
     if types.is_integer(arrow) or (types.is_decimal(arrow) and arrow.scale == 0):
@@ -110,6 +113,10 @@ def category_type(kind: Kind, options: Column, name: str, *, csv: bool) -> str |
         UserError: No categories can be read from it; the message has neither file nor column.
     """
     at = f"[columns.{toml_key(name)}]"
+    if kind.scalar == "lists":
+        raise UserError(f"it holds {kind}; write one flat list of text or integers per row")
+    if kind.scalar not in TAKEN:
+        raise UserError(f"it holds {kind}; convert it to text or an integer, or remove it from the schema")
     if kind.is_list and not options.list:
         raise UserError(f"it holds {kind}; set list = true under {at}")
     if options.list and not kind.is_list and kind.scalar not in ("text", "nothing"):
@@ -122,8 +129,6 @@ def category_type(kind: Kind, options: Column, name: str, *, csv: bool) -> str |
             f'it holds {kind}, which are no categories; list it under numeric, or set type = "integer" under {at} '
             "if they are whole"
         )
-    if kind.scalar not in ("boolean", "integer", "float", "text", "nothing"):
-        raise UserError(f"it holds {kind}; convert it to text or an integer, or remove it from the schema")
     if options.type is not None or kind.scalar == "nothing":
         return options.type
     return "string" if kind.scalar == "text" else "integer"

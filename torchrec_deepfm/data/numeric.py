@@ -27,6 +27,11 @@ from torchrec_deepfm.errors import UserError
 
 # Transforms that make a category of a number.
 BUCKETS: Final = ("bucketize", "fuxictr")
+# What a transform does not take.
+UNFIT: Final = {
+    "none": "is beyond the range of float32 (with the transform log1p it would fit)",
+    "log": "is not an integer of 32 bits, which the transform log takes, as TorchRec's script does (log1p takes it)",
+}
 _INT32: Final = np.iinfo(np.int32)
 
 
@@ -73,6 +78,47 @@ def prepared_schema(schema: Schema, chosen: Sequence[str]) -> Schema:
     return replace(schema, numeric=dense, categorical=bucketized + schema.categorical, columns=columns)
 
 
+def settled(schema: Schema, chosen: Sequence[str]) -> Schema:
+    """Return the schema with every numeric column's transform named, for the sources: some numbers fit none of it.
+
+    Args:
+        schema: The schema of the raw data.
+        chosen: What ``transforms`` returned.
+
+    Returns:
+        The same columns.
+    """
+    named = {
+        name: replace(schema.options(name), transform=transform)
+        for name, transform in zip(schema.numeric, chosen, strict=True)
+    }
+    return replace(schema, columns={**schema.columns, **named})
+
+
+def unfit(numbers: pl.Series, transform: str | None) -> NDArray[np.bool_]:
+    """Find the numbers that a transform does not take; ``UNFIT`` says why.
+
+    Args:
+        numbers: n numbers, finite or null.
+        transform: One of ``TRANSFORMS``, or ``None`` where it is not known yet.
+
+    Returns:
+        bool [n].
+
+    Example:
+        >>> unfit(pl.Series([1.0, 1e39, None]), "none").tolist(), unfit(pl.Series([1.0, 0.5, 3e9]), "log").tolist()
+        ([False, True, False], [False, True, True])
+    """
+    if transform not in UNFIT or (transform == "none" and numbers.dtype.is_integer()):
+        return np.zeros(len(numbers), np.bool_)
+    values = numbers.cast(pl.Float64).fill_null(0.0).to_numpy()
+    if transform == "log":
+        # Two at each end are left for the shift by 2.
+        return (values != np.floor(values)) | (values < _INT32.min + 2) | (values > _INT32.max - 2)
+    with np.errstate(over="ignore"):
+        return np.isinf(values.astype(np.float32))
+
+
 def buckets(frame: pl.DataFrame, chosen: Sequence[str]) -> list[pl.Series]:
     """Turn the bucketized columns of a piece into categories.
 
@@ -99,29 +145,20 @@ def buckets(frame: pl.DataFrame, chosen: Sequence[str]) -> list[pl.Series]:
     return found
 
 
-def dense(
-    frame: pl.DataFrame, chosen: Sequence[str], names: Sequence[str], where: str
-) -> NDArray[np.float32] | NDArray[np.int32]:
+def dense(frame: pl.DataFrame, chosen: Sequence[str]) -> NDArray[np.float32] | NDArray[np.int32]:
     """Turn the other numeric columns of a piece into the dense array.
 
     Args:
-        frame: n rows with ``n0`` ...
+        frame: n rows with ``n0`` ..., none of them ``unfit``.
         chosen: What ``transforms`` returned.
-        names: The raw numeric columns, for messages.
-        where: The source, for messages.
 
     Returns:
         float32 [n, I]; under ``log``, whose minimum is known at the end of the file only, the integers as int32 [n, I].
-
-    Raises:
-        UserError: ``log`` meets a number that is no int32, or ``none`` one beyond float32.
     """
     kept = [(j, transform) for j, transform in enumerate(chosen) if transform not in BUCKETS]
     if not kept:
         return np.empty((len(frame), 0), np.float32)
     if kept[0][1] == "log":
-        for j, _ in kept:
-            _check_int32(frame[f"n{j}"], f"{where}: column {names[j]!r}")
         return np.ascontiguousarray(
             frame.select(pl.col(f"n{j}").fill_null(0).cast(pl.Int32) for j, _ in kept).to_numpy()
         )
@@ -130,15 +167,7 @@ def dense(
         (numbers[j].clip(lower_bound=0.0).log1p() if transform == "log1p" else numbers[j]).cast(pl.Float32)
         for j, transform in kept
     ]
-    result = np.ascontiguousarray(frame.select(columns).to_numpy())
-    if not np.isfinite(result).all():
-        row, place = np.argwhere(~np.isfinite(result))[0].tolist()
-        j = kept[place][0]
-        raise UserError(
-            f"{where}: column {names[j]!r}: {frame[f'n{j}'][row]} is beyond the range of float32; choose log1p for it, "
-            "or mend the row"
-        )
-    return result
+    return np.ascontiguousarray(frame.select(columns).to_numpy())
 
 
 def shifted_log(numbers: NDArray[np.int32], minimum: int) -> NDArray[np.float32]:
@@ -153,16 +182,3 @@ def shifted_log(numbers: NDArray[np.int32], minimum: int) -> NDArray[np.float32]
     """
     logs: NDArray[np.float32] = np.log((numbers.astype(np.int64) - (minimum - 2)).astype(np.float32))
     return logs
-
-
-def _check_int32(column: pl.Series, where: str) -> None:
-    if column.dtype != pl.Int64 and not (column.drop_nulls() == column.drop_nulls().floor()).all():
-        raise UserError(
-            f"{where} has fractions, and log takes integers, as TorchRec's script does; choose log1p for it"
-        )
-    # Two at each end are left for the shift by 2.
-    for number in (column.min() or 0, column.max() or 0):
-        if not _INT32.min + 2 <= number <= _INT32.max - 2:  # type: ignore[operator]
-            raise UserError(
-                f"{where}: {number!s} is no integer of 32 bits; log takes these, as TorchRec's script; choose log1p"
-            )

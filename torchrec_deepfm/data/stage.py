@@ -180,7 +180,7 @@ class Stager:
     def _add(self, unit: Unit, piece: Piece, files: dict[str, dict[str, GrowingArray]], record: dict[str, Any]) -> None:
         frame = piece.frame
         labels = frame["label"].to_numpy().astype(np.int32)[:, None]
-        dense = numeric.dense(frame, self.transforms, self.raw.numeric, unit.source.path)
+        dense = numeric.dense(frame, self.transforms)
         categories = self._categories(frame)
         if "log" in self.transforms and dense.size:
             least = int(dense.min())

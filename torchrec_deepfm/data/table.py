@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from torchrec_deepfm.data import cells, kinds
 from torchrec_deepfm.data.address import find_files
-from torchrec_deepfm.data.schema import Schema, toml_key
+from torchrec_deepfm.data.schema import Schema, toml_key, toml_text
 from torchrec_deepfm.data.source import Piece, Skipped
 from torchrec_deepfm.data.tablefile import BATCH_ROWS, CsvTable, ParquetTable, open_table
 from torchrec_deepfm.errors import UserError
@@ -24,6 +24,8 @@ from torchrec_deepfm.errors import UserError
 _PIECE_BYTES: Final = 64 << 20
 # Columns that a message names when one is missing.
 _NAMED: Final = 8
+_REMEDY: Final = "correct the name in the schema, or add the column"
+_DELIMITERS: Final = (";", "\t", ",", "|")
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ class TableSource:
 
         add("label", schema.label, cells.labels(table.column(schema.label)))
         for j, name in enumerate(schema.numeric):
-            add(f"n{j}", name, cells.numbers(table.column(name)))
+            add(f"n{j}", name, cells.numbers(table.column(name), schema.options(name).transform))
         for j, (name, wanted) in enumerate(zip(schema.categorical, self.types, strict=True)):
             options, column = schema.options(name), table.column(name)
             if not options.list:
@@ -221,12 +223,14 @@ def _word(kind: str) -> str:
     return "text" if kind == "string" else "integers"
 
 
-def missing_column(table: ParquetTable | CsvTable, name: str) -> UserError:
+def missing_column(table: ParquetTable | CsvTable, name: str, *, role: str = "", remedy: str = _REMEDY) -> UserError:
     """Say that a file has no such column.
 
     Args:
         table: The opened file.
         name: The column that was looked for.
+        role: What it is for, where that is not plain from its name: "the weights of column 'b'".
+        remedy: What to do.
 
     Returns:
         The error to raise, with the closest name that is there.
@@ -236,14 +240,44 @@ def missing_column(table: ParquetTable | CsvTable, name: str) -> UserError:
     close = difflib.get_close_matches(name.casefold(), list(lower), n=1)
     shown = ", ".join(repr(other) for other in names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
     hint = f" (did you mean {lower[close[0]]!r}?)" if close else ""
-    header = "; the first row of a CSV must hold the column names" if table.is_text and not close else ""
-    return UserError(f"{table.file.name}: there is no column {name!r}; it has {shown}{hint}{header}")
+    where = f"{table.file.name}: there is no column {name!r}{role and f', {role}'}; the file has {shown}{hint}"
+    if table.is_text and any(map(is_number, names)):
+        return UserError(f"{where}; its first row looks like data: add a first row that holds the column names")
+    if isinstance(table, CsvTable) and len(names) == 1 and (cut := delimiter_in(names[0])):
+        return UserError(f"{where}; its cells are separated by {cut!r}: set delimiter = {toml_text(cut)} in the schema")
+    return UserError(f"{where}; {remedy}")
+
+
+def delimiter_in(header: str) -> str | None:
+    """Find what parts the names of a header that was read as one name.
+
+    Args:
+        header: The whole first row.
+
+    Returns:
+        The delimiter, ``None`` where it is one name.
+
+    Example:
+        >>> delimiter_in("click;user"), delimiter_in("click")
+        (';', None)
+    """
+    return next((delimiter for delimiter in _DELIMITERS if delimiter in header), None)
+
+
+def is_number(name: str) -> bool:
+    """Return whether a column's name is a number, as where a CSV lacks its header."""
+    try:
+        float(name)
+    except ValueError:
+        return False
+    return True
 
 
 def _source(table: ParquetTable | CsvTable, schema: Schema, piece_rows: int) -> TableSource:
     for name in schema.columns_read:
         if name not in table.fields:
-            raise missing_column(table, name)
+            lists = [other for other in schema.weighted if schema.options(other).weights == name]
+            raise missing_column(table, name, role=f"the weights of column {lists[0]!r}" if lists else "")
         if name in table.twice:
             raise UserError(f"{table.file.name}: column {name!r} appears twice; give every column a name of its own")
     types: list[str | None] = []

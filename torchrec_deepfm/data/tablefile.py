@@ -5,8 +5,12 @@ What the values mean is no matter of this module (``kinds.py``, ``cells.py``).
 
 import csv
 import io
+import threading
+import weakref
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any, Final, cast
 
 import pyarrow as pa
@@ -14,6 +18,7 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from torchrec_deepfm.data.address import PARQUET, File, one_line
+from torchrec_deepfm.data.file_kind import COMPRESSIONS, HEAD_BYTES, check_head, compression, explain_damage
 from torchrec_deepfm.errors import UserError
 
 # Rows that are decoded at once, bytes of a CSV that are parsed at once (a row must fit), and bytes of a Parquet column
@@ -21,7 +26,8 @@ from torchrec_deepfm.errors import UserError
 BATCH_ROWS: Final = 65_536
 _BLOCK_BYTES: Final = 4 << 20
 _BUFFER_BYTES: Final = 1 << 20
-_CODECS: Final = {".gz": "gzip", ".zst": "zstd"}
+# Longest wait for Arrow to release what Python has lent it; it takes milliseconds.
+_RELEASE_SECONDS: Final = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +71,7 @@ class ParquetTable:
     def __init__(self, file: File) -> None:
         self.file = file
         with file.open() as opened, _told(file):
+            _check_head(file, opened)
             parquet = pa.parquet.ParquetFile(opened)
             names = parquet.schema_arrow.names
             self.fields: dict[str, pa.DataType] = dict(zip(names, parquet.schema_arrow.types, strict=True))
@@ -138,9 +145,10 @@ class CsvTable:
             raise UserError(f"{file.name}: the file is empty; give a CSV whose first row holds the column names")
         broken: list[Any] = []
         with file.open() as opened, _told(file):
-            reader = self._reader(opened, None, broken)
-            names = reader.schema.names
-            rows = any(batch.num_rows for batch in reader) if not broken else True
+            _check_head(file, opened)
+            with _reading(self, opened, None, broken) as reader:
+                names = reader.names
+                rows = any(batch.num_rows for batch in reader) if not broken else True
         self.is_empty = not rows and not broken
         self.fields: dict[str, pa.DataType] = dict.fromkeys(names, pa.string())
         self.twice = {name for name in names if names.count(name) > 1}
@@ -164,8 +172,8 @@ class CsvTable:
         read = wanted if self._last in wanted or self._last in self.twice else [*wanted, self._last]
         broken: list[Any] = []
         row, last = 0, None
-        with self.file.open() as opened, _told(self.file):
-            for batch in self._reader(opened, read, broken):
+        with self.file.open() as opened, _told(self.file), _reading(self, opened, read, broken) as reader:
+            for batch in reader:
                 places, rows = _take(broken, row, batch.num_rows)
                 table = pa.Table.from_batches([batch])
                 last = table.column(self._last)[-1].as_py() if self._last in read and table.num_rows else last
@@ -189,35 +197,10 @@ class CsvTable:
         if last is not None and last.endswith(b"\n"):
             self._check_closed()
 
-    def _reader(self, opened: Any, names: list[str] | None, broken: list[Any]) -> Any:
-        codec = next((codec for ending, codec in _CODECS.items() if self.file.suffix.endswith(ending)), None)
-        source = pa.CompressedInputStream(opened, codec) if codec else opened
-
-        def keep(row: Any) -> str:
-            broken.append(row)
-            return "skip"
-
-        return pa.csv.open_csv(
-            source,
-            # One thread: the numbers of broken rows are known only then.
-            read_options=pa.csv.ReadOptions(use_threads=False, block_size=_BLOCK_BYTES),
-            parse_options=pa.csv.ParseOptions(
-                delimiter=self.delimiter, newlines_in_values=True, invalid_row_handler=keep
-            ),
-            convert_options=pa.csv.ConvertOptions(
-                column_types=None if names is None else dict.fromkeys(names, pa.binary()),
-                include_columns=names,
-                null_values=[""],
-                strings_can_be_null=True,
-            ),
-        )
-
     def _check_closed(self) -> None:
         """Find a quote that is never closed: it makes one cell of the rest of the file, and no parser complains."""
         with self.file.open() as opened, _told(self.file):
-            codec = next((codec for ending, codec in _CODECS.items() if self.file.suffix.endswith(ending)), None)
-            source = pa.CompressedInputStream(opened, codec) if codec else opened
-            binary = cast("io.RawIOBase", source)
+            binary = cast("io.RawIOBase", _unpacked(self.file, opened))
             text = io.TextIOWrapper(io.BufferedReader(binary), encoding="utf-8", errors="replace", newline="")
             try:
                 for _ in csv.reader(text, delimiter=self.delimiter, strict=True):
@@ -228,6 +211,87 @@ class CsvTable:
                         f"{self.file.name}: a quoted cell is not closed before the end; close the quote, or fetch the "
                         "file anew if it is cut off"
                     ) from error
+
+
+@contextmanager
+def _reading(table: CsvTable, file: Any, names: list[str] | None, broken: list[Any]) -> Iterator["_Batches"]:
+    """Read a CSV with pyarrow, and leave nothing of Python's in its hands at the end.
+
+    Arrow parses ahead in threads of its own. They release the handler of invalid rows, and a Python file, some time
+    after the reader is gone; a thread that does so while the interpreter ends aborts the process. So wait for it.
+
+    Args:
+        table: The file, for its name and delimiter.
+        file: The same file, opened.
+        names: Columns to read as bytes; ``None`` for all, to see the header.
+        broken: Gets the rows that have too few or too many cells.
+    """
+    waiting: list[threading.Event] = []
+
+    def lend(item: Any) -> Any:
+        waiting.append(threading.Event())
+        weakref.finalize(item, waiting[-1].set)
+        return item
+
+    def keep(row: Any) -> str:
+        broken.append(row)
+        return "skip"
+
+    batches = _Batches()
+    source = file if isinstance(file, pa.NativeFile) else pa.PythonFile(lend(_Lent(file)), mode="r")
+    try:
+        batches.reader = pa.csv.open_csv(
+            _unpacked(table.file, source),
+            # One thread: the numbers of broken rows are known only then.
+            read_options=pa.csv.ReadOptions(use_threads=False, block_size=_BLOCK_BYTES),
+            parse_options=pa.csv.ParseOptions(
+                delimiter=table.delimiter, newlines_in_values=True, invalid_row_handler=lend(keep)
+            ),
+            convert_options=pa.csv.ConvertOptions(
+                column_types=None if names is None else dict.fromkeys(names, pa.binary()),
+                include_columns=names,
+                null_values=[""],
+                strings_can_be_null=True,
+            ),
+        )
+        yield batches
+    finally:
+        batches.reader = source = keep = None  # type: ignore[assignment]
+        for released in waiting:
+            released.wait(_RELEASE_SECONDS)
+
+
+class _Batches:
+    """The record batches of a reader; the reader itself must have no other owner."""
+
+    reader: Any = None
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.reader.schema.names)
+
+    def __iter__(self) -> Iterator[pa.RecordBatch]:
+        return iter(self.reader)
+
+
+class _Lent:
+    """A Python file of which nobody else holds this very object, so that its release can be seen."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+def _check_head(file: File, opened: Any) -> None:
+    check_head(file.name, file.path, opened.read(HEAD_BYTES))
+    opened.seek(0)
+
+
+def _unpacked(file: File, opened: Any) -> Any:
+    codec = compression(file.path)
+    return pa.CompressedInputStream(opened, codec) if codec else opened
 
 
 def open_table(file: File, delimiter: str | None = None) -> ParquetTable | CsvTable:
@@ -269,6 +333,9 @@ class _told:  # noqa: N801 (used as a function)
             raise UserError(
                 f"{name}: pyarrow has no way to read this ({one_line(error)}); write its columns in simpler types"
             ) from error
+        suffix = PurePath(self.file.suffix).suffix
+        if isinstance(error, OSError) and suffix in COMPRESSIONS:
+            raise UserError(f"{name}: {explain_damage(suffix, error)}") from error
         if isinstance(error, pa.ArrowException | OSError | EOFError):
             what = "CSV" if self.file.suffix not in PARQUET else "Parquet"
             raise UserError(

@@ -16,14 +16,14 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
+from torchrec_deepfm.data import numeric
+from torchrec_deepfm.data.file_kind import COMPRESSIONS, HEAD_BYTES, check_head, compression, explain_damage
 from torchrec_deepfm.data.schema import Schema
 from torchrec_deepfm.data.source import Piece, Skipped
 from torchrec_deepfm.errors import UserError
 
 T = TypeVar("T")
 
-# Compression by the end of the file's name.
-COMPRESSIONS: Final = {".gz": "gzip", ".zst": "zstd"}
 PIECE_BYTES: Final = 1 << 26
 _READ_BYTES: Final = 1 << 20
 
@@ -37,6 +37,11 @@ _TAB, _NEWLINE = b"\t\n"
 _CACHED = 1 << 18
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _REPAIR = "repair or remove the line, or skip such lines (--on-bad-row skip)"
+_TEXT = "Criteo's text, which this schema reads"
+_NEEDS_SCHEMA = (
+    "describe its columns: python -m torchrec_deepfm schema infer FILE --output schema.toml, then prepare with "
+    "--schema schema.toml"
+)
 # The longest text of the input that an error message repeats.
 _SHOWN = 40
 
@@ -94,13 +99,13 @@ class TextLog:
 
     def _blocks(self, start: int) -> Iterator[tuple[bytes, float]]:
         """Cut the text from ``start`` on into blocks of whole lines."""
-        compression = COMPRESSIONS.get(self._file.suffix)
+        codec = compression(self.path)
         with pa.OSFile(str(self._file), "rb") as raw:
-            if compression is None:
+            if codec is None:
                 stream = raw
                 stream.seek(start)
             else:
-                stream = pa.CompressedInputStream(raw, compression)
+                stream = pa.CompressedInputStream(raw, codec)
                 _skip(stream, start)
             rest = b""
             while True:
@@ -148,6 +153,8 @@ class TextLog:
             text = text.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         lines = _count(text, _NEWLINE) + (not text.endswith(b"\n") and bool(text))
         frame = _parse(text, self._schema)
+        if frame is not None and self._unfit(frame):
+            frame = None
         skipped: tuple[Skipped, ...] = ()
         if frame is None:
             good, skipped = self._sort_out(text, line, skip_bad)
@@ -161,19 +168,34 @@ class TextLog:
         for number, row in enumerate(text.split(b"\n"), start=line + 1):
             if not row:
                 continue
-            if pattern.fullmatch(row) and not _too_large(row, self._schema):
+            if pattern.fullmatch(row) and not self._has_unfit(row):
                 good.append(row)
                 continue
             fault = _describe(row.decode("utf-8", "surrogateescape"), self._schema)
             if not skip_bad:
-                raise UserError(f"{self.path}: line {number}{fault}; {_REPAIR}")
+                header = number == 1 and row.partition(b"\t")[0].strip(b"0123456789")
+                remedy = f"if this is a table with a header, {_NEEDS_SCHEMA}" if header else _REPAIR
+                raise UserError(f"{self.path}: line {number}{fault}; {remedy}")
             skipped.append(Skipped(line=number, reason=fault.lstrip(", ")))
         return good, tuple(skipped)
 
+    def _unfit(self, frame: pl.DataFrame) -> bool:
+        return any(
+            numeric.unfit(frame[f"n{j}"], self._schema.options(name).transform).any()
+            for j, name in enumerate(self._schema.numeric)
+        )
+
+    def _has_unfit(self, row: bytes) -> bool:
+        fields = row.split(b"\t")[1 : 1 + len(self._schema.numeric)]
+        return any(
+            _number_fault(field.decode("ascii"), self._schema.options(name).transform)
+            for field, name in zip(fields, self._schema.numeric, strict=True)
+        )
+
     def _unreadable(self, error: OSError, line: int) -> str:
-        if self._file.suffix in COMPRESSIONS:
-            where = f"the {self._file.suffix} data are damaged or cut off after line {line}"
-            return f"{self.path}: {where} ({error}); fetch or compress the file anew"
+        suffix = self._file.suffix.lower()
+        if suffix in COMPRESSIONS:
+            return f"{self.path}: after line {line}, {explain_damage(suffix, error)}"
         return f"{self.path}: the file can't be read after line {line} ({error}); check the disk"
 
 
@@ -285,19 +307,24 @@ def _check_readable(path: Path) -> None:
         raise UserError(f"{path}: this is a folder; name the files in it")
     try:
         with path.open("rb") as file:
-            file.read(1)
+            head = file.read(HEAD_BYTES)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file; check the path") from error
     except OSError as error:
         raise UserError(f"{path}: the file can't be read ({error.strerror}); check its permissions") from error
+    if head.startswith(b"PAR1"):
+        raise UserError(f"{path}: this is a Parquet file, and not {_TEXT}; {_NEEDS_SCHEMA}")
+    check_head(str(path), str(path), head)
 
 
-def _too_large(row: bytes, schema: Schema) -> bool:
-    return any(_is_infinite(field) for field in row.split(b"\t")[1 : 1 + len(schema.numeric)])
-
-
-def _is_infinite(field: bytes | str) -> bool:
-    return bool(field) and abs(float(field)) == float("inf")
+def _number_fault(field: str, transform: str | None) -> str:
+    """What keeps an integer from being used, or nothing."""
+    if not field:
+        return ""
+    number = float(field)
+    if abs(number) == float("inf"):
+        return "is too large for a number"
+    return numeric.UNFIT[transform] if numeric.unfit(pl.Series([number]), transform).any() else ""
 
 
 def _describe(row: str, schema: Schema) -> str:
@@ -318,8 +345,8 @@ def _describe(row: str, schema: Schema) -> str:
         elif index <= len(schema.numeric):
             if field and not re.fullmatch(_INTEGER, field):
                 return f", column {name}: {shown} is no integer"
-            if _is_infinite(field):
-                return f", column {name}: {shown} is too large for a number"
+            if field and (fault := _number_fault(field, schema.options(name).transform)):
+                return f", column {name}: {shown} {fault}"
         elif field and not re.fullmatch(_HEX, field):
             return f", column {name}: {shown} is no hexadecimal number of at most 8 digits"
     raise AssertionError(f"a line that matches in parts but not as a whole: {row!r}")

@@ -7,6 +7,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.model.fm import init_packed_rows_, packed_dim
+from torchrec_deepfm.model.table_name import table_name
 
 
 def embedding_tables(
@@ -20,7 +21,8 @@ def embedding_tables(
         init_std: standard deviation of the latent vectors at the start; first-order weights and padding start at zero.
 
     Returns:
-        One ``EmbeddingBagConfig`` per feature: table ``t_<feature>`` of width ``packed_dim(factor_dim)``, sum-pooled.
+        One ``EmbeddingBagConfig`` per feature: table ``table_name(feature)`` of width ``packed_dim(factor_dim)``,
+        sum-pooled.
 
     Raises:
         UserError: there is no feature, a feature has no ids, or ``factor_dim`` is not positive.
@@ -37,7 +39,7 @@ def embedding_tables(
             raise UserError(f"num_embeddings[{feature!r}]={count}: a table needs at least one row")
     return [
         EmbeddingBagConfig(
-            name=f"t_{feature}",
+            name=table_name(feature),
             feature_names=[feature],
             num_embeddings=count,
             embedding_dim=packed_dim(factor_dim),

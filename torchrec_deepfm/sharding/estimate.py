@@ -68,7 +68,7 @@ def table_module(tables: Sequence[Table], optimizer: SparseOptimizer = "rowwise_
             tables=[
                 EmbeddingBagConfig(
                     name=table.name,
-                    feature_names=[table.name.removeprefix("t_")],
+                    feature_names=list(table.feature_names),
                     num_embeddings=table.num_embeddings,
                     embedding_dim=table.embedding_dim,
                 )

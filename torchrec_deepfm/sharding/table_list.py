@@ -26,6 +26,7 @@ from torchrec_deepfm.data.prepared import PreparedData
 from torchrec_deepfm.data.presets import MLPERF_NUM_EMBEDDINGS
 from torchrec_deepfm.data.schema import CRITEO_TERABYTE
 from torchrec_deepfm.errors import UserError, shown
+from torchrec_deepfm.model.table_name import feature_of, table_name
 from torchrec_deepfm.sharding.sharding_types import MAX_POOLING_FACTOR
 from torchrec_deepfm.small_file import parse_toml, read_text
 
@@ -90,7 +91,7 @@ class Table:
     @property
     def feature_names(self) -> tuple[str, ...]:
         """The feature that looks rows up in it; a constraint may name the table by it."""
-        return (self.name.removeprefix("t_"),)
+        return (feature_of(self.name),)
 
     @property
     def gib(self) -> float:
@@ -112,7 +113,7 @@ def criteo_tables(dim: int | None = None) -> tuple[Table, ...]:
         97
     """
     return tuple(
-        Table(name=f"t_{column}", num_embeddings=rows, embedding_dim=CRITEO_DIM if dim is None else dim)
+        Table(name=table_name(column), num_embeddings=rows, embedding_dim=CRITEO_DIM if dim is None else dim)
         for column, rows in zip(CRITEO_TERABYTE.categorical, MLPERF_NUM_EMBEDDINGS, strict=True)
     )
 
@@ -165,7 +166,7 @@ def _prepared_tables(folder: Path, dim: int) -> tuple[Table, ...]:
         pooling[column] = ids / rows if rows and ids else 1.0
     return tuple(
         Table(
-            name=f"t_{column}",
+            name=table_name(column),
             num_embeddings=rows,
             embedding_dim=dim,
             pooling_factor=pooling.get(column, 1.0),

@@ -1,0 +1,65 @@
+"""What the first bytes of a file say it is, so that a wrong name is not read as damaged data."""
+
+from pathlib import PurePath
+from typing import Final
+
+from torchrec_deepfm.errors import UserError
+
+# Compression by the end of a file's name.
+COMPRESSIONS: Final = {".gz": "gzip", ".zst": "zstd"}
+HEAD_BYTES: Final = 16
+
+_MAGIC: Final = {b"\x1f\x8b\x08": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"PAR1\x15": ".parquet"}
+_KINDS: Final = {".gz": "gzip data", ".zst": "Zstandard data", ".parquet": "a Parquet file"}
+_OTHERS: Final = {
+    b"PK\x03\x04": ("a ZIP archive or an Excel sheet", "unpack it, or save the sheet as CSV"),
+    b"BZh": ("bzip2 data", "unpack it, or compress it with gzip"),
+    b"\xfd7zXZ\0": ("xz data", "unpack it, or compress it with gzip"),
+    b"ARROW1\0\0": ("an Arrow (Feather) file", "write it as Parquet"),
+    b"\x93NUMPY": ("a NumPy array", "write it as Parquet"),
+    b"\xff\xfe": ("UTF-16 text", "save it as UTF-8"),
+    b"\xfe\xff": ("UTF-16 text", "save it as UTF-8"),
+}
+
+
+def compression(name: str) -> str | None:
+    """Return the codec that the end of a file's name stands for, in pyarrow's words; ``None`` for a plain file."""
+    return COMPRESSIONS.get(PurePath(name.lower()).suffix)
+
+
+def check_head(name: str, path: str, head: bytes) -> None:
+    """Raise where the first bytes of a file contradict its name.
+
+    Args:
+        name: The file as the user named it, for the message.
+        path: Its path, whose end says what it should be.
+        head: Its first ``HEAD_BYTES`` bytes, fewer where it is shorter.
+
+    Raises:
+        UserError: It is another kind of file; the message names it and what to do.
+    """
+    suffix = PurePath(path.lower()).suffix.replace(".pq", ".parquet")
+    for magic, (kind, remedy) in _OTHERS.items():
+        if head.startswith(magic) and (magic != b"BZh" or head[4:10] == b"1AY&SY"):
+            raise UserError(f"{name}: this is {kind}; {remedy}")
+    found = next((ending for magic, ending in _MAGIC.items() if head.startswith(magic)), "")
+    if found and found != suffix:
+        raise UserError(f"{name}: this is {_KINDS[found]}, but its name does not end in {found}; rename it")
+    if head and not found and suffix in COMPRESSIONS:
+        raise UserError(f"{name}: this is not {_KINDS[suffix]}; if it is plain text, remove {suffix} from its name")
+
+
+def explain_damage(suffix: str, error: BaseException) -> str:
+    """Say what is wrong with compressed data that pyarrow could not unpack although their first bytes are good.
+
+    Args:
+        suffix: ``.gz`` or ``.zst``.
+        error: What pyarrow raised.
+
+    Returns:
+        What is wrong and what to do.
+    """
+    # Several members or frames may follow each other. What zlib and Zstandard say of the head of the next one:
+    if any(text in str(error) for text in ("incorrect header check", "unknown compression method", "Unknown frame")):
+        return f"other bytes follow the end of the {suffix} data; remove them, or compress the file anew"
+    return f"the {suffix} data are damaged or cut off ({error}); fetch or compress the file anew"
