@@ -114,9 +114,11 @@ def unfit(numbers: pl.Series, transform: str | None) -> NDArray[np.bool_]:
     values = numbers.cast(pl.Float64).fill_null(0.0).to_numpy()
     if transform == "log":
         # Two at each end are left for the shift by 2.
-        return (values != np.floor(values)) | (values < _INT32.min + 2) | (values > _INT32.max - 2)
-    with np.errstate(over="ignore"):
-        return np.isinf(values.astype(np.float32))
+        found = (values != np.floor(values)) | (values < _INT32.min + 2) | (values > _INT32.max - 2)
+    else:
+        with np.errstate(over="ignore"):
+            found = np.isinf(values.astype(np.float32))
+    return np.asarray(found, np.bool_)
 
 
 def buckets(frame: pl.DataFrame, chosen: Sequence[str]) -> list[pl.Series]:

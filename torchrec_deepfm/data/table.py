@@ -276,8 +276,8 @@ def is_number(name: str) -> bool:
 def _source(table: ParquetTable | CsvTable, schema: Schema, piece_rows: int) -> TableSource:
     for name in schema.columns_read:
         if name not in table.fields:
-            lists = [other for other in schema.weighted if schema.options(other).weights == name]
-            raise missing_column(table, name, role=f"the weights of column {lists[0]!r}" if lists else "")
+            owners = [other for other in schema.weighted if schema.options(other).weights == name]
+            raise missing_column(table, name, role=f"the weights of column {owners[0]!r}" if owners else "")
         if name in table.twice:
             raise UserError(f"{table.file.name}: column {name!r} appears twice; give every column a name of its own")
     types: list[str | None] = []

@@ -324,7 +324,7 @@ def _number_fault(field: str, transform: str | None) -> str:
     number = float(field)
     if abs(number) == float("inf"):
         return "is too large for a number"
-    return numeric.UNFIT[transform] if numeric.unfit(pl.Series([number]), transform).any() else ""
+    return numeric.UNFIT[str(transform)] if numeric.unfit(pl.Series([number]), transform).any() else ""
 
 
 def _describe(row: str, schema: Schema) -> str:
