@@ -48,6 +48,9 @@ def fault(at: str, step: int) -> None:
         match each["do"]:
             case "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
+            case "kill once saved":  # a save goes on beside the steps
+                _checkpoints.wait()
+                os.kill(os.getpid(), signal.SIGKILL)
             case "stop":
                 os.kill(os.getpid(), signal.SIGSTOP)
             case "term":
@@ -80,6 +83,7 @@ def fault(at: str, step: int) -> None:
 
 
 _loop: Any = None
+_checkpoints: Any = None
 
 
 def fill(path: Path) -> None:
@@ -118,6 +122,12 @@ def count(self: Any, *_: Any) -> None:
     fault("step", _step)
 
 
+def save(self: Any, step: int, *_: Any, **__: Any) -> None:
+    global _checkpoints
+    _checkpoints = self
+    fault("before the save", step)
+
+
 def log(self: Any, *_: Any) -> None:
     step = self.point.step
     [batch] = [batch for number, batch in self._watch._batches if number == step]
@@ -140,7 +150,7 @@ def main() -> None:
     before(loop.Loop, "_step", count)
     after(loop.Loop, "_step", log)
     before(loop.Loop, "heed", lambda self: fault("evaluation", self.point.step))
-    before(checkpoint.Checkpoints, "save", lambda self, step, *_, **__: fault("before the save", step))
+    before(checkpoint.Checkpoints, "save", save)
     # The files of this rank are written; the others' may not be.
     after(dcp.Writer, "write_data", lambda self, *_, **__: fault("between ranks", step_of(self.path)))
     before(store.Store, "commit", lambda self, step, *_: fault("before the manifest", step))

@@ -165,7 +165,7 @@ def damage(path: Path, how: str) -> None:
 
 def test_damaged_checkpoints_are_refused_by_name(data: Path, tmp_path: Path, undisturbed: dict[int, Path]) -> None:
     """Each file of the newest checkpoint, each way: the one before is used, and the end is the same."""
-    env = environment(tmp_path / "log", [{"at": "step", "rank": 0, "step": 18, "do": "kill"}], FAULTS_SLEEP="0.05")
+    env = environment(tmp_path / "log", [{"at": "step", "rank": 0, "step": 18, "do": "kill once saved"}])
     code, _, _ = run(command(data, tmp_path / "run"), env)
     assert code == -signal.SIGKILL
     assert [path.name[-2:] for path in sorted((tmp_path / "run" / "checkpoints").iterdir())] == ["15", "16"]

@@ -16,7 +16,8 @@ from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.model.deepfm import TERMS
 
 K = 3
-SIZES = {"a": 5, "b": 7, "c": 9}
+# Not in alphabetical order, so that a test fails where fields are sorted by name.
+SIZES = {"b": 5, "c": 7, "a": 9}
 
 
 def make_model(
@@ -73,7 +74,7 @@ def expected_logits(
     for sample, x in enumerate(dense.double().tolist()):
         rows = model.dense_arch.rows.double().tolist() if model.dense_arch is not None else []
         fields = [oracle.field_of_number(row, value, K) for row, value in zip(rows, x, strict=True)]
-        fields += [oracle.field_of_bag(tables[name], bags[name][sample], K) for name in tables]
+        fields += [oracle.field_of_bag(tables[name], bags[name][sample], K) for name in bags]
         logit = model.bias.double().item()
         logit += oracle.first_order(fields) if "linear" in terms else 0.0
         logit += oracle.second_order(fields) if "fm" in terms else 0.0
@@ -287,10 +288,21 @@ def test_the_papers_defaults() -> None:
 
 
 def test_batch_norm_and_activation_are_chosen() -> None:
-    model = make_model(batch_norm=True, activation=nn.SiLU)
+    model = make_model(batch_norm=True, activation=nn.SiLU, dropout=0.25)
     assert model.over_arch is not None
     kinds = [type(layer).__name__ for layer in model.over_arch.layers]
-    assert kinds == ["Linear", "BatchNorm1d", "SiLU", "Linear", "BatchNorm1d", "SiLU", "Linear"]
+    assert kinds == [*["Linear", "BatchNorm1d", "SiLU", "Dropout"] * 2, "Linear"]
+
+
+def test_initial_values_of_every_field() -> None:
+    """v of categorical and numeric features has the deviation that was asked for; w starts at zero."""
+    torch.manual_seed(0)
+    tables = embedding_tables({"a": 4000}, factor_dim=K, init_std=0.3)
+    model = DeepFM(EmbeddingBagCollection(tables=tables), 4000, (), K, init_std=0.3)
+    assert model.dense_arch is not None
+    for rows in (model.sparse_arch.embedding_bag_collection.embedding_bags["t_a"].weight, model.dense_arch.rows):
+        assert rows[:, :K].std().item() == pytest.approx(0.3, rel=0.05)
+        assert rows[:, K:].abs().max().item() == 0.0
 
 
 def table(name: str, width: int, pooling: PoolingType = PoolingType.SUM) -> EmbeddingBagConfig:

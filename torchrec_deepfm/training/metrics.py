@@ -114,7 +114,8 @@ def reliability(predicted: NDArray[np.float64], labels: NDArray[np.float64], bin
     """
     if np.isnan(predicted).any():
         return ()
-    edges = np.percentile(predicted, np.linspace(0.0, 100.0, bins + 1))
+    # In scikit-learn's own arithmetic: linspace(0, 100) differs in the last bit, and so puts samples into other bins.
+    edges = np.percentile(predicted, np.linspace(0.0, 1.0, bins + 1) * 100)
     places = np.searchsorted(edges[1:-1], predicted)
     rows = np.bincount(places, minlength=bins)
     sums, clicks = (np.bincount(places, weights=values, minlength=bins) for values in (predicted, labels))
