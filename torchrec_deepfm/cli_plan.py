@@ -43,6 +43,8 @@ class PlanCommand:
     """What may be done with a table: C1=row_wise, 't_C*=column_wise:min_partition=8', '>1e6=row_wise'."""
     optimizer: Literal["rowwise_adagrad", "adagrad", "sgd"] = "rowwise_adagrad"
     """Optimizer of the tables, whose state takes memory."""
+    ema: bool = False
+    """Leave memory for the moving average of the weights that train --ema keeps."""
     report: Path | None = None
     """HTML file for a report of the plan."""
 
@@ -141,6 +143,7 @@ class PlanCommand:
             constraints=possible,
             search=self.search,
             optimizer=self.optimizer,
+            ema=self.ema,
         )
         check_fits(
             plan,

@@ -23,6 +23,19 @@ def planned(folder: Path, name: str, *words: object) -> Path:
     return path
 
 
+def test_a_plan_with_a_moving_average(tmp_path: Path) -> None:
+    """The same plan takes one more copy of the weights on every rank."""
+    rules = ("--constraint", "*=row_wise:kernel=fused", "--dim", 16)
+    plans = [load_plan(planned(tmp_path, f"{len(more)}.json", *rules, *more)) for more in ((), ("--ema",))]
+    assert plans[0].without_predictions() == plans[1].without_predictions()
+    weights = [0] * 16
+    for table in plans[0].tables:
+        for shard in table.shards:
+            weights[shard.rank] += shard.sizes[0] * shard.sizes[1] * 4
+    held = [[cost.hbm_bytes for cost in plan.predicted.per_rank] for plan in plans if plan.predicted is not None]
+    assert [after - before for before, after in zip(*held, strict=True)] == weights
+
+
 def test_a_plan_is_written_shown_and_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ours = planned(tmp_path, "ours.json")
     printed = capsys.readouterr().out

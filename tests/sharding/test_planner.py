@@ -1,6 +1,10 @@
 """The planner for CUDA, on ``meta`` and without a GPU: kernels, quantised communication, and why there is no plan."""
 
+import math
+import os
 import re
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,7 +12,7 @@ import torch
 from torch import nn
 from torchrec import EmbeddingBagCollection
 from torchrec.distributed.fbgemm_qcomm_codec import CommType
-from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
+from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
 from torchrec.distributed.planner.proposers import GridSearchProposer
 from torchrec.distributed.planner.types import PlannerError, PlannerErrorType
 from torchrec.distributed.types import CommOp
@@ -16,13 +20,18 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from torchrec_deepfm import embedding_tables
 from torchrec_deepfm.errors import UserError
-from torchrec_deepfm.sharding.constraints import parse_constraints
-from torchrec_deepfm.sharding.plan import PlanFile
+from torchrec_deepfm.sharding.constraints import in_device_memory, parse_constraints
+from torchrec_deepfm.sharding.estimate import SparseOptimizer
+from torchrec_deepfm.sharding.plan import PlanFile, PlannedShard, PlannedTable
+from torchrec_deepfm.sharding.plan_file import save_plan
 from torchrec_deepfm.sharding.plan_sharding import to_sharding_plan
-from torchrec_deepfm.sharding.planner import check_replicated, plan_model
+from torchrec_deepfm.sharding.planner import check_replicated, plan_model, read_fitting_plan
 from torchrec_deepfm.sharding.planner_errors import explain
+from torchrec_deepfm.sharding.presets import PRESETS
+from torchrec_deepfm.sharding.search import plan_tables
 from torchrec_deepfm.sharding.sharder import AllTypesSharder, make_sharder
 from torchrec_deepfm.sharding.sharding_types import SHARDING_TYPES
+from torchrec_deepfm.sharding.table_list import Table
 from torchrec_deepfm.training.config import TrainConfig
 from torchrec_deepfm.training.optimizers import fuse_sparse_optimizer
 
@@ -44,7 +53,9 @@ def topology(ranks: int, hbm: int, device: str = "cuda") -> Topology:
     return Topology(world_size=ranks, local_world_size=min(ranks, 4), compute_device=device, **memory)
 
 
-def plan(rules: list[str], sizes: dict[str, int] = SIZES, ranks: int = 4, hbm: int = 80 * GIB) -> PlanFile:
+def plan(
+    rules: list[str], sizes: dict[str, int] = SIZES, ranks: int = 4, hbm: int = 80 * GIB, *, ema: bool = False
+) -> PlanFile:
     tables = embedding_tables(sizes, factor_dim=31)
     there = topology(ranks, hbm)
     if any("uvm" in rule for rule in rules):
@@ -58,6 +69,7 @@ def plan(rules: list[str], sizes: dict[str, int] = SIZES, ranks: int = 4, hbm: i
         sharder=make_sharder(CUDA),
         constraints=parse_constraints(rules, tables, compute_device="cuda", world_size=ranks, local_world_size=4),
         topology=there,
+        ema=ema,
     )
 
 
@@ -164,6 +176,71 @@ def test_tables_that_do_not_share_out() -> None:
         r"\(-j\), or let the large tables be row_wise \(--constraint\)",
         message,
     )
+
+
+def test_the_moving_average_takes_memory_too() -> None:
+    """0.6 GiB of weights fit the 85% of 1 GiB that tables may take; with an average as large they do not."""
+    sizes = {"C1": 5_000_000}
+    assert by_name(plan(["C1=table_wise"], sizes, hbm=GIB))["t_C1"].sharding_type == "table_wise"
+    message = no_plan(["C1=table_wise"], sizes, hbm=GIB, ema=True)
+    assert "one rank holds 1.2 GiB of it with optimizer, moving average and buffers, but has 0.8 GiB of GPU" in message
+    assert message.endswith("or take fewer rows or columns, or train without --ema")
+    table = by_name(plan([], sizes, hbm=GIB, ema=True))["t_C1"]
+    assert len(table.shards) > 1, "no rank can hold all of it"
+    message = no_plan([], {f"C{n}": 5_000_000 for n in range(4)}, hbm=GIB, ema=True)
+    assert message.startswith(
+        "the 4 tables take 4.8 GiB with optimizer, moving average and buffers, but 4 rank(s) have"
+    )
+
+
+def test_the_moving_average_stays_on_the_device() -> None:
+    """TorchRec's planner may put what does not fit into host memory, where ``build_model`` refuses to average it."""
+    tables = embedding_tables({"C1": 5_000_000}, factor_dim=31)
+    with pytest.raises(UserError) as raised:
+        in_device_memory(tables, {"t_C1": ParameterConstraints(compute_kernels=["fused_uvm"])})
+    assert str(raised.value) == (
+        "--constraint: table t_C1 has the kernel fused_uvm, which keeps rows in host memory, where --ema can't average "
+        "them; leave one of the two out"
+    )
+    hardware = replace(PRESETS["a100-40"], hbm_bytes=GIB, ddr_bytes=GIB * 100)
+    planned = [Table(name="t_C1", num_embeddings=5_000_000, embedding_dim=32)]
+    for search in ("ours", "stock"):
+        made = plan_tables(planned, hardware, 2, batch_size=256, search=search, ema=True)  # type: ignore[arg-type]
+        assert {table.compute_kernel for table in made.tables} == {"fused"}
+        assert made.predicted is not None
+        for rank, cost in enumerate(made.predicted.per_rank):
+            weights = sum(math.prod(shard.sizes) * 4 for shard in made.tables[0].shards if shard.rank == rank)
+            assert 2 * weights <= cost.hbm_bytes <= 0.85 * GIB
+
+
+def test_a_saved_plan_must_fit_the_memory_at_hand(device: torch.device, tmp_path: Path) -> None:
+    """A table of 60% of this machine's memory fits; with its moving average it does not. Nothing is allocated."""
+    rows = int(0.6 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / (32 * 4))
+    tables = embedding_tables({"C1": rows}, factor_dim=31)
+    shard = PlannedShard(rank=0, offsets=(0, 0), sizes=(rows, 32))
+    table = PlannedTable(
+        name="t_C1", num_embeddings=rows, embedding_dim=32, sharding_type="table_wise", compute_kernel="fused",
+        shards=(shard,),
+    )  # fmt: skip
+    path = tmp_path / "plan.json"
+    save_plan(PlanFile(world_size=1, local_world_size=1, batch_size=256, search="stock", tables=(table,)), path)
+
+    def read(optimizer: SparseOptimizer, *, ema: bool) -> PlanFile:
+        return read_fitting_plan(
+            path, tables, replicated=set(), device=device, batch_size=256, optimizer=optimizer, ema=ema
+        )
+
+    assert read("rowwise_adagrad", ema=False).tables == (table,)
+    with pytest.raises(UserError) as raised:
+        read("rowwise_adagrad", ema=True)
+    assert re.fullmatch(
+        rf"--plan {path}: rank 0 would hold [0-9.]+ GiB of tables with optimizer, moving average and buffers, but has "
+        r"[0-9.]+ GiB of memory for tables; use more ranks, or make a plan for this memory with --ema, or train "
+        "without it",
+        str(raised.value),
+    )
+    with pytest.raises(UserError, match="of tables with optimizer and buffers, but has"):
+        read("adagrad", ema=False)
 
 
 def test_a_grid_search_that_proposes_nothing_is_not_short_of_memory() -> None:

@@ -14,11 +14,15 @@ from torch import Tensor
 from tests.distributed.samples import draw, read_state, to_batch
 from tests.faults.runs import make_data, read_tensors
 from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.sharding.estimate import memory_by_rank
+from torchrec_deepfm.sharding.planner import local_topology
+from torchrec_deepfm.sharding.table_list import Table
 from torchrec_deepfm.training import build
 from torchrec_deepfm.training.averaging import MovingAverage
 from torchrec_deepfm.training.build import build_model
 from torchrec_deepfm.training.config import TrainConfig
 from torchrec_deepfm.training.optimizers import make_optimizer
+from torchrec_deepfm.training.sizing import size_of
 from torchrec_deepfm.training.trainer import evaluate_run, train
 
 SIZES = {"big": 40, "small": 6}
@@ -69,6 +73,34 @@ def test_large_tables_change_places_in_parts(device: torch.device, monkeypatch: 
     for name, value in read_state(model).items():
         assert value.eq(7).all()
         assert torch.equal(inside[name], before[name]) or not value.is_floating_point()
+
+
+@pytest.mark.parametrize("options", [{}, {"data_parallel_rows": 0, "batch_norm": False}, {"sparse_optimizer": "adam"}])
+def test_its_bytes_are_those_that_the_planner_counts(device: torch.device, options: dict[str, Any]) -> None:
+    config = replace(CONFIG, **options)
+    built = build_model(config, SIZES, 2, device)
+    kept = {
+        name: sum(cut.tensor.numel() * cut.tensor.element_size() for cut in pieces.cuts)
+        for name, pieces in MovingAverage(built.model, 0.9)._average.items()
+    }
+    of_tables = sum(count for name, count in kept.items() if ".embedding_bags." in name)
+    assert of_tables == (40 + 6) * 8 * 4  # rows of 8 float32: 6 + 1, and one of padding
+    tables = [Table(name=f"t_{name}", num_embeddings=rows, embedding_dim=8) for name, rows in SIZES.items()]
+    held = [
+        memory_by_rank(
+            built.plan_file,
+            tables,
+            local_topology(device),
+            batch_size=config.batch_size,
+            optimizer=config.sparse_optimizer,
+            ema=ema,
+        )[0].ddr
+        for ema in (False, True)
+    ]
+    assert held[1] - held[0] == of_tables
+    size = size_of(replace(config, ema=0.9), table_rows=46, fields=4, numeric=2, train_rows=1000)
+    without = size_of(config, table_rows=46, fields=4, numeric=2, train_rows=1000)
+    assert size.average_bytes == sum(kept.values()) == size.rank_bytes - without.rank_bytes
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ import fnmatch
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Protocol
 
@@ -28,6 +28,7 @@ from torchrec_deepfm.sharding.sharding_types import (
     COLUMN_ALIGNMENT,
     COLUMN_TYPES,
     CUDA_KERNELS,
+    IN_MEMORY_KERNELS,
     KERNELS,
     MAX_POOLING_FACTOR,
     SHARDING_TYPES,
@@ -128,6 +129,39 @@ def parse_constraints(
         for name in by_name
         if name in chosen
     }
+
+
+def in_device_memory(
+    tables: Sequence[TableSize], constraints: Mapping[str, ParameterConstraints]
+) -> dict[str, ParameterConstraints]:
+    """Keep every table in the device's own memory, where ``train --ema`` can average its weights.
+
+    Args:
+        tables: all tables.
+        constraints: what may be done with single tables, by name.
+
+    Returns:
+        Constraints of all tables.
+
+    Raises:
+        UserError: a constraint asks for a kernel that keeps rows elsewhere.
+
+    Example:
+        >>> from torchrec_deepfm.model.tables import embedding_tables
+        >>> in_device_memory(embedding_tables({"C1": 10}), {})["t_C1"].compute_kernels
+        ['dense', 'fused']
+    """
+    found = {}
+    for table in tables:
+        given = constraints.get(table.name, ParameterConstraints())
+        for kernel in given.compute_kernels or ():
+            if kernel not in IN_MEMORY_KERNELS:
+                raise UserError(
+                    f"--constraint: table {table.name} has the kernel {kernel}, which keeps rows in host memory, where "
+                    "--ema can't average them; leave one of the two out"
+                )
+        found[table.name] = replace(given, compute_kernels=given.compute_kernels or list(IN_MEMORY_KERNELS))
+    return found
 
 
 def keep_to_possible(

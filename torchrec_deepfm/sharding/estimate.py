@@ -7,6 +7,7 @@ the last one out. Here a rank's time is the sum of all six over its shards, and 
 slowest rank. To this come the fixed costs that ``hardware.extra`` may hold (``EXTRA`` says which).
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Final, Literal
@@ -41,10 +42,11 @@ from torchrec_deepfm.sharding.plan import Cost, PlanFile, PlannedTable, Predicte
 from torchrec_deepfm.sharding.table_list import Table
 from torchrec_deepfm.sharding.topology import topology
 
-SparseOptimizer = Literal["rowwise_adagrad", "adagrad", "sgd"]
+SparseOptimizer = Literal["rowwise_adagrad", "adagrad", "adam", "sgd"]
 _OPTIMIZERS: Final[dict[SparseOptimizer, type[torch.optim.Optimizer]]] = {
     "rowwise_adagrad": RowWiseAdagrad,
     "adagrad": torch.optim.Adagrad,
+    "adam": torch.optim.Adam,
     "sgd": torch.optim.SGD,
 }
 
@@ -143,8 +145,58 @@ class SharedShardEstimator(ShardEstimator):
                 shard.perf, shard.storage = one.perf, one.storage
 
 
+class EmaStorageEstimator(ShardEstimator):
+    """Adds the moving average of a shard's weights (``train --ema``) to its memory.
+
+    The average lies beside the weights, and only kernels that keep all weights in the device's memory have one.
+
+    Args:
+        estimator: TorchRec's estimator of memory.
+        on_gpu: Whether the device's memory is HBM.
+    """
+
+    def __init__(self, estimator: ShardEstimator, *, on_gpu: bool) -> None:
+        self._estimator = estimator
+        self._on_gpu = on_gpu
+
+    def estimate(self, sharding_options: list[ShardingOption], sharder_data_map: SharderDataMap) -> None:
+        """Fill in ``storage`` of every shard.
+
+        Args:
+            sharding_options: What to estimate; changed in place.
+            sharder_data_map: What the estimators need to know of the sharders.
+        """
+        self._estimator.estimate(sharding_options, sharder_data_map)
+        for option in sharding_options:
+            for shard in option.shards:
+                assert shard.storage is not None
+                average = math.prod(shard.size) * option.tensor.element_size()
+                shard.storage += Storage(hbm=average, ddr=0) if self._on_gpu else Storage(hbm=0, ddr=average)
+
+
+def storage_estimator(
+    planner_topology: Topology, constraints: dict[str, ParameterConstraints], *, ema: bool
+) -> ShardEstimator:
+    """Make the estimator of a training's memory.
+
+    Args:
+        planner_topology: The hardware as the planner sees it.
+        constraints: The planner's constraints.
+        ema: Whether a moving average of the weights is kept.
+
+    Returns:
+        TorchRec's estimator, with the average on top where there is one.
+    """
+    estimator = EmbeddingStorageEstimator(topology=planner_topology, constraints=constraints)
+    return EmaStorageEstimator(estimator, on_gpu=planner_topology.compute_device != "cpu") if ema else estimator
+
+
 def shard_estimators(
-    hardware: Hardware, planner_topology: Topology, constraints: dict[str, ParameterConstraints]
+    hardware: Hardware,
+    planner_topology: Topology,
+    constraints: dict[str, ParameterConstraints],
+    *,
+    ema: bool = False,
 ) -> list[ShardEstimator]:
     """Make the estimators that TorchRec's planner uses by default, quick ones, for an ``Enumerator``.
 
@@ -152,6 +204,7 @@ def shard_estimators(
         hardware: The hardware, for its fixed costs.
         planner_topology: The same as the planner sees it.
         constraints: The planner's constraints.
+        ema: Whether a moving average of the weights is kept.
 
     Returns:
         The estimator of times and the one of memory.
@@ -159,7 +212,7 @@ def shard_estimators(
     perf = EmbeddingPerfEstimatorFactory.create(
         DEFAULT_PERF_ESTIMATOR, topology=planner_topology, constraints=constraints
     )
-    storage = EmbeddingStorageEstimator(topology=planner_topology, constraints=constraints)
+    storage = storage_estimator(planner_topology, constraints, ema=ema)
     return [SharedShardEstimator(perf, hardware.extra.get("shard_ms", 0.0)), SharedShardEstimator(storage)]
 
 
@@ -194,6 +247,7 @@ def predict(
     batch_size: int | None = None,
     *,
     optimizer: SparseOptimizer = "rowwise_adagrad",
+    ema: bool = False,
 ) -> Predicted:
     """Predict what a step of any plan costs on some hardware.
 
@@ -204,6 +258,7 @@ def predict(
         ranks: How many there are; the plan's by default.
         batch_size: Samples per rank and step; the plan's by default.
         optimizer: The tables' optimizer, for its memory.
+        ema: Whether a moving average of the weights is kept.
 
     Returns:
         Milliseconds of a step and bytes, by rank.
@@ -211,7 +266,7 @@ def predict(
     Raises:
         UserError: The plan is for other tables or another number of ranks.
     """
-    predicted = with_prediction(plan, tables, hardware, ranks, batch_size, optimizer=optimizer).predicted
+    predicted = with_prediction(plan, tables, hardware, ranks, batch_size, optimizer=optimizer, ema=ema).predicted
     assert predicted is not None
     return predicted
 
@@ -224,6 +279,7 @@ def with_prediction(
     batch_size: int | None = None,
     *,
     optimizer: SparseOptimizer = "rowwise_adagrad",
+    ema: bool = False,
 ) -> PlanFile:
     """Fill in what each shard and each rank of a plan costs.
 
@@ -234,6 +290,7 @@ def with_prediction(
         ranks: How many there are; the plan's by default.
         batch_size: Samples per rank and step; the plan's by default.
         optimizer: The tables' optimizer, for its memory.
+        ema: Whether a moving average of the weights is kept.
 
     Returns:
         The plan with its hardware and predictions.
@@ -246,9 +303,14 @@ def with_prediction(
     batch_size = plan.batch_size if batch_size is None else batch_size
     if batch_size is None:
         raise UserError("the plan does not say how many samples a rank takes; give --batch-size")
-    by_name = {table.name: table for table in tables}
-    estimator = _PlanEstimator(tables, hardware, plan.world_size, plan.local_world_size, batch_size, optimizer)
-    planned = [estimator.fill_in(table, by_name.get(table.name)) for table in plan.tables]
+    if hardware.local_world_size(plan.world_size) != plan.local_world_size:
+        raise UserError(
+            f"the plan has {plan.local_world_size} ranks on a host, {hardware.name} has "
+            f"{hardware.local_world_size(plan.world_size)}; name hardware with ranks_per_host = {plan.local_world_size}"
+        )
+    estimators = shard_estimators(hardware, topology(hardware, plan.world_size), table_constraints(tables), ema=ema)
+    estimator = _PlanEstimator(tables, estimators, batch_size, optimizer)
+    planned = [estimator.fill_in(table) for table in plan.tables]
     sharding_types = {table.sharding_type for table in planned}
     fixed = hardware.extra.get("step_ms", 0.0) + len(sharding_types) * hardware.extra.get("group_ms", 0.0)
     per_rank = _sum_by_rank(planned, plan.world_size, fixed)
@@ -262,23 +324,50 @@ def with_prediction(
     )
 
 
+def memory_by_rank(
+    plan: PlanFile,
+    tables: Sequence[Table],
+    planner_topology: Topology,
+    *,
+    batch_size: int,
+    optimizer: SparseOptimizer,
+    ema: bool,
+) -> list[Storage]:
+    """Estimate the memory that a plan's tables take on each rank.
+
+    Args:
+        plan: The plan.
+        tables: Its tables.
+        planner_topology: The hardware as the planner sees it.
+        batch_size: Samples per rank and step.
+        optimizer: The tables' optimizer, whose state is counted.
+        ema: Whether a moving average of the weights is kept.
+
+    Returns:
+        Bytes of weights, optimizer state, moving average, ids and pooled rows, rank 0 first.
+    """
+    storage = storage_estimator(planner_topology, table_constraints(tables), ema=ema)
+    estimator = _PlanEstimator(tables, [storage], batch_size, optimizer)
+    held = [Storage(hbm=0, ddr=0) for _ in range(plan.world_size)]
+    for table in plan.tables:
+        needed = {tuple(shard.size): shard.storage for shard in estimator.estimate(table)}
+        for shard in table.shards:
+            each = needed[shard.sizes]
+            assert each is not None
+            held[shard.rank] += each
+    return held
+
+
 class _PlanEstimator:
     """Estimates the shards of planned tables; the tables of a model share one module and one topology."""
 
     def __init__(
         self,
         tables: Sequence[Table],
-        hardware: Hardware,
-        ranks: int,
-        local_world_size: int,
+        estimators: Sequence[ShardEstimator],
         batch_size: int,
         optimizer: SparseOptimizer,
     ) -> None:
-        if hardware.local_world_size(ranks) != local_world_size:
-            raise UserError(
-                f"the plan has {local_world_size} ranks on a host, {hardware.name} has "
-                f"{hardware.local_world_size(ranks)}; name hardware with ranks_per_host = {local_world_size}"
-            )
         self._batch_size = batch_size
         self._tables = {table.name: table for table in tables}
         self._modules = {
@@ -288,9 +377,19 @@ class _PlanEstimator:
         }
         sharder: ModuleSharder[nn.Module] = EmbeddingBagCollectionSharder()  # type: ignore[assignment]
         self._sharder_data = build_sharder_data_map({sharder_name(sharder.module_type): sharder})
-        self._estimators = shard_estimators(hardware, topology(hardware, ranks), table_constraints(tables))
+        self._estimators = estimators
 
-    def fill_in(self, planned: PlannedTable, table: Table | None) -> PlannedTable:
+    def fill_in(self, planned: PlannedTable) -> PlannedTable:
+        costs = {}
+        for shard in self.estimate(planned):
+            assert shard.perf is not None
+            assert shard.storage is not None
+            costs[shard.size[0], shard.size[1]] = cost_of(shard.perf, shard.storage)
+        return replace(planned, shards=tuple(replace(shard, predicted=costs[shard.sizes]) for shard in planned.shards))
+
+    def estimate(self, planned: PlannedTable) -> list[Shard]:
+        """One shard of each size that a table's shards have, with its estimates."""
+        table = self._tables.get(planned.name)
         sizes = list(dict.fromkeys(shard.sizes for shard in planned.shards))
         if table is None:
             known = ", ".join(list(self._tables)[:3])
@@ -316,12 +415,7 @@ class _PlanEstimator:
         )
         for estimator in self._estimators:
             estimator.estimate([option], self._sharder_data)
-        costs = {}
-        for size, shard in zip(sizes, option.shards, strict=True):
-            assert shard.perf is not None
-            assert shard.storage is not None
-            costs[size] = cost_of(shard.perf, shard.storage)
-        return replace(planned, shards=tuple(replace(shard, predicted=costs[shard.sizes]) for shard in planned.shards))
+        return option.shards
 
 
 def _parameters(collection: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:

@@ -116,6 +116,33 @@ def check_fits(
             raise UserError(f"{where}: table {name}: {reason}")
 
 
+def check_memory(held: Sequence[int], available: Sequence[int], *, what: str, ema: bool, where: str) -> None:
+    """Check that every rank can hold what a plan gives it.
+
+    Args:
+        held: bytes that the tables take on each rank, with all that is kept beside them.
+        available: bytes of each rank that tables may take.
+        what: which memory that is, for the message.
+        ema: whether a moving average of the weights is among ``held``.
+        where: the file, for the message.
+
+    Raises:
+        UserError: a rank has too little; the message names the fullest one and what to do.
+    """
+    rank = max(range(len(held)), key=lambda rank: held[rank] - available[rank])
+    if held[rank] > available[rank]:
+        beside, without = (
+            ("optimizer, moving average and buffers", " with --ema, or train without it")
+            if ema
+            else ("optimizer and buffers", "")
+        )
+        raise UserError(
+            f"{where}: rank {rank} would hold {held[rank] / 2**30:,.2f} GiB of tables with {beside}, but has "
+            f"{available[rank] / 2**30:,.2f} GiB of {what} for tables; use more ranks, or make a plan for this "
+            f"memory{without}"
+        )
+
+
 def _check_table(table: PlannedTable, plan: PlanFile, where: str) -> None:
     if table.sharding_type not in SHARDING_TYPES:
         raise UserError(f"{where}: no sharding type {table.sharding_type!r}; choose one of {', '.join(SHARDING_TYPES)}")

@@ -12,6 +12,9 @@ from torch import nn
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
+from torchrec.distributed.planner.constants import DEFAULT_PERF_ESTIMATOR
+from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
+from torchrec.distributed.planner.estimator.estimator import EmbeddingPerfEstimatorFactory
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import (
     HardwareConfig,
@@ -24,10 +27,15 @@ from torchrec.distributed.types import ShardingType
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.sharding.constraints import in_device_memory
+from torchrec_deepfm.sharding.estimate import SparseOptimizer, memory_by_rank, storage_estimator
+from torchrec_deepfm.sharding.hardware import RESERVED
+from torchrec_deepfm.sharding.plan_check import check_memory
 from torchrec_deepfm.sharding.plan_file import PlanFile, check_fits, load_plan
 from torchrec_deepfm.sharding.plan_sharding import from_sharding_plan
 from torchrec_deepfm.sharding.planner_errors import explain
 from torchrec_deepfm.sharding.sharding_types import COLUMN_TYPES, default_min_partition
+from torchrec_deepfm.sharding.table_list import Table
 
 DATA_PARALLEL_ROWS = "--data-parallel-rows"
 _DATA_PARALLEL = ShardingType.DATA_PARALLEL.value
@@ -44,6 +52,7 @@ def plan_model(
     replicated_by: str = DATA_PARALLEL_ROWS,
     constraints: Mapping[str, ParameterConstraints] | None = None,
     topology: Topology | None = None,
+    ema: bool = False,
 ) -> PlanFile:
     """Plan where the tables go with the stock planner; on one rank, for all ranks of the process group.
 
@@ -59,6 +68,8 @@ def plan_model(
         replicated_by: the option that says which tables these are, for messages.
         constraints: what the planner may do with single tables, by name, instead of the above.
         topology: the ranks and their memory; by default those at hand.
+        ema: whether a moving average of the weights is kept: it takes as much memory as they do, and every table then
+            stays in the device's memory.
 
     Returns:
         The plan.
@@ -70,19 +81,26 @@ def plan_model(
     kinds = {name: each.sharding_types for name, each in constraints.items() if each.sharding_types}
     check_replicated(replicated, kinds, tables, "--constraint", replicated_by)
     topology = topology or local_topology(device)
+    given = in_device_memory(tables, constraints) if ema else constraints
+    allowed = {table.name: _allowed(table, replicated, given, device) for table in tables}
+    estimators = [
+        EmbeddingPerfEstimatorFactory.create(DEFAULT_PERF_ESTIMATOR, topology=topology, constraints=allowed),
+        storage_estimator(topology, allowed, ema=ema),
+    ]
     planner = EmbeddingShardingPlanner(
         topology=topology,
         batch_size=batch_size,
+        enumerator=EmbeddingEnumerator(topology, batch_size, allowed, estimators),
         # The dense part, the activations and the optimizer of both; the heuristic one guesses from modules on meta.
-        storage_reservation=FixedPercentageStorageReservation(percentage=0.15),
-        constraints={table.name: _allowed(table, replicated, constraints, device) for table in tables},
+        storage_reservation=FixedPercentageStorageReservation(percentage=RESERVED),
+        constraints=allowed,
     )
     try:
         plan = planner.plan(module, [sharder])
     except PlannerError as error:
         options = planner._enumerator.last_stored_search_space  # type: ignore[attr-defined]
         reserved = planner._storage_reservation.last_reserved_topology
-        raise explain(error, options or [], reserved or topology, proposals=planner._num_proposals) from error
+        raise explain(error, options or [], reserved or topology, proposals=planner._num_proposals, ema=ema) from error
     return from_sharding_plan(
         plan,
         tables,
@@ -99,6 +117,9 @@ def read_fitting_plan(
     *,
     replicated: AbstractSet[str],
     device: torch.device,
+    batch_size: int,
+    optimizer: SparseOptimizer,
+    ema: bool,
     replicated_by: str = DATA_PARALLEL_ROWS,
 ) -> PlanFile:
     """Read a plan for these tables and the ranks of the process group; on one rank.
@@ -108,13 +129,16 @@ def read_fitting_plan(
         tables: the tables to shard.
         replicated: as in ``plan_model``.
         device: this rank's device.
+        batch_size: samples per rank and step.
+        optimizer: of the tables, for its memory.
+        ema: whether a moving average of the weights is kept.
         replicated_by: as in ``plan_model``.
 
     Returns:
         The plan.
 
     Raises:
-        UserError: it can't be read, is not sound, or does not fit.
+        UserError: it can't be read, is not sound, or does not fit the tables, the ranks or their memory.
     """
     plan = load_plan(path)
     where = f"--plan {path}"
@@ -131,6 +155,20 @@ def read_fitting_plan(
     check_replicated(
         replicated, {table.name: [table.sharding_type] for table in plan.tables}, tables, where, replicated_by
     )
+    topology = local_topology(device)
+    sizes = [
+        Table(name=table.name, num_embeddings=table.num_embeddings, embedding_dim=table.embedding_dim)
+        for table in tables
+    ]
+    held = memory_by_rank(plan, sizes, topology, batch_size=batch_size, optimizer=optimizer, ema=ema)
+    for tier in ("hbm", "ddr"):
+        check_memory(
+            [getattr(each, tier) for each in held],
+            [int((1 - RESERVED) * getattr(rank.storage, tier)) for rank in topology.devices],
+            what="GPU memory" if tier == "hbm" else "memory",
+            ema=ema,
+            where=where,
+        )
     return plan
 
 

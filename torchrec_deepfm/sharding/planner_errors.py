@@ -29,6 +29,7 @@ def explain(
     topology: Topology,
     *,
     proposals: int | None = None,
+    ema: bool = False,
 ) -> UserError:
     """Say why there is no plan.
 
@@ -38,11 +39,12 @@ def explain(
             ``last_stored_search_space``.
         topology: the ranks with the memory that tables may take, after reservations.
         proposals: how many the planner has tried, where that is known.
+        ema: whether the estimates include a moving average of the weights.
 
     Returns:
         The error to raise: one line with the table, the numbers and what to do.
     """
-    reason = out_of_memory(options, topology)
+    reason = out_of_memory(options, topology, ema=ema)
     if reason is not None:
         return reason
     tried = "" if proposals is None else f" {proposals}"
@@ -60,16 +62,18 @@ def explain(
         return UserError(
             f"{tried} that the search tried fits the memory of the ranks{last}, though each table by itself fits, and "
             "all take less than there is: use more ranks (-j), or let the large tables be row_wise (--constraint)"
+            + _without(ema)
         )
     return UserError(f"the planner found no plan ({error.error_type.value}): {_first_line(error)}")
 
 
-def out_of_memory(options: Iterable[ShardingOption], topology: Topology) -> UserError | None:
+def out_of_memory(options: Iterable[ShardingOption], topology: Topology, *, ema: bool = False) -> UserError | None:
     """Find a table that no rank can hold its part of, or say that all ranks together are too small.
 
     Args:
         options: sharding options of all tables, with their estimates.
         topology: the ranks with the memory that tables may take.
+        ema: whether the estimates include a moving average of the weights.
 
     Returns:
         The error to raise; None where neither is the case.
@@ -80,6 +84,7 @@ def out_of_memory(options: Iterable[ShardingOption], topology: Topology) -> User
     for option in options:
         by_table.setdefault(option.name, []).append(option)
     on_gpu = topology.compute_device != "cpu"
+    beside = "optimizer, moving average and buffers" if ema else "optimizer and buffers"
     least = Storage(hbm=0, ddr=0)
     for name, choices in by_table.items():
         best = min(choices, key=lambda option: max(_overfull(shard.storage, largest) for shard in option.shards))
@@ -91,9 +96,9 @@ def out_of_memory(options: Iterable[ShardingOption], topology: Topology) -> User
             return UserError(
                 f"table {name}: {rows:,} x {width} are {_gib(rows * width * best.tensor.element_size())} of weights; "
                 f"at best, as {best.sharding_type} (of {tried}), one rank holds {_gib(getattr(held, tier))} of it with "
-                f"optimizer and buffers, but has {_gib(getattr(largest, tier))} of {_memory(tier, on_gpu)} for "
+                f"{beside}, but has {_gib(getattr(largest, tier))} of {_memory(tier, on_gpu)} for "
                 "tables: use more ranks (-j), let it be row_wise or column_wise (--constraint), or take fewer rows or "
-                "columns"
+                "columns" + _without(ema)
             )
         totals = [[_known(shard.storage) for shard in option.shards] for option in choices]
         totals = [shards for shards in totals if all(_overfull(each, largest) <= 1.0 for each in shards)]
@@ -104,11 +109,15 @@ def out_of_memory(options: Iterable[ShardingOption], topology: Topology) -> User
         if needed > there:
             ranks = math.ceil(needed / max(there / len(capacity), 1))
             return UserError(
-                f"the {len(by_table)} tables take {_gib(needed)} with optimizer and buffers, but {len(capacity)} "
+                f"the {len(by_table)} tables take {_gib(needed)} with {beside}, but {len(capacity)} "
                 f"rank(s) have {_gib(there)} of {_memory(tier, on_gpu)} for tables: use at least {ranks} ranks (-j), "
-                "or take fewer rows or columns"
+                "or take fewer rows or columns" + _without(ema)
             )
     return None
+
+
+def _without(ema: bool) -> str:
+    return ", or train without --ema" if ema else ""
 
 
 def _known(storage: Storage | None) -> Storage:

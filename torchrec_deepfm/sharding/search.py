@@ -22,6 +22,7 @@ from torchrec_deepfm.sharding.balanced import (
 )
 from torchrec_deepfm.sharding.bound import lower_bound
 from torchrec_deepfm.sharding.choose import Effort
+from torchrec_deepfm.sharding.constraints import in_device_memory
 from torchrec_deepfm.sharding.estimate import (
     SparseOptimizer,
     shard_estimators,
@@ -57,6 +58,7 @@ def plan_tables(
     constraints: Mapping[str, ParameterConstraints] | None = None,
     search: Search = "ours",
     optimizer: SparseOptimizer = "rowwise_adagrad",
+    ema: bool = False,
     effort: Effort | None = None,
 ) -> PlanFile:
     """Plan tables for hardware that need not be there.
@@ -69,6 +71,8 @@ def plan_tables(
         constraints: What may be done with single tables, by name.
         search: ``ours``, or ``stock`` for TorchRec's enumerator, proposers, partitioner and performance model.
         optimizer: The tables' optimizer, for its memory.
+        ema: Whether a moving average of the weights is kept. It takes as much memory as the weights, and tables then
+            stay in the device's memory.
         effort: How long ours searches.
 
     Returns:
@@ -80,7 +84,9 @@ def plan_tables(
     """
     if batch_size < 1:
         raise UserError(f"--batch-size {batch_size}: a rank takes one sample a step at least")
-    task = _Task(tables, hardware, ranks, batch_size, constraints, optimizer, effort)
+    if ema:
+        constraints = in_device_memory(tables, constraints or {})
+    task = _Task(tables, hardware, ranks, batch_size, constraints, optimizer, ema, effort)
     if search == "stock":
         return task.plan("stock")
     found = task.plan_with_fallbacks()
@@ -90,7 +96,7 @@ def plan_tables(
 
     def again(narrowed: Mapping[str, ParameterConstraints]) -> PlanFile:
         made = replace(task, hardware=free, constraints=narrowed).plan("ours")
-        return with_prediction(made, tables, hardware, optimizer=optimizer)
+        return with_prediction(made, tables, hardware, optimizer=optimizer, ema=ema)
 
     return with_fewer_types(found, [table.name for table in tables], constraints or {}, again)
 
@@ -105,6 +111,7 @@ class _Task:
     batch_size: int
     constraints: Mapping[str, ParameterConstraints] | None
     optimizer: SparseOptimizer
+    ema: bool
     effort: Effort | None
 
     def plan(self, search: Search, *, host_memory: bool = False) -> PlanFile:
@@ -116,10 +123,11 @@ class _Task:
             batch_size=self.batch_size,
             constraints=self.constraints,
             search=search,
+            ema=self.ema,
             effort=self.effort,
             host_memory=host_memory,
         )
-        options = _run(planner, self.tables, self.optimizer, search)
+        options = _run(planner, self.tables, self.optimizer, search, ema=self.ema)
         plan = PlanFile(
             world_size=self.ranks,
             local_world_size=self.hardware.local_world_size(self.ranks),
@@ -127,7 +135,7 @@ class _Task:
             search=search,
             tables=tuple(_planned(options[table.name]) for table in self.tables),
         )
-        return with_prediction(plan, self.tables, self.hardware, optimizer=self.optimizer)
+        return with_prediction(plan, self.tables, self.hardware, optimizer=self.optimizer, ema=self.ema)
 
     def plan_with_fallbacks(self) -> PlanFile:
         """Run ours, then what may still be better: kernels that use host memory, TorchRec's own search."""
@@ -135,7 +143,7 @@ class _Task:
         why: UserError | None = None
         machine, ways = _ways(self.tables, self.hardware, self.ranks, self.batch_size, self.constraints)
         bound = _fixed_ms(self.hardware) + lower_bound(machine.ranks, machine.ranks_per_host, ways)
-        on_gpu = self.hardware.compute_device == "cuda"
+        on_gpu = self.hardware.compute_device == "cuda" and not self.ema
         small = self.ranks <= _STOCK_TOO[0] and self.ranks * len(self.tables) <= _STOCK_TOO[1]
         for needed, search, host_memory in (
             (True, "ours", False),
@@ -175,7 +183,12 @@ def critical_path_ms(plan: PlanFile) -> float:
 
 
 def _run(
-    planner: EmbeddingShardingPlanner, tables: Sequence[Table], optimizer: SparseOptimizer, search: Search
+    planner: EmbeddingShardingPlanner,
+    tables: Sequence[Table],
+    optimizer: SparseOptimizer,
+    search: Search,
+    *,
+    ema: bool,
 ) -> dict[str, ShardingOption]:
     """Let a planner plan, with what its errors mean.
 
@@ -196,6 +209,7 @@ def _run(
             options,
             reserved or planner._topology,
             proposals=planner._num_proposals if search == "stock" else None,
+            ema=ema,
         )
         raise UserError(f"{told}".replace("(-j)", "(--ranks)")) from error
     return {option.name: option for option in planner._best_plan or []}
@@ -209,6 +223,7 @@ def make_planner(
     batch_size: int,
     constraints: Mapping[str, ParameterConstraints] | None = None,
     search: Search = "ours",
+    ema: bool = False,
     effort: Effort | None = None,
     host_memory: bool = True,
 ) -> EmbeddingShardingPlanner:
@@ -221,6 +236,7 @@ def make_planner(
         batch_size: Samples per rank and step.
         constraints: What may be done with single tables, by name.
         search: ``ours`` or ``stock``. Stock's estimators too run once for equal shards, which changes no estimate.
+        ema: Whether a moving average of the weights is kept.
         effort: How long ours searches.
         host_memory: Whether ours offers kernels that keep rows in host memory where no constraint names the kernel.
 
@@ -232,7 +248,7 @@ def make_planner(
     """
     planner_topology = topology(hardware, ranks)
     merged = _merge(tables, constraints or {})
-    estimators = shard_estimators(hardware, planner_topology, merged)
+    estimators = shard_estimators(hardware, planner_topology, merged, ema=ema)
     parts: dict[str, Any] = {
         "topology": planner_topology,
         "batch_size": batch_size,

@@ -18,6 +18,7 @@ HOST_TYPES = ("table_column_wise", "table_row_wise", "grid_shard")  # go by host
 
 KERNELS = ("dense", "fused", "fused_uvm", "fused_uvm_caching")
 CUDA_KERNELS = ("fused_uvm", "fused_uvm_caching")
+IN_MEMORY_KERNELS = ("dense", "fused")  # weights lie in the device's own memory, every row up to date
 
 COLUMN_ALIGNMENT = 4  # FBGEMM's fused kernels want the local width of a table to be a multiple of it
 MAX_POOLING_FACTOR = 1_000_000  # ids a sample; far beyond any bag, and no product of it overflows

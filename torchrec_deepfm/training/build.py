@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torchrec import EmbeddingBagCollection
-from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import ParameterConstraints
 from torchrec.distributed.types import ShardingPlan, ShardingType
@@ -24,6 +23,7 @@ from torchrec_deepfm.sharding.plan import PlanFile
 from torchrec_deepfm.sharding.plan_sharding import find_embedding_bags, to_sharding_plan
 from torchrec_deepfm.sharding.planner import DATA_PARALLEL_ROWS, plan_model, read_fitting_plan
 from torchrec_deepfm.sharding.sharder import make_sharder
+from torchrec_deepfm.sharding.sharding_types import IN_MEMORY_KERNELS
 from torchrec_deepfm.training.config import TrainConfig
 from torchrec_deepfm.training.optimizers import fuse_sparse_optimizer
 from torchrec_deepfm.training.ranks import on_main
@@ -36,9 +36,6 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "gelu": nn.GELU,
     "silu": nn.SiLU,
 }
-
-# Kernels whose weights lie in the device's own memory, every row up to date.
-_IN_MEMORY = (EmbeddingComputeKernel.DENSE.value, EmbeddingComputeKernel.FUSED.value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +112,16 @@ def build_model(
 
     def find_plan() -> PlanFile:
         if plan is not None:
-            return read_fitting_plan(plan, tables, replicated=replicated, replicated_by=replicated_by, device=device)
+            return read_fitting_plan(
+                plan,
+                tables,
+                replicated=replicated,
+                replicated_by=replicated_by,
+                device=device,
+                batch_size=config.batch_size,
+                optimizer=config.sparse_optimizer,
+                ema=bool(config.ema),
+            )
         by_table = constraints
         if not isinstance(by_table, Mapping):
             by_table = parse_constraints(
@@ -134,6 +140,7 @@ def build_model(
             device=device,
             sharder=sharder,
             constraints=by_table,
+            ema=bool(config.ema),
         )
 
     found = on_main(find_plan)
@@ -169,7 +176,7 @@ def _check_plan(config: TrainConfig, plan: ShardingPlan, replicated: AbstractSet
                     f"table {name}: the plan shards it ({sharding.sharding_type}), but {reason} replicates it; plan it "
                     "as data_parallel, or change the option"
                 )
-            if config.ema and sharding.compute_kernel not in _IN_MEMORY:
+            if config.ema and sharding.compute_kernel not in IN_MEMORY_KERNELS:
                 raise UserError(
                     f"table {name}: the plan keeps it out of the device's memory ({sharding.compute_kernel}), where "
                     "--ema would read stale rows or move all of them at each step; plan it as fused, or leave out --ema"

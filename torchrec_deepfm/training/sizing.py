@@ -64,12 +64,14 @@ def size_of(
     state = kept[config.sparse_optimizer]
     replicated = config.sparse_optimizer == "adam"
     dense = dense_parameters(config, fields=fields, numeric=numeric)
-    averages = (tables + dense * _FLOAT) if config.ema else 0
+    # Running statistics of batch normalisation are averaged too.
+    averaged_dense = dense + (2 * sum(config.over_arch_layer_sizes) if _has_batch_norm(config) else 0)
+    averages = (tables + averaged_dense * _FLOAT) if config.ema else 0
     # Adam keeps two moments of every dense weight; a gradient is there for each of them, fused tables have none.
     dense_bytes = dense * _FLOAT * 4 + (tables if replicated else 0)
     share = 1 if replicated else ranks
     average_tables = tables if config.ema else 0
-    rank = math.ceil((tables + state + average_tables) / share) + dense_bytes + (dense * _FLOAT if config.ema else 0)
+    rank = math.ceil((tables + state + average_tables) / share) + dense_bytes + averages - average_tables
     return Size(
         row_width=width,
         table_bytes=tables,
@@ -80,6 +82,10 @@ def size_of(
         checkpoint_bytes=tables + state + averages + 3 * dense * _FLOAT,
         steps=config.epochs * (train_rows // (config.batch_size * ranks)),
     )
+
+
+def _has_batch_norm(config: TrainConfig) -> bool:
+    return config.batch_norm and "deep" in config.terms
 
 
 def dense_parameters(config: TrainConfig, *, fields: int, numeric: int) -> int:
@@ -97,6 +103,6 @@ def dense_parameters(config: TrainConfig, *, fields: int, numeric: int) -> int:
     if "deep" in config.terms:
         sizes = [fields * config.factor_dim, *config.over_arch_layer_sizes]
         for inputs, outputs in itertools.pairwise(sizes):
-            count += inputs * outputs + outputs + (2 * outputs if config.batch_norm else 0)
+            count += inputs * outputs + outputs + (2 * outputs if _has_batch_norm(config) else 0)
         count += sizes[-1]  # the last layer has no bias of its own
     return count

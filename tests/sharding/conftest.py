@@ -1,0 +1,3 @@
+from tests.distributed.conftest import device
+
+__all__ = ["device"]
