@@ -1,13 +1,13 @@
-"""Our search against TorchRec's planner, under the same estimates with every term in.
+"""The balanced search against TorchRec's planner, under the same estimates with every term included.
 
     python -m benchmarks.planner.balanced_vs_torchrec                  # Criteo Terabyte, 8 to 1,024 ranks
     python -m benchmarks.planner.balanced_vs_torchrec --sweep          # 192 cases: ranks x widths x tables x memory
     python -m benchmarks.planner.balanced_vs_torchrec --hardware h100  # the vendor's bandwidths, not TorchRec's
 
-The critical path is the time of the slowest rank, all six terms of every shard on it added up. "By hand" shards the
-tables of more than 1e5 rows one way, and replicates the others. The stock planner is TorchRec's own, with its own
-estimators, proposers and partitioner; ``--quick-stock`` lets its estimators run once for equal shards, which changes no
-plan, only its time.
+The critical path is the time of the slowest rank: all six terms of every shard on it, added up. "By hand" shards the
+tables of more than 1e5 rows one way and replicates the others. TorchRec's planner runs with its own estimators,
+proposers and partitioner; ``--quick-torchrec`` runs its estimators once for equal shards, which changes no plan, only
+its time.
 """
 
 import csv
@@ -34,8 +34,10 @@ from torchrec_deepfm.sharding.hardware import Hardware  # noqa: E402
 from torchrec_deepfm.sharding.hardware_file import read_hardware  # noqa: E402
 from torchrec_deepfm.sharding.table_list import Table, criteo_tables  # noqa: E402
 
+# Their names in `make_planner`.
+BALANCED, TORCHREC = "ours", "stock"
 RANKS = (8, 16, 32, 64, 128, 256, 512, 1024)
-# What anybody with an afternoon would try by hand.
+# Sharding type and width that a user would try by hand.
 BY_HAND: Mapping[int, tuple[str, int]] = {
     8: ("column_wise", 64),
     16: ("column_wise", 32),
@@ -62,19 +64,19 @@ class Options:
     """Widths of the tables. Default: 128; in the sweep 16, 64, 128, 256."""
     sweep: bool = False
     """All cases of ranks, widths, three lists of tables, and enough or tight memory."""
-    stock: bool = True
-    """Whether to run the stock planner at all."""
-    quick_stock: bool = False
-    """Let the stock planner's estimators run once for equal shards."""
-    stock_seconds: int | None = None
-    """TorchRec's own time limit for the stock planner, a case. Default: none."""
+    torchrec: bool = True
+    """Run TorchRec's planner too."""
+    quick_torchrec: bool = False
+    """Run TorchRec's estimators once for equal shards."""
+    torchrec_seconds: int | None = None
+    """Time limit of TorchRec's planner per case, in seconds. Default: none."""
     output: Path | None = None
     """CSV file for the results."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
-    """What a search came to."""
+class PlanFound:
+    """The best plan of a search; the critical path is in ms."""
 
     critical_path: float
     seconds: float
@@ -82,7 +84,7 @@ class Found:
 
 
 def many_small(dim: int) -> tuple[Table, ...]:
-    """60 tables from 100 to a million rows, one to 20 ids a sample."""
+    """60 tables from 100 to a million rows, one to 20 ids per sample."""
     return tuple(
         Table(
             name=f"t_{number}",
@@ -95,7 +97,7 @@ def many_small(dim: int) -> tuple[Table, ...]:
 
 
 def few_huge(dim: int) -> tuple[Table, ...]:
-    """6 tables of 8 to 48 GiB, at any width, one to 50 ids a sample."""
+    """6 tables of 8 to 48 GiB, at any width, one to 50 ids per sample."""
     return tuple(
         Table(
             name=f"t_{number}",
@@ -115,7 +117,7 @@ MIXES: Mapping[str, Callable[[int], tuple[Table, ...]]] = {
 
 
 def tight(hardware: Hardware, tables: Sequence[Table], ranks: int) -> Hardware:
-    """The same with so little HBM that the weights fill four fifths of what a planner may take of it."""
+    """Reduce the HBM until the weights fill four fifths of what a planner may use."""
     weights = sum(table.gib for table in tables) * 2**30
     return replace(hardware, hbm_bytes=math.ceil(weights / ranks / 0.8 / (1 - search.RESERVED)))
 
@@ -127,25 +129,25 @@ def run(
     options: Options,
     kind: search.Search,
     constraints: Mapping[str, ParameterConstraints] | None = None,
-) -> Found | None:
-    """Plan once; None where no plan was found. The time is that of the planner alone, as a user calls it."""
+) -> PlanFound | None:
+    """Plan once and time the planner's call; None if no plan was found."""
     parts = {"batch_size": options.batch_size, "constraints": constraints}
     planner = search.make_planner(tables, hardware, ranks, search=kind, **parts)
-    if kind == "stock":
-        planner._timeout_seconds = options.stock_seconds
-        if not options.quick_stock:
+    if kind == TORCHREC:
+        planner._timeout_seconds = options.torchrec_seconds
+        if not options.quick_torchrec:
             planner._enumerator = EmbeddingEnumerator(planner._topology, options.batch_size, planner._constraints)
     module = search.table_module(tables)
     begin = time.perf_counter()
     try:
-        planner.plan(module, [search.AllTypesSharder() if kind == "ours" else search.EmbeddingBagCollectionSharder()])
+        planner.plan(module, [search.AllTypesSharder() if kind == BALANCED else search.EmbeddingBagCollectionSharder()])
     except (search.PlannerError, RuntimeError):
         return None
     seconds = time.perf_counter() - begin
     best = planner._best_plan
     kinds = sorted({option.sharding_type for option in best})
     count = {kind: sum(option.sharding_type == kind for option in best) for kind in kinds}
-    return Found(
+    return PlanFound(
         critical_path=search.AllTermsPerfModel(planner._topology).rate(best),
         seconds=seconds,
         types=", ".join(f"{number} {kind}" for kind, number in count.items()),
@@ -160,7 +162,7 @@ def by_hand(tables: Sequence[Table], ranks: int) -> dict[str, ParameterConstrain
 
 
 def cases(options: Options) -> Iterator[tuple[str, str, int, int, tuple[Table, ...], Hardware]]:
-    """(tables, memory, width, ranks, the tables, the hardware)."""
+    """Yield (name of the tables, memory, width, ranks, tables, hardware)."""
     hardware = read_hardware(options.hardware)
     if not options.sweep:
         for dim, ranks in itertools.product(options.dims or (128,), options.ranks):
@@ -172,7 +174,8 @@ def cases(options: Options) -> Iterator[tuple[str, str, int, int, tuple[Table, .
         yield mix, "tight", dim, ranks, tables, tight(hardware, tables, ranks)
 
 
-def shown(found: Found | None) -> tuple[str, str]:
+def shown(found: PlanFound | None) -> tuple[str, str]:
+    """Format milliseconds of the critical path and seconds of the search."""
     return ("none", "-") if found is None else (f"{found.critical_path:.2f}", f"{found.seconds:.1f}")
 
 
@@ -184,27 +187,29 @@ def compare(options: Options) -> list[dict[str, object]]:
         "memory",
         "width",
         "ranks",
-        "stock ms",
+        "torchrec ms",
         "by hand ms",
-        "ours ms",
+        "balanced ms",
         "bound ms",
-        "stock s",
-        "ours s",
-        "ours",
+        "torchrec s",
+        "balanced s",
+        "balanced",
     )
     print("| " + " | ".join(names) + " |")
     print("| " + " | ".join("---" for _ in names) + " |", flush=True)
     for mix, memory, dim, ranks, tables, hardware in cases(options):
-        ours = run(tables, hardware, ranks, options, "ours")
-        stock = run(tables, hardware, ranks, options, "stock") if options.stock else None
+        balanced = run(tables, hardware, ranks, options, BALANCED)
+        torchrec = run(tables, hardware, ranks, options, TORCHREC) if options.torchrec else None
         hand = None
-        if not options.sweep and ranks in BY_HAND and options.stock:
-            hand = run(tables, hardware, ranks, options, "stock", by_hand(tables, ranks))
+        if not options.sweep and ranks in BY_HAND and options.torchrec:
+            hand = run(tables, hardware, ranks, options, TORCHREC, by_hand(tables, ranks))
         bound = search.lower_bound_ms(tables, hardware, ranks, batch_size=options.batch_size)
-        values = (mix, memory, dim, ranks, shown(stock)[0], shown(hand)[0], shown(ours)[0], f"{bound:.2f}")
-        values += (shown(stock)[1], shown(ours)[1], "" if ours is None else ours.types)
+        values = (mix, memory, dim, ranks, shown(torchrec)[0], shown(hand)[0], shown(balanced)[0], f"{bound:.2f}")
+        values += (shown(torchrec)[1], shown(balanced)[1], "" if balanced is None else balanced.types)
         print("| " + " | ".join(str(each) for each in values) + " |", flush=True)
-        worse = stock is not None and (ours is None or ours.critical_path > stock.critical_path * (1 + 1e-9))
+        worse = torchrec is not None and (
+            balanced is None or balanced.critical_path > torchrec.critical_path * (1 + 1e-9)
+        )
         rows.append({**dict(zip(names, values, strict=True)), "worse": worse})
     return rows
 
@@ -217,7 +222,7 @@ def main(options: Options) -> None:
             writer.writeheader()
             writer.writerows(rows)
     worse = [row for row in rows if row["worse"]]
-    print(f"\n{len(rows)} cases, ours worse than stock in {len(worse)}")
+    print(f"\n{len(rows)} cases, balanced worse than torchrec in {len(worse)}")
     for row in worse:
         print(row)
     if worse:
