@@ -5,7 +5,6 @@ as it stands, and ``train`` and ``evaluate`` as a rank when torchrun or TorchX s
 """
 
 import dataclasses
-import difflib
 import errno
 import itertools
 import math
@@ -23,13 +22,14 @@ import tyro
 from torchrec_deepfm import terminal
 from torchrec_deepfm.cli_experiment import CalibrateCommand, ExperimentCommand
 from torchrec_deepfm.cli_plan import PlanCommand
-from torchrec_deepfm.errors import UserError, shown
+from torchrec_deepfm.errors import UserError, one_of, shown
 from torchrec_deepfm.launch import STARTED, exit_with
 from torchrec_deepfm.parse_errors import one_line_errors
 from torchrec_deepfm.small_file import check_local
 from torchrec_deepfm.training.config import TrainConfig
 from torchrec_deepfm.training.recipes import recipe
 from torchrec_deepfm.training.signals import Preempted
+from torchrec_deepfm.units import parse_bytes
 
 if TYPE_CHECKING:
     from torchrec_deepfm.data.prepared import PreparedData
@@ -134,7 +134,7 @@ class Prepare:
                 split=self.split if self.split is not None or held_out else chosen.split,
                 seed=self.seed,
                 on_bad_row=self.on_bad_row,
-                memory=terminal.parse_bytes("--memory", self.memory),
+                memory=parse_bytes("--memory", self.memory),
                 threads=cores,
                 workers=workers,
                 report=terminal.say,
@@ -442,9 +442,7 @@ def parse(argv: Sequence[str]) -> Command:
             args=[name],
         )
     if name not in COMMANDS:
-        close = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(COMMANDS)}"
-        raise UserError(f"{name}: there is no such command; {hint}" if name else f"no command is named; {hint}")
+        raise UserError(f"{f'{name}: unknown' if name else 'no'} command; choose {one_of(COMMANDS, name)}")
     default: Command | None = None
     if name == "train":
         # The named recipe is the default of the options, and so the help shows its values.

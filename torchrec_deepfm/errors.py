@@ -1,4 +1,7 @@
-"""The one exception a user of this package is meant to read."""
+"""The one exception a user of this package is meant to read, and helpers for its message. Standard library only."""
+
+import difflib
+from collections.abc import Iterable
 
 
 class UserError(ValueError):
@@ -28,3 +31,32 @@ def shown(value: object, most: int = 60) -> str:
     except ValueError:  # Python writes no whole number of more than 4,300 digits
         return "a number of thousands of digits"
     return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def did_you_mean(wrong: object, choices: Iterable[str]) -> str:
+    """Hint at the choice that a mistyped word may stand for.
+
+    Args:
+        wrong: what was given.
+        choices: what may be given.
+
+    Returns:
+        The hint in parentheses, after a space; empty where no choice is close.
+
+    Example:
+        >>> did_you_mean("row_wize", ["row_wise", "table_wise"])
+        " (did you mean 'row_wise'?)"
+    """
+    close = difflib.get_close_matches(wrong, list(choices), n=1) if isinstance(wrong, str) else []
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def one_of(choices: Iterable[str], wrong: object) -> str:
+    """List what may be given instead of a wrong word, and the closest of it.
+
+    Example:
+        >>> one_of(["sgd", "adam"], "adan")
+        "one of sgd, adam (did you mean 'adam'?)"
+    """
+    listed = list(choices)
+    return f"one of {', '.join(listed)}{did_you_mean(wrong, listed)}"

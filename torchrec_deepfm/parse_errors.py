@@ -1,7 +1,6 @@
 """What tyro finds wrong with a command line, told in one line and not in a box."""
 
-import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,12 +32,6 @@ def one_line_errors(prog: str) -> Iterator[None]:
 
     with tyro_errors.on_parse_error(refuse):
         yield
-
-
-def closest(word: str, known: Iterable[str]) -> str:
-    """Return a hint at the known word that ``word`` may stand for, or nothing."""
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f", did you mean {close[0]}?" if close else ""
 
 
 def _explain(event: tyro_errors.ParseErrorEvent) -> str | None:

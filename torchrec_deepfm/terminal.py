@@ -2,14 +2,11 @@
 
 import logging
 import os
-import re
 import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-from torchrec_deepfm.errors import UserError
 
 # Known and harmless, each by its message; whatever else the stack says is worth reading.
 _WARNINGS = (
@@ -46,31 +43,6 @@ def threads() -> int:
     """Return how many CPU cores this process may use: its share of them, where there are several ranks on the host."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
-
-
-def parse_bytes(option: str, text: str) -> int:
-    """Read an amount of memory.
-
-    Args:
-        option: The option's name, for the message.
-        text: Such as ``2GiB``, ``1500MB`` or plain bytes.
-
-    Returns:
-        Bytes.
-
-    Raises:
-        UserError: This is no amount of memory.
-
-    Example:
-        >>> parse_bytes("--memory", "1.5 GiB")
-        1610612736
-    """
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *(?:([KMGT])(i?)B?|B)?", text.strip(), re.IGNORECASE)
-    if match is None:
-        raise UserError(f"{option} {text}: this is no amount of memory; write it as 2GiB or 1500MB")
-    number, prefix, binary = match.groups()
-    power = "KMGT".index(prefix.upper()) + 1 if prefix else 0
-    return int(float(number) * (1024 if binary else 1000) ** power)
 
 
 def quiet() -> None:

@@ -140,8 +140,8 @@ def test_json_of_version_1_is_read():
 
 
 LISTS = "categorical: numeric and categorical must be lists of column names; give text in [ ]"
-KEYS = "choose from label, numeric, categorical, columns, layout, numeric_transform, delimiter, missing"
-OPTIONS = "choose from list, separator, weights, type, min_count, num_embeddings, transform"
+KEYS = "choose one of label, numeric, categorical, columns, layout, numeric_transform, delimiter, missing"
+OPTIONS = "choose one of list, separator, weights, type, min_count, num_embeddings, transform"
 OF_CATEGORICAL = "this is an option of a categorical column; remove it"
 UNNAMED = "is not among label, numeric and categorical; name it there"
 MOST = 2**31 - 1
@@ -153,18 +153,21 @@ GOOD = 'label = "y"\nnumeric = ["price"]\ncategorical = ["c", "d"]\n'
     [
         ("", "'label' is missing; give label, numeric and categorical"),
         ('label = "y"\nnumeric = []\n', "'categorical' is missing; give label, numeric and categorical"),
-        ("labels = 1\n" + GOOD, f"labels: there is no such key; {KEYS} (did you mean 'label'?)"),
+        ("labels = 1\n" + GOOD, f"labels: unknown key; {KEYS} (did you mean 'label'?)"),
         (GOOD.replace('"y"', "1"), "label: 1 is no column name; give one as text"),
         (GOOD.replace('["c", "d"]', '"c"'), LISTS),
         (GOOD.replace('"d"', "3"), LISTS),
         (GOOD.replace('"d"', '"y"'), "column 'y' appears twice; give every column a name of its own"),
-        (GOOD + 'layout = "tabel"', "layout: 'tabel' is not known; choose from criteo, table (did you mean 'table'?)"),
-        (GOOD + "layout = 1", "layout: 1 is not known; choose from criteo, table"),
+        (
+            GOOD + 'layout = "tabel"',
+            "layout: 'tabel' is not valid; choose one of criteo, table (did you mean 'table'?)",
+        ),
+        (GOOD + "layout = 1", "layout: 1 is not valid; choose one of criteo, table"),
         (GOOD + 'delimiter = "||"', "delimiter: '||' can't part cells; give one ASCII character, no quote or newline"),
         (
             GOOD + 'numeric_transform = "log2"',
             (
-                "numeric_transform: 'log2' is not known; choose from log1p, log, bucketize, fuxictr, none "
+                "numeric_transform: 'log2' is not valid; choose one of log1p, log, bucketize, fuxictr, none "
                 "(did you mean 'log'?)"
             ),
         ),
@@ -172,7 +175,7 @@ GOOD = 'label = "y"\nnumeric = ["price"]\ncategorical = ["c", "d"]\n'
         (GOOD + "[columns]\nc = 1", "columns.c: this is no table; write [columns.NAME] and the options below it"),
         (
             GOOD + "[columns.c]\nmincount = 1",
-            f"columns.c.mincount: there is no such option; {OPTIONS} (did you mean 'min_count'?)",
+            f"columns.c.mincount: unknown option; {OPTIONS} (did you mean 'min_count'?)",
         ),
         (GOOD + "[columns.prize]\n", f"columns.prize: 'prize' {UNNAMED} (did you mean 'price'?)"),
         (GOOD + '[columns]\n"a b" = {}', f"columns.\"a b\": 'a b' {UNNAMED}"),
@@ -188,7 +191,7 @@ GOOD = 'label = "y"\nnumeric = ["price"]\ncategorical = ["c", "d"]\n'
         (GOOD + '[columns.c]\nlist = true\nweights = ""', "columns.c.weights: '' is no text; give a non-empty string"),
         (
             GOOD + '[columns.c]\ntype = "int"',
-            "columns.c.type: 'int' is not known; choose from string, integer (did you mean 'integer'?)",
+            "columns.c.type: 'int' is not valid; choose one of string, integer (did you mean 'integer'?)",
         ),
         (
             GOOD + "[columns.c]\nmin_count = 0",

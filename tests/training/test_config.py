@@ -160,7 +160,8 @@ def test_recipes_by_name() -> None:
         assert make.__doc__, f"the recipe {name} does not say where its values come from"
     with pytest.raises(UserError) as raised:
         recipe("papers")
-    assert str(raised.value) == "--recipe papers: there is no such recipe; did you mean paper?"
+    assert str(raised.value).startswith("--recipe papers: unknown recipe; choose one of paper, d2l, ")
+    assert str(raised.value).endswith(" (did you mean 'paper'?), or give FILE.py:FUNCTION")
 
 
 def test_a_config_does_not_change() -> None:

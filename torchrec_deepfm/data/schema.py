@@ -3,15 +3,14 @@
 Shape letters: I numeric columns, F categorical columns.
 """
 
-import difflib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.errors import UserError, did_you_mean, one_of
 from torchrec_deepfm.small_file import parse_toml, read_text
 
 TRANSFORMS: Final = ("log1p", "log", "bucketize", "fuxictr", "none")
@@ -151,7 +150,7 @@ class Schema:
         where = f"schema: columns.{toml_key(name)}"
         if name not in self.names:
             weights = [other for other, options in self.columns.items() if options.weights == name]
-            hint = f"; put options of the list at {weights[0]!r}" if weights else _hint(name, self.names)
+            hint = f"; put options of the list at {weights[0]!r}" if weights else did_you_mean(name, self.names)
             raise UserError(f"{where}: {name!r} is not among label, numeric and categorical; name it there{hint}")
         given = column.to_json()
         if name not in self.categorical:
@@ -260,9 +259,7 @@ def _build(value: Mapping[str, Any], *, layout: str) -> Schema:
     known = tuple(Schema.__dataclass_fields__)
     for key in value:
         if key not in known:
-            raise UserError(
-                f"schema: {toml_key(key)}: there is no such key; choose from {', '.join(known)}{_hint(key, known)}"
-            )
+            raise UserError(f"schema: {toml_key(key)}: unknown key; choose {one_of(known, key)}")
     for key in ("label", "numeric", "categorical"):
         if key not in value:
             raise UserError(f"schema: {key!r} is missing; give label, numeric and categorical")
@@ -294,8 +291,7 @@ def _column(name: str, options: object) -> Column:
     for key in options:
         if key not in known:
             raise UserError(
-                f"schema: columns.{toml_key(name)}.{toml_key(key)}: there is no such option; choose from "
-                f"{', '.join(known)}{_hint(key, known)}"
+                f"schema: columns.{toml_key(name)}.{toml_key(key)}: unknown option; choose {one_of(known, key)}"
             )
     try:
         return Column(**options)
@@ -305,7 +301,7 @@ def _column(name: str, options: object) -> Column:
 
 def _check_choice(key: str, value: object, choices: tuple[str, ...]) -> None:
     if value is not None and value not in choices:
-        raise UserError(f"{key}: {value!r} is not known; choose from {', '.join(choices)}{_hint(value, choices)}")
+        raise UserError(f"{key}: {value!r} is not valid; choose {one_of(choices, value)}")
 
 
 def _check_count(key: str, value: object, least: int) -> None:
@@ -313,11 +309,6 @@ def _check_count(key: str, value: object, least: int) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= _MAX_NUM_EMBEDDINGS:
         raise UserError(f"{key}: {value!r} is no count; give a whole number from {least} to {_MAX_NUM_EMBEDDINGS}")
-
-
-def _hint(wrong: object, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(wrong, list(known), n=1) if isinstance(wrong, str) else []
-    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def toml_text(text: str) -> str:
@@ -470,7 +461,7 @@ def load_schema(name_or_path: str) -> Schema:
         return _NAMED[name_or_path]
     if name_or_path.lower().endswith(".toml"):
         return read_schema(name_or_path)
-    hint = _hint(name_or_path, _NAMED)
+    hint = did_you_mean(name_or_path, _NAMED)
     raise UserError(
         f"--schema: there is no schema {name_or_path!r}; choose one of {', '.join(_NAMED)}, or name a .toml file{hint}"
     )

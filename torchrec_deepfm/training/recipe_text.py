@@ -9,6 +9,7 @@ from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.training.config import TrainConfig
 from torchrec_deepfm.training.recipes import DATA, RECIPES, DataSet, one_line, recipe
 from torchrec_deepfm.training.sizing import size_of
+from torchrec_deepfm.units import format_bytes
 
 _PROG = "python -m torchrec_deepfm"
 
@@ -91,14 +92,14 @@ def _size(config: TrainConfig, data: DataSet, ranks: int, samples_per_second: fl
     batch = config.batch_size * ranks
     replicated = config.sparse_optimizer == "adam"
     lines = {
-        "tables": f"{data.table_rows:,} rows x {size.row_width} numbers: {_bytes(size.table_bytes)}",
-        "their optimizer": f"{config.sparse_optimizer}: {_bytes(size.table_state_bytes)}",
-        "moving average": _bytes(size.average_bytes) if size.average_bytes else "none",
+        "tables": f"{data.table_rows:,} rows x {size.row_width} numbers: {format_bytes(size.table_bytes)}",
+        "their optimizer": f"{config.sparse_optimizer}: {format_bytes(size.table_state_bytes)}",
+        "moving average": format_bytes(size.average_bytes) if size.average_bytes else "none",
         "everything else": f"{size.dense_parameters:,} weights",
-        "memory per rank": f"{_bytes(size.rank_bytes)} for these"
+        "memory per rank": f"{format_bytes(size.rank_bytes)} for these"
         + (", as every rank has all tables" if replicated and ranks > 1 else "")
         + "; libraries, batches and activations come on top",
-        "a checkpoint": f"{_bytes(size.checkpoint_bytes)}; up to {config.keep_last + 2} are there at a time",
+        "a checkpoint": f"{format_bytes(size.checkpoint_bytes)}; up to {config.keep_last + 2} are there at a time",
         "steps": f"{size.steps:,} of {batch:,} samples"
         + (f", in {config.epochs} epochs" if config.epochs > 1 else "")
         + (", or fewer: it stops early" if config.patience else ""),
@@ -112,19 +113,6 @@ def _words(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return " ".join(map(str, value)) if isinstance(value, tuple) else f"{value}"
-
-
-def _bytes(count: int) -> str:
-    """Of memory, in powers of 1024.
-
-    Example:
-        >>> _bytes(2048), _bytes(5 * 2**30)
-        ('2.0 KiB', '5.0 GiB')
-    """
-    value, units = float(count), ["B", "KiB", "MiB", "GiB"]
-    while value >= 1024 and len(units) > 1:
-        value, units = value / 1024, units[1:]
-    return f"{value:,.1f} {units[0]}"
 
 
 def _time(seconds: float) -> str:

@@ -11,7 +11,6 @@ few lines in a file of yours, ``mine.py``, which ``train --recipe mine.py:wider`
         return replace(criteo_x1(), factor_dim=20, dropout=0.2)
 """
 
-import difflib
 import importlib.util
 import inspect
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torchrec_deepfm.data.presets import MLPERF_NUM_EMBEDDINGS
-from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.errors import UserError, one_of
 from torchrec_deepfm.training.config import TrainConfig
 
 
@@ -291,9 +290,7 @@ def recipe(name: str) -> TrainConfig:
     if colon and path.endswith(".py"):
         return _own(name, Path(path), function)
     if name not in RECIPES:
-        close = difflib.get_close_matches(name, RECIPES, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(RECIPES)}, or FILE.py:FUNCTION"
-        raise UserError(f"--recipe {name}: there is no such recipe; {hint}")
+        raise UserError(f"--recipe {name}: unknown recipe; choose {one_of(RECIPES, name)}, or give FILE.py:FUNCTION")
     return RECIPES[name]()
 
 
@@ -304,7 +301,7 @@ def one_line(name: str) -> str:
 
 def _own(name: str, path: Path, function: str) -> TrainConfig:
     if not path.is_file():
-        raise UserError(f"--recipe {name}: there is no file {path}; name a Python file and a function in it")
+        raise UserError(f"--recipe {name}: no file {path}; name a Python file and a function in it")
     spec = importlib.util.spec_from_file_location("own_recipe", path)
     assert spec is not None
     assert spec.loader is not None  # the name ends in .py
@@ -317,10 +314,10 @@ def _own(name: str, path: Path, function: str) -> TrainConfig:
         raise UserError(f"--recipe {name}: {error}") from error
     except (Exception, SystemExit) as error:  # of the user's code, whatever it is
         what = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"--recipe {name}: the file could not be run ({what}); mend it") from error
+        raise UserError(f"--recipe {name}: the file could not be run ({what}); correct it") from error
     if make is None:
         raise UserError(f"--recipe {name}: {path} has no {function!r}; name a function that returns a TrainConfig")
     if type(made) is not TrainConfig:  # a subclass may have fields that are no options
         shown = " ".join(repr(made).split())
-        raise UserError(f"--recipe {name}: {function} gives no TrainConfig but {shown:.60}; let it return one")
+        raise UserError(f"--recipe {name}: {function} returns {shown:.60}; it must return a TrainConfig")
     return made
