@@ -31,6 +31,7 @@ def train(
     name: str = "deepfm-train",
     env: Optional[Dict[str, str]] = None,
     max_retries: int = 0,
+    rdzv_port: int = 29500,
     max_restarts: int = 3,
 ) -> specs.AppDef:
     """Trains a sharded DeepFM, by default on a small synthetic set that it makes itself.
@@ -46,6 +47,7 @@ def train(
         name: the job's name
         env: environment variables of the ranks (ENV1=v1,ENV2=v2)
         max_retries: how often the scheduler may start the job again
+        rdzv_port: port on the first host where several hosts meet; another one for each job there (one host uses none)
         max_restarts: how often torchelastic may start the ranks again, each time from the last checkpoint
     """
     return _on_ranks(
@@ -61,6 +63,7 @@ def train(
         name=name,
         env=env,
         max_retries=max_retries,
+        rdzv_port=rdzv_port,
     )
 
 
@@ -75,6 +78,7 @@ def evaluate(
     name: str = "deepfm-evaluate",
     env: Optional[Dict[str, str]] = None,
     max_retries: int = 0,
+    rdzv_port: int = 29500,
 ) -> specs.AppDef:
     """Evaluates a trained run on the validation or test split of a prepared folder.
 
@@ -89,6 +93,7 @@ def evaluate(
         name: the job's name
         env: environment variables of the ranks (ENV1=v1,ENV2=v2)
         max_retries: how often the scheduler may start the job again
+        rdzv_port: port on the first host where several hosts meet; another one for each job there (one host uses none)
     """
     return _on_ranks(
         "evaluate",
@@ -103,6 +108,7 @@ def evaluate(
         name=name,
         env=env,
         max_retries=max_retries,
+        rdzv_port=rdzv_port,
     )
 
 
@@ -117,6 +123,7 @@ def prepare(
     name: str = "deepfm-prepare",
     env: Optional[Dict[str, str]] = None,
     max_retries: int = 0,
+    rdzv_port: int = 29500,
     max_restarts: int = 3,
 ) -> specs.AppDef:
     """Turns raw click logs into a prepared folder; several ranks share the files, in a folder that all of them see.
@@ -132,6 +139,7 @@ def prepare(
         name: the job's name
         env: environment variables of the ranks (ENV1=v1,ENV2=v2)
         max_retries: how often the scheduler may start the job again; it goes on where it stood
+        rdzv_port: port on the first host where several hosts meet; another one for each job there (one host uses none)
         max_restarts: how often torchelastic may start the ranks again
     """
     return _on_ranks(
@@ -147,6 +155,7 @@ def prepare(
         name=name,
         env=env,
         max_retries=max_retries,
+        rdzv_port=rdzv_port,
     )
 
 
@@ -199,6 +208,7 @@ def experiment(
     name: str = "deepfm-experiment",
     env: Optional[Dict[str, str]] = None,
     max_retries: int = 0,
+    rdzv_port: int = 29500,
 ) -> specs.AppDef:
     """Measures sharding plans on real ranks, beside what is predicted of them.
 
@@ -213,6 +223,7 @@ def experiment(
         name: the job's name
         env: environment variables of the ranks (ENV1=v1,ENV2=v2)
         max_retries: how often the scheduler may start the job again
+        rdzv_port: port on the first host where several hosts meet; another one for each job there (one host uses none)
     """
     return _on_ranks(
         "experiment",
@@ -227,6 +238,7 @@ def experiment(
         name=name,
         env=env,
         max_retries=max_retries,
+        rdzv_port=rdzv_port,
     )
 
 

@@ -2,12 +2,15 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+
+from torchrec_deepfm.cli import Train, parse
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCHX = Path(sys.executable).parent / "torchx"
@@ -39,6 +42,25 @@ def test_a_file_needs_no_component(component: str, command: str) -> None:
     assert "--nproc_per_node 3" in request
     assert f"-m torchrec_deepfm {command} --batch-size 2048" in request
     assert "local_cwd" in run.stdout
+
+
+def test_an_option_of_the_command_may_come_more_than_once() -> None:
+    rules = ["--constraint", "C1=row_wise", "--constraint", "C2=table_wise", ">1e6=column_wise"]
+    run = torchx("run", "--dryrun", "apps/deepfm.py", "--", "--seed", "3", *rules)
+    assert run.returncode == 0, run.stderr
+    request = re.sub(r"""['"]\s*\n\s*['"]""", "", run.stdout)
+    words = re.search(r"-m torchrec_deepfm train (.*?)[\"\]]", request)
+    assert words is not None
+    command = parse(["train", *shlex.split(words[1])])
+    assert isinstance(command, Train)
+    assert [rule for group in command.constraint for rule in group] == [rules[1], *rules[3:]]
+    assert command.config.seed == 3
+
+
+def test_jobs_of_several_hosts_meet_at_ports_of_their_own() -> None:
+    run = torchx("run", "--dryrun", "apps/deepfm.py", "-j", "2x1", "--rdzv_port", "29777")
+    assert run.returncode == 0, run.stderr
+    assert "TORCHX_RANK0_HOST:=localhost}:29777 " in re.sub(r"""['"]\s*\n\s*['"]""", "", run.stdout)
 
 
 def test_the_scheduler_can_be_named() -> None:

@@ -5,7 +5,8 @@ lines, under which the one line that the user needs is lost. This front runs the
 
 - a rank that stops over a `UserError` hands its message up (`exit_with`), and it is printed once, as the last line;
 - of any other failure the rank's own output tells the cause, so only one line follows it that says which rank;
-- every rank gets its share of this machine's threads, where torchrun gives each exactly one and a warning.
+- every rank gets its share of this machine's threads, where torchrun gives each exactly one and a warning;
+- a job on one host listens on the loopback address only, whatever the rendezvous options say (`rendezvous.py`).
 
     python -m torchrec_deepfm.launch --nproc_per_node 2 -m torchrec_deepfm train --batch-size 2048
 """
@@ -16,6 +17,7 @@ import os
 import signal
 import sys
 import time
+import uuid
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -108,6 +110,9 @@ def main(argv: list[str] | None = None) -> None:
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
+    from torch.distributed.elastic.rendezvous.api import RendezvousError
+
+    from torchrec_deepfm import rendezvous
 
     # These two log which rank is stopped, which one failed and what they do with error files. Our line says it all.
     for name in ("api", "errors.error_handler"):
@@ -120,9 +125,20 @@ def main(argv: list[str] | None = None) -> None:
     os.environ[_UNDER_LAUNCHER] = "1"
     os.environ.setdefault(STARTED, f"{datetime.now(UTC):%Y%m%d-%H%M%S}")
     _restart_no_mistakes()
-    _restart_with_a_fresh_store()
+    rendezvous.harden()
     try:
+        if run.parse_min_max_nnodes(options.nnodes)[1] == 1:
+            options.rdzv_backend, options.rdzv_endpoint = rendezvous.ONE_HOST, rendezvous.LOOPBACK
+            if options.standalone or options.rdzv_id == "none":
+                options.rdzv_id = str(uuid.uuid4())
+            options.standalone = False
+        elif options.rdzv_backend == "c10d":
+            rendezvous.refuse_another_program(options.rdzv_endpoint)
         record(run.run)(options)
+    except UserError as error:
+        exit_with(error)
+    except RendezvousError as error:
+        exit_with(UserError(f"--rdzv_endpoint {options.rdzv_endpoint}: {rendezvous.explain(error)}"))
     except ChildFailedError as failed:
         line, code = explain(failed)
         sys.stderr.write(f"error: {line}\n")
@@ -145,24 +161,6 @@ def _restart_no_mistakes() -> None:
         return result
 
     LocalElasticAgent._monitor_workers = monitor_and_give_up  # type: ignore[method-assign]
-
-
-def _restart_with_a_fresh_store() -> None:
-    """Give the ranks a new store each time they are started.
-
-    torchelastic shares one store with them and keeps it over restarts, while the ranks (since torch 2.5) count on a new
-    one: they find the addresses of their dead predecessors in it, and hang or fail (pytorch/pytorch#135712).
-    """
-    from torch.distributed.elastic.rendezvous.api import RendezvousInfo
-    from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
-
-    meet = DynamicRendezvousHandler.next_rendezvous
-
-    def meet_anew(self: DynamicRendezvousHandler) -> RendezvousInfo:
-        self._bootstrap_store_info = self._shared_tcp_store_server = None
-        return meet(self)
-
-    DynamicRendezvousHandler.next_rendezvous = meet_anew  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

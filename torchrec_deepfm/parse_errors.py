@@ -1,5 +1,6 @@
 """What tyro finds wrong with a command line, told in one line and not in a box."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -46,9 +47,22 @@ def _explain(event: tyro_errors.ParseErrorEvent) -> str | None:
     if isinstance(event, tyro_errors.BadValue):
         return f"option {_name(event.argument)} lacks a value"
     if isinstance(event, tyro_errors.InstantiationFailure):
-        message = " ".join(event.message.split())
+        message = _plain(" ".join(event.message.split()))
         return message if event.argument is None else f"option {_name(event.argument)}: {message}"
     return None
+
+
+def _plain(message: str) -> str:
+    """Python's own words for a value that is not a number, in the user's.
+
+    Example:
+        >>> _plain("invalid literal for int() with base 10: 'eight'")
+        "'eight' is not a whole number"
+    """
+    found = re.search(r"(int\(\) with base 10|string to float): ('.*')", message)
+    if found is None:
+        return message
+    return f"{found[2]} is not a {'whole ' if found[1].startswith('int') else ''}number"
 
 
 def _name(argument: Any) -> str:

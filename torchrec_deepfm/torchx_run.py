@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 from torchx.cli.cmd_run import CmdRun
@@ -40,7 +41,7 @@ class Run(CmdRun):
         logging.getLogger(CmdRun.__module__).addFilter(last_words)
         words = args.component_name_and_args
         try:
-            args.component_name_and_args = with_component(words)
+            args.component_name_and_args = one_word_per_repeat(with_component(words))
             super().run(args)
         except UserError as error:
             sys.stderr.write(f"error: {error}\n")
@@ -102,6 +103,36 @@ def with_component(words: list[str]) -> list[str]:
     if not file.endswith(".py"):
         return words
     return [*words[:start], f"{file}:{_component(Path(file), component if colon else None)}", *words[start + 1 :]]
+
+
+def one_word_per_repeat(words: list[str]) -> list[str]:
+    """Writes options of the command that come more than once as ``--option=value``.
+
+    TorchX refuses repeated options, even those after ``--``, which are none of its own; so written it lets them pass.
+
+    Args:
+        words: a component and its arguments.
+
+    Returns:
+        The same words; in what follows the component's ``--``, each value of a repeated option carries its name.
+
+    Example:
+        >>> one_word_per_repeat(["f.py:g", "--", "--seed", "3", "--constraint", "a=b", "c=d", "--constraint", "e=f"])
+        ['f.py:g', '--', '--seed', '3', '--constraint=a=b', '--constraint=c=d', '--constraint=e=f']
+    """
+    if "--" not in words[1:]:
+        return words
+    start = words.index("--", 1) + 1
+    options = Counter(word for word in words[start:] if word.startswith("--"))
+    found, repeated = words[:start], ""
+    for word in words[start:]:
+        if word.startswith("--"):
+            repeated = word if options[word] > 1 else ""
+            if not repeated:
+                found.append(word)
+        else:
+            found.append(f"{repeated}={word}" if repeated else word)
+    return found
 
 
 def _component(file: Path, name: str | None) -> str:

@@ -1,6 +1,7 @@
 """The process group: one process as it stands, or a rank that torchrun or TorchX started."""
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -44,6 +45,7 @@ def process_group(timeout: float = 1800.0, *, cpu: bool = False) -> Iterator[tor
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
+    _stay_on_this_host()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
@@ -56,6 +58,16 @@ def process_group(timeout: float = 1800.0, *, cpu: bool = False) -> Iterator[tor
         dist.barrier()  # no rank tears down what another one still talks through
     finally:
         dist.destroy_process_group()
+
+
+def _stay_on_this_host() -> None:
+    """Let gloo and NCCL listen on the loopback interface only, where all ranks are on one host.
+
+    Left alone they listen on the interface of the host's name, and take what any address sends them.
+    """
+    if os.environ.get("LOCAL_WORLD_SIZE", "1") == os.environ.get("WORLD_SIZE", "1"):
+        loopback = "lo" if sys.platform == "linux" else "lo0"
+        os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = loopback
 
 
 @contextmanager
