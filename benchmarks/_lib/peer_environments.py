@@ -1,9 +1,9 @@
-"""Environments of their own for peers that don't fit into ours. A helper of the benchmarks, no benchmark itself.
+"""Virtual environments for peers whose requirements conflict with this project's.
 
     python -m benchmarks._lib.peer_environments
 
-makes them all; a benchmark makes the one that it needs. They lie in ``.bench/``, which git ignores. torch is taken in
-the version that is installed here, from the index that ``TORCH_INDEX_URL`` names if it is set.
+installs all of them; a benchmark installs the one that it needs. They are in ``.bench/``, which git ignores. torch has
+the version that is installed here, from the index in ``TORCH_INDEX_URL`` if that is set.
 """
 
 import os
@@ -22,12 +22,12 @@ _TORCH = f"torch=={version('torch').partition('+')[0]}"
 PEERS = {
     "fuxictr": ("fuxictr==2.3.10", "polars<2"),
     "fuxictr-models": ("fuxictr==2.3.10", "polars<2", _TORCH),
-    "deepctr": ("deepctr-torch==0.3.0", "requests", "packaging", _TORCH),  # it imports the two and asks for neither
+    "deepctr": ("deepctr-torch==0.3.0", "requests", "packaging", _TORCH),  # imported, but missing from its requirements
 }
 
 
 def peer_python(name: str) -> Path:
-    """Return the interpreter of a peer's environment, making it at the first time.
+    """Return the interpreter of a peer's environment; the first call installs it.
 
     Args:
         name: A key of ``PEERS``.
@@ -36,7 +36,7 @@ def peer_python(name: str) -> Path:
         The path of its ``python``.
 
     Raises:
-        SystemExit: The packages can't be installed.
+        SystemExit: pip could not install the packages.
     """
     folder = FOLDER / name
     python = folder / "bin" / "python"
@@ -51,7 +51,7 @@ def peer_python(name: str) -> Path:
     extra = ["--extra-index-url", index] if index else []
     pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "-qq", *extra, *PEERS[name]]
     if subprocess.run(pip, check=False).returncode:
-        raise SystemExit(f"{name}: pip could not install {', '.join(PEERS[name])}; see above")
+        raise SystemExit(f"{name}: pip could not install {', '.join(PEERS[name])}; pip's output is above")
     done.write_text(wanted, encoding="utf-8")
     return python
 

@@ -1,18 +1,17 @@
-"""Runs one command on chosen cores and says what it took: wall time, peak memory of its process tree, peak disk.
+"""Runs one command on chosen cores and measures wall time, peak memory of its process tree and peak disk use.
 
-Linux only: everything is read from /proc. A helper of the benchmarks here, no benchmark itself.
+Linux only: everything is read from /proc.
 
-Memory is sampled ``HERTZ`` times a second and summed over the tree: RSS, which counts a page once per process and also
-counts mapped files, and its anonymous part, which is what a process has allocated. PSS (shared pages divided among
-their users) costs a walk of the page tables, so it is sampled more rarely. A spike between two samples shows in
-``largest``: the kernel keeps every process's own peak.
+Memory is sampled ``HERTZ`` times per second and summed over the tree: RSS, which counts a page once per process and
+includes mapped files, and its anonymous part, which a process has allocated. PSS (shared pages divided among their
+users) requires a walk of the page tables, so it is sampled less often. A spike between two samples shows in
+``largest``: the kernel keeps the peak of every process.
 """
 
 import contextlib
 import os
 import resource
 import signal
-import statistics
 import subprocess
 import tempfile
 import threading
@@ -24,22 +23,19 @@ from pathlib import Path
 from benchmarks._lib import commands
 
 HERTZ = 20
-# PSS and the size of the folder are looked up at every tenth sample.
+# PSS and the size of the folder are read at every tenth sample.
 RARELY = 10
-GIB = 1 << 30
-MIB = 1 << 20
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 @dataclass(kw_only=True)
-class Measured:
-    """What a command took. Sizes are in bytes.
+class ResourceUsage:
+    """Time, memory and disk use of a command. Sizes are in bytes.
 
-    ``cpu`` is the processor time in seconds, children's included where a parent waited for them. Other work on the
-    machine hardly changes it, while ``seconds``, those on the clock, grow.
-    ``rss``, ``anonymous`` and ``pss`` are peaks of sums over the tree, ``largest`` is the highest peak of a single
-    process as the kernel recorded it, ``disk`` the peak of what the watched folder held. ``over`` tells that the
-    command was killed because it passed the ceiling.
+    ``seconds`` are on the clock. ``cpu`` is processor time in seconds, including children that a parent waited for;
+    other work on the machine hardly changes it. ``rss``, ``anonymous`` and ``pss`` are peaks of sums over the tree,
+    ``largest`` is the highest peak of a single process as recorded by the kernel, ``disk`` the peak size of the watched
+    folder. ``over``: the command was killed because it exceeded the ceiling.
     """
 
     seconds: float = 0.0
@@ -56,12 +52,12 @@ class Measured:
 
     @property
     def peak(self) -> int:
-        """The highest memory that is known of: RSS of the tree, or of one process where sampling missed its spike."""
+        """Peak memory: RSS of the tree, or of one process if sampling missed its spike."""
         return max(self.rss, self.largest)
 
     @property
     def last_error(self) -> str:
-        """The last line on standard error, or the exit code where there is none."""
+        """The last line on standard error, or the exit code if there is none."""
         lines = [line for line in self.errors.splitlines() if line.strip()]
         return lines[-1].strip() if lines else f"exit code {self.code}"
 
@@ -73,21 +69,21 @@ def measure(
     environment: Mapping[str, str] | None = None,
     watch: Path | None = None,
     ceiling: int | None = None,
-) -> Measured:
+) -> ResourceUsage:
     """Run a command to its end.
 
     Args:
         command: Program and arguments.
         cores: The cores that it and its children may use.
-        environment: Variables set on top of this process's own.
-        watch: Folder whose size is followed.
-        ceiling: Bytes of anonymous memory at which it is killed.
+        environment: Variables in addition to those of this process.
+        watch: Folder whose size is sampled.
+        ceiling: Bytes of anonymous memory at which the command is killed.
 
     Returns:
-        What it took. A failure is no exception: look at ``code``.
+        Its resource usage. A failure does not raise: check ``code``.
     """
     allowed = set(cores)
-    found = Measured()
+    found = ResourceUsage()
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
         started = time.perf_counter()
         process = subprocess.Popen(
@@ -106,7 +102,7 @@ def measure(
             found.seconds = time.perf_counter() - started
             found.cpu = usage.ru_utime + usage.ru_stime
             found.code = process.returncode = os.waitstatus_to_exitcode(status)
-            # A forked process starts out with our own peak on its record, so a lower one says nothing.
+            # A forked process inherits this process's peak, so a lower one is meaningless.
             if usage.ru_maxrss > resource.getrusage(resource.RUSAGE_SELF).ru_maxrss:
                 found.largest = max(found.largest, usage.ru_maxrss * 1024)
             ended.set()
@@ -127,7 +123,7 @@ def measure(
                 ended.wait(1 / HERTZ)
         finally:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # also what it may have left behind
+                os.killpg(process.pid, signal.SIGKILL)  # with children that it may have left running
             waiter.join()
         if watch is not None:
             found.disk = max(found.disk, disk_bytes(watch))
@@ -138,7 +134,7 @@ def measure(
 
 
 def disk_bytes(folder: Path) -> int:
-    """Bytes that a folder's files take on disk. Files that vanish meanwhile, or are unlinked but open, don't count."""
+    """Return the bytes that a folder's files take on disk, without files that are unlinked but open."""
     total = 0
     for place, _, names in os.walk(folder):
         for name in names:
@@ -148,29 +144,19 @@ def disk_bytes(folder: Path) -> int:
 
 
 def pick_cores(count: int) -> tuple[int, ...]:
-    """The first so many cores that this process may use."""
+    """Return the first ``count`` cores that this process may use."""
     allowed = sorted(os.sched_getaffinity(0))
     if not 1 <= count <= len(allowed):
-        raise SystemExit(f"--cores: {count} is out of range; this process may use {len(allowed)}")
+        raise SystemExit(f"--cores: {count} is out of range; this process may use 1 to {len(allowed)}")
     return tuple(allowed[:count])
 
 
-def spread(values: Sequence[float], form: str = ",.0f") -> str:
-    """Format the median with the range, for a table."""
-    return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
-
-
-def size(amount: float) -> str:
-    """Format bytes for people."""
-    return f"{amount / GIB:.2f} GiB" if amount >= GIB else f"{amount / MIB:.0f} MiB"
-
-
 class _Tree:
-    """A process and all that descend from it, those whose parent has died included."""
+    """A process and its descendants, including those whose parent has ended."""
 
     def __init__(self, root: int) -> None:
         self._root = root
-        self._seen: set[tuple[int, str]] = set()  # process id and start time: ids are used again
+        self._seen: set[tuple[int, str]] = set()  # process id and start time: ids are reused
 
     def members(self) -> list[int]:
         parents: dict[int, int] = {}
@@ -196,7 +182,7 @@ class _Tree:
         self._seen |= {(pid, starts[pid]) for pid in found}
         return sorted(found)
 
-    def sample(self, into: Measured, *, thoroughly: bool) -> None:
+    def sample(self, into: ResourceUsage, *, thoroughly: bool) -> None:
         rss = anonymous = pss = 0
         for pid in self.members():
             with contextlib.suppress(OSError, IndexError, ValueError):  # it ended meanwhile

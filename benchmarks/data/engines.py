@@ -31,7 +31,8 @@ import pyarrow.parquet as pq
 import tyro
 
 from benchmarks._lib.commands import module_command
-from benchmarks._lib.resource_usage import MIB, measure, pick_cores, size
+from benchmarks._lib.formatting import MIB, size
+from benchmarks._lib.resource_usage import measure, pick_cores
 from benchmarks.data import big_log
 from benchmarks.data.engine_cases import CASES
 

@@ -29,7 +29,8 @@ from typing import Literal
 import tyro
 
 from benchmarks._lib.commands import module_command
-from benchmarks._lib.resource_usage import GIB, Measured, measure, pick_cores, size
+from benchmarks._lib.formatting import GIB, size
+from benchmarks._lib.resource_usage import ResourceUsage, measure, pick_cores
 from benchmarks.data import big_log
 
 MODES = ("hash", "vocabulary")
@@ -96,7 +97,7 @@ class Runs:
         """Median time per row."""
         return 1e6 * statistics.median(self.seconds) / self.rows
 
-    def add(self, measured: Measured, written: int, ids: int) -> None:
+    def add(self, measured: ResourceUsage, written: int, ids: int) -> None:
         """Take in one run."""
         self.seconds.append(measured.seconds)
         self.cpu.append(measured.cpu)

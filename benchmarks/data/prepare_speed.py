@@ -33,8 +33,9 @@ from pathlib import Path
 import tyro
 
 from benchmarks._lib.commands import module_command
+from benchmarks._lib.formatting import size, spread
 from benchmarks._lib.peer_environments import peer_python
-from benchmarks._lib.resource_usage import Measured, disk_bytes, measure, pick_cores, size, spread
+from benchmarks._lib.resource_usage import ResourceUsage, disk_bytes, measure, pick_cores
 from benchmarks.data import big_log
 
 NAMES = ("label", *(f"I{i}" for i in range(1, 14)), *(f"C{i}" for i in range(1, 27)))
@@ -78,7 +79,7 @@ class Program:
     name: str
     against: str | None
     target: float | None
-    run: Callable[[Path], tuple[float, Measured, dict[str, object]]]
+    run: Callable[[Path], tuple[float, ResourceUsage, dict[str, object]]]
     seconds: list[float] = field(default_factory=list)
     peak: int = 0
     pss: int = 0
@@ -158,7 +159,7 @@ def our_programs(options: Options, files: dict[str, Path]) -> Iterator[Program]:
     wanted = {"prepare --hash": ("torchrec", 10.0)}
     for name, words in kinds.items():
 
-        def run(output: Path, words: tuple[object, ...] = words) -> tuple[float, Measured, dict[str, object]]:
+        def run(output: Path, words: tuple[object, ...] = words) -> tuple[float, ResourceUsage, dict[str, object]]:
             made = output / "prepared"
             inputs = ("--input", files["train"], "--validation", files["validation"], "--test", files["test"])
             command = module_command("torchrec_deepfm", "prepare", *inputs, "--output", made, *words)
@@ -187,8 +188,8 @@ def torchrec_programs(
         jobs[f"torchrec, {options.cores} processes"] = [[part] for part in parts]
     for name, lists in jobs.items():
 
-        def run(output: Path, lists: list[list[Path]] = lists) -> tuple[float, Measured, dict[str, object]]:
-            def one(i: int) -> Measured:
+        def run(output: Path, lists: list[list[Path]] = lists) -> tuple[float, ResourceUsage, dict[str, object]]:
+            def one(i: int) -> ResourceUsage:
                 place = output / str(i)
                 place.mkdir()
                 command = module_command("benchmarks.data.peer_torchrec_npys", place, *lists[i])
@@ -198,7 +199,9 @@ def torchrec_programs(
                 done = list(pool.map(one, range(len(lists))))
             found = [told(measured) for measured in done]
             seconds = max(one["ended"] for one in found) - min(one["began"] for one in found)
-            whole = Measured(rss=sum(measured.peak for measured in done), pss=sum(measured.pss for measured in done))
+            whole = ResourceUsage(
+                rss=sum(measured.peak for measured in done), pss=sum(measured.pss for measured in done)
+            )
             facts = {"rows": sum(one["rows"] for one in found), "version": found[0]["version"]}
             return seconds, whole, facts
 
@@ -219,7 +222,7 @@ def fuxictr_programs(options: Options, files: dict[str, Path], folder: Path) -> 
     kinds = {"fuxictr": half} | ({"fuxictr, a worker per core": options.cores} if options.cores > half else {})
     for name, workers in kinds.items():
 
-        def run(output: Path, workers: int = workers) -> tuple[float, Measured, dict[str, object]]:
+        def run(output: Path, workers: int = workers) -> tuple[float, ResourceUsage, dict[str, object]]:
             words = (csv, output, options.min_count, options.cores, workers)
             command = module_command("benchmarks.data.peer_fuxictr_build", *words, python=python)
             measured = measure(command, cores=pick_cores(options.cores), environment={"RAY_USAGE_STATS_ENABLED": "0"})
@@ -229,7 +232,7 @@ def fuxictr_programs(options: Options, files: dict[str, Path], folder: Path) -> 
         yield Program(name=name, against=None, target=None, run=run)
 
 
-def told(measured: Measured) -> dict[str, object]:
+def told(measured: ResourceUsage) -> dict[str, object]:
     """What a peer's script printed last."""
     if measured.code:
         raise Failed(measured.last_error)

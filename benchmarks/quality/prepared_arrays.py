@@ -1,13 +1,15 @@
-"""A prepared folder as plain arrays, and the two scores of the quality table. numpy and scikit-learn only.
+"""A prepared folder as plain arrays, and the scores of the quality table. Needs numpy and scikit-learn only.
 
-Peers run in environments of their own, which do not hold this project: they read the very ids, numbers and splits that
-our loader reads, from the files that ``prepare`` wrote.
+Peers run in environments without this project's requirements. They read the ids, numbers and splits that the loader
+reads, from the files of ``prepare``.
 
 Shapes: N rows, I numeric columns, S categorical columns.
 """
 
 import json
+import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,17 +29,17 @@ class Split:
 
 @dataclass(frozen=True, kw_only=True)
 class Arrays:
-    """A prepared folder: names of its columns, ids of each categorical one, and its splits that have rows."""
+    """A prepared folder: names of the columns, number of ids of each categorical one, and the splits that have rows."""
 
     numeric: tuple[str, ...]
     num_embeddings: dict[str, int]
     splits: dict[str, Split]
 
     def with_unit_numbers(self) -> "Arrays":
-        """Return the same with each numeric column brought into [0, 1] by the smallest and largest training number.
+        """Scale each numeric column to [0, 1] by its smallest and largest training number.
 
-        DeepCTR-Torch's examples do so before they train, and the numbers of Criteo_x1, which FuxiCTR's settings are
-        for, lie there. Both start the embeddings of numbers far from zero, and end badly on larger ones.
+        DeepCTR-Torch's examples do so, and the numbers of Criteo_x1, which FuxiCTR's settings are made for, are in this
+        range. Both initialise the embeddings of numbers far from zero, and train badly on larger numbers.
         """
         train = self.splits["train"].dense
         if not train.size:
@@ -49,7 +51,7 @@ class Arrays:
 
     @classmethod
     def read(cls, folder: Path) -> "Arrays":
-        """Load all of a folder without list columns into memory."""
+        """Load a folder without list columns into memory."""
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         names = manifest["schema"]["categorical"]
         return cls(
@@ -57,6 +59,10 @@ class Arrays:
             num_embeddings={name: manifest["num_embeddings"][name] for name in names},
             splits={split: _read(folder, days) for split, days in manifest["splits"].items() if days},
         )
+
+    def held_out_scores(self, predict: Callable[[Split], np.ndarray]) -> dict[str, dict[str, float]]:
+        """Score the click probabilities that ``predict`` returns for the validation and test splits."""
+        return {name: score(split.labels, predict(split)) for name, split in self.splits.items() if name != "train"}
 
 
 def _read(folder: Path, days: list[dict[str, Any]]) -> Split:
@@ -76,13 +82,13 @@ def _read(folder: Path, days: list[dict[str, Any]]) -> Split:
 
 
 def score(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, float]:
-    """Return ``auc`` and ``logloss`` of click probabilities; these are kept 1e-7 off 0 and 1."""
+    """Return ``auc`` and ``logloss`` of click probabilities, clipped to [1e-7, 1 - 1e-7]."""
     kept = np.clip(np.asarray(probabilities, dtype=np.float64).reshape(-1), 1e-7, 1 - 1e-7)
     return {"auc": float(roc_auc_score(labels, kept)), "logloss": float(log_loss(labels, kept))}
 
 
 class Clock:
-    """Seconds since it was made: what a training took, data and imports apart."""
+    """Seconds since its construction: the time of a training without data and imports."""
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
@@ -93,7 +99,13 @@ class Clock:
 
 
 def write(path: Path, result: dict[str, Any]) -> None:
-    """Write a worker's result, whole or not at all."""
+    """Write a worker's result, completely or not at all."""
     part = path.with_suffix(".part")
     part.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     part.rename(path)
+
+
+def run_worker(train: Callable[[Path, Path, dict[str, Any], int], None]) -> None:
+    """Call a worker's ``train`` with its command line: DATA RESULT.json SETTINGS.json SEED."""
+    data, result, settings, seed = sys.argv[1:]
+    train(Path(data), Path(result), json.loads(Path(settings).read_text(encoding="utf-8")), int(seed))

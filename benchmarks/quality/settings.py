@@ -1,18 +1,18 @@
-"""Who stands in the quality table, with which settings on which data set. No benchmark itself.
+"""The models of the quality table and their settings on each data set.
 
-Ours train by a recipe and changes on top of it. Each peer stands there twice where it can: with the settings that its
-authors publish or that its code has as defaults ("its own"), and with those of our DeepFM, as far as it has them
-("as ours": width of the latent vectors, MLP, dropout, batch normalisation, whole-table L2, rates, batch, epochs and
-patience). No peer has a moving average of the weights or an L2 of its own for the first-order weights.
+This project's models train by a recipe and changes to it. Each peer runs twice where possible: with the settings that
+its authors publish or its code has as defaults, and with those of DeepFM as far as it has them ("same settings": width
+of the latent vectors, MLP, dropout, batch normalisation, whole-table L2, rates, batch, epochs and patience). No peer
+has a moving average of the weights or a separate L2 for the first-order weights.
 """
 
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from benchmarks.quality.write_tables import TORCHREC_DEEPFM
 from torchrec_deepfm.training.config import TrainConfig
 from torchrec_deepfm.training.recipes import recipe
 
-OURS = ("LR", "FM", "DNN", "FM & DNN", "DeepFM")
 TERMS = {"LR": ("linear",), "FM": ("linear", "fm"), "DNN": ("deep",)}
 SKLEARN = "scikit-learn logistic regression"
 FUXICTR, DEEPCTR, TORCHREC = "FuxiCTR DeepFM", "DeepCTR-Torch DeepFM", "TorchRec SimpleDeepFMNN"
@@ -22,7 +22,7 @@ FUXICTR, DEEPCTR, TORCHREC = "FuxiCTR DeepFM", "DeepCTR-Torch DeepFM", "TorchRec
 class Row:
     """A row of the table.
 
-    ``worker`` and ``environment`` are those of ``training_jobs.Job``. ``repeats`` is False where nothing is random.
+    ``worker`` and ``environment`` are those of ``training_jobs.Job``. ``repeats`` is False if nothing is random.
     """
 
     model: str
@@ -33,19 +33,19 @@ class Row:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """Our settings on a data set: a recipe, changes for all our models, and more for some of them."""
+class DataSettings:
+    """This project's settings on a data set: a recipe, changes for all models, and more changes for some of them."""
 
     recipe: str
     changes: dict[str, Any] = field(default_factory=dict)
     of_model: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-# Without an MLP an epoch takes a few seconds and brings little.
+# Without an MLP an epoch takes a few seconds and changes little.
 _LONG = {"epochs": 60, "patience": 8}
 # Chosen on validation splits alone.
-PLANS = {
-    "frappe": Plan(
+DATA_SETTINGS = {
+    "frappe": DataSettings(
         recipe="frappe-x1",
         of_model={
             # Without an MLP a penalty of 0.02 keeps the latent vectors at zero, a saddle point of the pairs.
@@ -54,7 +54,7 @@ PLANS = {
         },
     ),
     # The recipe synthetic is made for three quick epochs over four times the rows.
-    "synthetic": Plan(
+    "synthetic": DataSettings(
         recipe="criteo-x1",
         changes={"ema": 0.99, "init_std": 0.01, "lr_patience": 0, "epochs": 30},
         of_model={
@@ -62,7 +62,7 @@ PLANS = {
             "FM": {"sparse_lr": 5e-3, "dense_lr": 5e-3},
         },
     ),
-    "criteo-sample": Plan(
+    "criteo-sample": DataSettings(
         recipe="paper",
         changes={
             "sparse_optimizer": "adam",
@@ -76,8 +76,8 @@ PLANS = {
         },
     ),
 }
-# The BARS leaderboard's DeepFM on Frappe_x1 (reczoo/BARS, DeepFM_frappe_x1_001_4ae3a56e). Elsewhere its settings
-# for Criteo_x1 stand in, those of our recipe criteo-x1.
+# The BARS leaderboard's DeepFM on Frappe_x1 (reczoo/BARS, DeepFM_frappe_x1_001_4ae3a56e). The other data sets use its
+# settings for Criteo_x1, those of the recipe criteo-x1.
 _BARS_FRAPPE = {
     "embedding_dim": 10,
     "hidden_units": [400, 400, 400],
@@ -90,7 +90,7 @@ _BARS_FRAPPE = {
     "epochs": 100,
     "patience": 2,
 }
-# The defaults of its classes and of fit; how long to train it leaves to the user.
+# The defaults of its classes and of fit; epochs and patience have none.
 _DEEPCTR = {
     "embedding_dim": 4,
     "hidden_units": [256, 128],
@@ -106,13 +106,13 @@ _DEEPCTR = {
 QUICK = {"over_arch_layer_sizes": (8,), "factor_dim": 4, "epochs": 1, "batch_size": 256}
 
 
-def our_config(data: str, model: str, *, precision: str, quick: bool) -> tuple[str, dict[str, Any]]:
-    """Return the recipe of one of our models on a data set and what is changed on top of it."""
-    plan = PLANS[data]
-    changes: dict[str, Any] = {**plan.changes, **plan.of_model.get(model, {}), "precision": precision}
+def deepfm_config(data: str, model: str, *, precision: str, quick: bool) -> tuple[str, dict[str, Any]]:
+    """Return the recipe of one of this project's models on a data set, and the changes to it."""
+    settings = DATA_SETTINGS[data]
+    changes: dict[str, Any] = {**settings.changes, **settings.of_model.get(model, {}), "precision": precision}
     if model in TERMS:
         changes["terms"] = TERMS[model]
-    return plan.recipe, changes | (QUICK if quick else {})
+    return settings.recipe, changes | (QUICK if quick else {})
 
 
 def rows(data: str, *, precision: str, peers: bool, quick: bool = False) -> list[Row]:
@@ -120,20 +120,20 @@ def rows(data: str, *, precision: str, peers: bool, quick: bool = False) -> list
 
     Args:
         data: Its name.
-        precision: Of all matrix products, ours and the peers'.
-        peers: Whether those that need an environment of their own are in it.
-        quick: Tiny models, one epoch: to see that it runs.
+        precision: Of all matrix products.
+        peers: Include the peers that need another environment.
+        quick: Tiny models, one epoch, as a check.
 
     Returns:
-        Ours first.
+        The rows, this project's models first.
     """
     found = []
-    for model in OURS:
-        name, changes = our_config(data, model, precision=precision, quick=quick)
+    for model in TORCHREC_DEEPFM:
+        name, changes = deepfm_config(data, model, precision=precision, quick=quick)
         settings = {"model": model, "recipe": name, "changes": changes}
         found.append(Row(model=model, worker="train_deepfm", settings=settings))
-    name, changes = our_config(data, "DeepFM", precision=precision, quick=quick)
-    ours = replace(recipe(name), **changes)
+    name, changes = deepfm_config(data, "DeepFM", precision=precision, quick=quick)
+    deepfm = replace(recipe(name), **changes)
     strengths = [0.1] if quick else [0.03, 0.1, 0.3, 1.0, 3.0]
     found.append(
         Row(
@@ -144,33 +144,28 @@ def rows(data: str, *, precision: str, peers: bool, quick: bool = False) -> list
         )
     )
     short = {"epochs": 1, "hidden_units": [8]} if quick else {}
-    bars = _BARS_FRAPPE if data == "frappe" else _as_ours(recipe("criteo-x1"))
+    bars = _BARS_FRAPPE if data == "frappe" else _peer_settings(recipe("criteo-x1"))
     bars = bars | {"precision": precision} | short
-    torchrec = _simple(ours) | {"precision": precision}
+    torchrec = _simple_deepfm_settings(deepfm) | {"precision": precision}
+    default = _DEEPCTR | {"precision": precision} | short
     of_peers = [
-        (FUXICTR, "its own", "train_fuxictr", bars, "fuxictr-models"),
-        (FUXICTR, "as ours", "train_fuxictr", _as_ours(ours), "fuxictr-models"),
-        (
-            DEEPCTR,
-            "its own",
-            "train_deepctr",
-            _DEEPCTR | {"precision": precision} | short,
-            "deepctr",
-        ),
-        (DEEPCTR, "as ours", "train_deepctr", _as_ours(ours), "deepctr"),
-        (TORCHREC, "as is", "train_simple_deepfm", torchrec | {"loss": "as is"}, ""),
-        (TORCHREC, "loss mended", "train_simple_deepfm", torchrec | {"loss": "mended"}, ""),
+        (FUXICTR, "published settings", "train_fuxictr", bars, "fuxictr-models"),
+        (FUXICTR, "same settings", "train_fuxictr", _peer_settings(deepfm), "fuxictr-models"),
+        (DEEPCTR, "default settings", "train_deepctr", default, "deepctr"),
+        (DEEPCTR, "same settings", "train_deepctr", _peer_settings(deepfm), "deepctr"),
+        (TORCHREC, "unchanged", "train_simple_deepfm", torchrec | {"loss": "as is"}, ""),
+        (TORCHREC, "loss corrected", "train_simple_deepfm", torchrec | {"loss": "mended"}, ""),
     ]
-    for model, which, worker, settings, environment in of_peers:
+    for model, variant, worker, settings, environment in of_peers:
         if peers or not environment:
-            found.append(Row(model=f"{model}, {which}", worker=worker, settings=settings, environment=environment))
+            found.append(Row(model=f"{model}, {variant}", worker=worker, settings=settings, environment=environment))
     return found
 
 
-def _as_ours(config: TrainConfig) -> dict[str, Any]:
-    """Our settings in the peers' words.
+def _peer_settings(config: TrainConfig) -> dict[str, Any]:
+    """Translate DeepFM's settings to the peers' names.
 
-    A peer ends by patience where ours has a schedule for a fixed number of epochs.
+    A peer stops by patience where the recipe has a fixed number of epochs.
     """
     return {
         "embedding_dim": config.factor_dim,
@@ -178,8 +173,8 @@ def _as_ours(config: TrainConfig) -> dict[str, Any]:
         "dropout": config.dropout,
         "batch_norm": config.batch_norm,
         "init_std": config.init_std,
-        "embedding_l2": config.embedding_l2,  # FuxiCTR's word
-        "l2": config.embedding_l2 * config.batch_size / 2,  # DeepCTR-Torch's, see there
+        "embedding_l2": config.embedding_l2,  # FuxiCTR
+        "l2": config.embedding_l2 * config.batch_size / 2,  # DeepCTR-Torch, see train_deepctr
         "learning_rate": config.dense_lr,
         "batch_size": config.batch_size,
         "epochs": config.epochs if config.patience else 3 * config.epochs,
@@ -188,7 +183,7 @@ def _as_ours(config: TrainConfig) -> dict[str, Any]:
     }
 
 
-def _simple(config: TrainConfig) -> dict[str, Any]:
-    """The same for SimpleDeepFMNN, whose deep part is one layer: as wide as our first."""
+def _simple_deepfm_settings(config: TrainConfig) -> dict[str, Any]:
+    """Add SimpleDeepFMNN's names; its deep part is one layer, as wide as DeepFM's first."""
     width = config.over_arch_layer_sizes[0]
-    return _as_ours(config) | {"hidden_layer_size": width, "deep_fm_dimension": width}
+    return _peer_settings(config) | {"hidden_layer_size": width, "deep_fm_dimension": width}

@@ -1,13 +1,11 @@
-"""DeepCTR-Torch's DeepFM on a prepared folder; ``table.py`` starts this in an environment of its own.
+"""Trains DeepCTR-Torch's DeepFM on a prepared folder; ``table.py`` starts this in DeepCTR-Torch's environment.
 
     .bench/deepctr/bin/python -m benchmarks.quality.train_deepctr DATA RESULT.json SETTINGS.json SEED
 
-Its own ``fit`` trains, its own ``EarlyStopping`` goes back to the best epoch by validation AUC. Its loss is a sum over
-the batch plus l2 * ||E||^2 over whole tables: divided by the batch size, an ``l2`` of B * lambda / 2 is our lambda.
+Its ``fit`` trains, its ``EarlyStopping`` restores the best epoch by validation AUC. Its loss is a sum over the batch
+plus l2 * ||E||^2 over whole tables: per sample, an ``l2`` of B * lambda / 2 equals this project's lambda.
 """
 
-import json
-import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from deepctr_torch.callbacks import EarlyStopping
 from deepctr_torch.inputs import DenseFeat, SparseFeat
 from deepctr_torch.models import DeepFM
 
-from benchmarks.quality.prepared_arrays import Arrays, Clock, Split, score, write
+from benchmarks.quality.prepared_arrays import Arrays, Clock, Split, run_worker, write
 
 
 def main(data: Path, result: Path, settings: dict[str, Any], seed: int) -> None:
@@ -56,11 +54,7 @@ def main(data: Path, result: Path, settings: dict[str, Any], seed: int) -> None:
         callbacks=[stopping],
         verbose=0,
     )
-    scores = {
-        name: score(split.labels, model.predict(_columns(arrays, split), 16_384))
-        for name, split in arrays.splits.items()
-        if name != "train"
-    }
+    scores = arrays.held_out_scores(lambda split: model.predict(_columns(arrays, split), 16_384))
     versions = {"deepctr-torch": version("deepctr-torch"), "torch": torch.__version__}
     write(result, {**scores, "seconds": clock(), "epochs": len(history.epoch), "versions": versions})
 
@@ -71,4 +65,4 @@ def _columns(arrays: Arrays, split: Split) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), json.loads(Path(sys.argv[3]).read_text()), int(sys.argv[4]))
+    run_worker(main)

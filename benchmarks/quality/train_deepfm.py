@@ -1,14 +1,12 @@
-"""Trains one of our models through the trainer; ``table.py`` and its sisters start this, a process per training.
+"""Trains DeepFM or a part of it with the project's trainer; the quality benchmarks start this, a process per training.
 
     python -m benchmarks.quality.train_deepfm DATA RESULT.json SETTINGS.json SEED
 
-The settings are a JSON object: ``model`` ("DeepFM" or "FM & DNN"), ``recipe``, and ``changes``, options on top of it.
-The run folder is made beside the result and removed at the end.
+The settings are a JSON object: ``model`` ("DeepFM" or "FM & DNN"), ``recipe``, and ``changes``, options that override
+the recipe's. The run folder is made beside the result and removed at the end.
 """
 
-import json
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from torch import Tensor
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from benchmarks.quality.prepared_arrays import Clock, write
+from benchmarks.quality.prepared_arrays import Clock, run_worker, write
 from torchrec_deepfm import terminal
 from torchrec_deepfm.data.prepared import PreparedData
 from torchrec_deepfm.model.arches import OverArch
@@ -35,8 +33,8 @@ class FMAndDNN(DeepFM):
 
         logit = b + <w, x> + sum_{i<j} <V_i x_i, V_j x_j> + MLP([U_1 x_1, ..., U_F x_F])
 
-    A row of its tables is ``[V (K) | U (K) | w | padding]``. It is DeepFM in all else, so that what differs between
-    the two in a table is the sharing alone (and the parameters that it saves).
+    A row of its tables is ``[V (K) | U (K) | w | padding]``. Everything else is DeepFM's, so the two differ in the
+    sharing alone (and in the parameters that it saves).
 
     Args:
         embedding_bag_collection: tables of rows of factor_dim 2 K.
@@ -88,7 +86,7 @@ def main(data: Path, result: Path, settings: dict[str, Any], seed: int) -> None:
     clock = Clock()
     with (
         ranks.process_group(cpu=True) as device,
-        # The trainer makes the class that build.py knows as DeepFM; the ablation puts its own in that place.
+        # The trainer has no option for another model class.
         mock.patch("torchrec_deepfm.training.build.DeepFM", model),
     ):
         summary = train(config, PreparedData.open(data), run, device).summary
@@ -108,4 +106,4 @@ def main(data: Path, result: Path, settings: dict[str, Any], seed: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), json.loads(Path(sys.argv[3]).read_text()), int(sys.argv[4]))
+    run_worker(main)

@@ -1,20 +1,19 @@
-"""FuxiCTR's DeepFM on a prepared folder; ``table.py`` starts this in FuxiCTR's own environment.
+"""Trains FuxiCTR's DeepFM on a prepared folder; ``table.py`` starts this in FuxiCTR's environment.
 
     .bench/fuxictr-models/bin/python -m benchmarks.quality.train_fuxictr DATA RESULT.json SETTINGS.json SEED
 
-The wheel of FuxiCTR 2.3.10 holds no DeepFM (its model zoo is not packed), so it is put together here from its public
-layers on its ``BaseModel``, as its layers' documentation describes them: ``FactorizationMachine`` (with the first order
-in it) plus ``MLP_Block`` over one ``FeatureEmbedding``. ``BaseModel.fit`` trains: Adam, its regulariser, gradients
-clipped at a norm of 10, the rate cut by ten when the validation AUC does not rise, an end after ``patience`` epochs
-without a rise. Its own readers collate row by row; the rows come from memory instead.
+The wheel of FuxiCTR 2.3.10 contains no DeepFM (its model zoo is not packed). Here it is composed of its public layers
+on its ``BaseModel``, as their documentation describes: ``FactorizationMachine`` (which includes the first order) plus
+``MLP_Block`` over one ``FeatureEmbedding``. ``BaseModel.fit`` trains: Adam, its regulariser, gradients clipped at a
+norm of 10, the rate divided by ten when the validation AUC does not rise, a stop after ``patience`` epochs without a
+rise. FuxiCTR's readers collate row by row; here the rows come from memory.
 """
 
-import json
 import logging
-import sys
 import tempfile
 from collections import OrderedDict
 from collections.abc import Iterator
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,11 +25,11 @@ from fuxictr.pytorch.models import BaseModel
 from fuxictr.pytorch.torch_utils import seed_everything
 from torch import Tensor
 
-from benchmarks.quality.prepared_arrays import Arrays, Clock, Split, score, write
+from benchmarks.quality.prepared_arrays import Arrays, Clock, Split, run_worker, write
 
 
 class DeepFM(BaseModel):
-    """FuxiCTR's parts, added up."""
+    """The sum of FuxiCTR's ``FactorizationMachine`` and ``MLP_Block``."""
 
     def __init__(self, feature_map: FeatureMap, settings: dict[str, Any], folder: str) -> None:
         super().__init__(
@@ -71,7 +70,7 @@ class DeepFM(BaseModel):
 
 
 class Batches:
-    """A split in memory as the batches that ``BaseModel.fit`` takes: a dictionary of columns each."""
+    """Batches of a split in memory as ``BaseModel.fit`` takes them: a dictionary of columns."""
 
     def __init__(self, arrays: Arrays, split: Split, batch_size: int, *, shuffle: bool) -> None:
         self._dense, self._sparse = torch.from_numpy(split.dense), torch.from_numpy(split.sparse)
@@ -80,11 +79,11 @@ class Batches:
         self._batch_size, self._shuffle = batch_size, shuffle
 
     def __len__(self) -> int:
-        """Count the batches."""
+        """Return the number of batches."""
         return -(-len(self._labels) // self._batch_size)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        """Yield them, in another order each time if they are shuffled."""
+        """Yield the batches, in a new order each time if they are shuffled."""
         rows = len(self._labels)
         order = torch.randperm(rows) if self._shuffle else torch.arange(rows)
         for chosen in order.split(self._batch_size):
@@ -113,17 +112,13 @@ def main(data: Path, result: Path, settings: dict[str, Any], seed: int) -> None:
         (Path(folder) / "data").mkdir()
         model = DeepFM(feature_map, settings, folder)
         train = Batches(arrays, arrays.splits["train"], settings["batch_size"], shuffle=True)
-        held_out = {
-            name: Batches(arrays, split, 16_384, shuffle=False)
-            for name, split in arrays.splits.items()
-            if name != "train"
-        }
+        held_out = partial(Batches, arrays, batch_size=16_384, shuffle=False)
         clock = Clock()
-        model.fit(train, epochs=settings["epochs"], validation_data=held_out["validation"])
-        scores = {name: score(arrays.splits[name].labels, model.predict(batches)) for name, batches in held_out.items()}
+        model.fit(train, epochs=settings["epochs"], validation_data=held_out(arrays.splits["validation"]))
+        scores = arrays.held_out_scores(lambda split: model.predict(held_out(split)))
     versions = {"fuxictr": version("fuxictr"), "torch": torch.__version__}
     write(result, {**scores, "seconds": clock(), "epochs": model._epoch_index + 1, "versions": versions})
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), json.loads(Path(sys.argv[3]).read_text()), int(sys.argv[4]))
+    run_worker(main)

@@ -1,16 +1,14 @@
-"""TorchRec's ``SimpleDeepFMNN`` on a prepared folder; ``table.py`` starts this, a process per training.
+"""Trains TorchRec's ``SimpleDeepFMNN`` on a prepared folder; ``table.py`` starts this, one process per training.
 
     python -m benchmarks.quality.train_simple_deepfm DATA RESULT.json SETTINGS.json SEED
 
-TorchRec has the model and no training for it: here Adam over everything, the best epoch by validation AUC, the rate cut
-by ten when that does not rise, an end after ``patience`` epochs without a rise. Its model ends in a Sigmoid. ``loss``
-says what is made of that: "as is" is what TorchRec's own ``SimpleDeepFMNNWrapper`` does, which takes it for logits (the
-double sigmoid of docs/model.md); "mended" takes it for the probability that it is.
+TorchRec has no training for this model: here Adam over all parameters, the best epoch by validation AUC, the rate
+divided by ten when that does not rise, a stop after ``patience`` epochs without a rise. The model ends in a Sigmoid.
+With ``loss`` "as is" its output is treated as a logit, as by TorchRec's ``SimpleDeepFMNNWrapper`` (the double sigmoid
+of docs/model.md); with "mended" as the probability that it is.
 """
 
 import copy
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ from torch.nn.functional import binary_cross_entropy, binary_cross_entropy_with_
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
 from torchrec.models.deepfm import SimpleDeepFMNN
 
-from benchmarks.quality.prepared_arrays import Arrays, Clock, Split, score, write
+from benchmarks.quality.prepared_arrays import Arrays, Clock, Split, run_worker, score, write
 
 EVALUATION_BATCH = 16_384
 
@@ -86,12 +84,10 @@ def main(data: Path, result: Path, settings: dict[str, Any], seed: int) -> None:
         for group in optimizer.param_groups:
             group["lr"] *= 0.1
     model.load_state_dict(best)
-    scores = {
-        name: score(split.labels, predict(split).numpy()) for name, split in arrays.splits.items() if name != "train"
-    }
+    scores = arrays.held_out_scores(lambda split: predict(split).numpy())
     versions = {"torchrec": torchrec.__version__, "torch": torch.__version__}
     write(result, {**scores, "seconds": clock(), "epochs": epochs, "versions": versions})
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), json.loads(Path(sys.argv[3]).read_text()), int(sys.argv[4]))
+    run_worker(main)

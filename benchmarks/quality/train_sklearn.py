@@ -1,13 +1,11 @@
-"""scikit-learn's logistic regression on a prepared folder; ``table.py`` starts this.
+"""Trains scikit-learn's logistic regression on a prepared folder; ``table.py`` starts this.
 
     python -m benchmarks.quality.train_sklearn DATA RESULT.json SETTINGS.json SEED
 
-The ids one-hot, the numbers divided by their standard deviation. The strength of the L2 penalty is chosen from
-``settings["C"]`` by validation AUC. The solver (lbfgs) draws nothing at random: every seed gives the same.
+Ids are one-hot, numbers are divided by their standard deviation. The strength of the L2 penalty is chosen from
+``settings["C"]`` by validation AUC. The solver (lbfgs) is deterministic: all seeds give the same result.
 """
 
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ import scipy.sparse as sp
 import sklearn
 from sklearn.linear_model import LogisticRegression
 
-from benchmarks.quality.prepared_arrays import Arrays, Clock, Split, score, write
+from benchmarks.quality.prepared_arrays import Arrays, Clock, Split, run_worker, score, write
 
 
 def main(data: Path, result: Path, settings: dict[str, Any], seed: int) -> None:
@@ -41,7 +39,7 @@ def main(data: Path, result: Path, settings: dict[str, Any], seed: int) -> None:
 
 
 def features(split: Split, arrays: Arrays, deviations: np.ndarray) -> sp.csr_matrix:
-    """Return [N, I + all ids]: the scaled numbers, then a one per column at its id."""
+    """Return [N, I + all ids]: the scaled numbers, then the one-hot ids."""
     sizes = np.fromiter(arrays.num_embeddings.values(), np.int64)
     starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
     places = (split.sparse + starts).reshape(-1)
@@ -51,4 +49,4 @@ def features(split: Split, arrays: Arrays, deviations: np.ndarray) -> sp.csr_mat
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), json.loads(Path(sys.argv[3]).read_text()), int(sys.argv[4]))
+    run_worker(main)

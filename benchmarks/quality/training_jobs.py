@@ -1,7 +1,7 @@
-"""One training in a process of its own, its result kept: what the quality benchmarks share. No benchmark itself.
+"""Runs one training in a process of its own and keeps its result.
 
-A result lies in ``OUTPUT/results/<data set>/<model>/<seed>.json`` with all that was asked for. The same question is not
-asked twice, so that a benchmark that was stopped goes on; another one (other settings, other data) is.
+A result is in ``OUTPUT/results/<data set>/<model>/<seed>.json`` with its settings and the checksum of its data. An
+interrupted benchmark resumes: a training with the same settings and data is not repeated.
 """
 
 import json
@@ -16,13 +16,20 @@ from typing import Any
 from benchmarks._lib.commands import environment, module_command
 from benchmarks._lib.peer_environments import peer_python
 
-# Results that were saved before the scripts moved are found under the scripts' old names.
+# Result files keep the names that workers and variants had first, so that old results are still found.
 _SAVED_WORKERS = {"train_deepfm": "quality_ours.py", "train_simple_deepfm": "quality_torchrec.py"}
+_SAVED_VARIANTS = {
+    "published settings": "its own",
+    "default settings": "its own",
+    "same settings": "as ours",
+    "unchanged": "as is",
+    "loss corrected": "loss mended",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A training: which worker, on what data, with which settings and seed.
+    """A training: worker, data, settings and seed.
 
     ``worker`` is a module beside this one that takes DATA RESULT.json SETTINGS.json SEED. ``environment`` names the
     peer's environment that runs it; if it is empty, the running interpreter does.
@@ -37,23 +44,25 @@ class Job:
 
 
 def kept_result(job: Job, output: Path) -> dict[str, Any] | None:
-    """Return what an earlier run of this training gave; None if there was none."""
+    """Return the result of an earlier run of this training; None if there is none."""
     path, asked = _place(job, output)
     kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return dict(kept) if kept.get("asked") == asked else None
 
 
 def _place(job: Job, output: Path) -> tuple[Path, dict[str, Any]]:
-    """Where the result of a training lies, and all that is asked for in it."""
-    name = re.sub(r"[^A-Za-z0-9.]+", "_", job.model).strip("_")
+    """Return the path of a training's result, and the description of the training that it holds."""
+    base, _, variant = job.model.partition(", ")
+    model = ", ".join(filter(None, [base, _SAVED_VARIANTS.get(variant, variant)]))
+    name = re.sub(r"[^A-Za-z0-9.]+", "_", model).strip("_")
     manifest = json.loads((job.data / "manifest.json").read_text(encoding="utf-8"))
     worker = _SAVED_WORKERS.get(job.worker, job.worker.replace("train_", "quality_") + ".py")
-    asked = json.loads(json.dumps(asdict(job) | {"data": manifest["sha256"], "worker": worker}))
+    asked = json.loads(json.dumps(asdict(job) | {"data": manifest["sha256"], "model": model, "worker": worker}))
     return output / "results" / job.data.name / name / f"{job.seed}.json", asked
 
 
 def result_of(job: Job, output: Path, *, cores: int = 1) -> dict[str, Any]:
-    """Return what a training gave, from an earlier run of it if there was one.
+    """Return the result of a training; run it unless an earlier result exists.
 
     Args:
         job: The training.
@@ -64,7 +73,7 @@ def result_of(job: Job, output: Path, *, cores: int = 1) -> dict[str, Any]:
         The worker's result: ``validation`` and ``test`` with ``auc`` and ``logloss``, ``seconds``, ``versions``.
 
     Raises:
-        SystemExit: The training failed; its last words are in the message.
+        SystemExit: The training failed; the end of its output is in the message.
     """
     kept = kept_result(job, output)
     if kept is not None:

@@ -1,10 +1,11 @@
-"""More rows, less missing: DeepFM on synthetic sets of several sizes, each of whose best reachable AUC is known.
+"""DeepFM on synthetic sets of several sizes, each with a known best possible AUC.
 
     python -m benchmarks.quality.training_rows --output quality-size
 
-All sets have the same truth and are trained by the recipe ``synthetic`` (3 epochs), whatever their size. Lift is (AUC -
-0.5) / (best AUC - 0.5) on the test split, whose rows grow along. Writes ``size.md``, ``size.csv`` and ``size.png``.
-Sets (200 MB a million rows, and 300 MB of text while they are made) and results are kept, as in ``table.py``.
+All sets have the same true model and are trained with recipe ``synthetic`` (3 epochs). Lift is
+(AUC - 0.5) / (best AUC - 0.5) on the test split, which grows with the set. Writes ``size.md``, ``size.csv`` and
+``size.png``. Sets (200 MB per million rows, and 300 MB of text during the preparation) and results are kept, as in
+``table.py``.
 """
 
 import csv
@@ -13,9 +14,10 @@ from pathlib import Path
 
 import tyro
 
-from benchmarks.quality.datasets import prepared
+from benchmarks._lib.formatting import markdown
+from benchmarks._lib.seed_statistics import mean, with_deviation
+from benchmarks.quality.datasets import synthetic
 from benchmarks.quality.training_jobs import Job, result_of
-from benchmarks.quality.write_tables import mean, with_deviation
 from torchrec_deepfm.data.prepared import PreparedData
 
 
@@ -34,8 +36,8 @@ class Options:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Point:
-    """A size and what came of it, over the seeds."""
+class SizeScores:
+    """The scores of one size, a value per seed."""
 
     rows: int
     best: float
@@ -44,16 +46,15 @@ class Point:
 
     @property
     def lift(self) -> tuple[float, ...]:
-        """Share of the reachable lift over chance."""
+        """Share of the best possible lift over chance."""
         return tuple((auc - 0.5) / (self.best - 0.5) for auc in self.auc)
 
 
 def main(options: Options) -> None:
     options.output.mkdir(parents=True, exist_ok=True)
-    points: list[Point] = []
+    points: list[SizeScores] = []
     for rows in options.rows:
-        folder = prepared("synthetic", options.output, Path(), rows=rows, seed=0, frappe_test=None)
-        assert folder is not None
+        folder = synthetic(options.output, rows)
         settings = {"model": "DeepFM", "recipe": "synthetic", "changes": {}}
         results = [
             result_of(
@@ -64,7 +65,7 @@ def main(options: Options) -> None:
             for seed in options.seeds
         ]
         best = PreparedData.open(folder).optimum["test"]["auc"]
-        point = Point(
+        point = SizeScores(
             rows=rows,
             best=best,
             auc=tuple(result["test"]["auc"] for result in results),
@@ -75,12 +76,19 @@ def main(options: Options) -> None:
     report(points, options.output)
 
 
-def report(points: list[Point], output: Path) -> None:
-    lines = ["| training rows | test AUC | best reachable | lift | training, s |", "| --- | --- | --- | --- | --- |"]
-    for one in points:
-        auc, lift, seconds = with_deviation(one.auc), f"{mean(one.lift):.2%}", f"{mean(one.seconds):.0f}"
-        lines.append(f"| {one.rows:,} | {auc} | {one.best:.4f} | {lift} | {seconds} |")
-    text = "\n".join(lines) + "\n"
+def report(points: list[SizeScores], output: Path) -> None:
+    """Write and print the table, and draw the picture."""
+    rows = [
+        [
+            f"{one.rows:,}",
+            with_deviation(one.auc),
+            f"{one.best:.4f}",
+            f"{mean(one.lift):.2%}",
+            f"{mean(one.seconds):.0f}",
+        ]
+        for one in points
+    ]
+    text = markdown(["training rows", "test AUC", "best possible", "lift", "training, s"], rows) + "\n"
     (output / "size.md").write_text(text, encoding="utf-8")
     with (output / "size.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -92,8 +100,8 @@ def report(points: list[Point], output: Path) -> None:
     print("\n" + text)
 
 
-def draw(points: list[Point], path: Path) -> None:
-    """Draw what is missing to the optimum over the number of rows."""
+def draw(points: list[SizeScores], path: Path) -> None:
+    """Draw the lift missing to the optimum over the number of rows."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -115,7 +123,7 @@ def draw(points: list[Point], path: Path) -> None:
     axis.set_xlabel("training rows")
     axis.set_ylabel("lift missing to the optimum")
     axis.grid(color="#e5e5e5", linewidth=0.6)
-    axis.set_title("DeepFM on synthetic clicks: test AUC, and the best that is reachable", fontsize=9, loc="left")
+    axis.set_title("DeepFM on synthetic clicks: test AUC, and the best possible", fontsize=9, loc="left")
     canvas.tight_layout()
     canvas.savefig(path, dpi=110)
     plt.close(canvas)

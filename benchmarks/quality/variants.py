@@ -1,14 +1,14 @@
-"""What an option of the training costs in quality: DeepFM with and without it, seed by seed on the same rows.
+"""What an option costs in quality: DeepFM with and without it, seed by seed on the same rows.
 
     python -m benchmarks.quality.variants precision --output quality
     python -m benchmarks.quality.variants optimizers --output quality
 
 ``precision``: bfloat16 products (medium) and bfloat16 autocast against float32. ``optimizers``: Adagrad and row-wise
-Adagrad, fused into the tables' backward pass, against Adam over whole tables. An optimizer has its own best settings:
-each of ``CANDIDATES`` is trained with the first seed, the best by validation AUC with all of them.
+Adagrad, fused into the tables' backward pass, against Adam over whole tables. Each optimizer has its own best settings:
+all of its ``CANDIDATES`` are trained with the first seed, the best by validation AUC with all seeds.
 
-Everything starts from the recipes and settings of ``table.py`` and may share its output folder: the data, and the
-results of what the table has trained already.
+Recipes and settings are those of ``table.py``. Both may share an output folder: the data and the results that the table
+has already are used.
 """
 
 import csv
@@ -18,14 +18,15 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from benchmarks.quality.datasets import SHARED, prepared
-from benchmarks.quality.settings import our_config
+from benchmarks._lib.formatting import markdown, markdown_row
+from benchmarks._lib.seed_statistics import compare_paired, with_deviation
+from benchmarks.quality.datasets import SHARED, real, synthetic
+from benchmarks.quality.settings import deepfm_config
 from benchmarks.quality.training_jobs import Job, result_of
-from benchmarks.quality.write_tables import mean, standard_error, with_deviation
 
-# Changes per variant; the first one is what the others are compared with.
+# Changes per variant; the others are compared with the first one.
 PRECISIONS: dict[str, list[dict[str, Any]]] = {name: [{"precision": name}] for name in ("float32", "medium", "bf16")}
-# Of the fused optimizers' kernels only the cousin of the whole-table penalty is to be had: that of the rows looked up.
+# Fused kernels have no whole-table penalty, only one on the rows that a batch looks up.
 _FUSED = {"embedding_l2": 0.0, "linear_l2": 0.0}
 CANDIDATES: dict[str, dict[str, list[dict[str, Any]]]] = {
     "frappe": {
@@ -58,26 +59,26 @@ class Options:
     output: Path
     """Folder for the data, the results and the table."""
     datasets: tuple[Literal["frappe", "synthetic"], ...] = ("frappe", "synthetic")
-    """Data sets; those that are not there are left out."""
+    """Data sets; missing ones are reported and left out."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of the trainings."""
     shared: Path = SHARED
-    """Where frappe/ lies."""
+    """Folder that contains frappe/."""
     rows: int = 300_000
     """Training rows of the synthetic set."""
     cores: int = 1
     """Threads of each training."""
     quick: bool = False
-    """Tiny models, one epoch: to see that it runs."""
+    """Tiny models, one epoch, as a check."""
 
 
 def main(options: Options) -> None:
     options.output.mkdir(parents=True, exist_ok=True)
-    lines = ["| data | variant | changes | AUC | less the first | standard error | logloss |"]
-    lines.append("| --- | --- | --- | --- | --- | --- | --- |")
+    lines: list[list[str]] = []
     kept: list[list[object]] = []
     for name in options.datasets:
-        folder = prepared(name, options.output, options.shared, rows=options.rows, seed=0, frappe_test=None)
+        output, shared = options.output, options.shared
+        folder = synthetic(output, options.rows) if name == "synthetic" else real(name, output, shared)
         if folder is None:
             print(f"{name}: not in {options.shared}, left out")
             continue
@@ -89,16 +90,14 @@ def main(options: Options) -> None:
             split = "test" if "test" in results[0] else "validation"
             auc = [float(result[split]["auc"]) for result in results]
             first = first or auc
-            gaps = [one - other for one, other in zip(auc, first, strict=True)]  # seed by seed
             changes = ", ".join(f"{key} {value}" for key, value in chosen.items()) or "none"
-            lines.append(
-                f"| {name}, {split} | {variant} | {changes} | {with_deviation(auc, 5)} | {mean(gaps):+.5f} "
-                f"| {standard_error(gaps):.5f} | {with_deviation([result[split]['logloss'] for result in results])} |"
-            )
+            against = "" if auc is first else compare_paired(auc, first)
+            loss = with_deviation([result[split]["logloss"] for result in results])
+            lines.append([f"{name}, {split}", variant, changes, with_deviation(auc, 5), against, loss])
             for seed, result in zip(options.seeds, results, strict=True):
                 kept.append([name, split, variant, changes, seed, result[split]["auc"], result[split]["logloss"]])
-            print(lines[-1], flush=True)
-    text = "\n".join(lines) + "\n"
+            print(markdown_row(lines[-1]), flush=True)
+    text = markdown(["data", "variant", "changes", "AUC", "against the first", "logloss"], lines) + "\n"
     (options.output / f"{options.what}.md").write_text(text, encoding="utf-8")
     with (options.output / f"{options.what}.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -124,7 +123,7 @@ def best_of(
 def train(
     name: str, folder: Path, variant: str, changes: dict[str, Any], seed: int, options: Options
 ) -> dict[str, Any]:
-    recipe, settings = our_config(name, "DeepFM", precision="medium", quick=options.quick)
+    recipe, settings = deepfm_config(name, "DeepFM", precision="medium", quick=options.quick)
     changed = settings | changes
     label = " ".join(["DeepFM", variant, *(f"{key} {value}" for key, value in changes.items())])
     job = Job(

@@ -1,4 +1,4 @@
-"""The quality benchmarks run, go on, and say what was measured; tiny sizes, and no peer that would be installed."""
+"""The quality benchmarks: statistics, tables, models, and tiny runs without peers that need an installation."""
 
 import csv
 import json
@@ -12,56 +12,61 @@ import pytest
 import torch
 from torchrec import EmbeddingBagCollection, KeyedJaggedTensor
 
-from benchmarks.quality import prepared_arrays, settings, table, train_deepfm, variants, write_tables
+from benchmarks._lib import seed_statistics
+from benchmarks.quality import prepared_arrays, settings, table, train_deepfm, training_jobs, variants, write_tables
 from tests.benchmarks.scripts import run
 from torchrec_deepfm import embedding_tables
 from torchrec_deepfm.data.loader import Loader
 from torchrec_deepfm.data.prepared import PreparedData
 
-# quality_write_tables.py
+# seed_statistics and write_tables
 
 
 def test_statistics_follow_their_definitions() -> None:
     values = [0.81, 0.84, 0.8, 0.83]
     middle = sum(values) / 4
     spread = math.sqrt(sum((one - middle) ** 2 for one in values) / 3)
-    assert write_tables.mean(values) == pytest.approx(middle, rel=1e-12)
-    assert write_tables.deviation(values) == pytest.approx(spread, rel=1e-12)
-    assert write_tables.standard_error(values) == pytest.approx(spread / 2, rel=1e-12)
-    assert write_tables.deviation([0.7]) == write_tables.standard_error([0.7]) == 0.0
+    assert seed_statistics.mean(values) == pytest.approx(middle, rel=1e-12)
+    assert seed_statistics.deviation(values) == pytest.approx(spread, rel=1e-12)
+    assert seed_statistics.standard_error(values) == pytest.approx(spread / 2, rel=1e-12)
+    assert seed_statistics.deviation([0.7]) == seed_statistics.standard_error([0.7]) == 0.0
 
 
 @pytest.mark.parametrize(
-    ("ours", "theirs", "expected"),
-    [
-        ([0.80, 0.82], [0.79, 0.81], True),
-        ([0.80, 0.82], [0.81, 0.83], True),  # 0.01 below, and the error of the difference is sqrt(2) * 0.01
-        ([0.80, 0.82], [0.83, 0.85], False),
-        ([0.80], [0.80], True),
-        ([0.80], [0.8001], False),
+    ("first", "second", "expected"),
+    [  # the standard error of the difference is sqrt(2) * 0.01, with a single value on one side 0.01
+        ([0.80, 0.82], [0.77, 0.79], "better: +0.0300 ± 0.0141"),
+        ([0.80, 0.82], [0.78, 0.80], "not worse: +0.0200 ± 0.0141"),
+        ([0.80, 0.82], [0.81, 0.83], "not worse: -0.0100 ± 0.0141"),
+        ([0.80, 0.82], [0.82, 0.84], "worse: -0.0200 ± 0.0141"),
+        ([0.80, 0.82], [0.815], "not worse: -0.0050 ± 0.0100"),
+        ([0.80], [0.8001], "-0.0001, one seed each"),
     ],
 )
-def test_not_below_allows_for_one_standard_error(ours: list[float], theirs: list[float], expected: bool) -> None:
-    assert write_tables.not_below(ours, theirs) is expected
+def test_compare_states_difference_and_standard_error(first: list[float], second: list[float], expected: str) -> None:
+    assert seed_statistics.compare(first, second) == expected
+
+
+def test_compare_paired_takes_the_error_of_the_differences() -> None:
+    assert seed_statistics.compare_paired([0.5, 0.7], [0.4, 0.64]) == "better: +0.08000 ± 0.02000"
 
 
 def test_tables_and_picture(tmp_path: Path) -> None:
-
-    def figure(model: str, *auc: float) -> Any:
+    def scores(model: str, *auc: float) -> Any:
         few = tuple(range(len(auc)))
-        return write_tables.Figure(
+        return write_tables.ModelScores(
             data="set", model=model, split="test", seeds=few, auc=auc, logloss=auc, seconds=auc, epochs=auc
         )
 
-    figures = [figure("LR", 0.7), figure("FM", 0.69, 0.70), figure("DeepFM", 0.8, 0.81), figure("peer", 0.9)]
-    text = write_tables.write(figures, tmp_path, {"date": "today"})
-    assert "| FM | 0.6950 ± 0.0071 | 0.6950 ± 0.0071 | 1 | 1 | 2 |" in text
-    assert "- FM >= LR: yes (-0.0050, standard error 0.0050)" in text
-    assert "- DeepFM >= FM: yes (+0.1100, standard error 0.0071)" in text
-    assert "- DeepFM >= peer: NO (-0.0950, standard error 0.0050)" in text
+    found = [scores("LR", 0.698), scores("FM", 0.69, 0.70), scores("DeepFM", 0.8, 0.81), scores("peer", 0.9)]
+    text = write_tables.write(found, tmp_path, {"date": "today"})
+    assert "FM against LR: not worse: -0.0030 ± 0.0050" in text
+    assert "| FM | 0.6950 ± 0.0071 | 0.6950 ± 0.0071 | 1 | 1 | 2 | better: +0.1100 ± 0.0071 |" in text
+    assert "| **DeepFM** | 0.8050 ± 0.0071 | 0.8050 ± 0.0071 | 1 | 1 | 2 |  |" in text
+    assert "| peer | 0.9000 | 0.9000 | 1 | 1 | 1 | worse: -0.0950 ± 0.0050 |" in text
     with (tmp_path / "quality.csv").open(encoding="utf-8") as file:
         assert [(row["model"], row["seed"], row["auc"]) for row in csv.DictReader(file)] == [
-            ("LR", "0", "0.7"),
+            ("LR", "0", "0.698"),
             ("FM", "0", "0.69"),
             ("FM", "1", "0.7"),
             ("DeepFM", "0", "0.8"),
@@ -72,9 +77,9 @@ def test_tables_and_picture(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "quality.json").read_text())["about"] == {"date": "today"}
 
 
-def test_labels_of_the_picture_keep_apart() -> None:
-    apart = write_tables.apart
-    assert apart((0.9, 0.1, 0.09, 0.05, 0.01, 0.001), (1.0, 0.01)) == [0.9, 0.1, 0.05, 0.01]  # least: x 1.41
+def test_labels_of_the_picture_do_not_overlap() -> None:
+    ticks = write_tables.readable_ticks((0.9, 0.1, 0.09, 0.05, 0.01, 0.001), (1.0, 0.01))
+    assert ticks == [0.9, 0.1, 0.05, 0.01]  # least: x 1.41
 
 
 # prepared_arrays
@@ -134,33 +139,64 @@ def test_fm_and_dnn_is_its_equation() -> None:
 # settings
 
 
-def test_peers_as_ours_have_our_penalty() -> None:
-    """DeepCTR-Torch sums the loss over the batch and adds l2 ||E||^2: per sample that is our lambda/2 ||E||^2."""
+def test_peers_with_the_same_settings_have_the_same_penalty() -> None:
+    """DeepCTR-Torch sums the loss over the batch and adds l2 ||E||^2: per sample that is lambda/2 ||E||^2."""
     config = settings.recipe("paper")
     changed = settings.replace(config, sparse_optimizer="adam", embedding_l2=0.06, batch_size=512)
-    found = settings._as_ours(changed)
+    found = settings._peer_settings(changed)
     weights = torch.randn(7, 3)
     per_sample = found["l2"] * weights.square().sum() / found["batch_size"]
     torch.testing.assert_close(per_sample, 0.06 / 2 * weights.square().sum())
-    assert found["embedding_l2"] == 0.06  # FuxiCTR means lambda/2 ||E||^2 by it, as we do
+    assert found["embedding_l2"] == 0.06  # FuxiCTR's is lambda/2 ||E||^2 too
 
 
-# the whole
+# training_jobs
+
+
+def test_results_saved_under_the_first_names_are_found(tmp_path: Path) -> None:
+    """The description below was written by the scripts before they moved."""
+    (tmp_path / "manifest.json").write_text('{"sha256": "abc"}')
+    chosen = [row for row in settings.rows("frappe", precision="medium", peers=True) if "same" in row.model]
+    row = next(row for row in chosen if row.model.startswith("FuxiCTR"))
+    job = training_jobs.Job(
+        data=tmp_path,
+        model=row.model,
+        worker=row.worker,
+        settings=row.settings,
+        seed=1,
+        environment=row.environment,
+    )
+    asked = {
+        "data": "abc",
+        "model": "FuxiCTR DeepFM, as ours",
+        "worker": "quality_fuxictr.py",
+        "settings": row.settings,
+        "seed": 1,
+        "environment": "fuxictr-models",
+    }
+    path = tmp_path / "results" / tmp_path.name / "FuxiCTR_DeepFM_as_ours" / "1.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"asked": asked, "seconds": 7}))
+    kept = training_jobs.kept_result(job, tmp_path)
+    assert kept is not None
+    assert kept["seconds"] == 7
+
+
+# whole runs
 
 
 def test_quality_from_data_to_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ("--output", tmp_path, "--datasets", "synthetic", "frappe", "--quick", "--no-peers", "--shared", tmp_path)
-    chosen = ("--models", "FM", "DeepFM", "scikit", "--seeds")
-    run(table, *words, *chosen, 3)
+    run(table, *words, "--models", "FM &", "DeepFM", "scikit", "--seeds", 3)
     text = capsys.readouterr().out
     results = {path.parent.name: path for path in tmp_path.glob("results/*/*/3.json")}
-    assert set(results) == {"FM", "FM_DNN", "DeepFM", "scikit_learn_logistic_regression"}
+    assert set(results) == {"FM_DNN", "DeepFM", "scikit_learn_logistic_regression"}
     kept = {name: (path.stat().st_mtime_ns, json.loads(path.read_text())) for name, path in results.items()}
-    for model, name in (("FM", "FM"), ("FM & DNN", "FM_DNN"), ("**DeepFM**", "DeepFM")):
+    for model, name in (("FM & DNN", "FM_DNN"), ("**DeepFM**", "DeepFM")):
         test = kept[name][1]["test"]
         assert f"| {model} | {test['auc']:.4f} | {test['logloss']:.4f} |" in text
 
-    # The peers' reader has the rows that the loader gives.
+    # The peers' reader returns the loader's rows.
     [folder] = tmp_path.glob("data/synthetic-*")
     arrays, data = prepared_arrays.Arrays.read(folder), PreparedData.open(folder)
     for split, found in arrays.splits.items():
@@ -172,10 +208,10 @@ def test_quality_from_data_to_picture(tmp_path: Path, capsys: pytest.CaptureFixt
         assert batches[0].sparse_features.keys() == list(arrays.num_embeddings)
         assert torch.equal(torch.from_numpy(found.sparse.T), ids[:, : len(found.labels)].long())
 
-    # Another seed trains what is random, and leaves alone what is there.
-    run(table, *words, *chosen, 3, 4)
+    # Another seed trains the random models, and keeps the existing results.
+    run(table, *words, "--models", "DeepFM", "scikit", "--seeds", 3, 4)
     text = capsys.readouterr().out
-    assert {path.parent.name for path in tmp_path.glob("results/*/*/4.json")} == {"FM", "FM_DNN", "DeepFM"}
+    assert {path.parent.name for path in tmp_path.glob("results/*/*/4.json")} == {"DeepFM"}
     assert all(path.stat().st_mtime_ns == kept[name][0] for name, path in results.items())
     with (tmp_path / "quality.csv").open(encoding="utf-8") as file:
         aucs = [float(row["auc"]) for row in csv.DictReader(file) if row["model"] == "DeepFM"]
@@ -183,7 +219,7 @@ def test_quality_from_data_to_picture(tmp_path: Path, capsys: pytest.CaptureFixt
     assert f"| **DeepFM** | {sum(aucs) / 2:.4f} ± {abs(aucs[0] - aucs[1]) / math.sqrt(2):.4f} |" in text
     assert not list(tmp_path.glob("results/**/*.run"))
 
-    # The same rows and settings as one of the variants: its result is taken, the others are compared with float32.
+    # One variant has the rows and settings of the table: its result is reused, the others are compared with float32.
     words = ("precision", "--datasets", "synthetic", "--rows", 4000, "--seeds", 3, "--quick", "--output", tmp_path)
     run(variants, *words)
     trained = {path.parent.name for path in tmp_path.glob("results/*/*/3.json")} - set(results)
@@ -193,4 +229,6 @@ def test_quality_from_data_to_picture(tmp_path: Path, capsys: pytest.CaptureFixt
     assert list(found) == ["float32", "medium", "bf16"]
     assert found["medium"] == kept["DeepFM"][1]["test"]["auc"]
     lines = [line.split(" | ") for line in (tmp_path / "precision.md").read_text().splitlines()[2:]]
-    assert [line[4] for line in lines] == [f"{found[line[1]] - found['float32']:+.5f}" for line in lines]
+    assert [line[4] for line in lines] == [
+        "" if line[1] == "float32" else f"{found[line[1]] - found['float32']:+.5f}, one seed each" for line in lines
+    ]

@@ -49,4 +49,4 @@ def test_commands_of_the_pages_parse() -> None:
     assert set(MODULES) - helpers <= shown
     listed = COMMAND.findall((ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8"))
     runnable = {name for name in set(MODULES) - helpers if not re.search(r"\.(peer|train)_|engine_cases|big_log", name)}
-    assert {module for module, _ in listed} == runnable
+    assert runnable <= {module for module, _ in listed}
