@@ -53,7 +53,8 @@ ALLOWED = {
         "training",
         "inference",
     },
-    "__main__": {"cli"},
+    "interrupt": set(),
+    "__main__": {"cli", "interrupt"},
 }
 WITHOUT_TORCH = [
     "",

@@ -3,6 +3,11 @@
 import os
 import sys
 
+from torchrec_deepfm.interrupt import Interrupt
+
+if __name__ == "__main__":  # before the imports, which take a second
+    interrupt = Interrupt()
+
 from torchrec_deepfm.cli import main
 
 
@@ -11,6 +16,8 @@ def run() -> int:
     try:
         main()
     except SystemExit as stop:
+        if isinstance(stop.code, str):
+            sys.stderr.write(f"{stop.code}\n")
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except BrokenPipeError:
         # Who reads has enough, such as head. What is not yet written goes nowhere, or Python would try it once more.
@@ -20,9 +27,17 @@ def run() -> int:
 
 
 if __name__ == "__main__":
-    code = run()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    interrupt.imported()
+    code = 1
+    try:
+        code = run()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except BaseException:
+        if not interrupt.pressed:
+            raise
+    if interrupt.pressed and code != 0:
+        interrupt.leave()
     if "RANK" in os.environ:
         # DistributedDataParallel keeps gloo's threads alive past destroy_process_group, and while the interpreter is
         # taken down around them a rank that has done all its work now and then dies of SIGABRT ("terminate called

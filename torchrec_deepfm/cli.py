@@ -141,12 +141,7 @@ class Prepare:
             )
 
         if "RANK" not in os.environ:
-            try:
-                run(Workers())
-            except KeyboardInterrupt:
-                sys.exit(
-                    f"stopped; the same command goes on from {self.output.with_name(f'.{self.output.name}.partial')}"
-                )
+            run(Workers())
             return
         terminal.quiet()
         from torchrec_deepfm.training import ranks

@@ -12,12 +12,14 @@ import sys
 import time
 from pathlib import Path
 
+import polars as pl
 import pytest
 
 from tests.data.raw_oracle import SMALL, random_text
 from tests.data.test_prepare import small_pieces, write
 from torchrec_deepfm.data import job as module
 from torchrec_deepfm.data import stage
+from torchrec_deepfm.data.folder import disk_errors
 from torchrec_deepfm.data.options import MEMORY
 from torchrec_deepfm.data.prepare import prepare
 from torchrec_deepfm.data.workfolder import WorkFolder
@@ -395,6 +397,20 @@ def test_a_full_file_system(tmp_path):
             filler.unlink()
             found = content(prepare(paths, disk / "out", schema=SMALL, min_count=1).folder)
         assert found == content(prepare(paths, tmp_path / "whole", schema=SMALL, min_count=1).folder)
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_what_polars_says_of_a_full_disk(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        text = pl.DataFrame({"c0": [f"{i * 7919 % 1_000_003:x}" for i in range(400_000)]})
+        with pytest.raises(UserError, match=r"no space is left on the device; free some"), disk_errors(disk / "out"):
+            text.write_parquet(disk / "000000.parquet", compression="lz4", statistics=False)
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
 

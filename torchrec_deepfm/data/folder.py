@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import duckdb
+import polars as pl
 
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.small_file import check_local
@@ -109,14 +111,17 @@ def disk_errors(output: Path, kept: Callable[[], Path | None] = lambda: None) ->
 
     try:
         yield
-    except OSError as error:
+    except (OSError, pl.exceptions.ComputeError) as error:
         # Polars and pyarrow tell the number in the text only.
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "No space left" in str(error):
+        number = getattr(error, "errno", None)
+        if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "No space left" in str(error):
             raise OutOfRoomError(
                 f"{output}: no space is left on the device; free some or name another output{again()}"
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
-            raise UserError(f"{output}: the folder can't be written ({error.strerror}); name another output") from error
+        if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+            raise UserError(
+                f"{output}: the folder can't be written ({os.strerror(number)}); name another output"
+            ) from error
         raise
     except (duckdb.IOException, duckdb.OutOfMemoryException) as error:
         reason = str(error).splitlines()[0]
