@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -100,9 +101,14 @@ def part_of(module: str) -> str:
     return max((p for p in ALLOWED if module == p or (p and module.startswith(f"{p}."))), key=len, default="?")
 
 
+@cache
+def nodes(text: str) -> list[ast.AST]:
+    return list(ast.walk(ast.parse(text)))
+
+
 def imports(module: str, path: Path, known: dict[str, Path]) -> Iterator[tuple[int, str]]:
     """(line, module of the package) for every import in a file: lazy ones, those for types, and names in strings."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in nodes(path.read_text(encoding="utf-8")):
         names: list[str] = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -137,14 +143,23 @@ def wrong_imports(root: Path) -> list[str]:
     ]
 
 
-def loaded_by(names: list[str], root: Path) -> set[str]:
-    """The modules in a fresh Python after importing these modules of the package below `root`."""
-    program = (
-        "import importlib, json, sys\n"
-        "for name in json.loads(sys.argv[1]): importlib.import_module(name)\n"
-        "print(json.dumps(sorted(sys.modules)))"
-    )
-    full = [f"{PACKAGE}.{name}".rstrip(".") for name in names]
+def loaded_by(groups: list[list[str]], root: Path, first: str = "") -> list[set[str]]:
+    """The modules in memory after importing each group of modules of the package below `root`.
+
+    One process imports what the line `first` says, and forks for each group.
+    """
+    program = f"""
+import importlib, json, os, sys
+{first}
+for group in json.loads(sys.argv[1]):
+    if not os.fork():
+        for name in group:
+            importlib.import_module(name)
+        print(json.dumps(sorted(sys.modules)), flush=True)
+        os._exit(0)
+    assert os.wait()[1] == 0, group
+"""
+    full = [[f"{PACKAGE}.{name}".rstrip(".") for name in group] for group in groups]
     process = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", program, json.dumps(full)],
         capture_output=True,
@@ -154,17 +169,23 @@ def loaded_by(names: list[str], root: Path) -> set[str]:
         check=False,
     )
     assert process.returncode == 0, process.stderr
-    return set(json.loads(process.stdout.splitlines()[-1]))
+    return [set(json.loads(line)) for line in process.stdout.splitlines()]
 
 
-def wrongly_loaded(part: str, root: Path) -> list[str]:
-    """Modules of the package in memory after importing a whole part, that this part has no arrow to."""
-    own = [module for module in modules(root) if part_of(module) == part]
-    allowed = ALLOWED[part] | {part}
-    inside = {name.removeprefix(PACKAGE).removeprefix(".") for name in loaded_by(own, root) if name.startswith(PACKAGE)}
-    # Python loads the packages around a module, such as `training` around `training.config`.
-    around = {".".join(module.split(".")[:n]) for module in inside for n in range(module.count(".") + 1)}
-    return sorted(module for module in inside - around if part_of(module) not in allowed)
+LIBRARIES = "import polars, pyarrow, duckdb, sklearn.metrics, torch.distributed.checkpoint, torchrec"
+
+
+def wrongly_loaded(parts: list[str], root: Path) -> dict[str, list[str]]:
+    """Modules of the package in memory after importing each of these parts, that this part has no arrow to."""
+    groups = [[module for module in modules(root) if part_of(module) == part] for part in parts]
+    found = {}
+    for part, loaded in zip(parts, loaded_by(groups, root, LIBRARIES), strict=True):
+        inside = {name.removeprefix(PACKAGE).removeprefix(".") for name in loaded if name.startswith(PACKAGE)}
+        # Python loads the packages around a module, such as `training` around `training.config`.
+        around = {".".join(module.split(".")[:n]) for module in inside for n in range(module.count(".") + 1)}
+        allowed = ALLOWED[part] | {part}
+        found[part] = sorted(module for module in inside - around if part_of(module) not in allowed)
+    return found
 
 
 def test_every_module_belongs_to_a_part() -> None:
@@ -175,18 +196,15 @@ def test_imports_point_one_way() -> None:
     assert wrong_imports(ROOT) == []
 
 
-@pytest.mark.parametrize("part", [part for part in ALLOWED if part not in ("", "cli", "__main__")])
-def test_a_part_loads_nothing_above_it(part: str) -> None:
-    if not any(part_of(module) == part for module in modules(ROOT)):
-        pytest.skip(f"there is no {part} yet")
-    assert wrongly_loaded(part, ROOT) == []
+def test_a_part_loads_nothing_above_it() -> None:
+    parts = [part for part in ALLOWED if part not in ("", "cli", "__main__")]
+    parts = [part for part in parts if any(part_of(module) == part for module in modules(ROOT))]
+    assert wrongly_loaded(parts, ROOT) == {part: [] for part in parts}
 
 
-@pytest.mark.parametrize("module", WITHOUT_TORCH)
-def test_loads_no_torch(module: str) -> None:
-    if module not in modules(ROOT):
-        pytest.skip(f"there is no {module} yet")
-    assert "torch" not in loaded_by([module], ROOT)
+def test_these_load_no_torch() -> None:
+    loaded = loaded_by([[module] for module in WITHOUT_TORCH], ROOT)
+    assert [module for module, found in zip(WITHOUT_TORCH, loaded, strict=True) if "torch" in found] == []
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "apps").glob("*.py")), ids=lambda path: path.name)
@@ -224,19 +242,18 @@ def copy(tmp_path: Path) -> Path:
 )
 def test_a_wrong_import_is_found(copy: Path, file: str, line: str, found: str) -> None:
     path = copy / PACKAGE / file
-    before = wrong_imports(copy)
     path.write_text(path.read_text(encoding="utf-8") + f"\n{line}\n", encoding="utf-8")
-    added = sorted(set(wrong_imports(copy)) - set(before))
-    assert [(one.split(":")[0], one.split(": ")[1]) for one in added] == [(f"{PACKAGE}/{file}", found)]
+    assert [(one.split(":")[0], one.split(": ")[1]) for one in wrong_imports(copy)] == [(f"{PACKAGE}/{file}", found)]
 
 
 def test_a_module_loaded_against_the_arrows_is_found(copy: Path) -> None:
     path = copy / PACKAGE / "errors.py"
     path.write_text(path.read_text(encoding="utf-8") + "\n__import__('torchrec_deepfm.doctor')\n", encoding="utf-8")
-    assert wrongly_loaded("errors", copy) == ["doctor"]
+    assert wrongly_loaded(["errors"], copy) == {"errors": ["doctor"]}
 
 
 def test_torch_that_is_loaded_is_found(copy: Path) -> None:
     path = copy / PACKAGE / "errors.py"
     path.write_text(path.read_text(encoding="utf-8") + "\n__import__('torch')\n", encoding="utf-8")
-    assert "torch" in loaded_by(["errors"], copy)
+    [loaded] = loaded_by([["errors"]], copy)
+    assert "torch" in loaded

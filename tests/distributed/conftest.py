@@ -3,7 +3,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.distributed.launcher import one_rank
+from tests.support.ranks import one_rank
 from torchrec_deepfm.data.prepare import prepare
 from torchrec_deepfm.data.prepared import PreparedData
 from torchrec_deepfm.data.synthetic import generate

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.distributed.launcher import run_module
+from tests.support.ranks import run_module
 from torchrec_deepfm.cli import main
 from torchrec_deepfm.data.order import EpochOrder
 from torchrec_deepfm.data.prepared import PreparedData

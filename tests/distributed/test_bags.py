@@ -15,8 +15,8 @@ from torchrec.datasets.utils import Batch
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from tests.data.folders import LISTS, bag, ids, label, make, number, weights
-from tests.distributed.launcher import CPU, run_ranks
 from tests.distributed.samples import read_state, write_state
+from tests.support.ranks import CPU, run_ranks
 from torchrec_deepfm.data.loader import Loader
 from torchrec_deepfm.data.prepared import PreparedData
 from torchrec_deepfm.training.build import build_model

@@ -2,10 +2,7 @@
 
 import json
 import math
-import os
 import socket
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.launcher import ROOT, run_module
 from tests.sharding.by_hand import BATCH_SIZE, plan
+from tests.support.ranks import run_module, run_modules
 from torchrec_deepfm import cli
 from torchrec_deepfm.cli_experiment import ExperimentCommand
 from torchrec_deepfm.page import embedded_data
@@ -290,22 +287,9 @@ def on_two_hosts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words += ["--rules", *(f">=40={kind} <40=data_parallel" for kind in HOST_KINDS)]
     meeting = ["--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", str(port), "--nproc-per-node", "2"]
     command = ["-m", "torchrec_deepfm", "experiment", *words]
-    hosts = [
-        subprocess.Popen(
-            [sys.executable, "-m", "torchrec_deepfm.launch", *meeting, "--node-rank", str(number), *command],
-            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        )
-        for number in range(2)
-    ]  # fmt: skip
-    try:
-        for host in hosts:
-            out, err = host.communicate(timeout=150)
-            assert host.returncode == 0, f"{out[-3000:]}\n{err[-3000:]}"
-    finally:
-        for host in hosts:
-            host.terminate()
-            host.wait(timeout=60)
+    launchers = [["torchrec_deepfm.launch", *meeting, "--node-rank", str(number), *command] for number in range(2)]
+    for host in run_modules(launchers, OMP_NUM_THREADS="1"):
+        assert host.returncode == 0, f"{host.stdout[-3000:]}\n{host.stderr[-3000:]}"
     return here
 
 

@@ -14,8 +14,8 @@ from torchrec.distributed.train_pipeline import (
     TrainPipelineSparseDist,
 )
 
-from tests.distributed.launcher import CPU, run_ranks
 from tests.distributed.samples import batches_of_rank, draw
+from tests.support.ranks import CPU, run_ranks
 from torchrec_deepfm import DeepFM, DeepFMTrain, embedding_tables
 from torchrec_deepfm.training.build import build_model
 from torchrec_deepfm.training.config import TrainConfig

@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.planner import ParameterConstraints
 
-from tests.distributed.launcher import CPU, run_ranks
 from tests.distributed.samples import batches_of_rank, draw, read_state, to_batch
+from tests.support.ranks import CPU, run_ranks
 from torchrec_deepfm.training.averaging import MovingAverage
 from torchrec_deepfm.training.build import build_model
 from torchrec_deepfm.training.checkpoint import Checkpoints

@@ -1,18 +1,19 @@
 """prepare on several ranks: the folder of one process, byte for byte, also when the ranks were killed on the way."""
 
+import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from tests.data.raw_oracle import random_text
-from tests.distributed.launcher import ROOT, run_module
+from tests.support.fork import ROOT, Fork
+from tests.support.ranks import run_module, run_modules
 from torchrec_deepfm.data.prepare import prepare
 from torchrec_deepfm.data.workfolder import WorkFolder
 
@@ -45,19 +46,17 @@ def ranks(count, *options):
     return [*torchrun, "-m", "torchrec_deepfm", "prepare", *map(str, options)]
 
 
-def kill_all(word: str) -> None:
-    """Kill every process with a word in its command line: torchrun puts its ranks into sessions of their own."""
-    while True:
-        alive = 0
-        for path in Path("/proc").glob("[0-9]*/cmdline"):
-            try:
-                if word.encode() in path.read_bytes() and int(path.parent.name) != os.getpid():
-                    os.kill(int(path.parent.name), signal.SIGKILL)
-                    alive += 1
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-        if not alive:
-            return
+def start(command, folder):
+    """A job of ranks under way."""
+    return Fork(command, env=os.environ, stdout=folder / "job.out", stderr=folder / "job.err")
+
+
+def kill_all(job):
+    """Kill the launcher and its ranks, which are in sessions of their own."""
+    while alive := job.family():
+        for pid in alive:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         time.sleep(0.02)
 
 
@@ -72,16 +71,13 @@ def test_ranks_write_what_one_process_writes(tmp_path, raw, whole, mode, count):
 
 def test_killed_ranks_and_one_process_that_ends_it(tmp_path, raw, whole):
     command = ranks(2, "--input", raw, "--output", tmp_path / "out", *MODES["vocabulary"][0])
-    process = subprocess.Popen(
-        [sys.executable, "-m", *command], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    process = start(command, tmp_path)
     work = WorkFolder(tmp_path / "out")
     limit = time.monotonic() + 120
     while not work.begun() and process.poll() is None:
         assert time.monotonic() < limit
         time.sleep(0.01)
-    threading.Thread(target=process.wait).start()  # or it would stay in the list of processes
-    kill_all(str(tmp_path / "out"))
+    kill_all(process)
     assert work.begun()
     data = prepare([raw], tmp_path / "out", **MODES["vocabulary"][1])
     assert content(data.folder) == whole["vocabulary"]
@@ -94,32 +90,23 @@ def test_two_hosts(tmp_path, raw, whole):
         port = free.getsockname()[1]
     command = ["torchrec_deepfm", "prepare", "--input", raw, "--output", tmp_path / "out", *MODES["vocabulary"][0]]
     meeting = ["--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", str(port), "--nproc-per-node", "1"]
-    hosts = [
-        subprocess.Popen(
-            [sys.executable, "-m", "torchrec_deepfm.launch", *meeting, "--node-rank", str(i), "-m", *map(str, command)],
-            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for i in range(2)
-    ]  # fmt: skip
-    for host in hosts:
-        _, err = host.communicate(timeout=150)
-        assert host.returncode == 0, err
+    launchers = [
+        ["torchrec_deepfm.launch", *meeting, "--node-rank", f"{i}", "-m", *map(str, command)] for i in range(2)
+    ]
+    for host in run_modules(launchers):
+        assert host.returncode == 0, host.stderr
     assert content(tmp_path / "out") == whole["vocabulary"]
 
 
 @pytest.mark.parametrize("record", ["encode_*", "sum_*"])
 def test_killed_while_encoding_and_ended_by_other_ranks(tmp_path, raw, whole, record):
     mode = "vocabulary"
-    process = subprocess.Popen(
-        [sys.executable, "-m", *ranks(3, "--input", raw, "--output", tmp_path / "out", *MODES[mode][0])],
-        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    process = start(ranks(3, "--input", raw, "--output", tmp_path / "out", *MODES[mode][0]), tmp_path)
     records = WorkFolder(tmp_path / "out").path / "records"
     limit = time.monotonic() + 120
     while not any(records.glob(f"{record}.json")) and process.poll() is None:
         assert time.monotonic() < limit
-    threading.Thread(target=process.wait).start()  # or it would stay in the list of processes
-    kill_all(str(tmp_path / "out"))
+    kill_all(process)
     done = run_module(ranks(2, "--input", raw, "--output", tmp_path / "out", *MODES[mode][0]))
     assert done.returncode == 0, done.stderr
     assert content(tmp_path / "out") == whole[mode]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.launcher import CPU, one_rank, run_ranks
+from tests.support.ranks import CPU, one_rank, run_ranks
 from torchrec_deepfm.data.prepare import prepare
 from torchrec_deepfm.data.prepared import PreparedData
 from torchrec_deepfm.data.synthetic import generate

@@ -23,8 +23,8 @@ from torchrec.distributed.sharding_plan import (
 from torchrec.distributed.types import ShardingPlan, ShardingType
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
-from tests.distributed.launcher import CPU, run_ranks
 from tests.distributed.samples import batches_of_rank, draw, read_state, to_batch, write_state
+from tests.support.ranks import CPU, run_ranks
 from torchrec_deepfm import DeepFM, DeepFMTrain, embedding_tables
 from torchrec_deepfm.sharding.initialize import BLOCK_ROWS, initialize_tables
 from torchrec_deepfm.training.config import TrainConfig

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torchrec import EmbeddingBagCollection, KeyedJaggedTensor
 from torchrec.datasets.utils import Batch
 
-from tests.distributed.launcher import CPU, run_ranks
 from tests.distributed.samples import Sample, draw, read_state, write_state
+from tests.support.ranks import CPU, run_ranks
 from torchrec_deepfm import DeepFM, DeepFMTrain, embedding_tables
 from torchrec_deepfm.sharding.plan_file import load_plan, save_plan
 from torchrec_deepfm.sharding.plan_sharding import find_embedding_bags, to_sharding_plan

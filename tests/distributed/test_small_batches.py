@@ -7,9 +7,9 @@ import torch
 import torch.distributed as dist
 from torchrec import EmbeddingBagCollection
 
-from tests.distributed.launcher import run_ranks
 from tests.distributed.samples import draw, read_state, to_batch, write_state
 from tests.distributed.test_sharded_model import PLANS, SIZES, K, make_model, shard
+from tests.support.ranks import run_ranks
 from torchrec_deepfm import DeepFM, DeepFMTrain, embedding_tables
 
 UNEVEN = [(0, 3), (1, 0), (0, 0), (1, 1)]  # batch sizes of the two ranks

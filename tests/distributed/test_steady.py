@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.distributed.launcher import CPU, run_ranks
+from tests.support.ranks import CPU, run_ranks
 from torchrec_deepfm.sharding.steady import _core, give_back, no_collections, share, steady
 
 LINUX = sys.platform == "linux"

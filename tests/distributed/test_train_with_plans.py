@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from tests.distributed.launcher import CPU, run_module, run_ranks
+from tests.support.ranks import CPU, run_module, run_ranks
 from torchrec_deepfm.data.prepared import PreparedData
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.sharding.plan_file import load_plan

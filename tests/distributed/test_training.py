@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.launcher import CPU, one_rank, run_ranks
+from tests.support.ranks import CPU, one_rank, run_ranks
 from torchrec_deepfm.data.prepared import PreparedData
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.small_file import seal

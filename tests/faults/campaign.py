@@ -38,19 +38,12 @@ class Tally:
 
 def ranks_of(logs: Path, job: Job) -> dict[int, int]:
     """Process by rank, of the ranks that have begun to train and live."""
-    found = {}
+    found, alive = {}, job.processes()
     for path in logs.glob("rank_*"):
         _, rank, pid = path.name.split("_")
-        if Path(f"/proc/{pid}").exists() and (int(pid) == job.pid or parent(int(pid)) == job.pid):
+        if int(pid) in alive:
             found[int(rank)] = int(pid)
     return found
-
-
-def parent(pid: int) -> int:
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    except OSError:
-        return 0
 
 
 def wait_for_ranks(logs: Path, job: Job, ranks: int, gone: set[int]) -> dict[int, int] | None:

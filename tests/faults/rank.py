@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from tests.faults.runs import rows_of
+from tests.support.fork import LAUNCHER
 from torchrec_deepfm import __main__ as command_line
 from torchrec_deepfm.training import checkpoint, dcp, loop, store
 
@@ -56,7 +57,7 @@ def fault(at: str, step: int) -> None:
             case "term":
                 os.kill(os.getpid(), signal.SIGTERM)
             case "term parent":
-                os.kill(os.getppid(), signal.SIGTERM)
+                os.kill(int(os.environ[LAUNCHER]), signal.SIGTERM)
             case "nan":
                 with torch.no_grad():
                     _loop._model.state_dict()["model.bias"].fill_(torch.nan)

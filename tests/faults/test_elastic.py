@@ -5,7 +5,6 @@ import os
 import re
 import signal
 import socket
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ def free_port() -> int:
 
 
 def agent(data: Path, run: Path, port: int, env: dict[str, str]) -> Job:
-    front = [sys.executable, "-m", "torchrec_deepfm.launch", "--rdzv_backend", "c10d", "--rdzv_conf", QUICK]
+    front = ["torchrec_deepfm.launch", "--rdzv_backend", "c10d", "--rdzv_conf", QUICK]
     front += ["--rdzv_endpoint", f"localhost:{port}", "--rdzv_id", "job", "--nnodes", "1:2", "--nproc_per_node", "1"]
     front += ["--max_restarts", "3", "-m", "tests.faults.rank", "--data", str(data), "--output", str(run)]
     return Job([*front, *OPTIONS, "--batch-size", str(BATCH), "--epochs", "2"], env)
@@ -48,8 +47,7 @@ def until(logs: Path, agents: list[Job], *, ranks: int, steps: int) -> None:
 
 def kill_host(host: Job) -> None:
     """The agent and its ranks, all at once."""
-    children = Path(f"/proc/{host.pid}/task/{host.pid}/children").read_text().split()
-    for pid in [host.pid, *map(int, children)]:
+    for pid in host.processes():
         os.kill(pid, signal.SIGKILL)
 
 
