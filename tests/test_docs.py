@@ -1,16 +1,14 @@
-"""Every example of the pages runs: the Python of README and docs/, and README's commands in a fresh copy."""
+"""Every example in Python of README and docs/ runs, and what the pages name exists."""
 
 import doctest
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import torchrec_deepfm
-from tests.end_to_end import Workspace
+from tests.support.ranks import run_module
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
@@ -35,27 +33,9 @@ def test_the_public_classes_have_examples() -> None:
 )
 def test_python_examples_of_the_pages(page: Path, number: int, tmp_path: Path) -> None:
     """Each in a process of its own: they make process groups."""
-    code = list(blocks(page, "python"))[number]
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    (tmp_path / "example.py").write_text(list(blocks(page, "python"))[number], encoding="utf-8")
+    done = run_module(["example.py"], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-
-
-def commands() -> list[str]:
-    lines = [line for block in blocks(ROOT / "README.md", "bash") for line in block.splitlines()]
-    return [line for line in lines if line and not line.startswith("#")]
-
-
-def test_readme_has_the_two_commands() -> None:
-    assert commands()[:2] == ["make train", "make test"]
-
-
-def test_every_command_of_readme(workspace: Workspace) -> None:
-    """In order, in one copy of the repository, from a shell with the environment on its path."""
-    for command in commands():
-        if command == "make test":
-            continue  # it is what runs this test
-        done = workspace.run(command)
-        assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
 
 
 def test_every_make_target_that_readme_names_exists() -> None:

@@ -3,13 +3,12 @@
 import csv
 import json
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.support.ranks import run_module
 from torchrec_deepfm.data.prepared import PreparedData
 from torchrec_deepfm.data.presets import MLPERF_NUM_EMBEDDINGS
 from torchrec_deepfm.training.recipes import DATA, recipe
@@ -18,9 +17,7 @@ NUMERIC, CATEGORICAL = [f"I{i}" for i in range(1, 14)], [f"C{i}" for i in range(
 
 
 def run(folder: Path, *words: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "torchrec_deepfm", *words], capture_output=True, text=True, cwd=folder, timeout=300
-    )
+    done = run_module(["torchrec_deepfm", *words], cwd=folder)
     assert (done.returncode, done.stderr) == (0, ""), f"{words}\n{done.stderr}"
     return done.stdout
 

@@ -7,21 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.ranks import run_module
+
 MISTAKE = "from torchrec_deepfm import errors, launch; launch.exit_with(errors.UserError('day_0 row 3: label 7'))"
 
 
 def ranks(tmp_path: Path, program: str, **env: str) -> subprocess.CompletedProcess[str]:
     script = tmp_path / "program.py"
     script.write_text(f"import os, sys, time\nrank = int(os.environ['RANK'])\n{program}\n")
-    surroundings = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    return subprocess.run(
-        [sys.executable, "-m", "torchrec_deepfm.launch", "--nproc_per_node", "2", str(script)],
-        capture_output=True,
-        text=True,
-        env=surroundings | env,
-        timeout=120,
-        check=False,
-    )
+    return run_module(["torchrec_deepfm.launch", "--nproc_per_node", "2", str(script)], **env)
 
 
 @pytest.mark.parametrize("program", [MISTAKE, f"if rank == 1:\n    {MISTAKE}\ntime.sleep(60)"], ids=["both", "one"])
@@ -54,19 +48,25 @@ def test_of_a_killed_rank_the_signal_is_named(tmp_path: Path) -> None:
 
 
 def test_threads_are_shared_out(tmp_path: Path) -> None:
-    # Nothing on standard error: torchrun would warn that it sets one thread for each rank.
-    program = "sys.stdout.write(os.environ['OMP_NUM_THREADS'] + chr(10))"
-    default = subprocess.run(
-        [sys.executable, "-c", "import torch; print(torch.get_num_threads())"],
-        capture_output=True,
-        text=True,
-        env={name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"},
-        check=True,
+    """In a Python of its own: torch learns how many threads it may have when it is loaded."""
+    script = tmp_path / "program.py"
+    script.write_text("import os, sys; sys.stdout.write(os.environ['OMP_NUM_THREADS'] + chr(10))")
+    env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    default, run = (
+        subprocess.run([sys.executable, *words], capture_output=True, text=True, env=env, check=True)
+        for words in (
+            ["-c", "import torch; print(torch.get_num_threads())"],
+            ["-m", "torchrec_deepfm.launch", "--nproc_per_node", "2", str(script)],
+        )
     )
     share = str(max(1, int(default.stdout) // 2))
-    run = ranks(tmp_path, program)
-    assert (run.returncode, run.stdout.split(), run.stderr) == (0, [share, share], "")
-    assert ranks(tmp_path, program, OMP_NUM_THREADS="3").stdout.split() == ["3", "3"]
+    # Nothing on standard error: torchrun would warn that it sets one thread for each rank.
+    assert (run.stdout.split(), run.stderr) == ([share, share], "")
+
+
+def test_threads_that_the_user_has_set_stay(tmp_path: Path) -> None:
+    run = ranks(tmp_path, "sys.stdout.write(os.environ['OMP_NUM_THREADS'] + chr(10))", OMP_NUM_THREADS="3")
+    assert run.stdout.split() == ["3", "3"]
 
 
 def test_without_the_launcher_the_line_is_printed() -> None:

@@ -168,13 +168,16 @@ def test_a_users_mistake_in_a_job_is_the_last_line(job: str) -> None:
     assert "AppStatus" not in run.stderr
 
 
-def test_a_users_mistake_on_two_ranks_is_told_once_by_them_and_last_by_torchx() -> None:
-    run = torchx("run", "apps/deepfm.py", "-j", "1x2", "--", "--no-such-option", "3")
+def test_a_users_mistake_on_two_ranks_is_told_once_by_them_and_last_by_torchx(tmp_path: Path) -> None:
+    output = tmp_path / "never"
+    run = torchx("run", "apps/deepfm.py", "-j", "1x2", "--", "--data", "nowhere", "--output", str(output))
     assert run.returncode == 2
-    told = [line for line in run.stderr.splitlines() if "--no-such-option" in line]
+    told = [line for line in run.stderr.splitlines() if "nowhere: no such folder; make it with prepare" in line]
     assert len(told) == 2
     assert told[0].startswith("train/0 error: ")
     assert told[1] == run.stderr.splitlines()[-1]
+    assert "Traceback" not in run.stdout + run.stderr
+    assert not output.exists()
 
 
 def test_any_other_failure_of_a_job_is_told_as_torchx_does(job: str) -> None:

@@ -1,6 +1,7 @@
 """Processes that start in milliseconds: forks of a server that has imported torch, TorchRec and this package once.
 
     job = Fork(["torchrec_deepfm", "train", ...], env=os.environ, stdout=path, stderr=path)  # `python -m`, as a fork
+    job = Fork(["script.py", ...], ...)  # `python script.py`
 
 The server is multiprocessing's own. Each fork is a process like any other: with a session of its own, to be killed and
 waited for, with its own gloo. The server forks before any thread runs in it (`preload.py` checks that), since threads
@@ -34,7 +35,7 @@ _own_output: tuple[Path, Path] | None = None  # in a fork: its standard output a
 
 
 class Fork:
-    """``python -m <words>``, with the interface of Popen as far as torchelastic and the tests use it."""
+    """``python -m <words>`` or ``python <file> <words>``, with what torchelastic and the tests need of Popen."""
 
     def __init__(
         self,
@@ -117,17 +118,20 @@ def _run(words: Sequence[str], env: Mapping[str, str], stdout: Path, stderr: Pat
     sys.argv = list(words)
     sys.modules.pop(words[0], None)  # or runpy warns that it is imported already
     try:
-        runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+        if words[0].endswith(".py"):
+            sys.path.insert(0, str(Path(words[0]).resolve().parent))
+            runpy.run_path(words[0], run_name="__main__")
+        else:
+            runpy.run_module(words[0], run_name="__main__", alter_sys=True)
     finally:
         atexit._run_exitfuncs()
 
 
 def _fork_rank(handler: "object", args: Sequence[str], env: Mapping[str, str]) -> Fork:
-    """Start a rank for torchelastic, in place of ``python -u -m <words>``."""
-    words = list(args)
-    assert words[0] == sys.executable
-    assert words[1:3] == ["-u", "-m"], words
+    """Start a rank for torchelastic, in place of ``python -u -m <words>`` or ``python -u <file> <words>``."""
+    assert args[:2] == (sys.executable, "-u"), args
+    words = args[3:] if args[2] == "-m" else args[2:]
     redirected = {
         name: Path(file.name) for name in ("stdout", "stderr") if (file := getattr(handler, f"_{name}")) is not None
     }
-    return Fork(words[3:], env={**env, LAUNCHER: str(os.getpid())}, **redirected)
+    return Fork(words, env={**env, LAUNCHER: str(os.getpid())}, **redirected)

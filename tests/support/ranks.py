@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from tests.support.fork import Fork
+from tests.support.fork import ROOT, Fork
 
 CPU = torch.device("cpu")
 
@@ -66,20 +66,23 @@ def read(path: Path) -> str:
     return path.read_text(errors="replace")[-6000:] if path.exists() else ""
 
 
-def run_module(words: Sequence[str], timeout: float = 150, **env: str) -> subprocess.CompletedProcess[str]:
-    """Run ``python -m <words>`` from the repository's root, without GPUs; stop it, and its ranks, if it hangs."""
-    return run_modules([words], timeout, **env)[0]
+def run_module(
+    words: Sequence[str], timeout: float = 150, cwd: Path = ROOT, **env: str
+) -> subprocess.CompletedProcess[str]:
+    """Run ``python -m <words>``, or a file, without GPUs; stop it, and its ranks, if it hangs."""
+    return run_modules([words], timeout, cwd, **env)[0]
 
 
 def run_modules(
-    commands: Sequence[Sequence[str]], timeout: float = 150, **env: str
+    commands: Sequence[Sequence[str]], timeout: float = 150, cwd: Path = ROOT, **env: str
 ) -> list[subprocess.CompletedProcess[str]]:
     """The same of several at once, such as the launchers of several hosts."""
     with tempfile.TemporaryDirectory() as name:
         outputs = [(Path(name) / f"{number}.out", Path(name) / f"{number}.err") for number in range(len(commands))]
         env = os.environ | {"CUDA_VISIBLE_DEVICES": ""} | env
         jobs = [
-            Fork(words, env=env, stdout=out, stderr=err) for words, (out, err) in zip(commands, outputs, strict=True)
+            Fork(words, env=env, stdout=out, stderr=err, cwd=cwd)
+            for words, (out, err) in zip(commands, outputs, strict=True)
         ]
         try:
             for job in jobs:
