@@ -4,6 +4,8 @@ import pytest
 
 from tests.end_to_end import Workspace
 
+collect_ignore = ["support/preload.py"]  # only for a process that is about to fork
+
 
 @pytest.fixture(scope="session")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:

@@ -3,25 +3,20 @@
 Polars and pyarrow are left out, as importing them starts threads; they load in a third of a second.
 """
 
-import os
-import traceback
 from pathlib import Path
 from unittest import mock
 
-try:
-    with mock.patch("warnings.showwarning"):
-        import pytest  # noqa: F401
-        import sklearn.metrics  # noqa: F401
-        import torch.distributed.checkpoint
-        import torch.distributed.run
-        import torch.utils.tensorboard  # noqa: F401
-        import torchrec.distributed.planner  # noqa: F401
+with mock.patch("warnings.showwarning"):
+    import pytest  # noqa: F401
+    import sklearn.metrics  # noqa: F401
+    import torch.distributed.checkpoint
+    import torch.distributed.run
+    import torch.utils.tensorboard  # noqa: F401
+    import torchrec.distributed.planner  # noqa: F401
+    import tyro  # noqa: F401
 
-        import torchrec_deepfm.cli
-        import torchrec_deepfm.training.trainer  # noqa: F401
+    import torchrec_deepfm.cli
+    import torchrec_deepfm.training.trainer  # noqa: F401
 
-    threads = len(list(Path("/proc/self/task").iterdir()))
-    assert threads == 1, f"{threads} threads run in the server, which do not survive a fork"
-except BaseException:
-    traceback.print_exc()  # multiprocessing would pass over an ImportError
-    os._exit(70)
+threads = len(list(Path("/proc/self/task").iterdir()))
+assert threads == 1, f"{threads} threads run in the server, which do not survive a fork"

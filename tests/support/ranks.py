@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 T = TypeVar("T")
 
 
-def run_ranks(program: Callable[..., T], world_size: int, *arguments: Any, timeout: float = 150) -> list[T]:
+def run_ranks(program: Callable[..., T], world_size: int, *arguments: Any, timeout: float = 300) -> list[T]:
     """Run ``program(*arguments)`` on every rank of a new process group; return the results, by rank."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -67,14 +67,14 @@ def read(path: Path) -> str:
 
 
 def run_module(
-    words: Sequence[str], timeout: float = 150, cwd: Path = ROOT, **env: str
+    words: Sequence[str], timeout: float = 300, cwd: Path = ROOT, **env: str
 ) -> subprocess.CompletedProcess[str]:
     """Run ``python -m <words>``, or a file, without GPUs; stop it, and its ranks, if it hangs."""
     return run_modules([words], timeout, cwd, **env)[0]
 
 
 def run_modules(
-    commands: Sequence[Sequence[str]], timeout: float = 150, cwd: Path = ROOT, **env: str
+    commands: Sequence[Sequence[str]], timeout: float = 300, cwd: Path = ROOT, **env: str
 ) -> list[subprocess.CompletedProcess[str]]:
     """The same of several at once, such as the launchers of several hosts."""
     with tempfile.TemporaryDirectory() as name:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from tests.distributed.samples import draw, read_state, to_batch
 from tests.faults.runs import make_data, read_tensors
-from tests.support.fork import ROOT
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.sharding.estimate import memory_by_rank
 from torchrec_deepfm.sharding.planner import local_topology
