@@ -51,8 +51,9 @@ class Fork:
         self._stdout = (stdout or own_stdout).resolve()
         arguments = (self.args, dict(env), self._stdout, stderr or own_stderr, cwd)
         self._process = _context.Process(target=_run, args=arguments, daemon=True)
-        with mock.patch.dict(os.environ, SERVER_ENV):
-            forkserver.ensure_running()
+        if _own_output is None:
+            with mock.patch.dict(os.environ, SERVER_ENV):
+                forkserver.ensure_running()
         self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid
