@@ -128,6 +128,10 @@ def _same_file(one: Path, other: Path) -> bool:
     return one.exists() and other.exists() and one.samefile(other)
 
 
+class NotRegularError(OSError):
+    """A FIFO, a device or a socket has the name of a file."""
+
+
 def regular_file(path: str, flags: int) -> int:
     """Open a regular file and nothing else: an ``opener`` for Python's ``open``.
 
@@ -151,13 +155,14 @@ def regular_file(path: str, flags: int) -> int:
         if error.errno == errno.ELOOP and writes:
             raise OSError(errno.ELOOP, f"{name} is a symbolic link", path) from error
         if error.errno == errno.ENXIO:  # a FIFO that nobody reads
-            raise OSError(errno.EINVAL, f"{name} is not a regular file", path) from error
+            raise NotRegularError(errno.EINVAL, f"{name} is not a regular file", path) from error
         raise
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):
         os.close(descriptor)
-        code, what = (errno.EISDIR, "a folder") if stat.S_ISDIR(mode) else (errno.EINVAL, "not a regular file")
-        raise OSError(code, f"{name} is {what}", path)
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, f"{name} is a folder", path)
+        raise NotRegularError(errno.EINVAL, f"{name} is not a regular file", path)
     return descriptor
 
 

@@ -139,7 +139,8 @@ def test_an_output_folder_that_holds_a_run(
     expected = f"error: --output {run}: the folder already holds a run; name another one, or remove it first"
     assert in_this_process(train(data.folder, run, "--resume", "never"), capsys) == (2, [expected])
     expected = (
-        f"error: {run / 'config.json'}: the file is damaged (KeyError: 'config'); name another --output, or remove "
+        f"error: {run / 'config.json'}: the file is damaged (object missing required field `format_version`); name "
+        "another --output, or remove "
     )
     assert in_this_process(train(data.folder, run), capsys) == (2, [f"{expected}the folder"])
     assert [path.name for path in run.iterdir()] == ["config.json"]

@@ -17,8 +17,9 @@ import torch
 
 from tests.faults.jobs import GLOBAL_BATCH, command, environment, run, start
 from tests.faults.runs import assert_each_row_once, assert_same_run, make_data, read_tensors, records
+from torchrec_deepfm.small_file import seal
 
-GO_ON = "then run the same command again to go on from the last checkpoint"
+GO_ON = "then run the same command again; it resumes from the newest checkpoint, if one was saved"
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +65,8 @@ def test_a_disk_for_checkpoints_that_refuses(
     fault = {"at": "step", "rank": 0, "step": 10, "do": do, "path": str(small_disk)}
     env = environment(tmp_path / "log", [fault], FAULTS_SLEEP="0.03")
     code, _, err = run(command(data, tmp_path / "run", options=options), env)
-    assert (code, err) == (
-        2,
-        f"error: {place}/step_00000012: {reason}, then run the same command again to go on from the last checkpoint\n",
-    )
+    again = "then run the same command again to resume from the checkpoint of step 8"
+    assert (code, err) == (2, f"error: {place}/step_00000012: {reason}, {again}\n")
     assert saved_steps(place) == [4, 8]
     subprocess.run(["mount", "-o", "remount,rw", small_disk], check=True)
     (small_disk / "filling").unlink(missing_ok=True)
@@ -165,8 +164,8 @@ def test_a_loss_that_is_no_number(data: Path, tmp_path: Path) -> None:
     # The schedule is in its plateau at step 10: 4 steps of warm-up, decay from step 21.
     assert err == (
         f"error: step 10: the loss is not finite (learning rates: sparse 0.02 dense 0.001); its batch is saved in "
-        f"{batch_folder}, before it stands the checkpoint {checkpoint}; lower --sparse-lr or --dense-lr and train into "
-        "another folder\n"
+        f"{batch_folder}; run the same command with a lower --sparse-lr or --dense-lr to resume from the checkpoint of "
+        "step 8\n"
     )
     assert saved_steps(tmp_path / "run" / "checkpoints") == [4, 8]
     assert all(torch.isfinite(value.float()).all() for value in read_tensors(checkpoint).values())
@@ -274,11 +273,7 @@ def without_validation(data: Path, copy: Path) -> Path:
     shutil.copytree(data, copy)
     manifest = json.loads((copy / "manifest.json").read_text())
     manifest["splits"]["validation"] = []
-    manifest.pop("sha256", None)
-    from torchrec_deepfm.data import prepared
-
-    seal = getattr(prepared, "seal", None)
-    (copy / "manifest.json").write_bytes(seal(manifest) if seal else json.dumps(manifest).encode())
+    (copy / "manifest.json").write_bytes(seal(manifest))
     return copy
 
 

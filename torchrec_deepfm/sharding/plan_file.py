@@ -77,8 +77,24 @@ def load_plan(path: Path) -> PlanFile:
             f"{path}: format version {raw.get('format_version')!r}, this version of torchrec_deepfm reads "
             f"{FORMAT_VERSION}; use the one that wrote it, or make the plan anew"
         )
-    plan = _plan(raw, str(path))
-    check_sound(plan, str(path))
+    return parse_plan(raw, str(path))
+
+
+def parse_plan(raw: Mapping[str, Any], where: str) -> PlanFile:
+    """Take a plan of this format version out of JSON.
+
+    Args:
+        raw: the top object.
+        where: where it is from, for messages.
+
+    Returns:
+        The plan, checked as by ``load_plan``.
+
+    Raises:
+        UserError: it is damaged, or does not hold together.
+    """
+    plan = _plan(raw, where)
+    check_sound(plan, where)
     return plan
 
 

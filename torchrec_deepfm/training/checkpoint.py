@@ -5,7 +5,7 @@
 
 import contextlib
 import pickle
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -18,13 +18,13 @@ from torch.distributed.checkpoint.state_dict_saver import async_save, save
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from torchrec_deepfm.errors import UserError
-from torchrec_deepfm.training.dcp import LoadPlanner, Pieces, Reader, SavePlanner, Stager, State, Writer
-from torchrec_deepfm.training.disk import refused
+from torchrec_deepfm.training.dcp import METADATA, LoadPlanner, Pieces, Reader, SavePlanner, Stager, State, Writer
+from torchrec_deepfm.training.disk import refused, unreadable
 from torchrec_deepfm.training.ranks import is_main, on_main
 from torchrec_deepfm.training.state import all_finite, averaged_buffers, model_state, owned
-from torchrec_deepfm.training.store import Damaged, Store
+from torchrec_deepfm.training.store import MANIFEST, Damaged, Store
 
-_AGAIN = "run the same command again to go on from the last checkpoint"
+_AGAIN = "run the same command again"
 
 
 class Checkpoints:
@@ -34,14 +34,25 @@ class Checkpoints:
         target: a folder or a URL of fsspec.
         keep_last: how many of the newest to keep.
         timeout: seconds that ranks wait for each other.
+        committed: called on rank 0 with the step of each checkpoint that has become visible.
+        not_finite: called on rank 0 with a step that is not saved and the name of its weight that is not finite.
 
     Attributes:
         store: where they lie.
         saved: the newest step that is known to be saved.
     """
 
-    def __init__(self, target: str, *, keep_last: int, timeout: float = 1800.0) -> None:
+    def __init__(
+        self,
+        target: str,
+        *,
+        keep_last: int,
+        timeout: float = 1800.0,
+        committed: Callable[[int], None] = lambda step: None,
+        not_finite: Callable[[int, str], None] = lambda step, name: None,
+    ) -> None:
         self.store = Store(target)
+        self._committed, self._not_finite = committed, not_finite
         self.saved: int | None = None
         self._keep_last = keep_last
         # Saving talks in a thread of its own, while the training talks through the other groups.
@@ -134,7 +145,7 @@ class Checkpoints:
         try:
             _load(self.store, step, manifest["files"], state)
         except _UNREADABLE as error:
-            return _reason(error)
+            return _reason(error, self.store.shown(step))
         self.saved = step
         return None
 
@@ -147,7 +158,7 @@ class Checkpoints:
         except _FAILED as error:
             if is_main():
                 self.store.abandon(step)
-            raise _explained(error, self.store.shown(step)) from error
+            raise _explained(error, self.store.shown(step), self._again) from error
         wrong = all_finite(self._stager.staged)
         everyones: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyones, (writer.digests, wrong), group=self._group)
@@ -159,12 +170,7 @@ class Checkpoints:
                 outcome = [self._commit(step, files, meta, keep)]
             else:
                 self.store.abandon(step)
-                outcome = [
-                    UserError(
-                        f"step {step}: {wrong} holds a NaN or an infinity; this state is not saved, the checkpoint "
-                        "before it stands; lower --sparse-lr or --dense-lr"
-                    )
-                ]
+                outcome = [self._refuse(step, wrong)]
         dist.broadcast_object_list(outcome, src=0, group=self._group)
         if outcome[0] is not None:
             raise outcome[0]
@@ -175,11 +181,41 @@ class Checkpoints:
     ) -> UserError | None:
         try:
             self.store.commit(step, files, meta)
-            self.store.retain(self._keep_last, keep)
         except OSError as error:
             self.store.abandon(step)
-            return refused(self.store.shown(step), error, _AGAIN)
+            return refused(self.store.shown(step), error, self._again)
+        try:
+            self._committed(step)
+            self.store.retain(self._keep_last, keep)
+        except UserError as error:
+            return error
+        except (OSError, Damaged) as error:
+            return UserError(f"{self.store.target}: older checkpoints can't be removed ({error}); check the disk")
         return None
+
+    def _refuse(self, step: int, wrong: str) -> UserError:
+        try:
+            self._not_finite(step, wrong)
+        except UserError as error:
+            return error
+        return UserError(
+            f"step {step}: {wrong} holds a NaN or an infinity, so this state is not saved; {lower_rates(self.saved)}"
+        )
+
+    @property
+    def _again(self) -> str:
+        """What to do after a save that failed."""
+        return _AGAIN if self.saved is None else f"{_AGAIN} to resume from the checkpoint of step {self.saved}"
+
+
+def lower_rates(saved: int | None) -> str:
+    """Say what the user can do about a loss or a weight that is not finite.
+
+    Args:
+        saved: the newest step that is saved; None if there is none.
+    """
+    again = "start again from step 0" if saved is None else f"resume from the checkpoint of step {saved}"
+    return f"run the same command with a lower --sparse-lr or --dense-lr to {again}"
 
 
 def verify_together(store: Store, step: int, files: Mapping[str, Any]) -> str | None:
@@ -192,20 +228,27 @@ def verify_together(store: Store, step: int, files: Mapping[str, Any]) -> str | 
 
     Returns:
         What is wrong with it, the same on every rank; None if nothing is.
+
+    Raises:
+        UserError: a file can't be read on some rank.
     """
     share = sorted(files)[dist.get_rank() :: dist.get_world_size()]
-    reason = None
+    found: Exception | None = None
     try:
         store.verify(step, {name: files[name] for name in share})
-    except Damaged as error:
-        reason = str(error)
-    return _of_any_rank(reason)
+    except (Damaged, UserError) as error:
+        found = error
+    return _of_any_rank(found)
 
 
-def _of_any_rank(reason: str | None) -> str | None:
-    reasons: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(reasons, reason)
-    return next((each for each in reasons if each is not None), None)
+def _of_any_rank(error: Exception | None) -> str | None:
+    """What has stopped any rank, the same on all; a collective. A UserError is raised."""
+    errors: list[Exception | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    found = sorted((each for each in errors if each is not None), key=lambda each: not isinstance(each, UserError))
+    if found and isinstance(found[0], UserError):
+        raise found[0]
+    return str(found[0]) if found else None
 
 
 def save_model(model: DistributedModelParallel, folder: Path) -> None:
@@ -229,7 +272,7 @@ def save_model(model: DistributedModelParallel, folder: Path) -> None:
         with averaged_buffers(model):
             save(owned(model_state(model)), storage_writer=writer, planner=SavePlanner())
     except _FAILED as error:
-        raise _explained(error, str(folder)) from error
+        raise _explained(error, str(folder), _AGAIN) from error
     everyones: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyones, writer.digests)
     files = {name: entry for digests in everyones for name, entry in sorted(digests.items())}
@@ -253,7 +296,7 @@ def load_model(model: DistributedModelParallel, folder: Path) -> None:
     Raises:
         UserError: the folder is missing, damaged or of another model.
     """
-    if not folder.is_dir():
+    if not on_main(folder.is_dir):
         raise UserError(f"{folder}: there is no checkpoint; did the training reach its end?")
     store = _Single(folder)
     manifest, reason = on_main(lambda: _read_manifest(store, 0))
@@ -263,7 +306,7 @@ def load_model(model: DistributedModelParallel, folder: Path) -> None:
         try:
             _load(store, 0, manifest["files"], model_state(model))
         except _UNREADABLE as error:
-            reason = _reason(error)
+            reason = _reason(error, str(folder))
     if reason is not None:
         raise UserError(f"{folder}: the checkpoint can't be read ({reason}); train again")
 
@@ -278,20 +321,47 @@ class _Single(Store):
     def path(self, step: int) -> str:
         return str(self._folder.absolute())
 
+    def shown(self, step: int) -> str:
+        return str(self._folder)
+
+    def set_aside(self, step: int) -> None:
+        self.remove(step)  # the same weights, of a run that was killed before its summary
+
 
 # CheckpointException is no Exception. What DCP raises inside a rank it wraps in one, on every rank.
 _FAILED = (CheckpointException, Exception)
 _UNREADABLE = (CheckpointException, Damaged, OSError, RuntimeError, ValueError)
 
 
+def _reason(error: BaseException, where: str) -> str:
+    """What is wrong with a checkpoint, in one sentence; torch reports it with the tracebacks of all ranks.
+
+    Raises:
+        UserError: nothing is known to be wrong with it, since it can't be read.
+    """
+    cause = _first(error)
+    if isinstance(cause, UserError):
+        raise cause
+    if isinstance(cause, OSError):
+        raise unreadable(where, cause) from error
+    if isinstance(cause, Damaged):
+        return str(cause)
+    sentence = (str(cause).strip().splitlines() or [""])[0].split(". ")[0].rstrip(".")
+    return f"{type(cause).__name__}: {sentence}"
+
+
 def _load(store: Store, step: int, files: Mapping[str, Any], state: Mapping[str, Pieces]) -> None:
+    if METADATA not in files:
+        raise Damaged(f"{MANIFEST} does not name {METADATA}")
     reader = Reader(store.where(step), local=store.local, files=list(files))
-    reason = None
+    found: Exception | None = None
     try:
         reader.read_metadata()  # before DCP does it, which logs what is wrong as tracebacks
-    except (OSError, pickle.UnpicklingError) as error:
-        reason = str(error)
-    reason = _of_any_rank(reason)
+    except pickle.UnpicklingError as error:
+        found = Damaged(str(error))
+    except OSError as error:
+        found = unreadable(f"{store.shown(step)}/{METADATA}", error)
+    reason = _of_any_rank(found)
     if reason is not None:
         raise Damaged(reason)
     load(dict(state), storage_reader=reader, planner=LoadPlanner())
@@ -312,16 +382,7 @@ def _first(error: BaseException) -> BaseException:
     return error
 
 
-def _explained(error: BaseException, where: str) -> BaseException:
+def _explained(error: BaseException, where: str, again: str) -> BaseException:
     """A user's line for what a disk refused; other errors as they are."""
     cause = _first(error)
-    return refused(where, cause, _AGAIN) if isinstance(cause, OSError) else error
-
-
-def _reason(error: BaseException) -> str:
-    """What went wrong, in one sentence; torch reports it with the tracebacks of all ranks."""
-    cause = _first(error)
-    if isinstance(cause, Damaged):
-        return str(cause)
-    sentence = (str(cause).strip().splitlines() or [""])[0].split(". ")[0].rstrip(".")
-    return f"{type(cause).__name__}: {sentence}"
+    return refused(where, cause, again) if isinstance(cause, OSError) else error

@@ -32,3 +32,23 @@ def refused(where: str | Path, error: OSError, remedy: str = "") -> UserError:
     if error.errno in _CLOSED:
         return UserError(f"{where}: writing is not allowed ({error.strerror}); make it writable{then}")
     return UserError(f"{where}: can't be written ({error.strerror or error}); look after the disk{then}")
+
+
+def unreadable(where: str | Path, error: OSError) -> UserError:
+    """Explain why a file or folder could not be read, which says nothing about whether it is there.
+
+    Args:
+        where: the file, folder or URL.
+        error: what the system said.
+
+    Returns:
+        The error to raise.
+
+    Example:
+        >>> str(unreadable("runs/a", OSError(errno.EIO, "Input/output error")))
+        "runs/a: can't be read (Input/output error); nothing was changed; check the disk and permissions, then retry"
+    """
+    reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
+    return UserError(
+        f"{where}: can't be read ({reason}); nothing was changed; check the disk and permissions, then retry"
+    )

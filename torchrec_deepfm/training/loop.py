@@ -4,10 +4,11 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Never
 
+import msgspec
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -23,8 +24,9 @@ from torchrec_deepfm.training.config import Metric, TrainConfig
 from torchrec_deepfm.training.control import Control
 from torchrec_deepfm.training.dcp import Pieces
 from torchrec_deepfm.training.evaluation import autocast, evaluate
-from torchrec_deepfm.training.metrics import Metrics
-from torchrec_deepfm.training.nonfinite import LossWatch
+from torchrec_deepfm.training.formats import RECORD_EVERY, Manifest, TrainingPoint
+from torchrec_deepfm.training.metrics import Metrics, NotFiniteError
+from torchrec_deepfm.training.nonfinite import LossWatch, refuse_predictions
 from torchrec_deepfm.training.optimizers import make_optimizer, make_scheduler, set_rates
 from torchrec_deepfm.training.progress import Progress
 from torchrec_deepfm.training.rank_state import RankState
@@ -33,30 +35,6 @@ from torchrec_deepfm.training.state import TrainingTensors
 from torchrec_deepfm.training.stopping import Tracker, Verdict
 from torchrec_deepfm.training.watch import DataFiles
 from torchrec_deepfm.training.watch import Progress as Signs
-
-# Steps between two records of the running loss. Reading the loss off a GPU waits for it, so not at each step.
-RECORD_EVERY = 20
-
-
-@dataclass(kw_only=True)
-class Point:
-    """How far a training has come.
-
-    Attributes:
-        step: optimizer steps done.
-        epoch: the current epoch, from 0; the number of epochs at the end.
-        row: rows of the current epoch's order that all ranks together have seen.
-        samples: samples seen by all ranks since the start.
-        seconds: spent on training, without evaluations.
-        evaluated: False if the evaluation that is due after this step has not been done.
-    """
-
-    step: int = 0
-    epoch: int = 0
-    row: int = 0
-    samples: int = 0
-    seconds: float = 0.0
-    evaluated: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,11 +86,12 @@ class Loop:
         self._model, self._s = model, surroundings
         config = surroundings.config
         self._config = config
-        self.point = Point()
+        self.point = TrainingPoint(dropped=0)
         self.tracker = Tracker(
             metric=config.metric, patience=config.patience, lr_patience=config.lr_patience, lr_factor=config.lr_factor
         )
         self.progress: Progress | None = None
+        self._rows = int(surroundings.train.state_dict()["rows"])
         self._global_batch = config.batch_size * dist.get_world_size()
         self._optimizer = make_optimizer(model, config)
         self._scheduler = make_scheduler(
@@ -140,8 +119,8 @@ class Loop:
         """Samples that stand for how far the training has come, out of ``total_samples``."""
         return self.point.epoch * len(self._s.train) * self._global_batch + self.point.row
 
-    def resume(self, manifest: Mapping[str, Any]) -> tuple[dict[str, Pieces], Callable[[], None]]:
-        """Prepare to go on from a checkpoint.
+    def resume(self, manifest: Manifest) -> tuple[dict[str, Pieces], Callable[[], None]]:
+        """Prepare to resume from a checkpoint.
 
         Args:
             manifest: its manifest.
@@ -150,21 +129,22 @@ class Loop:
             What to read of it, and what to call once it has been read.
 
         Raises:
-            KeyError, TypeError, ValueError: the manifest lacks something, or it has another type.
+            ValueError: two values of the manifest contradict each other.
             UserError: the checkpoint is of other data or another order.
         """
-        state, finish = self._tensors.to_read(manifest["columns"])
-        own, finish_own = self._own.to_read(manifest)
-        averages, finish_averages = (
-            ({}, None) if self.average is None else self.average.to_read(int(manifest["world_size"]))
-        )
-        point = Point(**manifest["point"])
+        point = manifest.point
         position = self._position(point)
-        if manifest["position"] != position:
+        if manifest.position != position:
             raise UserError(
-                f"{self._s.folder}: the checkpoint of step {point.step} is at {manifest['position']} of the data, "
+                f"{self._s.folder}: the checkpoint of step {manifest.step} is at {manifest.position} of the data, "
                 f"these data have {position}; name the data that the run was trained on"
             )
+        manifest.check(self._config, rows=self._rows, widths=self._tensors.widths)
+        state, finish = self._tensors.to_read(manifest.columns)
+        own, finish_own = self._own.to_read(
+            ranks=manifest.world_size, random_bytes=manifest.random, losses=manifest.losses
+        )
+        averages, finish_averages = ({}, None) if self.average is None else self.average.to_read(manifest.world_size)
 
         def go_on() -> None:
             finish()
@@ -172,7 +152,7 @@ class Loop:
                 finish_averages()
             self._stretch = finish_own(point.step)
             self.point = point
-            self.tracker.load_json(manifest["tracker"])
+            self.tracker.state = manifest.tracker
             self._s.train.load_state_dict(position)
             # The same number, unless batches have another size now: then how far, in today's steps.
             exact, rest = divmod(self.samples, self._global_batch)
@@ -198,16 +178,17 @@ class Loop:
         trained = False
         while point.epoch < self._config.epochs and not self.tracker.stopped:
             if done == steps:  # at once, where what is left of an epoch is less than a batch of today
-                point.epoch, point.row, steps, done = point.epoch + 1, 0, len(loader), 0
+                self._end_epoch()
+                steps, done = len(loader), 0
                 continue
             self._step(batches)
             trained = True
             done += 1
             ends = done == steps
+            point.row += self._global_batch
             if ends:
-                point.epoch, point.row, steps, done = point.epoch + 1, 0, len(loader), 0
-            else:
-                point.row += self._global_batch
+                self._end_epoch()
+                steps, done = len(loader), 0
             last = ends and point.epoch == self._config.epochs
             if self.average is not None:
                 self.average.update(point.step, last=last)
@@ -233,6 +214,14 @@ class Loop:
         if signum:
             raise Preempted(signum, "")
 
+    def refuse_predictions(self) -> Never:
+        """End the training over an evaluation whose predictions are not finite; a collective.
+
+        Raises:
+            UserError: always.
+        """
+        refuse_predictions(self.point.step, self._s.folder, self._s.checkpoints)
+
     def stop(self, signum: int, *, save: bool = True) -> None:
         """Save the state, unless it is saved, and end.
 
@@ -254,6 +243,12 @@ class Loop:
         raise Preempted(
             signum, f"stopped by {name} after step {step}, saved in {where}; the same command goes on from there"
         )
+
+    def _end_epoch(self) -> None:
+        point = self.point
+        if point.dropped is not None:
+            point.dropped += self._rows - point.row
+        point.epoch, point.row = point.epoch + 1, 0
 
     def _step(self, batches: Iterator[Batch]) -> None:
         point = self.point
@@ -323,7 +318,7 @@ class Loop:
                 self._watch.batch(step, batch)
                 yield batch
 
-    def _position(self, point: Point) -> dict[str, Any]:
+    def _position(self, point: TrainingPoint) -> dict[str, Any]:
         return self._s.train.state_dict() | {"epoch": point.epoch, "row": point.row}
 
     def _save(self) -> None:
@@ -339,9 +334,9 @@ class Loop:
         meta = {
             **self._s.about,
             **counts,
-            "point": asdict(self.point),
+            "point": msgspec.to_builtins(self.point),
             "position": self._position(self.point),
-            "tracker": self.tracker.to_json(),
+            "tracker": msgspec.to_builtins(self.tracker.state),
             "columns": self._tensors.columns,
         }
         best = self.tracker.best_step
@@ -378,6 +373,8 @@ class Loop:
                 metrics = evaluate(self._model, self._s.validation, self._s.device, self._config.precision, self.heed)
         except Preempted as request:
             self.stop(request.signum)
+        except NotFiniteError:
+            self.refuse_predictions()
         self._model.train()
         self.point.evaluated = True
         verdict = self.judge(metrics)

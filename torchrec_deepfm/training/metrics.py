@@ -14,6 +14,13 @@ from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
+from torchrec_deepfm.errors import UserError
+
+
+class NotFiniteError(UserError):
+    """Predictions that are NaN or infinite."""
+
+
 # Of the curve that a finished training keeps.
 RELIABILITY_BINS = 20
 
@@ -145,6 +152,9 @@ def gather_metrics(logits: Tensor, labels: Tensor, bins: int = 0) -> Metrics:
 
     Returns:
         The metrics of the whole set, the same object on every rank.
+
+    Raises:
+        NotFiniteError: a logit is NaN or infinite.
     """
     counts = [0] * dist.get_world_size()
     dist.all_gather_object(counts, len(logits))
@@ -155,11 +165,11 @@ def gather_metrics(logits: Tensor, labels: Tensor, bins: int = 0) -> Metrics:
     result: list[Metrics | None] = [None]
     if gathered is not None:
         rows = torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)]).numpy()
-        result = [compute_metrics(rows[:, 0], rows[:, 1], bins)]
+        result = [compute_metrics(rows[:, 0], rows[:, 1], bins) if np.isfinite(rows[:, 0]).all() else None]
     dist.broadcast_object_list(result, src=0)
-    metrics = result[0]
-    assert metrics is not None
-    return metrics
+    if result[0] is None:
+        raise NotFiniteError("the predictions hold a NaN or an infinity, so these weights are of no use; train again")
+    return result[0]
 
 
 def lift(auc: float, best_auc: float) -> float:

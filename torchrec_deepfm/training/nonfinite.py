@@ -1,4 +1,4 @@
-"""A loss that is no number: found, and told with its step, its batch and its learning rates."""
+"""A loss that is not finite: found, and reported with its step, its batch and its learning rates."""
 
 import io
 import json
@@ -6,7 +6,7 @@ import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Never
 
 import torch
 import torch.distributed as dist
@@ -15,9 +15,9 @@ from torchrec.datasets.utils import Batch
 
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.small_file import write_bytes
-from torchrec_deepfm.training.checkpoint import Checkpoints
+from torchrec_deepfm.training.checkpoint import Checkpoints, lower_rates
 from torchrec_deepfm.training.disk import refused
-from torchrec_deepfm.training.ranks import is_main
+from torchrec_deepfm.training.ranks import is_main, on_main
 
 # Batches that are in the pipeline, and not trained on yet, with some to spare.
 _AHEAD = 8
@@ -79,7 +79,7 @@ class LossWatch:
         checkpoints.wait()
         saved = checkpoints.saved
         rates = next((rates for step, rates in self._rates if step == bad_step), {})
-        folder = run / f"nonfinite_step_{bad_step:08d}"
+        folder = _folder(run, bad_step)
         batch = next((batch for step, batch in self._batches if step == bad_step), None)
         try:
             folder.mkdir(exist_ok=True)
@@ -87,18 +87,57 @@ class LossWatch:
                 content = io.BytesIO()
                 torch.save(_plain(batch), content)
                 write_bytes(folder / f"rank_{dist.get_rank()}.pt", content.getvalue())
-            if is_main():
-                about = {"step": bad_step, "lr": rates, "checkpoint": saved, "world_size": dist.get_world_size()}
-                write_bytes(folder / "about.json", (json.dumps(about, indent=2) + "\n").encode())
         except OSError as error:
             raise refused(folder, error) from error
+        if is_main():
+            about = {"step": bad_step, "lr": rates, "checkpoint": saved, "world_size": dist.get_world_size()}
+            record_not_finite(run, about)
         dist.barrier()
         told = " ".join(f"{name} {rate:g}" for name, rate in rates.items())
-        stands = "no checkpoint" if saved is None else f"the checkpoint {checkpoints.store.shown(saved)}"
         raise UserError(
-            f"step {bad_step}: the loss is not finite (learning rates: {told}); its batch is saved in {folder}, before "
-            f"it stands {stands}; lower --sparse-lr or --dense-lr and train into another folder"
+            f"step {bad_step}: the loss is not finite (learning rates: {told}); its batch is saved in {folder}; "
+            f"{lower_rates(saved)}"
         )
+
+
+def refuse_predictions(step: int, run: Path, checkpoints: Checkpoints) -> Never:
+    """End the training over an evaluation whose predictions are not finite; a collective.
+
+    Args:
+        step: steps done.
+        run: the run's folder.
+        checkpoints: of the run.
+
+    Raises:
+        UserError: always.
+    """
+    checkpoints.wait()
+    on_main(lambda: record_not_finite(run, {"step": step, "checkpoint": checkpoints.saved}))
+    raise UserError(
+        f"step {step}: the predictions of the evaluation hold a NaN or an infinity; {lower_rates(checkpoints.saved)}"
+    )
+
+
+def record_not_finite(run: Path, about: Mapping[str, Any]) -> None:
+    """Record that a loss or a weight was not finite, after which a run may be resumed with lower learning rates.
+
+    Args:
+        run: the run's folder; gets ``nonfinite_step_<step>/about.json``.
+        about: what is known, with ``step``.
+
+    Raises:
+        UserError: the disk refuses.
+    """
+    folder = _folder(run, about["step"])
+    try:
+        folder.mkdir(exist_ok=True)
+        write_bytes(folder / "about.json", (json.dumps(dict(about), indent=2) + "\n").encode())
+    except OSError as error:
+        raise refused(folder, error) from error
+
+
+def _folder(run: Path, step: int) -> Path:
+    return run / f"nonfinite_step_{step:08d}"
 
 
 def _plain(batch: Batch) -> dict[str, Any]:

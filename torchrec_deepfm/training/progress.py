@@ -13,7 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from torchrec_deepfm import terminal
-from torchrec_deepfm.small_file import regular_file, write_bytes
+from torchrec_deepfm.training import metrics_log
 from torchrec_deepfm.training.disk import refused
 from torchrec_deepfm.training.metrics import Metrics
 
@@ -36,9 +36,9 @@ class Progress:
     """
 
     def __init__(self, folder: Path, total_samples: int, *, done_step: int = 0, done_samples: int = 0) -> None:
-        self._path = folder / "metrics.jsonl"
+        self._path = folder / metrics_log.NAME
         with self._writing():
-            self._file = open(self._path, "a", encoding="utf-8", buffering=1, opener=regular_file)  # noqa: SIM115
+            self._file = metrics_log.open_log(folder)
             # What TensorBoard has of later steps is of a life that the checkpoint does not know of.
             self._tensorboard = SummaryWriter(
                 str(folder / "tensorboard"), purge_step=done_step + 1 if done_step else None
@@ -128,32 +128,3 @@ class Progress:
 
     def _write(self, split: str, step: int, values: Mapping[str, object]) -> None:
         self._file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
-
-
-def forget_after(folder: Path, step: int, *, evaluated: bool) -> None:
-    """Remove the lines of ``metrics.jsonl`` that a training which goes on will write again.
-
-    Args:
-        folder: the run's folder.
-        step: the step that it goes on from.
-        evaluated: whether the evaluation after this very step is part of what it goes on from.
-
-    Raises:
-        UserError: the file can't be read or written.
-    """
-    path = folder / "metrics.jsonl"
-    kept = []
-    try:
-        if not path.exists():
-            return
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                record = json.loads(line)
-                at, split = int(record["step"]), record["split"]
-            except (ValueError, KeyError, TypeError):
-                continue  # the last line of a process that was killed over it
-            if at < step or (at == step and (split == "train" or evaluated)):
-                kept.append(f"{line}\n")
-        write_bytes(path, "".join(kept).encode())
-    except OSError as error:
-        raise refused(path, error, "run the same command again") from error

@@ -1,7 +1,6 @@
 """What each rank has of its own between two steps: random numbers, losses not yet recorded, batch statistics."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -10,9 +9,6 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from torchrec_deepfm.training.dcp import Pieces
 from torchrec_deepfm.training.state import local_buffers, rank_rows, read_rank_rows
-
-# More than any training has; a manifest that says more is none of ours.
-_MOST = 2**20
 
 
 class RankState:
@@ -45,25 +41,23 @@ class RankState:
         counts = {"world_size": dist.get_world_size(), "random": len(random), "losses": len(losses)}
         return dict(rank_rows(name, mine) for name, mine in rows.items()), counts
 
-    def to_read(self, manifest: Mapping[str, Any]) -> tuple[dict[str, Pieces], Callable[[int], list[Tensor]]]:
+    def to_read(
+        self, *, ranks: int, random_bytes: int, losses: int
+    ) -> tuple[dict[str, Pieces], Callable[[int], list[Tensor]]]:
         """Return what this rank wants of a checkpoint.
 
         Args:
-            manifest: of the checkpoint.
+            ranks: how many ranks saved it.
+            random_bytes: length of each rank's random state.
+            losses: how many losses each rank saved.
 
         Returns:
             The state to read into; and what to call with the step once it has been read, which gives the losses. On
             another number of ranks than saved it, these are the mean over the ranks, and the random numbers new ones.
-
-        Raises:
-            KeyError, TypeError, ValueError: the manifest lacks something, or has numbers that no training has.
         """
-        ranks, count, lost = (int(manifest[name]) for name in ("world_size", "random", "losses"))
-        if not 1 <= ranks <= _MOST or not 0 <= count <= _MOST or not 0 <= lost <= _MOST:
-            raise ValueError("numbers that no training has")
         state, own = {}, {}
-        key, state[key], random = read_rank_rows("random", ranks, [count], torch.uint8)
-        key, state[key], losses = read_rank_rows("losses", ranks, [lost], torch.float32)
+        key, state[key], random = read_rank_rows("random", ranks, [random_bytes], torch.uint8)
+        key, state[key], read = read_rank_rows("losses", ranks, [losses], torch.float32)
         buffers = local_buffers(self._model)
         for name, buffer in buffers.items():
             key, state[key], own[name] = read_rank_rows(f"model.{name}", ranks, buffer.shape, buffer.dtype)
@@ -72,11 +66,11 @@ class RankState:
             rank = dist.get_rank()
             if ranks != dist.get_world_size():
                 torch.manual_seed(self._seed + 1 + rank + 1_000_003 * step)
-                return list(losses.mean(0).unbind())
+                return list(read.mean(0).unbind())
             _set_random_state(random[rank], self._device)
             for name, values in own.items():
                 buffers[name].copy_(values[rank])
-            return list(losses[rank].unbind())
+            return list(read[rank].unbind())
 
         return state, go_on
 

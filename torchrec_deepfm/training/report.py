@@ -15,14 +15,15 @@ from typing import Any
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.page import Block, Data, Link, Paragraph, Picture, Section, Table, Terms, write_page
 from torchrec_deepfm.sharding.plan_file import PlanFile, load_plan
+from torchrec_deepfm.training import metrics_log, run_folder
 from torchrec_deepfm.training.config import TrainConfig
+from torchrec_deepfm.training.formats import CalibrationFile, RunFile
 from torchrec_deepfm.training.pictures import learning_curves, points, reliability_curves, thinned
-from torchrec_deepfm.training.run_folder import check_there
 
 REPORT = "report.html"
 CALIBRATION = "calibration.json"
 _SPLITS = ("validation", "test")
-_LIMIT = 256 * 2**20  # bytes
+_NO_REPORT = "no report can be made of this run"
 # What values of the wrong kind or size end in, here, in matplotlib or in the page.
 _DAMAGED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
 
@@ -40,16 +41,16 @@ def write_run_report(folder: Path) -> Path:
     Raises:
         UserError: there is no run, a file of it is damaged, or the page can't be written.
     """
-    check_there(folder)
-    config = _read(folder / "config.json")
-    summary = _read(folder / "summary.json") if (folder / "summary.json").exists() else None
-    plan = load_plan(folder / "plan.json") if (folder / "plan.json").exists() else None
-    calibration = _read(folder / CALIBRATION) if (folder / CALIBRATION).exists() else {}
-    records = _records(folder / "metrics.jsonl")
+    config = run_folder.read_config(folder, _NO_REPORT)
+    summary = run_folder.read_summary(folder, _NO_REPORT)
+    plan = load_plan(folder / run_folder.PLAN) if (folder / run_folder.PLAN).exists() else None
+    found = run_folder.read_file(folder / CALIBRATION, CalibrationFile, _NO_REPORT)
+    calibration = {} if found is None else found[0]
+    records = _records(folder / metrics_log.NAME)
     try:
         sections = [
             _result(summary, records, calibration),
-            _learning(records, summary, dropout=bool(config["config"].get("dropout"))),
+            _learning(records, summary, dropout=bool(config.config.get("dropout"))),
             _calibration(calibration),
             _options(config),
             *_plan(plan),
@@ -67,6 +68,19 @@ def write_run_report(folder: Path) -> Path:
             f"{folder}: no report can be made of these files ({reason:.300}); they are of another version, or damaged"
         ) from error
     return path
+
+
+def report_is_drawn(folder: Path) -> bool:
+    """Whether the report of a finished run exists, and was drawn after its end.
+
+    Args:
+        folder: the run's folder, with ``summary.json``.
+    """
+    try:
+        drawn = (folder / REPORT).stat().st_mtime_ns
+    except FileNotFoundError:
+        return False
+    return drawn >= (folder / run_folder.SUMMARY).stat().st_mtime_ns
 
 
 def calibration_error(bins: Sequence[Mapping[str, float]]) -> float | None:
@@ -87,37 +101,14 @@ def calibration_error(bins: Sequence[Mapping[str, float]]) -> float | None:
     return sum(one["rows"] * abs(one["predicted"] - one["observed"]) for one in bins) / rows if rows else None
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        with path.open("rb") as file:
-            content = file.read(_LIMIT + 1)
-        if len(content) > _LIMIT:
-            raise ValueError(f"larger than {_LIMIT // 2**20} MiB")
-        value = json.loads(content.decode("utf-8"))
-        if not isinstance(value, dict):
-            raise ValueError("no JSON object")
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: the file can't be read ({error}); no report can be made of this run") from error
-    return value
-
-
 def _records(path: Path) -> list[dict[str, Any]]:
-    """The lines that are whole; the last one of a training that goes on may not be."""
-    found = []
-    try:
-        with path.open(encoding="utf-8", errors="replace") as file:
-            for line in file:
-                try:
-                    record = json.loads(line)
-                    if isinstance(record["step"], int) and isinstance(record["split"], str):
-                        found.append(record)
-                except (ValueError, KeyError, TypeError, RecursionError):
-                    continue
-    except FileNotFoundError:
+    """The lines that are whole; the last one of a training that continues may not be."""
+    log = metrics_log.read(path)
+    if log is None:
         return []
-    except OSError as error:
-        raise UserError(f"{path}: the file can't be read ({error.strerror}); no report can be made of it") from error
-    return found
+    if log.damaged:
+        raise UserError(f"{path}, line {log.damaged[0]}: not a record of a training; restore the file; {_NO_REPORT}")
+    return log.records
 
 
 def _result(
@@ -219,7 +210,7 @@ def _calibration(calibration: Mapping[str, Any]) -> Section:
     )
 
 
-def _options(config: Mapping[str, Any]) -> Section:
+def _options(config: RunFile) -> Section:
     defaults = json.loads(json.dumps(asdict(TrainConfig())))
     rows = [
         [
@@ -227,7 +218,7 @@ def _options(config: Mapping[str, Any]) -> Section:
             _words(value),
             "" if value == defaults.get(name) else _words(defaults.get(name)),
         ]
-        for name, value in config["config"].items()
+        for name, value in config.config.items()
     ]
     changed = sorted(rows, key=lambda row: row[2] == "")  # those that differ first
     return Section("Options", Table(["option", "value", "default, where it differs"], changed))
@@ -260,8 +251,8 @@ def _plan(plan: PlanFile | None) -> list[Section]:
     ]
 
 
-def _origin(config: Mapping[str, Any]) -> Section:
-    terms = {"data": config.get("data"), "digest of the data": config.get("data_sha256"), **config.get("versions", {})}
+def _origin(config: RunFile) -> Section:
+    terms = {"data": config.data, "digest of the data": config.data_sha256, **config.versions}
     return Section("Data and versions", Terms({name: _words(value) for name, value in terms.items()}))
 
 

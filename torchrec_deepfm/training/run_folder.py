@@ -1,5 +1,6 @@
 """The folder of a run: its place, and the JSON files in it."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -9,25 +10,31 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torchrec_deepfm.data.prepared import PreparedData, read_manifest
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.sharding.plan_file import PlanFile, plan_text
-from torchrec_deepfm.small_file import read_bytes, write_bytes
-from torchrec_deepfm.training import lock
+from torchrec_deepfm.small_file import is_partial, write_bytes
+from torchrec_deepfm.training import formats, lock, metrics_log
 from torchrec_deepfm.training.config import TrainConfig
 from torchrec_deepfm.training.disk import refused
+from torchrec_deepfm.training.formats import RunFile, SavedFile, SummaryFile
 
 CHECKPOINT = "checkpoint"
 CHECKPOINTS = "checkpoints"
+CONFIG = "config.json"
+PLAN = "plan.json"
+SAVED = "saved.json"
 SUMMARY = "summary.json"
-JSON_LIMIT = 64 * 2**20  # bytes
+T = TypeVar("T")
 _SEED = re.compile("0|[1-9][0-9]*", re.ASCII)
 
 # What a run may be gone on with otherwise than it was begun: none of these changes what is learnt, but for the size of
 # the batches, which changes with the number of ranks anyhow.
 _FREE = ("batch_size", "checkpoint_every", "keep_last")
+# What may be lowered besides, once the loss of a run was not finite: the same rates would meet the same loss again.
+_RATES = ("sparse_lr", "dense_lr")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +82,11 @@ def check_free(folder: Path) -> None:
         raise UserError(f"--output {folder}: there is a file of that name; name a folder")
 
 
+def is_empty(folder: Path) -> bool:
+    """Whether a folder is absent, or has nothing in it except a lock."""
+    return not folder.exists() or all(path.name == lock.NAME for path in folder.iterdir())
+
+
 def seed_folders(folder: Path) -> dict[int, Path]:
     """Return the folders of runs that ``train --seeds`` has made in a folder, by seed in their order."""
     if not folder.is_dir():
@@ -108,27 +120,47 @@ def check_same(folder: Path, run: Run, data: PreparedData) -> None:
     Raises:
         UserError: the run has other options or other data.
     """
-    try:
-        there = read(folder)
-    except UserError as error:
-        raise UserError(str(error).replace("train again", "name another --output, or remove the folder")) from error
-    check_same_run(f"--output {folder}", there, run, data)
+    there = read(folder, "name another --output, or remove the folder")
+    check_same_run(f"--output {folder}", there, run, data, may_lower=was_not_finite(folder))
 
 
-def check_same_run(where: str, there: Run, run: Run, data: PreparedData) -> None:
+def was_not_finite(folder: Path) -> bool:
+    """Whether a loss or a weight of the run was not finite."""
+    return any(folder.glob("nonfinite_step_*"))
+
+
+def lowered_rates(there: Run, run: Run) -> str:
+    """List the learning rates that differ between two runs that ``check_same_run`` lets pass; empty if none does."""
+    changes = [
+        f"--{name.replace('_', '-')} {getattr(run.config, name)} instead of {getattr(there.config, name)}"
+        for name in _RATES
+        if getattr(run.config, name) != getattr(there.config, name)
+    ]
+    return ", ".join(changes)
+
+
+def check_same_run(where: str, there: Run, run: Run, data: PreparedData, *, may_lower: bool = False) -> None:
     """Check that two runs are the same; see ``check_same``.
+
+    Args:
+        where: where the first one is, for messages.
+        there: the run that exists.
+        run: the run that is asked for.
+        data: the data named.
+        may_lower: learning rates lower than those of the first run are allowed.
 
     Raises:
         UserError: they differ in an option or their data.
     """
     for option in fields(TrainConfig):
         old, new = getattr(there.config, option.name), getattr(run.config, option.name)
-        if old != new and option.name not in _FREE:
-            name = f"--{option.name.replace('_', '-')}"
-            raise UserError(
-                f"{where}: holds a run with {name} {_typed(old)}, not {_typed(new)}; give the same options to go on "
-                "with it, or name another folder"
-            )
+        if old == new or option.name in _FREE or (may_lower and option.name in _RATES and new < old):
+            continue
+        name = f"--{option.name.replace('_', '-')}"
+        raise UserError(
+            f"{where}: holds a run with {name} {_typed(old)}, not {_typed(new)}; give the same options to go on "
+            "with it, or name another folder"
+        )
     same_data = there.data_sha256 in (None, run.data_sha256)
     if not same_data or there.numeric != run.numeric or dict(there.num_embeddings) != dict(run.num_embeddings):
         raise UserError(
@@ -138,7 +170,7 @@ def check_same_run(where: str, there: Run, run: Run, data: PreparedData) -> None
 
 
 def create(folder: Path, run: Run, plan: PlanFile, *, data: Path, world_size: int) -> None:
-    """Make the folder, or go on in it, and write ``config.json`` and ``plan.json``.
+    """Make the folder, or continue in it, and write ``config.json`` and ``plan.json``.
 
     Raises:
         UserError: the folder cannot be made or written.
@@ -157,66 +189,160 @@ def create(folder: Path, run: Run, plan: PlanFile, *, data: Path, world_size: in
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output {folder}: the folder can't be made ({error.strerror}); name another one") from error
-    write_json(folder / "config.json", config)
-    _write(folder / "plan.json", plan_text(plan))
+    for path in folder.iterdir():
+        if is_partial(path.name):  # this training holds the lock, so whoever wrote it was killed
+            path.unlink(missing_ok=True)
+    write_json(folder / CONFIG, config)
+    _write(folder / PLAN, plan_text(plan))
 
 
-def read(folder: Path) -> Run:
-    """Read ``config.json`` of a run.
+def write_saved(folder: Path, target: str, step: int | None) -> None:
+    """Record where the newest checkpoint of a run is, so that its loss is noticed.
+
+    Args:
+        folder: the run's folder.
+        target: folder or URL of the checkpoints.
+        step: of the newest one; None while there is none.
 
     Raises:
-        UserError: there is none, or it is damaged or of another version.
+        UserError: the disk refuses.
     """
-    check_there(folder)
-    path = folder / "config.json"
+    write_json(folder / SAVED, {"format_version": 1, "checkpoints": target, "step": step})
+
+
+def check_nothing_lost(folder: Path, target: str) -> str | None:
+    """Check that a run without any checkpoint in sight never had one, before it starts from step 0.
+
+    What ``metrics.jsonl`` has of the steps before is set aside.
+
+    Args:
+        folder: the run's folder; may be absent or empty.
+        target: folder or URL where its checkpoints should be.
+
+    Returns:
+        A line for the user about what was set aside; None if nothing was.
+
+    Raises:
+        UserError: the run has saved checkpoints or has ended, and these are gone.
+    """
+    anew = "name another --output to train from the start"
+    saved = read_file(folder / SAVED, SavedFile, f"restore it, or {anew}")
+    if saved is not None and saved[1].step is not None:
+        where = saved[1].checkpoints
+        raise UserError(
+            f"--output {folder}: the checkpoint of step {saved[1].step} was saved in {where}, and "
+            f"{'it' if target == where else target} holds none now; restore or mount it, or {anew}"
+        )
+    if (folder / CHECKPOINT).exists():
+        raise UserError(
+            f"--output {folder}: holds the weights of a finished training ({CHECKPOINT}), but {SUMMARY} and the "
+            f"checkpoints are gone; evaluate --run {folder} still reads them, or {anew}"
+        )
+    path = folder / metrics_log.NAME
+    log = metrics_log.read(path)
+    if log is None or not (log.records or log.damaged):
+        return None
+    if saved is None:  # of a version that did not write it
+        raise UserError(
+            f"--output {folder}: {path.name} has records of steps, but there is no checkpoint in {target}; restore or "
+            f"mount it, or {anew}"
+        )
+    aside = metrics_log.set_aside(path)
+    return f"no checkpoint was saved yet: starting from step 0; the records so far are kept in {aside.name}"
+
+
+def remove_new(folder: Path, *, made: bool) -> None:
+    """Remove what a start wrote into a folder that was absent or empty before it, and nothing else.
+
+    Args:
+        folder: the run's folder.
+        made: this start made the folder itself.
+    """
+    names = (CONFIG, PLAN, SAVED, metrics_log.NAME, lock.NAME)
+    for path in [*(folder / name for name in names), *folder.glob("tensorboard/events.out.tfevents.*")]:
+        with contextlib.suppress(OSError):
+            path.unlink()
+    for empty in (folder / "tensorboard", folder / CHECKPOINTS, *([folder] if made else [])):
+        with contextlib.suppress(OSError):
+            empty.rmdir()
+
+
+def read(folder: Path, remedy: str = "train again") -> Run:
+    """Read ``config.json`` of a run.
+
+    Args:
+        folder: the run's folder.
+        remedy: what to do if it is damaged, for messages.
+
+    Raises:
+        UserError: it is missing, damaged or of another version.
+    """
+    return from_file(read_config(folder, remedy))
+
+
+def read_config(folder: Path, remedy: str) -> RunFile:
+    """Read ``config.json`` as it is; see ``read``."""
+    path = folder / CONFIG
+    found = read_file(path, RunFile, remedy)
+    if found is None:
+        check_there(folder)
+        raise UserError(f"{path}: the file is missing; {remedy}")
     try:
-        return from_json(read_json(path))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: the file is damaged ({type(error).__name__}: {error}); train again") from error
+        found[1].train_config()
+    except ValueError as error:
+        raise UserError(f"{path}: the file does not fit this version ({error}); {remedy}") from error
+    return found[1]
 
 
-def read_summary(folder: Path) -> dict[str, Any] | None:
+def read_summary(
+    folder: Path,
+    remedy: str = "restore it, or remove it and run the same command, which needs the checkpoints to finish again",
+) -> dict[str, Any] | None:
     """Read ``summary.json`` of a run; None where it is not finished.
 
     Raises:
         UserError: it is damaged.
     """
-    path = folder / SUMMARY
-    try:
-        return dict(read_json(path)) if path.exists() else None
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: the file is damaged ({error}); remove it to finish the run again") from error
+    found = read_file(folder / SUMMARY, SummaryFile, remedy)
+    return None if found is None else found[0]
 
 
-def from_json(raw: Mapping[str, Any]) -> Run:
-    """Take a run out of what ``config.json`` or a checkpoint's manifest says.
+def from_file(raw: RunFile) -> Run:
+    """Take a run out of ``config.json`` or a checkpoint's manifest.
 
     Raises:
-        KeyError, TypeError, ValueError, AttributeError: it lacks something, or something has another type.
-        UserError: an option is out of its range.
+        ValueError: an option is unknown or out of its range.
     """
-    known = {field.name for field in fields(TrainConfig)}
-    options: dict[str, Any] = {name: value for name, value in raw["config"].items() if name in known}
-    digest = raw.get("data_sha256")
     return Run(
-        config=TrainConfig(**options),
-        num_embeddings={str(name): int(rows) for name, rows in raw["num_embeddings"].items()},
-        numeric=tuple(str(name) for name in raw["numeric"]),
-        data_sha256=None if digest is None else str(digest),
+        config=raw.train_config(),
+        num_embeddings=raw.num_embeddings,
+        numeric=tuple(raw.numeric),
+        data_sha256=raw.data_sha256,
     )
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file.
+def read_file(path: Path, kind: type[T], remedy: str) -> tuple[dict[str, Any], T] | None:
+    """Read a JSON file of a run.
+
+    Args:
+        path: the file.
+        kind: the type of its content.
+        remedy: what to do if it is damaged, for messages.
+
+    Returns:
+        The content as it is, and typed; None where the file is missing.
 
     Raises:
-        ValueError: it is no JSON, or larger than any of ours.
+        UserError: it can't be read, or a value has another type or is out of its range.
     """
-    content = read_bytes(path, most=JSON_LIMIT)
     try:
-        return json.loads(content.decode("utf-8"))
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
+        return formats.read_json(path, kind)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f"{path}: the file can't be read ({error.strerror}); {remedy}") from error
+    except ValueError as error:
+        raise UserError(f"{path}: the file is damaged ({error}); {remedy}") from error
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -148,6 +148,7 @@ class TrainingTensors:
 
     Attributes:
         columns: at which columns the shards of each table begin.
+        widths: columns of each table.
     """
 
     def __init__(
@@ -157,6 +158,7 @@ class TrainingTensors:
         # Whether the tables' optimizer keeps one number per row, not one per weight; None if it keeps none.
         self._rowwise = {"rowwise_adagrad": True, "adagrad": False, "sgd": None, "adam": None}[sparse_optimizer]
         self.columns = table_columns(model)
+        self.widths = {name: int(value.size(1)) for name, value in model.state_dict().items() if _is_table(name)}
 
     def to_save(self) -> dict[str, Pieces]:
         """Return what this rank has to save; a collective."""

@@ -1,11 +1,12 @@
-"""When to stop, and when to lower the rates: decided by a metric of the validation split. Standard library only."""
+"""When to stop, and when to lower the rates: decided by a metric of the validation split. No torch."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated
 
-from torchrec_deepfm.training.config import Metric
+from msgspec import Meta, Struct
+
+from torchrec_deepfm.training.config import Metric, TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +22,39 @@ class Verdict:
     best: bool
     stop: bool
     drop: bool
+
+
+class TrackerState(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """What a checkpoint says about a ``Tracker``."""
+
+    best_value: Annotated[float, Meta(ge=-1e300, le=1e300)] | None
+    best_step: Annotated[int, Meta(ge=0)] | None
+    factor: Annotated[float, Meta(gt=0, le=1)]
+    stopped: bool
+    bad: Annotated[int, Meta(ge=0)]
+    bad_since_drop: Annotated[int, Meta(ge=0)]
+
+    def check(self, config: TrainConfig, step: int) -> None:
+        """Compare the values with each other and with the options.
+
+        Args:
+            config: of the training.
+            step: steps done.
+
+        Raises:
+            ValueError: two of them contradict each other; the message names one.
+        """
+        drops = round(math.log(self.factor) / math.log(config.lr_factor))
+        for name, wrong in {
+            "best_step": (self.best_step is None) != (self.best_value is None) or (self.best_step or 0) > step,
+            "bad": self.bad > step,
+            "bad_since_drop": self.bad_since_drop > self.bad or 0 < config.lr_patience <= self.bad_since_drop,
+            "factor": not math.isclose(config.lr_factor**drops, self.factor, rel_tol=1e-9)
+            or drops > (step if config.lr_patience else 0),
+            "stopped": self.stopped != (0 < config.patience <= self.bad),
+        }.items():
+            if wrong:
+                raise ValueError(f"tracker.{name} contradicts the other values")
 
 
 class Tracker:
@@ -81,25 +115,22 @@ class Tracker:
         self.stopped = 0 < self._patience <= self._bad
         return Verdict(best=False, stop=self.stopped, drop=drop)
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the state for a checkpoint."""
-        return asdict(
-            _State(self.best_value, self.best_step, self.factor, self.stopped, self._bad, self._bad_since_drop)
+    @property
+    def state(self) -> TrackerState:
+        """What a checkpoint has to say; assign one to continue from it."""
+        return TrackerState(
+            best_value=self.best_value,
+            best_step=self.best_step,
+            factor=self.factor,
+            stopped=self.stopped,
+            bad=self._bad,
+            bad_since_drop=self._bad_since_drop,
         )
 
-    def load_json(self, values: Mapping[str, Any]) -> None:
-        """Take over a state that ``to_json`` returned.
-
-        Raises:
-            TypeError: it is of another make.
-        """
-        state = _State(**values)
-        self.best_value, self.best_step, self.factor, self.stopped = (
-            state.best_value,
-            state.best_step,
-            state.factor,
-            state.stopped,
-        )
+    @state.setter
+    def state(self, state: TrackerState) -> None:
+        self.best_value, self.best_step = state.best_value, state.best_step
+        self.factor, self.stopped = state.factor, state.stopped
         self._bad, self._bad_since_drop = state.bad, state.bad_since_drop
 
     def _better(self, value: float | None) -> bool:
@@ -108,13 +139,3 @@ class Tracker:
         if self.best_value is None:
             return True
         return value < self.best_value if self._metric == "logloss" else value > self.best_value
-
-
-@dataclass(frozen=True)
-class _State:
-    best_value: float | None
-    best_step: int | None
-    factor: float
-    stopped: bool
-    bad: int
-    bad_since_drop: int

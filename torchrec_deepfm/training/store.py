@@ -5,8 +5,12 @@
         .metadata, *.distcp   written by torch.distributed.checkpoint
     step_00000140.partial/    one that is being written
 
-On a local file system a folder is written beside its place and renamed. Object stores know no renaming; there the
-manifest is written last, and a folder without one is no checkpoint.
+On a local file system a folder is written beside its place and renamed, so a folder without a manifest has lost it: it
+counts as a damaged checkpoint. Object stores know no renaming; there the manifest is written last, and a folder without
+one is a save that was cut off.
+
+Only FileNotFoundError means that something is absent. Any other error of a file system (EIO, ESTALE, EACCES, a lost
+network) says nothing about what is there: it ends the command, and nothing is removed.
 """
 
 import contextlib
@@ -14,22 +18,23 @@ import hashlib
 import json
 import os
 import re
-import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import IO, Any, Final
 
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from torchrec_deepfm.errors import UserError
-from torchrec_deepfm.small_file import check_seal, seal, write_bytes
+from torchrec_deepfm.small_file import NotRegularError, check_seal, regular_file, seal, write_bytes
+from torchrec_deepfm.training.disk import unreadable
 
 MANIFEST: Final = "checkpoint.json"
 FORMAT_VERSION: Final = 1
 MANIFEST_LIMIT: Final = 64 * 2**20  # bytes
 _NAME = re.compile(r"step_(\d{8,})")
 _FILE = re.compile(r"\.?\w[\w.-]*")
+_NOT_A_FILE = (IsADirectoryError, NotADirectoryError, NotRegularError)
 _HEX = re.compile(r"[0-9a-f]{64}")
 
 
@@ -86,15 +91,14 @@ class Store:
         self.local = isinstance(self._fs, LocalFileSystem)
 
     def steps(self) -> list[int]:
-        """Return the steps of all complete checkpoints, the newest first."""
-        self._fs.invalidate_cache()
-        try:
-            entries = self._fs.ls(self._root, detail=False)
-        except FileNotFoundError:
-            return []
-        found = [_NAME.fullmatch(str(entry).rstrip("/").rpartition("/")[2]) for entry in entries]
+        """Return the steps of all checkpoints, the newest first; on a local file system also of those that are damaged.
+
+        Raises:
+            UserError: the place can't be read.
+        """
+        found = [_NAME.fullmatch(name) for name in self._names()]
         steps = sorted((int(match[1]) for match in found if match), reverse=True)
-        return [step for step in steps if self._fs.exists(f"{self.path(step)}/{MANIFEST}")]
+        return steps if self.local else [step for step in steps if self._is_there(f"{self.path(step)}/{MANIFEST}")]
 
     def path(self, step: int) -> str:
         """Return where the checkpoint of a step lies, as fsspec's file system wants it."""
@@ -114,15 +118,23 @@ class Store:
         return self.path(step) if self.local else str(self._fs.unstrip_protocol(self.path(step)))
 
     def clean(self) -> None:
-        """Remove what broken saves and removals have left. Call it before the first save, on one rank."""
-        with contextlib.suppress(FileNotFoundError):
-            for entry in self._fs.ls(self._root, detail=False):
-                name = str(entry).rstrip("/").rpartition("/")[2]
-                head, _, tail = name.partition(".")
-                if not _NAME.fullmatch(head) or tail not in ("", "partial", "deleted"):
-                    continue
-                if tail or not self._fs.exists(f"{self._root}/{name}/{MANIFEST}"):
-                    self._fs.rm(f"{self._root}/{name}", recursive=True)
+        """Remove what broken saves and removals have left. Call it before the first save, on one rank.
+
+        Raises:
+            UserError: the place can't be read.
+        """
+        for name in self._names():
+            head, _, tail = name.partition(".")
+            match = _NAME.fullmatch(head)
+            if not match or tail not in ("", "partial", "deleted"):
+                continue
+            if tail:
+                self._discard(f"{self._root}/{name}")
+            elif not self._is_there(f"{self._root}/{name}/{MANIFEST}"):
+                if self.local:
+                    self.set_aside(int(match[1]))
+                else:
+                    self._discard(f"{self._root}/{name}")
 
     def commit(self, step: int, files: Mapping[str, Mapping[str, Any]], meta: Mapping[str, Any]) -> None:
         """Make a checkpoint visible, all of whose other files are written.
@@ -140,42 +152,38 @@ class Store:
         partial, final = Path(f"{self.path(step)}.partial"), Path(self.path(step))
         write_bytes(partial / MANIFEST, content)
         _sync_folder(partial)
-        if final.exists():  # of this very step, written before a resume from an older one
-            self.remove(step)
+        if os.path.lexists(final):  # of this very step, written before a resume from an older one
+            self.set_aside(step)
         partial.rename(final)
         _sync_folder(final.parent)
 
     def abandon(self, step: int) -> None:
-        """Remove what there is of a checkpoint that could not be written."""
+        """Remove the files of a checkpoint that could not be written."""
         with contextlib.suppress(OSError):
-            self._fs.rm(f"{self.path(step)}.partial" if self.local else self.path(step), recursive=True)
+            self._discard(f"{self.path(step)}.partial" if self.local else self.path(step))
 
     def remove(self, step: int) -> None:
-        """Remove a checkpoint; broken off halfway, it is no checkpoint any more."""
+        """Remove a checkpoint; interrupted halfway, it is not a checkpoint any more."""
         if self.local:
-            gone = Path(f"{self.path(step)}.deleted")
-            shutil.rmtree(gone, ignore_errors=True)
+            gone = f"{self.path(step)}.deleted"
+            self._discard(gone)
             Path(self.path(step)).rename(gone)
-            shutil.rmtree(gone, ignore_errors=True)
+            self._discard(gone)
             return
         self._fs.rm(f"{self.path(step)}/{MANIFEST}")
         self._fs.rm(self.path(step), recursive=True)
 
     def set_aside(self, step: int) -> None:
-        """Take a damaged checkpoint out of the way of the next save of its step.
-
-        On a local file system it stays, as ``step_N.refused``; elsewhere it is removed.
-        """
-        with contextlib.suppress(OSError):
-            if not self.local:
-                self.remove(step)
-                return
-            aside = Path(f"{self.path(step)}.refused")
-            shutil.rmtree(aside, ignore_errors=True)
-            Path(self.path(step)).rename(aside)
+        """Rename a damaged checkpoint to ``step_N.refused``, out of the way of the next save of its step."""
+        path, number = self.path(step), 1
+        aside = f"{path}.refused"
+        while self._is_there(aside):
+            number += 1
+            aside = f"{path}.refused.{number}"
+        self._fs.mv(path, aside, recursive=True)
 
     def forget_newer(self, step: int) -> None:
-        """Take all checkpoints newer than the one that is gone on from out of the way: none of them is intact."""
+        """Set aside all checkpoints newer than the one to resume from: none of them is intact."""
         for newer in self.steps():
             if newer > step:
                 self.set_aside(newer)
@@ -202,13 +210,11 @@ class Store:
             The manifest; ``files`` holds plain names, sizes and digests.
 
         Raises:
-            Damaged: it is not there, or is no manifest of this checkpoint.
+            Damaged: it is missing, or not a manifest of this checkpoint.
+            UserError: it can't be read.
         """
-        try:
-            with self._fs.open(f"{self.path(step)}/{MANIFEST}", "rb") as file:
-                content = file.read(MANIFEST_LIMIT + 1)
-        except OSError as error:
-            raise Damaged(f"{MANIFEST} can't be read ({error.strerror or type(error).__name__})") from error
+        with self._reading(step, MANIFEST) as file:
+            content = file.read(MANIFEST_LIMIT + 1)
         if len(content) > MANIFEST_LIMIT:
             raise Damaged(f"{MANIFEST} is larger than {MANIFEST_LIMIT // 2**20} MiB")
         manifest = unseal(content)
@@ -236,23 +242,72 @@ class Store:
             files: of the manifest, all or some.
 
         Raises:
-            Damaged: a file is missing, or has other bytes.
+            Damaged: a file is missing, is not a regular file, or has other bytes.
+            UserError: a file can't be read.
         """
         for name, entry in files.items():
             digest, size = hashlib.sha256(), 0
-            try:
-                with self._fs.open(f"{self.path(step)}/{name}", "rb") as file:
-                    while block := file.read(4 * 2**20):
-                        digest.update(block)
-                        size += len(block)
-            except FileNotFoundError as error:
-                raise Damaged(f"{name} is missing") from error
-            except OSError as error:
-                raise Damaged(f"{name} can't be read ({error.strerror or error})") from error
+            with self._reading(step, name) as file:
+                while block := file.read(4 * 2**20):
+                    digest.update(block)
+                    size += len(block)
             if size != entry["bytes"]:
                 raise Damaged(f"{name} has {size} bytes, {entry['bytes']} were written")
             if digest.hexdigest() != entry["sha256"]:
                 raise Damaged(f"{name} is not what was written (its checksum differs)")
+
+    def _names(self) -> list[str]:
+        """The names of what lies at the root; none where there is no root."""
+        self._fs.invalidate_cache()
+        try:
+            with _answering(self.target):
+                entries = self._fs.ls(self._root, detail=False)
+        except FileNotFoundError:
+            return []
+        return [str(entry).rstrip("/").rpartition("/")[2] for entry in entries]
+
+    def _is_there(self, path: str) -> bool:
+        """Whether something has this path; fsspec's own ``exists`` takes every error for a no."""
+        try:
+            with _answering(path):
+                self._fs.info(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
+
+    @contextlib.contextmanager
+    def _reading(self, step: int, name: str) -> Iterator[IO[bytes]]:
+        """Open a file of a checkpoint."""
+        path = f"{self.path(step)}/{name}"
+        try:
+            with (
+                _answering(f"{self.shown(step)}/{name}"),
+                open(path, "rb", opener=regular_file) if self.local else self._fs.open(path, "rb") as file,
+            ):
+                yield file
+        except FileNotFoundError as error:
+            raise Damaged(f"{name} is missing") from error
+        except _NOT_A_FILE as error:
+            raise Damaged(f"{name} is not a regular file") from error
+
+    def _discard(self, path: str) -> None:
+        """Remove a folder with all that is in it, or a link to one alone."""
+        if self.local and Path(path).is_symlink():
+            Path(path).unlink()
+            return
+        with contextlib.suppress(FileNotFoundError):
+            self._fs.rm(path, recursive=True)
+
+
+@contextlib.contextmanager
+def _answering(where: str) -> Iterator[None]:
+    """Let only an error that says so mean that there is no such file; turn any other one into one line."""
+    try:
+        yield
+    except (FileNotFoundError, *_NOT_A_FILE):
+        raise
+    except OSError as error:
+        raise unreadable(where, error) from error
 
 
 def _sync_folder(folder: Path) -> None:

@@ -1,7 +1,6 @@
 """A whole training: loaders, sharded model, loop, evaluations, and the files that they leave."""
 
 import dataclasses
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -14,19 +13,21 @@ import torch.distributed as dist
 from torchrec_deepfm.data.loader import Loader
 from torchrec_deepfm.data.prepared import PreparedData
 from torchrec_deepfm.errors import UserError
-from torchrec_deepfm.training import progress, run_folder
+from torchrec_deepfm.training import metrics_log, progress, run_folder
 from torchrec_deepfm.training.build import Sharded, build_model
 from torchrec_deepfm.training.checkpoint import Checkpoints, load_model, save_model, verify_together
 from torchrec_deepfm.training.config import TrainConfig
 from torchrec_deepfm.training.evaluation import evaluate
+from torchrec_deepfm.training.formats import Manifest, convert
 from torchrec_deepfm.training.lock import RunLock
 from torchrec_deepfm.training.loop import Loop, Surroundings
-from torchrec_deepfm.training.metrics import RELIABILITY_BINS, Metrics, lift
+from torchrec_deepfm.training.metrics import RELIABILITY_BINS, Metrics, NotFiniteError, lift
+from torchrec_deepfm.training.nonfinite import record_not_finite
 from torchrec_deepfm.training.ranks import is_main, on_main, shared_mistakes
-from torchrec_deepfm.training.report import CALIBRATION, write_run_report
+from torchrec_deepfm.training.report import CALIBRATION, report_is_drawn, write_run_report
 from torchrec_deepfm.training.signals import Preempted, Requests, requests_to_stop
 from torchrec_deepfm.training.state import model_state
-from torchrec_deepfm.training.store import Damaged
+from torchrec_deepfm.training.store import MANIFEST, Damaged
 from torchrec_deepfm.training.watch import DataFiles, Progress, explained
 
 Resume = Literal["auto", "never"]
@@ -89,20 +90,29 @@ def train(
     run = on_main(lambda: run_folder.describe(config, data))
     summary = on_main(lambda: _look(output, run, data, resume))
     if summary is not None:
+        on_main(lambda: None if report_is_drawn(output) else _draw(output, say))
         return Result(folder=output, summary=summary, before=True)
     lock: RunLock | None = None
 
-    def take() -> None:
+    def take() -> tuple[bool, bool]:
         nonlocal lock
+        made = not output.exists()
         lock = RunLock(output)
         if _look(output, run, data, resume) is not None:
             raise UserError(f"--output {output}: another training has just finished there; look at its summary.json")
+        return made, run_folder.is_empty(output)
 
     try:
-        on_main(take)
+        made, empty = on_main(take)
         with requests_to_stop() as requests:
             training = _Training(run, data, output, device, checkpoints, plan, constraints, timeout, say, requests)
-            return training.run(resume)
+            try:
+                return training.run(resume)
+            except UserError:
+                if empty and training.saved_nothing():
+                    # Every rank does, as rank 0 may be stopped over the loss of its peer before it gets here.
+                    run_folder.remove_new(output, made=made)
+                raise
     finally:
         if lock is not None:
             lock.release()
@@ -137,6 +147,8 @@ class _Training:
         self._target = checkpoints or str(output / run_folder.CHECKPOINTS)
         self._plan, self._constraints = plan, constraints
         self._timeout, self._say, self._requests = timeout, say, requests
+        self._checkpoints: Checkpoints | None = None
+        self._lowered = ""
 
     def run(self, resume: Resume) -> Result:
         config, data, device = self._run.config, self._data, self._device
@@ -163,7 +175,13 @@ class _Training:
             constraints=self._constraints,
             plan=self._plan,
         )
-        checkpoints = Checkpoints(self._target, keep_last=config.keep_last, timeout=self._timeout)
+        checkpoints = self._checkpoints = Checkpoints(
+            self._target,
+            keep_last=config.keep_last,
+            timeout=self._timeout,
+            committed=lambda step: run_folder.write_saved(self._output, self._target, step),
+            not_finite=lambda step, name: record_not_finite(self._output, {"step": step, "weight": name}),
+        )
         signs = Progress(self._timeout)
         loop = Loop(
             sharded.model,
@@ -185,6 +203,7 @@ class _Training:
             with shared_mistakes(), explained(signs):
                 resumed = self._resume(loop, checkpoints, resume)
                 on_main(checkpoints.store.clean)
+                on_main(lambda: run_folder.write_saved(self._output, self._target, checkpoints.saved))
                 world_size = dist.get_world_size()
                 on_main(
                     lambda: run_folder.create(
@@ -193,17 +212,17 @@ class _Training:
                 )
                 if is_main():
                     step, samples = loop.point.step, loop.samples
-                    progress.forget_after(self._output, step, evaluated=loop.point.evaluated)
+                    for line in metrics_log.forget_after(self._output, step, evaluated=loop.point.evaluated):
+                        self._say(line)
                     loop.progress = progress.Progress(
                         self._output, loop.total_samples, done_step=step, done_samples=samples
                     )
                     if resumed:
                         self._say(f"going on after step {step} of {self._output}")
+                    if self._lowered:
+                        self._say(f"learning rates after step {step}: {self._lowered}")
                 loop.run()
                 return self._finish(loop, sharded, checkpoints, eval_loaders)
-        except UserError:
-            self._remove_if_nothing_is_saved(checkpoints)
-            raise
         finally:
             signs.close()
             checkpoints.close()
@@ -221,19 +240,24 @@ class _Training:
             "versions": run_folder.versions(),
         }
 
+    def _was_not_finite(self) -> bool:
+        return run_folder.was_not_finite(self._output)
+
     def _resume(self, loop: Loop, checkpoints: Checkpoints, resume: Resume) -> bool:
         """Go back to the newest intact checkpoint; say whether there was one."""
         refusals: list[str] = []
         try:
             for step, manifest in checkpoints.intact(refusals):
                 try:
-                    there = run_folder.from_json(manifest)
-                    run_folder.check_same_run(f"--checkpoints {self._target}", there, self._run, self._data)
-                    state, go_on = loop.resume(manifest)
-                except (KeyError, TypeError, ValueError, AttributeError) as error:
-                    if isinstance(error, UserError):
-                        raise
-                    refusals.append(f"{checkpoints.store.shown(step)}: its manifest is of another make ({error!r})")
+                    found = convert(manifest, Manifest)
+                    there = run_folder.from_file(found)
+                    where, may_lower = f"--checkpoints {self._target}", on_main(self._was_not_finite)
+                    run_folder.check_same_run(where, there, self._run, self._data, may_lower=may_lower)
+                    state, go_on = loop.resume(found)
+                except UserError:
+                    raise
+                except ValueError as error:
+                    refusals.append(f"{checkpoints.store.shown(step)}: {MANIFEST}: {error}")
                     continue
                 if resume == "never":
                     raise UserError(
@@ -243,6 +267,7 @@ class _Training:
                 if reason is None:
                     go_on()
                     on_main(lambda step=step: checkpoints.store.forget_newer(step))  # type: ignore[misc]
+                    self._lowered = run_folder.lowered_rates(there, self._run)
                     return True
                 refusals.append(f"{checkpoints.store.shown(step)}: {reason}")
         finally:
@@ -251,6 +276,9 @@ class _Training:
                     self._say(f"not used: {refusal}")
         if refusals:
             raise UserError(f"{refusals[-1]}; no checkpoint is intact: name another --output to train from the start")
+        line = on_main(lambda: run_folder.check_nothing_lost(self._output, self._target))
+        if line is not None and is_main():
+            self._say(line)
         return False
 
     def _finish(self, loop: Loop, sharded: Sharded, checkpoints: Checkpoints, loaders: Mapping[str, Loader]) -> Result:
@@ -277,6 +305,8 @@ class _Training:
         except Preempted as request:
             loop.stop(request.signum, save=restored is None)
             raise
+        except NotFiniteError:
+            loop.refuse_predictions()
         if loop.progress is not None:
             for split, result in metrics.items():
                 loop.progress.evaluation(step=restored or loop.point.step, split=split, metrics=result, tell=False)
@@ -287,16 +317,8 @@ class _Training:
         calibration = {"format_version": 1, "splits": curves}
         on_main(lambda: run_folder.write_json(self._output / CALIBRATION, calibration))
         on_main(lambda: run_folder.write_json(self._output / run_folder.SUMMARY, summary))
-        on_main(self._draw)
+        on_main(lambda: _draw(self._output, self._say))
         return Result(folder=self._output, summary=summary)
-
-    def _draw(self) -> None:
-        """The report; the run is finished with it or without."""
-        try:
-            write_run_report(self._output)
-        except Exception as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            self._say(f"the report could not be drawn ({reason}); python -m torchrec_deepfm report tries again")
 
     def _restore_best(self, loop: Loop, sharded: Sharded, checkpoints: Checkpoints, step: int | None) -> None:
         assert step is not None
@@ -320,20 +342,22 @@ class _Training:
                 "again, or without --patience"
             )
 
-    def _remove_if_nothing_is_saved(self, checkpoints: Checkpoints) -> None:
-        """Take away a run that came to nothing, so that it is not in the way of the next one.
-
-        Bad values in the data, a place that can't be written: there is nothing yet to keep. Every rank removes it, as
-        rank 0 may be stopped, over the loss of its peer, before it gets here.
-        """
-        checkpoints.close()  # a save that is being written may yet succeed
+    def saved_nothing(self) -> bool:
+        """Whether this start has left nothing to keep: no checkpoint and no batch of a loss that is not finite."""
         try:
-            kept = bool(checkpoints.store.steps()) or any(self._output.glob("nonfinite_*"))
-            kept = kept or any(self._output.glob(f"{run_folder.CHECKPOINTS}/step_*"))
-        except OSError:
-            return
-        if not kept:
-            shutil.rmtree(self._output, ignore_errors=True)
+            steps = self._checkpoints.store.steps() if self._checkpoints is not None else []
+            return not steps and not self._was_not_finite()
+        except (UserError, OSError):
+            return False
+
+
+def _draw(folder: Path, say: Callable[[str], None]) -> None:
+    """The report; the run is finished with it or without."""
+    try:
+        write_run_report(folder)
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        say(f"the report could not be drawn ({reason}); python -m torchrec_deepfm report tries again")
 
 
 def evaluate_run(folder: Path, data: PreparedData, split: str, device: torch.device) -> dict[str, Any]:

@@ -60,7 +60,7 @@ class DataFiles:
                 )
 
 
-_ON = "then run the same command again to go on from the last checkpoint"
+_ON = "then run the same command again; it resumes from the newest checkpoint, if one was saved"
 
 
 class Progress:
