@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from torchrec_deepfm.model.fm import init_packed_rows_
@@ -37,6 +38,24 @@ def initialize_tables(
             continue
         for shard, row, column in local_shards(weight):
             _fill(shard, row, column, table, factor_dim, std, seed)
+    purge_row_caches(model)
+
+
+def purge_row_caches(model: nn.Module) -> None:
+    """Empty the caches of rows on the device, after the tables behind them were written.
+
+    ``state_dict()`` brings cached rows back to the tables before it returns views of them, but TorchRec drops its
+    caches only in ``load_state_dict``: after a write into the views, look-ups would still find the rows of before
+    (``fused_uvm_caching``). Call this after every such write.
+
+    Args:
+        model: a model with sharded modules of TorchRec.
+    """
+    for module in model.modules():
+        for lookup in getattr(module, "_lookups", ()):
+            while isinstance(lookup, DistributedDataParallel):
+                lookup = lookup.module
+            lookup.purge()
 
 
 def local_shards(weight: Any) -> Iterator[tuple[Tensor, int, int]]:

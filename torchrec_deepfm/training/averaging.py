@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
-from torchrec_deepfm.training.dcp import Cut, Pieces
+from torchrec_deepfm.training.dcp import Cut, Pieces, writing
 from torchrec_deepfm.training.state import averaged, local_buffers, model_state, owned, rank_rows, read_rank_rows
 
 # Numbers that change places at a time, so that a large shard needs no second copy of itself.
@@ -139,9 +139,10 @@ class MovingAverage:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        for weight, mine in self._pairs:
-            rows = max(_CHUNK // max(weight[:1].numel(), 1), 1)
-            for there, here in zip(torch.split(weight, rows), torch.split(mine, rows), strict=True):
-                kept = there.clone()
-                there.copy_(here)
-                here.copy_(kept)
+        with writing(self._weights):
+            for weight, mine in self._pairs:
+                rows = max(_CHUNK // max(weight[:1].numel(), 1), 1)
+                for there, here in zip(torch.split(weight, rows), torch.split(mine, rows), strict=True):
+                    kept = there.clone()
+                    there.copy_(here)
+                    here.copy_(kept)

@@ -18,7 +18,17 @@ from torch.distributed.checkpoint.state_dict_saver import async_save, save
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from torchrec_deepfm.errors import UserError
-from torchrec_deepfm.training.dcp import METADATA, LoadPlanner, Pieces, Reader, SavePlanner, Stager, State, Writer
+from torchrec_deepfm.training.dcp import (
+    METADATA,
+    LoadPlanner,
+    Pieces,
+    Reader,
+    SavePlanner,
+    Stager,
+    State,
+    Writer,
+    writing,
+)
 from torchrec_deepfm.training.disk import refused, unreadable
 from torchrec_deepfm.training.ranks import is_main, on_main
 from torchrec_deepfm.training.state import all_finite, averaged_buffers, model_state, owned
@@ -364,7 +374,8 @@ def _load(store: Store, step: int, files: Mapping[str, Any], state: Mapping[str,
     reason = _of_any_rank(found)
     if reason is not None:
         raise Damaged(reason)
-    load(dict(state), storage_reader=reader, planner=LoadPlanner())
+    with writing(state):
+        load(dict(state), storage_reader=reader, planner=LoadPlanner())
 
 
 def _read_manifest(store: Store, step: int) -> tuple[dict[str, Any], str | None]:

@@ -12,7 +12,7 @@ import hashlib
 import io
 import os
 import pickle
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import IO, Any, cast
@@ -60,13 +60,33 @@ class Pieces:
     Attributes:
         size: of the whole.
         cuts: this rank's.
+        written: to be called after their values were written; see ``writing``.
     """
 
     size: tuple[int, ...]
     cuts: list[Cut] = field(default_factory=list)
+    written: Callable[[], None] | None = field(default=None, compare=False)
 
 
 State = Mapping[str, Pieces]
+
+
+@contextmanager
+def writing(state: State) -> Iterator[None]:
+    """Write the values of a state inside; whoever keeps copies of them is told afterwards, also after an error.
+
+    Args:
+        state: the state.
+
+    Yields:
+        Nothing.
+    """
+    try:
+        yield
+    finally:
+        for written in {pieces.written for pieces in state.values()} - {None}:
+            assert written is not None
+            written()
 
 
 class Stager(AsyncStager):

@@ -17,6 +17,7 @@ split gives each part its own number, since what the parts had apart was never k
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -26,7 +27,7 @@ from torch import Tensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 
-from torchrec_deepfm.sharding.initialize import local_shards
+from torchrec_deepfm.sharding.initialize import local_shards, purge_row_caches
 from torchrec_deepfm.training.config import SparseOptimizer
 from torchrec_deepfm.training.dcp import Cut, Pieces
 
@@ -40,17 +41,17 @@ def model_state(model: DistributedModelParallel) -> dict[str, Pieces]:
         model: the sharded model.
 
     Returns:
-        Views of its memory: reading into them changes the model. What every rank holds is listed on rank 0 alone where
-        it is to be saved; see ``owned``.
+        Views of its memory: reading into them, inside ``writing``, changes the model. What every rank holds is listed
+        on rank 0 alone where it is to be saved; see ``owned``.
     """
-    state = {}
+    state, written = {}, partial(purge_row_caches, model)
     for name, value in model.state_dict().items():
         kind = _Sharded if hasattr(value, "local_shards") else Pieces
         cuts = [
             Cut((row, column) if shard.dim() == 2 else (0,) * shard.dim(), shard)
             for shard, row, column in local_shards(value)
         ]
-        state[f"model.{name}"] = kind(tuple(value.size()), cuts)
+        state[f"model.{name}"] = kind(tuple(value.size()), cuts, written)
     return state
 
 
