@@ -151,6 +151,19 @@ def test_what_is_lost_is_not_trained_again(
     assert found.endswith("name another --output to train from the start")
 
 
+def test_a_run_of_the_version_before_is_resumed(
+    data: PreparedData, unfinished: Path, device: torch.device, templates: Path
+) -> None:
+    """It had no saved.json, and did not count the rows that epochs leave out."""
+    (unfinished / "saved.json").unlink()
+    for folder in (unfinished / "checkpoints").iterdir():
+        reseal(folder, lambda manifest: manifest["point"].pop("dropped"))
+    told: list[str] = []
+    train(CONFIG, data, unfinished, device, say=told.append)
+    assert told[0] == f"going on after step 20 of {unfinished}"
+    assert_same_run(unfinished, templates / "finished")
+
+
 def test_another_place_without_checkpoints(data: PreparedData, unfinished: Path, device: torch.device) -> None:
     empty = unfinished.parent / "empty"
     found = refusal(data, unfinished, device, checkpoints=str(empty))
