@@ -11,6 +11,7 @@ import pytest
 from tests.data.tables import BAGS, SMALL, message, parquet, rows_of, text_file
 from torchrec_deepfm.data.infer import infer_schema
 from torchrec_deepfm.data.prepare import prepare
+from torchrec_deepfm.data.prepared import PreparedData
 from torchrec_deepfm.data.schema import CRITEO_KAGGLE, Column, Schema
 from torchrec_deepfm.data.textlog import TextLog
 from torchrec_deepfm.errors import UserError
@@ -151,3 +152,14 @@ def test_a_csv_error_ends_the_process_with_its_own_code(tmp_path):
     for _ in range(4):
         children = [subprocess.Popen([sys.executable, "-c", CHILD, path]) for path in paths]
         assert [child.wait(timeout=120) for child in children] == [2, 2, 2]
+
+
+@pytest.mark.parametrize("address", ["hdfs://host/t.parquet", "ftp://127.0.0.1:1/t.csv", "zip://t.csv::/none.zip"])
+def test_an_address_whose_driver_cannot_start(address):
+    assert message(address).startswith(f"{address}: {address.partition(':')[0]}:// can't be opened (")
+
+
+def test_a_prepared_folder_is_opened_by_a_text_too(tmp_path):
+    path = parquet(tmp_path / "t.parquet", {"y": [1, 0], "n": [1, 2], "c": ["a", "b"]})
+    prepare([path], tmp_path / "out", schema=SMALL, split="none", min_count=1)
+    assert PreparedData.open(str(tmp_path / "out")).folder == tmp_path / "out"

@@ -152,6 +152,13 @@ def _find_remote(named: str) -> list[File]:
         raise UserError(
             f"{named}: {one_line(error)}; give a local path or an address that fsspec knows, such as s3://"
         ) from error
+    # Some drivers connect at once, and raise errors of their own: pyarrow's over hdfs:// without Java is an OSError.
+    except Exception as error:
+        java = "libjvm" in str(error) or "libhdfs" in str(error)
+        remedy = (
+            "set JAVA_HOME and HADOOP_HOME, or copy the file to a disk" if java else "check address and credentials"
+        )
+        raise UserError(f"{named}: {protocol}:// can't be opened ({one_line(error)}); {remedy}") from error
     try:
         info = filesystem.info(path)
         if info["type"] == "directory":

@@ -74,7 +74,7 @@ class PreparedData:
     foreign: Foreign | None = None
 
     @classmethod
-    def open(cls, folder: Path, *, num_embeddings: int | Sequence[int] | None = None) -> "PreparedData":
+    def open(cls, folder: Path | str, *, num_embeddings: int | Sequence[int] | None = None) -> "PreparedData":
         """Read the manifest of a prepared folder and check that its files are there and of the right size.
 
         A folder without a manifest that holds the day files of TorchRec's or MLPerf's scripts is taken as it is: its
@@ -92,6 +92,7 @@ class PreparedData:
         Raises:
             UserError: The folder or its manifest is missing or damaged, or a file is missing or has another size.
         """
+        folder = Path(folder)
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder; make it with prepare")
         path = folder / MANIFEST
