@@ -34,6 +34,10 @@ OTHERS = "other bytes follow the end of the"
         ("t.parquet", gzip.compress(CSV), "this is gzip data, but its name does not end in .gz; rename it"),
         ("t.csv", b"PK\x03\x04..", "this is a ZIP archive or an Excel sheet; unpack it, or save the sheet as CSV"),
         ("t.csv", CSV.decode().encode("utf-16"), "this is UTF-16 text; save it as UTF-8"),
+        ("t.csv", CSV.decode().encode("utf-16-le"), "this is binary data or UTF-16 text; give text in UTF-8"),
+        ("t.csv", b'{"y": 1}\n', "this is JSON; write it as CSV with a header, or as Parquet"),
+        ("t.csv", b"<!DOCTYPE html>", "this is a web page; download the file itself"),
+        ("t.csv", b"\n\n", "the file is empty; give a CSV whose first row holds the column names"),
     ],
 )
 def test_a_file_of_another_kind(tmp_path, name, content, expected):
@@ -163,3 +167,19 @@ def test_a_prepared_folder_is_opened_by_a_text_too(tmp_path):
     path = parquet(tmp_path / "t.parquet", {"y": [1, 0], "n": [1, 2], "c": ["a", "b"]})
     prepare([path], tmp_path / "out", schema=SMALL, split="none", min_count=1)
     assert PreparedData.open(str(tmp_path / "out")).folder == tmp_path / "out"
+
+
+def test_a_broken_row_that_is_not_utf_8(tmp_path, capfd):
+    path = text_file(tmp_path / "t.csv", b"y,n,c\n1,2,a\n1,2,\xe9,3\n")
+    assert message(path) == (
+        f"{path}: row 3, the row has 4 cells, the header 3, and its text is not UTF-8; save the file as UTF-8, or "
+        "repair or remove the row"
+    )
+    assert capfd.readouterr().err == ""  # Python reports what a callback raises
+
+
+def test_a_link_to_itself(tmp_path):
+    path = tmp_path / "t.csv"
+    path.symlink_to(path)
+    with pytest.raises(UserError, match=r"t\.csv: "):
+        prepare([path], tmp_path / "out", schema=SMALL)

@@ -17,6 +17,9 @@ _OTHERS: Final = {
     b"\xfd7zXZ\0": ("xz data", "unpack it, or compress it with gzip"),
     b"ARROW1\0\0": ("an Arrow (Feather) file", "write it as Parquet"),
     b"\x93NUMPY": ("a NumPy array", "write it as Parquet"),
+    b'{"': ("JSON", "write it as CSV with a header, or as Parquet"),
+    b"<!DOCTYPE": ("a web page", "download the file itself"),
+    b"<html": ("a web page", "download the file itself"),
     b"\xff\xfe": ("UTF-16 text", "save it as UTF-8"),
     b"\xfe\xff": ("UTF-16 text", "save it as UTF-8"),
 }
@@ -45,6 +48,8 @@ def check_head(name: str, path: str, head: bytes) -> None:
     found = next((ending for magic, ending in _MAGIC.items() if head.startswith(magic)), "")
     if found and found != suffix:
         raise UserError(f"{name}: this is {_KINDS[found]}, but its name does not end in {found}; rename it")
+    if not found and suffix != ".parquet" and b"\0" in head:
+        raise UserError(f"{name}: this is binary data or UTF-16 text; give text in UTF-8")
     if head and not found and suffix in COMPRESSIONS:
         raise UserError(f"{name}: this is not {_KINDS[suffix]}; if it is plain text, remove {suffix} from its name")
 

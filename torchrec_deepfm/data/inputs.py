@@ -1,5 +1,6 @@
 """Which files are read, in which order, and which split each of their rows belongs to."""
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -127,7 +128,7 @@ def _expand(entries: Sequence[str | Path], schema: Schema) -> list[str]:
 def _check_distinct(paths: Mapping[str, Sequence[str]]) -> None:
     seen: set[str] = set()
     for path in (path for entries in paths.values() for path in entries):
-        place = path if "://" in path else str(Path(path).resolve())
+        place = path if "://" in path else os.path.realpath(path)
         if place in seen:
             raise UserError(f"{path}: the same file is named twice; name each file once")
         seen.add(place)

@@ -5,6 +5,8 @@ What the values mean is no matter of this module (``kinds.py``, ``cells.py``).
 
 import csv
 import io
+import re
+import sys
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
@@ -26,6 +28,8 @@ from torchrec_deepfm.errors import UserError
 BATCH_ROWS: Final = 65_536
 _BLOCK_BYTES: Final = 4 << 20
 _BUFFER_BYTES: Final = 1 << 20
+_EMPTY: Final = "the file is empty; give a CSV whose first row holds the column names"
+_BROKEN: Final = re.compile(r"Row #(\d+): Expected (\d+) columns, got (\d+)")
 # Longest wait for Arrow to release what Python has lent it; it takes milliseconds.
 _RELEASE_SECONDS: Final = 60.0
 
@@ -142,7 +146,7 @@ class CsvTable:
         self.file = file
         self.delimiter = delimiter or ("\t" if file.suffix.startswith(".tsv") else ",")
         if file.bytes == 0:
-            raise UserError(f"{file.name}: the file is empty; give a CSV whose first row holds the column names")
+            raise UserError(f"{file.name}: {_EMPTY}")
         broken: list[Any] = []
         with file.open() as opened, _told(file):
             _check_head(file, opened)
@@ -237,6 +241,11 @@ def _reading(table: CsvTable, file: Any, names: list[str] | None, broken: list[A
         broken.append(row)
         return "skip"
 
+    def unraisable(event: Any) -> None:  # or Python prints a traceback of what ``_told`` says in one line
+        if not (isinstance(event.exc_value, UnicodeDecodeError) and getattr(event.object, "__name__", "") == "keep"):
+            hook(event)
+
+    hook, sys.unraisablehook = sys.unraisablehook, unraisable
     batches = _Batches()
     source = file if isinstance(file, pa.NativeFile) else pa.PythonFile(lend(_Lent(file)), mode="r")
     try:
@@ -256,6 +265,7 @@ def _reading(table: CsvTable, file: Any, names: list[str] | None, broken: list[A
         )
         yield batches
     finally:
+        sys.unraisablehook = hook
         batches.reader = source = keep = None  # type: ignore[assignment]
         for released in waiting:
             released.wait(_RELEASE_SECONDS)
@@ -325,6 +335,15 @@ class _told:  # noqa: N801 (used as a function)
             return
         if isinstance(error, UnicodeDecodeError):
             raise UserError(f"{name}: the header is no UTF-8; save the file as UTF-8") from error
+        # A broken row that is not UTF-8 never reaches the handler, and is an error of the whole file.
+        if isinstance(error, pa.ArrowInvalid) and (found := _BROKEN.search(str(error))):
+            row, wanted, cells = found.groups()
+            raise UserError(
+                f"{name}: row {row}, the row has {cells} cells, the header {wanted}, and its text is not UTF-8; save "
+                "the file as UTF-8, or repair or remove the row"
+            ) from error
+        if isinstance(error, pa.ArrowInvalid) and "Empty CSV file" in str(error):
+            raise UserError(f"{name}: {_EMPTY}") from error
         if isinstance(error, pa.ArrowInvalid) and "straddling" in str(error):
             raise UserError(
                 f"{name}: a row is longer than {_BLOCK_BYTES >> 20} MiB; is a quote not closed? Correct the file"
