@@ -249,3 +249,9 @@ def test_a_failure_in_the_middle_leaves_nothing(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(RuntimeError, match="stop"):
         generate(tmp_path / "raw", rows=10)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_more_rows_than_the_disk_holds(tmp_path):
+    with pytest.raises(UserError, match=r"out: about .* GiB of disk are needed, .* are free; free some"):
+        generate(tmp_path / "out", rows=10**18)
+    assert list(tmp_path.iterdir()) == []

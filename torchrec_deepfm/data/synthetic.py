@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 
+from torchrec_deepfm.data.disk import check_room
 from torchrec_deepfm.data.folder import check_free, new_folder
 from torchrec_deepfm.data.schema import CRITEO_KAGGLE
 from torchrec_deepfm.data.sql import quoted
@@ -30,6 +31,8 @@ DEFAULT_ROWS: Final = 1_200_000
 _CHUNK_ROWS: Final = 131_072
 # Fewer validation or test rows would make their AUC a matter of chance.
 _LEAST_EVALUATION_ROWS: Final = 1000
+# A row has about 243 bytes.
+_ROW_BYTES: Final = 243
 _LARGEST_SEED: Final = 2**63 - 1
 # Keys of the random streams; day i has the key _FIRST_DAY + i. draw_truth has 0 and 1.
 _VALIDATION, _TEST, _FIRST_DAY = 2, 3, 4
@@ -140,6 +143,7 @@ def generate(
     _check_options(rows=rows, days=days, seed=seed, click_rate=click_rate)
     check_free(output)
     evaluation_rows = max(rows // 10, _LEAST_EVALUATION_ROWS)
+    check_room(output, (rows + 2 * evaluation_rows) * _ROW_BYTES, output)
     plan = {f"day_{day}.tsv": (rows // days + (day < rows % days), _FIRST_DAY + day) for day in range(days)}
     plan["validation.tsv"] = (evaluation_rows, _VALIDATION)
     plan["test.tsv"] = (evaluation_rows, _TEST)
