@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -106,7 +106,6 @@ class ExperimentCommand:
         return found
 
     def _run_as_rank(self) -> None:
-        from torchrec_deepfm.sharding.hardware import Hardware
         from torchrec_deepfm.sharding.steady import steady
         from torchrec_deepfm.sharding.take_turns import take_turns
         from torchrec_deepfm.training import ranks
@@ -116,7 +115,7 @@ class ExperimentCommand:
             if self.ranks not in (None, ranks.count()):
                 raise UserError(f"--ranks {self.ranks}: {ranks.count()} rank(s) are started already; leave --ranks out")
             # All that can go wrong comes before the measuring, which takes long.
-            tables, described, plans, scaling = ranks.on_main(lambda: self._prepare(device))
+            tables, hardware, plans, scaling = ranks.on_main(lambda: self._prepare(device))
             runs = self._runs(tables)
             if ranks.is_main():
                 terminal.say(f"{len(plans.named)} plans on {ranks.count()} ranks, {runs.turns} turns each")
@@ -125,7 +124,6 @@ class ExperimentCommand:
             def write() -> None:
                 from torchrec_deepfm.sharding.experiment import summarize, write_experiment
 
-                hardware = Hardware.from_json(described)
                 experiment = summarize(measured, plans, runs, hardware, device=_device_name(device), scaling=scaling)
                 write_experiment(experiment, self.output)
                 terminal.say(experiment_table(experiment))
@@ -133,7 +131,7 @@ class ExperimentCommand:
 
             ranks.on_main(write)
 
-    def _prepare(self, device: "torch.device") -> "tuple[tuple[Table, ...], dict[str, Any], Plans, dict[int, float]]":
+    def _prepare(self, device: "torch.device") -> "tuple[tuple[Table, ...], Hardware, Plans, dict[int, float]]":
         from torchrec_deepfm.sharding.experiment import Wanted, check_output, make_plans, predict_scaling
         from torchrec_deepfm.sharding.table_list import read_tables
         from torchrec_deepfm.training import ranks
@@ -145,7 +143,7 @@ class ExperimentCommand:
         plans = make_plans(wanted, tables, hardware, ranks.count(), self.batch_size, self.optimizer)
         counts = self.scaling or tuple(ranks.count() * times for times in (1, 2, 4, 8))
         scaling = predict_scaling(tables, hardware, counts, self.batch_size, self.optimizer)
-        return tables, hardware.to_json(), plans, scaling
+        return tables, hardware, plans, scaling
 
     def _runs(self, tables: "tuple[Table, ...]") -> "Runs":
         from torchrec_deepfm.sharding.take_turns import Runs
@@ -243,10 +241,8 @@ def _agreement_line(name: str, experiment: "Experiment") -> str:
     found = experiment.agreement()
     if found is None:  # nothing was predicted of it
         return f"{name:<44}{len(experiment.plans):>6}{'-':>9}{'-':>10}{'-':>9}  -"
-    told = [(one.predicted_ms, one.step_ms) for one in experiment.plans if one.predicted_ms is not None]
-    error = sum(abs(predicted / measured - 1.0) for predicted, measured in told) / len(told)
     rank = "-" if found.spearman is None else f"{found.spearman:.3f}"
-    return f"{name:<44}{found.plans:>6}{error:>9.1%}{rank:>10}{found.regret:>9.1%}  {found.picked}"
+    return f"{name:<44}{found.plans:>6}{experiment.mean_error():>9.1%}{rank:>10}{found.regret:>9.1%}  {found.picked}"
 
 
 def _hardware(named: str | None, device: "torch.device") -> "Hardware":

@@ -114,7 +114,8 @@ class PlanCommand:
         local_world_size = hardware.local_world_size(self.ranks)
 
         from torchrec_deepfm.sharding.constraints import keep_to_possible, parse_constraints
-        from torchrec_deepfm.sharding.plan_file import check_fits, save_plan
+        from torchrec_deepfm.sharding.plan_check import check_fits
+        from torchrec_deepfm.sharding.plan_file import save_plan
         from torchrec_deepfm.sharding.plan_text import plan_text
         from torchrec_deepfm.sharding.search import lower_bound_ms, plan_tables
 

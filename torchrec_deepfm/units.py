@@ -1,5 +1,6 @@
 """Amounts as people write and read them: bytes. Standard library only."""
 
+import math
 import re
 
 from torchrec_deepfm.errors import UserError
@@ -44,9 +45,32 @@ def parse_bytes(option: str, text: str) -> int:
         >>> parse_bytes("--memory", "1.5 GiB")
         1610612736
     """
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *(?:([KMGT])(i?)B?|B)?", text.strip(), re.IGNORECASE)
-    if match is None:
-        raise UserError(f"{option} {text}: not an amount of memory; write it as 2GiB or 1500MB")
-    number, prefix, binary = match.groups()
-    power = "KMGT".index(prefix.upper()) + 1 if prefix else 0
-    return int(float(number) * (1024 if binary else 1000) ** power)
+    return int(parse_quantity(option, text, like="2GiB or 1500MB"))
+
+
+def parse_quantity(option: str, text: str, *, like: str) -> float:
+    """Read an amount of memory or a bandwidth.
+
+    Args:
+        option: the option's or the key's name, for the message.
+        text: the amount with its unit, or plain bytes.
+        like: an example for the message; one that ends in ``/s`` stands for a bandwidth.
+
+    Returns:
+        Bytes, or bytes per second.
+
+    Raises:
+        UserError: the text is neither, or is more than a float holds.
+
+    Example:
+        >>> parse_quantity("inter_host_bandwidth:", "12.5 GB/s", like="450 GB/s")
+        12500000000.0
+    """
+    rate = like.endswith("/s")
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?(?:E[+-]?[0-9]+)?) *(?:([KMGTP])(i?))?(?:B(/s)?)?", text.strip(), re.I)
+    number, prefix, binary, per_second = match.groups() if match else ("inf", None, None, "/s")
+    power = "KMGTP".index(prefix.upper()) + 1 if prefix else 0
+    amount = float(number) * float(1024 if binary else 1000) ** power
+    if math.isinf(amount) or (per_second is not None) != rate:
+        raise UserError(f"{option} {text}: not {'a bandwidth' if rate else 'an amount of memory'}; write it as {like}")
+    return amount

@@ -16,9 +16,8 @@ from torchrec_deepfm import cli
 from torchrec_deepfm.cli_experiment import ExperimentCommand
 from torchrec_deepfm.page import embedded_data
 from torchrec_deepfm.sharding.estimate import predict
-from torchrec_deepfm.sharding.hardware import Hardware
 from torchrec_deepfm.sharding.measure import PHASES
-from torchrec_deepfm.sharding.measured import Experiment, read_experiment
+from torchrec_deepfm.sharding.measured import CollectiveBytes, Experiment, read_experiment
 from torchrec_deepfm.sharding.plan_file import load_plan, save_plan
 from torchrec_deepfm.sharding.table_list import Table, read_tables
 from torchrec_deepfm.sharding.workload import DENSE_IN_FEATURES, Draw, batches
@@ -81,9 +80,9 @@ def experiment(folder: Path) -> Experiment:
     return read_experiment(folder / "out")
 
 
-def sent(experiment: Experiment, name: str, rank: int) -> Mapping[str, Mapping[str, int]]:
+def sent(experiment: Experiment, name: str, rank: int) -> Mapping[str, CollectiveBytes]:
     [one] = [one for one in experiment.plans if one.name == name]
-    return {kind: dict(found) for kind, found in one.ranks[rank].traffic.items()}
+    return one.ranks[rank].traffic
 
 
 def dense_parameters() -> int:
@@ -94,7 +93,7 @@ def dense_parameters() -> int:
 
 
 def all_reduced(experiment: Experiment, name: str) -> int:
-    return sent(experiment, name, 0)["all_reduce"]["sent_bytes"]
+    return sent(experiment, name, 0)["all_reduce"].sent_bytes
 
 
 @pytest.mark.parametrize("rank", range(RANKS))
@@ -106,9 +105,9 @@ def test_bytes_of_table_wise(experiment: Experiment, rank: int) -> None:
     rows = mine * BATCH_SIZE * (RANKS - 1) * DIM * FLOAT
     gradients = others * BATCH_SIZE * DIM * FLOAT
     found = sent(experiment, "tw", rank)
-    assert found["all_to_all"]["sent_bytes"] == splits + ids + rows + gradients
+    assert found["all_to_all"].sent_bytes == splits + ids + rows + gradients
     assert set(found) == {"all_to_all", "all_reduce"}
-    assert found["all_reduce"]["sent_bytes"] == 2 * dense_parameters() * FLOAT * (RANKS - 1) // RANKS
+    assert found["all_reduce"].sent_bytes == 2 * dense_parameters() * FLOAT * (RANKS - 1) // RANKS
 
 
 @pytest.mark.parametrize("rank", range(RANKS))
@@ -122,10 +121,10 @@ def test_bytes_of_row_wise(experiment: Experiment, rank: int) -> None:
     )
     everything = len(SIZES) * BATCH_SIZE
     found = sent(experiment, "rw", rank)
-    assert found["all_to_all"]["sent_bytes"] == 3 * 8 * (RANKS - 1) + everything * (RANKS - 1) * LENGTH + away * ID
-    assert found["reduce_scatter"]["given_bytes"] == everything * RANKS * DIM * FLOAT
-    assert found["reduce_scatter"]["sent_bytes"] == everything * (RANKS - 1) * DIM * FLOAT
-    assert found["all_gather"]["sent_bytes"] == everything * (RANKS - 1) * DIM * FLOAT
+    assert found["all_to_all"].sent_bytes == 3 * 8 * (RANKS - 1) + everything * (RANKS - 1) * LENGTH + away * ID
+    assert found["reduce_scatter"].given_bytes == everything * RANKS * DIM * FLOAT
+    assert found["reduce_scatter"].sent_bytes == everything * (RANKS - 1) * DIM * FLOAT
+    assert found["all_gather"].sent_bytes == everything * (RANKS - 1) * DIM * FLOAT
 
 
 def test_bytes_of_data_parallel(experiment: Experiment) -> None:
@@ -160,7 +159,7 @@ def test_phases_are_there_where_a_plan_has_them(experiment: Experiment) -> None:
 
 
 def test_predictions_are_those_of_predict(folder: Path, experiment: Experiment) -> None:
-    hardware = Hardware.from_json(experiment.hardware)
+    hardware = experiment.hardware
     tables = read_tables(str(folder / "tables.toml"))
     for one in experiment.plans:
         told = predict(load_plan(folder / "out" / "plans" / f"{one.name}.json"), tables, hardware)
@@ -297,7 +296,7 @@ def test_two_hosts(on_two_hosts: Path) -> None:
     found = read_experiment(on_two_hosts / "out")
     assert (found.settings.ranks, found.settings.local_ranks) == (4, 2)
     assert [one.plan.tables[0].sharding_type for one in found.plans] == HOST_KINDS
-    hardware = Hardware.from_json(found.hardware)
+    hardware = found.hardware
     assert (hardware.ranks_per_host, hardware.local_world_size(4)) == (2, 2)
     for one in found.plans:
         assert len(one.ranks) == 4
@@ -318,7 +317,7 @@ def test_bytes_of_table_row_wise_on_two_hosts(on_two_hosts: Path) -> None:
         mine = sum(rank in {shard.rank for shard in table.shards} for table in sharded)
         # Partial sums of all four ranks' samples, half of which the neighbour on the host is to add up.
         sent_bytes = mine * 4 * BATCH_SIZE * DIM * FLOAT // 2
-        assert measured.traffic.get("reduce_scatter", {"sent_bytes": 0})["sent_bytes"] == sent_bytes
+        assert measured.traffic.get("reduce_scatter", CollectiveBytes()).sent_bytes == sent_bytes
 
 
 def test_the_command_line_of_the_ranks_is_the_same_command() -> None:

@@ -1,11 +1,11 @@
 """Plans written down by hand, and experiments with made-up measurements."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 from torchrec_deepfm.sharding.estimate import with_prediction
 from torchrec_deepfm.sharding.hardware import Hardware
-from torchrec_deepfm.sharding.measured import Experiment, PlanMeasured, RankMeasured, Settings
+from torchrec_deepfm.sharding.measured import CollectiveBytes, Experiment, PlanMeasured, RankMeasured, Settings
 from torchrec_deepfm.sharding.plan import PlanFile, PlannedShard, PlannedTable
 from torchrec_deepfm.sharding.presets import PRESETS
 from torchrec_deepfm.sharding.table_list import Table
@@ -50,11 +50,12 @@ def plan(tables: Sequence[Table], kinds: Sequence[str], ranks: int, owners: Sequ
     )
 
 
-def rank_measured(step_ms: float, *, turns: Sequence[float] = (1.2, 1.0, 0.9)) -> RankMeasured:
+def rank_measured(rank: int, step_ms: float, *, turns: Sequence[float] = (1.2, 1.0, 0.9)) -> RankMeasured:
     return RankMeasured(
+        rank=rank,
         step_ms=tuple(step_ms * turn for turn in turns),
         split_ms={"input_dist": 0.25 * step_ms, "lookup": 0.5 * step_ms, "dense": 0.25 * step_ms},
-        traffic={"all_to_all": {"calls": 2, "given_bytes": 2000, "sent_bytes": 1000}},
+        traffic={"all_to_all": CollectiveBytes(calls=2, given_bytes=2000, sent_bytes=1000)},
         table_bytes=1_000_000,
         peak_bytes=2_000_000,
     )
@@ -67,7 +68,7 @@ def experiment(
     ranks = next(iter(plans.values())).world_size
     return Experiment(
         settings=Settings(
-            tables=tuple(asdict(table) for table in tables),
+            tables=tuple(tables),
             ranks=ranks,
             local_ranks=ranks,
             batch_size=BATCH_SIZE,
@@ -83,11 +84,11 @@ def experiment(
             PlanMeasured(
                 name=name,
                 plan=with_prediction(one, tables, hardware),
-                ranks=tuple(rank_measured(step_ms[name]) for _ in range(ranks)),
+                ranks=tuple(rank_measured(rank, step_ms[name]) for rank in range(ranks)),
             )
             for name, one in plans.items()
         ),
-        hardware=hardware.to_json(),
+        hardware=hardware,
         left_out={"stock": "the same plan as ours"},
         scaling={ranks: 1.0, 2 * ranks: 1.5},
         made_at="2026-01-01 00:00 UTC",

@@ -17,7 +17,7 @@ from torchrec.distributed.types import EmbeddingModuleShardingPlan, ShardingPlan
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from torchrec_deepfm import embedding_tables
-from torchrec_deepfm.sharding.plan_file import PlanFile
+from torchrec_deepfm.sharding.plan import PlanFile
 from torchrec_deepfm.sharding.plan_sharding import from_sharding_plan
 from torchrec_deepfm.sharding.sharder import AllTypesSharder
 

@@ -65,34 +65,55 @@ def put(value: Any, *keys: Any) -> Callable[[Any], None]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (remove("plans"), "'plans' is missing"),
-        (remove("settings"), "'settings' is missing"),
-        (put([], "plans"), "it holds no plan"),
-        (put("x", "plans"), "damaged"),
-        (put("../../etc/passwd", "plans", 0, "name"), "is no name of a plan"),
+        (remove("plans"), "missing plans; run the experiment again"),
+        (remove("settings"), "missing settings; run the experiment again"),
+        (put([], "plans"), "plans: expected a list of length >= 1, not []; run the experiment "),
+        (put("x", "plans"), "plans: expected a list, not 'x'; run the experiment again"),
+        (
+            put("../../etc/passwd", "plans", 0, "name"),
+            "plans[0] (../../etc/passwd): '../../etc/passwd' is not a valid nam",
+        ),
         (put("absent", "plans", 0, "name"), "absent.json: there is no such file"),
-        (put([], "plans", 0, "ranks"), "plan one has 0 ranks, the experiment 2"),
-        (put([], "plans", 0, "ranks", 0, "step_ms"), "step_ms of one is empty"),
-        (put([-1.0], "plans", 0, "ranks", 0, "step_ms"), "step_ms of one is -1.0, no time"),
-        (put(["fast"], "plans", 0, "ranks", 0, "step_ms"), "is 'fast', no time"),
-        (put(1, "settings", "unknown"), "unexpected keyword argument 'unknown'"),
+        (put([], "plans", 0, "ranks"), "plan one has 0 ranks, not 2 in order; run the experiment again"),
+        (
+            put([], "plans", 0, "ranks", 0, "step_ms"),
+            "plans[0] (one).ranks[0].step_ms: expected a list of length >= 1, n",
+        ),
+        (
+            put([-1.0], "plans", 0, "ranks", 0, "step_ms"),
+            "plans[0] (one).ranks[0].step_ms[0]: expected a number > 0.0, not -",
+        ),
+        (
+            put(["fast"], "plans", 0, "ranks", 0, "step_ms"),
+            "plans[0] (one).ranks[0].step_ms[0]: expected a number, not 'fast';",
+        ),
+        (put(1, "settings", "unknown"), "settings: unknown key 'unknown'; choose one of tables, ranks, loca"),
         (put(7, "format_version"), "format version 7"),
-        (put([1.0, 2.0], "plans", 0, "ranks", 1, "step_ms"), "plan one has 2 turns, the experiment 3"),
-        (put("2", "settings", "ranks"), "settings.ranks is '2', no whole number from 1 to"),
-        (put(True, "settings", "local_ranks"), "settings.local_ranks is True, no whole number"),
-        (put(1e999, "settings", "batch_size"), "settings.batch_size is inf, no whole number"),
-        (put(0, "settings", "turns"), "settings.turns is 0, no whole number"),
-        (put(0.5, "settings", "seed"), "settings.seed is 0.5, no whole number"),
-        (put(["a"], "settings", "over_arch_layer_sizes"), "settings.over_arch_layer_sizes[0] is 'a', no whole number"),
-        (put("abc", "settings", "over_arch_layer_sizes"), "settings.over_arch_layer_sizes is 'abc', no list"),
-        (put("adamw", "settings", "optimizer"), "settings.optimizer is 'adamw', none of"),
-        (put(None, "settings", "device"), "settings.device is None, no text"),
-        (put(-1, "settings", "tables", 0, "num_embeddings"), "settings.tables: num_embeddings: -1 is no count"),
+        (put([1.0, 2.0], "plans", 0, "ranks", 1, "step_ms"), "plan one has 2 turns, not 3; run the experiment again"),
+        (put("2", "settings", "ranks"), "settings.ranks: expected a whole number, not '2'; run the experime"),
+        (put(True, "settings", "local_ranks"), "settings.local_ranks: expected a whole number, not True; run the e"),
+        (put(1e999, "settings", "batch_size"), "settings.batch_size: expected a whole number, not inf; run the exp"),
+        (put(0, "settings", "turns"), "settings.turns: expected a whole number >= 1, not 0; run the exper"),
+        (put(0.5, "settings", "seed"), "settings.seed: expected a whole number, not 0.5; run the experimen"),
+        (
+            put(["a"], "settings", "over_arch_layer_sizes"),
+            "settings.over_arch_layer_sizes[0]: expected a whole number, not 'a",
+        ),
+        (
+            put("abc", "settings", "over_arch_layer_sizes"),
+            "settings.over_arch_layer_sizes: expected a list, not 'abc'; run th",
+        ),
+        (put("adamw", "settings", "optimizer"), "settings.optimizer: 'adamw' is not valid; choose one of rowwise_ad"),
+        (put(None, "settings", "device"), "settings.device: expected text, not None; run the experiment again"),
+        (
+            put(-1, "settings", "tables", 0, "num_embeddings"),
+            "settings.tables[0] (a).num_embeddings: expected a whole number >= ",
+        ),
         (put(99, "settings", "tables", 0, "num_embeddings"), "plan one: table a is 100 x 8 in the plan, but 99 x 8"),
-        (put(-1, "hardware", "ddr_bytes"), "hardware: ddr_bytes: -1 is no number of bytes"),
-        (put(1e999, "plans", 0, "ranks", 0, "table_bytes"), "damaged"),
-        (put("\ud800", "settings", "device"), "damaged"),
-        (put("other", "format"), "these are no results of an experiment"),
+        (put(-1, "hardware", "ddr_bytes"), "hardware.ddr_bytes: expected a whole number >= 1, not -1; run the "),
+        (put(1e999, "plans", 0, "ranks", 0, "table_bytes"), "ranks[0].table_bytes: expected a whole number, not inf"),
+        (put("\ud800", "settings", "device"), "damaged (key 'device': '\\ud800' can't be printed)"),
+        (put("other", "format"), "not the results of an experiment; name a folder that experiment wr"),
     ],
 )
 def test_damage_is_told(tmp_path: Path, change: Callable[[Any], None], message: str) -> None:
@@ -115,5 +136,5 @@ def test_no_results(tmp_path: Path, content: str) -> None:
 
 
 def test_no_folder(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"there is no results\.json; name a folder that experiment wrote"):
+    with pytest.raises(UserError, match=r"results\.json: there is no such file; name a folder that experiment wrote"):
         read_experiment(tmp_path / "absent")

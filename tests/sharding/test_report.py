@@ -105,7 +105,7 @@ def test_a_plan_of_many_ranks(tmp_path: Path) -> None:
     wide = plan(tables, ["table_wise"] * 1024, 1024)
     one = PlanFile(
         world_size=1024, local_world_size=8, batch_size=1, search="by hand", tables=wide.tables,
-        hardware=PRESETS["h100"].to_json(), predicted=Predicted(critical_path_ms=2.0, mean_ms=1.5, per_rank=ranks),
+        hardware=PRESETS["h100"], predicted=Predicted(critical_path_ms=2.0, mean_ms=1.5, per_rank=ranks),
     )  # fmt: skip
     write_plan_report(one, tmp_path / "plan.html")
     data = embedded_data((tmp_path / "plan.html").read_text())

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from scipy.stats import spearmanr
 
@@ -26,10 +25,6 @@ class Agreement:
     picked: str
     best: str
     regret: float
-
-    def to_json(self) -> dict[str, Any]:
-        """Return it as ``results.json`` holds it."""
-        return {name: getattr(self, name) for name in ("plans", "spearman", "picked", "best", "regret")}
 
 
 def agreement(names: Sequence[str], predicted: Sequence[float], measured: Sequence[float]) -> Agreement:

@@ -21,9 +21,8 @@ from scipy.optimize import nnls
 
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.sharding.estimate import predict, with_prediction
-from torchrec_deepfm.sharding.hardware import BANDWIDTHS, EXTRA, Hardware
+from torchrec_deepfm.sharding.hardware import BANDWIDTHS, EXTRA, FixedCost, Hardware
 from torchrec_deepfm.sharding.measured import Experiment, PlanMeasured
-from torchrec_deepfm.sharding.table_list import Table
 
 _ONE: Final = 1e9  # bytes per second: the unit in which terms are taken apart
 _ENDLESS: Final = 1e30
@@ -88,14 +87,13 @@ def calibrate(experiments: Sequence[Experiment], name: str) -> Calibration:
         ):
             if mine != theirs:
                 raise UserError(f"the experiments differ in {key} ({mine}, {theirs}): calibrate each kind by itself")
-    base = Hardware.from_json(first.hardware)
     measurements = [
         Measurement(amounts=amounts(one, experiment), step_ms=one.step_ms)
         for experiment in experiments
         for one in experiment.plans
     ]
     where = f"{sum(len(one.plans) for one in experiments)} plans measured on {first.settings.ranks} ranks"
-    return fit(measurements, base, name=name, source=f"calibrate: fitted to {where}, {first.made_at}")
+    return fit(measurements, first.hardware, name=name, source=f"calibrate: fitted to {where}, {first.made_at}")
 
 
 def fit(measurements: Sequence[Measurement], base: Hardware, *, name: str, source: str) -> Calibration:
@@ -138,17 +136,17 @@ def fit(measurements: Sequence[Measurement], base: Hardware, *, name: str, sourc
         costs = new
     found = {names[column]: float(cost) for column, cost in zip(seen, best, strict=True)}
     unlimited = tuple(key for key in BANDWIDTHS if key in found and found[key] * _LARGEST < _ONE)
-    bandwidths = {
+    bandwidths: dict[str, float] = {
         key: min(_ONE / found[key], _LARGEST) if found[key] > 0 else _LARGEST for key in found if key in BANDWIDTHS
     }
-    extra = {**base.extra, **{key: found[key] for key in EXTRA if key in found}}
+    extra: dict[FixedCost, float] = {**base.extra, **{key: found[key] for key in EXTRA if key in found}}
     hardware = replace(_with(base, bandwidths, extra), name=name, source=source)
     unseen = tuple(key for key in names if key not in found)
     return Calibration(hardware=hardware, unseen=unseen, unlimited=unlimited, error=least)
 
 
-def _with(hardware: Hardware, bandwidths: Mapping[str, float], extra: Mapping[str, float]) -> Hardware:
-    return Hardware.from_json({**hardware.to_json(), **bandwidths, "extra": dict(extra)})
+def _with(hardware: Hardware, bandwidths: Mapping[str, float], extra: Mapping[FixedCost, float]) -> Hardware:
+    return replace(hardware, **bandwidths, extra=dict(extra))  # type: ignore[arg-type]
 
 
 def _slowest(measurements: Sequence[Measurement], seen: npt.NDArray[np.intp], costs: Matrix) -> Matrix:
@@ -165,16 +163,15 @@ def amounts(one: PlanMeasured, experiment: Experiment) -> Matrix:
     Returns:
         [ranks, terms]; see ``Measurement``.
     """
-    base = Hardware.from_json(experiment.hardware)
-    settings, tables = experiment.settings, experiment_tables(experiment.settings.tables)
+    base, settings = experiment.hardware, experiment.settings
     endless = dict.fromkeys(BANDWIDTHS, _ENDLESS)
     alone = [_with(base, {**endless, key: _ONE}, {}) for key in BANDWIDTHS]
     alone += [_with(base, endless, {key: 1.0}) for key in EXTRA]
     found = []
     for hardware in alone:
-        told = predict(one.plan, tables, hardware, settings.ranks, settings.batch_size)
-        # Endless leaves next to nothing, not nothing.
-        found.append([cost.total_ms if cost.total_ms > 1e-15 else 0.0 for cost in told.per_rank])
+        predicted = predict(one.plan, settings.tables, hardware, settings.ranks, settings.batch_size)
+        # An unlimited bandwidth costs next to nothing, not nothing.
+        found.append([cost.total_ms if cost.total_ms > 1e-15 else 0.0 for cost in predicted.per_rank])
     return np.array(found).T
 
 
@@ -193,27 +190,18 @@ def recalculate(experiment: Experiment, hardware: Hardware) -> Experiment:
         UserError: the description is of hosts with another number of ranks.
     """
     settings = experiment.settings
-    tables = experiment_tables(settings.tables)
     plans = tuple(
         replace(
             one,
             plan=with_prediction(
-                one.plan, tables, hardware, settings.ranks, settings.batch_size,
-                optimizer=settings.optimizer,  # type: ignore[arg-type]
+                one.plan,
+                settings.tables,
+                hardware,
+                settings.ranks,
+                settings.batch_size,
+                optimizer=settings.optimizer,
             ),
         )
         for one in experiment.plans
-    )  # fmt: skip
-    return replace(experiment, plans=plans, hardware=hardware.to_json(), scaling={})
-
-
-def experiment_tables(listed: Sequence[Mapping[str, object]]) -> tuple[Table, ...]:
-    """Make the tables of an experiment out of what its file says.
-
-    Raises:
-        UserError: a table has a missing, unknown or bad key.
-    """
-    try:
-        return tuple(Table(**one) for one in listed)  # type: ignore[arg-type]
-    except TypeError as error:
-        raise UserError(f"the experiment's tables are damaged ({error}); run the experiment again") from error
+    )
+    return replace(experiment, plans=plans, hardware=hardware, scaling={})

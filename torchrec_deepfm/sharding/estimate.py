@@ -319,7 +319,7 @@ def with_prediction(
         plan,
         batch_size=batch_size,
         tables=tuple(planned),
-        hardware=hardware.to_json(),
+        hardware=hardware,
         predicted=Predicted(critical_path_ms=max(totals), mean_ms=sum(totals) / len(totals), per_rank=tuple(per_rank)),
     )
 

@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median_low
@@ -230,7 +230,7 @@ def summarize(
     first = plans.named[0][1]
     return Experiment(
         settings=Settings(
-            tables=tuple(asdict(table) for table in runs.tables),
+            tables=runs.tables,
             ranks=first.world_size,
             local_ranks=first.local_world_size,
             batch_size=runs.draw.batch_size,
@@ -243,7 +243,7 @@ def summarize(
             device=device,
         ),
         plans=tuple(measured),
-        hardware=hardware.to_json(),
+        hardware=hardware,
         left_out=plans.left_out,
         scaling=scaling,
         made_at=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",

@@ -78,7 +78,7 @@ def write_experiment_report(
         Section("Bytes exchanged", *_traffic(experiment)),
         *_scaling(experiment, others or {}),
     ]
-    widths = sorted({int(table["embedding_dim"]) for table in settings.tables})
+    widths = sorted({table.embedding_dim for table in settings.tables})
     subtitle = (
         f"{len(experiment.plans)} plans of {len(settings.tables)} tables, {'/'.join(map(str, widths))} columns wide, "
         f"on {settings.ranks} ranks ({settings.device}), {settings.batch_size:,} samples a rank; {experiment.made_at}"
@@ -95,7 +95,7 @@ def _summary(experiment: Experiment) -> list[Block]:
         facts["Regret of that pick"] = f"{found.regret:.1%} slower than the fastest"
         facts["Rank correlation (Spearman)"] = found.spearman
     facts |= {
-        "Hardware of the predictions": str(experiment.hardware.get("name")),
+        "Hardware of the predictions": experiment.hardware.name,
         "Steps": f"{settings.turns} turns of {settings.steps} steps each, the plans taking turns",
         "Optimizer of the tables": settings.optimizer,
         "Hidden layers": ", ".join(map(str, settings.over_arch_layer_sizes)) or "none",
@@ -221,11 +221,11 @@ def _traffic(experiment: Experiment) -> list[Block]:
     kinds = sorted({kind for one in experiment.plans for rank in one.ranks for kind in rank.traffic})
     rows: list[Sequence[Cell]] = []
     for one in experiment.plans:
-        most = max(one.ranks, key=lambda rank: sum(each["sent_bytes"] for each in rank.traffic.values()))
+        most = max(one.ranks, key=lambda rank: sum(each.sent_bytes for each in rank.traffic.values()))
         found = [most.traffic.get(kind) for kind in kinds]
         cells: list[Cell] = []
         for each in found:
-            cells += [None, None] if each is None else [each["calls"], each["sent_bytes"]]
+            cells += [None, None] if each is None else [each.calls, each.sent_bytes]
         rows.append((one.name, *cells, sum(_sent(one))))
     head = ["Plan", *(name for kind in kinds for name in (f"{kind}: calls", f"{kind}: bytes")), "All ranks, bytes"]
     text = (
@@ -257,4 +257,4 @@ def _numbered(plans: Sequence[PlanMeasured]) -> list[str]:
 
 
 def _sent(one: PlanMeasured) -> list[int]:
-    return [sum(each["sent_bytes"] for each in rank.traffic.values()) for rank in one.ranks]
+    return [sum(each.sent_bytes for each in rank.traffic.values()) for rank in one.ranks]

@@ -82,7 +82,7 @@ def write_plan_report(plan: PlanFile, path: Path) -> None:
         "Tables": len(plan.tables),
         "Weights (float32)": f"{sum(map(_table_bytes, plan.tables)) / GIB:,.2f} GiB",
         "Found by": plan.search,
-        "Hardware": None if plan.hardware is None else str(plan.hardware.get("name")),
+        "Hardware": None if plan.hardware is None else plan.hardware.name,
     }
     sections = []
     if plan.predicted is not None:
@@ -148,7 +148,7 @@ def _host_map(values: Sequence[float], local_world_size: int, what: str) -> "Fig
 
 
 def _of_capacity(plan: PlanFile, kind: str) -> str:
-    capacity = (plan.hardware or {}).get(f"{kind}_bytes")
+    capacity = getattr(plan.hardware, f"{kind}_bytes", None)
     return f", of {capacity / GIB:,.0f} GiB that there are" if isinstance(capacity, int) else ""
 
 

@@ -21,6 +21,7 @@ from torchrec.distributed.types import (
 from torchrec.types import DataType
 
 from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.sharding.hardware import Hardware
 from torchrec_deepfm.sharding.plan import PlanFile, PlannedShard, PlannedTable
 from torchrec_deepfm.sharding.sharding_types import TableSize
 
@@ -75,7 +76,7 @@ def from_sharding_plan(
     local_world_size: int,
     batch_size: int | None,
     search: str,
-    hardware: Mapping[str, Any] | None = None,
+    hardware: Hardware | None = None,
 ) -> PlanFile:
     """Turn TorchRec's plan into one that can be written to a file.
 
@@ -86,7 +87,7 @@ def from_sharding_plan(
         local_world_size: ranks per host.
         batch_size: samples per rank and step, where known.
         search: how the plan was found.
-        hardware: what it was made for, as JSON.
+        hardware: what it was made for.
 
     Returns:
         The plan, without predictions.

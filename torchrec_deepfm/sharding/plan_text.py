@@ -29,12 +29,11 @@ def plan_text(plan: PlanFile, *, bound_ms: float | None = None, reserved: float 
     Returns:
         Lines.
     """
-    hardware = plan.hardware or {}
     weights = sum(table.num_embeddings * table.embedding_dim * 4 for table in plan.tables)
     hosts = plan.world_size // plan.local_world_size
     head = (
         f"{len(plan.tables)} tables, {_gib(weights)} of weights, on {plan.world_size} rank(s) "
-        f"of {hardware.get('name', 'hardware that the plan does not name')}, {hosts} host(s) of "
+        f"of {plan.hardware.name if plan.hardware else 'hardware that the plan does not name'}, {hosts} host(s) of "
         f"{plan.local_world_size}, {'?' if plan.batch_size is None else f'{plan.batch_size:,}'} samples a rank; "
         f"search: {plan.search}"
     )
@@ -66,12 +65,11 @@ def _costs(plan: PlanFile, bound_ms: float | None) -> list[str]:
 
 def _memory(plan: PlanFile, reserved: float) -> list[str]:
     assert plan.predicted is not None
-    hardware = plan.hardware or {}
     costs = plan.predicted.per_rank
     lines = []
     for key, what in (("hbm_bytes", "GPU memory"), ("ddr_bytes", "host memory")):
         most = max(range(len(costs)), key=lambda rank: getattr(costs[rank], key))
-        held, capacity = getattr(costs[most], key), hardware.get(key)
+        held, capacity = getattr(costs[most], key), getattr(plan.hardware, key, None)
         if not held:
             continue
         kept = reserved if key == "hbm_bytes" else 0.0
@@ -145,7 +143,7 @@ def diff_text(one: PlanFile, other: PlanFile, names: tuple[str, str]) -> str:
         values = getattr(one, what), getattr(other, what)
         if values[0] != values[1]:
             lines.append(f"{what}: {values[0]} -> {values[1]}")
-    hardware = [(plan.hardware or {}).get("name", "not named") for plan in (one, other)]
+    hardware = [plan.hardware.name if plan.hardware else "not named" for plan in (one, other)]
     if one.hardware != other.hardware:
         same_name = hardware[0] == hardware[1]
         lines.append(f"hardware: {hardware[0]} -> {hardware[1]}{' (other figures)' if same_name else ''}")

@@ -30,8 +30,9 @@ from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.sharding.constraints import in_device_memory
 from torchrec_deepfm.sharding.estimate import SparseOptimizer, memory_by_rank, storage_estimator
 from torchrec_deepfm.sharding.hardware import RESERVED
-from torchrec_deepfm.sharding.plan_check import check_memory
-from torchrec_deepfm.sharding.plan_file import PlanFile, check_fits, load_plan
+from torchrec_deepfm.sharding.plan import PlanFile
+from torchrec_deepfm.sharding.plan_check import check_fits, check_memory
+from torchrec_deepfm.sharding.plan_file import load_plan
 from torchrec_deepfm.sharding.plan_sharding import from_sharding_plan
 from torchrec_deepfm.sharding.planner_errors import explain
 from torchrec_deepfm.sharding.sharding_types import COLUMN_TYPES, default_min_partition

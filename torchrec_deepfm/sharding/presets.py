@@ -1,11 +1,11 @@
-"""Hardware by name, each description with its source. Standard library only."""
+"""Hardware by name, each description with its source. Loads no torch."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
 
-from torchrec_deepfm.errors import UserError, shown
-from torchrec_deepfm.sharding.hardware import Hardware, choices
+from torchrec_deepfm.errors import UserError, one_of, shown
+from torchrec_deepfm.sharding.hardware import Hardware
 
 _GIB: Final = 2**30
 _DGX: Final = "one such adapter per GPU; NVLink and PCIe as one direction of the published figure"
@@ -125,7 +125,7 @@ PRESETS: Final[Mapping[str, Hardware]] = MappingProxyType(
                 intra_host_bandwidth=600.0 * _GIB,
                 inter_host_bandwidth=12.5 * _GIB,
                 source="TorchRec's own defaults (torchrec/distributed/planner/constants.py, 1.8.0), with 80 GiB of "
-                "HBM: what its planner takes where nobody tells it of bandwidths",
+                "HBM: what its planner assumes where no bandwidths are given",
             ),
         )
     }
@@ -147,4 +147,4 @@ def preset(name: object) -> Hardware:
     """
     if isinstance(name, str) and name.lower() in PRESETS:
         return PRESETS[name.lower()]
-    raise UserError(f"hardware {shown(name)}: there is no such preset; choose from {choices(name, PRESETS)}")
+    raise UserError(f"hardware {shown(name)}: no such preset; choose {one_of(PRESETS, name)}, or name a TOML file")

@@ -1,7 +1,10 @@
 """TorchRec's sharding types and kernels, and which of them a table can have. Standard library only."""
 
 import math
-from typing import Protocol
+from typing import Literal, Protocol
+
+FusedOptimizer = Literal["rowwise_adagrad", "adagrad", "sgd"]
+"""Optimizers of tables that FBGEMM fuses into the backward pass."""
 
 SHARDING_TYPES = (
     "data_parallel",

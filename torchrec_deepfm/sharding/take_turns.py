@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from torchrec_deepfm.sharding.estimate import SparseOptimizer
 from torchrec_deepfm.sharding.measure import PHASES, split_step, step_seconds
-from torchrec_deepfm.sharding.measured import PlanMeasured, RankMeasured
+from torchrec_deepfm.sharding.measured import CollectiveBytes, PlanMeasured, RankMeasured
 from torchrec_deepfm.sharding.memory import PeakMemory
 from torchrec_deepfm.sharding.plan import PlanFile
 from torchrec_deepfm.sharding.steady import give_back, no_collections
@@ -49,13 +49,14 @@ class _Seen:
 
     step_ms: list[float] = field(default_factory=list)
     splits: list[dict[str, float]] = field(default_factory=list)
-    traffic: dict[str, dict[str, int]] = field(default_factory=dict)
+    traffic: dict[str, CollectiveBytes] = field(default_factory=dict)
     table_bytes: int = 0
     peaks: list[int | None] = field(default_factory=list)
 
     def result(self) -> RankMeasured:
         peaks = [peak for peak in self.peaks if peak is not None]
         return RankMeasured(
+            rank=dist.get_rank(),
             step_ms=tuple(self.step_ms),
             split_ms={phase: 1e3 * median(split[phase] for split in self.splits) for phase in PHASES},
             traffic=self.traffic,

@@ -15,6 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from torchrec_deepfm.sharding.measured import CollectiveBytes
+
 
 @dataclass(frozen=True, kw_only=True)
 class Collective:
@@ -70,18 +72,16 @@ class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 )
         return func(*args, **(kwargs or {}))
 
-    def by_kind(self) -> dict[str, dict[str, int]]:
-        """Sums by kind.
-
-        Returns:
-            For each kind how many there were (``calls``) and their ``given`` and ``sent`` bytes.
-        """
-        sums: dict[str, dict[str, int]] = {}
+    def by_kind(self) -> dict[str, CollectiveBytes]:
+        """Sum the collectives of each kind."""
+        sums: dict[str, CollectiveBytes] = {}
         for one in self.collectives:
-            total = sums.setdefault(one.kind, {"calls": 0, "given_bytes": 0, "sent_bytes": 0})
-            total["calls"] += 1
-            total["given_bytes"] += one.given
-            total["sent_bytes"] += one.sent
+            total = sums.get(one.kind, CollectiveBytes())
+            sums[one.kind] = CollectiveBytes(
+                calls=total.calls + 1,
+                given_bytes=total.given_bytes + one.given,
+                sent_bytes=total.sent_bytes + one.sent,
+            )
         return dict(sorted(sums.items()))
 
 

@@ -14,7 +14,8 @@ from typing import Any
 
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.page import Block, Data, Link, Paragraph, Picture, Section, Table, Terms, write_page
-from torchrec_deepfm.sharding.plan_file import PlanFile, load_plan
+from torchrec_deepfm.sharding.plan import PlanFile
+from torchrec_deepfm.sharding.plan_file import load_plan
 from torchrec_deepfm.training import metrics_log, run_folder
 from torchrec_deepfm.training.config import TrainConfig
 from torchrec_deepfm.training.formats import CalibrationFile, RunFile

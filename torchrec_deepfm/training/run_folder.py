@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 
 from torchrec_deepfm.data.prepared import PreparedData, read_manifest
 from torchrec_deepfm.errors import UserError
-from torchrec_deepfm.sharding.plan_file import PlanFile, plan_text
+from torchrec_deepfm.sharding.plan import PlanFile
+from torchrec_deepfm.sharding.plan_file import plan_json
 from torchrec_deepfm.small_file import is_partial, write_bytes
 from torchrec_deepfm.training import formats, lock, metrics_log
 from torchrec_deepfm.training.config import TrainConfig
@@ -193,7 +194,7 @@ def create(folder: Path, run: Run, plan: PlanFile, *, data: Path, world_size: in
         if is_partial(path.name):  # this training holds the lock, so whoever wrote it was killed
             path.unlink(missing_ok=True)
     write_json(folder / CONFIG, config)
-    _write(folder / PLAN, plan_text(plan))
+    _write(folder / PLAN, plan_json(plan))
 
 
 def write_saved(folder: Path, target: str, step: int | None) -> None:
