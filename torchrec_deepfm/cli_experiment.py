@@ -10,6 +10,7 @@ import tyro
 from torchrec_deepfm import launch, terminal
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.sharding.hardware import MAX_BATCH_SIZE, MAX_RANKS
+from torchrec_deepfm.sharding.sharding_types import FusedOptimizer
 from torchrec_deepfm.small_file import check_target
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class ExperimentCommand:
     """Turns of each plan; the plans take turns, so that what drifts meets all of them."""
     hardware: str | None = None
     """What the predictions are for: a preset or a TOML file. Default: cpu, or the preset of the GPU."""
-    optimizer: Literal["rowwise_adagrad", "adagrad", "sgd"] = "rowwise_adagrad"
+    optimizer: FusedOptimizer = "rowwise_adagrad"
     """Optimizer of the tables."""
     over_arch_layer_sizes: tuple[int, ...] = (64,)
     """Hidden layers of the dense part."""

@@ -10,6 +10,7 @@ import tyro
 
 from torchrec_deepfm import terminal
 from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.sharding.sharding_types import FusedOptimizer
 from torchrec_deepfm.small_file import check_target
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class PlanCommand:
     """ours, or TorchRec's own."""
     constraint: Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction] = ()
     """What may be done with a table: C1=row_wise, 't_C*=column_wise:min_partition=8', '>1e6=row_wise'."""
-    optimizer: Literal["rowwise_adagrad", "adagrad", "sgd"] = "rowwise_adagrad"
+    optimizer: FusedOptimizer = "rowwise_adagrad"
     """Optimizer of the tables, whose state takes memory."""
     ema: bool = False
     """Leave memory for the moving average of the weights that train --ema keeps."""

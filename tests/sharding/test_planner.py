@@ -21,7 +21,6 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec_deepfm import embedding_tables
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.sharding.constraints import in_device_memory, parse_constraints
-from torchrec_deepfm.sharding.estimate import SparseOptimizer
 from torchrec_deepfm.sharding.plan import PlanFile, PlannedShard, PlannedTable
 from torchrec_deepfm.sharding.plan_file import save_plan
 from torchrec_deepfm.sharding.plan_sharding import to_sharding_plan
@@ -30,7 +29,7 @@ from torchrec_deepfm.sharding.planner_errors import explain
 from torchrec_deepfm.sharding.presets import PRESETS
 from torchrec_deepfm.sharding.search import plan_tables
 from torchrec_deepfm.sharding.sharder import AllTypesSharder, make_sharder
-from torchrec_deepfm.sharding.sharding_types import SHARDING_TYPES
+from torchrec_deepfm.sharding.sharding_types import SHARDING_TYPES, SparseOptimizer
 from torchrec_deepfm.sharding.table_list import Table
 from torchrec_deepfm.training.config import TrainConfig
 from torchrec_deepfm.training.optimizers import fuse_sparse_optimizer

@@ -278,7 +278,7 @@ def test_what_fits_nowhere_names_the_table() -> None:
     with pytest.raises(UserError, match=r"table huge: 100,000,000,000 x 128 are 47,683.7 GiB .*--ranks") as caught:
         plan_tables([*criteo_tables(), huge], PRESETS["h100"], 16, batch_size=512)
     assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match="12 is no multiple"):
+    with pytest.raises(UserError, match="12 ranks on h100: not a multiple"):
         plan_tables(criteo_tables(), PRESETS["h100"], 12, batch_size=512)
     with pytest.raises(UserError, match="--batch-size 0"):
         plan_tables(criteo_tables(), PRESETS["h100"], 8, batch_size=0)

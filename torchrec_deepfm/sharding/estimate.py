@@ -10,7 +10,6 @@ slowest rank. To this come the fixed costs that ``hardware.extra`` may hold (``E
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Final, Literal
 
 import torch
 from torch import nn
@@ -34,21 +33,14 @@ from torchrec.distributed.planner.utils import build_sharder_data_map, sharder_n
 from torchrec.distributed.types import CacheParams, ModuleSharder
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
-from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.sharding.hardware import Hardware
 from torchrec_deepfm.sharding.plan import Cost, PlanFile, PlannedTable, Predicted
+from torchrec_deepfm.sharding.sharding_types import SparseOptimizer
+from torchrec_deepfm.sharding.sparse_optimizers import SPARSE_OPTIMIZERS
 from torchrec_deepfm.sharding.table_list import Table
 from torchrec_deepfm.sharding.topology import topology
-
-SparseOptimizer = Literal["rowwise_adagrad", "adagrad", "adam", "sgd"]
-_OPTIMIZERS: Final[dict[SparseOptimizer, type[torch.optim.Optimizer]]] = {
-    "rowwise_adagrad": RowWiseAdagrad,
-    "adagrad": torch.optim.Adagrad,
-    "adam": torch.optim.Adam,
-    "sgd": torch.optim.SGD,
-}
 
 
 def table_module(tables: Sequence[Table], optimizer: SparseOptimizer = "rowwise_adagrad") -> nn.Module:
@@ -81,7 +73,7 @@ def table_module(tables: Sequence[Table], optimizer: SparseOptimizer = "rowwise_
         )
         for parameter in collection.parameters():
             # What apply_optimizer_in_backward leaves on a parameter, and what the storage estimator reads.
-            parameter._optimizer_classes = [_OPTIMIZERS[optimizer]]  # type: ignore[attr-defined]
+            parameter._optimizer_classes = [SPARSE_OPTIMIZERS[optimizer][0]]  # type: ignore[attr-defined]
         model["weighted_tables" if weighted else "tables"] = collection
     return model
 

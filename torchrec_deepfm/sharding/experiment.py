@@ -12,7 +12,7 @@ from statistics import median_low
 
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.sharding.constraints import keep_to_possible, parse_constraints
-from torchrec_deepfm.sharding.estimate import SparseOptimizer, with_prediction
+from torchrec_deepfm.sharding.estimate import with_prediction
 from torchrec_deepfm.sharding.experiment_report import write_experiment_report
 from torchrec_deepfm.sharding.hardware import Hardware
 from torchrec_deepfm.sharding.measured import PLANS, RESULTS, Experiment, PlanMeasured, Settings
@@ -20,7 +20,7 @@ from torchrec_deepfm.sharding.plan import PlanFile
 from torchrec_deepfm.sharding.plan_check import check_fits
 from torchrec_deepfm.sharding.plan_file import load_plan, save_plan
 from torchrec_deepfm.sharding.search import Search, plan_tables
-from torchrec_deepfm.sharding.sharding_types import SHARDING_TYPES
+from torchrec_deepfm.sharding.sharding_types import SHARDING_TYPES, FusedOptimizer
 from torchrec_deepfm.sharding.table_list import Table
 from torchrec_deepfm.sharding.take_turns import Runs
 from torchrec_deepfm.sharding.workload import bag_configs
@@ -58,7 +58,7 @@ class Plans:
 
 
 def make_plans(
-    wanted: Wanted, tables: Sequence[Table], hardware: Hardware, ranks: int, batch_size: int, optimizer: SparseOptimizer
+    wanted: Wanted, tables: Sequence[Table], hardware: Hardware, ranks: int, batch_size: int, optimizer: FusedOptimizer
 ) -> Plans:
     """Make the plans of an experiment.
 
@@ -143,7 +143,7 @@ def _planned(
     hardware: Hardware,
     ranks: int,
     batch_size: int,
-    optimizer: SparseOptimizer,
+    optimizer: FusedOptimizer,
 ) -> PlanFile:
     local, device, configs = hardware.local_world_size(ranks), hardware.compute_device, bag_configs(tables)
     constraints = parse_constraints(rules, configs, compute_device=device, world_size=ranks, local_world_size=local)
@@ -173,7 +173,7 @@ def _same(one: PlanFile, other: PlanFile) -> bool:
 
 
 def predict_scaling(
-    tables: Sequence[Table], hardware: Hardware, ranks: Sequence[int], batch_size: int, optimizer: SparseOptimizer
+    tables: Sequence[Table], hardware: Hardware, ranks: Sequence[int], batch_size: int, optimizer: FusedOptimizer
 ) -> dict[int, float]:
     """Predict a step of the plan that the search finds on several numbers of ranks.
 

@@ -28,14 +28,14 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.sharding.constraints import in_device_memory
-from torchrec_deepfm.sharding.estimate import SparseOptimizer, memory_by_rank, storage_estimator
+from torchrec_deepfm.sharding.estimate import memory_by_rank, storage_estimator
 from torchrec_deepfm.sharding.hardware import RESERVED
 from torchrec_deepfm.sharding.plan import PlanFile
 from torchrec_deepfm.sharding.plan_check import check_fits, check_memory
 from torchrec_deepfm.sharding.plan_file import load_plan
 from torchrec_deepfm.sharding.plan_sharding import from_sharding_plan
 from torchrec_deepfm.sharding.planner_errors import explain
-from torchrec_deepfm.sharding.sharding_types import COLUMN_TYPES, default_min_partition
+from torchrec_deepfm.sharding.sharding_types import COLUMN_TYPES, SparseOptimizer, default_min_partition
 from torchrec_deepfm.sharding.table_list import Table
 
 DATA_PARALLEL_ROWS = "--data-parallel-rows"

@@ -24,7 +24,6 @@ from torchrec_deepfm.sharding.bound import lower_bound
 from torchrec_deepfm.sharding.choose import Effort
 from torchrec_deepfm.sharding.constraints import in_device_memory
 from torchrec_deepfm.sharding.estimate import (
-    SparseOptimizer,
     shard_estimators,
     table_constraints,
     table_module,
@@ -37,6 +36,7 @@ from torchrec_deepfm.sharding.plan import PlanFile, PlannedShard, PlannedTable
 from torchrec_deepfm.sharding.plan_check import check_fits
 from torchrec_deepfm.sharding.planner_errors import explain
 from torchrec_deepfm.sharding.sharder import AllTypesSharder
+from torchrec_deepfm.sharding.sharding_types import SparseOptimizer
 from torchrec_deepfm.sharding.table_list import Table
 from torchrec_deepfm.sharding.topology import topology
 from torchrec_deepfm.sharding.widths import WidthEnumerator

@@ -6,7 +6,7 @@ from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_
 from torchrec.distributed.types import ShardingType
 
 from torchrec_deepfm.errors import UserError
-from torchrec_deepfm.training.config import Qcomms
+from torchrec_deepfm.sharding.sharding_types import Qcomms
 
 
 class AllTypesSharder(EmbeddingBagCollectionSharder):

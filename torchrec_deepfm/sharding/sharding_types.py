@@ -3,8 +3,12 @@
 import math
 from typing import Literal, Protocol
 
+SparseOptimizer = Literal["rowwise_adagrad", "adagrad", "sgd", "adam"]
+"""Optimizers of tables."""
 FusedOptimizer = Literal["rowwise_adagrad", "adagrad", "sgd"]
-"""Optimizers of tables that FBGEMM fuses into the backward pass."""
+"""Those that FBGEMM fuses into the backward pass."""
+Qcomms = Literal["fp32", "fp16", "bf16"]
+"""Precisions in which pooled rows and their gradients travel between GPUs."""
 
 SHARDING_TYPES = (
     "data_parallel",

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from torchrec_deepfm.sharding.estimate import SparseOptimizer
 from torchrec_deepfm.sharding.measure import PHASES, split_step, step_seconds
 from torchrec_deepfm.sharding.measured import CollectiveBytes, PlanMeasured, RankMeasured
 from torchrec_deepfm.sharding.memory import PeakMemory
 from torchrec_deepfm.sharding.plan import PlanFile
+from torchrec_deepfm.sharding.sharding_types import FusedOptimizer
 from torchrec_deepfm.sharding.steady import give_back, no_collections
 from torchrec_deepfm.sharding.table_list import Table
 from torchrec_deepfm.sharding.traffic import Traffic
@@ -39,7 +39,7 @@ class Runs:
     draw: Draw
     steps: int = 10
     turns: int = 5
-    optimizer: SparseOptimizer = "rowwise_adagrad"
+    optimizer: FusedOptimizer = "rowwise_adagrad"
     over_arch_layer_sizes: tuple[int, ...] = (64,)
 
 

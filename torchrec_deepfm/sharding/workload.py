@@ -28,11 +28,11 @@ from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.model.arches import OverArch
 from torchrec_deepfm.model.deepfm import DeepFM, DeepFMTrain
 from torchrec_deepfm.model.fm import init_packed_rows_, packed_dim
-from torchrec_deepfm.sharding.estimate import SparseOptimizer
 from torchrec_deepfm.sharding.measure import Trained
 from torchrec_deepfm.sharding.plan import PlanFile
 from torchrec_deepfm.sharding.plan_sharding import find_embedding_bags, to_sharding_plan
 from torchrec_deepfm.sharding.sharder import make_sharder
+from torchrec_deepfm.sharding.sharding_types import FusedOptimizer
 from torchrec_deepfm.sharding.table_list import Table
 
 DENSE_IN_FEATURES = 13  # Criteo's
@@ -113,7 +113,7 @@ def build(
     plan: PlanFile,
     device: torch.device,
     *,
-    optimizer: SparseOptimizer,
+    optimizer: FusedOptimizer,
     over_arch_layer_sizes: Sequence[int],
 ) -> Trained:
     """Build the model that an experiment trains, sharded over the current process group; a collective.

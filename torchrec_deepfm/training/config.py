@@ -8,12 +8,11 @@ from numbers import Integral, Real
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.sharding.sharding_types import Qcomms, SparseOptimizer
 
 Activation = Literal["relu", "tanh", "sigmoid", "gelu", "silu"]
-SparseOptimizer = Literal["rowwise_adagrad", "adagrad", "sgd", "adam"]
 Precision = Literal["float32", "medium", "bf16"]
 Metric = Literal["auc", "logloss", "auc-logloss"]
-Qcomms = Literal["fp32", "fp16", "bf16"]
 _CHOICES = {
     "activation": get_args(Activation),
     "sparse_optimizer": get_args(SparseOptimizer),

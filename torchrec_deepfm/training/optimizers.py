@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from torch import nn
@@ -11,18 +10,10 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
-from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
+from torchrec_deepfm.sharding.sparse_optimizers import SPARSE_OPTIMIZERS
 from torchrec_deepfm.training.config import TrainConfig
 from torchrec_deepfm.training.regularisers import before_step, is_table
-
-# FBGEMM's eps, whatever torch's classes say (torch.optim.Adagrad has 1e-10): the same numbers sharded or not.
-_SPARSE_OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
-    "rowwise_adagrad": (RowWiseAdagrad, {"eps": 1e-8}),
-    "adagrad": (torch.optim.Adagrad, {"eps": 1e-8}),
-    "sgd": (torch.optim.SGD, {}),
-    "adam": (torch.optim.Adam, {}),  # never fused: FBGEMM's steps on the rows of the batch only, and on GPUs only
-}
 
 
 def fuse_sparse_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> None:
@@ -34,7 +25,7 @@ def fuse_sparse_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfi
         parameters: the tables' weights.
         config: which optimizer and rate.
     """
-    optimizer_class, options = _SPARSE_OPTIMIZERS[config.sparse_optimizer]
+    optimizer_class, options = SPARSE_OPTIMIZERS[config.sparse_optimizer]
     # A fresh dictionary: apply_optimizer_in_backward changes the one that it is given.
     apply_optimizer_in_backward(optimizer_class, parameters, {"lr": config.sparse_lr, **options})
 
@@ -65,7 +56,7 @@ def make_optimizer(model: DistributedModelParallel, config: TrainConfig) -> Comb
     fused: KeyedOptimizer = model.fused_optimizer
     parts: list[KeyedOptimizer | tuple[str, KeyedOptimizer]] = [fused, dense]
     if tables:
-        optimizer_class, options = _SPARSE_OPTIMIZERS[config.sparse_optimizer]
+        optimizer_class, options = SPARSE_OPTIMIZERS[config.sparse_optimizer]
         eager = KeyedOptimizerWrapper(
             tables, lambda weights: optimizer_class(weights, **{"lr": config.sparse_lr, **options})
         )

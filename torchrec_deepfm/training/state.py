@@ -28,7 +28,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 
 from torchrec_deepfm.sharding.initialize import local_shards, purge_row_caches
-from torchrec_deepfm.training.config import SparseOptimizer
+from torchrec_deepfm.sharding.sharding_types import SparseOptimizer
 from torchrec_deepfm.training.dcp import Cut, Pieces
 
 Columns = Mapping[str, Sequence[int]]
