@@ -79,7 +79,8 @@ def parse_plan(raw: Mapping[str, Any], where: str) -> PlanFile:
     Raises:
         UserError: a key or a value is wrong, or the plan is inconsistent.
     """
-    predicted, order = raw.get("predicted"), []
+    predicted = raw.get("predicted")
+    order: list[Any] = []
     if isinstance(predicted, dict):
         costs, order = _split(predicted.get("per_rank"), "rank")
         predicted = {**predicted, "per_rank": costs}
