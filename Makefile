@@ -4,14 +4,17 @@ BIN = .venv/bin
 # Options of torchx and of the job: make train ARGS="-- --recipe paper"
 RANKS ?= 1x2
 ARGS ?=
+# A worker per core. The tests of a file stay together, as they share what their fixtures have made.
+PYTEST = $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup train test faults lint clean
+.PHONY: help setup train test faults mutants lint clean
 
 help:  ## say what there is (the default)
 	@echo "make setup   prepare .venv: CUDA builds where nvidia-smi answers, CPU builds elsewhere"
 	@echo "make train   set up, then train through TorchX on two ranks (RANKS=1x4, ARGS=\"-- --help\")"
-	@echo "make test    set up, then run all tests (ARGS=\"-k model\")"
+	@echo "make test    set up, then run all tests in parallel (ARGS=\"-k model\")"
 	@echo "make faults  set up, then the long fault campaign: kills, signals, full disks (some ten minutes)"
+	@echo "make mutants break the code in many places, one after the other: do the tests see each? (some ten minutes)"
 	@echo "make lint    set up, then ruff and mypy, as .ci/run and pre-commit run them"
 	@echo "make clean   remove .venv and what the tools left"
 
@@ -22,11 +25,14 @@ train: setup
 	$(BIN)/torchx run apps/deepfm.py -j $(RANKS) $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 faults: setup
-	$(BIN)/python -m pytest tests/faults
+	$(PYTEST) -m campaign
 	$(BIN)/python -W ignore -m tests.faults.campaign $(ARGS)
+
+mutants: setup
+	$(BIN)/python -m tests.support.mutants $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -1,4 +1,8 @@
-"""The fault campaign, short: every kind of fault at least once. ``make faults`` runs the long one (campaign.py)."""
+"""The fault campaign, short: every kind of fault at least once.
+
+`make test` runs one kill, one SIGTERM and one damaged checkpoint of it, `make faults` the rest and the long one
+(campaign.py).
+"""
 
 import json
 import re
@@ -12,6 +16,7 @@ import pytest
 from tests.faults.jobs import GLOBAL_BATCH, Job, command, environment, run, start
 from tests.faults.runs import assert_each_row_once, assert_same_run, make_data, read_tensors, records, seen_rows
 
+CAMPAIGN = pytest.mark.campaign
 PHASES = ["before the save", "between ranks", "before the manifest", "before the rename", "after the rename"]
 
 
@@ -43,6 +48,7 @@ def assert_as_undisturbed(run: Path, logs: Path, undisturbed: Path) -> None:
     assert not [path.name for path in (run / "checkpoints").iterdir() if not re.fullmatch(r"step_\d{8}", path.name)]
 
 
+@CAMPAIGN
 def test_ranks_are_killed_and_torchelastic_starts_them_again(
     data: Path, tmp_path: Path, undisturbed: dict[int, Path]
 ) -> None:
@@ -63,7 +69,9 @@ def test_ranks_are_killed_and_torchelastic_starts_them_again(
     assert_as_undisturbed(tmp_path / "run", tmp_path / "log", undisturbed[2])
 
 
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize(
+    "phase", [phase if phase == "before the rename" else pytest.param(phase, marks=CAMPAIGN) for phase in PHASES]
+)
 def test_a_kill_in_each_phase_of_a_save(data: Path, tmp_path: Path, undisturbed: dict[int, Path], phase: str) -> None:
     env = environment(tmp_path / "log", [{"at": phase, "rank": 0, "step": 12, "do": "kill"}], FAULTS_SLEEP="0.05")
     code, _, _ = run(command(data, tmp_path / "run"), env)
@@ -78,26 +86,26 @@ def test_a_kill_in_each_phase_of_a_save(data: Path, tmp_path: Path, undisturbed:
     assert_as_undisturbed(tmp_path / "run", tmp_path / "log", undisturbed[1])
 
 
-def test_sigterm(data: Path, tmp_path: Path, undisturbed: dict[int, Path]) -> None:
+@pytest.mark.parametrize(("ranks", "do"), [(2, "term parent"), pytest.param(1, "term", marks=CAMPAIGN)])
+def test_sigterm(data: Path, tmp_path: Path, undisturbed: dict[int, Path], ranks: int, do: str) -> None:
     """On all ranks through torchrun, and in one process; each goes on where it stopped."""
-    for ranks, do, signum in ((2, "term parent", "SIGTERM"), (1, "term", "SIGTERM")):
-        folder = tmp_path / do
-        env = environment(
-            folder / "log", [{"at": "step", "rank": ranks - 1, "step": 13, "do": do}], FAULTS_SLEEP="0.05"
-        )
-        code, _, err = run(command(data, folder / "run", ranks=ranks), env)
-        assert code == 143
-        stopped = re.search(rf"stopped by {signum} after step (\d+), saved in (.*/step_(\d+));", err)
-        assert stopped is not None, err
-        assert Path(stopped[2]).is_dir()
-        assert 13 <= int(stopped[1]) == int(stopped[3]) <= 17
-        assert "Traceback" not in err
-        code, out, err = run(command(data, folder / "run", ranks=ranks), env)
-        assert (code, err) == (0, "")
-        assert f"going on after step {stopped[1]} of" in out
-        assert_as_undisturbed(folder / "run", folder / "log", undisturbed[ranks])
+    fault = {"at": "step", "rank": ranks - 1, "step": 13, "do": do}
+    code, _, err = run(
+        command(data, tmp_path / "run", ranks=ranks), environment(tmp_path / "log", [fault], FAULTS_SLEEP="0.05")
+    )
+    assert code == 143
+    stopped = re.search(r"stopped by SIGTERM after step (\d+), saved in (.*/step_(\d+));", err)
+    assert stopped is not None, err
+    assert Path(stopped[2]).is_dir()
+    assert 13 <= int(stopped[1]) == int(stopped[3]) <= 17
+    assert "Traceback" not in err
+    code, out, err = run(command(data, tmp_path / "run", ranks=ranks), environment(tmp_path / "log", [fault]))
+    assert (code, err) == (0, "")
+    assert f"going on after step {stopped[1]} of" in out
+    assert_as_undisturbed(tmp_path / "run", tmp_path / "log", undisturbed[ranks])
 
 
+@CAMPAIGN
 @pytest.mark.parametrize("step", [15, 40])
 def test_sigterm_during_an_evaluation(data: Path, tmp_path: Path, undisturbed: dict[int, Path], step: int) -> None:
     """Between two epochs' worth of steps, and after the last step; the evaluation is done again."""
@@ -123,6 +131,7 @@ def step_reached(logs: Path, step: int, process: Job) -> None:
     raise AssertionError("it does not get there")
 
 
+@CAMPAIGN
 def test_ctrl_c_once_and_twice(data: Path, tmp_path: Path, undisturbed: dict[int, Path]) -> None:
     env = environment(tmp_path / "log", FAULTS_SLEEP="0.1")
     process = start(command(data, tmp_path / "run"), env)
@@ -147,11 +156,6 @@ def test_ctrl_c_once_and_twice(data: Path, tmp_path: Path, undisturbed: dict[int
     assert_as_undisturbed(tmp_path / "run", tmp_path / "log", undisturbed[1])
 
 
-def damages(checkpoint: Path) -> list[tuple[str, str]]:
-    names = sorted(path.name for path in checkpoint.iterdir())
-    return [(name, how) for name in names for how in ("cut", "flipped", "removed")]
-
-
 def damage(path: Path, how: str) -> None:
     content = path.read_bytes()
     middle = len(content) // 2
@@ -163,38 +167,44 @@ def damage(path: Path, how: str) -> None:
         path.write_bytes(content[:middle] + bytes([content[middle] ^ 16]) + content[middle + 1 :])
 
 
-def test_damaged_checkpoints_are_refused_by_name(data: Path, tmp_path: Path, undisturbed: dict[int, Path]) -> None:
-    """Each file of the newest checkpoint, each way: the one before is used, and the end is the same."""
-    env = environment(tmp_path / "log", [{"at": "step", "rank": 0, "step": 18, "do": "kill once saved"}])
-    code, _, _ = run(command(data, tmp_path / "run"), env)
+FILES = [".metadata", "__0_0.distcp", "checkpoint.json"]
+DAMAGES = [(name, how) for name in FILES for how in ("cut", "flipped", "removed")]
+
+
+@pytest.fixture(scope="module")
+def killed(data: Path, folder: Path) -> Path:
+    """A folder with a run that was killed at step 18, and its log."""
+    env = environment(
+        folder / "killed" / "log", [{"at": "step", "rank": 0, "step": 18, "do": "kill"}], FAULTS_SLEEP="0.05"
+    )
+    code, _, _ = run(command(data, folder / "killed" / "run"), env)
     assert code == -signal.SIGKILL
-    assert [path.name[-2:] for path in sorted((tmp_path / "run" / "checkpoints").iterdir())] == ["15", "16"]
-    found = damages(tmp_path / "run" / "checkpoints" / "step_00000016")
-    assert len(found) == 9
-    for number, (name, how) in enumerate(found):
-        copy = tmp_path / f"copy_{number}"
-        shutil.copytree(tmp_path / "run", copy)
-        damage(copy / "checkpoints" / "step_00000016" / name, how)
-        stop = [{"at": "step", "rank": 0, "step": 17, "do": "kill"}] if number else []
-        logs = tmp_path / f"log_{number}"
-        shutil.copytree(tmp_path / "log", logs)
-        (logs / "fault_0").unlink()
-        code, out, err = run(command(data, copy), environment(logs, stop))
-        told = [line for line in out.splitlines() if line.startswith("not used: ")]
-        if (name, how) == ("checkpoint.json", "removed"):
-            assert told == []  # a folder without a manifest is no checkpoint at all
-        else:
-            assert len(told) == 1
-            assert f"step_00000016: {name}" in told[0], told
-        assert "going on after step 15 of" in out
-        if not number:
-            assert (code, err) == (0, "")
-            assert_same_run(copy, undisturbed[1])
-            assert_each_row_once(logs, epochs=2, global_batch=GLOBAL_BATCH)
-        else:
-            assert code == -signal.SIGKILL
+    checkpoints = sorted((folder / "killed" / "run" / "checkpoints").iterdir())
+    assert [path.name[-2:] for path in checkpoints] == ["15", "16"]
+    assert sorted(path.name for path in checkpoints[1].iterdir()) == FILES
+    return folder / "killed"
 
 
+@pytest.mark.parametrize(("name", "how"), [DAMAGES[0], *(pytest.param(*each, marks=CAMPAIGN) for each in DAMAGES[1:])])
+def test_damaged_checkpoints_are_refused_by_name(
+    data: Path, tmp_path: Path, killed: Path, undisturbed: dict[int, Path], name: str, how: str
+) -> None:
+    """Each file of the newest checkpoint, each way: the one before is used, and the end is the same."""
+    shutil.copytree(killed, tmp_path, dirs_exist_ok=True)
+    damage(tmp_path / "run" / "checkpoints" / "step_00000016" / name, how)
+    code, out, err = run(command(data, tmp_path / "run"), environment(tmp_path / "log"))
+    told = [line for line in out.splitlines() if line.startswith("not used: ")]
+    if (name, how) == ("checkpoint.json", "removed"):
+        assert told == []  # a folder without a manifest is no checkpoint at all
+    else:
+        assert len(told) == 1
+        assert f"step_00000016: {name}" in told[0], told
+    assert "going on after step 15 of" in out
+    assert (code, err) == (0, "")
+    assert_as_undisturbed(tmp_path / "run", tmp_path / "log", undisturbed[1])
+
+
+@CAMPAIGN
 def test_two_trainings_in_one_folder(data: Path, tmp_path: Path, undisturbed: dict[int, Path]) -> None:
     env = environment(tmp_path / "log", FAULTS_SLEEP="0.3")
     first = start(command(data, tmp_path / "run"), env)
@@ -228,7 +238,7 @@ def test_other_options_over_a_run(data: Path, tmp_path: Path, undisturbed: dict[
     assert {path: path.stat().st_mtime_ns for path in undisturbed[1].rglob("*")} == before
 
 
-@pytest.mark.parametrize(("ranks", "then"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize(("ranks", "then"), [(2, 1), pytest.param(1, 2, marks=CAMPAIGN)])
 def test_another_number_of_ranks(
     data: Path, tmp_path: Path, undisturbed: dict[int, Path], ranks: int, then: int
 ) -> None:
@@ -257,6 +267,7 @@ def test_another_number_of_ranks(
         assert (value - theirs[name]).abs().max() < 1e-3, name
 
 
+@CAMPAIGN
 def test_a_batch_of_another_size_sees_every_row_once(data: Path, tmp_path: Path) -> None:
     """From 2 x 50 to 1 x 70 rows a step, in the middle of the first epoch: what is left is 1200 = 17 x 70 + 10 rows."""
     fault = {"at": "step", "rank": 0, "step": 11, "do": "kill"}

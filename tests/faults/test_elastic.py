@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.faults.jobs import OPTIONS, Job, environment
 from tests.faults.runs import ROWS, make_data
 
@@ -51,6 +53,7 @@ def kill_host(host: Job) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
+@pytest.mark.campaign
 def test_a_host_comes_and_goes(tmp_path: Path) -> None:
     data = make_data(tmp_path / "data").folder
     env = environment(tmp_path / "log", FAULTS_SLEEP="0.1")

@@ -19,6 +19,7 @@ from tests.faults.jobs import GLOBAL_BATCH, command, environment, run, start
 from tests.faults.runs import assert_each_row_once, assert_same_run, make_data, read_tensors, records
 from torchrec_deepfm.small_file import seal
 
+CAMPAIGN = pytest.mark.campaign
 GO_ON = "then run the same command again; it resumes from the newest checkpoint, if one was saved"
 
 
@@ -50,6 +51,7 @@ def saved_steps(checkpoints: Path) -> list[int]:
     return sorted(int(path.name.removeprefix("step_")) for path in checkpoints.iterdir() if "." not in path.name)
 
 
+@CAMPAIGN
 @pytest.mark.parametrize(
     ("do", "reason"),
     [
@@ -77,6 +79,7 @@ def test_a_disk_for_checkpoints_that_refuses(
     assert_each_row_once(tmp_path / "log", epochs=2, global_batch=GLOBAL_BATCH)
 
 
+@CAMPAIGN
 def test_a_file_that_may_grow_no_further(data: Path, tmp_path: Path) -> None:
     """The same without the right to mount anything."""
     env = environment(tmp_path / "log", [{"at": "step", "rank": 0, "step": 10, "do": "limit"}], FAULTS_SLEEP="0.03")
@@ -88,6 +91,7 @@ def test_a_file_that_may_grow_no_further(data: Path, tmp_path: Path) -> None:
     assert saved_steps(tmp_path / "run" / "checkpoints") == [4, 8]
 
 
+@CAMPAIGN
 def test_metrics_that_cannot_be_written(data: Path, tmp_path: Path, small_disk: Path) -> None:
     often = ("--eval-every", "1", "--ema-every", "1")  # more than fits into a page
     options = ("--checkpoints", str(tmp_path / "checkpoints"), *often)
@@ -107,6 +111,7 @@ def test_metrics_that_cannot_be_written(data: Path, tmp_path: Path, small_disk: 
     assert [line["step"] for line in records(small_disk / "run") if line["split"] == "validation"] == list(range(1, 41))
 
 
+@CAMPAIGN
 @pytest.mark.parametrize(
     ("do", "told"), [("shrink", "has changed while it was read"), ("vanish", "has gone while it was")]
 )
@@ -128,6 +133,7 @@ def test_data_that_shrink_or_vanish(data: Path, tmp_path: Path, undisturbed: Pat
     assert_same_run(tmp_path / "run", undisturbed)
 
 
+@CAMPAIGN
 def test_other_data_are_refused(data: Path, tmp_path: Path) -> None:
     env = environment(tmp_path / "log", [{"at": "step", "rank": 0, "step": 10, "do": "kill"}], FAULTS_SLEEP="0.03")
     run(command(data, tmp_path / "run"), env)
@@ -141,6 +147,7 @@ def test_other_data_are_refused(data: Path, tmp_path: Path) -> None:
     assert err == message
 
 
+@CAMPAIGN
 def test_memory_runs_out(data: Path, tmp_path: Path, undisturbed: Path) -> None:
     env = environment(tmp_path / "log", [{"at": "step", "rank": 0, "step": 10, "do": "memory"}], FAULTS_SLEEP="0.03")
     code, _, err = run(command(data, tmp_path / "run"), env)
@@ -186,6 +193,7 @@ def rank_that_is_alone(logs: Path) -> int | None:
     return pids["1"] if ended else None
 
 
+@CAMPAIGN
 def test_a_rank_that_stalls_is_named(data: Path, tmp_path: Path) -> None:
     env = environment(tmp_path / "log", [{"at": "step", "rank": 1, "step": 10, "do": "stop"}], FAULTS_SLEEP="0.3")
     words = command(data, tmp_path / "run", ranks=2, options=("--timeout", "5"))
@@ -292,6 +300,7 @@ def test_data_without_a_validation_split(data: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "other").exists()
 
 
+@CAMPAIGN
 def test_checkpoints_at_a_url(data: Path, tmp_path: Path, undisturbed: Path) -> None:
     """On fsspec's local files, under its own protocol: DCP then goes through fsspec."""
     options = ("--checkpoints", f"file://{tmp_path}/elsewhere")

@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.faults.jobs import ROOT
 from tests.faults.runs import make_data
 
@@ -26,6 +28,7 @@ def process_of_rank(rank: int, run: Path) -> int | None:
     return None
 
 
+@pytest.mark.campaign
 def test_a_rank_that_dies_under_torchx(tmp_path: Path) -> None:
     data, run = make_data(tmp_path / "data").folder, tmp_path / "run"
     words = ["run", "-s", "local_cwd", "apps/deepfm.py", "-j", "1x2", "--max_restarts", "2", "--"]
