@@ -28,8 +28,9 @@ ALLOWED = {
     "data.schema": {"errors", "small_file"},
     "sharding.sharding_types": set(),
     "training.config": {"errors", "sharding.sharding_types"},
+    "cpu_threads": set(),
     "doctor": set(),
-    "launch": {"errors", "rendezvous"},
+    "launch": {"cpu_threads", "errors", "rendezvous"},
     "rendezvous": {"errors"},
     "torchx_run": {"errors"},
     "terminal": set(),
@@ -39,7 +40,7 @@ ALLOWED = {
     "sharding": BASE | {"page", "model", "data"},
     "training": BASE | {"training.config", "page", "terminal", "model", "data", "sharding"},
     "inference": BASE | {"page", "terminal", "model", "data", "sharding", "training", "training.config"},
-    "cli_experiment": BASE | {"launch", "terminal", "sharding", "training"},
+    "cli_experiment": BASE | {"cpu_threads", "launch", "terminal", "sharding", "training"},
     "cli_plan": BASE | {"terminal", "sharding"},
     "cli": BASE
     | {
@@ -58,7 +59,7 @@ ALLOWED = {
         "inference",
     },
     "interrupt": set(),
-    "__main__": {"cli", "interrupt"},
+    "__main__": {"cli", "cpu_threads", "interrupt"},
 }
 WITHOUT_TORCH = [
     "",
@@ -73,6 +74,7 @@ WITHOUT_TORCH = [
     "training.sizing",
     "training.report",
     "training.pictures",
+    "cpu_threads",
     "doctor",
     "launch",
     "torchx_run",

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.ranks import run_module
+from torchrec_deepfm.cpu_threads import SPIN_COUNT
 
 MISTAKE = "from torchrec_deepfm import errors, launch; launch.exit_with(errors.UserError('day_0 row 3: label 7'))"
 
@@ -50,8 +51,8 @@ def test_of_a_killed_rank_the_signal_is_named(tmp_path: Path) -> None:
 def test_threads_are_shared_out(tmp_path: Path) -> None:
     """In a Python of its own: torch learns how many threads it may have when it is loaded."""
     script = tmp_path / "program.py"
-    script.write_text("import os, sys; sys.stdout.write(os.environ['OMP_NUM_THREADS'] + chr(10))")
-    env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    script.write_text("import os, sys; sys.stdout.write('{OMP_NUM_THREADS} {GOMP_SPINCOUNT}\\n'.format(**os.environ))")
+    env = {name: value for name, value in os.environ.items() if "OMP_" not in name}
     default, run = (
         subprocess.run([sys.executable, *words], capture_output=True, text=True, env=env, check=True)
         for words in (
@@ -61,12 +62,13 @@ def test_threads_are_shared_out(tmp_path: Path) -> None:
     )
     share = str(max(1, int(default.stdout) // 2))
     # Nothing on standard error: torchrun would warn that it sets one thread for each rank.
-    assert (run.stdout.split(), run.stderr) == ([share, share], "")
+    assert (run.stdout.split(), run.stderr) == ([share, str(SPIN_COUNT)] * 2, "")
 
 
 def test_threads_that_the_user_has_set_stay(tmp_path: Path) -> None:
-    run = ranks(tmp_path, "sys.stdout.write(os.environ['OMP_NUM_THREADS'] + chr(10))", OMP_NUM_THREADS="3")
-    assert run.stdout.split() == ["3", "3"]
+    program = "sys.stdout.write(os.environ['OMP_NUM_THREADS'] + os.environ.get('GOMP_SPINCOUNT', '-') + chr(10))"
+    run = ranks(tmp_path, program, OMP_NUM_THREADS="3", OMP_WAIT_POLICY="PASSIVE")
+    assert run.stdout.split() == ["3-", "3-"]
 
 
 def test_without_the_launcher_the_line_is_printed() -> None:

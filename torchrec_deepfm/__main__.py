@@ -9,10 +9,12 @@ if __name__ == "__main__":  # before the imports, which take a second
     interrupt = Interrupt()
 
 from torchrec_deepfm.cli import main
+from torchrec_deepfm.cpu_threads import choose_threads
 
 
 def run() -> int:
     """Run the command line and give back its exit code."""
+    choose_threads(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     try:
         main()
     except SystemExit as stop:

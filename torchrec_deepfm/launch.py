@@ -22,6 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from torchrec_deepfm.cpu_threads import choose_threads
 from torchrec_deepfm.errors import UserError
 
 if TYPE_CHECKING:
@@ -106,7 +107,6 @@ def main(argv: list[str] | None = None) -> None:
         SystemExit: with code 2 over a user's mistake in a rank, with 1 if a rank failed otherwise, with 128 + n if
             signal n stopped it.
     """
-    import torch
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
@@ -121,7 +121,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.allow_abbrev = False  # else it takes the command's own --run for a short form of its --run-path, and stops
     options = parser.parse_args(argv)
     ranks = run.determine_local_world_size(options.nproc_per_node)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // ranks)))
+    choose_threads(ranks)
     os.environ[_UNDER_LAUNCHER] = "1"
     os.environ.setdefault(STARTED, f"{datetime.now(UTC):%Y%m%d-%H%M%S}")
     _restart_no_mistakes()

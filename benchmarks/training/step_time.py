@@ -24,7 +24,8 @@ from typing import Literal
 
 import tyro
 
-PRECISIONS = ("float32", "medium", "bf16")
+Precision = Literal["float32", "medium", "bf16"]
+PRECISIONS: tuple[Precision, ...] = ("float32", "medium", "bf16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +75,12 @@ def main(options: Options) -> None:
             report(options, dist.get_world_size(), rates, fm)
 
 
-def step_rates(options: Options, device: "torch.device") -> dict[str, list[float]]:  # noqa: F821
-    """Samples per second over all ranks, block by block."""
+def make_pipeline(
+    options: Options,
+    device: "torch.device",  # noqa: F821
+    precision: Callable[[], Precision],
+) -> tuple["TrainPipelineSparseDist", Iterator["Batch"]]:  # noqa: F821
+    """The trainer's step, and random batches without end."""
     import torch
     import torch.distributed as dist
     from torchrec.datasets.utils import Batch
@@ -106,18 +111,25 @@ def step_rates(options: Options, device: "torch.device") -> dict[str, list[float
         return made.pin_memory() if device.type == "cuda" else made
 
     kept = [batch() for _ in range(16)]
-    precision = PRECISIONS[0]
 
     def forward(data: Batch) -> object:
-        with autocast(precision, device):
+        with autocast(precision(), device):
             return model(data)
 
     def endless() -> Iterator[Batch]:
         while True:
             yield from kept
 
-    batches = endless()
-    pipeline = TrainPipelineSparseDist(model, make_optimizer(model, config), device, custom_model_fwd=forward)
+    return TrainPipelineSparseDist(model, make_optimizer(model, config), device, custom_model_fwd=forward), endless()
+
+
+def step_rates(options: Options, device: "torch.device") -> dict[str, list[float]]:  # noqa: F821
+    """Samples per second over all ranks, block by block."""
+    import torch
+    import torch.distributed as dist
+
+    precision = PRECISIONS[0]
+    pipeline, batches = make_pipeline(options, device, lambda: precision)
     rates: dict[str, list[float]] = {name: [] for name in PRECISIONS}
     for repeat in range(options.repeats + 1):  # the first warms up
         for precision in PRECISIONS:  # forward reads it
