@@ -13,7 +13,7 @@ help:  ## say what there is (the default)
 	@echo "make setup   prepare .venv: CUDA builds where nvidia-smi answers, CPU builds elsewhere"
 	@echo "make train   set up, then train through TorchX on two ranks (RANKS=1x4, ARGS=\"-- --help\")"
 	@echo "make test    set up, then run all tests in parallel (ARGS=\"-k model\")"
-	@echo "make faults  set up, then the long fault campaign: kills, signals, full disks (some ten minutes)"
+	@echo "make faults  set up, then the long fault campaign: kills, signals, full disks (half an hour)"
 	@echo "make mutants break the code in many places, one after the other: do the tests see each? (some ten minutes)"
 	@echo "make lint    set up, then ruff and mypy, as .ci/run and pre-commit run them"
 	@echo "make clean   remove .venv and what the tools left"

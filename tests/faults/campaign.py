@@ -1,29 +1,45 @@
 """The long fault campaign: ``make faults`` runs it and prints its table for docs/results.md.
 
-    python -m tests.faults.campaign [--seed N] [--quick]
+    python -m tests.faults.campaign [--seed N] [--share 0.1] [--part NAME ...]
 
-Kills come from outside, at moments that nobody has chosen: so long after the first step of a life as a random number
-says. Every run must end with the losses, metrics and weights of the run that nothing happened to, to the last bit, and
-must have seen every row of every epoch once.
+Faults come from outside, at moments that nobody has chosen: a random time after the first step of a life. Every run
+must end with the losses, metrics and weights of the run that nothing happened to, to the last bit, and must have seen
+every row of every epoch once. (Where the number of ranks changes on the way, sums have another order: there losses and
+metrics agree to 1e-4, weights to 1e-3.) A run counts as attempted when it begins, and as equal once its files have been
+compared and are equal. A part whose two counts differ fails, and so does the campaign: exit code 1.
 """
 
 import argparse
+import contextlib
 import os
 import random
 import re
+import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.faults.jobs import GLOBAL_BATCH, Job, command, environment, run, start
-from tests.faults.runs import assert_each_row_once, assert_same_run, make_data
+from tests.faults.jobs import GLOBAL_BATCH, ROOT, Job, command, environment, run, start
+from tests.faults.runs import differences, make_data, row_errors
 
 SLEEP = "0.04"  # seconds a step, so that a life of 40 steps lasts as long as its saves
 SAVES = ("--checkpoint-every", "2")
+WITHOUT_CHANCE = ("--dropout", "0", "--no-batch-norm")  # nothing left that depends on the number of ranks
+STALL_SECONDS = 5
 PHASES = ["before the save", "between ranks", "before the manifest", "before the rename", "after the rename"]
+# System calls that strace lets fail with EIO, as a broken disk or a lost mount does.
+STATS = "stat,newfstatat,statx,fstat"
+READS = {"folder": [STATS, "getdents64"], "file": [STATS, "openat", "read,pread64,readv,preadv"]}
+
+
+class WrongRunError(Exception):
+    """A run did not do what it should."""
 
 
 @dataclass
@@ -31,191 +47,472 @@ class Tally:
     """What one part of the campaign has done."""
 
     faults: Counter[str] = field(default_factory=Counter)
-    runs: int = 0
+    attempted: int = 0
+    equal: int = 0
     lives: int = 0
-    seconds: float = 0.0
+    failures: list[str] = field(default_factory=list)
+
+    @contextlib.contextmanager
+    def a_run(self) -> Iterator[None]:
+        """Count a run that begins, and note why it failed, if it does."""
+        self.attempted += 1
+        try:
+            yield
+        except Exception as error:
+            self.failures.append(f"run {self.attempted}: {type(error).__name__}: {error}")
+
+    def compare(self, place: Path, undisturbed: Path, **tolerance: float) -> None:
+        """Count a run as equal if it is."""
+        found = differences(place / "run", undisturbed, **tolerance)
+        found += row_errors(place / "log", epochs=2, global_batch=GLOBAL_BATCH)
+        if found:
+            raise WrongRunError("; ".join(found))
+        self.equal += 1
+
+    @property
+    def count(self) -> int:
+        """Faults so far."""
+        return sum(self.faults.values())
 
 
-def ranks_of(logs: Path, job: Job) -> dict[int, int]:
-    """Process by rank, of the ranks that have begun to train and live."""
-    found, alive = {}, job.processes()
-    for path in logs.glob("rank_*"):
+def expect(condition: object, what: str) -> None:
+    """Stop this run unless something holds; an ``assert`` that PYTHONOPTIMIZE does not remove."""
+    if not condition:
+        raise WrongRunError(what[-3000:])
+
+
+def living_ranks(logs: Path) -> dict[int, int]:
+    """Process by rank, of the ranks that have begun to train into this folder and live."""
+    found = {}
+    for path in sorted(logs.glob("rank_*"), key=lambda path: path.stat().st_mtime):
         _, rank, pid = path.name.split("_")
-        if int(pid) in alive:
+        if state(int(pid)) not in (None, "Z"):
             found[int(rank)] = int(pid)
     return found
 
 
-def wait_for_ranks(logs: Path, job: Job, ranks: int, gone: set[int]) -> dict[int, int] | None:
+def state(pid: int) -> str | None:
+    """A process's state as ps shows it; None if there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return None
+
+
+def wait_for_ranks(logs: Path, job: "Job | Command", ranks: int, gone: set[int]) -> dict[int, int] | None:
     """The processes of the next life; None if the job ends first."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 180
     while time.monotonic() < deadline:
         if job.poll() is not None:
             return None
-        found = ranks_of(logs, job)
+        found = living_ranks(logs)
         if len(found) == ranks and not gone & set(found.values()):
             return found
         time.sleep(0.01)
-    raise AssertionError(f"no life:\n{job.err[-2000:]}")
+    raise WrongRunError(f"no life:\n{job.err[-2000:]}")
 
 
-def kill_at_random(rng: random.Random, logs: Path, job: Job, ranks: int, folder: Path, gone: set[int]) -> str | None:
-    """Kill a random rank at a random moment; say when that was. None if the job has ended first."""
-    found = wait_for_ranks(logs, job, ranks, gone)
-    if found is None:
-        return None
-    time.sleep(rng.uniform(0.0, 0.9))
-    saving = any((folder / "checkpoints").glob("*.partial"))
-    if job.poll() is not None:
-        return None
-    gone |= set(found.values())
-    try:
-        os.kill(found[rng.choice(sorted(found))], signal.SIGKILL)
-    except ProcessLookupError:
-        return None
-    return "kill -9 during a save" if saving else "kill -9 between saves"
+class Command:
+    """A command as a user types it: a process of its own, with its ranks below it."""
+
+    def __init__(self, words: list[str], env: dict[str, str], folder: Path) -> None:
+        self._out, self._err = folder / "out", folder / "err"
+        with self._out.open("ab") as out, self._err.open("ab") as err:
+            self._process = subprocess.Popen(words, cwd=ROOT, env=env, stdout=out, stderr=err, start_new_session=True)
+        self.pid = self._process.pid
+
+    def poll(self) -> int | None:
+        """The exit code, if it has ended."""
+        return self._process.poll()
+
+    def finish(self, timeout: float = 240) -> int:
+        """Wait for its end; return the exit code."""
+        try:
+            return self._process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self._process.terminate()
+            raise WrongRunError(f"it hangs:\n{self.err[-2000:]}") from None
+
+    @property
+    def out(self) -> str:
+        """All that this command and those before it in the same folder have said."""
+        return self._out.read_text(errors="replace")
+
+    @property
+    def err(self) -> str:
+        """The same of standard error."""
+        return self._err.read_text(errors="replace")
 
 
-def killed_under_torchelastic(
-    rng: random.Random, data: Path, folder: Path, undisturbed: Path, kills: int, ranks: int
-) -> Tally:
-    """One job after the other; torchelastic starts the ranks again."""
-    tally = Tally()
-    while sum(tally.faults.values()) < kills:
-        place = folder / f"elastic_{ranks}_{tally.runs}"
-        env = environment(place / "log", FAULTS_SLEEP=SLEEP)
-        job = start(command(data, place / "run", ranks=ranks, restarts=8, options=SAVES), env)
-        gone: set[int] = set()
-        lives = 1
-        while lives <= 8 and sum(tally.faults.values()) < kills:
-            moment = kill_at_random(rng, place / "log", job, ranks, place / "run", gone)
-            if moment is None:
-                break
-            tally.faults[moment] += 1
-            lives += 1
-        code, _, err = job.finish()
-        assert code == 0, err[-3000:]
-        check(place, undisturbed)
-        tally.runs += 1
-        tally.lives += lives
-    return tally
+@dataclass
+class Campaign:
+    """What all parts share."""
+
+    folder: Path
+    data: Path
+    share: float
+    rng: random.Random = field(default_factory=random.Random)
+    references: dict[tuple[int, tuple[str, ...]], Path] = field(default_factory=dict)
+
+    def times(self, number: int) -> int:
+        """How often, of a full campaign's number."""
+        return max(1, round(number * self.share))
+
+    def undisturbed(self, ranks: int, options: tuple[str, ...]) -> Path:
+        """The run that nothing happens to, trained when first asked for."""
+        key = ranks, options
+        if key not in self.references:
+            place = self.folder / f"undisturbed_{len(self.references)}"
+            code, _, err = run(
+                command(self.data, place / "run", ranks=ranks, options=options), environment(place / "log")
+            )
+            expect(code == 0, err)
+            self.references[key] = place / "run"
+        return self.references[key]
+
+    def restarted_by_torchelastic(self, tally: Tally) -> None:
+        """Kill a random rank of two at a random moment; torchelastic starts the ranks again."""
+        undisturbed = self.undisturbed(2, SAVES)
+        wanted = self.times(30)
+        while tally.count < wanted and tally.attempted < wanted:
+            place = self.folder / f"elastic_{tally.attempted}"
+            with tally.a_run():
+                env = environment(place / "log", FAULTS_SLEEP=SLEEP)
+                job = start(command(self.data, place / "run", ranks=2, restarts=8, options=SAVES), env)
+                gone: set[int] = set()
+                for _ in range(min(8, wanted - tally.count)):
+                    moment = self.kill(place, job, 2, gone)
+                    if moment is None:
+                        break
+                    tally.faults[moment] += 1
+                    tally.lives += 1
+                code, _, err = job.finish()
+                tally.lives += 1
+                expect(code == 0, err)
+                tally.compare(place, undisturbed)
+
+    def typed_again(self, tally: Tally) -> None:
+        """Kill the only process at a random moment, up to nine times a run; the same command again after each kill."""
+        undisturbed = self.undisturbed(1, SAVES)
+        wanted = self.times(50)
+        while tally.count < wanted and tally.attempted < wanted:
+            place = self.folder / f"alone_{tally.attempted}"
+            with tally.a_run():
+                for life in range(1, 11):
+                    env = environment(place / "log", FAULTS_SLEEP=SLEEP)
+                    job = start(command(self.data, place / "run", options=SAVES), env)
+                    moment = None
+                    if life < 10 and tally.count < wanted:
+                        moment = self.kill(place, job, 1, set())
+                    code, _, err = job.finish()
+                    tally.lives += 1
+                    if moment is not None:
+                        tally.faults[moment] += 1
+                    if code == 0:
+                        break
+                    expect(code == -signal.SIGKILL, err)
+                tally.compare(place, undisturbed)
+
+    def each_phase_of_a_save(self, tally: Tally) -> None:
+        """Kill each of two ranks in each phase of a save that it goes through, in one job."""
+        place = self.folder / "phases"
+        with tally.a_run():
+            faults = [
+                {"at": phase, "rank": 0, "step": 4 * number + 4, "do": "kill"} for number, phase in enumerate(PHASES)
+            ]
+            faults += [
+                {"at": phase, "rank": 1, "step": 4 * number + 24, "do": "kill"}
+                for number, phase in enumerate(PHASES[:2])
+            ]
+            env = environment(place / "log", faults, FAULTS_SLEEP=SLEEP)
+            words = command(self.data, place / "run", ranks=2, restarts=len(faults), options=SAVES)
+            code, _, err = run(words, env, timeout=400)
+            expect(code == 0, err)
+            for number, fault in enumerate(faults):
+                expect((place / "log" / f"fault_{number}").exists(), f"it did not happen: {fault}")
+                tally.faults[f"kill -9 {fault['at']}"] += 1
+            tally.lives = len(faults) + 1
+            tally.compare(place, self.undisturbed(2, SAVES))
+
+    def asked_to_stop(self, tally: Tally) -> None:
+        """SIGTERM to torchrun at a random moment, as slurm and kubernetes send it; then the same command again."""
+        undisturbed = self.undisturbed(2, ())
+        wanted = self.times(10)
+        while tally.count < wanted and tally.attempted < wanted:
+            place = self.folder / f"terminated_{tally.attempted}"
+            with tally.a_run():
+                code = None
+                while code != 0:
+                    job = start(
+                        command(self.data, place / "run", ranks=2), environment(place / "log", FAULTS_SLEEP="0.1")
+                    )
+                    if tally.count < wanted and wait_for_ranks(place / "log", job, 2, set()) is not None:
+                        time.sleep(self.rng.uniform(0.0, 2.0))
+                        job.send_signal(signal.SIGTERM)
+                    code, _, err = job.finish()
+                    tally.lives += 1
+                    if code == 143:
+                        tally.faults["SIGTERM to all ranks"] += 1
+                        expect(re.search(r"stopped by SIGTERM after step \d+, saved in", err), err)
+                    else:
+                        expect(code == 0, err)
+                tally.compare(place, undisturbed)
+
+    def launcher_killed(self, tally: Tally) -> None:
+        """Kill the launcher alone at a random moment; the same command again at once."""
+        front = [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-m",
+            "torchrec_deepfm.launch",
+            "--standalone",
+            "--nproc_per_node",
+            "2",
+        ]
+        self._parent_killed(tally, "launcher", self.times(6), [*front, "-m", "tests.faults.rank"])
+
+    def torchx_killed(self, tally: Tally) -> None:
+        """Kill `torchx run` alone at a random moment; the same command again at once."""
+        torchx = Path(sys.executable).parent / "torchx"
+        front = [str(torchx), "run", "-s", "local_cwd", "tests/faults/torchx_app.py", "-j", "1x2", "--"]
+        self._parent_killed(tally, "torchx", self.times(4), front)
+
+    def _parent_killed(self, tally: Tally, name: str, wanted: int, front: list[str]) -> None:
+        undisturbed = self.undisturbed(2, SAVES)
+        while tally.count < wanted and tally.attempted < wanted:
+            place = self.folder / f"{name}_{tally.attempted}"
+            env = environment(place / "log", FAULTS_SLEEP="0.1")
+            words = command(self.data, place / "run", ranks=2, options=SAVES)
+            first = words.index("--checkpoint-every")  # SAVES has it again, and TorchX takes no option twice
+            words = [*front, *words[words.index("--data") : first], *words[first + 2 :]]
+            with tally.a_run():
+                try:
+                    gone: set[int] = set()
+                    for life in range(4):
+                        job = Command(words, env, place)
+                        tally.lives += 1
+                        if life == 3 or tally.count == wanted:
+                            break
+                        found = wait_for_ranks(place / "log", job, 2, gone)
+                        if found is None:
+                            break
+                        time.sleep(self.rng.uniform(0.0, 2.0))
+                        if job.poll() is not None:
+                            break
+                        os.kill(job.pid, signal.SIGKILL)
+                        job.finish()
+                        tally.faults[f"kill -9 of the {name}"] += 1
+                        gone |= set(found.values())
+                    expect(job.finish() == 0, job.err)
+                    tally.compare(place, undisturbed)
+                finally:
+                    for pid in living_ranks(
+                        place / "log"
+                    ).values():  # where they outlive it, they are in the next's way
+                        os.kill(pid, signal.SIGKILL)
+
+    def stalled(self, tally: Tally) -> None:
+        """SIGSTOP to a random rank at a random moment: it stalls and does not end; torchelastic starts all again."""
+        undisturbed = self.undisturbed(2, SAVES)
+        wanted = self.times(5)
+        while tally.count < wanted and tally.attempted < wanted:
+            place = self.folder / f"stalled_{tally.attempted}"
+            with tally.a_run():
+                env = environment(place / "log", FAULTS_SLEEP=SLEEP)
+                options = (*SAVES, "--timeout", str(STALL_SECONDS))
+                job = start(command(self.data, place / "run", ranks=2, restarts=3, options=options), env)
+                found = wait_for_ranks(place / "log", job, 2, set())
+                expect(found is not None, job.err)
+                assert found is not None
+                time.sleep(self.rng.uniform(0.0, 0.9))
+                rank = self.rng.choice(sorted(found))
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(found[rank], signal.SIGSTOP)
+                    tally.faults["SIGSTOP"] += 1
+                try:
+                    code, _, err = job.finish()
+                    tally.lives += 2
+                    expect(code == 0, err)
+                    tally.compare(place, undisturbed)
+                finally:
+                    for pid in living_ranks(place / "log").values():
+                        os.kill(pid, signal.SIGKILL)
+
+    def other_plans(self, tally: Tally) -> None:
+        """Kill at random moments and go on under another plan each time, on two ranks."""
+        plans = [
+            ("user=row_wise", "item=table_wise"),
+            ("user=table_wise", "item=row_wise"),
+            ("user=row_wise", "item=row_wise"),
+        ]
+        rules = [("--constraint", *each) for each in plans]
+        starts = [(2, rule) for rule in rules]
+        self._changes(tally, "another plan", self.times(4), starts, (2, SAVES), {})
+
+    def other_ranks(self, tally: Tally) -> None:
+        """Kill at random moments and go on with another number of ranks each time, and another plan."""
+        starts = [
+            (2, ("--constraint", "user=row_wise", "item=row_wise")),
+            (1, ()),
+            (4, ("--constraint", "user=table_wise")),
+            (2, ()),
+        ]
+        close = {"relative": 1e-4, "absolute": 1e-3}
+        self._changes(tally, "other ranks and plan", self.times(4), starts, (2, (*SAVES, *WITHOUT_CHANCE)), close)
+
+    def _changes(
+        self,
+        tally: Tally,
+        name: str,
+        wanted: int,
+        starts: list[tuple[int, tuple[str, ...]]],
+        reference: tuple[int, tuple[str, ...]],
+        tolerance: dict[str, float],
+    ) -> None:
+        undisturbed = self.undisturbed(*reference)
+        for number in range(wanted):
+            place = self.folder / f"{name.replace(' ', '_')}_{number}"
+            with tally.a_run():
+                gone: set[int] = set()
+                for life, (ranks, options) in enumerate(starts):
+                    env = environment(place / "log", FAULTS_SLEEP=SLEEP)
+                    options = (*reference[1], *options)
+                    job = start(command(self.data, place / "run", ranks=ranks, options=options), env)
+                    tally.lives += 1
+                    last = life == len(starts) - 1
+                    if not last and self.kill(place, job, ranks, gone, longest=0.4) is not None:
+                        tally.faults[f"kill -9, then {name}"] += 1
+                    code, _, err = job.finish()
+                    expect(code == 0 if last else code != 2, err)
+                    if code == 0:
+                        break
+                tally.compare(place, undisturbed, **tolerance)
+
+    def read_errors(self, tally: Tally) -> None:
+        """Let system calls on files of the checkpoints or the data fail with EIO while a run is resumed (strace).
+
+        The command may use an older checkpoint, or stop in one line; then the same command without the fault finishes
+        the run. No checkpoint may be lost where it stops.
+        """
+        if shutil.which("strace") is None:
+            print("strace is not installed: no read errors")
+            return
+        undisturbed = self.undisturbed(1, SAVES)
+        for number in range(self.times(8)):
+            place = self.folder / f"unreadable_{number}"
+            with tally.a_run():
+                env = environment(place / "log", FAULTS_SLEEP=SLEEP)
+                words = command(self.data, place / "run", options=SAVES)
+                words = words[words.index("--data") :]
+                job = start(command(self.data, place / "run", options=SAVES), env)
+                while not saved(place):
+                    expect(job.poll() is None, job.err)
+                    time.sleep(0.01)
+                self.kill(place, job, 1, set())
+                tally.lives += 1
+                expect(job.finish()[0] == -signal.SIGKILL, "it ended before it was killed")
+                before = saved(place)
+                newest = place / "run" / "checkpoints" / before[-1]
+                of_data = self.rng.random() < 0.3
+                target = self.rng.choice(
+                    sorted(path for path in self.data.iterdir() if path.suffix in (".npy", ".json"))
+                    if of_data
+                    else [newest.parent, newest, *sorted(newest.iterdir())]
+                )
+                calls = self.rng.choice(READS["folder" if target.is_dir() else "file"])
+                inject = ["-e", f"trace={calls}", "-e", f"inject={calls}:error=EIO", "-P", str(target)]
+                front = ["strace", "-f", "-qq", "-o", str(place / "strace"), *inject]
+                rank = [sys.executable, "-W", "ignore", "-m", "tests.faults.rank"]
+                job = Command([*front, *rank, *words], env, place)
+                code = job.finish()
+                tally.lives += 1
+                injected = (place / "strace").read_text(errors="replace").count("(INJECTED)")
+                kind = "data" if of_data else "a checkpoint"
+                tally.faults[f"EIO on {kind}" if injected else "EIO on a file that nothing read"] += 1
+                if code != 0:
+                    expect("Traceback" not in job.err, job.err)
+                    expect(
+                        re.search(r"^error: .+$", job.err, re.MULTILINE), f"exit code {code}, and no reason: {job.err}"
+                    )
+                    expect(
+                        set(before) <= set(saved(place)), f"of {before} only {saved(place)} is left ({calls} {target})"
+                    )
+                    code, _, err = run(command(self.data, place / "run", options=SAVES), env)
+                    tally.lives += 1
+                    expect(code == 0, err)
+                tally.compare(place, undisturbed)
+
+    def kill(self, place: Path, job: "Job | Command", ranks: int, gone: set[int], longest: float = 0.9) -> str | None:
+        """Kill a random rank at a random moment; say when that was. None if the job has ended first."""
+        found = wait_for_ranks(place / "log", job, ranks, gone)
+        if found is None:
+            return None
+        time.sleep(self.rng.uniform(0.0, longest))
+        saving = any((place / "run" / "checkpoints").glob("*.partial"))
+        if job.poll() is not None:
+            return None
+        gone |= set(found.values())
+        try:
+            os.kill(found[self.rng.choice(sorted(found))], signal.SIGKILL)
+        except ProcessLookupError:
+            return None
+        return "kill -9 during a save" if saving else "kill -9 between saves"
 
 
-def killed_in_one_process(rng: random.Random, data: Path, folder: Path, undisturbed: Path, kills: int) -> Tally:
-    """The same command again after each kill, up to ten times a run."""
-    tally = Tally()
-    while sum(tally.faults.values()) < kills:
-        place = folder / f"alone_{tally.runs}"
-        env = environment(place / "log", FAULTS_SLEEP=SLEEP)
-        for life in range(11):
-            job = start(command(data, place / "run", options=SAVES), env)
-            moment = None
-            if life < 10 and sum(tally.faults.values()) < kills:
-                moment = kill_at_random(rng, place / "log", job, 1, place / "run", set())
-            code, _, err = job.finish()
-            tally.lives += 1
-            if moment is not None:
-                tally.faults[moment] += 1
-            if code == 0:
-                break
-            assert code == -signal.SIGKILL, err[-3000:]
-        check(place, undisturbed)
-        tally.runs += 1
-    return tally
+def saved(place: Path) -> list[str]:
+    """The names of the checkpoints, by step."""
+    return sorted(path.name for path in (place / "run" / "checkpoints").glob("step_????????"))
 
 
-def killed_in_each_phase(data: Path, folder: Path, undisturbed: Path) -> Tally:
-    """Each phase of a save on each of two ranks that goes through it, in one job."""
-    tally = Tally(runs=1)
-    rank_0 = [{"at": phase, "rank": 0, "step": 4 * number + 4, "do": "kill"} for number, phase in enumerate(PHASES)]
-    rank_1 = [
-        {"at": phase, "rank": 1, "step": 4 * number + 24, "do": "kill"} for number, phase in enumerate(PHASES[:2])
-    ]
-    faults = [*rank_0, *rank_1]
-    place = folder / "phases"
-    env = environment(place / "log", faults, FAULTS_SLEEP=SLEEP)
-    words = command(data, place / "run", ranks=2, restarts=len(faults), options=SAVES)
-    code, out, err = run(words, env, timeout=400)
-    assert code == 0, err[-3000:]
-    for number, fault in enumerate(faults):
-        assert (place / "log" / f"fault_{number}").exists(), fault
-        tally.faults[f"kill -9 {fault['at']}"] += 1
-    tally.lives = len(re.findall("going on after step", out)) + 1
-    check(place, undisturbed)
-    return tally
+PARTS: dict[str, tuple[str, Callable[[Campaign, Tally], None]]] = {
+    "elastic": ("2 ranks, restarted by torchelastic", Campaign.restarted_by_torchelastic),
+    "alone": ("1 process, the command typed again", Campaign.typed_again),
+    "phases": ("each phase of a save, 2 ranks", Campaign.each_phase_of_a_save),
+    "sigterm": ("SIGTERM, 2 ranks", Campaign.asked_to_stop),
+    "launcher": ("launcher killed, 2 ranks, the command typed again", Campaign.launcher_killed),
+    "torchx": ("torchx killed, 2 ranks, the command typed again", Campaign.torchx_killed),
+    "stall": ("a rank stops, 2 ranks, restarted by torchelastic", Campaign.stalled),
+    "plans": ("killed and resumed under another plan, 2 ranks", Campaign.other_plans),
+    "ranks": ("killed and resumed on 2, 1, 4, 2 ranks under other plans", Campaign.other_ranks),
+    "eio": ("reads that fail, 1 process", Campaign.read_errors),
+}
 
 
-def terminated(rng: random.Random, data: Path, folder: Path, undisturbed: Path, times: int) -> Tally:
-    """SIGTERM to torchrun at a random moment, as slurm and kubernetes send it; then the same command again."""
-    tally = Tally()
-    left = times
-    while left:
-        place = folder / f"terminated_{tally.runs}"
-        env = environment(place / "log", FAULTS_SLEEP="0.1")
-        code = None
-        while code != 0:
-            job = start(command(data, place / "run", ranks=2), env)
-            found = wait_for_ranks(place / "log", job, 2, set()) if left else None
-            if found is not None:
-                time.sleep(rng.uniform(0.0, 2.0))
-                job.send_signal(signal.SIGTERM)
-            code, _, err = job.finish()
-            tally.lives += 1
-            if code == 143:
-                left -= 1
-                tally.faults["SIGTERM to all ranks"] += 1
-                assert re.search(r"stopped by SIGTERM after step \d+, saved in", err), err
-            else:
-                assert code == 0, err[-3000:]
-        check(place, undisturbed)
-        tally.runs += 1
-    return tally
-
-
-def check(place: Path, undisturbed: Path) -> None:
-    assert_same_run(place / "run", undisturbed)
-    assert_each_row_once(place / "log", epochs=2, global_batch=GLOBAL_BATCH)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main() -> int:
+    """Run the parts; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="a tenth of it")
+    parser.add_argument("--share", type=float, default=1.0, help="of the full number of faults")
+    parser.add_argument("--part", action="append", choices=list(PARTS), help="only these")
     options = parser.parse_args()
-    rng = random.Random(options.seed)
-    share = 10 if options.quick else 1
+    failed = False
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        data = make_data(folder / "data").folder
-        undisturbed = {}
-        for ranks, saves in ((1, SAVES), (2, SAVES), (2, ())):
-            place = folder / f"undisturbed_{ranks}_{len(saves)}"
-            code, _, err = run(command(data, place / "run", ranks=ranks, options=saves), environment(place / "log"))
-            assert code == 0, err
-            undisturbed[ranks, len(saves)] = place / "run"
+        data = make_data(Path(name) / "data").folder
         print(
-            "| part | faults | runs | lives | ended as undisturbed | seconds |\n| --- | --- | --- | --- | --- | --- |"
+            "| part | faults | runs attempted | lives | compared and equal | seconds |\n"
+            "| --- | --- | --- | --- | --- | --- |",
+            flush=True,
         )
-        parts = {
-            "2 ranks, restarted by torchelastic": lambda: killed_under_torchelastic(
-                rng, data, folder, undisturbed[2, 2], 30 // share, 2
-            ),
-            "1 process, the command typed again": lambda: killed_in_one_process(
-                rng, data, folder, undisturbed[1, 2], 50 // share
-            ),
-            "each phase of a save, 2 ranks": lambda: killed_in_each_phase(data, folder, undisturbed[2, 2]),
-            "SIGTERM, 2 ranks": lambda: terminated(rng, data, folder, undisturbed[2, 0], 10 // share),
-        }
-        for part, play in parts.items():
-            started = time.monotonic()
-            tally = play()
+        campaign = Campaign(Path(name), data, options.share)
+        for part in options.part or PARTS:
+            title, play = PARTS[part]
+            tally, started = Tally(), time.monotonic()
+            campaign.rng.seed(f"{options.seed} {part}")  # the same moments, whichever parts run
+            try:
+                play(campaign, tally)
+            except Exception as error:  # before a run began
+                tally.failures.append(f"{type(error).__name__}: {error}")
             shown = ", ".join(f"{count} x {fault}" for fault, count in sorted(tally.faults.items()))
             seconds = time.monotonic() - started
             print(
-                f"| {part} | {shown} | {tally.runs} | {tally.lives} | {tally.runs} of {tally.runs} | {seconds:.0f} |",
-                flush=True,
+                f"| {title} | {shown} | {tally.attempted} | {tally.lives} | {tally.equal} | {seconds:.0f} |", flush=True
             )
+            failed |= tally.equal != tally.attempted or bool(tally.failures)
+            for line in tally.failures:
+                print(f"FAILED {title}: {line}", file=sys.stderr, flush=True)
+    return int(failed)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,5 +1,6 @@
 """Runs for the tests of faults: data whose rows can be told apart, and what a run has left behind."""
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -64,14 +65,50 @@ def result(run: Path) -> dict[str, Any]:
     return {key: value for key, value in summary.items() if key not in ("samples_per_second", "train_seconds")}
 
 
+def differences(run: Path, other: Path, *, relative: float = 0.0, absolute: float = 0.0) -> list[str]:
+    """How the losses, metrics and weights of two runs differ.
+
+    Args:
+        run: a finished run.
+        other: what it should be.
+        relative: how far losses and metrics may be from each other.
+        absolute: how far weights may be; 0.0 in both compares to the last bit, the whole summary too.
+
+    Returns:
+        A line for each; empty where they are the same.
+    """
+    found = []
+    if relative:
+        for mine, theirs in itertools.zip_longest(records(run), records(other), fillvalue={}):
+            for name in {"step", "split", "loss", "auc"} & (mine.keys() | theirs.keys()):
+                pair = mine.get(name), theirs.get(name)
+                close = (
+                    isinstance(pair[0], float) and isinstance(pair[1], float) and math.isclose(*pair, rel_tol=relative)
+                )
+                if pair[0] != pair[1] and not close:
+                    found.append(f"metrics.jsonl, step {mine.get('step')}: {name} {pair[0]}, not {pair[1]}")
+    else:
+        if records(run) != records(other):
+            found.append("metrics.jsonl differs")
+        if result(run) != result(other):
+            found.append("summary.json differs")
+    weights, others = read_tensors(run / "checkpoint"), read_tensors(other / "checkpoint")
+    if weights.keys() != others.keys():
+        found.append(f"weights of other names: {sorted(weights.keys() ^ others.keys())}")
+    for name in sorted(weights.keys() & others.keys()):
+        if absolute:
+            same = bool(((weights[name] - others[name]).abs() <= absolute).all())
+        else:
+            same = torch.equal(weights[name], others[name])
+        if not same:
+            found.append(f"weight {name} differs")
+    return found
+
+
 def assert_same_run(run: Path, other: Path) -> None:
     """Both have the same losses, metrics and weights, to the last bit."""
-    assert records(run) == records(other)
-    assert result(run) == result(other)
-    weights, others = read_tensors(run / "checkpoint"), read_tensors(other / "checkpoint")
-    assert weights.keys() == others.keys()
-    for name, value in weights.items():
-        assert torch.equal(value, others[name]), name
+    if found := differences(run, other):
+        raise AssertionError(f"{run}: {'; '.join(found)}")
 
 
 def seen_rows(logs: Path) -> dict[int, list[int]]:
@@ -88,12 +125,21 @@ def seen_rows(logs: Path) -> dict[int, list[int]]:
     }
 
 
-def assert_each_row_once(logs: Path, *, epochs: int, global_batch: int, rows: int = ROWS) -> None:
-    """Every epoch has seen every row once, but for the last ones that are no full batch."""
+def row_errors(logs: Path, *, epochs: int, global_batch: int, rows: int = ROWS) -> list[str]:
+    """Where an epoch has not seen every row once, except the last ones that fill no batch; a line for each."""
     steps = seen_rows(logs)
     per_epoch = rows // global_batch
-    assert sorted(steps) == list(range(1, epochs * per_epoch + 1))
+    if sorted(steps) != list(range(1, epochs * per_epoch + 1)):
+        return [f"steps 1 to {epochs * per_epoch} are not what was done: {sorted(steps)}"]
+    found = []
     for epoch in range(epochs):
         seen = [row for step in range(epoch * per_epoch, (epoch + 1) * per_epoch) for row in steps[step + 1]]
-        assert len(seen) == len(set(seen)) == per_epoch * global_batch
-        assert set(seen) <= set(range(rows))
+        if not len(seen) == len(set(seen)) == per_epoch * global_batch or not set(seen) <= set(range(rows)):
+            found.append(f"epoch {epoch}: {len(seen)} rows, {len(set(seen))} of them different")
+    return found
+
+
+def assert_each_row_once(logs: Path, *, epochs: int, global_batch: int, rows: int = ROWS) -> None:
+    """Every epoch has seen every row once, except the last ones that fill no batch."""
+    if found := row_errors(logs, epochs=epochs, global_batch=global_batch, rows=rows):
+        raise AssertionError(f"{logs}: {'; '.join(found)}")

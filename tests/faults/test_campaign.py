@@ -5,15 +5,18 @@
 """
 
 import json
+import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.faults.jobs import GLOBAL_BATCH, Job, command, environment, run, start
+from tests.faults.jobs import GLOBAL_BATCH, ROOT, Job, command, environment, run, start
 from tests.faults.runs import assert_each_row_once, assert_same_run, make_data, read_tensors, records, seen_rows
 
 CAMPAIGN = pytest.mark.campaign
@@ -156,6 +159,46 @@ def test_ctrl_c_once_and_twice(data: Path, tmp_path: Path, undisturbed: dict[int
     assert_as_undisturbed(tmp_path / "run", tmp_path / "log", undisturbed[1])
 
 
+COUNT = """
+import sys
+from pathlib import Path
+from tests.faults.campaign import Tally
+
+tally = Tally()
+for place in sys.argv[2:]:
+    with tally.a_run():
+        tally.compare(Path(place), Path(sys.argv[1]))
+print(tally.attempted, tally.equal, *tally.failures, sep="\\n")
+"""
+
+
+def test_the_campaign_counts_only_what_it_has_compared(
+    data: Path, tmp_path: Path, undisturbed: dict[int, Path]
+) -> None:
+    """Without assertions too: a run that is equal, one with another loss, one that lost a row, and one that is gone."""
+    for name in ("equal", "loss", "row", "gone"):
+        if name != "gone":
+            shutil.copytree(undisturbed[1], tmp_path / name / "run")
+        shutil.copytree(undisturbed[1].parent / "log_1", tmp_path / name / "log")
+    metrics = tmp_path / "loss" / "run" / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace('"loss": 0.', '"loss": 1.', 1))
+    [log] = (tmp_path / "row" / "log").glob("rank_*")
+    [first, *others] = log.read_text().splitlines(keepends=True)
+    log.write_text("".join([first.replace('"rows": [', '"rows": [1, ', 1), *others]))
+    places = [str(tmp_path / name) for name in ("equal", "loss", "row", "gone")]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", COUNT, str(undisturbed[1]), *places],
+        capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONOPTIMIZE": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    attempted, equal, *failures = done.stdout.splitlines()
+    assert (attempted, equal) == ("4", "1")
+    assert [failure.partition(": ")[0] for failure in failures] == ["run 2", "run 3", "run 4"]
+    assert failures[0].endswith("metrics.jsonl differs")
+    assert failures[1].endswith("epoch 0: 2001 rows, 2000 of them different")
+    assert "FileNotFoundError" in failures[2]
+
+
 def damage(path: Path, how: str) -> None:
     content = path.read_bytes()
     middle = len(content) // 2
@@ -174,9 +217,8 @@ DAMAGES = [(name, how) for name in FILES for how in ("cut", "flipped", "removed"
 @pytest.fixture(scope="module")
 def killed(data: Path, folder: Path) -> Path:
     """A folder with a run that was killed at step 18, and its log."""
-    env = environment(
-        folder / "killed" / "log", [{"at": "step", "rank": 0, "step": 18, "do": "kill"}], FAULTS_SLEEP="0.05"
-    )
+    # Not in the middle of its last save, which goes on beside the steps.
+    env = environment(folder / "killed" / "log", [{"at": "step", "rank": 0, "step": 18, "do": "kill once saved"}])
     code, _, _ = run(command(data, folder / "killed" / "run"), env)
     assert code == -signal.SIGKILL
     checkpoints = sorted((folder / "killed" / "run" / "checkpoints").iterdir())
