@@ -1,8 +1,11 @@
-"""Starts a module of benchmarks/ or a command of torchrec_deepfm in a process of its own."""
+"""Starts modules of benchmarks/ and commands of torchrec_deepfm in processes of their own, and makes their folders."""
 
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,3 +46,14 @@ def torchrec_deepfm(*words: object, show: bool = False) -> None:
     if done.returncode:
         output = "" if show else f"\n{done.stdout}{done.stderr}"
         raise SystemExit(f"{' '.join(command[2:])}: exit code {done.returncode}{output}")
+
+
+@contextmanager
+def working_folder(given: Path | None, prefix: str) -> Iterator[Path]:
+    """Yield the given folder, which is kept, or a temporary one."""
+    if given is not None:
+        given.mkdir(parents=True, exist_ok=True)
+        yield given
+        return
+    with tempfile.TemporaryDirectory(prefix=prefix) as name:
+        yield Path(name)

@@ -1,18 +1,18 @@
-"""Writes large raw click logs in Criteo's format, fast: columns with up to 40 million values, many fields missing.
+"""Writes large raw click logs in Criteo's format, fast: columns of up to 40 million values, many fields missing.
 
     python -m benchmarks.data.big_log --output day_0 --rows 20000000
     python -m benchmarks.data.big_log --output day_0.zst --rows 2000000
 
-The columns are as large as those of Criteo Terabyte (40 million at most, MLPerf's cap). A draw is uniform over the
-column's range with a share that is its own, and otherwise log-uniform over the ranks (Zipf's law), so that there are
-both heavy hitters and millions of values that occur once or twice. There is nothing to learn in it: use ``python -m
-torchrec_deepfm synthetic`` for data to train on.
+The columns are as large as those of Criteo Terabyte (40 million at most, MLPerf's cap). A column's share of draws is
+uniform over its range, the rest is log-uniform over the ranks (Zipf's law), so that there are both frequent values and
+millions of values that occur once or twice. The labels are random: to train, use ``python -m torchrec_deepfm
+synthetic``.
 
-Rows are made in blocks, every block from a seed of its own, so the bytes depend on ``--rows`` and ``--seed`` only. A
-block is a matrix of bytes in which every field has a fixed place, zero where it is shorter; taking the zeros out leaves
-the text.
+Rows are made in blocks, each from its own seed, so the bytes depend on ``--rows`` and ``--seed`` only. A block is a
+matrix of bytes with a fixed position for every field, zero where the field is shorter; removing the zeros leaves the
+text.
 
-Shape letters: n rows of a block, W bytes of a row before the zeros leave.
+Shape letters: n rows of a block, W bytes of a row with zeros.
 """
 
 import gzip
@@ -32,6 +32,8 @@ import numpy.typing as npt
 import tyro
 
 BLOCK_ROWS = 1 << 16
+# An odd factor maps distinct values to distinct values modulo 2^32, and spreads them.
+ODD_FACTOR = np.uint32(2_654_435_761)
 
 # Values of each categorical column: Criteo Terabyte's as MLPerf counts them, cut at 40 million.
 RANGES = (
@@ -59,23 +61,23 @@ class Options:
     """What to write."""
 
     output: Path
-    """File to write; .gz and .zst are compressed."""
+    """File to write, compressed if it ends in .gz or .zst."""
     rows: int
     """Rows."""
     seed: int = 0
-    """Seed: the same one writes the same text."""
+    """Random seed."""
     processes: int = len(os.sched_getaffinity(0))
     """Processes that make blocks."""
 
 
 def write_log(output: Path, rows: int, seed: int = 0, processes: int = 1) -> int:
-    """Write a log; the file appears whole or not at all.
+    """Write a log, completely or not at all.
 
     Args:
-        output: Where; ``.gz`` and ``.zst`` are compressed.
-        rows: How many rows.
-        seed: The same one writes the same text.
-        processes: How many processes make blocks.
+        output: File to write, compressed if it ends in ``.gz`` or ``.zst``.
+        rows: Number of rows.
+        seed: Random seed.
+        processes: Number of processes that make blocks.
 
     Returns:
         Bytes of text before compression.
@@ -96,7 +98,7 @@ def block_text(seed: int, index: int, rows: int) -> bytes:
 
     Args:
         seed: Seed of the log.
-        index: Which block.
+        index: Number of the block.
         rows: n.
 
     Returns:
@@ -121,14 +123,24 @@ def block_text(seed: int, index: int, rows: int) -> bytes:
     return text.tobytes().translate(None, b"\0")
 
 
+def skewed_ranks(draw: np.random.Generator, rows: int, values: int, uniform: float) -> npt.NDArray[np.uint32]:
+    """Draw ranks in [1, values]: a share of ``uniform`` uniformly, the others log-uniformly."""
+    point = draw.random(rows)
+    rank = np.exp((point - uniform) * (np.log(values) / (1 - uniform)))
+    if uniform:
+        rank = np.where(point < uniform, 1 + point * (values / uniform), rank)
+    # The largest ranks may be rounded up to values + 1.
+    return np.minimum(rank.astype(np.uint32), np.uint32(values))
+
+
 def _blocks(rows: int, seed: int, processes: int) -> Iterator[bytes]:
     parts = [(seed, i, min(BLOCK_ROWS, rows - start)) for i, start in enumerate(range(0, rows, BLOCK_ROWS))]
     if processes <= 1:
         yield from (block_text(*part) for part in parts)
         return
-    # Not by fork: whoever imports this may have threads.
+    # Not forked: the importing process may have threads.
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        # A few blocks ahead and no more: the writer may be the slower one.
+        # Only a few blocks ahead: the writer may be slower.
         waiting: deque[Future[bytes]] = deque()
         for part in parts:
             waiting.append(pool.submit(block_text, *part))
@@ -143,7 +155,7 @@ def _label(draw: np.random.Generator, rows: int) -> Bytes:
 
 
 def _number(draw: np.random.Generator, rows: int, column: int) -> Bytes:
-    """Decimal digits: a sign where the column has any, then one or two groups of four without leading zeros."""
+    """Decimal digits: a sign if the column has negative values, then one or two groups of four, no leading zeros."""
     lowest, largest = LOWEST[column], LARGEST[column]
     span = np.log(np.float32(largest - lowest + 1))
     value = np.exp(draw.random(rows, np.float32) * span).astype(np.int32) + np.int32(lowest - 1)
@@ -151,7 +163,7 @@ def _number(draw: np.random.Generator, rows: int, column: int) -> Bytes:
     if lowest < 0:
         groups.append(np.where(value < 0, np.uint8(ord("-")), np.uint8(0))[:, None])
         value = np.abs(value)
-    # The last group of a number keeps its zeros behind another group, and a lone 0 is written.
+    # After another group the last one keeps its leading zeros; a single 0 is written.
     kind = np.where(value == 0, np.int32(20_000), np.int32(0))
     if largest >= 10_000:
         high = value // np.int32(10_000)
@@ -163,15 +175,10 @@ def _number(draw: np.random.Generator, rows: int, column: int) -> Bytes:
 
 
 def _category(draw: np.random.Generator, rows: int, column: int) -> Bytes:
-    """Eight hexadecimal digits [n, 8]. An odd factor keeps distinct values distinct modulo 2^32, and spreads them."""
+    """Eight hexadecimal digits [n, 8]."""
     values = RANGES[column]
     uniform = UNIFORM[sum(size > MILLIONS for size in RANGES[:column])] if values > MILLIONS else 0.0
-    lot = draw.random(rows)
-    rank = np.exp((lot - uniform) * (np.log(values) / (1 - uniform)))
-    if uniform:
-        rank = np.where(lot < uniform, 1 + lot * (values / uniform), rank)
-    # The largest ranks may be rounded up to one past the end.
-    value = np.minimum(rank.astype(np.uint32), np.uint32(values)) * np.uint32(2_654_435_761) + np.uint32(column)
+    value = skewed_ranks(draw, rows, values, uniform) * ODD_FACTOR + np.uint32(column)
     text = np.empty((rows, 2), np.uint32)
     text[:, 0] = _HEXADECIMAL[value >> np.uint32(16)]
     text[:, 1] = _HEXADECIMAL[value & np.uint32(0xFFFF)]
@@ -185,7 +192,7 @@ def _absent(draw: np.random.Generator, field: Bytes, share: int) -> Bytes:
 
 
 def _decimal_table() -> npt.NDArray[np.uint32]:
-    """Four digits each of 0 to 9999 without leading zeros (0 has no digit), then with them, then of a lone 0."""
+    """Four digits each: 0 to 9999 without leading zeros (0 is empty), then with them, then a single 0."""
     short = [b"" if number == 0 else b"%d" % number for number in range(10_000)]
     full = [b"%04d" % number for number in range(10_000)]
     digits = b"".join(text.rjust(4, b"\0") for text in (*short, *full, b"0"))

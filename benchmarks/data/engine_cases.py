@@ -1,10 +1,10 @@
-"""The cases of ``engines.py``: each does one job of ``prepare`` with one engine, in a process of its own.
+"""The cases of ``engines.py``: one job of ``prepare`` with one engine, in a process of its own.
 
     python -m benchmarks.data.engine_cases JOB CASE SETTINGS_AS_JSON
 
-prints as JSON the seconds (imports not counted), the items done and a check over the result, which every engine must
-come to alike. Threads are limited by the environment that ``measured.threads`` sets, and for DuckDB by the settings.
-Every case imports its own engine only, so that its peak memory is its own.
+prints as JSON the seconds (without imports), the number of items and a check value of the result, equal for all
+engines. Threads are limited by the environment (``commands.environment``), and for DuckDB by the settings. Every case
+imports only its engine, so that its peak memory is its own.
 """
 
 import json
@@ -32,7 +32,7 @@ Ids = npt.NDArray[np.int32]
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Where the data lie and what is allowed; ``memory`` in MiB."""
+    """Paths of the data, and limits; ``memory`` is in MiB."""
 
     text: Path = Path()
     column: Path = Path()
@@ -45,7 +45,7 @@ class Settings:
     block_bytes: int = 64 << 20
 
 
-# Parse: text -> typed columns in the order of the text, handed over in pieces.
+# Parse: text -> typed columns in the order of the text, returned in pieces.
 
 
 def parse_duckdb_columns(settings: Settings) -> Iterator["pl.DataFrame"]:
@@ -57,7 +57,7 @@ def parse_duckdb_columns(settings: Settings) -> Iterator["pl.DataFrame"]:
 
 
 def parse_duckdb_lines(settings: Settings) -> Iterator["pl.DataFrame"]:
-    """One column, checked by one regular expression and then split: how ``prepare`` began."""
+    """One column, checked by one regular expression and then split: the first version of ``prepare``."""
     pattern = r"[01](?:\t(?:-?[0-9]+)?){13}(?:\t(?:[0-9a-fA-F]{1,8})?){26}"
     casts = ["f[1]::UTINYINT AS label"]
     casts += [f"nullif(f[{2 + j}], '')::BIGINT AS {name}" for j, name in enumerate(NUMBERS)]

@@ -1,27 +1,24 @@
-"""DuckDB against Polars' streaming engine, Arrow and numpy on the three jobs of ``prepare``.
+"""Compares DuckDB, Polars' streaming engine, Arrow and numpy on the three jobs of ``prepare``.
 
     python -m benchmarks.data.engines
     python -m benchmarks.data.engines --jobs join --vocabularies 5000 40000000
 
-- **parse**: Criteo's text, plain, to typed columns, hexadecimal digits to uint32.
+- **parse**: Criteo's plain text to typed columns, hexadecimal digits to uint32.
 - **group**: a column with tens of millions of distinct values to its vocabulary with a threshold, under a memory limit.
 - **join**: values to ids by vocabularies of growing size.
 
-Every run is a process of its own (``engine_cases.py``), so that its peak memory is its own; the engines take turns, and
-medians are printed. All must come to the same result. Reading their input and handing the result over counts as time,
-imports don't. Only DuckDB and Polars with a budget are told of the memory limit; the last column is the peak of the
-anonymous memory as a share of it, the interpreter's own included. A run that passes the ceiling is killed.
+Every run is a process of its own (``engine_cases.py``), so that its peak memory is its own; the engines alternate, and
+medians are printed. All must give the same result. Times include reading the input and returning the result, and
+exclude imports. Only DuckDB, and Polars with a budget, get the memory limit; the last column is the peak of the
+anonymous memory as a share of it, the interpreter's included. A run that exceeds the ceiling is killed.
 """
 
 import json
-import platform
 import statistics
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
@@ -30,14 +27,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tyro
 
-from benchmarks._lib.commands import module_command
-from benchmarks._lib.formatting import MIB, size
+from benchmarks._lib.commands import module_command, working_folder
+from benchmarks._lib.formatting import MIB, markdown, markdown_row, size, spread, versions, versions_line
 from benchmarks._lib.resource_usage import measure, pick_cores
 from benchmarks.data import big_log
 from benchmarks.data.engine_cases import CASES
 
-# An odd factor keeps distinct values distinct modulo 2^32, and spreads them.
-SPREAD = np.uint32(2_654_435_761)
 BLOCK = 1 << 22
 
 
@@ -48,11 +43,11 @@ class Options:
     jobs: tuple[Literal["parse", "group", "join"], ...] = ("parse", "group", "join")
     """Jobs to run."""
     engines: tuple[str, ...] = ()
-    """Cases to run, by the names in the table; all by default."""
+    """Cases to run, by their names in the table. Default: all."""
     threads: int = 2
     """Cores and threads of each case."""
     memory: int = 1024
-    """MiB that DuckDB, and Polars where it spills, are told to keep to."""
+    """MiB that DuckDB, and Polars where it spills, may use."""
     ceiling: int = 12 * 1024
     """MiB of anonymous memory at which a run is killed."""
     repeats: int = 3
@@ -60,11 +55,11 @@ class Options:
     text_rows: int = 2_000_000
     """parse: rows of text."""
     block_bytes: int = 64 << 20
-    """parse: bytes of text at a time, where a case cuts it itself."""
+    """parse: bytes of text per block, for cases that split the text themselves."""
     group_rows: int = 60_000_000
     """group: rows of the column."""
     group_range: int = 40_000_000
-    """group: values that the column draws from."""
+    """group: distinct values that the column draws from."""
     min_count: int = 3
     """group: values seen less often are left out."""
     lookups: int = 4_000_000
@@ -72,14 +67,14 @@ class Options:
     vocabularies: tuple[int, ...] = (5_000, 1_000_000, 10_000_000, 40_000_000)
     """join: values of the vocabularies."""
     folder: Path | None = None
-    """Folder for the data, which are kept and used again; by default a temporary one."""
+    """Folder for the data, which are kept and reused. Default: a temporary one."""
     output: Path | None = None
     """JSON file to write."""
 
 
 @dataclass(kw_only=True)
 class Case:
-    """One engine on one input, and what its runs took."""
+    """One engine on one input, and the usage of its runs."""
 
     job: str
     name: str
@@ -97,11 +92,8 @@ class Case:
 
 def main(options: Options) -> None:
     pick_cores(options.threads)
-    given = nullcontext(str(options.folder)) if options.folder else tempfile.TemporaryDirectory(prefix="engines-")
-    with given as name:
-        folder = Path(name)
-        folder.mkdir(parents=True, exist_ok=True)
-        # One input after another, so that those of the larger vocabularies don't lie about meanwhile.
+    with working_folder(options.folder, "engines-") as folder:
+        # One input at a time: the larger vocabularies need disk space only when it is their turn.
         done: list[Case] = []
         for cases in inputs(options, folder):
             for repeat in range(options.repeats):
@@ -112,11 +104,11 @@ def main(options: Options) -> None:
             done += cases
     report(options, done)
     if not agree(done):
-        raise SystemExit("the engines came to different results")
+        raise SystemExit("the engines gave different results")
 
 
 def inputs(options: Options, folder: Path) -> Iterator[list[Case]]:
-    """Make one input after another; the cases on it."""
+    """Make one input after another; yield the cases on it."""
     limits = {"threads": options.threads, "memory": options.memory, "min_count": options.min_count}
     limits["block_bytes"] = options.block_bytes
     for job in options.jobs:
@@ -156,7 +148,7 @@ def cases(options: Options, job: str, about: str, settings: dict[str, object]) -
 
 
 def once(case: Case, options: Options, folder: Path) -> None:
-    """Run a case once in an empty working folder and keep what it took."""
+    """Run a case once in an empty working folder and record its usage."""
     if case.failed:
         return
     with tempfile.TemporaryDirectory(dir=folder, prefix="work-") as work:
@@ -184,28 +176,30 @@ def once(case: Case, options: Options, folder: Path) -> None:
 
 
 def write_column(path: Path, rows: int, values: int) -> None:
-    """``rows`` draws from so many values as a column ``value``: 7 of 10 uniform, the others log-uniform."""
+    """Write ``rows`` draws from ``values`` values as a column ``value``: 7 of 10 uniform, the others log-uniform."""
     draw = np.random.Generator(np.random.SFC64(values))
     with pq.ParquetWriter(path, pa.schema([("value", pa.uint32())])) as writer:
         for start in range(0, rows, BLOCK):
-            lot = draw.random(min(BLOCK, rows - start))
-            rank = np.where(lot < 0.7, 1 + lot * (values / 0.7), np.exp((lot - 0.7) * (np.log(values) / 0.3)))
-            rank = np.minimum(rank.astype(np.uint32), np.uint32(values))
-            writer.write_table(pa.table({"value": rank * SPREAD}), row_group_size=1 << 20)
+            rank = big_log.skewed_ranks(draw, min(BLOCK, rows - start), values, 0.7)
+            writer.write_table(pa.table({"value": rank * big_log.ODD_FACTOR}), row_group_size=1 << 20)
 
 
 def write_vocabulary(path: Path, values: int) -> None:
-    """``values`` rows (value, id, count) in the order of the ids; the value of rank r has id r."""
+    """Write ``values`` rows (value, id, count) in the order of the ids; the value of rank r has id r."""
     types = {"value": pa.uint32(), "id": pa.int32(), "count": pa.int64()}
     with pq.ParquetWriter(path, pa.schema(types.items())) as writer:
         for start in range(0, values, BLOCK):
             rank = np.arange(1 + start, 1 + min(start + BLOCK, values), dtype=np.uint32)
-            columns = {"value": rank * SPREAD, "id": rank.astype(np.int32), "count": values - rank.astype(np.int64)}
+            columns = {
+                "value": rank * big_log.ODD_FACTOR,
+                "id": rank.astype(np.int32),
+                "count": values - rank.astype(np.int64),
+            }
             writer.write_table(pa.table(columns, schema=writer.schema), row_group_size=1 << 20)
 
 
 def agree(done: list[Case]) -> bool:
-    """Whether all engines on the same input came to the same result."""
+    """Return whether all engines gave the same result on the same input."""
     found: dict[str, list[list[int]]] = {}
     for case in done:
         if case.check is not None:
@@ -214,8 +208,9 @@ def agree(done: list[Case]) -> bool:
 
 
 def report(options: Options, done: list[Case]) -> None:
-    versions = {name: metadata.version(name) for name in ("duckdb", "polars", "pyarrow", "numpy")}
-    print(f"Python {platform.python_version()}, " + ", ".join(f"{name} {value}" for name, value in versions.items()))
+    """Print a table per input, and write all figures as JSON."""
+    found = versions("duckdb", "polars", "pyarrow", "numpy")
+    print(versions_line(found))
     print(
         f"{options.threads} threads, limit {options.memory} MiB, {options.repeats} runs of each; "
         "text and Parquet files in the page cache"
@@ -224,23 +219,19 @@ def report(options: Options, done: list[Case]) -> None:
     for case in done:
         if case.about != about:
             about = case.about
-            print(
-                f"\n{about}\n| engine | seconds, median (range) | rows/s | peak RSS | on disk | anonymous | : limit |"
-            )
-            print("| --- | --- | --- | --- | --- | --- | --- |")
+            head = ("engine", "seconds, median (range)", "rows/s", "peak RSS", "on disk", "anonymous", ": limit")
+            print(f"\n{about}\n{markdown(head)}")
         share = case.anonymous / (options.memory * MIB)
-        sizes = f"{size(case.rss)} | {size(case.spilled)} | {size(case.anonymous)} | {share:.2f}"
-        if case.failed:
-            print(f"| {case.name} | failed: {case.failed} | | {sizes} |")
-            continue
-        middle = statistics.median(case.seconds)
-        times = f"{middle:.2f} ({min(case.seconds):.2f} to {max(case.seconds):.2f})"
-        print(f"| {case.name} | {times} | {case.items / middle:,.0f} | {sizes} |")
+        sizes = (size(case.rss), size(case.spilled), size(case.anonymous), f"{share:.2f}")
+        times = (f"failed: {case.failed}", "")
+        if not case.failed:
+            times = (spread(case.seconds, ".2f"), f"{case.items / statistics.median(case.seconds):,.0f}")
+        print(markdown_row((case.name, *times, *sizes)))
     if options.output is not None:
         keys = ("job", "name", "about", "seconds", "rss", "anonymous", "spilled", "items", "check", "failed")
         runs = [{key: getattr(case, key) for key in keys} for case in done]
-        found = {"threads": options.threads, "memory_mib": options.memory, "versions": versions, "runs": runs}
-        options.output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        content = {"threads": options.threads, "memory_mib": options.memory, "versions": found, "runs": runs}
+        options.output.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
-"""Are the ids of ``prepare`` those of FuxiCTR, on the layouts of its benchmarks?
+"""Checks that the ids of ``prepare`` are FuxiCTR's, on the layouts of its benchmarks.
 
     python -m benchmarks.data.fuxictr_ids
     python -m benchmarks.data.fuxictr_ids --rows 1000000
 
-For Criteo_x4 and Criteo_x1 it writes train.csv, valid.csv and test.csv of made-up rows (missing cells, negative and
-large numbers, rare and new categories among them), runs FuxiCTR's own processor with the feature columns of BARS'
-configurations over them, and ``prepare --schema``. Ids are numbered otherwise, so the two must be the same up to a
-renaming: per column a one-to-one map between their ids and ours over all rows of all three files, in which FuxiCTR's
-out-of-vocabulary id is our 0; and as many words in both vocabularies. Numbers that stay numbers must be equal.
+For Criteo_x4 and Criteo_x1 it writes train.csv, valid.csv and test.csv of random rows (with missing cells, negative and
+large numbers, rare and new categories), and runs FuxiCTR's processor with the feature columns of BARS' configurations,
+and ``prepare --schema``. The numbering differs, so ids must be equal up to a renaming: per column a one-to-one map
+between the two over all rows of all three files, in which FuxiCTR's out-of-vocabulary id is 0; and vocabularies of the
+same size. Numbers that stay numbers must be equal.
 
-It ends with 1 where they differ. FuxiCTR is installed into an environment of its own (peer_environments.py).
+The exit code is 1 if they differ. FuxiCTR is installed into another environment (peer_environments.py).
 """
 
 import csv
@@ -97,7 +97,7 @@ def _skewed(draw: random.Random, j: int) -> int:
 
 
 def compare(schema: str, folder: Path, options: Options) -> list[str]:
-    """Return what differs, one line each."""
+    """Return the differences, one per line."""
     config = CONFIGS[schema]
     folder.mkdir()
     made = {"criteo-x4": rows_of_x4, "criteo-x1": rows_of_x1}[schema]
@@ -111,29 +111,26 @@ def compare(schema: str, folder: Path, options: Options) -> list[str]:
     peer = commands.module_command("benchmarks.data.peer_fuxictr_ids", folder, python=peer_python("fuxictr"))
     subprocess.run(peer, check=True, env=commands.environment())
     files = ("--input", folder / "train.csv", "--validation", folder / "valid.csv", "--test", folder / "test.csv")
-    commands.torchrec_deepfm("prepare", "--schema", schema, "--output", folder / "ours", *files)
+    commands.torchrec_deepfm("prepare", "--schema", schema, "--output", folder / "prepared", *files)
     return list(differences(schema, folder))
 
 
 def differences(schema: str, folder: Path) -> Iterator[str]:
     from torchrec_deepfm.data.prepared import PreparedData
 
-    data = PreparedData.open(folder / "ours")
+    data = PreparedData.open(folder / "prepared")
     theirs = {name: np.load(folder / f"{name}.npz") for name in SPLITS.values()}
     sizes = json.loads((folder / "sizes.json").read_text(encoding="utf-8"))
-    ours = {
-        ours: [data.arrays(day) for day in data.days(ours)]
-        for ours in SPLITS  # one file each, so one day each
-    }
+    prepared = {split: [data.arrays(day) for day in data.days(split)] for split in SPLITS}  # one file, so one day each
     words = 0
     for j, name in enumerate(data.schema.categorical):
-        mine = np.concatenate([ours[split][0].sparse[:, j] for split in SPLITS])
-        other = np.concatenate([theirs[split][name] for split in SPLITS.values()])
+        ids = np.concatenate([prepared[split][0].sparse[:, j] for split in SPLITS])
+        peer_ids = np.concatenate([theirs[split][name] for split in SPLITS.values()])
         oov = sizes[name] - 1
-        # FuxiCTR's sizes count padding and out-of-vocabulary, ours the latter.
+        # FuxiCTR's sizes include padding and out-of-vocabulary, num_embeddings the latter.
         if data.num_embeddings[name] - 1 != sizes[name] - 2:
             yield f"{name}: {data.num_embeddings[name] - 1} words, FuxiCTR has {sizes[name] - 2}"
-        pairs = np.unique(np.stack([mine, other]), axis=1)
+        pairs = np.unique(np.stack([ids, peer_ids]), axis=1)
         if len(np.unique(pairs[0])) != pairs.shape[1] or len(np.unique(pairs[1])) != pairs.shape[1]:
             yield f"{name}: the ids are not one-to-one"
         if any((pair[0] == 0) != (pair[1] == oov) for pair in pairs.T):
@@ -141,10 +138,10 @@ def differences(schema: str, folder: Path) -> Iterator[str]:
         words += sizes[name] - 2
     for j, name in enumerate(data.schema.numeric):
         for split, their_split in SPLITS.items():
-            if not np.array_equal(ours[split][0].dense[:, j], theirs[their_split][name].astype(np.float32)):
+            if not np.array_equal(prepared[split][0].dense[:, j], theirs[their_split][name].astype(np.float32)):
                 yield f"{name}: the numbers of {split} differ"
     for split, their_split in SPLITS.items():
-        if not np.array_equal(ours[split][0].labels[:, 0], theirs[their_split]["label"]):
+        if not np.array_equal(prepared[split][0].labels[:, 0], theirs[their_split]["label"]):
             yield f"the labels of {split} differ"
     rows = sum(data.rows(split) for split in SPLITS)
     print(f"{schema}: {rows:,} rows, {len(data.schema.categorical)} categorical columns with {words:,} words compared")

@@ -1,13 +1,13 @@
-"""Samples per second that the loader feeds, and the memory that it takes, beside TorchRec's in-memory pipe.
+"""Samples per second of the loader, and its memory, beside TorchRec's in-memory pipe.
 
-    python -m benchmarks.data.loader_speed                        # makes its own days of Criteo's shape, 24 of them
-    python -m benchmarks.data.loader_speed --data data            # or takes a prepared folder with Criteo's columns
+    python -m benchmarks.data.loader_speed                # generates 24 days of Criteo's shape
+    python -m benchmarks.data.loader_speed --data data    # reads a prepared folder with Criteo's columns
 
-Every kind of pass has a process of its own, so that its memory is its own; the passes take turns. All make the same
-``Batch``. Ours checks every value and, shuffled, mixes rows; TorchRec's does neither and holds the whole split in
-memory. Files are in the page cache, nothing is trained. Rates are given by the clock and by the processor's time, which
-other work on the machine disturbs less. ``RssAnon`` is memory that only the process has; ``Rss`` also counts the pages
-of mapped files, which the system can take back at any time.
+Every kind of pass has a process of its own, so that its memory is its own; the passes alternate. All make the same
+``Batch``. ``Loader`` checks every value and, shuffled, mixes rows; TorchRec's pipe does neither and holds the whole
+split in memory. Files are in the page cache, nothing is trained. Rates are given per second of the clock and of
+processor time, which depends less on other work on the machine. ``RssAnon`` is memory of this process only; ``Rss``
+also counts the pages of mapped files, which the system can reclaim at any time.
 """
 
 import json
@@ -40,11 +40,11 @@ class Options:
     """What to measure."""
 
     data: Path | None = None
-    """Prepared folder; without it one is made with random values."""
+    """Prepared folder. Default: generate one with random values."""
     rows: int = 4_000_000
-    """Training rows of the folder that is made."""
+    """Training rows of the generated folder."""
     days: int = 24
-    """Training days of the folder that is made."""
+    """Training days of the generated folder."""
     batch_size: int = 4096
     """Samples of a batch."""
     repeats: int = 3
@@ -52,11 +52,11 @@ class Options:
     threads: int = 2
     """CPU threads."""
     one: str | None = None
-    """Run this kind alone and print its figures as JSON (what the processes are called with)."""
+    """Run this kind in this process and print its figures as JSON."""
 
 
 def make(folder: Path, options: Options, *, lists: bool) -> None:
-    """Days with Criteo's columns and random values, or 20 columns of them and 6 of lists with 0 to 8 ids."""
+    """Write days with Criteo's columns and random values; with ``lists``, 6 of 26 columns hold 0 to 8 ids."""
     import numpy as np
 
     from torchrec_deepfm.data.schema import Column, Schema
@@ -101,14 +101,14 @@ def make(folder: Path, options: Options, *, lists: bool) -> None:
 
 
 def memory() -> dict[str, float]:
-    """MB of this process by kind."""
+    """Return the memory of this process in MB by kind."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     fields = dict(line.split(":", 1) for line in lines)
     return {name: int(fields[key].split()[0]) / 1000 for name, key in (("rss", "VmRSS"), ("anon", "RssAnon"))}
 
 
 def measure(options: Options, folder: Path) -> dict[str, Any]:
-    """Passes of one kind: samples/s, and the peaks of the memory beyond that before the first pass."""
+    """Run passes of one kind: samples/s, and peaks of the memory added since before the first pass."""
     terminal.quiet()  # before torch and TorchRec are loaded
     import torch
     import torchrec
@@ -178,7 +178,7 @@ def measure(options: Options, folder: Path) -> dict[str, Any]:
 
 
 def run(options: Options, kind: str, folder: Path) -> dict[str, Any]:
-    """The same in a process of its own."""
+    """Run ``measure`` in a process of its own."""
     words = [
         f"--{name.replace('_', '-')}={value}" for name, value in asdict(options).items() if name not in ("data", "one")
     ]

@@ -1,9 +1,9 @@
-"""FuxiCTR's build of train.csv, valid.csv and test.csv; ``prepare_speed.py`` starts this in FuxiCTR's own environment.
+"""FuxiCTR's build of train.csv, valid.csv and test.csv; ``prepare_speed.py`` starts this in FuxiCTR's environment.
 
     .bench/fuxictr/bin/python -m benchmarks.data.peer_fuxictr_build CSV_FOLDER OUTPUT MIN_COUNT CORES WORKERS
 
 The columns are declared as in its configuration Criteo_x4: numbers are bucketised and become categories. Ray, which
-FuxiCTR runs its encoder on, is started before the clock, with as many cores as are allowed.
+runs FuxiCTR's encoder, is started before the clock, with as many cores as are allowed.
 """
 
 import json
@@ -32,7 +32,7 @@ def main(csv: Path, output: Path, min_count: int, cores: int, workers: int) -> N
         runtime_env={"env_vars": {"PYTHONPATH": package}},
     )
     ray.data.DataContext.get_current().enable_progress_bars = False
-    # FuxiCTR takes half of os.cpu_count() as its number of workers, which knows nothing of affinity.
+    # FuxiCTR starts os.cpu_count() / 2 workers, and os.cpu_count() ignores the affinity.
     os.cpu_count = lambda: 2 * workers
     numeric = {"name": [f"I{i}" for i in range(1, 14)], "dtype": "float", "preprocess": "convert_to_bucket"}
     category = {"name": [f"C{i}" for i in range(1, 27)], "dtype": "str"}

@@ -1,10 +1,10 @@
-"""FuxiCTR's own ids of three CSV files. Runs in FuxiCTR's environment, for fuxictr_ids.py.
+"""FuxiCTR's ids of three CSV files; ``fuxictr_ids.py`` starts this in FuxiCTR's environment.
 
     .bench/fuxictr/bin/python -m benchmarks.data.peer_fuxictr_ids FOLDER
 
-FOLDER holds train.csv, valid.csv, test.csv and config.json; it gets train.npz, ... (an array per column) and sizes.json
-(vocab_size per categorical column). FuxiCTR's class does all of it; only Ray, which shares its ``transform`` out over
-processes, is left out.
+FOLDER contains train.csv, valid.csv, test.csv and config.json; the script adds train.npz, ... (an array per column) and
+sizes.json (vocab_size per categorical column). FuxiCTR's class does everything except starting Ray, which distributes
+its ``transform`` over processes.
 """
 
 import json

@@ -1,8 +1,8 @@
-"""TorchRec's ``tsv_to_npys`` on the named files, one after another; ``prepare_speed.py`` starts this.
+"""TorchRec's ``tsv_to_npys`` on the given files, one after another; ``prepare_speed.py`` starts this.
 
     python -m benchmarks.data.peer_torchrec_npys FOLDER FILE...
 
-Prints as JSON when the calls began and ended (seconds since 1970, imports not counted) and the rows written.
+Prints as JSON the start and end of the calls (seconds since 1970, without imports) and the number of rows written.
 """
 
 import json

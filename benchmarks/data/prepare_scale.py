@@ -1,35 +1,31 @@
-"""Peak memory, time per row and disk of ``prepare`` as the input grows, and what follows for Criteo Terabyte.
+"""Peak memory, time per row and disk of ``prepare`` as the input grows, and a projection for Criteo Terabyte.
 
     python -m benchmarks.data.prepare_scale --folder scale
     python -m benchmarks.data.prepare_scale --sizes 200000 2000000 --modes hash
 
-``big_log.py`` makes the text (5 GB for 20 million rows; kept in ``--folder`` for the next time), with columns of up to
-40 million values. Each run is the whole command line, start of Python included. Memory is that of the whole process
-tree, sampled 20 times a second: RSS also counts mapped files and counts shared pages once per process, so it is an
-upper bound; its anonymous part is what was allocated; "largest process" is the kernel's own record, which shows spikes
-between samples. The peak is the higher of the two. Disk is the peak of the output with all that lies beside it.
+``big_log.py`` makes the text (5 GB for 20 million rows; kept in ``--folder`` for the next run), with columns of up to
+40 million values. Each run is the whole command, start of Python included. Memory is that of the whole process tree,
+sampled 20 times per second. RSS includes mapped files and counts shared pages once per process, so it is an upper
+bound; its anonymous part was allocated; "largest process" is the kernel's record, which includes spikes between
+samples. The peak is the higher of RSS and largest process. Disk is the peak of the output and the working files.
 
-The projection takes the largest size, and spells out what it assumes.
+The projection uses the largest size, and prints its assumptions.
 """
 
 import json
 import math
-import platform
 import shlex
 import shutil
 import statistics
 import sys
-import tempfile
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
-from benchmarks._lib.commands import module_command
-from benchmarks._lib.formatting import GIB, size
+from benchmarks._lib.commands import module_command, working_folder
+from benchmarks._lib.formatting import GIB, markdown, markdown_row, size, versions, versions_line
 from benchmarks._lib.resource_usage import ResourceUsage, measure, pick_cores
 from benchmarks.data import big_log
 
@@ -50,28 +46,28 @@ class Options:
     modes: tuple[Literal["hash", "vocabulary"], ...] = MODES
     """Modes of prepare."""
     files: int = 1
-    """Files that each input is cut into."""
+    """Files that each input is split into."""
     repeats: int = 1
-    """Runs of each size and mode, taking turns."""
+    """Runs of each size and mode, alternating."""
     cores: int = 2
     """Cores that prepare may use."""
     min_count: int = 10
-    """Vocabulary: values seen less often share one id."""
+    """Vocabulary: values that occur less often share one id."""
     num_embeddings: int = 40_000_000
     """Hashing: ids per column."""
     limit: float = 2.0
-    """GiB that the peak may reach."""
+    """Target for the peak, in GiB."""
     prepare_options: str = ""
-    """Further words for the command line, such as "--memory 1GiB"."""
+    """More options of prepare, such as "--memory 1GiB"."""
     folder: Path | None = None
-    """Folder for the text, which is kept, and the output, which is not; by default a temporary one."""
+    """Folder for the text, which is kept, and the output, which is removed. Default: a temporary one."""
     output: Path | None = None
     """JSON file to write."""
 
 
 @dataclass(kw_only=True)
 class Runs:
-    """The runs of one mode on one size; sizes are the highest of all runs, seconds all of them."""
+    """The runs of one mode on one size: maxima of sizes in bytes, all times in seconds."""
 
     mode: str
     rows: int
@@ -89,16 +85,16 @@ class Runs:
 
     @property
     def peak(self) -> int:
-        """The highest memory that is known of."""
+        """Peak memory in bytes."""
         return max(self.rss, self.largest)
 
     @property
     def microseconds(self) -> float:
-        """Median time per row."""
+        """Median time per row in us."""
         return 1e6 * statistics.median(self.seconds) / self.rows
 
     def add(self, measured: ResourceUsage, written: int, ids: int) -> None:
-        """Take in one run."""
+        """Add one run."""
         self.seconds.append(measured.seconds)
         self.cpu.append(measured.cpu)
         for name in ("rss", "anonymous", "pss", "largest", "disk"):
@@ -108,9 +104,7 @@ class Runs:
 
 def main(options: Options) -> None:
     pick_cores(options.cores)
-    given = nullcontext(str(options.folder)) if options.folder else tempfile.TemporaryDirectory(prefix="scale-")
-    with given as name:
-        folder = Path(name)
+    with working_folder(options.folder, "scale-") as folder:
         folder.mkdir(parents=True, exist_ok=True)
         done: list[Runs] = []
         for rows in options.sizes:
@@ -126,7 +120,7 @@ def main(options: Options) -> None:
 
 
 def make_text(folder: Path, rows: int, options: Options) -> list[Path]:
-    """The text of one size, made where it is not there yet."""
+    """Return the text files of one size; write the missing ones."""
     paths = []
     for i in range(options.files):
         count = rows * (i + 1) // options.files - rows * i // options.files
@@ -137,7 +131,7 @@ def make_text(folder: Path, rows: int, options: Options) -> list[Path]:
 
 
 def distinct(inputs: list[Path], folder: Path) -> int:
-    """Distinct values of the columns with millions of them, summed; DuckDB's estimate."""
+    """Return the sum of the distinct values of the large columns, as estimated by DuckDB."""
     import duckdb
 
     wide = [column for column, values in enumerate(big_log.RANGES) if values > big_log.MILLIONS]
@@ -153,7 +147,7 @@ def distinct(inputs: list[Path], folder: Path) -> int:
 
 
 def once(runs: Runs, inputs: list[Path], folder: Path, options: Options) -> None:
-    # The command keeps its working files beside the output: a folder of their own shows the disk that it needs.
+    # prepare keeps working files beside its output: a separate folder shows the disk space that it needs.
     place = folder / "run"
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir()
@@ -178,19 +172,17 @@ def once(runs: Runs, inputs: list[Path], folder: Path, options: Options) -> None
 
 
 def report(options: Options, done: list[Runs]) -> None:
-    versions = {name: metadata.version(name) for name in ("duckdb", "polars", "pyarrow", "numpy")}
-    print(f"Python {platform.python_version()}, " + ", ".join(f"{name} {value}" for name, value in versions.items()))
-    more = options.prepare_options or "none"
-    print(f"{options.cores} cores, {options.repeats} runs of each; options beyond the mode: {more}")
-    print(
-        "| mode | rows | values | ids | s | CPU s | us/row | RSS | PSS | anonymous | largest process | disk | written |"
-    )
-    print("| --- |" + " --- |" * 12)
+    """Print the table, the targets and the projection; write all figures as JSON."""
+    installed = versions("duckdb", "polars", "pyarrow", "numpy")
+    print(versions_line(installed))
+    print(f"{options.cores} cores, {options.repeats} runs of each; more options: {options.prepare_options or 'none'}")
+    head = ["mode", "rows", "values", "ids", "s", "CPU s", "us/row", "RSS", "PSS", "anonymous"]
+    print(markdown([*head, "largest process", "disk", "written"]))
     for runs in done:
-        memory = " | ".join(size(value) for value in (runs.rss, runs.pss, runs.anonymous, runs.largest))
-        times = f"{statistics.median(runs.seconds):.1f} | {statistics.median(runs.cpu):.1f} | {runs.microseconds:.2f}"
-        disk = f"{size(runs.disk)} | {size(runs.written)}"
-        print(f"| {runs.mode} | {runs.rows:,} | {runs.values:,} | {runs.ids:,} | {times} | {memory} | {disk} |")
+        counts = [f"{count:,}" for count in (runs.rows, runs.values, runs.ids)]
+        times = [f"{statistics.median(values):.1f}" for values in (runs.seconds, runs.cpu)]
+        sizes = map(size, (runs.rss, runs.pss, runs.anonymous, runs.largest, runs.disk, runs.written))
+        print(markdown_row([runs.mode, *counts, *times, f"{runs.microseconds:.2f}", *sizes]))
     print("values: distinct values of the columns that have millions, estimated; ids: rows of all embedding tables\n")
     found = {}
     for mode in options.modes:
@@ -199,12 +191,12 @@ def report(options: Options, done: list[Runs]) -> None:
         found[mode]["projection"] = projection(small, large, options)
     if options.output is not None:
         runs_json = [asdict(runs) for runs in done]
-        content = {"cores": options.cores, "versions": versions, "runs": runs_json, "modes": found}
+        content = {"cores": options.cores, "versions": installed, "runs": runs_json, "modes": found}
         options.output.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def targets(small: Runs, large: Runs, options: Options) -> dict[str, object]:
-    """Print how the largest size stands against the smallest, and against the targets."""
+    """Print the largest size against the smallest, and against the targets."""
     peak, memory, pace = large.peak / GIB, large.peak / small.peak, large.microseconds / small.microseconds
     highest = max(small.peak, large.peak) / GIB
     checks = {
@@ -218,11 +210,11 @@ def targets(small: Runs, large: Runs, options: Options) -> dict[str, object]:
 
 
 def projection(small: Runs, large: Runs, options: Options) -> dict[str, float]:
-    """Print what the largest size comes to for Criteo Terabyte on 16 cores."""
+    """Print the projection from the largest size to Criteo Terabyte on 16 cores."""
     ranks = max(1, TERABYTE_CORES // options.cores)
     share = math.ceil(TERABYTE_DAYS / ranks) / TERABYTE_DAYS  # of the rows, on the rank with the most days
     seconds = TERABYTE_ROWS * share * large.microseconds / 1e6
-    # Where time per row grows at all between the sizes, let it go on growing by as much for every factor of ten.
+    # If time per row grows between the sizes, assume the same growth for every factor of ten.
     span = math.log10(large.rows / small.rows) or 1.0
     decades = max(0.0, math.log10(TERABYTE_ROWS * share / large.rows))
     growth = max(1.0, large.microseconds / small.microseconds) ** (decades / span)
@@ -230,13 +222,13 @@ def projection(small: Runs, large: Runs, options: Options) -> dict[str, float]:
     print(
         f"{large.mode}: Criteo Terabyte ({TERABYTE_ROWS:,} rows, {TERABYTE_BYTES / 1e12:g} TB of text) on "
         f"{TERABYTE_CORES} cores: {seconds / 3600:.1f} h, "
-        f"and {seconds * growth / 3600:.1f} h if time per row goes on growing as it did here (x{growth:.2f})\n"
+        f"and {seconds * growth / 3600:.1f} h if time per row keeps growing as here (x{growth:.2f})\n"
         f"  {ranks} ranks of {options.cores} cores, each as fast as here ({1e6 / large.microseconds:,.0f} rows/s); "
-        f"{TERABYTE_DAYS} days of equal length, at most {round(TERABYTE_DAYS * share)} a rank; "
-        "merging the counts is not in it\n"
+        f"{TERABYTE_DAYS} days of equal length, at most {round(TERABYTE_DAYS * share)} per rank; "
+        "merging the counts is not included\n"
         f"  the input is plain text and comes at {TERABYTE_BYTES / seconds / 1e6:,.0f} MB/s, the output leaves at "
         f"{large.written * rows / seconds / 1e6:,.0f} MB/s; here both were in the page cache\n"
-        f"  memory {ranks} x {size(large.peak)} = {size(ranks * large.peak)}, if it grows no more than it did here (x"
+        f"  memory {ranks} x {size(large.peak)} = {size(ranks * large.peak)}, if it grows no more than here (x"
         f"{large.peak / small.peak:.2f} from {small.rows:,} to {large.rows:,} rows)\n"
         f"  disk in proportion to the rows: {large.written * rows / 1e12:.2f} TB written, "
         f"{large.disk * rows / 1e12:.2f} TB at the peak"

@@ -1,23 +1,22 @@
-"""Rows per second of ``prepare``, end to end to files on disk, beside its peers on the same rows and cores.
+"""Rows per second of ``prepare``, from text to files on disk, beside its peers on the same rows and cores.
 
     python -m benchmarks.data.prepare_speed
     python -m benchmarks.data.prepare_speed --raw train.txt --cores 4
 
-Hashing stands against TorchRec's ``BinaryCriteoUtils.tsv_to_npys``, the vocabulary against FuxiCTR's build. The raw
-rows are cut 8:1:1 into files for training, validation and test beforehand, and every program gets these.
+Hashing is compared with TorchRec's ``BinaryCriteoUtils.tsv_to_npys``, the vocabulary with FuxiCTR's build. The raw rows
+are split 8:1:1 into files for training, validation and test before, and every program gets these.
 
-The peers are favoured where it can't be equal: our time is that of the whole command, start of Python included, theirs
-is that of their calls alone, without imports, without the start of Ray, and without making the CSV that FuxiCTR wants.
-TorchRec's ``tsv_to_npys`` uses one core, so it also runs once per core on equal parts of the file; what it writes then
-is not one data set, since each part's numbers are shifted by a minimum of its own. It leaves the hashes as they are, 64
-bits wide; we map them to ids. The numbers get TorchRec's logarithm in both. FuxiCTR turns the numbers into categories
-too, so ours is shown with that as well. It encodes on half of the cores, and is run once more with a worker per core.
+Where conditions cannot be equal, the peers are favoured: ``prepare`` is timed as a whole command, start of Python
+included, peers without imports, without the start of Ray, and without making the CSV that FuxiCTR reads. TorchRec's
+``tsv_to_npys`` uses one core, so it also runs once per core on equal parts of the file; its output then is not one data
+set, because each part's numbers are shifted by their own minimum. It keeps the hashes, 64 bits wide; ``prepare`` maps
+them to ids. Both take the logarithm of the numbers. FuxiCTR also turns the numbers into categories, so ``prepare`` runs
+with that as well. FuxiCTR encodes on half of the cores, and runs once more with a worker per core.
 
-Runs take turns; medians are printed. That FuxiCTR kept as many values per column as we did is checked.
+Runs alternate; medians are printed. The number of values that FuxiCTR kept per column is checked.
 """
 
 import json
-import platform
 import shlex
 import shutil
 import statistics
@@ -27,19 +26,18 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 
 import tyro
 
 from benchmarks._lib.commands import module_command
-from benchmarks._lib.formatting import size, spread
+from benchmarks._lib.formatting import markdown, markdown_row, size, spread, versions, versions_line
 from benchmarks._lib.peer_environments import peer_python
 from benchmarks._lib.resource_usage import ResourceUsage, disk_bytes, measure, pick_cores
 from benchmarks.data import big_log
 
 NAMES = ("label", *(f"I{i}" for i in range(1, 14)), *(f"C{i}" for i in range(1, 27)))
-# The splits' names: ours and FuxiCTR's.
+# Names of the splits: this project's and FuxiCTR's.
 SPLITS = {"train": "train", "validation": "valid", "test": "test"}
 
 
@@ -48,32 +46,32 @@ class Options:
     """What to measure."""
 
     raw: Path | None = None
-    """Plain text in Criteo's format; by default big_log.py makes it."""
+    """Plain text in Criteo's format. Default: big_log.py makes it."""
     rows: int = 1_000_000
-    """Rows of the log that is made."""
+    """Rows of the generated log."""
     repeats: int = 3
     """Runs of each program."""
     cores: int = 2
     """Cores that each program may use."""
     min_count: int = 10
-    """Vocabulary: values seen less often share one id."""
+    """Vocabulary: values that occur less often share one id."""
     num_embeddings: int = 40_000_000
     """Hashing: ids per column."""
     peers: tuple[str, ...] = ("torchrec", "fuxictr")
     """Peers to run."""
     prepare_options: str = ""
-    """Further words for our command line, such as "--memory 1GiB"."""
+    """More options of prepare, such as "--memory 1GiB"."""
     folder: Path | None = None
-    """Folder to work in; by default a temporary one. Everything is removed at the end."""
+    """Folder to work in; the files made there are removed. Default: the system's temporary folder."""
     output: Path | None = None
     """JSON file to write."""
 
 
 @dataclass(kw_only=True)
 class Program:
-    """One thing that is measured: how to run it, and what its runs took.
+    """A measured program and the usage of its runs.
 
-    ``run`` gets an empty folder to write to and returns seconds, measurement, and facts about the output.
+    ``run`` gets an empty folder to write to and returns seconds, resource usage, and facts about the output.
     """
 
     name: str
@@ -88,8 +86,8 @@ class Program:
     refused: str | None = None
 
 
-class Failed(Exception):  # noqa: N818 (a program's failure, told in the table)
-    """The program did not do its work."""
+class ProgramError(Exception):
+    """A program failed; the table has the reason."""
 
 
 def main(options: Options) -> None:
@@ -100,7 +98,7 @@ def main(options: Options) -> None:
             raw = folder / "raw.tsv"
             big_log.write_log(raw, options.rows, processes=options.cores)
         files, rows = cut(raw, folder)
-        programs = list(our_programs(options, files))
+        programs = list(prepare_programs(options, files))
         if "torchrec" in options.peers:
             programs += torchrec_programs(options, files, raw, folder, rows)
         if "fuxictr" in options.peers:
@@ -114,7 +112,7 @@ def main(options: Options) -> None:
 
 
 def once(program: Program, output: Path, rows: int) -> None:
-    """Run a program once into an empty folder and keep what it took."""
+    """Run a program once into an empty folder and record its usage."""
     if program.refused:
         return
     shutil.rmtree(output, ignore_errors=True)
@@ -122,8 +120,8 @@ def once(program: Program, output: Path, rows: int) -> None:
     try:
         seconds, measured, facts = program.run(output)
         if facts["rows"] != rows:
-            raise Failed(f"{facts['rows']} rows were written, not {rows}")
-    except Failed as failure:
+            raise ProgramError(f"{facts['rows']} rows were written, not {rows}")
+    except ProgramError as failure:
         program.refused = str(failure)
         return
     program.seconds.append(seconds)
@@ -134,7 +132,7 @@ def once(program: Program, output: Path, rows: int) -> None:
 
 
 def cut(raw: Path, folder: Path) -> tuple[dict[str, Path], int]:
-    """Cut the raw rows 8:1:1, in their order; return the files and the number of rows."""
+    """Split the raw rows 8:1:1, in their order; return the files and the number of rows."""
     with raw.open("rb") as source:
         rows = sum(part.count(b"\n") for part in iter(lambda: source.read(1 << 24), b""))
         source.seek(0)
@@ -149,7 +147,7 @@ def cut(raw: Path, folder: Path) -> tuple[dict[str, Path], int]:
     return files, rows
 
 
-def our_programs(options: Options, files: dict[str, Path]) -> Iterator[Program]:
+def prepare_programs(options: Options, files: dict[str, Path]) -> Iterator[Program]:
     vocabulary = ("--min-count", options.min_count)
     kinds = {
         "prepare --hash": ("--hash", "--num-embeddings", options.num_embeddings, "--numeric", "log"),
@@ -165,7 +163,7 @@ def our_programs(options: Options, files: dict[str, Path]) -> Iterator[Program]:
             command = module_command("torchrec_deepfm", "prepare", *inputs, "--output", made, *words)
             measured = measure((*command, *shlex.split(options.prepare_options)), cores=pick_cores(options.cores))
             if measured.code:
-                raise Failed(measured.last_error)
+                raise ProgramError(measured.last_error)
             manifest = json.loads((made / "manifest.json").read_text(encoding="utf-8"))
             written = sum(day["rows"] for days in manifest["splits"].values() for day in days)
             return measured.seconds, measured, {"rows": written, "sizes": manifest["num_embeddings"]}
@@ -197,7 +195,7 @@ def torchrec_programs(
 
             with ThreadPoolExecutor(len(lists)) as pool:
                 done = list(pool.map(one, range(len(lists))))
-            found = [told(measured) for measured in done]
+            found = [printed_facts(measured) for measured in done]
             seconds = max(one["ended"] for one in found) - min(one["began"] for one in found)
             whole = ResourceUsage(
                 rss=sum(measured.peak for measured in done), pss=sum(measured.pss for measured in done)
@@ -212,8 +210,8 @@ def fuxictr_programs(options: Options, files: dict[str, Path], folder: Path) -> 
     python = peer_python("fuxictr")
     csv = folder / "csv"
     csv.mkdir()
-    for ours, theirs in SPLITS.items():
-        with files[ours].open("rb") as source, (csv / f"{theirs}.csv").open("wb") as target:
+    for split, name in SPLITS.items():
+        with files[split].open("rb") as source, (csv / f"{name}.csv").open("wb") as target:
             target.write(",".join(NAMES).encode() + b"\n")
             for block in iter(lambda: source.read(1 << 24), b""):
                 target.write(block.replace(b"\t", b","))
@@ -226,66 +224,67 @@ def fuxictr_programs(options: Options, files: dict[str, Path], folder: Path) -> 
             words = (csv, output, options.min_count, options.cores, workers)
             command = module_command("benchmarks.data.peer_fuxictr_build", *words, python=python)
             measured = measure(command, cores=pick_cores(options.cores), environment={"RAY_USAGE_STATS_ENABLED": "0"})
-            found = told(measured)
+            found = printed_facts(measured)
             return found["ended"] - found["began"], measured, found
 
         yield Program(name=name, against=None, target=None, run=run)
 
 
-def told(measured: ResourceUsage) -> dict[str, object]:
-    """What a peer's script printed last."""
+def printed_facts(measured: ResourceUsage) -> dict[str, object]:
+    """Return the JSON object that a peer's script printed last."""
     if measured.code:
-        raise Failed(measured.last_error)
+        raise ProgramError(measured.last_error)
     return dict(json.loads(measured.output.splitlines()[-1]))
 
 
 def report(options: Options, programs: list[Program], raw: Path, rows: int) -> None:
-    versions = {name: metadata.version(name) for name in ("torchrec", "duckdb", "polars", "pyarrow", "numpy")}
+    """Print the table and the ratios, and write all figures as JSON."""
+    installed = versions("torchrec", "duckdb", "polars", "pyarrow", "numpy")
     by_name = {program.name: program for program in programs}
-    peer = by_name.get("fuxictr")
-    if peer and peer.facts:
-        versions["fuxictr"] = str(peer.facts["version"])
-        same_values(by_name["prepare"], peer)
-    print(f"Python {platform.python_version()}, " + ", ".join(f"{name} {value}" for name, value in versions.items()))
+    fuxictr = by_name.get("fuxictr")
+    if fuxictr and fuxictr.facts:
+        installed["fuxictr"] = str(fuxictr.facts["version"])
+        check_same_values(by_name["prepare"], fuxictr)
+    print(versions_line(installed))
     print(
-        f"{rows:,} rows, {raw.stat().st_size / 1e9:.2f} GB of text, cut 8:1:1; {options.cores} cores; "
-        f"{options.repeats} runs of each, taking turns; min_count {options.min_count}"
+        f"{rows:,} rows, {raw.stat().st_size / 1e9:.2f} GB of text, split 8:1:1; {options.cores} cores; "
+        f"{options.repeats} runs of each, alternating; min_count {options.min_count}"
     )
-    print("| program | rows/s, median (range) | seconds | peak RSS | peak PSS | written |\n| --- |" + " --- |" * 5)
+    print(markdown(("program", "rows/s, median (range)", "seconds", "peak RSS", "peak PSS", "written")))
     for program in programs:
         if program.refused:
-            print(f"| {program.name} | failed: {program.refused} | | | | |")
+            print(markdown_row((program.name, f"failed: {program.refused}", "", "", "", "")))
             continue
         rates = [rows / seconds for seconds in program.seconds]
-        sizes = " | ".join(size(value) for value in (program.peak, program.pss, program.written))
-        print(f"| {program.name} | {spread(rates)} | {statistics.median(program.seconds):.2f} | {sizes} |")
+        sizes = map(size, (program.peak, program.pss, program.written))
+        print(markdown_row((program.name, spread(rates), f"{statistics.median(program.seconds):.2f}", *sizes)))
     ratios = []
-    for ours in programs:
-        for theirs in programs:
-            if ours.against is None or not theirs.name.startswith(ours.against) or ours.refused or theirs.refused:
+    for ran in programs:
+        for peer in programs:
+            if ran.against is None or not peer.name.startswith(ran.against) or ran.refused or peer.refused:
                 continue
-            ratio = statistics.median(theirs.seconds) / statistics.median(ours.seconds)
-            ratios.append({"ours": ours.name, "theirs": theirs.name, "ratio": ratio, "target": ours.target})
-            print(f"{ours.name} : {theirs.name} = {ratio:.1f} (target {ours.target:g})")
+            ratio = statistics.median(peer.seconds) / statistics.median(ran.seconds)
+            ratios.append({"program": ran.name, "peer": peer.name, "ratio": ratio, "target": ran.target})
+            print(f"{ran.name} : {peer.name} = {ratio:.1f} (target {ran.target:g})")
     if options.output is not None:
         keys = ("seconds", "peak", "pss", "written", "refused")
         runs = {program.name: {key: getattr(program, key) for key in keys} for program in programs}
-        found = {"rows": rows, "cores": options.cores, "versions": versions, "runs": runs, "ratios": ratios}
+        found = {"rows": rows, "cores": options.cores, "versions": installed, "runs": runs, "ratios": ratios}
         options.output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
-def same_values(ours: Program, theirs: Program) -> None:
-    """FuxiCTR counts one id more (padding), and none for a missing value where we may have one."""
-    if ours.refused:
+def check_same_values(prepared: Program, fuxictr: Program) -> None:
+    """Compare the numbers of ids: FuxiCTR has one more (padding), and none for a missing value."""
+    if prepared.refused:
         return
     for column in NAMES[14:]:
-        mine, other = (program.facts["sizes"][column] for program in (ours, theirs))  # type: ignore[index]
-        assert other - mine in (0, 1), (column, mine, other)
+        ids, theirs = (program.facts["sizes"][column] for program in (prepared, fuxictr))  # type: ignore[index]
+        assert theirs - ids in (0, 1), (column, ids, theirs)
 
 
 @contextmanager
 def _folder(given: Path | None) -> Iterator[Path]:
-    """An empty folder that is gone afterwards."""
+    """Yield an empty folder, which is removed at the end."""
     if given is not None:
         given.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=given, prefix="benchmark-prepare-") as name:

@@ -1,14 +1,14 @@
-"""How well the loader's shuffle mixes, against a global shuffle and what others do.
+"""How well the loader's shuffle mixes, against a global shuffle and other loaders' orders.
 
     python -m benchmarks.data.shuffle_mixing
 
 Only row numbers are drawn; no data are read. A column that grows from the first row to the last (a trend over time) and
-one that swings once a day stand for what changes along a click log. For each order of the rows:
+one that oscillates once per day represent what changes along a click log. For each order of the rows:
 
-* blocks: how many stretches of 1024 neighbouring rows a batch draws from (median);
-* spread: standard deviation of the column's mean over batches, divided by that of independent draws. 1 is what a global
-  shuffle gives; sqrt(batch size) is the most, when a batch has one value of the column;
-* lag 1: correlation of neighbouring batches' means. 0 is what a global shuffle gives.
+* blocks: number of stretches of 1024 neighbouring rows that a batch draws from (median);
+* spread: standard deviation of the column's mean over batches, divided by that of independent draws. A global shuffle
+  has 1; the maximum, one value of the column per batch, is sqrt(batch size);
+* lag 1: correlation of neighbouring batches' means. A global shuffle has 0.
 """
 
 import math
@@ -36,7 +36,7 @@ class Options:
     batch_sizes: tuple[int, ...] = (4096, 65536)
     """Rows of a batch over all ranks."""
     seed: int = 0
-    """Of every shuffle."""
+    """Seed of every shuffle."""
 
 
 def in_pieces(order: Callable[[int, int], NDArray[np.int64]], rows: int) -> Batches:
@@ -47,7 +47,7 @@ def in_pieces(order: Callable[[int, int], NDArray[np.int64]], rows: int) -> Batc
     return batches
 
 
-def ours(rows: int, seed: int) -> Batches:
+def loader_order(rows: int, seed: int) -> Batches:
     order = EpochOrder(rows, shuffle=True, seed=seed, epoch=0)
     return in_pieces(lambda start, stop: order[start:stop], rows)
 
@@ -58,12 +58,12 @@ def global_shuffle(rows: int, seed: int) -> Batches:
 
 
 def file_order(rows: int, seed: int) -> Batches:
-    """Also what TorchRec's ``shuffle_batches`` does: it mixes the rows inside each batch, which keeps its rows."""
+    """Keep the order; TorchRec's ``shuffle_batches`` does the same, because it only mixes rows inside a batch."""
     return in_pieces(np.arange, rows)
 
 
 def random_blocks(rows: int, seed: int) -> Batches:
-    """Ours without the stretches: a window's blocks are drawn from the whole split."""
+    """Draw a window's blocks from the whole split, instead of from one block of each stretch."""
     draw = np.random.default_rng(seed)
     blocks = draw.permutation(rows // BLOCK_ROWS)
     windows = []
@@ -75,10 +75,10 @@ def random_blocks(rows: int, seed: int) -> Batches:
 
 
 def shuffle_buffer(rows: int, seed: int) -> Batches:
-    """A buffer of as many rows as our window, as stream loaders have it: a row taken at random, the next one put in."""
+    """Simulate a stream loader's buffer of a window's size: take a random row, put in the next one."""
     draw = np.random.default_rng(seed)
     size = BLOCK_ROWS * WINDOW_BLOCKS
-    # A row leaves after a geometric time: the order by that moment is the same in law as running the buffer.
+    # A row leaves after a geometric time: sorting by that time has the same distribution as running the buffer.
     moment = np.maximum(np.arange(rows) - size, 0) + draw.exponential(size, rows)
     order = np.argsort(moment)
     return in_pieces(lambda start, stop: order[start:stop], rows)
@@ -86,7 +86,7 @@ def shuffle_buffer(rows: int, seed: int) -> Batches:
 
 ORDERS = {
     "global shuffle": global_shuffle,
-    "Loader": ours,
+    "Loader": loader_order,
     "windows of blocks from anywhere": random_blocks,
     "shuffle buffer, 524,288 rows": shuffle_buffer,
     "file order (TorchRec's pipes, also shuffle_batches)": file_order,

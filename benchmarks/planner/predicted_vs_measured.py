@@ -1,29 +1,31 @@
-"""Predicted against measured: does the calibrated planner pick a fast plan on this machine?
+"""Predicted against measured step times: does the calibrated planner pick a fast plan on this machine?
+
+    OMP_NUM_THREADS=1 python -m benchmarks.planner.predicted_vs_measured --output measured
 
 Four cases: 2 and 4 ranks, each with two lists of tables. In each case a sweep of plans is measured, the hardware is
-calibrated to it, the planner plans anew for that hardware, and its plan is measured beside the plans of the sweep, in a
-run of its own: with what the calibration was fitted to, any plan may look good. A description is also held against the
-case with the same ranks and the other tables.
+calibrated to it, the planner plans for that hardware, and its plan is measured beside the plans of the sweep in a new
+run: any plan may look good on the steps that the calibration was fitted to. A hardware description is also tested on
+the case with the same ranks and the other tables.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.planner.predicted_vs_measured --output /path/to/new/folder
-
-The folder gets every experiment with its report, the descriptions, and results.md. A case takes six to twelve minutes
-on two idle cores.
+The folder gets every experiment with its report, the hardware descriptions, and results.md. A case takes six to twelve
+minutes on two idle cores.
 """
 
-import argparse
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
+
+import tyro
 
 from benchmarks._lib import commands
+from benchmarks._lib.formatting import markdown
 from torchrec_deepfm.sharding.agreement import agreement
 from torchrec_deepfm.sharding.calibrate import recalculate
 from torchrec_deepfm.sharding.hardware_file import read_hardware
 from torchrec_deepfm.sharding.measured import Experiment, PlanMeasured, read_experiment
 
-# (rows, ids a sample). Sizes are such that no plan takes longer than a few times the fastest.
+# (rows, ids per sample). With these sizes no plan takes longer than a few times the fastest.
 MIXES = {
     "few_large": [(60_000, 1), (40_000, 10), (30_000, 1), (20_000, 4), (8_000, 1), (3_000, 20), (500, 1), (40, 1)],
     "many_small": [(4_000, 1)] * 6 + [(1_000, 3)] * 6 + [(200, 1)] * 6 + [(12_000, 8)] * 2,
@@ -31,17 +33,37 @@ MIXES = {
 
 
 @dataclass(frozen=True, kw_only=True)
+class Options:
+    """What to measure."""
+
+    output: Path
+    """New folder for the experiments."""
+    ranks: tuple[int, ...] = (2, 4)
+    """Numbers of ranks."""
+    mixes: tuple[Literal["few_large", "many_small"], ...] = ("few_large", "many_small")
+    """Lists of tables."""
+    dim: int = 32
+    """Width of the tables."""
+    batch_size: int = 1024
+    """Samples per rank and step."""
+    steps: int = 10
+    """Steps per turn."""
+    turns: int = 7
+    """Turns of the sweep; the second experiment has 2 x this - 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Row:
-    """A line of the table: an experiment under a description."""
+    """A row of the table: an experiment predicted for a hardware description."""
 
     case: str
     hardware: str
     experiment: Experiment
 
     def cells(self) -> list[str]:
-        """What the line says."""
-        told = [(one.predicted_ms or 0.0, one.step_ms) for one in self.experiment.plans]
-        error = sum(abs(predicted / measured - 1) for predicted, measured in told) / len(told)
+        """Format the row."""
+        pairs = [(one.predicted_ms or 0.0, one.step_ms) for one in self.experiment.plans]
+        error = sum(abs(predicted / measured - 1) for predicted, measured in pairs) / len(pairs)
         found = self.experiment.agreement()
         assert found is not None
         rank = "-" if found.spearman is None else f"{found.spearman:.2f}"
@@ -54,15 +76,15 @@ HEAD = ["case", "predicted for", "plans", "error", "Spearman", "picked", "fastes
 
 
 def write_tables(folder: Path, mix: str, dim: int) -> Path:
-    """Write a list of tables as CSV."""
+    """Write a list of tables as CSV; return the file."""
     path = folder / f"{mix}.csv"
     rows = [f"t_{n},{rows},{dim},{pooling}" for n, (rows, pooling) in enumerate(MIXES[mix], start=1)]
     path.write_text("\n".join(["name,num_embeddings,embedding_dim,pooling_factor", *rows]) + "\n")
     return path
 
 
-def measure_case(folder: Path, ranks: int, mix: str, options: argparse.Namespace) -> tuple[Path, Path, Path]:
-    """Sweep, calibrate, plan, measure again; returns both experiments' folders and the description."""
+def measure_case(folder: Path, ranks: int, mix: str, options: Options) -> tuple[Path, Path, Path]:
+    """Sweep, calibrate, plan, measure again; return both experiments' folders and the hardware description."""
     name = f"{ranks}_ranks_{mix}"
     tables = write_tables(folder, mix, options.dim)
     common = ["--tables", tables, "--ranks", ranks, "--batch-size", options.batch_size]
@@ -73,20 +95,20 @@ def measure_case(folder: Path, ranks: int, mix: str, options: argparse.Namespace
     run("calibrate", first, "--output", hardware)
     run("plan", *common, "--hardware", hardware, "--output", folder / f"{name}_calibrated.json")
     plans = [folder / f"{name}_calibrated.json", *sorted((first / "plans").glob("*.json"))]
-    # The best of many plans that are nearly equal is the luckiest one: twice the turns, to see who is better.
+    # The best of many nearly equal plans is the luckiest one, so the second run has twice the turns.
     again = ["--turns", 2 * options.turns - 1, "--hardware", hardware, "--seed", 1]
     run("experiment", *common, *steps, *again, "--output", second, "--plans", *plans)
     return first, second, hardware
 
 
 def planned_regret(experiment: Experiment) -> float:
-    """How much longer the calibrated planner's own plan takes than the fastest that was measured beside it."""
+    """Return how much longer the calibrated planner's plan takes than the fastest plan measured beside it."""
     best = min(one.step_ms for one in experiment.plans)
     return next(one.step_ms for one in experiment.plans if one.name.endswith("_calibrated")) / best - 1
 
 
 def halves(experiment: Experiment) -> str:
-    """What noise alone makes of the best choice: the regret of the plan that is fastest in every other turn."""
+    """Return the regret of noise alone: that of the plan that is fastest in every other turn."""
 
     def half(one: PlanMeasured, first: int) -> float:
         turns = sorted(one.turns_ms[first::2])
@@ -98,24 +120,9 @@ def halves(experiment: Experiment) -> str:
     return f"{found.regret:.1%}, Spearman {found.spearman:.2f}" if found.spearman is not None else f"{found.regret:.1%}"
 
 
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Lay out a table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
-    parser.add_argument("--mixes", nargs="+", choices=MIXES, default=list(MIXES))
-    parser.add_argument("--dim", type=int, default=32)
-    parser.add_argument("--batch-size", type=int, default=1024)
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--turns", type=int, default=7, help="of the sweep; the second experiment has 2 x this - 1")
-    options = parser.parse_args()
+def main(options: Options) -> None:
     if options.turns < 2:
-        parser.error("--turns: at least 2; the turns of a plan are compared with each other")
+        raise SystemExit(f"--turns {options.turns}: at least 2 are needed, to compare the turns of a plan")
     options.output.mkdir(parents=True)
     rows, picked = [], []
     for ranks in options.ranks:
@@ -138,4 +145,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(tyro.cli(Options, description=__doc__))

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import tyro
 
-from benchmarks.training.step_time import Options, make_pipeline
+from benchmarks.training.random_criteo import make_pipeline
 from torchrec_deepfm.cpu_threads import choose_threads, usable_cores
 
 WARM_UP = 3  # steps
@@ -40,7 +40,7 @@ def worker(ranks: int, batch_size: int) -> None:
     from torchrec_deepfm.training.ranks import process_group
 
     with process_group(cpu=True) as device:
-        pipeline, batches = make_pipeline(Options(batch_size=batch_size), device, lambda: "bf16")
+        pipeline, batches = make_pipeline(device, lambda: "bf16", batch_size=batch_size)
         for _ in range(WARM_UP):
             pipeline.progress(batches)
         print(torch.get_num_threads(), flush=True)

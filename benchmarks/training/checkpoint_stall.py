@@ -1,49 +1,56 @@
-"""How long a checkpoint keeps the training waiting: saved beside it, against saved in front of it.
+"""How long a checkpoint delays training: saved in the background, against saved synchronously.
 
-    python -m benchmarks.training.checkpoint_stall --output FOLDER [--rows 4000000]
+    python -m benchmarks.training.checkpoint_stall --output FOLDER
+    python -m benchmarks.training.checkpoint_stall --output FOLDER --rows 8000000
 
-Steps run on; every few of them the state is saved, by turns with and without waiting until it is on the disk. The stall
-is the time between two steps that the save takes; that of the first save beside the training counts apart, as it also
-gets the memory for the copy.
+Every few steps the state is saved, alternately with and without waiting for the disk. The stall is the time that a save
+takes between two steps. The first background save is listed separately, because it also allocates the memory of the
+copy. The model is that of ``random_criteo.py``.
 """
 
-import argparse
-import shutil
 import statistics
+import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
-from torchrec.datasets.random import RandomRecDataset
+import tyro
 
-from torchrec_deepfm.training.build import build_model
-from torchrec_deepfm.training.checkpoint import Checkpoints
-from torchrec_deepfm.training.config import TrainConfig
-from torchrec_deepfm.training.optimizers import make_optimizer
-from torchrec_deepfm.training.state import TrainingTensors
+from benchmarks._lib.formatting import spread
+from benchmarks.training.random_criteo import build, random_batches, training_rank
 
-FIELDS, NUMERIC, STEPS_BETWEEN, SAVES = 26, 13, 10, 5
+STEPS_BETWEEN, SAVES = 10, 5
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--rows", type=int, default=4_000_000, help="of all tables together")
-    parser.add_argument("--batch-size", type=int, default=2048)
-    options = parser.parse_args()
-    store = torch._C._distributed_c10d.HashStore()
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    sizes = {f"C{i}": options.rows // FIELDS for i in range(FIELDS)}
-    config = TrainConfig(factor_dim=15, dropout=0.0, batch_size=options.batch_size)
-    model = build_model(config, sizes, NUMERIC, torch.device("cpu")).model
-    optimizer = make_optimizer(model, config)
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What to measure."""
+
+    output: Path
+    """Folder on the disk to measure; the checkpoints in it are removed at the end."""
+    rows: int = 4_000_000
+    """Rows of all tables together."""
+    batch_size: int = 2048
+    """Samples per step."""
+    threads: int = 2
+    """CPU threads."""
+
+
+def main(options: Options) -> None:
+    options.output.mkdir(parents=True, exist_ok=True)
+    with training_rank("cpu", options.threads) as device, tempfile.TemporaryDirectory(dir=options.output) as folder:
+        measure(options, device, Path(folder))
+
+
+def measure(options: Options, device: object, folder: Path) -> None:
+    """Train, save and print."""
+    from torchrec_deepfm.training.checkpoint import Checkpoints
+    from torchrec_deepfm.training.state import TrainingTensors
+
+    model, optimizer, config = build(options.rows, options.batch_size, device)
     tensors = TrainingTensors(model, optimizer, config.sparse_optimizer)
-    batches = iter(
-        RandomRecDataset(list(sizes), options.batch_size, hash_sizes=list(sizes.values()), num_dense=NUMERIC)
-    )
-    pool = [next(batches) for _ in range(4)]
-    checkpoints = Checkpoints(str(options.output / "checkpoints"), keep_last=2)
+    pool = random_batches(4, options.batch_size, options.rows, ids_per_field=2)
+    checkpoints = Checkpoints(str(folder), keep_last=2)
     number = 0
 
     def steps() -> float:
@@ -65,32 +72,28 @@ def main() -> None:
         return time.perf_counter() - started
 
     steps()
-    undisturbed, stalls, beside, waits, whole = [], [], [], [], []
+    undisturbed, stalls, beside, waits = [], [], [], []
     for _ in range(SAVES + 1):
         undisturbed.append(steps())
         stalls.append(save(wait=False))
-        started = time.perf_counter()
         beside.append(steps())
         checkpoints.wait()
-        whole.append(time.perf_counter() - started)
         undisturbed.append(steps())
         waits.append(save(wait=True))
-    size = sum(path.stat().st_size for path in sorted(options.output.rglob("*")) if path.is_file())
-    print(f"{size / len(checkpoints.store.steps()) / 1e6:.0f} MB a checkpoint")
+    size = sum(path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file())
+    print(f"{size / len(checkpoints.store.steps()) / 1e6:.0f} MB per checkpoint")
 
     def line(name: str, seconds: list[float]) -> None:
-        print(f"{name:<44} median {statistics.median(seconds) * 1e3:9.1f} ms   "
-              f"range {min(seconds) * 1e3:.1f} to {max(seconds) * 1e3:.1f}")  # fmt: skip
+        print(f"{name:<36} {spread([1e3 * one for one in seconds], '.1f')} ms")
 
-    line("a step, nothing being saved", undisturbed)
-    line("a step while a checkpoint is written", beside)
+    line("step, no save", undisturbed)
+    line("step during a background save", beside)
     line("synchronous save", waits[1:])
-    line("stall of a save beside the training", stalls[1:])
-    line("  the first one", stalls[:1])
+    line("stall of a background save", stalls[1:])
+    line("  the first background save", stalls[:1])
     print(f"stall / synchronous save {statistics.median(stalls[1:]) / statistics.median(waits[1:]):.1%}")
     checkpoints.close()
-    shutil.rmtree(options.output)
 
 
 if __name__ == "__main__":
-    main()
+    main(tyro.cli(Options, description=__doc__))

@@ -1,22 +1,23 @@
-"""What the moving average of the weights costs beside a training step, by the size of the tables.
-
-The step is the trainer's: DistributedModelParallel, row-wise Adagrad fused into the tables' backward pass, Adam for the
-rest, 13 numeric and 26 categorical fields, factor_dim 15 (rows of 16 columns), MLP 400-400-400, random data in memory.
+"""Cost of the moving average of the weights beside a training step, by the size of the tables.
 
     python -m benchmarks.training.ema_cost
     python -m benchmarks.training.ema_cost --rows 10000000 --device cuda
 
-Steps of each precision and updates of the average take turns; medians are printed, with the lowest and the highest.
+The model is that of ``random_criteo.py``. Steps of each precision and updates of the average alternate; printed are
+medians, with the lowest and the highest.
 """
 
-import os
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
+
+from benchmarks._lib.formatting import spread
+from benchmarks.training.random_criteo import build, random_batches, seconds, training_rank
+
+WARM_UP = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,79 +37,46 @@ class Options:
 
 
 def main(options: Options) -> None:
-    if options.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks
-    from torchrec_deepfm import terminal
+    with training_rank(options.device, options.threads) as device:
+        import torch
 
-    terminal.quiet()
-    import torch
-
-    from torchrec_deepfm.training import ranks
-
-    torch.set_num_threads(options.threads)
-    print(f"torch {torch.__version__}, {options.device}, {options.threads} thread(s), batch {options.batch_size}")
-    with ranks.process_group() as device:
+        print(f"torch {torch.__version__}, {options.device}, {options.threads} thread(s), batch {options.batch_size}")
         for rows in options.rows:
             measure(options, rows, device)
 
 
-def measure(options: Options, rows: int, device: "torch.device") -> None:  # noqa: F821
-    """One size of the tables."""
-    import torch
-    from torchrec.datasets.utils import Batch
-    from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
-
+def measure(options: Options, rows: int, device: Any) -> None:
+    """Measure and print one size of the tables."""
     from torchrec_deepfm.training.averaging import MovingAverage
-    from torchrec_deepfm.training.build import build_model
-    from torchrec_deepfm.training.config import TrainConfig
     from torchrec_deepfm.training.evaluation import autocast
-    from torchrec_deepfm.training.optimizers import make_optimizer
 
-    config = TrainConfig(factor_dim=15, dropout=0.0, batch_size=options.batch_size)
-    keys = [f"C{i}" for i in range(1, 27)]
-    model = build_model(config, dict.fromkeys(keys, rows // len(keys)), 13, device).model
-    optimizer, average = make_optimizer(model, config), MovingAverage(model, 0.99)
-    count = len(keys) * options.batch_size
-    batches = [
-        Batch(
-            dense_features=torch.rand(options.batch_size, 13),
-            sparse_features=KeyedJaggedTensor.from_lengths_sync(
-                keys, torch.randint(rows // len(keys), (count,), dtype=torch.int32), torch.ones(count).int()
-            ),
-            labels=torch.randint(2, (options.batch_size,), dtype=torch.int32),
-        ).to(device)
-        for _ in range(4)
-    ]
+    model, optimizer, _ = build(rows, options.batch_size, device)
+    average = MovingAverage(model, 0.99)
+    batches = [batch.to(device) for batch in random_batches(4, options.batch_size, rows)]
 
-    def step(precision: str, batch: Batch) -> None:
+    def step(precision: str, repeat: int) -> None:
         optimizer.zero_grad()
         with autocast(precision, device):
-            loss, _ = model(batch)
+            loss, _ = model(batches[repeat % len(batches)])
         loss.backward()
         optimizer.step()
 
-    seconds: dict[str, list[float]] = {"float32 step": [], "bf16 step": [], "update": []}
-    for repeat in range(options.repeats + 3):
-        batch = batches[repeat % len(batches)]
-        works: list[Callable[[], None]] = [
-            lambda batch=batch: step("float32", batch),  # type: ignore[misc]
-            lambda batch=batch: step("bf16", batch),  # type: ignore[misc]
-            lambda repeat=repeat: average.update(repeat + 1),  # type: ignore[misc]
-        ]
-        for name, work in zip(seconds, works, strict=True):
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            started = time.perf_counter()
-            work()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if repeat >= 3:
-                seconds[name].append(1e3 * (time.perf_counter() - started))
-    update = statistics.median(seconds["update"])
-    for name, values in seconds.items():
-        middle = statistics.median(values)
-        shares = "" if name == "update" else f"  update {update / middle:.1%} of it, of 16 {update / 16 / middle:.1%}"
-        print(f"{rows:>12,} rows  {name:<12} {middle:8.2f} ms ({min(values):.2f} to {max(values):.2f}){shares}")
+    works: dict[str, Callable[[int], None]] = {
+        "float32 step": lambda repeat: step("float32", repeat),
+        "bf16 step": lambda repeat: step("bf16", repeat),
+        "update": lambda repeat: average.update(repeat + 1),
+    }
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for repeat in range(options.repeats + WARM_UP):
+        for name, work in works.items():
+            taken = seconds(device, lambda: work(repeat))  # noqa: B023 (called at once)
+            if repeat >= WARM_UP:
+                times[name].append(1e3 * taken)
+    update = statistics.median(times["update"])
+    for name, values in times.items():
+        share = update / statistics.median(values)
+        shares = "" if name == "update" else f"  update {share:.1%} of it, every 16th step {share / 16:.1%}"
+        print(f"{rows:>12,} rows  {name:<12} {spread(values, '.2f')} ms{shares}")
 
 
 if __name__ == "__main__":

@@ -156,7 +156,7 @@ def test_prepare_beside_torchrec(tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert one["refused"] is None, (name, one)
         assert one["seconds"][0] > 0
         assert one["peak"] > 0
-    # 3000 rows of 13 float32 and 1 int32, and 26 int64 of TorchRec's, 26 int32 of ours.
+    # 3000 rows of 13 float32 and 1 int32, and 26 int64 (TorchRec) or 26 int32 (prepare).
     assert found["runs"]["torchrec, one process"]["written"] >= 3000 * (14 * 4 + 26 * 8)
     assert found["runs"]["prepare --hash"]["written"] >= 3000 * (14 * 4 + 26 * 4)
     [ratio] = found["ratios"]
