@@ -1,0 +1,235 @@
+"""Do the tests see a mistake? ``make mutants`` breaks the package in many places, one after the other.
+
+    python -m tests.support.mutants [--root FOLDER] [WORD ...]   (only mutants that have one of these words in them)
+
+Each mutant is one change of text in a copy of the repository, found by the text itself wherever it stands, and the test
+modules that have to fail over it. Before that, all of these modules have to pass in the unchanged copy. The processes
+are forks of this one, which has imported torch and TorchRec and nothing of the package.
+"""
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+ROOT = Path(__file__).resolve().parents[2]
+COPIED = ("torchrec_deepfm", "tests", "benchmarks", "apps", "docs", ".ci")  # and the files beside them
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One mistake.
+
+    Attributes:
+        old: Text that stands once in the package.
+        new: What is put in its place.
+        tests: The test module that has to fail, and options of pytest.
+    """
+
+    old: str
+    new: str
+    tests: str
+
+
+MODEL: Final = [
+    Mutant("pairs_B = 0.5 * (", "pairs_B = 1.0 * (", "test_fm.py"),
+    Mutant("factors_BFK = factors.double()", "factors_BFK = factors.float()", "test_fm.py"),
+    Mutant("rows[:, :factor_dim].normal_(", "rows.normal_(", "test_fm.py"),
+    Mutant("first_order_B1 + pairs_B1 if self._linear else pairs_B1", "first_order_B1 + pairs_B1", "test_deepfm.py"),
+    Mutant("[by_name[name] for name in self._embedding_names]", "list(by_name.values())", "test_sharded_model.py"),
+    Mutant("logits_B1 = self.bias\n", "logits_B1 = 0.0 * self.bias\n", "test_deepfm.py"),
+    Mutant("return total / max(logits.shape[0], 1)", "return total", "test_deepfm.py"),
+    Mutant(
+        "dense_features.unsqueeze(2) * self.rows", "dense_features.abs().unsqueeze(2) * self.rows", "test_deepfm.py"
+    ),
+    Mutant("pooling=PoolingType.SUM", "pooling=PoolingType.MEAN", "test_deepfm.py"),
+]
+DATA: Final = [
+    Mutant("self._generator(_ROWS, window).permutation(rows)", "rows", "test_loader.py"),
+    Mutant("rows = rows[rows < self._rows]", "rows = rows[rows <= self._rows]", "test_loader.py"),
+    Mutant("(self._sizes[j] - 1, dtype", "(self._sizes[j], dtype", "test_prepare_options.py"),
+    Mutant(
+        ".fill_null(0)\n            .cast(pl.Int32)",
+        ".fill_null(1)\n            .cast(pl.Int32)",
+        "test_prepare_options.py",
+    ),
+    Mutant("value ASC NULLS FIRST", "value ASC NULLS LAST", "data/**/test_prepare.py"),
+    Mutant("HAVING count(*) >= {min_count}", "HAVING count(*) > {min_count}", "data/**/test_prepare.py"),
+    Mutant('middle = -(-day["rows"] // 2)', 'middle = day["rows"] // 2', "test_prepare_options.py"),
+    Mutant("np.repeat(begins - (ends - lengths), lengths)", "np.repeat(begins, lengths)", "test_loader_bags.py"),
+    Mutant("or not np.isfinite(dense).all() or", "or", "test_loader.py"),
+    Mutant(
+        'np.trunc(values) if transform == "fuxictr" else np.floor(values)',
+        "np.floor(values)",
+        "test_prepare_options.py",
+    ),
+]
+SHARDING: Final = [
+    Mutant("load += taken * ms", "load += ms", "test_search.py -k heap"),
+    Mutant("sorted(groups.items(), reverse=True)", "sorted(groups.items())", "test_search.py -k heap"),
+    Mutant(
+        "(covered[_needed(units, count, ranks)] if",
+        "(2 * covered[_needed(units, count, ranks)] if",
+        "test_search.py -k trying",
+    ),
+    Mutant("column : column + columns]", ":columns]", "test_sharded_model.py"),
+    Mutant("if shard.rank >= plan.world_size:", "if shard.rank > plan.world_size:", "test_plan_file.py"),
+    Mutant("if plan.world_size % plan.local_world_size:", "if False:", "test_plan_file.py"),
+    Mutant("    _check_covered(table, where)\n", "", "test_plan_file.py"),
+    Mutant("if plan.world_size != world_size:", "if False:", "test_plan_file.py"),
+]
+TRAINING: Final = [
+    Mutant("np.logaddexp(0.0, z) - y * z", "np.logaddexp(0.0, z) - z", "test_metrics.py"),
+    Mutant("ne = logloss / -(", "ne = logloss * -(", "test_metrics.py"),
+    Mutant(
+        "calibration = float(np.mean(predicted)) / rate", "calibration = float(np.mean(predicted))", "test_metrics.py"
+    ),
+    Mutant("return (step + 1) / warmup_steps", "return step / warmup_steps", "test_optimizers.py"),
+    Mutant("math.pow(left, config.decay_power)", "left", "test_optimizers.py"),
+    Mutant("torch.optim.Adam(parameters, lr=config.dense_lr)", "torch.optim.Adam(parameters)", "test_optimizers.py"),
+    Mutant(
+        "addcmul_(weight.detach(), penalty)", "addcmul_(weight.detach(), penalty, value=0.5)", "test_regularisers.py"
+    ),
+    Mutant("rows.detach(), 1.0 / max(len(rows), 1)", "rows.detach(), 1.0", "test_regularisers.py"),
+    Mutant(
+        "[config.embedding_l2] * config.factor_dim + [config.linear_l2]",
+        "[config.embedding_l2] * (config.factor_dim + 1)",
+        "test_regularisers.py",
+    ),
+    Mutant("return min(decay, step / (9 + step))", "return decay", "test_averaging.py"),
+    Mutant("decay_at(step, self._decay) ** (since or self._every)", "decay_at(step, self._decay)", "test_averaging.py"),
+    Mutant("value > self.best_value", "value >= self.best_value", "test_stopping.py"),
+    Mutant(
+        "drop = 0 < self._lr_patience <= self._bad_since_drop",
+        "drop = 0 < self._lr_patience < self._bad_since_drop",
+        "test_stopping.py",
+    ),
+    Mutant("self._bad = self._bad_since_drop = 0", "self._bad_since_drop = 0", "test_stopping.py"),
+]
+CHECKPOINT: Final = [
+    Mutant('if digest.hexdigest() != entry["sha256"]:', "if False:", "test_store.py"),
+    Mutant('if size != entry["bytes"]:', "if False:", "test_store.py"),
+    Mutant("for step in steps[keep_last:]", "for step in steps[keep_last + 1 :]", "test_store.py"),
+    Mutant('if manifest.get("step") != step:', "if False:", "test_store.py"),
+    Mutant(
+        "(int(match[1]) for match in found if match), reverse=True)",
+        "(int(match[1]) for match in found if match))",
+        "test_store.py",
+    ),
+    Mutant(
+        "cuts.append(Cut(cut.offsets, buffer))",
+        "cuts.append(Cut(cut.offsets, cut.tensor))",
+        "test_checkpoints_in_memory.py",
+    ),
+    Mutant("_Unpickler(io.BytesIO(content)).load()", "pickle.loads(content)", "test_security.py"),
+]
+MUTANTS: Final = {"model": MODEL, "data": DATA, "sharding": SHARDING, "training": TRAINING, "checkpoint": CHECKPOINT}
+
+
+def copy_repository(root: Path, folder: Path) -> None:
+    """Copy what tests need."""
+    ignore = shutil.ignore_patterns("__pycache__")
+    for path in root.iterdir():
+        if path.is_file():
+            shutil.copy(path, folder / path.name)
+        elif path.name in COPIED:
+            shutil.copytree(path, folder / path.name, ignore=ignore)
+
+
+def apply(mutant: Mutant, folder: Path) -> Path:
+    """Make the mistake in a copy; return the file that now has it."""
+    found = [path for path in sorted((folder / "torchrec_deepfm").rglob("*.py")) if mutant.old in path.read_text()]
+    assert len(found) == 1, f"{mutant.old!r} stands in {len(found)} files; name text that stands in one"
+    text = found[0].read_text()
+    assert text.count(mutant.old) == 1, f"{mutant.old!r} stands {text.count(mutant.old)} times in {found[0].name}"
+    found[0].write_text(text.replace(mutant.old, mutant.new))
+    return found[0].relative_to(folder)
+
+
+def run_tests(folder: Path, tests: list[str]) -> tuple[int, str]:
+    """Run test modules in a copy, in a fork of this process; return pytest's exit code and its output."""
+    words = [
+        str(path) for word in tests for path in ((folder / "tests").rglob(word) if word.endswith(".py") else [word])
+    ]
+    output = folder / "output"
+    pid = os.fork()
+    if not pid:
+        code = 70
+        try:
+            for number in (1, 2):
+                os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+            os.chdir(folder)
+            os.environ["PYTHONPATH"] = str(folder)
+            sys.path[:] = [str(folder), *(path for path in sys.path if path not in ("", str(ROOT)))]
+            for name in [name for name in sys.modules if name.split(".")[0] in ("tests", "torchrec_deepfm")]:
+                del sys.modules[name]
+            import pytest
+
+            code = pytest.main([*words, "-x", "-q", "-p", "no:cacheprovider", "--no-header", "--tb=no", "-W", "ignore"])
+            sys.stdout.flush()
+        finally:
+            os._exit(code)
+    _, status = os.waitpid(pid, 0)
+    return os.waitstatus_to_exitcode(status), output.read_text(errors="replace")
+
+
+def try_out(root: Path, mutant: Mutant) -> tuple[bool, str]:
+    """Make one mistake and run its tests; say whether they fail, and which one."""
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        copy_repository(root, folder)
+        path = apply(mutant, folder)
+        code, output = run_tests(folder, mutant.tests.split())
+    failed = [line.split(" - ")[0] for line in output.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    said = failed[0] if failed else output.strip().splitlines()[-1]
+    what = f"{path}: {mutant.old.strip()!r} -> {mutant.new.strip()!r}"
+    return code == 1, f"{what}\n    {said} ({time.monotonic() - started:.0f} s)"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", type=Path, default=ROOT, help="the repository to try, such as an older one")
+    parser.add_argument("--at-once", type=int, default=os.cpu_count() or 1, help="mutants at a time")
+    parser.add_argument("words", nargs="*")
+    options = parser.parse_args()
+    mutants = [
+        mutant
+        for part, each in MUTANTS.items()
+        for mutant in each
+        if not options.words or any(word in f"{part} {mutant}" for word in options.words)
+    ]
+    os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    import hypothesis
+    import torch.distributed.run
+    import torch.utils.tensorboard
+    import torchrec.distributed.planner
+
+    assert hypothesis
+    assert torch
+    assert torchrec
+    with tempfile.TemporaryDirectory() as name:
+        copy_repository(options.root, Path(name))
+        for tests in sorted({mutant.tests for mutant in mutants}):
+            code, output = run_tests(Path(name), tests.split())
+            if code:
+                print(f"{tests} fails without any mutant, so it says nothing:\n{output[-2000:]}")
+                return 1
+    print(f"{len({mutant.tests for mutant in mutants})} test modules pass without a mutant", flush=True)
+    survivors = 0
+    with ThreadPoolExecutor(options.at_once) as pool:
+        for caught, text in pool.map(lambda mutant: try_out(options.root, mutant), mutants):
+            survivors += not caught
+            print(f"{'caught' if caught else 'SURVIVED'}  {text}", flush=True)
+    print(f"{len(mutants) - survivors} of {len(mutants)} mutants caught")
+    return int(survivors > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
