@@ -1,9 +1,11 @@
 """``python -m torchrec_deepfm <command>``."""
 
 import os
+import signal
 import sys
 
 from torchrec_deepfm.interrupt import Interrupt
+from torchrec_deepfm.processes import UNDER_LAUNCHER, end_with_parent
 
 if __name__ == "__main__":  # before the imports, which take a second
     interrupt = Interrupt()
@@ -14,6 +16,7 @@ from torchrec_deepfm.cpu_threads import choose_threads
 
 def run() -> int:
     """Run the command line and give back its exit code."""
+    end_with_parent(os.environ.get(UNDER_LAUNCHER), signal.SIGKILL)
     choose_threads(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     try:
         main()

@@ -209,8 +209,9 @@ class Train:
     """File of a plan that says where the tables go: of plan, or the plan.json of a run."""
     constraint: Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction] = ()
     """What the planner may do with a table: C1=row_wise, 't_C*=column_wise:min_partition=8', '>1e6=row_wise'."""
-    timeout: int = 1800
-    """Seconds that ranks wait for one that stalls."""
+    timeout: int = 120
+    """Seconds after which a rank without a sign of life has stalled, or a step that also takes 20 times the slowest so
+    far. Start, evaluations and checkpoints have half an hour."""
     seeds: int = 1
     """Train with so many seeds, from --seed on, into folders seed_0, seed_1, ... of the run folder."""
     num_embeddings: tuple[int, ...] = ()
@@ -241,9 +242,10 @@ class Train:
         from torchrec_deepfm.training import ranks
         from torchrec_deepfm.training.seeds import train_seeds
         from torchrec_deepfm.training.trainer import train
+        from torchrec_deepfm.training.watch import longest_wait
 
         how = partial(train_seeds, count=self.seeds) if self.seeds > 1 else train
-        with ranks.process_group(self.timeout) as device:
+        with ranks.process_group(longest_wait(self.timeout)) as device:
             if self.data is None:
                 sample = Path("data") / "synthetic"
                 folder = ranks.on_main(lambda: sample_data(sample, terminal.say).folder)

@@ -6,6 +6,7 @@ lines, under which the one line that the user needs is lost. This front runs the
 - a rank that stops over a `UserError` hands its message up (`exit_with`), and it is printed once, as the last line;
 - of any other failure the rank's own output tells the cause, so only one line follows it that says which rank;
 - every rank gets its share of this machine's threads, where torchrun gives each exactly one and a warning;
+- ranks are killed when this process is, and under `torchx run -s local_cwd` it stops them when torchx is killed;
 - a job on one host listens on the loopback address only, whatever the rendezvous options say (`rendezvous.py`).
 
     python -m torchrec_deepfm.launch --nproc_per_node 2 -m torchrec_deepfm train --batch-size 2048
@@ -24,14 +25,12 @@ from typing import TYPE_CHECKING, NoReturn
 
 from torchrec_deepfm.cpu_threads import choose_threads
 from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.processes import UNDER_LAUNCHER, UNDER_TORCHX, end_with_parent
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 USER_ERROR_EXIT_CODE = 2
-
-# Set for the ranks, so that they know that a launcher prints their last words. Plain torchrun does not.
-_UNDER_LAUNCHER = "TORCHREC_DEEPFM_UNDER_LAUNCHER"
 
 # When the launcher started, for the ranks: it outlives them, and a rank that is started again looks for its run there.
 STARTED = "TORCHREC_DEEPFM_STARTED"
@@ -68,7 +67,7 @@ def exit_with(error: UserError) -> NoReturn:
             }
         }
         Path(error_file).write_text(json.dumps(reply), encoding="utf-8")
-    if not error_file or _UNDER_LAUNCHER not in os.environ:
+    if not error_file or os.environ.get(UNDER_LAUNCHER) in (None, str(os.getpid())):
         sys.stderr.write(f"error: {line}\n")
     sys.exit(USER_ERROR_EXIT_CODE)
 
@@ -107,6 +106,15 @@ def main(argv: list[str] | None = None) -> None:
         SystemExit: with code 2 over a user's mistake in a rank, with 1 if a rank failed otherwise, with 128 + n if
             signal n stopped it.
     """
+    end_with_parent(os.environ.pop(UNDER_TORCHX, None), signal.SIGTERM)
+    try:
+        _launch(argv)
+    except KeyboardInterrupt:  # before torchelastic takes signals
+        sys.stderr.write("Interrupted\n")
+        sys.exit(128 + signal.SIGINT)
+
+
+def _launch(argv: list[str] | None) -> None:
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
@@ -114,15 +122,15 @@ def main(argv: list[str] | None = None) -> None:
 
     from torchrec_deepfm import rendezvous
 
-    # These two log which rank is stopped, which one failed and what they do with error files. Our line says it all.
-    for name in ("api", "errors.error_handler"):
-        logging.getLogger(f"torch.distributed.elastic.multiprocessing.{name}").setLevel(logging.CRITICAL)
+    # These log which rank is stopped, which one failed, error files and signals. Our line says it all.
+    for name in ("multiprocessing.api", "multiprocessing.errors.error_handler", "agent.server.api"):
+        logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
     parser = run.get_args_parser()
     parser.allow_abbrev = False  # else it takes the command's own --run for a short form of its --run-path, and stops
     options = parser.parse_args(argv)
     ranks = run.determine_local_world_size(options.nproc_per_node)
     choose_threads(ranks)
-    os.environ[_UNDER_LAUNCHER] = "1"
+    os.environ[UNDER_LAUNCHER] = str(os.getpid())
     os.environ.setdefault(STARTED, f"{datetime.now(UTC):%Y%m%d-%H%M%S}")
     _restart_no_mistakes()
     rendezvous.harden()
@@ -164,4 +172,12 @@ def _restart_no_mistakes() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_code = 0
+    try:
+        main()
+    except SystemExit as stop:
+        exit_code = stop.code if isinstance(stop.code, int) else 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # torchelastic's threads that copy the ranks' output may outlive a signal, and the interpreter would wait for them.
+    os._exit(exit_code)

@@ -10,6 +10,7 @@ import ast
 import json
 import logging
 import os
+import signal
 import sys
 from collections import Counter
 from pathlib import Path
@@ -19,6 +20,7 @@ from torchx.schedulers import local_scheduler
 from torchx.specs import AppStatus
 
 from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.processes import UNDER_TORCHX
 
 
 class Run(CmdRun):
@@ -35,6 +37,8 @@ class Run(CmdRun):
                 otherwise as TorchX does it.
         """
         _prefer_own_environment()
+        if args.scheduler == "local_cwd":
+            os.environ[UNDER_TORCHX] = str(os.getpid())
         _keep_last_lines()
         last_words = _LastWords()
         # TorchX logs the status of a failed job here, as a block of some ten lines.
@@ -46,6 +50,9 @@ class Run(CmdRun):
         except UserError as error:
             sys.stderr.write(f"error: {error}\n")
             sys.exit(2)
+        except KeyboardInterrupt:  # before the scheduler takes signals
+            sys.stderr.write("Interrupted\n")
+            sys.exit(128 + signal.SIGINT)
         except local_scheduler.SignalException as stop:  # Ctrl-C; by now the scheduler has stopped its processes
             sys.exit(128 + stop.sigval)
         except SystemExit as stop:

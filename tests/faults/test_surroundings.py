@@ -186,32 +186,40 @@ def test_a_loss_that_is_no_number(data: Path, tmp_path: Path) -> None:
     assert (about["step"], about["checkpoint"]) == (10, 8)
 
 
-def rank_that_is_alone(logs: Path) -> int | None:
-    """The process of rank 1, once rank 0 has ended."""
-    pids = {path.name.split("_")[1]: int(path.name.split("_")[2]) for path in logs.glob("rank_*")}
-    ended = "0" in pids and not Path(f"/proc/{pids['0']}").exists()
-    return pids["1"] if ended else None
+@pytest.mark.parametrize(
+    ("do", "how"), [pytest.param("stop", "training, no sign of life", marks=CAMPAIGN), ("busy", "training")]
+)
+def test_a_rank_that_stalls_is_named_and_started_again(data: Path, tmp_path: Path, do: str, how: str) -> None:
+    env = environment(tmp_path / "log", [{"at": "step", "rank": 1, "step": 10, "do": do}], FAULTS_SLEEP="0.3")
+    words = command(data, tmp_path / "run", ranks=2, restarts=1, options=("--timeout", "5"))
+    code, out, err = run(words, env)
+    assert code == 0, err
+    told = [line for line in err.splitlines() if "stalled" in line]
+    assert len(told) == 1
+    line = rf"rank 1 \(process \d+ on {os.uname().nodename}, step (\d+), {how}\) stalled, and rank 0 waited \d+ s; "
+    found = re.match(line + "the ranks start again if --max_restarts allows it", told[0])
+    assert found is not None, told[0]
+    assert 5 <= int(found[1]) <= 10  # a rank shows each second where it is
+    assert "going on after step 8" in out
+    assert_each_row_once(tmp_path / "log", epochs=2, global_batch=GLOBAL_BATCH)
 
 
 @CAMPAIGN
-def test_a_rank_that_stalls_is_named(data: Path, tmp_path: Path) -> None:
-    env = environment(tmp_path / "log", [{"at": "step", "rank": 1, "step": 10, "do": "stop"}], FAULTS_SLEEP="0.3")
-    words = command(data, tmp_path / "run", ranks=2, options=("--timeout", "5"))
-    job = start(words, env)
-    while (process := rank_that_is_alone(tmp_path / "log")) is None:
+def test_a_job_that_is_suspended_as_a_whole_has_not_stalled(data: Path, tmp_path: Path) -> None:
+    env = environment(tmp_path / "log", FAULTS_SLEEP="0.3")
+    job = start(command(data, tmp_path / "run", ranks=2, options=("--timeout", "4")), env)
+    while not list((tmp_path / "run").glob("checkpoints/step_????????")):
         assert job.poll() is None, job.err
-        time.sleep(0.1)
-    os.kill(process, signal.SIGKILL)  # torchrun would do that, half a minute later
-    code, _, err = job.finish()
-    assert code == 2
-    told = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert len(told) == 1
-    assert told[0].startswith("error: rank 1 (process ")
-    step = re.search(rf"on {os.uname().nodename}, step (\d+), ", told[0])
-    assert step is not None
-    assert 5 <= int(step[1]) <= 10  # a rank shows each second where it is
-    assert told[0].endswith(f"gives no sign of life) kept rank 0 waiting for 5 s; look after it, {GO_ON}")
-    assert saved_steps(tmp_path / "run" / "checkpoints") == [4, 8]
+        time.sleep(0.05)
+    ranks = [pid for pid in job.processes() if pid != job.pid]
+    assert len(ranks) == 2
+    for signum in (signal.SIGSTOP, signal.SIGCONT):
+        for pid in ranks:
+            os.kill(pid, signum)
+        time.sleep(20 if signum == signal.SIGSTOP else 0)
+    code, out, err = job.finish()
+    assert (code, err) == (0, "")
+    assert "going on" not in out
 
 
 # Evaluations that get worse before they get better again: small batches, high rates.

@@ -8,12 +8,15 @@ import os
 import socket
 import time
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.processes import is_ending
 from torchrec_deepfm.small_file import check_local, regular_file
 
 NAME = ".lock"
+# A holder that seems to live may have been killed a moment ago, or asked to stop and not know it yet.
+SECONDS_FOR_ANY_HOLDER = 5.0
 # After a rank died its successor may come before the kernel, or the server of a network file system, has noticed.
 SECONDS_FOR_A_PREDECESSOR = 120.0
 
@@ -23,7 +26,7 @@ class RunLock:
 
     It is ``flock`` on a file in the folder, so no stale lock stays behind a dead process. On NFS (version 4, or 3 with
     its lock daemon) and on Lustre mounted with ``flock`` it holds between hosts as well; where a file system has no
-    locks at all, the training is refused.
+    locks at all, the training is refused. A holder that stops or has been killed is waited for, up to two minutes.
 
     Args:
         folder: the run folder; made if it is not there, and removed by ``release`` if it is empty then.
@@ -36,11 +39,11 @@ class RunLock:
         self._folder = check_local(folder)
         self._made = not folder.exists()
         self._file: IO[str] | None = None
-        deadline = time.monotonic() + SECONDS_FOR_A_PREDECESSOR
+        since = time.monotonic()
         try:
             folder.mkdir(parents=True, exist_ok=True)
             while self._file is None:
-                self._file = self._try(deadline)
+                self._file = self._try(time.monotonic() - since)
                 if self._file is None:
                     time.sleep(0.2)
         except OSError as error:
@@ -63,7 +66,12 @@ class RunLock:
         self._file = None
         self._remove_empty()
 
-    def _try(self, deadline: float) -> IO[str] | None:
+    def stopping(self) -> None:
+        """Let whoever waits for the lock know that its holder has been asked to stop."""
+        if self._file is not None:
+            self._write(self._file, stopping=True)
+
+    def _try(self, waited: float) -> IO[str] | None:
         path = self._folder / NAME
         file = open(path, "a+", encoding="utf-8", opener=regular_file)  # noqa: SIM115 - until release()
         try:
@@ -78,17 +86,23 @@ class RunLock:
             file.close()
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                 raise
-            if owner.get("job") == _job() != "" and time.monotonic() < deadline:
-                return None  # this very job, started again
+            if waited < (SECONDS_FOR_A_PREDECESSOR if _soon_gone(owner) else SECONDS_FOR_ANY_HOLDER):
+                return None
             who = f"process {owner.get('pid', '?')} on {owner.get('host', 'another host')}"
             raise UserError(
                 f"--output {self._folder}: another training is writing there ({who}); wait for its end, or name "
                 "another folder"
             ) from error
-        file.truncate(0)
-        file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "job": _job()}))
-        file.flush()
+        self._write(file, stopping=False)
         return file
+
+    @staticmethod
+    def _write(file: IO[str], *, stopping: bool) -> None:
+        about = {"pid": os.getpid(), "host": socket.gethostname(), "job": _job(), "stopping": stopping}
+        os.ftruncate(file.fileno(), 0)
+        os.write(
+            file.fileno(), json.dumps(about).encode()
+        )  # it appends; in one piece, as a signal may come at any time
 
     def _remove_empty(self) -> None:
         if self._made:
@@ -101,7 +115,15 @@ def _job() -> str:
     return os.environ.get("TORCHELASTIC_RUN_ID", "")
 
 
-def _owner(file: IO[str]) -> dict[str, str]:
+def _soon_gone(owner: dict[str, Any]) -> bool:
+    """Whether the holder of a lock is this very job before it was started again, is stopping, or has been killed."""
+    if owner.get("job") == _job() != "" or owner.get("stopping"):
+        return True
+    pid = owner.get("pid")
+    return owner.get("host") == socket.gethostname() and isinstance(pid, int) and is_ending(pid)
+
+
+def _owner(file: IO[str]) -> dict[str, Any]:
     try:
         file.seek(0)
         owner = json.loads(file.read(4096))

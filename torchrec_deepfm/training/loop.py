@@ -33,7 +33,7 @@ from torchrec_deepfm.training.rank_state import RankState
 from torchrec_deepfm.training.signals import Preempted, Requests
 from torchrec_deepfm.training.state import TrainingTensors
 from torchrec_deepfm.training.stopping import Tracker, Verdict
-from torchrec_deepfm.training.watch import DataFiles
+from torchrec_deepfm.training.watch import DataFiles, longest_wait
 from torchrec_deepfm.training.watch import Progress as Signs
 
 
@@ -52,7 +52,7 @@ class Surroundings:
         signs: what the other ranks see of this one.
         files: the data files.
         folder: of the run.
-        timeout: seconds that ranks wait for each other.
+        timeout: seconds after which a step may count as stalled.
     """
 
     config: TrainConfig
@@ -103,7 +103,7 @@ class Loop:
         self._pipeline: TrainPipelineSparseDist[Batch, tuple[Tensor, Tensor, Tensor]] = TrainPipelineSparseDist(
             model, self._optimizer, surroundings.device, execute_all_batches=True, custom_model_fwd=self._forward
         )
-        self._control = Control(surroundings.timeout)
+        self._control = Control(longest_wait(surroundings.timeout))
         self._stretch: list[Tensor] = []  # losses since the last record
         # On a GPU the losses of a stretch are looked at together.
         self._watch = LossWatch(late=RECORD_EVERY if surroundings.device.type == "cuda" else 0)
@@ -209,6 +209,7 @@ class Loop:
             UserError: the data have changed.
             Preempted: the training was asked to stop.
         """
+        self._s.signs.at("evaluation", self.point.step)
         self._s.files.check()
         signum, _ = self._control.exchange(self._s.requests.signum, None)
         if signum:
@@ -322,6 +323,7 @@ class Loop:
         return self._s.train.state_dict() | {"epoch": point.epoch, "row": point.row}
 
     def _save(self) -> None:
+        self._s.signs.at("checkpoint", self.point.step)
         if self._stretch:
             self._watch.look_at(self.point.step - len(self._stretch) + 1, self._stretch)
         signum, bad = self._control.now(self._s.requests.signum, self._watch.bad_step)

@@ -31,7 +31,7 @@ def train_seeds(
     checkpoints: str | None = None,
     plan: Path | None = None,
     constraints: Sequence[str] = (),
-    timeout: float = 1800.0,
+    timeout: float = 120.0,
     say: Callable[[str], None] = lambda line: None,
 ) -> Result:
     """Train with the seeds ``config.seed``, ``config.seed`` + 1 and so on; a collective.

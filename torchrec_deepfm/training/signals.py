@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -32,10 +32,15 @@ class Preempted(Exception):  # noqa: N818 - nothing has failed: what was asked f
 
 
 class Requests:
-    """Whether somebody has asked this process to stop."""
+    """Whether somebody has asked this process to stop.
 
-    def __init__(self) -> None:
+    Args:
+        noted: called when the first request comes.
+    """
+
+    def __init__(self, noted: Callable[[], None]) -> None:
         self.signum = 0
+        self._noted = noted
         self._first = 0.0
 
     def handle(self, signum: int, _frame: FrameType | None = None) -> None:
@@ -45,19 +50,23 @@ class Requests:
             os._exit(128 + signum)
         if not self.signum:
             self.signum, self._first = signum, now
+            self._noted()
 
 
 @contextmanager
-def requests_to_stop() -> Iterator[Requests]:
+def requests_to_stop(noted: Callable[[], None] = lambda: None) -> Iterator[Requests]:
     """Turn SIGTERM and SIGINT into a request that can be read; outside the main thread this does nothing.
 
     The first signal is a request. SIGTERM may come again, schedulers repeat it; a second Ctrl-C ends the process at
     once, with nothing saved but what is saved already.
 
+    Args:
+        noted: called when the first request comes.
+
     Yields:
         The requests; ``signum`` is 0 while there is none.
     """
-    requests = Requests()
+    requests = Requests(noted)
     if threading.current_thread() is not threading.main_thread():
         yield requests
         return

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +28,7 @@ from torchrec_deepfm.training.report import CALIBRATION, report_is_drawn, write_
 from torchrec_deepfm.training.signals import Preempted, Requests, requests_to_stop
 from torchrec_deepfm.training.state import model_state
 from torchrec_deepfm.training.store import MANIFEST, Damaged
-from torchrec_deepfm.training.watch import DataFiles, Progress, explained
+from torchrec_deepfm.training.watch import DataFiles, Progress, explained, longest_wait
 
 Resume = Literal["auto", "never"]
 
@@ -58,7 +58,7 @@ def train(
     checkpoints: str | None = None,
     plan: Path | None = None,
     constraints: Sequence[str] = (),
-    timeout: float = 1800.0,
+    timeout: float = 120.0,
     say: Callable[[str], None] = lambda line: None,
 ) -> Result:
     """Train a sharded DeepFM and evaluate it; a collective over the current process group.
@@ -75,7 +75,7 @@ def train(
         plan: file of a plan that says where the tables go. Like ``constraints`` it may change from one start of a run
             to the next.
         constraints: rules for the planner, see ``sharding.constraints``.
-        timeout: seconds that ranks wait for each other, for messages.
+        timeout: seconds after which a step may count as stalled, see ``watch.Progress``.
         say: called on rank 0 with a line for the user.
 
     Returns:
@@ -94,18 +94,21 @@ def train(
         return Result(folder=output, summary=summary, before=True)
     lock: RunLock | None = None
 
-    def take() -> tuple[bool, bool]:
+    def take() -> tuple[dict[str, Any] | None, bool, bool]:
         nonlocal lock
         made = not output.exists()
         lock = RunLock(output)
-        if _look(output, run, data, resume) is not None:
-            raise UserError(f"--output {output}: another training has just finished there; look at its summary.json")
-        return made, run_folder.is_empty(output)
+        summary = _look(output, run, data, resume)  # whom it has waited for may have finished the run
+        return summary, made, run_folder.is_empty(output)
 
     try:
-        made, empty = on_main(take)
-        with requests_to_stop() as requests:
-            training = _Training(run, data, output, device, checkpoints, plan, constraints, timeout, say, requests)
+        summary, made, empty = on_main(take)
+        if summary is not None:
+            return Result(folder=output, summary=summary, before=True)
+        stopping = requests_to_stop(lambda: lock.stopping() if lock else None)
+        with stopping as requests, closing(Progress(timeout)) as signs:
+            where = (run, data, output, device, checkpoints, plan, constraints, timeout)
+            training = _Training(*where, say, requests, signs)
             try:
                 return training.run(resume)
             except UserError:
@@ -142,11 +145,12 @@ class _Training:
         timeout: float,
         say: Callable[[str], None],
         requests: Requests,
+        signs: Progress,
     ) -> None:
         self._run, self._data, self._output, self._device = run, data, output, device
         self._target = checkpoints or str(output / run_folder.CHECKPOINTS)
         self._plan, self._constraints = plan, constraints
-        self._timeout, self._say, self._requests = timeout, say, requests
+        self._timeout, self._say, self._requests, self._signs = timeout, say, requests, signs
         self._checkpoints: Checkpoints | None = None
         self._lowered = ""
 
@@ -178,11 +182,10 @@ class _Training:
         checkpoints = self._checkpoints = Checkpoints(
             self._target,
             keep_last=config.keep_last,
-            timeout=self._timeout,
+            timeout=longest_wait(self._timeout),
             committed=lambda step: run_folder.write_saved(self._output, self._target, step),
             not_finite=lambda step, name: record_not_finite(self._output, {"step": step, "weight": name}),
         )
-        signs = Progress(self._timeout)
         loop = Loop(
             sharded.model,
             Surroundings(
@@ -193,14 +196,14 @@ class _Training:
                 checkpoints=checkpoints,
                 about=self._about(sharded),
                 requests=self._requests,
-                signs=signs,
+                signs=self._signs,
                 files=DataFiles(data.folder),
                 folder=self._output,
                 timeout=self._timeout,
             ),
         )
         try:
-            with shared_mistakes(), explained(signs):
+            with shared_mistakes(), explained(self._signs):
                 resumed = self._resume(loop, checkpoints, resume)
                 on_main(checkpoints.store.clean)
                 on_main(lambda: run_folder.write_saved(self._output, self._target, checkpoints.saved))
@@ -224,7 +227,6 @@ class _Training:
                 loop.run()
                 return self._finish(loop, sharded, checkpoints, eval_loaders)
         finally:
-            signs.close()
             checkpoints.close()
             if loop.progress is not None:
                 loop.progress.close()
