@@ -1,15 +1,14 @@
-"""Training on CPUs beside other work: samples per second of several ways to wait for threads.
+"""Samples per second on CPUs beside other work, for several settings of the threads.
 
     python -m benchmarks.training.busy_machine                     # one process, beside 0, 2, 4 and 6 spinning
     python -m benchmarks.training.busy_machine --ranks 2
     python -m benchmarks.training.busy_machine --ways torch product 0 5000  # counts of GOMP_SPINCOUNT too
 
-The step is that of ``step_time.py`` (Criteo's fields, MLP 400-400-400). ``torch`` is what torch does when nobody says
-anything, and what ``--ranks`` processes get from torchrun's front: one share of the cores each. ``product`` is what
-``python -m torchrec_deepfm`` chooses (``cpu_threads.py``); a number is that with another ``GOMP_SPINCOUNT``. Each way
-has processes of its own, which are started once and wait without using a core until it is their turn for a window of
-some seconds. Ways take turns; medians over the rounds are printed. The fair share beside n spinning processes is
-cores / (cores + n) of the idle machine's rate. For a quota, run it inside a control group that has one.
+The step is that of ``step_time.py``. ``torch`` is torch's default; with ``--ranks``, an equal share of the cores per
+process. ``product`` is the choice of ``python -m torchrec_deepfm`` (``cpu_threads.py``); a number is the same with
+another ``GOMP_SPINCOUNT``. Each setting has its own processes, which start once and then wait without using a core.
+Settings alternate in windows of some seconds; medians over the rounds are printed. The fair share beside n spinning
+processes is cores / (cores + n) of the idle machine's rate. To measure a quota, run it in a control group.
 """
 
 import json
@@ -30,7 +29,7 @@ WARM_UP = 3  # steps
 
 
 def worker(ranks: int, batch_size: int) -> None:
-    """Train for as many seconds as each line of standard input asks for, and answer with samples per second."""
+    """Train for the seconds on each line of standard input, and print samples per second."""
     from torchrec_deepfm import terminal
 
     terminal.quiet()
@@ -96,7 +95,7 @@ def measure(processes: list["subprocess.Popen[str]"], seconds: float) -> float:
 def answer(process: "subprocess.Popen[str]") -> str:
     assert process.stdout is not None
     line = process.stdout.readline()
-    assert line, "the worker has died"
+    assert line, "a worker failed; its error is above"
     return line
 
 
@@ -109,15 +108,15 @@ def main(
     batch_size: int = 4096,
     output: Path | None = None,
 ) -> None:
-    """Measure and print.
+    """Measure and print the table.
 
     Args:
         ranks: Processes that train together.
-        beside: How many spinning processes there are beside them.
+        beside: Numbers of spinning processes.
         ways: torch, product, or a count of GOMP_SPINCOUNT.
         seconds: Length of a window.
-        rounds: Windows of each way beside each number of spinning processes.
-        batch_size: Samples of a step over all ranks.
+        rounds: Windows per setting and number of spinning processes.
+        batch_size: Samples per step over all ranks.
         output: JSON file of all windows.
     """
     with ExitStack() as stack:
