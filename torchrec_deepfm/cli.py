@@ -483,7 +483,13 @@ def _open(folder: Path, num_embeddings: tuple[int, ...]) -> "PreparedData":
         sizes = num_embeddings[0] if num_embeddings else None
     # A folder of another tool may have to be read through to find its largest ids: once, and not by every rank.
     ranks.on_main(lambda: PreparedData.open(folder, num_embeddings=sizes) and None)
-    return PreparedData.open(folder, num_embeddings=sizes)
+    data = PreparedData.open(folder, num_embeddings=sizes)
+    if data.blocks is None and data.foreign is None and ranks.is_main():
+        terminal.say(
+            f"{folder}: an earlier version prepared it, without checksums of rows, so that damaged arrays would train; "
+            f"{PROG} verify {folder} compares every byte"
+        )
+    return data
 
 
 def _value_of(option: str, options: Sequence[str]) -> str | None:

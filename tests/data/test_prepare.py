@@ -8,6 +8,7 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 import pytest
+import xxhash
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -104,7 +105,12 @@ def test_days_and_holdout_files_in_small_pieces(tmp_path, monkeypatch):
     data = prepare([a, b], tmp_path / "out", validation=[v], test=[t], schema=SMALL, min_count=2)
     stems = expected([texts["a"], texts["b"]], SMALL, validation=[texts["v"]], test=[texts["t"]])
     check(data, stems, min_count=2)
-    assert data.made["sources"]["validation"] == [{"name": "v.tsv", "bytes": len(texts["v"])}]
+    [source] = data.made["sources"]["validation"]
+    assert source == {
+        "name": "v.tsv",
+        "bytes": len(texts["v"]),
+        "digest": xxhash.xxh3_128(texts["v"]).hexdigest(),
+    }
 
 
 def test_several_holdout_files_follow_one_another(tmp_path):

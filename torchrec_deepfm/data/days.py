@@ -65,6 +65,6 @@ class DayArrays:
     bags: Mapping[str, Bags]
 
     def files(self) -> tuple[MappedRows, ...]:
-        """Return everything that is mapped."""
-        lists = [part for bags in self.bags.values() for part in (bags.ids, bags.offsets, bags.weights)]
+        """Return everything that is mapped, in the order of ``stem_files``."""
+        lists = [part for bags in self.bags.values() for part in (bags.offsets, bags.ids, bags.weights)]
         return (self.dense, self.sparse, self.labels, *(part for part in lists if part is not None))

@@ -18,11 +18,11 @@ MARGIN: Final = 1.15
 _HEAD_PIECES: Final = 16
 
 
-def estimate_bytes(heads: Sequence[Source], schema: Schema, *, staged: bool, log: bool) -> int:
+def estimate_bytes(heads: Sequence[tuple[Source, float]], schema: Schema, *, staged: bool, log: bool) -> int:
     """Estimate how much disk a ``prepare`` takes at its peak, the work folder included.
 
     Args:
-        heads: The sources, opened so that their pieces are small.
+        heads: Sources, opened so that their pieces are small, and how many times its own bytes each stands for.
         schema: The prepared schema.
         staged: Whether values wait on disk for their vocabulary.
         log: Whether numbers wait on disk for their minimum.
@@ -31,7 +31,7 @@ def estimate_bytes(heads: Sequence[Source], schema: Schema, *, staged: bool, log
         Bytes: 4 for each number, id and label, the staged values and numbers, and a margin.
     """
     total = 0.0
-    for source in heads:
+    for source, scale in heads:
         rows, values, waiting, done = 0, 0.0, 0, 0.0
         with suppress(UserError):  # what is wrong with a source is told when it is read
             for count, piece in enumerate(source.pieces(start=0, line=0, skip_bad=True)):
@@ -49,7 +49,7 @@ def estimate_bytes(heads: Sequence[Source], schema: Schema, *, staged: bool, log
         if not rows:
             continue
         each = 1 + len(schema.numeric) * (2 if log else 1) + len(schema.one_hot) + values / rows
-        total += rows / max(done, 1e-12) * (4 * each + (waiting / rows if staged else 0))
+        total += scale * rows / max(done, 1e-12) * (4 * each + (waiting / rows if staged else 0))
     return int(total * MARGIN)
 
 

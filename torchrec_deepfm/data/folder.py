@@ -7,11 +7,16 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import duckdb
+import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
+from torchrec_deepfm.data.checksums import file_checksums
+from torchrec_deepfm.data.mapped import map_npy
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.small_file import check_local
 
@@ -44,6 +49,60 @@ def digest(path: Path) -> dict[str, int | str]:
     """
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """Where the parts of an array lie in its file.
+
+    Args:
+        path: The ``.npy`` file.
+        header: Bytes before the array.
+        borders: int64 [parts + 1] bytes from the array's first one on, where a part ends and the next one begins.
+        overlap: Bytes that a part shares with the next one.
+    """
+
+    path: Path
+    header: int
+    borders: NDArray[np.int64]
+    overlap: int
+
+
+def find_parts(path: Path, rows: NDArray[np.int64]) -> Parts:
+    """Find the parts of an array in its file. Not for threads: numpy parses a header by ``ast``, which breaks there.
+
+    Args:
+        path: The ``.npy`` file.
+        rows: int64 [parts + 1] rows where a part ends and the next one begins, from 0. An array of one row more than
+            the last of them holds offsets, and a part has the one after its last row too.
+
+    Returns:
+        The parts.
+    """
+    array = map_npy(path, "prepare the data again")
+    row_bytes = array.dtype.itemsize * int(np.prod(array.shape[1:], dtype=np.int64))
+    return Parts(
+        path=path,
+        header=path.stat().st_size - len(array) * row_bytes,
+        borders=rows * row_bytes,
+        overlap=(len(array) - int(rows[-1])) * row_bytes,
+    )
+
+
+def digest_parts(parts: Parts) -> tuple[dict[str, int | str], NDArray[np.uint64]]:
+    """Return what the manifest says of an array's file, and the checksums of its parts, reading it once.
+
+    Args:
+        parts: The file's parts.
+
+    Returns:
+        As ``digest``; uint64 [parts].
+    """
+    sha256 = hashlib.sha256()
+    with parts.path.open("rb") as file:
+        sha256.update(file.read(parts.header))
+        found = file_checksums(file, parts.borders.tolist(), parts.overlap, sha256.update)
+        return {"bytes": file.tell(), "sha256": sha256.hexdigest()}, found
 
 
 def appear(folder: Path, output: Path) -> None:
@@ -118,6 +177,8 @@ def disk_errors(output: Path, kept: Callable[[], Path | None] = lambda: None) ->
             raise OutOfRoomError(
                 f"{output}: no space is left on the device; free some or name another output{again()}"
             ) from error
+        if number in (errno.EMFILE, errno.ENFILE):
+            raise OutOfRoomError(f"{output}: {os.strerror(number)}; raise the limit with ulimit -n{again()}") from error
         if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
             raise UserError(
                 f"{output}: the folder can't be written ({os.strerror(number)}); name another output"

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from torchrec_deepfm.data.checksums import BlockCheck
 from torchrec_deepfm.data.days import Bags
 from torchrec_deepfm.data.mapped import MappedRows
 from torchrec_deepfm.data.prepared import PreparedData
@@ -79,6 +80,10 @@ class SplitRows:
         self._first = np.array([day.start for day in self.days], np.int64)
         self._begins = np.cumsum([0, *(day.rows for day in self.days)])
         self._files = [file for arrays in self.arrays for file in arrays.files()]
+        checksums = data.checksums(split)
+        self._check = None
+        if checksums is not None and data.blocks is not None:
+            self._check = BlockCheck(self.days, self.arrays, checksums, data.blocks)
 
     def locate(self, row: int) -> tuple[int, int]:
         """Find a row of the split.
@@ -102,8 +107,10 @@ class SplitRows:
             The rows in that order.
 
         Raises:
-            UserError: Bag borders make no sense, or a file has shrunk.
+            UserError: Bag borders make no sense, a block is not what was written, or a file has shrunk.
         """
+        if self._check is not None:
+            self._check.check(rows)
         if len(self.days) == 1:
             return self._copy(_Plan(parts=[(0, rows + self._first[0])], order=None))
         # One copy a day, the days one after another: much less work than to put each day's rows at their places.
@@ -127,19 +134,23 @@ class SplitRows:
             The rows.
 
         Raises:
-            UserError: Bag borders make no sense, or a file has shrunk.
+            UserError: Bag borders make no sense, a block is not what was written, or a file has shrunk.
         """
+        if self._check is not None:
+            self._check.check(range(start, stop))
         parts: list[tuple[int, NDArray[np.int64] | tuple[int, int]]] = []
         for day, a, b in self._cut(start, stop):
             parts.append((day, (a, b)))
         return self._copy(_Plan(parts=parts, order=None))
 
     def fetch(self, stretches: Iterable[tuple[int, int]]) -> None:
-        """Have the system read rows from the disk ahead, without waiting for it.
+        """Have the system read rows from the disk ahead, and their checksums compared, without waiting for it.
 
         Args:
             stretches: First row and one past the last, numbered over all days.
         """
+        stretches = list(stretches)
+        self.check_ahead(stretches)
         for start, stop in stretches:
             for day, a, b in self._cut(start, stop):
                 arrays = self.arrays[day]
@@ -153,6 +164,15 @@ class SplitRows:
                     for part in (bags.ids, bags.weights):
                         if part is not None:
                             part.will_need(c, d)
+
+    def check_ahead(self, stretches: Iterable[tuple[int, int]]) -> None:
+        """Have the checksums of rows compared in a thread; taking these rows waits for it.
+
+        Args:
+            stretches: First row and one past the last, numbered over all days.
+        """
+        if self._check is not None:
+            self._check.check_ahead(range(*stretch) for stretch in stretches)
 
     def release(self) -> None:
         """Let go of the pages that copying has mapped; see ``MappedRows.release``."""
@@ -170,10 +190,10 @@ class SplitRows:
             day += 1
 
     def _copy(self, plan: _Plan) -> Taken:
-        for file in self._files:
-            if not file.still_whole():
-                raise UserError(f"{file.where}: the file has become shorter while it was read; leave it, start again")
         arrays = [self.arrays[day] for day, _ in plan.parts]
+        for each in arrays:
+            for file in each.files():
+                file.check_whole()
         return Taken(
             dense=_rows([each.dense for each in arrays], plan),
             sparse=_rows([each.sparse for each in arrays], plan),

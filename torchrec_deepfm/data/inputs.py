@@ -1,9 +1,10 @@
 """Which files are read, in which order, and which split each of their rows belongs to."""
 
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Final
@@ -11,7 +12,7 @@ from typing import Final
 from torchrec_deepfm.data.schema import Schema
 from torchrec_deepfm.data.source import Source
 from torchrec_deepfm.data.stage import Part, Unit
-from torchrec_deepfm.data.table import open_tables, unify
+from torchrec_deepfm.data.table import TableSource, open_tables, unify
 from torchrec_deepfm.data.textlog import TextLog
 from torchrec_deepfm.errors import UserError
 
@@ -23,6 +24,10 @@ SPLITS_BY_LOT: Final = {
 LAST_DAY: Final = "last-day"
 NONE: Final = "none"
 SPLIT_OPTIONS: Final = (*SPLITS_BY_LOT, LAST_DAY, NONE)
+# Up to so many files of a split have arrays of their own. Of more, neighbours share arrays.
+SEPARATE: Final = 16
+SHARED_BYTES: Final = 64 << 20
+SHARED_BY: Final = 64
 # Of a table, for the rows of a piece; about what a line of Criteo's text has.
 BYTES_OF_A_ROW: Final = 256
 
@@ -34,20 +39,26 @@ class Inputs:
     """What is to be read.
 
     Args:
-        units: The sources, with the stems of their rows.
+        units: The sources that share arrays, with the stems of their rows.
         split: How the splits come about: ``files`` or one of ``SPLIT_OPTIONS``.
         halved: The stem whose rows are validation and test, half each; under ``last-day``.
-        sources: Name and size of every source, by split.
+        sources: Every source, by split.
     """
 
     units: tuple[Unit, ...]
     split: str
     halved: str | None
-    sources: Mapping[str, tuple[tuple[str, int], ...]]
+    sources: Mapping[str, tuple[Source, ...]]
 
 
 def find_inputs(
-    named: Mapping[str, Sequence[str | Path]], schema: Schema, *, split: str | None, seed: int, piece_bytes: int
+    named: Mapping[str, Sequence[str | Path]],
+    schema: Schema,
+    *,
+    split: str | None,
+    seed: int,
+    piece_bytes: int,
+    separate: bool,
 ) -> Inputs:
     """Open the sources and decide on the splits.
 
@@ -57,6 +68,7 @@ def find_inputs(
         split: How to split the input; ``None`` for 8:1:1 where no files are named for validation or test.
         seed: Of the split by lot.
         piece_bytes: Of text, to a piece; a table has a row for every 256 of them.
+        separate: Each source has arrays of its own, however many there are.
 
     Returns:
         The inputs.
@@ -77,34 +89,83 @@ def find_inputs(
     _check_distinct({part: [source.path for source in opened] for part, opened in sources.items()})
     if days is not None and len(days) != len(sources["train"]):
         days = None  # folders of tables: a name stands for several files
-    order = list(range(len(sources["train"])))
+    separate = separate or schema.layout == "criteo"  # days, and large
+    train = sources["train"]
     if days is not None:
-        order.sort(key=lambda place: days[place])
-    train = [sources["train"][place] for place in order]
-    numbers = sorted(days) if days is not None else order
+        train = [train[place] for place in sorted(range(len(train)), key=lambda place: days[place])]
     if way == LAST_DAY and len(train) < 2:
         raise UserError("--split last-day: one file is named; name two or more, or choose --split 8:1:1")
+    if way == LAST_DAY:  # the last file is halved, and so has arrays of its own
+        groups = [*_groups(train[:-1], separate=separate or days is not None), (train[-1],)]
+    else:
+        groups = _groups(train, separate=separate or days is not None)
+    numbers = sorted(days) if days is not None else range(len(groups))
     units = []
-    for i, (number, source) in enumerate(zip(numbers, train, strict=True)):
+    for i, (number, group) in enumerate(zip(numbers, groups, strict=True)):
         lots = SPLITS_BY_LOT.get(way)
         if lots is None:
             parts: tuple[Part, ...] = (Part(stem=f"day_{number}", split="train"),)
         else:
             stems = {"train": f"day_{number}", "validation": f"validation_{number}", "test": f"test_{number}"}
             parts = tuple(Part(stem=stems[part], split=part, lots=drawn) for part, drawn in lots.items())
-        units.append(Unit(name=f"stage_train_{i}", source=source, parts=parts, entropy=(seed, i)))
+        units.append(Unit(name=f"stage_train_{i}", sources=group, parts=parts, entropy=(seed, i)))
     for part in ("validation", "test"):
         units += [
-            Unit(name=f"stage_{part}_{i}", source=source, parts=(Part(stem=f"{part}_{i}", split=part),))
-            for i, source in enumerate(sources[part])
+            Unit(
+                name=f"stage_{part}_{i}",
+                sources=group,
+                parts=(Part(stem=f"{part}_{i}", split=part),),
+            )
+            for i, group in enumerate(_groups(sources[part], separate=separate))
         ]
-    ordered = {**sources, "train": train}
     return Inputs(
         units=tuple(units),
         split=way,
         halved=f"day_{numbers[-1]}" if way == LAST_DAY else None,
-        sources={part: tuple((Path(s.path).name, s.bytes) for s in ordered[part]) for part in ordered},
+        sources={part: tuple(opened) for part, opened in {**sources, "train": train}.items()},
     )
+
+
+def heads(units: Sequence[Unit], schema: Schema, *, piece_bytes: int) -> list[tuple[Source, float]]:
+    """Choose the sources whose heads tell how much room all of them take.
+
+    Args:
+        units: The sources.
+        schema: The columns of the raw data.
+        piece_bytes: As for ``find_inputs``.
+
+    Returns:
+        A source that is read in small pieces, and how many times its bytes it stands for: every source that has arrays
+        of its own; the first, middle and last of those that share arrays.
+    """
+    chosen: list[tuple[Source, float]] = []
+    for unit in units:
+        sample = [unit.sources[place] for place in sorted({0, len(unit.sources) // 2, len(unit.sources) - 1})]
+        scale = unit.bytes / max(sum(source.bytes for source in sample), 1)
+        for source in sample:
+            small = (
+                replace(source, piece_rows=max(piece_bytes // BYTES_OF_A_ROW, 1))
+                if isinstance(source, TableSource)
+                else TextLog(Path(source.path), schema, piece_bytes=piece_bytes)
+            )
+            chosen.append((small, scale))
+    return chosen
+
+
+def _groups(sources: Sequence[Source], *, separate: bool) -> list[tuple[Source, ...]]:
+    """Neighbours that share arrays: as many as fit in ``SHARED_BYTES``, or in a ``SHARED_BY``-th of all."""
+    if separate or len(sources) <= SEPARATE:
+        return [(source,) for source in sources]
+    most = max(SHARED_BYTES, sum(source.bytes for source in sources) / SHARED_BY)
+    groups: list[list[Source]] = []
+    size = math.inf
+    for source in sources:
+        if size + source.bytes > most:
+            groups.append([])
+            size = 0
+        groups[-1].append(source)
+        size += source.bytes
+    return [tuple(group) for group in groups]
 
 
 def _expand(entries: Sequence[str | Path], schema: Schema) -> list[str]:

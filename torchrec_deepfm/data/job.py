@@ -5,41 +5,53 @@ these and agree after each that all went well. ``workfolder.py`` says how a kill
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
+from numpy.typing import NDArray
+
 from torchrec_deepfm.data import inputs as found
-from torchrec_deepfm.data import numeric
+from torchrec_deepfm.data import numeric, order
+from torchrec_deepfm.data.checksums import CHECKSUMS, HASH, stem_borders
 from torchrec_deepfm.data.disk import check_room, estimate_bytes
 from torchrec_deepfm.data.encode import encode_stem
-from torchrec_deepfm.data.folder import OutOfRoomError, appear, check_free, digest, disk_errors
+from torchrec_deepfm.data.folder import (
+    OutOfRoomError,
+    Parts,
+    appear,
+    check_free,
+    digest,
+    digest_parts,
+    disk_errors,
+    find_parts,
+)
 from torchrec_deepfm.data.hashing import Hashing
 from torchrec_deepfm.data.options import MIN_COUNT, check_options, hash_sizes
 from torchrec_deepfm.data.prepared import (
-    DENSE,
     FORMAT_VERSION,
-    LABELS,
     MANIFEST,
-    SPARSE,
     SPLITS,
+    Day,
     PreparedData,
-    ids_file,
     offsets_file,
-    weights_file,
+    stem_files,
 )
 from torchrec_deepfm.data.progress import Phase
-from torchrec_deepfm.data.provenance import known_optimum, source_state, versions
+from torchrec_deepfm.data.provenance import difference, known_optimum, source_state, versions
 from torchrec_deepfm.data.reuse import OldVocabulary
 from torchrec_deepfm.data.schema import Schema
+from torchrec_deepfm.data.source import Source
 from torchrec_deepfm.data.splits import days_of_splits
 from torchrec_deepfm.data.sql import connect
-from torchrec_deepfm.data.stage import Stager, Unit
+from torchrec_deepfm.data.stage import Stager, Unit, skipped_rows
 from torchrec_deepfm.data.vocabulary import count_column, vocabulary_file, vocabulary_size
 from torchrec_deepfm.data.workers import Workers
-from torchrec_deepfm.data.workfolder import WorkFolder
+from torchrec_deepfm.data.workfolder import WorkFolder, sync
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.small_file import seal, write_bytes
 
@@ -54,6 +66,7 @@ _ROW_BYTES: Final = 64
 _HEAD_BYTES: Final = 1 << 20
 
 _Staged = Sequence[tuple[Unit, Mapping[str, Any]]]
+_Splits = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
 class Job:
@@ -99,9 +112,12 @@ class Job:
         self._min_counts = [self._schema.options(name).min_count or common for name in self._schema.categorical]
         by_column = dict(zip(raw.numeric, transforms, strict=True))
         self._old = None if vocabulary is None else OldVocabulary(vocabulary, self._schema, by_column)
-        reading = numeric.settled(raw, transforms)
-        self._inputs = found.find_inputs(named, reading, split=split, seed=seed, piece_bytes=int(memory * PIECE_SHARE))
-        self._heads = found.find_inputs(named, reading, split=split, seed=seed, piece_bytes=_HEAD_BYTES).units
+        # The logarithm's shift is the minimum of a file, so that sources which shared arrays would change it.
+        separate = "log" in transforms
+        self._reading, piece = numeric.settled(raw, transforms), int(memory * PIECE_SHARE)
+        self._inputs = found.find_inputs(
+            named, self._reading, split=split, seed=seed, piece_bytes=piece, separate=separate
+        )
         self._work = WorkFolder(output)
         self._connection = connect(self._work.spill, memory=int(memory * DUCKDB_SHARE), threads=threads)
         self._stager = Stager(
@@ -123,16 +139,21 @@ class Job:
             "seed": seed if self._inputs.split in found.SPLITS_BY_LOT else None,
             "on_bad_row": on_bad_row,
             "raw_schema": raw.to_json(),
-            "sources": {
-                part: [{"name": name, "bytes": size} for name, size in files]
-                for part, files in self._inputs.sources.items()
-            },
+            "sources": {part: [_name(one) for one in sources] for part, sources in self._inputs.sources.items()},
             "versions": versions(),
         }
 
     def run(self) -> PreparedData:
         """Do what is left to do; see ``prepare``."""
-        finished = self._workers.gather(self._finished() if self._workers.is_main else None)[0]
+        finished: PreparedData | UserError | None = None
+        if self._workers.is_main:
+            try:
+                finished = self._finished()
+            except UserError as error:
+                finished = error
+        finished = self._workers.gather(finished)[0]
+        if isinstance(finished, UserError):
+            raise finished
         if finished is not None:
             assert isinstance(finished, PreparedData)
             return finished
@@ -142,11 +163,9 @@ class Job:
             nonlocal resumed
             if self._workers.is_main:
                 check_free(self._output)
-                # Sizes are left to the records: a file that was repaired is read anew, and the others are not. Bad
-                # rows too: what was read without meeting any is good for both.
-                names = {part: [name for name, _ in files] for part, files in self._inputs.sources.items()}
-                job = {key: value for key, value in self._made.items() if key != "on_bad_row"}
-                resumed = self._work.enter({**job, "sources": names})
+                # What the sources hold is left to the records: a file that was repaired is read anew, and the others
+                # are not. Bad rows too: what was read without meeting any is good for both.
+                resumed = self._work.enter({key: value for key, value in self._made.items() if key != "on_bad_row"})
                 if resumed:
                     self._say(f"going on with {self._work.path}")
                 self._check_room()
@@ -161,7 +180,7 @@ class Job:
             if self._hash_sizes is None:
                 self._together(lambda: self._count(units))
                 self._together(lambda: self._encode(units))
-            self._together(lambda: self._check_sums(units))
+            self._together(lambda: self._check_sums(units, splits))
             outcome: PreparedData | UserError | None = None
             if self._workers.is_main:
                 try:
@@ -210,19 +229,31 @@ class Job:
         """The output, where this very call has made it already."""
         if not (self._output / MANIFEST).exists():
             return None
-        with suppress(UserError):
+        try:
             data = PreparedData.open(self._output)
-            if dict(data.made) == json.loads(json.dumps(self._made)):
-                if self._work.path.exists():  # a kill between the last two steps leaves it
-                    self._work.remove()
-                self._say(f"{self._output} is finished already")
-                return data
-        return None
+        except UserError:
+            return None
+        made, sources = dict(data.made), data.made.get("sources", {})
+        made["sources"] = {part: [one["name"] for one in listed] for part, listed in sources.items()}
+        if made != json.loads(json.dumps(self._made)):
+            return None
+        for part, opened in self._inputs.sources.items():
+            for source, before in zip(opened, sources[part], strict=True):
+                what = difference(before, source_state(source))
+                if what:
+                    raise UserError(
+                        f"{self._output}: it was made from other content of {source.path} ({what}); "
+                        "name another output, or remove this one to prepare again"
+                    )
+        if self._work.path.exists():  # a kill between the last two steps leaves it
+            self._work.remove()
+        self._say(f"{self._output} is finished already")
+        return data
 
     def _check_room(self) -> None:
-        sources = [unit.source for unit in self._heads]
+        heads = found.heads(self._inputs.units, self._reading, piece_bytes=_HEAD_BYTES)
         log = "log" in self._stager.transforms
-        needed = estimate_bytes(sources, self._schema, staged=self._hash_sizes is None, log=log)
+        needed = estimate_bytes(heads, self._schema, staged=self._hash_sizes is None, log=log)
         check_room(self._output, needed, self._work.path)
 
     def _drop_changed(self) -> None:
@@ -230,14 +261,15 @@ class Job:
 
         The new state is written last: a kill on the way finds the change again.
         """
-        states = {unit.name: source_state(unit.source) for unit in self._inputs.units}
+        states = {unit.name: _states(unit) for unit in self._inputs.units}
         changed = []
         for unit in self._inputs.units:
             before, record = self._work.record(f"source_{unit.name}"), self._work.record(unit.name)
-            if before is not None and before != states[unit.name]:
+            what = "" if before is None else _changed(before, states[unit.name], unit)
+            if what:
                 changed.append(unit)
-                self._say(f"{unit.source.path} has changed: reading it anew")
-            elif record is not None and record["skipped"]["rows"] and not self._stager.skip_bad:
+                self._say(f"{what}: reading it anew")
+            elif record is not None and skipped_rows(record) and not self._stager.skip_bad:
                 changed.append(unit)  # it was read under --on-bad-row skip
         if changed:
             self._work.forget("sum_*")
@@ -247,8 +279,16 @@ class Job:
             for unit in changed:
                 self._work.forget(unit.name)
         for name, state in states.items():
-            if self._work.record(f"source_{name}") != state:
+            if self._work.record(f"source_{name}") != json.loads(json.dumps(state)):
                 self._work.write_record(f"source_{name}", state)
+
+    def _check_unchanged(self, unit: Unit) -> None:
+        """Check that nobody wrote to the sources of a unit while they were read."""
+        before = self._work.record(f"source_{unit.name}")
+        assert before is not None
+        what = _changed(before, _states(unit), unit)
+        if what:
+            raise UserError(f"{what} while it was read; run the same command again when nothing writes to it")
 
     def _record(self, unit: Unit) -> dict[str, Any]:
         record = self._work.record(unit.name)
@@ -256,24 +296,31 @@ class Job:
         return record
 
     def _stage(self) -> None:
-        weights = [float(unit.source.bytes) for unit in self._inputs.units]
+        weights = [float(unit.bytes) for unit in self._inputs.units]
         mine = self._workers.mine(self._inputs.units, weights)
-        size = sum(unit.source.bytes for unit in mine) / 1e6
+        size = sum(unit.bytes for unit in mine) / 1e6
         with Phase("read", size, tell=self._tell) as phase:
             for unit in mine:
                 before = self._work.record(unit.name)
                 share = 0.0
 
-                def on_piece(rows: int, done: float, megabytes: float = unit.source.bytes / 1e6) -> None:
+                def on_piece(rows: int, done: float, megabytes: float = unit.bytes / 1e6) -> None:
                     nonlocal share
                     phase.add((done - share) * megabytes, rows)
                     share = done
 
-                self._stager.stage(unit, on_piece)
+                if before is not None and before["finished"]:
+                    continue
+                try:
+                    self._stager.stage(unit, on_piece)
+                except UserError:
+                    self._check_unchanged(unit)  # then that is why
+                    raise
+                self._check_unchanged(unit)
                 record = self._record(unit)
-                if before is None or not before["finished"]:
-                    skipped = f", {record['skipped']['rows']:,} bad ones skipped" if record["skipped"]["rows"] else ""
-                    self._say(f"read {unit.source.path}: {record['rows']:,} rows{skipped}")
+                bad = skipped_rows(record)
+                skipped = f", {bad:,} bad ones skipped" if bad else ""
+                self._say(f"read {unit}: {record['rows']:,} rows{skipped}")
 
     def _count(self, units: _Staged) -> None:
         columns = range(len(self._schema.categorical))
@@ -335,55 +382,90 @@ class Job:
                     on_block=lambda rows: phase.add(rows, rows),
                 )
 
-    def _files(self, units: _Staged) -> dict[str, int]:
-        """The files that make up the folder, from the records, each with the rows that it has or stands for."""
-        files: dict[str, int] = {}
-        places = {name: j for j, name in enumerate(self._schema.categorical)}
-        for unit, record in units:
-            for part in unit.parts:
-                stem, rows = part.stem, record["stems"][part.stem]["rows"]
-                if not rows:
-                    continue
-                names = [f"{stem}{ending}" for ending in (DENSE, SPARSE, LABELS)]
-                lists = [places[name] for name in self._schema.multi_hot]
-                names += [name for j in lists for name in (offsets_file(stem, j), ids_file(stem, j))]
-                names += [weights_file(stem, places[name]) for name in self._schema.weighted]
-                files |= dict.fromkeys(names, rows)
-        if self._hash_sizes is None:
-            files |= {vocabulary_file(self._work.out, j).name: 0 for j in places.values()}
-        return files
+    def _vocabularies(self) -> list[str]:
+        columns = range(len(self._schema.categorical)) if self._hash_sizes is None else ()
+        return [vocabulary_file(self._work.out, j).name for j in columns]
 
-    def _check_sums(self, units: _Staged) -> None:
-        """Take the checksum of every file that will be in the folder."""
-        files = self._files(units)
-        mine = self._workers.mine(list(files), [float(rows) for rows in files.values()])
+    def _check_sums(self, units: _Staged, splits: _Splits) -> None:
+        """Take the checksums of every file that will be in the folder, of its blocks too."""
+        stems = _borders_of_stems(splits)
+        rows = {part.stem: record["stems"][part.stem]["rows"] for unit, record in units for part in unit.parts}
+        files = {name: stem for stem in stems for name in stem_files(self._schema, stem)}
+        names = [*files, *self._vocabularies()]
+        mine = self._workers.mine(names, [float(rows[files[name]]) if name in files else 0.0 for name in names])
         missing = [name for name in mine if self._work.record(f"sum_{name}") is None]
+
+        def parts(name: str) -> Parts | None:
+            if name not in files:
+                return None
+            rows = stems[files[name]]
+            offsets = re.fullmatch(r"(.*)_(?:ids|weights)_(\d+)\.npy", name)
+            if offsets:
+                rows = np.load(self._work.out / offsets_file(offsets[1], int(offsets[2])), mmap_mode="r")[rows]
+            return find_parts(self._work.out / name, rows)
+
+        def take(name: str, parts: Parts | None) -> dict[str, int | str]:
+            if parts is None:
+                return digest(self._work.out / name)
+            found, checksums = digest_parts(parts)
+            np.save(self._checksums(name), checksums)
+            sync(self._checksums(name))
+            return found
+
         with Phase("check", len(missing), tell=self._tell) as phase, ThreadPoolExecutor(self._threads) as threads:
-            digests = threads.map(lambda name: digest(self._work.out / name), missing)
-            for name, found in zip(missing, digests, strict=True):
+            for name, found in zip(missing, threads.map(take, missing, map(parts, missing)), strict=True):
                 self._work.write_record(f"sum_{name}", found)
                 phase.add(1, 0)
 
-    def _finish(self, units: _Staged, splits: Mapping[str, Sequence[Mapping[str, Any]]]) -> PreparedData:
+    def _checksums(self, name: str) -> Path:
+        """Where the checksums of a file's blocks wait."""
+        return self._work.staged / f"checksums_{name}"
+
+    def _write_checksums(self, splits: _Splits) -> None:
+        """Bring the checksums of all blocks into the order of the splits."""
+        parts, done = [], dict.fromkeys(_borders_of_stems(splits), 0)
+        for split in SPLITS:
+            days = [Day(**day) for day in splits[split]]
+            for day, borders in zip(days, stem_borders(days, order.BLOCK_ROWS), strict=True):
+                first, done[day.stem] = done[day.stem], done[day.stem] + len(borders) - 1
+                names = stem_files(self._schema, day.stem)
+                parts.append(np.stack([np.load(self._checksums(name))[first : done[day.stem]] for name in names], 1))
+        np.save(self._work.out / CHECKSUMS, np.concatenate(parts))
+        sync(self._work.out / CHECKSUMS)
+
+    def _recorded_sources(self) -> dict[str, list[dict[str, Any]]]:
+        """Name and state of every source, as it was read."""
+        states: dict[int, dict[str, Any]] = {}
+        for unit in self._inputs.units:
+            record = self._work.record(f"source_{unit.name}")
+            assert record is not None
+            states |= {id(source): state for source, state in zip(unit.sources, record["sources"], strict=True)}
+        return {part: [states[id(one)] for one in sources] for part, sources in self._inputs.sources.items()}
+
+    def _finish(self, units: _Staged, splits: _Splits) -> PreparedData:
         names = self._schema.categorical
         sizes = self._hash_sizes or [vocabulary_size(self._work.out, j) for j in range(len(names))]
-        sums = {name: self._work.record(f"sum_{name}") for name in sorted(self._files(units))}
+        files = [name for stem in _borders_of_stems(splits) for name in stem_files(self._schema, stem)]
+        sums: dict[str, Any] = {name: self._work.record(f"sum_{name}") for name in [*files, *self._vocabularies()]}
         assert None not in sums.values(), sums
         for path in self._work.out.iterdir():  # of stems that no row fell to
             if path.name not in sums:
                 path.unlink()
+        self._write_checksums(splits)
+        sums[CHECKSUMS] = digest(self._work.out / CHECKSUMS)
         manifest = {
             "format_version": FORMAT_VERSION,
             "schema": self._schema.to_json(),
             "num_embeddings": dict(zip(names, sizes, strict=True)),
             "splits": splits,
-            "files": sums,
-            "made": self._made,
+            "files": dict(sorted(sums.items())),
+            "blocks": {"rows": order.BLOCK_ROWS, "hash": HASH},
+            "made": {**self._made, "sources": self._recorded_sources()},
             "optimum": known_optimum({part: self._named[part] for part in ("validation", "test")}),
             "skipped": [
-                {"name": Path(unit.source.path).name, **record["skipped"]}
+                {"name": _name(unit.sources[int(place)]), **skipped}
                 for unit, record in units
-                if record["skipped"]["rows"]
+                for place, skipped in record["skipped"].items()
             ],
         }
         write_bytes(self._work.out / MANIFEST, seal(manifest))
@@ -395,3 +477,31 @@ class Job:
                 self._say(f"{split}: {rows:,} rows, {positives / rows:.2%} positive")
         self._say(f"wrote {self._output}")
         return PreparedData.open(self._output)
+
+
+def _borders_of_stems(splits: _Splits) -> dict[str, NDArray[np.int64]]:
+    """The rows of each stem's files where a part with a checksum of its own begins or ends."""
+    stems: dict[str, list[NDArray[np.int64]]] = {}
+    for split in SPLITS:
+        days = [Day(**day) for day in splits[split]]
+        for day, borders in zip(days, stem_borders(days, order.BLOCK_ROWS), strict=True):
+            stems.setdefault(day.stem, []).append(borders)
+    return {stem: np.unique(np.concatenate(parts)) for stem, parts in stems.items()}
+
+
+def _name(source: Source) -> str:
+    return Path(source.path).name
+
+
+def _states(unit: Unit) -> dict[str, list[dict[str, Any]]]:
+    return {"sources": [{"name": _name(source), **source_state(source)} for source in unit.sources]}
+
+
+def _changed(before: Mapping[str, Any], now: Mapping[str, list[dict[str, Any]]], unit: Unit) -> str:
+    """Say which source of a unit has changed, if any has."""
+    pairs = zip(unit.sources, before.get("sources", ()), now["sources"], strict=False)
+    for source, then, state in pairs:
+        what = difference(then, state) if then["name"] == state["name"] else "another file"
+        if what:
+            return f"{source.path} has changed ({what})"
+    return "" if len(before.get("sources", ())) == len(unit.sources) else f"{unit}: the files that share arrays changed"

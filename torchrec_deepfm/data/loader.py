@@ -64,7 +64,8 @@ class Loader:
 
     Raises:
         UserError: An option is out of range, there are fewer rows than ranks, nothing is left after ``drop_last``, or
-            an array does not fit the manifest. While iterating: an id, number, weight or label is not valid.
+            an array does not fit the manifest. While iterating: an id, number, weight or label is not valid, or a block
+            of rows does not fit its checksum.
 
     Example:
         >>> from pathlib import Path
@@ -321,6 +322,9 @@ class Loader:
         self._turn_to(run, min(begin, self._rows - 1))
         if valid == self._batch_size and not self._shuffle:
             rows: NDArray[np.int64] | range = range(begin, begin + valid)
+            following = begin + self._global
+            if following < self._rows:
+                self._source.check_ahead([(following, min(following + self._batch_size, self._rows))])
             taken = self._source.stretch(begin, begin + valid)
         else:
             rows = run.order[begin : begin + valid]

@@ -6,8 +6,13 @@ mapping, which the loader wants in order to let pages go and to notice a file th
 Shape letters: N rows, E elements of a row.
 """
 
+import ctypes
+import errno
 import mmap
+import os
+import resource
 import struct
+import weakref
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +26,74 @@ from torchrec_deepfm.errors import UserError
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a member of a zip: signature, length of its name and of its extras
 _MAX_MEMBERS = 65536
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = (
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_long,
+)
+_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_FAILED = ctypes.c_void_p(-1).value
+
+
+# Descriptors of mapped files that are kept at most: to look at a file by its descriptor takes half the time.
+_MOST_DESCRIPTORS = min(256, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
+_descriptors: set[int] = set()
+
+
+class FileMap:
+    """A whole file, mapped read-only; of many files only some keep a file descriptor.
+
+    A folder may have more files than a process may open, and Python's ``mmap`` keeps a descriptor of each (from 3.13 on
+    it need not: ``trackfd=False``). The mapping lasts as long as this object, or an array on its ``view``.
+
+    Args:
+        file: The open file; it may be closed afterwards.
+
+    Attributes:
+        view: Its bytes.
+
+    Raises:
+        OSError: It is empty, or it can't be mapped.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._path = file.name
+        stat = os.fstat(file.fileno())
+        self._inode = (stat.st_dev, stat.st_ino)
+        address = _libc.mmap(None, stat.st_size, mmap.PROT_READ, mmap.MAP_SHARED, file.fileno(), 0)
+        if address == _FAILED:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        self._address: int = address
+        self._descriptor = os.dup(file.fileno()) if len(_descriptors) < _MOST_DESCRIPTORS else None
+        if self._descriptor is not None:
+            _descriptors.add(self._descriptor)
+        mapped = (ctypes.c_ubyte * stat.st_size).from_address(address)
+        # Not when the interpreter ends: a thread may be reading still.
+        weakref.finalize(mapped, _unmap, address, stat.st_size, self._descriptor).atexit = False
+        self.view = memoryview(mapped).cast("B").toreadonly()
+
+    def __len__(self) -> int:
+        """Return the size of the file when it was mapped."""
+        return len(self.view)
+
+    def is_whole(self) -> bool:
+        """Whether the file is still as long. One that was replaced or removed stays mapped."""
+        try:
+            stat = os.stat(self._path if self._descriptor is None else self._descriptor)  # noqa: PTH116
+        except FileNotFoundError:
+            return True
+        return stat.st_size >= len(self) or (stat.st_dev, stat.st_ino) != self._inode
+
+    def advise(self, advice: int, start: int, length: int) -> None:
+        """Tell the system how a stretch that begins at a page will be used."""
+        _libc.madvise(self._address + start, min(length, len(self) - start), advice)
 
 
 class MappedRows:
@@ -38,7 +111,7 @@ class MappedRows:
     """
 
     def __init__(
-        self, path: Path, where: str, memory: mmap.mmap, offset: int, dtype: np.dtype[Any], shape: tuple[int, ...]
+        self, path: Path, where: str, memory: FileMap, offset: int, dtype: np.dtype[Any], shape: tuple[int, ...]
     ) -> None:
         self.path = path
         self.where = where
@@ -51,11 +124,11 @@ class MappedRows:
         self._array: NDArray[Any] = np.empty(shape, dtype)  # nothing of it is on disk if it has no element
         self._taken = self._array
         if self._array.size:
-            self._array = np.frombuffer(memory, dtype, count=int(np.prod(shape)), offset=offset).reshape(shape)
+            self._array = np.frombuffer(memory.view, dtype, count=int(np.prod(shape)), offset=offset).reshape(shape)
             # Members of a zip start anywhere. take() would copy a whole array that is not aligned, bytes it just takes.
             self._taken = self._array
             if not self._aligned:
-                raw = np.frombuffer(memory, np.uint8, count=shape[0] * self._row_bytes, offset=offset)
+                raw = np.frombuffer(memory.view, np.uint8, count=shape[0] * self._row_bytes, offset=offset)
                 self._taken = raw.reshape(shape[0], self._row_bytes)
 
     def __len__(self) -> int:
@@ -99,12 +172,16 @@ class MappedRows:
         """
         return self._array[start:stop].copy()
 
-    def still_whole(self) -> bool:
-        """Tell whether the file is at least as long as when it was opened.
+    def check_whole(self) -> None:
+        """Check that the file is at least as long as when it was opened.
 
         Reading past its end would end the process by a signal that Python can't catch.
+
+        Raises:
+            UserError: It is shorter.
         """
-        return self.memory.size() >= len(self.memory)
+        if not self.memory.is_whole():
+            raise UserError(f"{self.where}: the file has become shorter while it was read; leave it, start again")
 
     def will_need(self, start: int, stop: int) -> None:
         """Ask the system to read the rows ``[start, stop)`` from the disk soon, without waiting for it."""
@@ -118,7 +195,14 @@ class MappedRows:
 
     def _advise(self, advice: str, start: int, length: int) -> None:
         if hasattr(mmap, advice) and length > 0:  # Linux; elsewhere there is nothing to say
-            self.memory.madvise(getattr(mmap, advice), start, length)
+            self.memory.advise(getattr(mmap, advice), start, length)
+
+
+def _unmap(address: int, length: int, descriptor: int | None) -> None:
+    _libc.munmap(address, length)
+    if descriptor is not None:
+        _descriptors.discard(descriptor)
+        os.close(descriptor)
 
 
 def map_npy(path: Path, remedy: str) -> MappedRows:
@@ -181,19 +265,25 @@ def _opened(path: Path, remedy: str) -> BinaryIO:
     except FileNotFoundError as error:
         raise UserError(f"{path}: the file is missing; {remedy}") from error
     except OSError as error:
-        raise UserError(f"{path}: the file can't be read ({error.strerror}); {remedy}") from error
+        what = "raise the limit with ulimit -n" if error.errno in (errno.EMFILE, errno.ENFILE) else remedy
+        raise UserError(f"{path}: the file can't be read ({error.strerror}); {what}") from error
 
 
-def _memory(path: Path, file: BinaryIO, remedy: str) -> mmap.mmap:
+def _memory(path: Path, file: BinaryIO, remedy: str) -> FileMap:
     try:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except (OSError, ValueError) as error:  # an empty file, or one that is no file
+        return FileMap(file)
+    except OSError as error:
+        if error.errno == errno.ENOMEM:  # of address space, or of the number of mappings
+            raise UserError(
+                f"{path}: the file can't be mapped ({error.strerror}); raise the limit with sysctl vm.max_map_count"
+            ) from error
+        # An empty file, or one that is not a regular file.
         raise UserError(f"{path}: this is no whole .npy array ({_reason(error)}); {remedy}") from error
 
 
-def _start(memory: mmap.mmap, member: zipfile.ZipInfo, where: str, remedy: str) -> int:
+def _start(memory: FileMap, member: zipfile.ZipInfo, where: str, remedy: str) -> int:
     """Where the bytes of an uncompressed member begin. Its own header, not the directory, says how long that is."""
-    header = memory[member.header_offset : member.header_offset + 30]
+    header = memory.view[member.header_offset : member.header_offset + 30]
     if len(header) == 30:
         signature, name, extra = _LOCAL_HEADER.unpack(header)
         start = int(member.header_offset + 30 + name + extra)
@@ -203,7 +293,7 @@ def _start(memory: mmap.mmap, member: zipfile.ZipInfo, where: str, remedy: str) 
     raise UserError(f"{where}: this is no whole .npz archive (its member does not lie in the file); {remedy}")
 
 
-def _map(path: Path, where: str, file: BinaryIO, memory: mmap.mmap, start: int, size: int, remedy: str) -> MappedRows:
+def _map(path: Path, where: str, file: BinaryIO, memory: FileMap, start: int, size: int, remedy: str) -> MappedRows:
     file.seek(start)
     try:
         version = npy.read_magic(file)

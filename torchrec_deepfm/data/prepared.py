@@ -7,6 +7,7 @@ Shape letters: N rows of a stem's files, I numeric columns, F1 categorical colum
 column.
 """
 
+import hashlib
 import itertools
 import json
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,9 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
+from torchrec_deepfm.data.checksums import CHECKSUMS, HASH, borders
 from torchrec_deepfm.data.days import DENSE as DENSE
 from torchrec_deepfm.data.days import LABELS as LABELS
 from torchrec_deepfm.data.days import MAX_NUM_EMBEDDINGS as MAX_NUM_EMBEDDINGS
@@ -51,6 +54,24 @@ def weights_file(stem: str, j: int) -> str:
     return f"{stem}_weights_{j}.npy"
 
 
+def stem_files(schema: Schema, stem: str) -> list[str]:
+    """Name the files of a stem.
+
+    Args:
+        schema: The prepared schema.
+        stem: The head of their names.
+
+    Returns:
+        Dense, sparse and labels, then the offsets, ids and weights of each multi-hot column that has them.
+    """
+    names = [f"{stem}{ending}" for ending in (DENSE, SPARSE, LABELS)]
+    for name in schema.multi_hot:
+        j = schema.categorical.index(name)
+        names += [offsets_file(stem, j), ids_file(stem, j)]
+        names += [weights_file(stem, j)] if name in schema.weighted else []
+    return names
+
+
 @dataclass(frozen=True, kw_only=True)
 class PreparedData:
     """A prepared folder that has been opened: what its manifest says.
@@ -63,6 +84,8 @@ class PreparedData:
         made: How it was made: mode, thresholds, split, sources, versions.
         optimum: The best reachable ``auc`` and ``logloss`` per split where they are known (synthetic data), else empty.
         foreign: How to read it where another tool wrote it.
+        blocks: Rows of a block that has a checksum; ``None`` in folders that have no checksums of blocks.
+        checksums_sha256: Digest of the file that holds them.
     """
 
     folder: Path
@@ -72,6 +95,8 @@ class PreparedData:
     made: Mapping[str, Any]
     optimum: Mapping[str, Mapping[str, float]]
     foreign: Foreign | None = None
+    blocks: int | None = None
+    checksums_sha256: str = ""
 
     @classmethod
     def open(cls, folder: Path | str, *, num_embeddings: int | Sequence[int] | None = None) -> "PreparedData":
@@ -117,6 +142,8 @@ class PreparedData:
                 splits={split: tuple(_day(entry) for entry in manifest["splits"][split]) for split in SPLITS},
                 made=dict(manifest["made"]),
                 optimum={str(split): dict(best) for split, best in manifest["optimum"].items()},
+                blocks=_block_rows(manifest),
+                checksums_sha256=str(manifest["files"].get(CHECKSUMS, {}).get("sha256", "")),
             )
             sizes = {_file_name(name): int(entry["bytes"]) for name, entry in manifest["files"].items()}
             data._check(sizes)
@@ -195,6 +222,29 @@ class PreparedData:
             bags={name: self._bags(stem, name, rows) for name in schema.multi_hot},
         )
 
+    def checksums(self, split: str) -> NDArray[np.uint64] | None:
+        """Map the checksums of a split's blocks; see ``checksums.py``.
+
+        Args:
+            split: ``train``, ``validation`` or ``test``.
+
+        Returns:
+            uint64 [P, A]; ``None`` where the folder has none.
+
+        Raises:
+            UserError: Their file is missing, damaged, or does not fit the manifest.
+        """
+        if self.blocks is None:
+            return None
+        parts = [len(borders(self.splits[name], self.blocks)) - 1 if self.splits[name] else 0 for name in SPLITS]
+        arrays = len(stem_files(self.schema, ""))
+        mapped = self._map(CHECKSUMS, np.uint64, (sum(parts), arrays))
+        with (self.folder / CHECKSUMS).open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != self.checksums_sha256:
+                raise UserError(f"{mapped.where}: the content is not what was written (SHA-256 differs); {_AGAIN}")
+        first = sum(parts[: SPLITS.index(split)])
+        return mapped.array[first : first + parts[SPLITS.index(split)]]
+
     def _bags(self, stem: str, name: str, rows: int) -> Bags:
         j = self.schema.categorical.index(name)
         offsets = self._map(offsets_file(stem, j), np.int64, (rows + 1,))
@@ -225,17 +275,12 @@ class PreparedData:
         for column, count in self.num_embeddings.items():
             if not 1 <= count <= MAX_NUM_EMBEDDINGS:
                 raise UserError(f"num_embeddings of column {column} is {count}; {_AGAIN}")
-        lists = [self.schema.categorical.index(name) for name in self.schema.multi_hot]
-        weighted = [self.schema.categorical.index(name) for name in self.schema.weighted]
         for stem in sorted({day.stem for days in self.splits.values() for day in days}):
             days = self._days_of(stem)
             for day, following in itertools.pairwise(days):
                 if day.start + day.rows > following.start:
                     raise UserError(f"the splits share rows of {stem}; {_AGAIN}")
-            names = [f"{stem}{ending}" for ending in (DENSE, SPARSE, LABELS)]
-            names += [name for j in lists for name in (offsets_file(stem, j), ids_file(stem, j))]
-            names += [weights_file(stem, j) for j in weighted]
-            for name in names:
+            for name in stem_files(self.schema, stem):
                 if name not in sizes:
                     raise UserError(f"the file {name} is not listed; {_AGAIN}")
 
@@ -276,6 +321,17 @@ def _parse(path: Path, content: bytes) -> dict[str, Any]:
     if not isinstance(manifest, dict):
         raise UserError(f"{path}: the manifest is no JSON object; {_AGAIN}")
     return manifest
+
+
+def _block_rows(manifest: Mapping[str, Any]) -> int | None:
+    blocks = manifest.get("blocks")
+    if blocks is None:
+        return None
+    if blocks["hash"] != HASH or type(blocks["rows"]) is not int or blocks["rows"] < 1:
+        raise ValueError(f"blocks are {blocks}")
+    if CHECKSUMS not in manifest["files"]:
+        raise ValueError(f"the file {CHECKSUMS} is not listed")
+    return blocks["rows"]
 
 
 def _day(entry: Mapping[str, Any]) -> Day:

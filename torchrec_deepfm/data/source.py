@@ -74,3 +74,20 @@ class Source(Protocol):
             UserError: The source can't be read, or holds a bad row.
         """
         ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class JoinedPiece:
+    """Some rows of several sources that are read one after another.
+
+    Args:
+        frame: As in ``Piece``.
+        next_start: Where the next piece starts: the place of its source among all, and ``end`` and ``line`` in it.
+        done: Share of all bytes read up to there, 0 to 1.
+        skipped: Bad rows that were left out, each with the place of its source.
+    """
+
+    frame: pl.DataFrame
+    next_start: tuple[int, int, int]
+    done: float
+    skipped: tuple[tuple[int, Skipped], ...] = ()

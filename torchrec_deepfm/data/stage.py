@@ -1,7 +1,7 @@
 """First pass: raw rows -> labels, numbers and, where no vocabulary is needed, ids; else values that wait for theirs.
 
-Every source is staged by itself, piece by piece, and taken up again after its last recorded piece. What a stem's arrays
-hold depends on the source alone, not on the pieces, the memory or the number of ranks.
+Every unit, a source or many small ones, is staged by itself, piece by piece, and taken up again after its last recorded
+piece. What a stem's arrays hold depends on the sources alone, not on the pieces, the memory or the number of ranks.
 
 Shape letters: n rows of a piece, I numeric columns, F1 categorical columns with one value a row.
 """
@@ -22,7 +22,8 @@ from torchrec_deepfm.data.hashing import Hashing
 from torchrec_deepfm.data.npyfile import GrowingArray, read_rows
 from torchrec_deepfm.data.prepared import DENSE, LABELS, SPARSE
 from torchrec_deepfm.data.schema import Schema
-from torchrec_deepfm.data.source import Piece, Source
+from torchrec_deepfm.data.source import JoinedPiece, Source
+from torchrec_deepfm.data.table import TableSource, joined_pieces
 from torchrec_deepfm.data.workfolder import WorkFolder, sync
 from torchrec_deepfm.errors import UserError
 
@@ -50,19 +51,56 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Unit:
-    """A source, and where its rows go.
+    """Sources whose rows share arrays, one after another, and where these rows go.
 
     Args:
         name: Of its record.
-        source: The raw rows.
+        sources: The raw rows; one source, or many small files of a table.
         parts: Where they go.
         entropy: Seed of the lots; unused where there is one part.
     """
 
     name: str
-    source: Source
+    sources: tuple[Source, ...]
     parts: tuple[Part, ...]
     entropy: tuple[int, ...] = ()
+
+    @property
+    def bytes(self) -> int:
+        """Size of the sources as they are stored."""
+        return sum(source.bytes for source in self.sources)
+
+    def __str__(self) -> str:
+        """Name the sources."""
+        first, last = self.sources[0].path, self.sources[-1].path
+        return first if len(self.sources) == 1 else f"{len(self.sources):,} files, {first} to {last}"
+
+    def pieces(self, start: tuple[int, int, int], *, skip_bad: bool) -> Iterator[JoinedPiece]:
+        """Read on from the end of a piece.
+
+        Args:
+            start: ``next_start`` of the piece before, or zeros.
+            skip_bad: Leave bad rows out instead of raising.
+
+        Yields:
+            The pieces. Their borders are the same however often reading was resumed.
+
+        Raises:
+            UserError: A source can't be read, or holds a bad row.
+        """
+        if len(self.sources) > 1:
+            tables = [source for source in self.sources if isinstance(source, TableSource)]
+            assert len(tables) == len(self.sources)
+            yield from joined_pieces(tables, start, skip_bad=skip_bad)
+            return
+        _, end, line = start
+        for piece in self.sources[0].pieces(start=end, line=line, skip_bad=skip_bad):
+            yield JoinedPiece(
+                frame=piece.frame,
+                next_start=(0, piece.end, piece.line),
+                done=piece.done,
+                skipped=tuple((0, bad) for bad in piece.skipped),
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +140,7 @@ class Stager:
             self._clear(unit)
         with ExitStack() as stack:
             files = {part.stem: self._open(part.stem, record["stems"][part.stem], stack) for part in unit.parts}
-            for piece in unit.source.pieces(start=record["end"], line=record["line"], skip_bad=self.skip_bad):
+            for piece in unit.pieces(tuple(record["start"]), skip_bad=self.skip_bad):
                 self._add(unit, piece, files, record)
                 for arrays in files.values():
                     for array in arrays.values():
@@ -111,10 +149,9 @@ class Stager:
                 on_piece(len(piece.frame), piece.done)
             rows = record["rows"]
             if not rows:
-                skipped = f" ({record['skipped']['rows']} bad ones were skipped)" if record["skipped"]["rows"] else ""
-                raise UserError(
-                    f"{unit.source.path}: the file holds no row{skipped}; give a file with data or leave it out"
-                )
+                bad = skipped_rows(record)
+                skipped = f" ({bad} bad ones were skipped)" if bad else ""
+                raise UserError(f"{unit}: the file holds no row{skipped}; give a file with data or leave it out")
         if "log" in self.transforms:
             self._take_logs(unit, record)
         record["finished"] = True
@@ -177,7 +214,9 @@ class Stager:
                 files[f"_weights_{j}.npy"] = growing(out, f"_weights_{j}.npy", (), np.float32, values)
         return files
 
-    def _add(self, unit: Unit, piece: Piece, files: dict[str, dict[str, GrowingArray]], record: dict[str, Any]) -> None:
+    def _add(
+        self, unit: Unit, piece: JoinedPiece, files: dict[str, dict[str, GrowingArray]], record: dict[str, Any]
+    ) -> None:
         frame = piece.frame
         labels = frame["label"].to_numpy().astype(np.int32)[:, None]
         dense = numeric.dense(frame, self.transforms)
@@ -196,10 +235,12 @@ class Stager:
             counts["positives"] += int(mine_labels.sum())
         record["rows"] += len(frame)
         record["pieces"] += 1
-        record["end"], record["line"] = piece.end, piece.line
-        record["skipped"]["rows"] += len(piece.skipped)
-        room = LISTED - len(record["skipped"]["first"])
-        record["skipped"]["first"] += [{"line": bad.line, "reason": bad.reason} for bad in piece.skipped[:room]]
+        record["start"] = piece.next_start
+        for place, bad in piece.skipped:
+            skipped = record["skipped"].setdefault(str(place), {"rows": 0, "first": []})
+            skipped["rows"] += 1
+            if len(skipped["first"]) < LISTED:
+                skipped["first"].append({"line": bad.line, "reason": bad.reason})
 
     def _categories(self, frame: pl.DataFrame) -> pl.DataFrame:
         """The prepared schema's categorical columns ``c0`` ..., with the weights ``w{j}`` of lists."""
@@ -265,17 +306,28 @@ def flat(lists: pl.Series) -> pl.Series:
     return lists.filter(lists.list.len().fill_null(0) > 0).explode()
 
 
+def skipped_rows(record: Mapping[str, Any]) -> int:
+    """Count the bad rows that were left out.
+
+    Args:
+        record: The record of a unit.
+
+    Returns:
+        How many.
+    """
+    return sum(int(skipped["rows"]) for skipped in record["skipped"].values())
+
+
 def _nothing(unit: Unit) -> dict[str, Any]:
     empty = {part.stem: {"rows": 0, "positives": 0, "pieces": [], "values": {}} for part in unit.parts}
     return {
         "finished": False,
         "pieces": 0,
         "rows": 0,
-        "end": 0,
-        "line": 0,
+        "start": (0, 0, 0),
         "minimum": None,
         "stems": empty,
-        "skipped": {"rows": 0, "first": []},
+        "skipped": {},
     }
 
 

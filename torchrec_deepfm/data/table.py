@@ -16,7 +16,7 @@ import pyarrow as pa
 from torchrec_deepfm.data import cells, kinds
 from torchrec_deepfm.data.address import find_files
 from torchrec_deepfm.data.schema import Schema, toml_key, toml_text
-from torchrec_deepfm.data.source import Piece, Skipped
+from torchrec_deepfm.data.source import JoinedPiece, Piece, Skipped
 from torchrec_deepfm.data.tablefile import BATCH_ROWS, CsvTable, ParquetTable, open_table
 from torchrec_deepfm.errors import UserError
 
@@ -188,6 +188,61 @@ def open_tables(named: str, schema: Schema, *, piece_rows: int = 262_144) -> lis
     if not filled:
         raise UserError(f"{named}: there is no row in it; give a table with data or leave it out")
     return unify([_source(table, schema, piece_rows) for table in filled])
+
+
+def joined_pieces(
+    sources: Sequence[TableSource], start: tuple[int, int, int], *, skip_bad: bool
+) -> Iterator[JoinedPiece]:
+    """Read files of a table as if they were one, since a small file alone costs more than its rows.
+
+    Args:
+        sources: The files, after ``unify``.
+        start: ``next_start`` of the piece before, or zeros.
+        skip_bad: Leave bad rows out instead of raising.
+
+    Yields:
+        The pieces. Their borders are the same however often reading was resumed.
+
+    Raises:
+        UserError: A file can't be read, or holds a bad row; the message names the first one and its column.
+    """
+    begin, row, _ = start
+    total = max(sum(source.bytes for source in sources), 1)
+    before = sum(source.bytes for source in sources[:begin])
+    held: list[tuple[int, int, pa.Table, dict[int, str]]] = []  # place of the source, first row, good rows, broken ones
+    rows = size = 0
+
+    def piece(done: float) -> JoinedPiece:
+        last, first, table, broken = held[-1]
+        after = first + table.num_rows + len(broken)
+        frame, faults = sources[last]._frame(pa.concat_tables(part for _, _, part, _ in held), {})
+        skipped, good = [], 0
+        for place, first, table, broken in held:
+            kept = [i for i in range(table.num_rows + len(broken)) if i not in broken]
+            bad = broken | {kept[i - good]: faults[i] for i in faults if good <= i < good + table.num_rows}
+            good += table.num_rows
+            first += sources[place].file.first_row
+            if bad and not skip_bad:
+                i = min(bad)
+                raise UserError(f"{sources[place].path}: row {first + i}, {bad[i]}; repair or remove the row")
+            skipped += [(place, Skipped(line=first + i, reason=bad[i])) for i in sorted(bad)]
+        held.clear()
+        return JoinedPiece(frame=frame, next_start=(last, after, 0), done=done, skipped=tuple(skipped))
+
+    for place, source in enumerate(sources[begin:], begin):
+        for table, broken, done in source._steps(row):
+            if held and held[-1][2].schema != table.schema:
+                yield piece(before / total)
+                rows = size = 0
+            held.append((place, row, table, broken))
+            row += table.num_rows + len(broken)
+            rows, size = rows + table.num_rows, size + table.nbytes
+            if rows >= source.piece_rows or size >= _PIECE_BYTES:
+                yield piece(min((before + done * source.bytes) / total, 1.0))
+                rows = size = 0
+        before, row = before + source.bytes, 0
+    if held:
+        yield piece(1.0)
 
 
 def unify(sources: Sequence[TableSource]) -> list[TableSource]:
