@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.launcher import one_rank
 from tests.faults.runs import assert_same_run, make_data, records
+from tests.support.ranks import one_rank
 from torchrec_deepfm.data.prepared import PreparedData
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.small_file import seal
