@@ -2,46 +2,104 @@
 
 import itertools
 import os
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, get_args
 
 import tyro
 
 from torchrec_deepfm import terminal
-from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.errors import UserError, one_of
+from torchrec_deepfm.sharding.plan import OLD_SEARCHES, PlanFile, Search
 from torchrec_deepfm.sharding.sharding_types import FusedOptimizer
 from torchrec_deepfm.small_file import check_target
 
-if TYPE_CHECKING:
-    from torchrec_deepfm.sharding.plan import PlanFile
+
+def _search(words: list[str]) -> str:
+    """Read the name of a search; those of earlier versions still work."""
+    name = OLD_SEARCHES.get(words[0], words[0])
+    if name not in get_args(Search):
+        raise ValueError(f"{name!r} is not valid; choose {one_of(get_args(Search), name)}")
+    return name
+
+
+SearchOption = Annotated[
+    Search,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="{balanced,torchrec}",
+        instance_from_str=_search,
+        is_instance=lambda value: value in get_args(Search),
+        str_from_instance=lambda value: [value],
+    ),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowPlan:
+    """Print a plan: its costs, its memory, and where each table goes."""
+
+    file: tyro.conf.Positional[Path]
+    """File of a plan."""
+    report: Path | None = None
+    """HTML file for a report of the plan."""
+
+    def run(self) -> None:
+        """Run the command."""
+        from torchrec_deepfm.sharding.hardware import RESERVED
+        from torchrec_deepfm.sharding.plan_file import load_plan
+        from torchrec_deepfm.sharding.plan_text import plan_text
+
+        _check_report(self.report, [self.file])
+        plan = load_plan(self.file)
+        terminal.say(plan_text(plan, reserved=RESERVED))
+        _write_report(plan, self.report)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffPlans:
+    """Print how two plans differ: types, ranks, shards and kernels of tables, and predictions."""
+
+    first: tyro.conf.Positional[Path]
+    """File of a plan."""
+    second: tyro.conf.Positional[Path]
+    """File of another plan."""
+
+    def run(self) -> None:
+        """Run the command."""
+        from torchrec_deepfm.sharding.plan_file import load_plan
+        from torchrec_deepfm.sharding.plan_text import diff_text
+
+        terminal.say(diff_text(load_plan(self.first), load_plan(self.second), (str(self.first), str(self.second))))
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanCommand:
-    """Plan where tables go on hardware that need not be there; show a plan, or how two differ.
+    """Plan where tables go on hardware that need not be there.
 
-    ``plan --tables ... --hardware ... --ranks N --output plan.json``, ``plan show FILE``, ``plan diff A B``.
+    plan --tables ... --hardware ... --ranks N --output plan.json, plan show FILE, plan diff FILE FILE.
     """
 
-    words: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Nothing, to plan; or: show FILE; or: diff FILE FILE."""
+    action: (
+        Annotated[ShowPlan, tyro.conf.subcommand("show")] | Annotated[DiffPlans, tyro.conf.subcommand("diff")] | None
+    ) = None
     tables: str | None = None
     """criteo-terabyte, a TOML, JSON or CSV file of tables, or a prepared folder."""
     hardware: str | None = None
     """a100-40, a100-80, h100, h200, b200, cpu, torchrec (TorchRec's default bandwidths), or a TOML file."""
     ranks: int | None = None
-    """How many ranks (GPUs) of it."""
+    """Ranks (GPUs) of this hardware."""
     output: Path | None = None
     """File of the plan, which train --plan takes."""
     dim: int | None = None
-    """Width of every table, instead of what --tables says."""
+    """Width of every table, instead of the one in --tables."""
     batch_size: int = 8192
     """Samples per rank and step."""
-    search: Literal["ours", "stock"] = "ours"
-    """ours, or TorchRec's own."""
+    search: SearchOption = "balanced"
+    """balanced, or torchrec: TorchRec's own planner."""
     constraint: Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction] = ()
-    """What may be done with a table: C1=row_wise, 't_C*=column_wise:min_partition=8', '>1e6=row_wise'."""
+    """How a table may be sharded: C1=row_wise, 't_C*=column_wise:min_partition=8', '>1e6=row_wise'."""
     optimizer: FusedOptimizer = "rowwise_adagrad"
     """Optimizer of the tables, whose state takes memory."""
     ema: bool = False
@@ -54,120 +112,68 @@ class PlanCommand:
         terminal.quiet()
         if os.environ.get("RANK", "0") != "0":  # a plan is made once, however many ranks were started
             return
-        action, *files = self.words or ("",)
-        if action:
-            self._read(action, [Path(file) for file in files])
-        else:
+        if self.action is None:
             self._plan()
-
-    def _read(self, action: str, files: list[Path]) -> None:
-        from torchrec_deepfm.sharding.hardware import RESERVED
-        from torchrec_deepfm.sharding.plan_file import load_plan
-        from torchrec_deepfm.sharding.plan_text import diff_text, plan_text
-
-        wanted = {"show": 1, "diff": 2}
-        if action not in wanted:
-            raise UserError(
-                f"plan {action}: there is no such thing to do; give options to plan, or show FILE, or diff A B"
-            )
-        for option in fields(self):
-            used = option.name == "words" or (option.name == "report" and action == "show")
-            if not used and getattr(self, option.name) != option.default:
-                raise UserError(
-                    f"--{option.name.replace('_', '-')}: plan {action} reads plans that are there; leave the option out"
-                )
-        if len(files) != wanted[action]:
-            raise UserError(
-                f"plan {action}: {len(files)} file(s) given, {wanted[action]} wanted; name the plans' files"
-            )
-        self._check_report(files)
-        plans = [load_plan(file) for file in files]
-        if action == "show":
-            terminal.say(plan_text(plans[0], reserved=RESERVED))
-            self._write_report(plans[0])
+        elif replace(self, action=None) != PlanCommand():
+            raise UserError("plan show and plan diff read existing plans; leave out the options before show or diff")
         else:
-            terminal.say(diff_text(plans[0], plans[1], (str(files[0]), str(files[1]))))
+            self.action.run()
 
     def _plan(self) -> None:
         from torchrec_deepfm.sharding.hardware import MAX_BATCH_SIZE, MAX_RANKS, RESERVED
         from torchrec_deepfm.sharding.hardware_file import read_hardware
         from torchrec_deepfm.sharding.table_list import read_tables
 
-        for option in ("tables", "hardware", "ranks", "output"):
-            if getattr(self, option) is None:
-                raise UserError(f"--{option} is missing; plan wants --tables, --hardware, --ranks and --output")
-        assert self.tables is not None
-        assert self.hardware is not None
-        assert self.ranks is not None
-        assert self.output is not None
-        if self.ranks < 1:
-            raise UserError(f"--ranks {self.ranks}: must be at least 1")
-        if self.batch_size < 1:
-            raise UserError(f"--batch-size {self.batch_size}: must be at least 1")
+        if self.tables is None or self.hardware is None or self.ranks is None or self.output is None:
+            missing = [name for name in ("tables", "hardware", "ranks", "output") if getattr(self, name) is None]
+            raise UserError(f"--{missing[0]} is missing; plan needs --tables, --hardware, --ranks and --output")
         for option, value, most in (("ranks", self.ranks, MAX_RANKS), ("batch-size", self.batch_size, MAX_BATCH_SIZE)):
-            if value > most:
-                raise UserError(f"--{option} {value}: must be at most {most:,}")
+            if not 1 <= value <= most:
+                raise UserError(f"--{option} {value}: must be at {'least 1' if value < 1 else f'most {most:,}'}")
         inputs = [Path(self.tables), Path(self.hardware)]
         check_target("--output", self.output, like="plan.json", inputs=inputs)
-        self._check_report([*inputs, self.output])
+        _check_report(self.report, [*inputs, self.output])
         tables = read_tables(self.tables, self.dim)
         hardware = read_hardware(self.hardware)
         local_world_size = hardware.local_world_size(self.ranks)
 
-        from torchrec_deepfm.sharding.constraints import keep_to_possible, parse_constraints
-        from torchrec_deepfm.sharding.plan_check import check_fits
+        from torchrec_deepfm.sharding.constraints import parse_constraints
         from torchrec_deepfm.sharding.plan_file import save_plan
         from torchrec_deepfm.sharding.plan_text import plan_text
-        from torchrec_deepfm.sharding.search import lower_bound_ms, plan_tables
+        from torchrec_deepfm.sharding.search import Planning
 
-        rules = tuple(itertools.chain.from_iterable(self.constraint))
         constraints = parse_constraints(
-            rules,
+            tuple(itertools.chain.from_iterable(self.constraint)),
             tables,
             compute_device=hardware.compute_device,
             world_size=self.ranks,
             local_world_size=local_world_size,
         )
-        possible = constraints
-        if self.search == "stock":
-            possible = keep_to_possible(
-                constraints,
-                tables,
-                compute_device=hardware.compute_device,
-                world_size=self.ranks,
-                local_world_size=local_world_size,
-            )
-        plan = plan_tables(
+        planning = Planning(
             tables,
             hardware,
             self.ranks,
-            batch_size=self.batch_size,
-            constraints=possible,
-            search=self.search,
+            self.batch_size,
+            constraints=constraints,
             optimizer=self.optimizer,
             ema=self.ema,
         )
-        check_fits(
-            plan,
-            tables,
-            self.ranks,
-            local_world_size=local_world_size,
-            compute_device=hardware.compute_device,
-            where=f"the plan of --search {self.search}",
-        )
-        bound = lower_bound_ms(tables, hardware, self.ranks, batch_size=self.batch_size, constraints=constraints)
+        plan = planning.checked_plan(self.search)
+        bound = planning.lower_bound_ms
         save_plan(plan, self.output)
         terminal.say(plan_text(plan, bound_ms=bound, reserved=RESERVED))
         terminal.say(f"\nwrote {self.output}")
-        self._write_report(plan)
+        _write_report(plan, self.report)
 
-    def _check_report(self, inputs: list[Path]) -> None:
-        if self.report is not None:
-            check_target("--report", self.report, like="plan.html", inputs=inputs)
 
-    def _write_report(self, plan: "PlanFile") -> None:
-        if self.report is not None:
-            from torchrec_deepfm.sharding.plan_report import write_plan_report
+def _check_report(report: Path | None, inputs: Sequence[Path]) -> None:
+    if report is not None:
+        check_target("--report", report, like="plan.html", inputs=inputs)
 
-            write_plan_report(plan, self.report)
-            terminal.say(f"wrote {self.report}")
+
+def _write_report(plan: PlanFile, report: Path | None) -> None:
+    if report is not None:
+        from torchrec_deepfm.sharding.plan_report import write_plan_report
+
+        write_plan_report(plan, report)
+        terminal.say(f"wrote {report}")

@@ -66,4 +66,4 @@ def _plain(message: str) -> str:
 
 
 def _name(argument: Any) -> str:
-    return str(argument.lowered.name_or_flags[-1])
+    return str(argument.lowered.name_or_flags[-1]).rpartition(".")[2]  # a subcommand's own name, without its parent's

@@ -35,7 +35,7 @@ from torchrec_deepfm.sharding.hardware_file import read_hardware  # noqa: E402
 from torchrec_deepfm.sharding.table_list import Table, criteo_tables  # noqa: E402
 
 # Their names in `make_planner`.
-BALANCED, TORCHREC = "ours", "stock"
+BALANCED, TORCHREC = "balanced", "torchrec"
 RANKS = (8, 16, 32, 64, 128, 256, 512, 1024)
 # Sharding type and width that a user would try by hand.
 BY_HAND: Mapping[int, tuple[str, int]] = {

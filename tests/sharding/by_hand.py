@@ -89,7 +89,7 @@ def experiment(
             for name, one in plans.items()
         ),
         hardware=hardware,
-        left_out={"stock": "the same plan as ours"},
+        left_out={"torchrec": "the same plan as balanced"},
         scaling={ranks: 1.0, 2 * ranks: 1.5},
         made_at="2026-01-01 00:00 UTC",
         made_with={"torch": "2"},

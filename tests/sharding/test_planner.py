@@ -203,7 +203,7 @@ def test_the_moving_average_stays_on_the_device() -> None:
     )
     hardware = replace(PRESETS["a100-40"], hbm_bytes=GIB, ddr_bytes=GIB * 100)
     planned = [Table(name="t_C1", num_embeddings=5_000_000, embedding_dim=32)]
-    for search in ("ours", "stock"):
+    for search in ("balanced", "torchrec"):
         made = plan_tables(planned, hardware, 2, batch_size=256, search=search, ema=True)  # type: ignore[arg-type]
         assert {table.compute_kernel for table in made.tables} == {"fused"}
         assert made.predicted is not None
@@ -222,7 +222,7 @@ def test_a_saved_plan_must_fit_the_memory_at_hand(device: torch.device, tmp_path
         shards=(shard,),
     )  # fmt: skip
     path = tmp_path / "plan.json"
-    save_plan(PlanFile(world_size=1, local_world_size=1, batch_size=256, search="stock", tables=(table,)), path)
+    save_plan(PlanFile(world_size=1, local_world_size=1, batch_size=256, search="torchrec", tables=(table,)), path)
 
     def read(optimizer: SparseOptimizer, *, ema: bool) -> PlanFile:
         return read_fitting_plan(

@@ -156,10 +156,10 @@ def mixed_tables() -> tuple[Table, ...]:
 @pytest.mark.parametrize(("tables", "ranks"), [("criteo", 8), ("criteo", 16), ("mixed", 8), ("mixed", 16)])
 def test_never_worse_than_torchrecs_planner(tables: str, ranks: int) -> None:
     listed = criteo_tables(16) if tables == "criteo" else mixed_tables()
-    stock = plan_tables(listed, HARDWARE, ranks, batch_size=2048, search="stock")
-    ours = plan_tables(listed, HARDWARE, ranks, batch_size=2048)
-    assert critical_path(ours) <= critical_path(stock) * (1 + 1e-9)
-    assert ours == plan_tables(listed, HARDWARE, ranks, batch_size=2048)  # the same every time
+    torchrec = plan_tables(listed, HARDWARE, ranks, batch_size=2048, search="torchrec")
+    balanced = plan_tables(listed, HARDWARE, ranks, batch_size=2048)
+    assert critical_path(balanced) <= critical_path(torchrec) * (1 + 1e-9)
+    assert balanced == plan_tables(listed, HARDWARE, ranks, batch_size=2048)  # the same every time
 
 
 @pytest.mark.parametrize(
@@ -184,22 +184,22 @@ def test_never_worse_where_rows_or_host_memory_are_best(
         at = replace(HARDWARE, hbm_bytes=int(held / ranks * 2.5) + 2**25)
     else:
         at = PRESETS[hardware]
-    stock = plan_tables(listed, at, ranks, batch_size=512, search="stock")
-    ours = plan_tables(listed, at, ranks, batch_size=512)
-    assert critical_path(ours) <= critical_path(stock) * (1 + 1e-9)
+    torchrec = plan_tables(listed, at, ranks, batch_size=512, search="torchrec")
+    balanced = plan_tables(listed, at, ranks, batch_size=512)
+    assert critical_path(balanced) <= critical_path(torchrec) * (1 + 1e-9)
     bound = lower_bound_ms(listed, at, ranks, batch_size=512)
-    assert bound <= min(critical_path(ours), critical_path(stock)) * (1 + 1e-9)
+    assert bound <= min(critical_path(balanced), critical_path(torchrec)) * (1 + 1e-9)
 
 
 def test_tight_memory_is_kept_where_torchrec_keeps_it() -> None:
     tables = criteo_tables(64)
     weights = sum(table.gib for table in tables) * 2**30
     hardware = replace(HARDWARE, hbm_bytes=int(weights / 8 / 0.85 / 0.85))
-    stock = plan_tables(tables, hardware, 8, batch_size=2048, search="stock")
-    ours = plan_tables(tables, hardware, 8, batch_size=2048)
-    assert critical_path(ours) <= critical_path(stock)
-    assert ours.predicted is not None
-    assert max(cost.hbm_bytes for cost in ours.predicted.per_rank) <= hardware.hbm_bytes * (1 - RESERVED)
+    torchrec = plan_tables(tables, hardware, 8, batch_size=2048, search="torchrec")
+    balanced = plan_tables(tables, hardware, 8, batch_size=2048)
+    assert critical_path(balanced) <= critical_path(torchrec)
+    assert balanced.predicted is not None
+    assert max(cost.hbm_bytes for cost in balanced.predicted.per_rank) <= hardware.hbm_bytes * (1 - RESERVED)
 
 
 @pytest.mark.parametrize("part", ["all", "proposer", "partitioner", "enumerator"])

@@ -11,19 +11,18 @@ from pathlib import Path
 from statistics import median_low
 
 from torchrec_deepfm.errors import UserError
-from torchrec_deepfm.sharding.constraints import keep_to_possible, parse_constraints
+from torchrec_deepfm.sharding.constraints import parse_constraints
 from torchrec_deepfm.sharding.estimate import with_prediction
 from torchrec_deepfm.sharding.experiment_report import write_experiment_report
 from torchrec_deepfm.sharding.hardware import Hardware
 from torchrec_deepfm.sharding.measured import PLANS, RESULTS, Experiment, PlanMeasured, Settings
-from torchrec_deepfm.sharding.plan import PlanFile
+from torchrec_deepfm.sharding.plan import PlanFile, Search
 from torchrec_deepfm.sharding.plan_check import check_fits
 from torchrec_deepfm.sharding.plan_file import load_plan, save_plan
-from torchrec_deepfm.sharding.search import Search, plan_tables
+from torchrec_deepfm.sharding.search import Planning
 from torchrec_deepfm.sharding.sharding_types import SHARDING_TYPES, FusedOptimizer
 from torchrec_deepfm.sharding.table_list import Table
 from torchrec_deepfm.sharding.take_turns import Runs
-from torchrec_deepfm.sharding.workload import bag_configs
 from torchrec_deepfm.small_file import check_local
 
 REPORT = "report.html"
@@ -93,7 +92,7 @@ def make_plans(
         name = re.sub(r"[^\w.+-]+", "_", text.strip()).strip("_.")[:60] or "rules"  # a file's name, at 4 bytes a letter
         if name in named:
             raise UserError(f"--rules {text!r}: there is another plan called {name}; leave one of them out")
-        named[name] = _planned(text.split(), "stock", tables, hardware, ranks, batch_size, optimizer)
+        named[name] = _planned(text.split(), "torchrec", tables, hardware, ranks, batch_size, optimizer)
     if wanted.sweep:
         for name, rules, search in sweep(tables):
             if name in named:
@@ -125,15 +124,15 @@ def sweep(tables: Sequence[Table]) -> Iterator[tuple[str, list[str], Search]]:
         The planners' own plans first, then each type by itself, then mixes: the smaller half of the tables replicated
         and the others sharded; the larger half one way and the others table-wise.
     """
-    yield "ours", [], "ours"
-    yield "stock", [], "stock"
+    yield "balanced", [], "balanced"
+    yield "torchrec", [], "torchrec"
     for kind in SHARDING_TYPES:
-        yield kind, [f"*={kind}"], "stock"
+        yield kind, [f"*={kind}"], "torchrec"
     half = median_low(table.num_embeddings for table in tables)
     for kind in ("table_wise", "row_wise", "column_wise", "table_row_wise", "grid_shard"):
-        yield f"small_replicated+{kind}", [f"<={half}=data_parallel", f">{half}={kind}"], "stock"
+        yield f"small_replicated+{kind}", [f"<={half}=data_parallel", f">{half}={kind}"], "torchrec"
     for kind in ("row_wise", "column_wise", "table_row_wise"):
-        yield f"large_{kind}+table_wise", [f">{half}={kind}", f"<={half}=table_wise"], "stock"
+        yield f"large_{kind}+table_wise", [f">{half}={kind}", f"<={half}=table_wise"], "torchrec"
 
 
 def _planned(
@@ -145,17 +144,15 @@ def _planned(
     batch_size: int,
     optimizer: FusedOptimizer,
 ) -> PlanFile:
-    local, device, configs = hardware.local_world_size(ranks), hardware.compute_device, bag_configs(tables)
-    constraints = parse_constraints(rules, configs, compute_device=device, world_size=ranks, local_world_size=local)
-    if search == "stock":
-        constraints = keep_to_possible(
-            constraints, configs, compute_device=device, world_size=ranks, local_world_size=local
-        )
-    plan = plan_tables(
-        tables, hardware, ranks, batch_size=batch_size, constraints=constraints, search=search, optimizer=optimizer
+    constraints = parse_constraints(
+        rules,
+        tables,
+        compute_device=hardware.compute_device,
+        world_size=ranks,
+        local_world_size=hardware.local_world_size(ranks),
     )
-    check_fits(plan, tables, ranks, local_world_size=local, compute_device=device, where=f"the plan of search {search}")
-    return plan
+    planning = Planning(tables, hardware, ranks, batch_size, constraints=constraints, optimizer=optimizer)
+    return planning.checked_plan(search)
 
 
 def _same(one: PlanFile, other: PlanFile) -> bool:
@@ -197,7 +194,7 @@ def predict_scaling(
         except UserError as error:
             raise UserError(f"--scaling {count}: {error}") from error
         try:
-            plan = _planned([], "ours", tables, hardware, count, batch_size, optimizer)
+            plan = _planned([], "balanced", tables, hardware, count, batch_size, optimizer)
         except UserError:
             continue
         assert plan.predicted is not None

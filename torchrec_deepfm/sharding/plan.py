@@ -6,11 +6,15 @@ The types and ranges that the fields declare are checked where a plan is read fr
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
-from typing import Annotated, Any
+from typing import Annotated, Any, Final, Literal
 
 from msgspec import Meta
 
 from torchrec_deepfm.sharding.hardware import Hardware
+
+Search = Literal["balanced", "torchrec"]
+OLD_SEARCHES: Final = {"ours": "balanced", "stock": "torchrec"}
+"""Names of the searches in plans and command lines of earlier versions."""
 
 FORMAT = "torchrec_deepfm.plan"
 FORMAT_VERSION = 2

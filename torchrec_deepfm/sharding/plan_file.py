@@ -20,15 +20,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from torchrec_deepfm.errors import UserError, shown
-from torchrec_deepfm.sharding.plan import FORMAT, FORMAT_VERSION, PlanFile
+from torchrec_deepfm.sharding.plan import FORMAT, FORMAT_VERSION, OLD_SEARCHES, PlanFile
 from torchrec_deepfm.sharding.plan_check import check_sound
 from torchrec_deepfm.small_file import read_text, write_text
 from torchrec_deepfm.strict_json import as_type, parse_json
 
 _MAX_BYTES: Final = 256 * 2**20  # 1,024 ranks and 26 tables take 15 MiB
 _REMEDY: Final = "make the plan again"
-OLD_SEARCHES: Final = {"ours": "balanced", "stock": "torchrec"}
-"""Names of the searches in plans and command lines of earlier versions."""
 
 
 def load_plan(path: Path) -> PlanFile:

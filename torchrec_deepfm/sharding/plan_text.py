@@ -134,7 +134,7 @@ def diff_text(one: PlanFile, other: PlanFile, names: tuple[str, str]) -> str:
         A line for each difference, then the predictions; or that the plans are the same.
 
     Example:
-        >>> plan = PlanFile(world_size=1, local_world_size=1, batch_size=1, search="ours", tables=())
+        >>> plan = PlanFile(world_size=1, local_world_size=1, batch_size=1, search="balanced", tables=())
         >>> diff_text(plan, plan, ("a.json", "b.json"))
         'a.json and b.json place 0 tables alike'
     """

@@ -55,7 +55,7 @@ def plan_model(
     topology: Topology | None = None,
     ema: bool = False,
 ) -> PlanFile:
-    """Plan where the tables go with the stock planner; on one rank, for all ranks of the process group.
+    """Plan where the tables go with TorchRec's planner; on one rank, for all ranks of the process group.
 
     Args:
         module: the model, its tables on ``meta``.
@@ -108,7 +108,7 @@ def plan_model(
         world_size=topology.world_size,
         local_world_size=topology.local_world_size,
         batch_size=batch_size,
-        search="constraints" if constraints else "stock",
+        search="constraints" if constraints else "torchrec",
     )
 
 

@@ -30,8 +30,9 @@ def explain(
     *,
     proposals: int | None = None,
     ema: bool = False,
+    ranks_option: str = "-j",
 ) -> UserError:
-    """Say why there is no plan.
+    """Explain why there is no plan.
 
     Args:
         error: what the planner raised.
@@ -40,11 +41,12 @@ def explain(
         topology: the ranks with the memory that tables may take, after reservations.
         proposals: how many the planner has tried, where that is known.
         ema: whether the estimates include a moving average of the weights.
+        ranks_option: the option that sets the number of ranks, for the message.
 
     Returns:
         The error to raise: one line with the table, the numbers and what to do.
     """
-    reason = out_of_memory(options, topology, ema=ema)
+    reason = out_of_memory(options, topology, ema=ema, ranks_option=ranks_option)
     if reason is not None:
         return reason
     tried = "" if proposals is None else f" {proposals}"
@@ -61,19 +63,22 @@ def explain(
         last = f" (the last left no room for a part of table {full[1]})" if full else ""
         return UserError(
             f"{tried} that the search tried fits the memory of the ranks{last}, though each table by itself fits, and "
-            "all take less than there is: use more ranks (-j), or let the large tables be row_wise (--constraint)"
-            + _without(ema)
+            f"all take less than there is: use more ranks ({ranks_option}), or let the large tables be row_wise "
+            "(--constraint)" + _without(ema)
         )
     return UserError(f"the planner found no plan ({error.error_type.value}): {_first_line(error)}")
 
 
-def out_of_memory(options: Iterable[ShardingOption], topology: Topology, *, ema: bool = False) -> UserError | None:
+def out_of_memory(
+    options: Iterable[ShardingOption], topology: Topology, *, ema: bool = False, ranks_option: str = "-j"
+) -> UserError | None:
     """Find a table that no rank can hold its part of, or say that all ranks together are too small.
 
     Args:
         options: sharding options of all tables, with their estimates.
         topology: the ranks with the memory that tables may take.
         ema: whether the estimates include a moving average of the weights.
+        ranks_option: the option that sets the number of ranks, for the message.
 
     Returns:
         The error to raise; None where neither is the case.
@@ -97,8 +102,8 @@ def out_of_memory(options: Iterable[ShardingOption], topology: Topology, *, ema:
                 f"table {name}: {rows:,} x {width} are {_gib(rows * width * best.tensor.element_size())} of weights; "
                 f"at best, as {best.sharding_type} (of {tried}), one rank holds {_gib(getattr(held, tier))} of it with "
                 f"{beside}, but has {_gib(getattr(largest, tier))} of {_memory(tier, on_gpu)} for "
-                "tables: use more ranks (-j), let it be row_wise or column_wise (--constraint), or take fewer rows or "
-                "columns" + _without(ema)
+                f"tables: use more ranks ({ranks_option}), let it be row_wise or column_wise (--constraint), or take "
+                "fewer rows or columns" + _without(ema)
             )
         totals = [[_known(shard.storage) for shard in option.shards] for option in choices]
         totals = [shards for shards in totals if all(_overfull(each, largest) <= 1.0 for each in shards)]
@@ -110,8 +115,8 @@ def out_of_memory(options: Iterable[ShardingOption], topology: Topology, *, ema:
             ranks = math.ceil(needed / max(there / len(capacity), 1))
             return UserError(
                 f"the {len(by_table)} tables take {_gib(needed)} with {beside}, but {len(capacity)} "
-                f"rank(s) have {_gib(there)} of {_memory(tier, on_gpu)} for tables: use at least {ranks} ranks (-j), "
-                "or take fewer rows or columns" + _without(ema)
+                f"rank(s) have {_gib(there)} of {_memory(tier, on_gpu)} for tables: use at least {ranks} ranks "
+                f"({ranks_option}), or take fewer rows or columns" + _without(ema)
             )
     return None
 
