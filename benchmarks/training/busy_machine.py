@@ -135,7 +135,9 @@ def main(
             try:
                 for _ in range(rounds):
                     for way in ways:
-                        rates.setdefault(f"{way} {count}", []).append(measure(workers[way], seconds))
+                        rate = measure(workers[way], seconds)
+                        rates.setdefault(f"{way} {count}", []).append(rate)
+                        print(f"beside {count}: {way} {rate:,.0f}, load {os.getloadavg()[0]:.1f}", file=sys.stderr)
             finally:
                 for each in spinning:
                     each.kill()

@@ -31,7 +31,7 @@ from tests.faults.runs import differences, make_data, row_errors
 SLEEP = "0.04"  # seconds a step, so that a life of 40 steps lasts as long as its saves
 SAVES = ("--checkpoint-every", "2")
 WITHOUT_CHANCE = ("--dropout", "0", "--no-batch-norm")  # nothing left that depends on the number of ranks
-STALL_SECONDS = 5
+STALL_SECONDS = 15  # --timeout; ranks on a busy machine take some seconds to start
 PHASES = ["before the save", "between ranks", "before the manifest", "before the rename", "after the rename"]
 # System calls that strace lets fail with EIO, as a broken disk or a lost mount does.
 STATS = "stat,newfstatat,statx,fstat"
