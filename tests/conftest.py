@@ -1,15 +1,22 @@
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.end_to_end import Workspace
+from tests.support.end_to_end import Workspace
+
+if TYPE_CHECKING:
+    import torch
+
+    from torchrec_deepfm.data.dataset.prepared import PreparedData
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores, and torch reads this when it is loaded
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Files that take longest, to be begun first: a worker that is done with its own takes the next file.
-LONG = ("test_training_end_to_end.py", "tests/distributed/", "tests/faults/")
+LONG = ("training/test_end_to_end.py", "test_docs.py", "tests/training/", "tests/experiment/", "tests/sharding/")
 
 collect_ignore = ["support/preload.py"]  # only for a process that is about to fork
 
@@ -18,6 +25,28 @@ collect_ignore = ["support/preload.py"]  # only for a process that is about to f
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """A copy of the repository, shared by the tests that type commands; the sample data are made there once."""
     return Workspace.copy(tmp_path_factory.mktemp("user") / "torchrec_deepfm")
+
+
+@pytest.fixture
+def device() -> "Iterator[torch.device]":
+    """The CPU, with a process group of this process alone."""
+    from tests.support.ranks import one_rank  # loads torch, which many tests do not need
+
+    with one_rank() as cpu:
+        yield cpu
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> "PreparedData":
+    """10,000 training rows and 1,000 in each other split; do not change it."""
+    from torchrec_deepfm.data.prepare.prepare import prepare
+    from torchrec_deepfm.data.synthetic.generate import generate
+
+    folder = tmp_path_factory.mktemp("data")
+    raw = generate(folder / "raw", rows=10_000, seed=1)
+    days, validation, test = (sorted((folder / "raw").glob(f"{name}*.tsv")) for name in ("day", "validation", "test"))
+    assert len(days) == len(raw.files) - 2
+    return prepare(days, folder / "prepared", validation=validation, test=test, min_count=3)
 
 
 @pytest.fixture(scope="session")

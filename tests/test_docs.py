@@ -50,6 +50,17 @@ def test_links_lead_somewhere() -> None:
             assert target.startswith("https://") or (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+def test_every_function_that_contributing_names_exists() -> None:
+    """`file.py:name` is a file of the package or of tests/, and a class, function or constant in it."""
+    named = re.findall(r"`([\w/]+\.py)(?::(\w+))?`", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+    assert len(named) > 30
+    for file, name in named:
+        path = next((root / file for root in (ROOT / "torchrec_deepfm", ROOT) if (root / file).is_file()), None)
+        assert path, file
+        defined = re.findall(r"^(?:class|def) (\w+)|^(\w+)(?:: .*)? = ", path.read_text(encoding="utf-8"), re.MULTILINE)
+        assert not name or name in {one or other for one, other in defined}, f"{file}:{name}"
+
+
 def test_the_map_names_every_module() -> None:
     """CONTRIBUTING.md's map is true: no module is missing from it."""
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from tests.support.ranks import run_module
-from torchrec_deepfm.data.prepared import PreparedData
-from torchrec_deepfm.data.presets import MLPERF_NUM_EMBEDDINGS
+from torchrec_deepfm.data.criteo_defaults import MLPERF_NUM_EMBEDDINGS
+from torchrec_deepfm.data.dataset.prepared import PreparedData
 from torchrec_deepfm.training.recipes import DATA, recipe
 
 NUMERIC, CATEGORICAL = [f"I{i}" for i in range(1, 14)], [f"C{i}" for i in range(1, 27)]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from torchrec_deepfm.cli import Train, parse
+from torchrec_deepfm.cli.main import Train, parse
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCHX = Path(sys.executable).parent / "torchx"

@@ -10,7 +10,7 @@ from torchrec_deepfm.processes import UNDER_LAUNCHER, end_with_parent
 if __name__ == "__main__":  # before the imports, which take a second
     interrupt = Interrupt()
 
-from torchrec_deepfm.cli import main
+from torchrec_deepfm.cli.main import main
 from torchrec_deepfm.cpu_threads import choose_threads
 
 

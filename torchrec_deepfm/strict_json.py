@@ -76,7 +76,7 @@ def as_type(raw: Any, wanted: type[T], *, where: str, remedy: str) -> T:
             dataclass's own ``__post_init__``.
 
     Example:
-        >>> from torchrec_deepfm.sharding.table_list import Table
+        >>> from torchrec_deepfm.sharding.inputs.tables import Table
         >>> as_type({"name": "t", "num_embeddings": 0, "embedding_dim": 4}, Table, where="a.json", remedy="correct it")
         Traceback (most recent call last):
         torchrec_deepfm.errors.UserError: a.json: num_embeddings: expected a whole number >= 1, not 0; correct it

@@ -16,7 +16,7 @@ from pathlib import Path
 import tyro
 
 from benchmarks.data import loader_speed
-from torchrec_deepfm import terminal
+from torchrec_deepfm import console
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,11 +41,11 @@ def add_checksums(folder: Path) -> None:
     """Give a folder without lists the checksums that ``prepare`` would have written."""
     import numpy as np
 
-    from torchrec_deepfm.data.checksums import CHECKSUMS, HASH, stem_borders
-    from torchrec_deepfm.data.folder import digest, digest_parts, find_parts
-    from torchrec_deepfm.data.order import BLOCK_ROWS
-    from torchrec_deepfm.data.prepared import MANIFEST, PreparedData, read_manifest, stem_files
-    from torchrec_deepfm.small_file import seal
+    from torchrec_deepfm.data.dataset.checksums import CHECKSUMS, HASH, stem_borders
+    from torchrec_deepfm.data.dataset.prepared import MANIFEST, PreparedData, read_manifest, stem_files
+    from torchrec_deepfm.data.dataset.publish import digest, digest_parts, find_parts
+    from torchrec_deepfm.data.loader.epoch_order import BLOCK_ROWS
+    from torchrec_deepfm.files import seal
 
     data = PreparedData.open(folder)
     days = data.days("train")
@@ -61,14 +61,14 @@ def add_checksums(folder: Path) -> None:
 
 
 def main(options: Options) -> None:
-    terminal.quiet()  # before torch and TorchRec are loaded
+    console.quiet()  # before torch and TorchRec are loaded
     import torch
     import xxhash
 
-    from torchrec_deepfm.data.checksums import BlockCheck
-    from torchrec_deepfm.data.gather import SplitRows
-    from torchrec_deepfm.data.loader import Loader
-    from torchrec_deepfm.data.prepared import PreparedData
+    from torchrec_deepfm.data.dataset.checksums import BlockCheck
+    from torchrec_deepfm.data.dataset.prepared import PreparedData
+    from torchrec_deepfm.data.loader.loader import Loader
+    from torchrec_deepfm.data.loader.row_reader import SplitRows
 
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as name:

@@ -116,7 +116,7 @@ def compare(schema: str, folder: Path, options: Options) -> list[str]:
 
 
 def differences(schema: str, folder: Path) -> Iterator[str]:
-    from torchrec_deepfm.data.prepared import PreparedData
+    from torchrec_deepfm.data.dataset.prepared import PreparedData
 
     data = PreparedData.open(folder / "prepared")
     theirs = {name: np.load(folder / f"{name}.npz") for name in SPLITS.values()}

@@ -24,7 +24,7 @@ from typing import Any
 import tyro
 
 from benchmarks._lib.commands import environment, module_command
-from torchrec_deepfm import terminal
+from torchrec_deepfm import console
 
 KINDS = (
     "Loader, in order",
@@ -60,7 +60,7 @@ def make(folder: Path, options: Options, *, lists: bool) -> None:
     import numpy as np
 
     from torchrec_deepfm.data.schema import Column, Schema
-    from torchrec_deepfm.small_file import seal
+    from torchrec_deepfm.files import seal
 
     folder.mkdir()
     draw = np.random.default_rng(0)
@@ -109,13 +109,13 @@ def memory() -> dict[str, float]:
 
 def measure(options: Options, folder: Path) -> dict[str, Any]:
     """Run passes of one kind: samples/s, and peaks of the memory added since before the first pass."""
-    terminal.quiet()  # before torch and TorchRec are loaded
+    console.quiet()  # before torch and TorchRec are loaded
     import torch
     import torchrec
     from torchrec.datasets.criteo import InMemoryBinaryCriteoIterDataPipe
 
-    from torchrec_deepfm.data.loader import Loader
-    from torchrec_deepfm.data.prepared import PreparedData
+    from torchrec_deepfm.data.dataset.prepared import PreparedData
+    from torchrec_deepfm.data.loader.loader import Loader
 
     torch.set_num_threads(options.threads)
     data = PreparedData.open(folder)

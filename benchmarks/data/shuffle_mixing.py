@@ -20,7 +20,7 @@ import numpy as np
 import tyro
 from numpy.typing import NDArray
 
-from torchrec_deepfm.data.order import BLOCK_ROWS, WINDOW_BLOCKS, EpochOrder
+from torchrec_deepfm.data.loader.epoch_order import BLOCK_ROWS, WINDOW_BLOCKS, EpochOrder
 
 Batches = Callable[[int], Iterator[NDArray[np.int64]]]
 

@@ -21,18 +21,18 @@ from pathlib import Path
 
 import tyro
 
-from torchrec_deepfm import terminal
+from torchrec_deepfm import console
 
-terminal.quiet()
+console.quiet()
 
 from torchrec.distributed.planner import ParameterConstraints  # noqa: E402
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator  # noqa: E402
 
 from torchrec_deepfm.errors import UserError  # noqa: E402
-from torchrec_deepfm.sharding import search  # noqa: E402
-from torchrec_deepfm.sharding.hardware import Hardware  # noqa: E402
-from torchrec_deepfm.sharding.hardware_file import read_hardware  # noqa: E402
-from torchrec_deepfm.sharding.table_list import Table, criteo_tables  # noqa: E402
+from torchrec_deepfm.sharding.inputs.hardware import Hardware  # noqa: E402
+from torchrec_deepfm.sharding.inputs.hardware_toml import read_hardware  # noqa: E402
+from torchrec_deepfm.sharding.inputs.tables import Table, criteo_tables  # noqa: E402
+from torchrec_deepfm.sharding.search import plan_tables  # noqa: E402
 
 # Their names in `make_planner`.
 BALANCED, TORCHREC = "balanced", "torchrec"
@@ -119,7 +119,7 @@ MIXES: Mapping[str, Callable[[int], tuple[Table, ...]]] = {
 def tight(hardware: Hardware, tables: Sequence[Table], ranks: int) -> Hardware:
     """Reduce the HBM until the weights fill four fifths of what a planner may use."""
     weights = sum(table.gib for table in tables) * 2**30
-    return replace(hardware, hbm_bytes=math.ceil(weights / ranks / 0.8 / (1 - search.RESERVED)))
+    return replace(hardware, hbm_bytes=math.ceil(weights / ranks / 0.8 / (1 - plan_tables.RESERVED)))
 
 
 def run(
@@ -127,28 +127,29 @@ def run(
     hardware: Hardware,
     ranks: int,
     options: Options,
-    kind: search.Search,
+    kind: plan_tables.Search,
     constraints: Mapping[str, ParameterConstraints] | None = None,
 ) -> PlanFound | None:
     """Plan once and time the planner's call; None if no plan was found."""
     parts = {"batch_size": options.batch_size, "constraints": constraints}
-    planner = search.make_planner(tables, hardware, ranks, search=kind, **parts)
+    planner = plan_tables.make_planner(tables, hardware, ranks, search=kind, **parts)
     if kind == TORCHREC:
         planner._timeout_seconds = options.torchrec_seconds
         if not options.quick_torchrec:
             planner._enumerator = EmbeddingEnumerator(planner._topology, options.batch_size, planner._constraints)
-    module = search.table_module(tables)
+    module = plan_tables.table_module(tables)
     begin = time.perf_counter()
     try:
-        planner.plan(module, [search.AllTypesSharder() if kind == BALANCED else search.EmbeddingBagCollectionSharder()])
-    except (search.PlannerError, RuntimeError):
+        sharder = plan_tables.AllTypesSharder if kind == BALANCED else plan_tables.EmbeddingBagCollectionSharder
+        planner.plan(module, [sharder()])
+    except (plan_tables.PlannerError, RuntimeError):
         return None
     seconds = time.perf_counter() - begin
     best = planner._best_plan
     kinds = sorted({option.sharding_type for option in best})
     count = {kind: sum(option.sharding_type == kind for option in best) for kind in kinds}
     return PlanFound(
-        critical_path=search.AllTermsPerfModel(planner._topology).rate(best),
+        critical_path=plan_tables.AllTermsPerfModel(planner._topology).rate(best),
         seconds=seconds,
         types=", ".join(f"{number} {kind}" for kind, number in count.items()),
     )
@@ -203,7 +204,7 @@ def compare(options: Options) -> list[dict[str, object]]:
         hand = None
         if not options.sweep and ranks in BY_HAND and options.torchrec:
             hand = run(tables, hardware, ranks, options, TORCHREC, by_hand(tables, ranks))
-        bound = search.lower_bound_ms(tables, hardware, ranks, batch_size=options.batch_size)
+        bound = plan_tables.lower_bound_ms(tables, hardware, ranks, batch_size=options.batch_size)
         values = (mix, memory, dim, ranks, shown(torchrec)[0], shown(hand)[0], shown(balanced)[0], f"{bound:.2f}")
         values += (shown(torchrec)[1], shown(balanced)[1], "" if balanced is None else balanced.types)
         print("| " + " | ".join(str(each) for each in values) + " |", flush=True)

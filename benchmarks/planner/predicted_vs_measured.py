@@ -20,10 +20,10 @@ import tyro
 
 from benchmarks._lib import commands
 from benchmarks._lib.formatting import markdown
-from torchrec_deepfm.sharding.agreement import agreement
-from torchrec_deepfm.sharding.calibrate import recalculate
-from torchrec_deepfm.sharding.hardware_file import read_hardware
-from torchrec_deepfm.sharding.measured import Experiment, PlanMeasured, read_experiment
+from torchrec_deepfm.experiment.calibrate import recalculate
+from torchrec_deepfm.experiment.ranking import agreement
+from torchrec_deepfm.experiment.results import Experiment, PlanMeasured, read_experiment
+from torchrec_deepfm.sharding.inputs.hardware_toml import read_hardware
 
 # (rows, ids per sample). With these sizes no plan takes longer than a few times the fastest.
 MIXES = {

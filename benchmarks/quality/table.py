@@ -28,7 +28,7 @@ from benchmarks.quality.datasets import SHARED, real, synthetic
 from benchmarks.quality.settings import Row, rows
 from benchmarks.quality.training_jobs import Job, kept_result, result_of
 from benchmarks.quality.write_tables import ModelScores, write
-from torchrec_deepfm.data.prepared import PreparedData
+from torchrec_deepfm.data.dataset.prepared import PreparedData
 
 QUICK_ROWS = 4000
 

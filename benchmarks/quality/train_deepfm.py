@@ -18,13 +18,14 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from benchmarks.quality.prepared_arrays import Clock, run_worker, write
-from torchrec_deepfm import terminal
-from torchrec_deepfm.data.prepared import PreparedData
+from torchrec_deepfm import console
+from torchrec_deepfm.data.dataset.prepared import PreparedData
+from torchrec_deepfm.distributed import process_group
 from torchrec_deepfm.model.arches import OverArch
 from torchrec_deepfm.model.deepfm import DeepFM
-from torchrec_deepfm.training import ranks, run_folder
 from torchrec_deepfm.training.config import TrainConfig
 from torchrec_deepfm.training.recipes import recipe
+from torchrec_deepfm.training.run import folder
 from torchrec_deepfm.training.trainer import train
 
 
@@ -74,7 +75,7 @@ class FMAndDNN(DeepFM):
 
 
 def main(data: Path, result: Path, settings: dict[str, Any], seed: int) -> None:
-    terminal.quiet()
+    console.quiet()
     torch.set_num_threads(settings.get("threads", 1))
     changes = {key: tuple(value) if isinstance(value, list) else value for key, value in settings["changes"].items()}
     config: TrainConfig = replace(recipe(settings["recipe"]), **changes, seed=seed)
@@ -85,7 +86,7 @@ def main(data: Path, result: Path, settings: dict[str, Any], seed: int) -> None:
     shutil.rmtree(run, ignore_errors=True)
     clock = Clock()
     with (
-        ranks.process_group(cpu=True) as device,
+        process_group.process_group(cpu=True) as device,
         # The trainer has no option for another model class.
         mock.patch("torchrec_deepfm.training.build.DeepFM", model),
     ):
@@ -99,7 +100,7 @@ def main(data: Path, result: Path, settings: dict[str, Any], seed: int) -> None:
             "train_seconds": summary["train_seconds"],
             "samples_per_second": summary["samples_per_second"],
             "epochs": summary["steps"] * config.batch_size / max(PreparedData.open(data).rows("train"), 1),
-            "versions": run_folder.versions(),
+            "versions": folder.versions(),
         },
     )
     shutil.rmtree(run)

@@ -18,7 +18,7 @@ from benchmarks._lib.formatting import markdown
 from benchmarks._lib.seed_statistics import mean, with_deviation
 from benchmarks.quality.datasets import synthetic
 from benchmarks.quality.training_jobs import Job, result_of
-from torchrec_deepfm.data.prepared import PreparedData
+from torchrec_deepfm.data.dataset.prepared import PreparedData
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,13 +30,13 @@ WARM_UP = 3  # steps
 
 def worker(ranks: int, batch_size: int) -> None:
     """Train for the seconds on each line of standard input, and print samples per second."""
-    from torchrec_deepfm import terminal
+    from torchrec_deepfm import console
 
-    terminal.quiet()
+    console.quiet()
     import torch
     import torch.distributed as dist
 
-    from torchrec_deepfm.training.ranks import process_group
+    from torchrec_deepfm.distributed.process_group import process_group
 
     with process_group(cpu=True) as device:
         pipeline, batches = make_pipeline(device, lambda: "bf16", batch_size=batch_size)

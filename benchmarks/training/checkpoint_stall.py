@@ -44,8 +44,8 @@ def main(options: Options) -> None:
 
 def measure(options: Options, device: object, folder: Path) -> None:
     """Train, save and print."""
-    from torchrec_deepfm.training.checkpoint import Checkpoints
-    from torchrec_deepfm.training.state import TrainingTensors
+    from torchrec_deepfm.training.checkpoint.manager import Checkpoints
+    from torchrec_deepfm.training.checkpoint.tensors import TrainingTensors
 
     model, optimizer, config = build(options.rows, options.batch_size, device)
     tensors = TrainingTensors(model, optimizer, config.sparse_optimizer)

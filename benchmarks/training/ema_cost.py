@@ -47,7 +47,7 @@ def main(options: Options) -> None:
 
 def measure(options: Options, rows: int, device: Any) -> None:
     """Measure and print one size of the tables."""
-    from torchrec_deepfm.training.averaging import MovingAverage
+    from torchrec_deepfm.training.ema import MovingAverage
     from torchrec_deepfm.training.evaluation import autocast
 
     model, optimizer, _ = build(rows, options.batch_size, device)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
-from torchrec_deepfm import terminal
+from torchrec_deepfm import console
 
 Precision = Literal["float32", "medium", "bf16"]
 KEYS = [f"C{i}" for i in range(1, 27)]
@@ -27,15 +27,15 @@ def training_rank(device: str, threads: int) -> Iterator[Any]:
     """
     if device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is loaded
-    terminal.quiet()
+    console.quiet()
     import torch
 
-    from torchrec_deepfm.training import ranks
+    from torchrec_deepfm.distributed import process_group
 
     if device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda: torch finds no GPU here")
     torch.set_num_threads(threads)
-    with ranks.process_group() as place:
+    with process_group.process_group() as place:
         yield place
 
 

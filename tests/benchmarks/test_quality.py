@@ -16,8 +16,8 @@ from benchmarks._lib import seed_statistics
 from benchmarks.quality import prepared_arrays, settings, table, train_deepfm, training_jobs, variants, write_tables
 from tests.benchmarks.scripts import run
 from torchrec_deepfm import embedding_tables
-from torchrec_deepfm.data.loader import Loader
-from torchrec_deepfm.data.prepared import PreparedData
+from torchrec_deepfm.data.dataset.prepared import PreparedData
+from torchrec_deepfm.data.loader.loader import Loader
 
 # seed_statistics and write_tables
 

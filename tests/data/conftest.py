@@ -1,9 +1,9 @@
 import pytest
 
-from tests.data.batches import DAYS
-from tests.data.folders import LISTS, make
-from torchrec_deepfm.data import order
-from torchrec_deepfm.data.prepared import PreparedData
+from tests.support.data_batches import DAYS
+from tests.support.data_folders import LISTS, make
+from torchrec_deepfm.data.dataset.prepared import PreparedData
+from torchrec_deepfm.data.loader import epoch_order
 
 
 @pytest.fixture(scope="module")
@@ -21,5 +21,5 @@ def lists(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks and windows so small that these folders have many."""
-    monkeypatch.setattr(order, "BLOCK_ROWS", 4)
-    monkeypatch.setattr(order, "WINDOW_BLOCKS", 3)
+    monkeypatch.setattr(epoch_order, "BLOCK_ROWS", 4)
+    monkeypatch.setattr(epoch_order, "WINDOW_BLOCKS", 3)

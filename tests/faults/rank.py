@@ -24,7 +24,8 @@ import torch
 from tests.faults.runs import rows_of
 from tests.support.fork import LAUNCHER
 from torchrec_deepfm import __main__ as command_line
-from torchrec_deepfm.training import checkpoint, dcp, loop, store
+from torchrec_deepfm.training import loop
+from torchrec_deepfm.training.checkpoint import dcp, manager, store
 
 _step = 0
 
@@ -151,7 +152,7 @@ def main() -> None:
     before(loop.Loop, "_step", count)
     after(loop.Loop, "_step", log)
     before(loop.Loop, "heed", lambda self: fault("evaluation", self.point.step))
-    before(checkpoint.Checkpoints, "save", save)
+    before(manager.Checkpoints, "save", save)
     # The files of this rank are written; the others' may not be.
     after(dcp.Writer, "write_data", lambda self, *_, **__: fault("between ranks", step_of(self.path)))
     before(store.Store, "commit", lambda self, step, *_: fault("before the manifest", step))

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from torchrec_deepfm.data.prepare import prepare
-from torchrec_deepfm.data.prepared import PreparedData
+from torchrec_deepfm.data.dataset.prepared import PreparedData
+from torchrec_deepfm.data.prepare.prepare import prepare
 from torchrec_deepfm.data.schema import Schema
-from torchrec_deepfm.training.dcp import Cut, LoadPlanner, Pieces, Reader, load_metadata
+from torchrec_deepfm.training.checkpoint.dcp import Cut, LoadPlanner, Pieces, Reader, load_metadata
 
 SCHEMA = Schema(label="label", numeric=("row", "noise"), categorical=("user", "item", "shop"))
 ROWS = 2000

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from tests.faults.jobs import ROOT
 from tests.faults.runs import make_data
+from torchrec_deepfm.distributed.run_lock import RunLock
 from torchrec_deepfm.processes import is_ending
-from torchrec_deepfm.training.lock import RunLock
 
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
 TORCHX = [str(Path(sys.executable).parent / "torchx"), "run", "-s", "local_cwd", "apps/deepfm.py", "-j", "1x2", "--"]
@@ -91,8 +91,8 @@ def test_a_killed_process_counts_as_ending_before_it_is_reaped() -> None:
 
 def test_a_training_that_was_asked_to_stop_is_waited_for(tmp_path: Path) -> None:
     program = (
-        "import sys, time; from pathlib import Path; from torchrec_deepfm.training.lock import RunLock\n"
-        "from torchrec_deepfm.training.signals import requests_to_stop\n"
+        "import sys, time; from pathlib import Path; from torchrec_deepfm.distributed.run_lock import RunLock\n"
+        "from torchrec_deepfm.distributed.stop_signals import requests_to_stop\n"
         "held = RunLock(Path(sys.argv[1]))\n"
         "with requests_to_stop(held.stopping) as requests:\n"
         "    print('held', flush=True)\n"

@@ -17,7 +17,7 @@ import torch
 
 from tests.faults.jobs import GLOBAL_BATCH, command, environment, run, start
 from tests.faults.runs import assert_each_row_once, assert_same_run, make_data, read_tensors, records
-from torchrec_deepfm.small_file import seal
+from torchrec_deepfm.files import seal
 
 CAMPAIGN = pytest.mark.campaign
 GO_ON = "then run the same command again; it resumes from the newest checkpoint, if one was saved"

@@ -6,9 +6,9 @@ import pytest
 
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.sharding.estimate import predict, with_prediction
-from torchrec_deepfm.sharding.plan import TERMS, PlanFile, PlannedShard, PlannedTable
-from torchrec_deepfm.sharding.presets import PRESETS
-from torchrec_deepfm.sharding.table_list import Table, criteo_tables
+from torchrec_deepfm.sharding.inputs.presets import PRESETS
+from torchrec_deepfm.sharding.inputs.tables import Table, criteo_tables
+from torchrec_deepfm.sharding.plan.plan import TERMS, PlanFile, PlannedShard, PlannedTable
 
 HARDWARE = PRESETS["torchrec"]
 BATCH = 8192

@@ -15,7 +15,7 @@ with mock.patch("warnings.showwarning"):
     import torchrec.distributed.planner  # noqa: F401
     import tyro  # noqa: F401
 
-    import torchrec_deepfm.cli
+    import torchrec_deepfm.cli.main
     import torchrec_deepfm.training.trainer  # noqa: F401
 
 threads = len(list(Path("/proc/self/task").iterdir()))

@@ -11,7 +11,7 @@ from torchrec.datasets.utils import Batch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
-from tests.distributed.samples import draw, read_state, to_batch, write_state
+from tests.support.samples import draw, read_state, to_batch, write_state
 from torchrec_deepfm import DeepFM, DeepFMTrain, embedding_tables
 from torchrec_deepfm.training.build import build_model
 from torchrec_deepfm.training.config import TrainConfig

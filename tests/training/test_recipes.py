@@ -8,14 +8,14 @@ import pytest
 import torch
 from torchrec import EmbeddingBagCollection
 
-from torchrec_deepfm import cli
+from torchrec_deepfm.cli import main as cli
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.model.deepfm import DeepFM
 from torchrec_deepfm.model.tables import embedding_tables
 from torchrec_deepfm.training.config import TrainConfig
+from torchrec_deepfm.training.memory_estimate import dense_parameters, size_of
 from torchrec_deepfm.training.recipe_text import recipe_text, recipes_table
 from torchrec_deepfm.training.recipes import DATA, RECIPES, one_line, recipe
-from torchrec_deepfm.training.sizing import dense_parameters, size_of
 
 OWN = """
 from dataclasses import replace

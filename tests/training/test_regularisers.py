@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchrec import EmbeddingBagCollection
 from torchrec.datasets.utils import Batch
 
-from tests.distributed.samples import draw, read_state, to_batch, write_state
+from tests.support.samples import draw, read_state, to_batch, write_state
 from tests.training.test_optimizers import SIZES, UPDATES, adam, train_sharded
 from torchrec_deepfm import DeepFM, DeepFMTrain, embedding_tables
 from torchrec_deepfm.errors import UserError

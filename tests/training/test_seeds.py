@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from tests.faults.runs import make_data, result
+from torchrec_deepfm.console import seeds_summary
 from torchrec_deepfm.errors import UserError
-from torchrec_deepfm.terminal import seeds_summary
 from torchrec_deepfm.training.config import TrainConfig
 from torchrec_deepfm.training.seeds import summarise, train_seeds
 from torchrec_deepfm.training.trainer import evaluate_run, train

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from torchrec_deepfm.errors import UserError, did_you_mean, one_of
-from torchrec_deepfm.small_file import parse_toml, read_text
+from torchrec_deepfm.files import parse_toml, read_text
 
 TRANSFORMS: Final = ("log1p", "log", "bucketize", "fuxictr", "none")
 MISSING: Final = ("value", "rare")

@@ -35,12 +35,12 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from torchrec_deepfm.errors import UserError
-from torchrec_deepfm.sharding.hardware import Hardware
-from torchrec_deepfm.sharding.plan import Cost, PlanFile, PlannedTable, Predicted
-from torchrec_deepfm.sharding.sharding_types import SparseOptimizer
-from torchrec_deepfm.sharding.sparse_optimizers import SPARSE_OPTIMIZERS
-from torchrec_deepfm.sharding.table_list import Table
-from torchrec_deepfm.sharding.topology import topology
+from torchrec_deepfm.sharding.inputs.hardware import Hardware
+from torchrec_deepfm.sharding.inputs.sharding_types import SparseOptimizer
+from torchrec_deepfm.sharding.inputs.sparse_optimizers import SPARSE_OPTIMIZERS
+from torchrec_deepfm.sharding.inputs.tables import Table
+from torchrec_deepfm.sharding.inputs.topology import topology
+from torchrec_deepfm.sharding.plan.plan import Cost, PlanFile, PlannedTable, Predicted
 
 
 def table_module(tables: Sequence[Table], optimizer: SparseOptimizer = "rowwise_adagrad") -> nn.Module:

@@ -14,19 +14,19 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import ParameterConstraints
 from torchrec.distributed.types import ShardingPlan, ShardingType
 
+from torchrec_deepfm.distributed.process_group import on_main
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.model.deepfm import DeepFM, DeepFMTrain
 from torchrec_deepfm.model.tables import embedding_tables
-from torchrec_deepfm.sharding.constraints import parse_constraints
-from torchrec_deepfm.sharding.initialize import initialize_tables
-from torchrec_deepfm.sharding.plan import PlanFile
-from torchrec_deepfm.sharding.plan_sharding import find_embedding_bags, to_sharding_plan
-from torchrec_deepfm.sharding.planner import DATA_PARALLEL_ROWS, plan_model, read_fitting_plan
-from torchrec_deepfm.sharding.sharder import make_sharder
-from torchrec_deepfm.sharding.sharding_types import IN_MEMORY_KERNELS
+from torchrec_deepfm.sharding.inputs.constraints import parse_constraints
+from torchrec_deepfm.sharding.inputs.sharding_types import IN_MEMORY_KERNELS
+from torchrec_deepfm.sharding.plan.plan import PlanFile
+from torchrec_deepfm.sharding.plan.torchrec_plan import find_embedding_bags, to_sharding_plan
+from torchrec_deepfm.sharding.runtime.init_tables import initialize_tables
+from torchrec_deepfm.sharding.runtime.plan_model import DATA_PARALLEL_ROWS, plan_model, read_fitting_plan
+from torchrec_deepfm.sharding.runtime.sharder import make_sharder
 from torchrec_deepfm.training.config import TrainConfig
 from torchrec_deepfm.training.optimizers import fuse_sparse_optimizer
-from torchrec_deepfm.training.ranks import on_main
 from torchrec_deepfm.training.regularisers import penalise_looked_up_rows
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {

@@ -8,7 +8,7 @@ from numbers import Integral, Real
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from torchrec_deepfm.errors import UserError
-from torchrec_deepfm.sharding.sharding_types import Qcomms, SparseOptimizer
+from torchrec_deepfm.sharding.inputs.sharding_types import Qcomms, SparseOptimizer
 
 Activation = Literal["relu", "tanh", "sigmoid", "gelu", "silu"]
 Precision = Literal["float32", "medium", "bf16"]

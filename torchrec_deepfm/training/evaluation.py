@@ -9,9 +9,9 @@ from torchrec.datasets.utils import Batch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import EvalPipelineSparseDist
 
-from torchrec_deepfm.data.loader import Loader
+from torchrec_deepfm.data.loader.loader import Loader
+from torchrec_deepfm.training.checkpoint.tensors import averaged_buffers
 from torchrec_deepfm.training.metrics import Metrics, gather_metrics
-from torchrec_deepfm.training.state import averaged_buffers
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:

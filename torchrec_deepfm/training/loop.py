@@ -16,25 +16,25 @@ from torchrec.datasets.utils import Batch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
-from torchrec_deepfm.data.loader import Loader
+from torchrec_deepfm.data.loader.loader import Loader
+from torchrec_deepfm.distributed.health import DataFiles, longest_wait
+from torchrec_deepfm.distributed.health import Progress as Signs
+from torchrec_deepfm.distributed.step_sync import Control
+from torchrec_deepfm.distributed.stop_signals import Preempted, Requests
 from torchrec_deepfm.errors import UserError
-from torchrec_deepfm.training.averaging import MovingAverage
-from torchrec_deepfm.training.checkpoint import Checkpoints
+from torchrec_deepfm.training.checkpoint.dcp import Pieces
+from torchrec_deepfm.training.checkpoint.manager import Checkpoints
+from torchrec_deepfm.training.checkpoint.rank_state import RankState
+from torchrec_deepfm.training.checkpoint.tensors import TrainingTensors
 from torchrec_deepfm.training.config import Metric, TrainConfig
-from torchrec_deepfm.training.control import Control
-from torchrec_deepfm.training.dcp import Pieces
+from torchrec_deepfm.training.early_stopping import Tracker, Verdict
+from torchrec_deepfm.training.ema import MovingAverage
 from torchrec_deepfm.training.evaluation import autocast, evaluate
-from torchrec_deepfm.training.formats import RECORD_EVERY, Manifest, TrainingPoint
 from torchrec_deepfm.training.metrics import Metrics, NotFiniteError
 from torchrec_deepfm.training.nonfinite import LossWatch, refuse_predictions
 from torchrec_deepfm.training.optimizers import make_optimizer, make_scheduler, set_rates
-from torchrec_deepfm.training.progress import Progress
-from torchrec_deepfm.training.rank_state import RankState
-from torchrec_deepfm.training.signals import Preempted, Requests
-from torchrec_deepfm.training.state import TrainingTensors
-from torchrec_deepfm.training.stopping import Tracker, Verdict
-from torchrec_deepfm.training.watch import DataFiles, longest_wait
-from torchrec_deepfm.training.watch import Progress as Signs
+from torchrec_deepfm.training.run.formats import RECORD_EVERY, Manifest, TrainingPoint
+from torchrec_deepfm.training.run.progress import Progress
 
 
 @dataclass(frozen=True, kw_only=True)

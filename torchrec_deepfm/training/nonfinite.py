@@ -13,11 +13,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torchrec.datasets.utils import Batch
 
+from torchrec_deepfm.distributed.disk_errors import refused
+from torchrec_deepfm.distributed.process_group import is_main, on_main
 from torchrec_deepfm.errors import UserError
-from torchrec_deepfm.small_file import write_bytes
-from torchrec_deepfm.training.checkpoint import Checkpoints, lower_rates
-from torchrec_deepfm.training.disk import refused
-from torchrec_deepfm.training.ranks import is_main, on_main
+from torchrec_deepfm.files import write_bytes
+from torchrec_deepfm.training.checkpoint.manager import Checkpoints, lower_rates
 
 # Batches that are in the pipeline, and not trained on yet, with some to spare.
 _AHEAD = 8

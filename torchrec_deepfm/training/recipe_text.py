@@ -7,8 +7,8 @@ from typing import Any
 
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.training.config import TrainConfig
+from torchrec_deepfm.training.memory_estimate import size_of
 from torchrec_deepfm.training.recipes import DATA, RECIPES, DataSet, one_line, recipe
-from torchrec_deepfm.training.sizing import size_of
 from torchrec_deepfm.units import format_bytes
 
 _PROG = "python -m torchrec_deepfm"

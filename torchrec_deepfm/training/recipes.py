@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from torchrec_deepfm.data.presets import MLPERF_NUM_EMBEDDINGS
+from torchrec_deepfm.data.criteo_defaults import MLPERF_NUM_EMBEDDINGS
 from torchrec_deepfm.errors import UserError, one_of
 from torchrec_deepfm.training.config import TrainConfig
 

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
-from torchrec_deepfm.data.prepared import PreparedData
+from torchrec_deepfm.data.dataset.prepared import PreparedData
+from torchrec_deepfm.distributed import run_lock
+from torchrec_deepfm.distributed.process_group import is_main, on_main
 from torchrec_deepfm.errors import UserError
-from torchrec_deepfm.small_file import is_partial
-from torchrec_deepfm.training import lock, run_folder
+from torchrec_deepfm.files import is_partial
 from torchrec_deepfm.training.config import TrainConfig
-from torchrec_deepfm.training.ranks import is_main, on_main
+from torchrec_deepfm.training.run import folder as run_folder
 from torchrec_deepfm.training.trainer import Result, Resume, train
 
 _SPLITS = ("validation", "test")
@@ -139,7 +140,7 @@ def _check_free(output: Path, resume: Resume) -> None:
     if not output.is_dir():
         raise UserError(f"--output {output}: there is a file of that name; name a folder")
     runs = {path.name for path in run_folder.seed_folders(output).values()}
-    left = {lock.NAME, f"{run_folder.SUMMARY}.partial"}  # the second one by older versions
+    left = {run_lock.NAME, f"{run_folder.SUMMARY}.partial"}  # the second one by older versions
     names = sorted(path.name for path in output.iterdir() if path.name not in left and not is_partial(path.name))
     if (output / "config.json").exists():
         raise UserError(f"--output {output}: the folder holds a single run; name another one for --seeds")

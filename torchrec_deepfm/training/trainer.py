@@ -10,25 +10,26 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from torchrec_deepfm.data.loader import Loader
-from torchrec_deepfm.data.prepared import PreparedData
+from torchrec_deepfm.data.dataset.prepared import PreparedData
+from torchrec_deepfm.data.loader.loader import Loader
+from torchrec_deepfm.distributed.health import DataFiles, Progress, explained, longest_wait
+from torchrec_deepfm.distributed.process_group import is_main, on_main, shared_mistakes
+from torchrec_deepfm.distributed.run_lock import RunLock
+from torchrec_deepfm.distributed.stop_signals import Preempted, Requests, requests_to_stop
 from torchrec_deepfm.errors import UserError
-from torchrec_deepfm.training import metrics_log, progress, run_folder
 from torchrec_deepfm.training.build import Sharded, build_model
-from torchrec_deepfm.training.checkpoint import Checkpoints, load_model, save_model, verify_together
+from torchrec_deepfm.training.checkpoint.manager import Checkpoints, load_model, save_model, verify_together
+from torchrec_deepfm.training.checkpoint.store import MANIFEST, Damaged
+from torchrec_deepfm.training.checkpoint.tensors import model_state
 from torchrec_deepfm.training.config import TrainConfig
 from torchrec_deepfm.training.evaluation import evaluate
-from torchrec_deepfm.training.formats import Manifest, convert
-from torchrec_deepfm.training.lock import RunLock
 from torchrec_deepfm.training.loop import Loop, Surroundings
 from torchrec_deepfm.training.metrics import RELIABILITY_BINS, Metrics, NotFiniteError, lift
 from torchrec_deepfm.training.nonfinite import record_not_finite
-from torchrec_deepfm.training.ranks import is_main, on_main, shared_mistakes
-from torchrec_deepfm.training.report import CALIBRATION, report_is_drawn, write_run_report
-from torchrec_deepfm.training.signals import Preempted, Requests, requests_to_stop
-from torchrec_deepfm.training.state import model_state
-from torchrec_deepfm.training.store import MANIFEST, Damaged
-from torchrec_deepfm.training.watch import DataFiles, Progress, explained, longest_wait
+from torchrec_deepfm.training.run import folder as run_folder
+from torchrec_deepfm.training.run import metrics_log, progress
+from torchrec_deepfm.training.run.formats import Manifest, convert
+from torchrec_deepfm.training.run.report import CALIBRATION, report_is_drawn, write_run_report
 
 Resume = Literal["auto", "never"]
 

@@ -1,0 +1,217 @@
+"""`plan`, `plan show` and `plan diff` as commands, and what they refuse."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from torchrec_deepfm.cli import main as cli
+from torchrec_deepfm.sharding.plan.io import load_plan
+from torchrec_deepfm.sharding.plan.text import diff_text, ranks_text
+
+
+def run(*words: object) -> None:
+    cli.main([str(word) for word in words])
+
+
+def planned(folder: Path, name: str, *words: object) -> Path:
+    path = folder / name
+    run("plan", "--tables", "criteo-terabyte", "--hardware", "h100", "--ranks", 16, "--output", path, *words)
+    return path
+
+
+def test_a_plan_with_a_moving_average(tmp_path: Path) -> None:
+    """The same plan takes one more copy of the weights on every rank."""
+    rules = ("--constraint", "*=row_wise:kernel=fused", "--dim", 16)
+    plans = [load_plan(planned(tmp_path, f"{len(more)}.json", *rules, *more)) for more in ((), ("--ema",))]
+    assert plans[0].without_predictions() == plans[1].without_predictions()
+    weights = [0] * 16
+    for table in plans[0].tables:
+        for shard in table.shards:
+            weights[shard.rank] += shard.sizes[0] * shard.sizes[1] * 4
+    held = [[cost.hbm_bytes for cost in plan.predicted.per_rank] for plan in plans if plan.predicted is not None]
+    assert [after - before for before, after in zip(*held, strict=True)] == weights
+
+
+def test_a_plan_is_written_shown_and_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    balanced = planned(tmp_path, "balanced.json")
+    printed = capsys.readouterr().out
+    plan = load_plan(balanced)
+    assert plan.predicted is not None
+    path = plan.predicted.critical_path_ms
+    assert f"critical path {path:.2f} ms (rank " in printed
+    assert f"mean {plan.predicted.mean_ms:.2f} ms" in printed
+    assert "of 68.0 GiB a rank (80.0 GiB less 15% for all else)" in printed
+    assert printed.rstrip().endswith(f"wrote {balanced}")
+    raw = json.loads(balanced.read_text())
+    assert raw["hardware"]["name"] == "h100"
+    assert raw["predicted"]["critical_path_ms"] == path
+    assert len(raw["predicted"]["per_rank"]) == raw["world_size"] == 16
+    assert [table["name"] for table in raw["tables"]] == [f"t_C{n}" for n in range(1, 27)]
+    totals = [0.0] * 16
+    for table in raw["tables"]:
+        for shard in table["shards"]:
+            totals[shard["rank"]] += shard["predicted"]["total_ms"]
+    assert max(totals) == pytest.approx(path)
+
+    run("plan", "show", balanced)
+    shown = capsys.readouterr().out
+    assert f"critical path {path:.2f} ms" in shown
+    assert "of 68.0 GiB a rank (80.0 GiB less 15% for all else)" in shown
+
+    torchrec = planned(tmp_path, "torchrec.json", "--search", "torchrec", "--constraint", "C1=row_wise")
+    capsys.readouterr()
+    run("plan", "diff", balanced, torchrec)
+    told = capsys.readouterr().out
+    before = next(table for table in raw["tables"] if table["name"] == "t_C1")
+    assert f"t_C1: {before['sharding_type']} -> row_wise; {len(before['shards'])} -> 16 shards" in told
+    other = load_plan(torchrec).predicted
+    assert other is not None
+    assert f"critical path: {path:.2f} -> {other.critical_path_ms:.2f} ms" in told
+    run("plan", "diff", balanced, balanced)
+    assert capsys.readouterr().out == f"{balanced} and {balanced} place 26 tables alike\n"
+
+
+def test_single_differences_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = planned(tmp_path, "a.json", "--dim", 16)
+    raw = json.loads(path.read_text())
+    table = next(table for table in raw["tables"] if table["sharding_type"] != "data_parallel")
+    moved = table["shards"][0]
+    moved["rank"] = (moved["rank"] + 1) % 16
+    table["ranks"][0] = moved["rank"]
+    (tmp_path / "b.json").write_text(json.dumps(raw))
+    one, other = load_plan(path), load_plan(tmp_path / "b.json")
+    told = diff_text(one, other, ("a", "b")).splitlines()
+    assert told[0] == "a -> b: 1 of 26 tables placed differently"
+    assert told[1].startswith(f"{table['name']}: ranks ")
+    assert told[-1].startswith(("GPU memory of the fullest rank", "host memory"))
+
+
+@pytest.mark.parametrize(
+    ("search", "name"),
+    [("balanced", "balanced"), ("torchrec", "torchrec"), ("ours", "balanced"), ("stock", "torchrec")],
+)
+def test_a_plan_for_cpu_ranks_leaves_none_without_a_row(search: str, name: str, tmp_path: Path) -> None:
+    """FBGEMM's kernel on CPU needs one. TorchRec's planner does not know, and takes row_wise of two rows here."""
+    (tmp_path / "short.csv").write_text("name,num_embeddings,embedding_dim,pooling_factor\na,2,128,100\nb,2,128,100\n")
+    words = ["--tables", tmp_path / "short.csv", "--hardware", "cpu", "--ranks", 8, "--output", tmp_path / "plan.json"]
+    run("plan", *words, "--search", search)
+    plan = load_plan(tmp_path / "plan.json")
+    assert plan.search == name  # "ours" and "stock" are the names of earlier versions
+    assert all(min(shard.sizes) >= 1 for table in plan.tables for shard in table.shards)
+
+
+def test_a_reader_that_leaves_early_is_no_error() -> None:
+    command = f"{sys.executable} -m torchrec_deepfm plan --help | head -n 1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=300)
+    assert done.stdout.startswith("usage")
+    assert done.stderr == ""
+
+
+def test_ranks_in_short() -> None:
+    assert ranks_text(range(16)) == "0-15"
+    assert ranks_text([3, 1, 3]) == "1 3"
+    assert ranks_text(range(0, 40, 2)) == "0 2 4 6 8 10 ... (20 ranks)"
+
+
+def test_as_a_rank_only_the_first_one_plans(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torchrec_deepfm", "plan", "--tables", "criteo-terabyte", "--hardware", "h100"]
+    command += ["--ranks", "8", "--output", str(tmp_path / "plan.json")]
+    environment = {**os.environ, "RANK": "1", "WORLD_SIZE": "2"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+GOOD = {"--tables": "criteo-terabyte", "--hardware": "h100", "--ranks": "16", "--output": "plan.json"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"--ranks": "12"}, "12 ranks on h100: not a multiple of the 8 ranks of a host; take 8 or 16"),
+        ({"--ranks": "9" * 30}, f"--ranks {'9' * 30}: must be at most 65,536"),
+        ({"--batch-size": "9" * 30}, f"--batch-size {'9' * 30}: must be at most 2,147,483,647"),
+        ({"--ranks": "0"}, "--ranks 0: must be at least 1"),
+        ({"--ranks": None}, "--ranks is missing; plan needs --tables, --hardware, --ranks and --output"),
+        ({"--hardware": "h10"}, "hardware 'h10': no such preset; choose one of a100-40,"),
+        ({"--hardware": "bad.toml"}, "bad.toml: hbm_bytes: expected a whole number >= 1, not -5; correct it"),
+        ({"--tables": "criteo"}, "tables 'criteo': neither criteo-terabyte nor a file nor a prepared folder"),
+        ({"--tables": "."}, "."),
+        ({"--dim": "10"}, "--dim: embedding_dim: 10 is not a multiple of 4"),
+        ({"--dim": "-4"}, "--dim: embedding_dim: expected a whole number >= 4, not -4"),
+        ({"--batch-size": "0"}, "--batch-size 0: must be at least 1"),
+        ({"--output": "absent/plan.json"}, "--output absent/plan.json: there is no such folder"),
+        ({"--output": "."}, "--output .: this is a folder"),
+        ({"--output": "pipe"}, "--output pipe: this is no regular file; name a file, such as plan.json"),
+        ({"--output": "o" * 300}, f"'{'o' * 56}...: longer than a name may be here; take a shorter one"),
+        ({"--tables": "short.csv", "--output": "short.csv"}, "--output short.csv: this command reads or writes that"),
+        ({"--hardware": "good.toml", "--output": "good.toml"}, "--output good.toml: this command reads or writes that"),
+        ({"--report": "./plan.json"}, "--report plan.json: this command reads or writes that file already"),
+        ({"--report": "."}, "--report .: this is a folder; name a file, such as plan.html"),
+        ({"--tables": "short.csv", "--dim": "6"}, "--dim: embedding_dim: 6 is not a multiple of 4"),
+        ({"--tables": "lines.json"}, "lines.json: missing tables, unknown 'a\\nb'; correct it"),
+        ({"--tables": "t" * 300}, f"'{'t' * 56}...: longer than a name may be here"),
+        ({"--hardware": "h" * 300}, f"'{'h' * 56}...: longer than a name may be here"),
+        ({"--constraint": "C99=row_wise"}, "--constraint C99=row_wise: "),
+        ({"--constraint": "C1=fused"}, "--constraint C1=fused: there is no sharding type 'fused'"),
+        (
+            {"--tables": "short.csv", "--hardware": "cpu", "--constraint": "b=row_wise"},
+            "--constraint b=row_wise: table b: row_wise cuts its 2 rows into pieces of 1 and leaves 14 of 16 ranks",
+        ),
+        ({"--tables": "huge.json"}, "table huge: 1,000,000,000,000 x 128 are 476,837.2 GiB of weights"),
+    ],
+)
+def test_bad_input_gets_one_line_and_leaves_nothing(
+    changed: dict[str, str | None],
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("bad.toml").write_text('base = "h100"\nhbm_bytes = -5\n')
+    Path("huge.json").write_text('[{"name": "huge", "num_embeddings": 1000000000000, "embedding_dim": 128}]')
+    Path("good.toml").write_text('base = "H100"\n')
+    Path("lines.json").write_text('{"a\\nb": 1}')
+    os.mkfifo("pipe")
+    Path("short.csv").write_text("name,num_embeddings,embedding_dim\na,100000,16\nb,2,16\n")
+    before = {path.name: path.read_text() for path in tmp_path.iterdir() if path.is_file()}
+    words = [word for key, value in (GOOD | changed).items() if value is not None for word in (key, value)]
+    with pytest.raises(SystemExit) as stopped:
+        run("plan", *words)
+    captured = capsys.readouterr()
+    assert stopped.value.code == 2
+    assert captured.err.startswith(f"error: {told}")
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+    assert {path.name: path.read_text() for path in tmp_path.iterdir() if path.is_file()} == before
+    assert len(list(tmp_path.iterdir())) == len(before) + 1
+    assert Path("pipe").is_fifo()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["shwo", "a.json"], "unknown option shwo; python -m torchrec_deepfm plan --help lists the options"),
+        (["show"], "option file is missing"),
+        (["diff", "a.json"], "option second is missing"),
+        (["show", "absent.json"], "absent.json: there is no such file"),
+        (["show", "absent.json", "--ranks", "8"], "unknown option --ranks"),
+        (["diff", "a.json", "b.json", "--report", "x.html"], "unknown option --report"),
+        (["--ranks", "8", "show", "absent.json"], "plan show and plan diff read existing plans; leave out the options"),
+        (["--search", "stok"], "option --search: 'stok' is not valid; choose one of balanced, torchrec"),
+        ([], "--tables is missing; plan needs --tables, --hardware, --ranks and --output"),
+        (["--tables", "x", "--ranks", "8"], "--hardware is missing"),
+    ],
+)
+def test_wrong_words_get_one_line(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run("plan", *words)
+    captured = capsys.readouterr()
+    assert (stopped.value.code, captured.out) == (2, "")
+    assert captured.err.startswith(f"error: {told}")
+    assert captured.err.count("\n") == 1

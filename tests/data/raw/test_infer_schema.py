@@ -1,0 +1,213 @@
+"""`schema infer`: the guess is read back by the reader of schemas, and says why each column stands where it does."""
+
+import random
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.support.data_tables import parquet, text_file
+from torchrec_deepfm.data.raw.infer_schema import infer_schema, write_inferred
+from torchrec_deepfm.data.raw.table_source import open_tables
+from torchrec_deepfm.data.schema import Column, read_schema
+from torchrec_deepfm.errors import UserError
+
+ROWS = 400
+NO_LABEL = (
+    "no column named label, click, clicked, is_click, is_clicked, target, y holds values 0 and 1; pass label= or "
+    "--label NAME"
+)
+
+
+def columns():
+    draw = random.Random(1)
+    bags = [[f"t{draw.randrange(9)}" for _ in range(draw.randrange(4))] for _ in range(ROWS)]
+    return {
+        "click": [draw.randrange(2) for _ in range(ROWS)],
+        "userId": [draw.randrange(10**9) for _ in range(ROWS)],
+        "hour": [draw.randrange(24) for _ in range(ROWS)],
+        "shop": [draw.randrange(300) for _ in range(ROWS)],
+        "views": [draw.randrange(51) * 1000 + draw.randrange(9) for _ in range(ROWS)],
+        "hash": [draw.randrange(-(2**62), 2**62) for _ in range(ROWS)],
+        "event_time": [1_700_000_000_000 + draw.randrange(10**9) for _ in range(ROWS)],
+        "price": [draw.random() for _ in range(ROWS)],
+        'a "quoted"\nné/w': ["x\ty" if draw.random() < 0.5 else "z" for _ in range(ROWS)],
+        "constant": ["same"] * ROWS,
+        "key": [f"k{j}" for j in range(ROWS)],
+        "is new": [draw.random() < 0.5 for _ in range(ROWS)],
+        "tags": bags,
+        "tag loads": [[draw.random() for _ in bag] for bag in bags],
+        "embedding": [[1.0, 2.0]] * ROWS,
+        "day": pa.array([1] * ROWS, pa.date32()),
+        "nothing": pa.array([None] * ROWS, pa.string()),
+        "big": pa.array([2**64 - 1 - draw.randrange(5) for _ in range(ROWS)], pa.uint64()),
+        "old_id": [None if draw.random() < 0.5 else float(draw.randrange(99)) for _ in range(ROWS)],
+    }
+
+
+def read_back(tmp_path, text):
+    path = tmp_path / "inferred.toml"
+    path.write_text(text, encoding="utf-8")
+    return read_schema(path)
+
+
+def reason(text, name):
+    [line] = [line for line in text.splitlines() if line.strip().startswith(("#   " + name, name))]
+    return line.partition(",  # ")[2] or line.partition(": ")[2]
+
+
+def test_kinds_of_columns(tmp_path):
+    path = parquet(tmp_path / "clicks.parquet", columns())
+    text = infer_schema(str(path))
+    schema = read_back(tmp_path, text)
+    assert schema.label == "click"
+    assert schema.numeric == ("views", "event_time", "price")
+    assert schema.categorical == (
+        "userId",
+        "hour",
+        "shop",
+        "hash",
+        'a "quoted"\nné/w',
+        "constant",
+        "key",
+        "is new",
+        "tags",
+        "big",
+        "old_id",
+    )
+    assert dict(schema.columns) == {
+        "tags": Column(list=True, weights="tag loads"),
+        "big": Column(type="string"),
+        "old_id": Column(type="integer"),
+    }
+    different = len(set(columns()["shop"]))
+    assert reason(text, '"shop"') == f"integers, {different} different; they fill their range, as numbered ids do"
+    assert reason(text, '"hour"') == "integers, 24 different; few"
+    assert reason(text, '"userId"').endswith(
+        "; its name ends in id; another in every row: the number of the row? Then remove it"
+    )
+    assert reason(text, '"hash"').startswith(f"integers, {ROWS} different; too large for counts")
+    assert reason(text, '"views"').endswith("; a range with gaps, as counts have")
+    assert reason(text, '"constant"') == "text, 1 different; the same in every row: of no use"
+    assert "another in every row" in reason(text, '"key"')
+    assert reason(text, '"embedding"').startswith("lists of decimal numbers")
+    assert reason(text, '"day"') == "it holds date32[day]; convert it to numbers, integers or text"
+    assert reason(text, '"nothing"') == "no value in these rows"
+    # The table can be read with it as it stands.
+    [source] = open_tables(str(path), schema)
+    assert sum(piece.frame.height for piece in source.pieces()) == ROWS
+
+
+def test_csv(tmp_path):
+    draw = random.Random(2)
+    lines = [
+        f"{draw.choice(['true', 'false'])},{draw.randrange(10**6)},00{draw.randrange(9)},{draw.random()},"
+        f"{draw.choice(['a|b', 'c|a|d'])},{draw.choice(['', ' 7', '8.0'])},{draw.choice(['0.5|1', '|2'])}"
+        for _ in range(99)
+    ]
+    path = text_file(tmp_path / "t.csv", "\n".join(["Target,user id,zip,price,tags,part_id,loads", *lines]))
+    text = infer_schema(str(path))
+    schema = read_back(tmp_path, text)
+    assert (schema.label, schema.numeric) == ("Target", ("price",))
+    assert schema.categorical == ("user id", "zip", "tags", "part_id", "loads")
+    assert schema.options("user id") == Column(type="integer")
+    assert schema.options("zip") == Column()
+    assert reason(text, '"loads"').endswith("the weights of a list? Then name it there as weights, and not here")
+    assert reason(text, '"tags"').endswith('Then write below [columns]: "tags" = { list = true, separator = "|" }')
+
+
+def test_a_csv_with_another_delimiter(tmp_path):
+    path = text_file(tmp_path / "t.csv", "y;c\n1;a,b\n0;c\n")
+    schema = read_back(tmp_path, infer_schema(str(path)))
+    assert (schema.delimiter, schema.label, schema.categorical) == (";", "y", ("c",))
+    [source] = open_tables(str(path), schema)
+    assert next(source.pieces()).frame.rows() == [(1, "a,b"), (0, "c")]
+
+
+def test_only_the_first_rows_are_read(tmp_path):
+    for name, value in (("1", "x"), ("2", None)):
+        parquet(
+            tmp_path / f"part-{name}.parquet", {"y": [0, 1] * 5, "c": ["a"] * 10, "d": pa.array([value] * 10, "string")}
+        )
+    assert "its first 10 rows" in infer_schema(str(tmp_path), sample_rows=10)
+    assert "its first 20 rows" in infer_schema(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("cells", "label", "expected"),
+    [
+        (
+            {"yes": [0, 1], "c": ["a", "b"]},
+            None,
+            NO_LABEL + " (these hold 0 and 1: 'yes')",
+        ),
+        (
+            {"label": [0, 2], "c": ["a", "b"]},
+            None,
+            NO_LABEL,
+        ),
+        ({"rating": [1, 5]}, "rating", "column 'rating' holds other values than 0 and 1; name another --label"),
+        (
+            {"rating": [1, 0]},
+            "ratings",
+            "there is no column 'ratings'; the file has 'rating' (did you mean 'rating'?); name another --label",
+        ),
+        (
+            {"y": [1, 0], "price": [0.5, 1]},
+            None,
+            "no column looks like a category, and a model needs one; write the schema by hand, docs/tables.md",
+        ),
+        ({"y": pa.array([], "int8")}, None, "there is no row in it; give a table with data"),
+    ],
+)
+def test_tables_that_give_no_schema(tmp_path, cells, label, expected):
+    path = parquet(tmp_path / "t.parquet", cells)
+    with pytest.raises(UserError) as caught:
+        infer_schema(str(path), label=label)
+    assert str(caught.value) == f"{path}: {expected}"
+
+
+def test_a_named_label_goes_before_others(tmp_path):
+    path = parquet(tmp_path / "t.parquet", {"label": [0, 1], "bought": [True, False]})
+    schema = read_back(tmp_path, infer_schema(str(path), label="bought"))
+    assert (schema.label, schema.categorical) == ("bought", ("label",))
+
+
+def test_nothing_is_overwritten(tmp_path):
+    path = parquet(tmp_path / "t.parquet", {"y": [0, 1], "c": ["a", "b"]})
+    output = tmp_path / "schema.toml"
+    write_inferred(str(path), output)
+    assert read_schema(output).categorical == ("c",)
+    output.write_text("mine")
+    with pytest.raises(UserError) as caught:
+        write_inferred(str(path), output)
+    assert str(caught.value) == (
+        f"{output}: the file exists, and its corrections would be lost; name another or remove it"
+    )
+    assert output.read_text() == "mine"
+    with pytest.raises(UserError, match="it can't be written"):
+        write_inferred(str(path), tmp_path / "none" / "schema.toml")
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.text(st.characters(codec="utf-8"), min_size=1, max_size=5), unique=True, min_size=1, max_size=4))
+def test_any_name_returns(tmp_path_factory, names):
+    """Names with quotes, newlines, control characters, and in types too: what is written is TOML with these names."""
+    folder = tmp_path_factory.mktemp("names")
+    names = [name for name in names if name != "label"]
+    cells = {name: ["a", "b"] for name in names} | {"label": [0, 1], "more": ["a", "b"]}
+    cells["odd"] = pa.array([None, None], pa.struct([(name, pa.int8()) for name in names]))
+    text = infer_schema(str(parquet(folder / "t.parquet", cells)), label="label")
+    schema = read_back(folder, text)
+    assert schema.categorical == tuple(name for name in cells if name not in ("label", "odd"))
+
+
+def test_frappe(shared_data, tmp_path):
+    path = shared_data / "frappe" / "train.parquet"
+    schema = read_back(tmp_path, infer_schema(str(path)))
+    assert schema.label == "label"
+    assert schema.numeric == ()
+    assert schema.categorical == tuple(pq.read_schema(path).names[1:])
+    assert dict(schema.columns) == {}

@@ -1,0 +1,51 @@
+"""The phases of a step, beside a clock around the whole of it."""
+
+import time
+
+import pytest
+import torch
+
+from tests.support.experiments import BATCH_SIZE, plan
+from torchrec_deepfm.experiment.step_timer import PHASES, split_step
+from torchrec_deepfm.experiment.workload import Draw, batches, build
+from torchrec_deepfm.sharding.inputs.tables import Table
+
+TABLES = tuple(
+    Table(name=f"t{number}", num_embeddings=2000, embedding_dim=16, pooling_factor=200) for number in range(4)
+)
+
+
+@pytest.mark.parametrize("kinds", [["table_wise"] * 4, ["data_parallel"] * 4, ["table_wise", "data_parallel"] * 2])
+def test_phases_sum_up_to_the_step(kinds: list[str], device: torch.device) -> None:
+    trained = build(TABLES, plan(TABLES, kinds, 1), device, optimizer="rowwise_adagrad", over_arch_layer_sizes=(64,))
+    own = batches(TABLES, Draw(batch_size=BATCH_SIZE), 0, 1, device)[0]
+    trained.step(own)
+    shares = []
+    for _ in range(20):
+        start = time.perf_counter()
+        split = split_step(trained, own)
+        whole = time.perf_counter() - start
+        assert set(split) == set(PHASES)
+        assert min(split.values()) >= 0
+        assert sum(split.values()) <= whole
+        shares.append(sum(split.values()) / whole)
+    # What is left out is the work of the marks themselves; a lost phase would take more.
+    assert max(shares) > 0.8
+
+
+@pytest.mark.parametrize(
+    ("parts", "phase"),
+    [("_input_dists", "input_dist"), ("_lookups", "lookup"), ("_output_dists", "output_dist"), ("over_arch", "dense")],
+)
+def test_a_phase_has_the_time_of_its_part(parts: str, phase: str, device: torch.device) -> None:
+    trained = build(TABLES, plan(TABLES, ["table_wise"] * 4, 1), device, optimizer="sgd", over_arch_layer_sizes=(64,))
+    own = batches(TABLES, Draw(batch_size=BATCH_SIZE), 0, 1, device)[0]
+    trained.step(own)
+    for module in trained.model.modules():
+        part = getattr(module, parts, None)
+        for one in part if isinstance(part, list | torch.nn.ModuleList) else [part]:
+            if isinstance(one, torch.nn.Module):
+                one.register_forward_pre_hook(lambda *_: time.sleep(0.2))
+    split = split_step(trained, own)
+    assert split[phase] > 0.2
+    assert sum(split.values()) - split[phase] < 0.2

@@ -1,3 +1,0 @@
-from tests.distributed.conftest import device
-
-__all__ = ["device"]

@@ -1,0 +1,317 @@
+"""The run's own report: what it shows is what the run's files say, and no run is too odd for it."""
+
+import json
+import math
+import os
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+from tests.faults.runs import make_data
+from torchrec_deepfm.cli import main as cli
+from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.report.page import NOTHING, embedded_data
+from torchrec_deepfm.report.training_curves import learning_curves, points, reliability_curves, thinned, wilson
+from torchrec_deepfm.training.config import TrainConfig
+from torchrec_deepfm.training.run.report import write_run_report
+from torchrec_deepfm.training.trainer import train as train_run
+
+CONFIG: dict[str, Any] = {
+    "format_version": 1,
+    "config": {"factor_dim": 4, "dropout": 0.0, "over_arch_layer_sizes": [32, 16], "epochs": 2},
+    "num_embeddings": {"user": 1000, "<b>item": 10},
+    "numeric": ["price"],
+    "data": "data/own",
+    "data_sha256": None,
+    "world_size": 2,
+    "versions": {"torch": "2.13.0"},
+}
+PLAN: dict[str, Any] = {
+    "format": "torchrec_deepfm.plan",
+    "format_version": 2,
+    "world_size": 2,
+    "local_world_size": 2,
+    "batch_size": 64,
+    "search": "stock",
+    "hardware": None,
+    "made_with": {},
+    "predicted": None,
+    "tables": [
+        {
+            "name": name, "num_embeddings": rows, "embedding_dim": 8, "sharding_type": kind, "compute_kernel": kernel,
+            "ranks": [0, 1],
+            "shards": [
+                {"rank": rank, "offsets": [at, 0], "sizes": [size, 8], "predicted": None}
+                for rank, (at, size) in enumerate(shards)
+            ],
+        }
+        for name, rows, kind, kernel, shards in (
+            ("t_user", 1000, "row_wise", "fused", [(0, 500), (500, 500)]),
+            ("t_<b>item", 10, "data_parallel", "dense", [(0, 10), (0, 10)]),
+        )
+    ],
+}  # fmt: skip
+SUMMARY: dict[str, Any] = {
+    "validation": {"rows": 50, "logloss": 0.4, "auc": 0.8125, "ne": 0.7, "calibration": 1.01},
+    "test": {"rows": 40, "logloss": 0.41, "auc": None, "ne": None, "calibration": None},
+    "best": {"metric": "auc", "value": 0.8125, "step": 40},
+    "samples_per_second": 1234.5,
+    "train_seconds": 6.5,
+    "steps": 60,
+    "epochs": 2,
+    "batch_size": 64,
+    "world_size": 2,
+}
+BINS = [
+    {"low": 0.0625, "high": 0.125, "rows": 25, "predicted": 0.1, "observed": 0.12},
+    {"low": 0.25, "high": 0.5, "rows": 25, "predicted": 0.4, "observed": 0.36},
+]
+
+
+def train(step: int, loss: float | None, epoch: int = 1) -> dict[str, Any]:
+    rates = {"sparse": 0.1 / step, "dense": 0.001 / step}
+    return {"step": step, "split": "train", "epoch": epoch, "loss": loss, "lr": rates, "samples_per_second": 9.0}
+
+
+def evaluation(step: int, split: str = "validation", auc: float | None = 0.8) -> dict[str, Any]:
+    return {"step": step, "split": split, "loss": 0.5, "logloss": 0.5, "auc": auc, "ne": 0.9, "rows": 50}
+
+
+RECORDS = [train(20, 0.7), evaluation(20, auc=0.75), train(40, 0.5), evaluation(40), train(60, 0.45, 2), evaluation(60)]
+
+
+def make_run(folder: Path, **files: object) -> Path:
+    """A run's folder; `metrics` is a list of records or a text, and None leaves a file out."""
+    folder.mkdir()
+    calibration = {"format_version": 1, "splits": {"validation": BINS, "test": BINS}}
+    given = {"config": CONFIG, "plan": PLAN, "summary": SUMMARY, "calibration": calibration, "metrics": RECORDS} | files
+    for name, value in given.items():
+        if value is None:
+            continue
+        if name == "metrics":
+            text = value if isinstance(value, str) else "".join(json.dumps(record) + "\n" for record in value)  # type: ignore[attr-defined]
+            (folder / "metrics.jsonl").write_text(text)
+        else:
+            (folder / f"{name}.json").write_text(value if isinstance(value, str) else json.dumps(value))
+    return folder
+
+
+class Cells(HTMLParser):
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.rows: list[list[str]] = []
+        self.images: list[dict[str, str | None]] = []
+        self.text = ""
+        self._inside = False
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+            self._inside = True
+        if tag == "img":
+            self.images.append(dict(attrs))
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside &= tag not in ("td", "th")
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+        if self._inside:
+            self.rows[-1][-1] += data
+
+
+def read(folder: Path) -> tuple[Cells, dict[str, Any]]:
+    html = write_run_report(folder).read_text(encoding="utf-8")
+    return Cells(html), embedded_data(html)
+
+
+def test_it_shows_what_the_files_say(tmp_path: Path) -> None:
+    shown, data = read(make_run(tmp_path / "run"))
+    assert ["validation", "0.81250", "0.40000", "0.70000", "1.01000", "0.03000", "50"] in shown.rows
+    assert ["test", NOTHING, "0.41000", NOTHING, NOTHING, "0.03000", "40"] in shown.rows
+    assert ["validation", "0.2500", "0.5000", "25", "0.4000", "0.3600"] in shown.rows
+    # 1000 rows of 8 numbers (4 + 1, padded) of 4 bytes
+    assert ["t_user", "1,000", "0.03", "row_wise", "fused", "0 1"] in shown.rows
+    assert ["t_<b>item", "10", "0.00", "data_parallel", "dense", "0 1"] in shown.rows
+    assert ["--over-arch-layer-sizes", "32 16", "400 400 400"] in shown.rows
+    assert data["summary"] == SUMMARY
+    assert data["calibration"] == {"validation": BINS, "test": BINS}
+    assert data["curves"]["train_loss"] == [[20, 0.7], [40, 0.5], [60, 0.45]]
+    assert data["curves"]["evaluations"] == [record for record in RECORDS if record["split"] != "train"]
+    error = "expected calibration error 0.0300"
+    assert [image["alt"] for image in shown.images] == [
+        "The training loss goes from 0.7000 to 0.4500. The validation AUC ends at 0.8000.",
+        f"Share of clicks against prediction. validation: {error}; test: {error}.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("files", "pictures", "text"),
+    [
+        ({"summary": None, "calibration": None}, 1, "This run is not finished. Its last record is of step 60."),
+        ({"summary": None, "calibration": None, "metrics": None, "plan": None}, 0, "Its last record is of step 0."),
+        ({"metrics": [train(1, 0.7)]}, 2, "The training loss goes from 0.7000 to 0.7000."),
+        ({"metrics": [train(1, math.nan), evaluation(1, auc=None)]}, 2, "Learning curves"),
+        ({"metrics": [train(1, None)]}, 1, "Nothing has been recorded."),
+        ({"metrics": json.dumps(train(5, 0.5)) + '\n{"step": 6, "split": "tr'}, 2, "Learning curves"),
+        ({"metrics": [{**train(20, 0.5), "lr": {}}, evaluation(20, "test")]}, 2, "Learning curves"),
+        ({"calibration": {"splits": {"validation": [], "test": [BINS[0]]}}}, 2, "expected calibration error"),
+        ({"calibration": {"splits": {"test": [{**BINS[0], "predicted": 0.0, "observed": 0.0}]}}}, 2, "Calibration"),
+        (
+            {"summary": {key: SUMMARY[key] for key in SUMMARY if key not in ("validation", "test", "best")}},
+            2,
+            "neither",
+        ),
+        ({"summary": {**SUMMARY, "restored_step": 40}}, 2, "those of step 40, the best ones"),
+        ({"summary": {**SUMMARY, "best": {"metric": "auc", "value": None, "step": None}}}, 2, "Result"),
+        ({"metrics": [train(step, 1 / step, step // 9) for step in range(1, 5000)]}, 2, "Learning curves"),
+    ],
+)
+def test_odd_runs(tmp_path: Path, files: dict[str, object], pictures: int, text: str) -> None:
+    shown, _ = read(make_run(tmp_path / "run", **files))
+    assert len(shown.images) == pictures
+    assert text in shown.text or any(text in (image["alt"] or "") for image in shown.images)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"config": None}, "--run {}: there is no run here (no config.json); name the folder that train wrote"),
+        ({"config": "{"}, "{}/config.json: the file is damaged ("),
+        ({"config": {**CONFIG, "format_version": 99}}, "{}/config.json: the file is damaged (format_version: "),
+        (
+            {"config": {**CONFIG, "config": {"speed": 9}}},
+            "{}/config.json: the file does not fit this version (config.s",
+        ),
+        ({"summary": "[1]"}, "{}/summary.json: the file is damaged (expected `object`, got `array`); no report "),
+        ({"summary": "{}"}, "{}/summary.json: the file is damaged (object missing required field "),
+        ({"summary": {"steps": 3}}, "{}/summary.json: the file is damaged (object missing required field "),
+        ({"config": {**CONFIG, "config": 3}}, "{}/config.json: the file is damaged (config: expected `object`, got "),
+        ({"plan": {**PLAN, "tables": [{}]}}, "{}/plan.json: "),
+        ({"summary": {**SUMMARY, "steps": [1]}}, "{}/summary.json: the file is damaged (steps: expected `int`, got "),
+        ({"summary": {**SUMMARY, "train_seconds": 10**400}}, "{}/summary.json: the file is damaged (train_seconds: "),
+        ({"metrics": [{**train(1, 0.5), "step": 10**400}]}, "{}/metrics.jsonl, line 1: not a record of a training"),
+        ({"metrics": 'half a line\n{"step": 1}\n'}, "{}/metrics.jsonl, line 1: not a record of a training"),
+        ({"metrics": json.dumps(train(1, 0.5)) + "\n" + "[" * 100_000 + "\n"}, "{}/metrics.jsonl, line 2: not a rec"),
+        ({"metrics": "\0" * 5000}, "{}/metrics.jsonl, line 1: not a record of a training"),
+        (
+            {"calibration": {"splits": {"test": [{**BINS[0], "rows": -1}, {**BINS[0], "rows": 1}]}}},
+            "{}/calibration.json: the file is damaged (splits[...][0].rows: expected `int` >= 0)",
+        ),
+        ({"config": {**CONFIG, "versions": {"\ud800": "1"}}}, "{}/report.html: the page can't be written (a text"),
+        ({"calibration": {"splits": {"test": [{"rows": 1}]}}}, "{}/calibration.json: the file is damaged (splits"),
+    ],
+)
+def test_damaged_runs_are_told_in_one_line(tmp_path: Path, files: dict[str, object], message: str) -> None:
+    folder = make_run(tmp_path / "run", **files)
+    with pytest.raises(UserError) as refused:
+        write_run_report(folder)
+    assert str(refused.value).startswith(message.format(folder))
+    assert "\n" not in str(refused.value)
+    assert not (folder / "report.html").exists()
+
+
+def test_names_that_are_no_utf_8(tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    name = os.fsdecode(b"run \xff")
+    try:
+        folder = make_run(tmp_path / name, config={**CONFIG, "data": os.fsdecode(b"data/\xfe")})
+    except OSError:
+        pytest.skip("this file system takes no such name")
+    shown, _ = read(folder)
+    assert "Run run \N{REPLACEMENT CHARACTER}" in shown.text
+    assert "data/?" in shown.text
+    cli.main(["report", "--run", str(folder)])
+    assert b"report.html" in capfdbinary.readouterr().out
+
+
+def test_a_folder_of_seeds(tmp_path: Path) -> None:
+    (tmp_path / "seed_3").mkdir()
+    make_run(tmp_path / "seed_12")
+    make_run(tmp_path / "seed_4")
+    with pytest.raises(UserError) as refused:
+        write_run_report(tmp_path)
+    assert str(refused.value) == (
+        f"--run {tmp_path}: the folder holds runs of several seeds; name one of them, such as {tmp_path / 'seed_4'}"
+    )
+
+
+def test_a_report_that_is_there_is_replaced_only_by_a_whole_one(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    before = write_run_report(folder).read_text()
+    (folder / "summary.json").write_text("{}")
+    with pytest.raises(UserError):
+        write_run_report(folder)
+    assert (folder / "report.html").read_text() == before
+    shutil.rmtree(folder)
+    with pytest.raises(UserError, match="there is no run here"):
+        write_run_report(folder)
+
+
+def lines_of(figure: Figure) -> list[dict[str, list[tuple[float, float]]]]:
+    """What is drawn in each panel: points by label."""
+    return [
+        {str(line.get_label()): [(float(x), float(y)) for x, y in line.get_xydata()] for line in axes.get_lines()}  # type: ignore[union-attr]
+        for axes in figure.axes
+    ]
+
+
+def test_the_curves_are_the_records() -> None:
+    figure = learning_curves(RECORDS, best_step=40)
+    assert figure is not None
+    loss, auc, rates = lines_of(figure)
+    assert loss["train"] == [(20, 0.7), (40, 0.5), (60, 0.45)]
+    assert loss["validation"] == [(20, 0.5), (40, 0.5), (60, 0.5)]
+    assert auc["validation"] == [(20, 0.75), (40, 0.8), (60, 0.8)]
+    assert rates["sparse"] == [(20, 0.1 / 20), (40, 0.1 / 40), (60, 0.1 / 60)]
+    assert [x for x, _ in auc["best"]] == [40, 40]
+    again = learning_curves([*RECORDS, evaluation(40, auc=0.9)], best_step=None)  # the best state, evaluated at the end
+    assert again is not None
+    assert lines_of(again)[1]["validation"] == [(20, 0.75), (40, 0.9), (60, 0.8)]
+    assert learning_curves([], None) is None
+    assert len(thinned(points([train(step, 1.0) for step in range(1, 5002)], "loss"))) <= 1000
+
+
+def test_the_reliability_curve_is_the_bins() -> None:
+    figure = reliability_curves({"test": BINS, "validation": []})
+    assert figure is not None
+    assert [axes.get_title() for axes in figure.axes] == ["test", ""]
+    drawn = [[(float(x), float(y)) for x, y in line.get_xydata()] for line in figure.axes[0].get_lines()]  # type: ignore[union-attr]
+    assert [(0.1, 0.12), (0.4, 0.36)] in drawn
+    assert reliability_curves({"test": []}) is None
+
+
+def test_wilson_is_the_root_of_its_equation() -> None:
+    """The bounds are the shares p for which the observed one is 1.96 standard deviations of p away."""
+    for share, rows in ((0.1, 50), (0.5, 7), (0.03, 4000)):
+        for bound in wilson(share, rows):
+            assert abs(share - bound) / math.sqrt(bound * (1 - bound) / rows) == pytest.approx(1.959964, abs=1e-5)
+    assert (wilson(0.0, 25)[0], wilson(1.0, 10)[1]) == (0.0, 1.0)
+
+
+def test_a_report_that_fails_does_not_lose_the_run(
+    tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object, **options: object) -> None:
+        raise MemoryError("no room\nfor a picture")
+
+    data, said = make_data(tmp_path / "data"), []
+    config = TrainConfig(factor_dim=3, over_arch_layer_sizes=(4,), batch_size=200)
+    with monkeypatch.context() as patched:
+        patched.setattr("torchrec_deepfm.training.run.report.write_page", fail)
+        result = train_run(config, data, tmp_path / "run", device, say=said.append)
+    assert said == [
+        "the report could not be drawn (no room for a picture); python -m torchrec_deepfm report tries again"
+    ]
+    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == result.summary
+    assert not (tmp_path / "run" / "report.html").exists()
+    shown, _ = read(tmp_path / "run")
+    assert len(shown.images) == 2
+    assert train_run(config, data, tmp_path / "run", device).before

@@ -1,0 +1,293 @@
+"""The commands that measure: ``experiment`` and ``calibrate``. They load torch when they run."""
+
+import os
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from torchrec_deepfm import console, launch
+from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.files import check_target
+from torchrec_deepfm.sharding.inputs.hardware import MAX_BATCH_SIZE, MAX_RANKS
+from torchrec_deepfm.sharding.inputs.sharding_types import FusedOptimizer
+
+if TYPE_CHECKING:
+    import torch
+
+    from torchrec_deepfm.experiment.plans import Plans
+    from torchrec_deepfm.experiment.results import Experiment
+    from torchrec_deepfm.experiment.runner import Runs
+    from torchrec_deepfm.sharding.inputs.hardware import Hardware
+    from torchrec_deepfm.sharding.inputs.tables import Table
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExperimentCommand:
+    """Measure sharding plans on real ranks, beside what is predicted of them."""
+
+    tables: str
+    """criteo-terabyte, a TOML, JSON or CSV file of tables, or a prepared folder."""
+    output: Path
+    """Folder to write: results.json, plans/, report.html. Must be empty or absent."""
+    plans: tuple[Path, ...] = ()
+    """Plans as files."""
+    rules: tuple[str, ...] = ()
+    """Plans as constraints, a text each: "C1=row_wise *=table_wise". The stock planner chooses what they leave open."""
+    sweep: tyro.conf.FlagCreatePairsOff[bool] = False
+    """The sweep beside --plans and --rules; it is the default without them: every type, mixes, both planners."""
+    ranks: int | None = None
+    """Ranks to start on this host, where none are started by torchrun or TorchX. Default: one per GPU; 2 without."""
+    dim: int | None = None
+    """Width of every table, instead of what --tables says."""
+    batch_size: int = 1024
+    """Samples per rank and step."""
+    steps: int = 10
+    """Steps in a turn."""
+    turns: int = 5
+    """Turns of each plan; the plans take turns, so that what drifts meets all of them."""
+    hardware: str | None = None
+    """What the predictions are for: a preset or a TOML file. Default: cpu, or the preset of the GPU."""
+    optimizer: FusedOptimizer = "rowwise_adagrad"
+    """Optimizer of the tables."""
+    over_arch_layer_sizes: tuple[int, ...] = (64,)
+    """Hidden layers of the dense part."""
+    ids: Literal["zipf", "uniform"] = "zipf"
+    """How ids are drawn: zipf, the k-th in proportion to 1/k; or uniform."""
+    seed: int = 0
+    """Seed of the ids."""
+    scaling: tuple[int, ...] = ()
+    """Numbers of ranks for which the report shows a prediction too. Default: 1, 2, 4, 8 times those there are."""
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        for name in ("batch_size", "steps", "turns", "ranks"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+        for option, most in (("batch_size", MAX_BATCH_SIZE), ("ranks", MAX_RANKS)):
+            if (getattr(self, option) or 0) > most:
+                raise UserError(f"--{option.replace('_', '-')} {getattr(self, option)}: must be at most {most:,}")
+        for count in self.scaling:
+            if count < 1:
+                raise UserError(f"--scaling {count}: must be at least 1")
+            if count > MAX_RANKS:
+                raise UserError(f"--scaling {count}: must be at most {MAX_RANKS:,}")
+        for size in self.over_arch_layer_sizes:
+            if size < 1:
+                raise UserError(f"--over-arch-layer-sizes {size}: every hidden layer needs at least one unit")
+
+    def run(self) -> None:
+        """Run the command."""
+        console.quiet()
+        if "RANK" not in os.environ:
+            import torch
+
+            from torchrec_deepfm.experiment.plans import check_output
+            from torchrec_deepfm.sharding.inputs.tables import read_tables
+
+            check_output(self.output)  # a rank would tell the same, some seconds later
+            read_tables(self.tables, self.dim)
+            count = self.ranks or torch.cuda.device_count() or 2
+            if count > 1:
+                launch.main(["--standalone", "--nproc_per_node", str(count), "-m", __package__, *self.words()])
+                return
+        self._run_as_rank()
+
+    def words(self) -> list[str]:
+        """Return the command line that stands for this command."""
+        found = ["experiment"]
+        for one in fields(self):
+            value, option = getattr(self, one.name), f"--{one.name.replace('_', '-')}"
+            if isinstance(value, bool):
+                found += [option] * value
+            elif value is not None and (value != () or one.name == "over_arch_layer_sizes"):
+                found += [option, *(map(str, value) if isinstance(value, tuple) else [str(value)])]
+        return found
+
+    def _run_as_rank(self) -> None:
+        from torchrec_deepfm.distributed import process_group as ranks
+        from torchrec_deepfm.experiment.noise import steady
+        from torchrec_deepfm.experiment.runner import take_turns
+
+        with ranks.process_group() as device:
+            steady(device)
+            if self.ranks not in (None, ranks.count()):
+                raise UserError(f"--ranks {self.ranks}: {ranks.count()} rank(s) are started already; leave --ranks out")
+            # All that can go wrong comes before the measuring, which takes long.
+            tables, hardware, plans, scaling = ranks.on_main(lambda: self._prepare(device))
+            runs = self._runs(tables)
+            if ranks.is_main():
+                console.say(f"{len(plans.named)} plans on {ranks.count()} ranks, {runs.turns} turns each")
+            measured = take_turns(plans.named, runs, device, console.say)
+
+            def write() -> None:
+                from torchrec_deepfm.experiment.plans import summarize, write_experiment
+
+                experiment = summarize(measured, plans, runs, hardware, device=_device_name(device), scaling=scaling)
+                write_experiment(experiment, self.output)
+                console.say(experiment_table(experiment))
+                console.say(f"wrote {self.output}{os.sep}: results.json, plans{os.sep}, report.html")
+
+            ranks.on_main(write)
+
+    def _prepare(self, device: "torch.device") -> "tuple[tuple[Table, ...], Hardware, Plans, dict[int, float]]":
+        from torchrec_deepfm.distributed import process_group as ranks
+        from torchrec_deepfm.experiment.plans import Wanted, check_output, make_plans, predict_scaling
+        from torchrec_deepfm.sharding.inputs.tables import read_tables
+
+        check_output(self.output)
+        tables = read_tables(self.tables, self.dim)
+        hardware = _hardware(self.hardware, device)
+        wanted = Wanted(files=self.plans, rules=self.rules, sweep=self.sweep or not (self.plans or self.rules))
+        plans = make_plans(wanted, tables, hardware, ranks.count(), self.batch_size, self.optimizer)
+        counts = self.scaling or tuple(ranks.count() * times for times in (1, 2, 4, 8))
+        scaling = predict_scaling(tables, hardware, counts, self.batch_size, self.optimizer)
+        return tables, hardware, plans, scaling
+
+    def _runs(self, tables: "tuple[Table, ...]") -> "Runs":
+        from torchrec_deepfm.experiment.runner import Runs
+        from torchrec_deepfm.experiment.workload import Draw
+
+        return Runs(
+            tables=tables,
+            draw=Draw(batch_size=self.batch_size, ids=self.ids, seed=self.seed),
+            steps=self.steps,
+            turns=self.turns,
+            optimizer=self.optimizer,
+            over_arch_layer_sizes=self.over_arch_layer_sizes,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrateCommand:
+    """Fit a hardware description to experiments, so that the next plan is for this machine."""
+
+    experiments: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """Folders that experiment wrote, of one kind of host."""
+    output: Path
+    """TOML file to write, for --hardware."""
+    check: tuple[Path, ...] = ()
+    """More folders: the description is not fitted to them, but what it predicts is compared with what they measured."""
+    name: Annotated[str | None, tyro.conf.arg(name="name")] = None
+    """What the description is called. Default: the file's name."""
+
+    def run(self) -> None:
+        """Run the command."""
+        console.quiet()
+        from torchrec_deepfm.experiment.calibrate import calibrate, recalculate
+        from torchrec_deepfm.experiment.report import write_experiment_report
+        from torchrec_deepfm.experiment.results import RESULTS, read_experiment
+        from torchrec_deepfm.sharding.inputs.hardware import EXTRA
+        from torchrec_deepfm.sharding.inputs.hardware_toml import write_hardware
+
+        folders = [_folder(named) for named in (*self.experiments, *self.check)]
+        written = [folder / name for folder in folders for name in (RESULTS, "report.html", "report-calibrated.html")]
+        check_target("--output", self.output, like="here.toml", inputs=written)
+        fitted_to = {folder: read_experiment(folder) for folder in map(_folder, self.experiments)}
+        held_out = {folder: read_experiment(folder) for folder in map(_folder, self.check)}
+        found = calibrate(list(fitted_to.values()), self.name or self.output.stem)
+        lines = [f"{'':<44}{'plans':>6}{'error':>9}{'spearman':>10}{'regret':>9}  picked"]
+        recalculated = {}
+        for kind, group in (("fitted", fitted_to), ("held out", held_out)):
+            for folder, experiment in group.items():
+                after = recalculated[folder] = recalculate(experiment, found.hardware)
+                for what, one in (("before", experiment), ("after", after)):
+                    lines.append(_agreement_line(f"{folder.absolute().name} ({kind}), {what}", one))
+        write_hardware(found.hardware, self.output)
+        for folder, after in recalculated.items():
+            write_experiment_report(after, folder / "report-calibrated.html")
+        console.say("\n".join(lines))
+        for key, value in found.hardware.to_json().items():
+            if key.endswith("_bandwidth") and key not in found.unseen:
+                shown = "no limit that these plans feel" if key in found.unlimited else f"{value / 1e9:.4g} GB/s"
+                console.say(f"{key:<24}{shown}")
+        for key, value in found.hardware.extra.items():
+            console.say(f"{key:<24}{value:.4g} ms for {EXTRA[key]}")
+        console.say(f"wrote {self.output} and report-calibrated.html into each folder")
+
+
+def experiment_table(experiment: "Experiment") -> str:
+    """Lay out an experiment: a line for each plan, fastest first, and how well the predictions order them.
+
+    Args:
+        experiment: the experiment.
+
+    Returns:
+        The lines.
+    """
+    lines = [f"{'plan':<40}{'predicted':>11}{'measured':>10}  (ms a step; fastest to slowest turn)"]
+    for one in sorted(experiment.plans, key=lambda plan: plan.step_ms):
+        told = "-" if one.predicted_ms is None else f"{one.predicted_ms:.2f}"
+        turns = f"({min(one.turns_ms):.2f} to {max(one.turns_ms):.2f})"
+        lines.append(f"{one.name:<40}{told:>11}{one.step_ms:>10.2f}  {turns}")
+    lines += [f"left out: {name}: {why}" for name, why in experiment.left_out.items()]
+    found = experiment.agreement()
+    if found is not None:
+        rank = "-" if found.spearman is None else f"{found.spearman:.3f}"
+        lines.append(
+            f"rank correlation {rank}; regret {found.regret:.1%}: {found.picked} is predicted to be the fastest"
+        )
+    return "\n".join(lines)
+
+
+def _folder(named: Path) -> Path:
+    from torchrec_deepfm.experiment.results import RESULTS
+
+    return named.parent if named.name == RESULTS else named
+
+
+def _agreement_line(name: str, experiment: "Experiment") -> str:
+    found = experiment.agreement()
+    if found is None:  # nothing was predicted of it
+        return f"{name:<44}{len(experiment.plans):>6}{'-':>9}{'-':>10}{'-':>9}  -"
+    rank = "-" if found.spearman is None else f"{found.spearman:.3f}"
+    return f"{name:<44}{found.plans:>6}{experiment.mean_error():>9.1%}{rank:>10}{found.regret:>9.1%}  {found.picked}"
+
+
+def _hardware(named: str | None, device: "torch.device") -> "Hardware":
+    """The description to predict with, with the hosts that these ranks are on."""
+    from torchrec_deepfm.experiment.memory import host_bytes
+    from torchrec_deepfm.sharding.inputs.hardware_toml import read_hardware
+    from torchrec_deepfm.sharding.inputs.presets import PRESETS
+
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if named is not None:
+        hardware = read_hardware(named)
+    elif device.type == "cpu":
+        hardware = replace(PRESETS["cpu"], ddr_bytes=host_bytes() // local)
+    else:
+        hardware = _gpu_preset(_device_name(device), _gpu_bytes(device))
+    if hardware.compute_device != device.type:
+        raise UserError(
+            f"--hardware {named}: it describes {hardware.compute_device} ranks, these are {device.type} ranks; leave "
+            "the option out, or name another one"
+        )
+    return replace(hardware, ranks_per_host=local)
+
+
+def _gpu_preset(name: str, capacity: int) -> "Hardware":
+    """The preset of a GPU such as "NVIDIA A100-SXM4-40GB", with so many bytes; the driver keeps some for itself."""
+    from torchrec_deepfm.sharding.inputs.presets import PRESETS
+
+    fitting = [
+        preset
+        for preset in PRESETS.values()
+        if preset.name.partition("-")[0].upper() in name.upper() and (preset.hbm_bytes or 0) * 0.85 < capacity
+    ]
+    if not fitting:
+        raise UserError(f"there is no preset for {name}; name one with --hardware, or a TOML file")
+    return max(fitting, key=lambda preset: preset.hbm_bytes or 0)
+
+
+def _device_name(device: "torch.device") -> str:
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def _gpu_bytes(device: "torch.device") -> int:
+    import torch
+
+    return int(torch.cuda.get_device_properties(device).total_memory)

@@ -1,0 +1,179 @@
+"""The command that plans: ``plan``, ``plan show`` and ``plan diff``. It loads torch when it plans."""
+
+import itertools
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, get_args
+
+import tyro
+
+from torchrec_deepfm import console
+from torchrec_deepfm.errors import UserError, one_of
+from torchrec_deepfm.files import check_target
+from torchrec_deepfm.sharding.inputs.sharding_types import FusedOptimizer
+from torchrec_deepfm.sharding.plan.plan import OLD_SEARCHES, PlanFile, Search
+
+
+def _search(words: list[str]) -> str:
+    """Read the name of a search; those of earlier versions still work."""
+    name = OLD_SEARCHES.get(words[0], words[0])
+    if name not in get_args(Search):
+        raise ValueError(f"{name!r} is not valid; choose {one_of(get_args(Search), name)}")
+    return name
+
+
+SearchOption = Annotated[
+    Search,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="{balanced,torchrec}",
+        instance_from_str=_search,
+        is_instance=lambda value: value in get_args(Search),
+        str_from_instance=lambda value: [value],
+    ),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowPlan:
+    """Print a plan: its costs, its memory, and where each table goes."""
+
+    file: tyro.conf.Positional[Path]
+    """File of a plan."""
+    report: Path | None = None
+    """HTML file for a report of the plan."""
+
+    def run(self) -> None:
+        """Run the command."""
+        from torchrec_deepfm.sharding.inputs.hardware import RESERVED
+        from torchrec_deepfm.sharding.plan.io import load_plan
+        from torchrec_deepfm.sharding.plan.text import plan_text
+
+        _check_report(self.report, [self.file])
+        plan = load_plan(self.file)
+        console.say(plan_text(plan, reserved=RESERVED))
+        _write_report(plan, self.report)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffPlans:
+    """Print how two plans differ: types, ranks, shards and kernels of tables, and predictions."""
+
+    first: tyro.conf.Positional[Path]
+    """File of a plan."""
+    second: tyro.conf.Positional[Path]
+    """File of another plan."""
+
+    def run(self) -> None:
+        """Run the command."""
+        from torchrec_deepfm.sharding.plan.io import load_plan
+        from torchrec_deepfm.sharding.plan.text import diff_text
+
+        console.say(diff_text(load_plan(self.first), load_plan(self.second), (str(self.first), str(self.second))))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanCommand:
+    """Plan where tables go on hardware that need not be there.
+
+    plan --tables ... --hardware ... --ranks N --output plan.json, plan show FILE, plan diff FILE FILE.
+    """
+
+    action: (
+        Annotated[ShowPlan, tyro.conf.subcommand("show")] | Annotated[DiffPlans, tyro.conf.subcommand("diff")] | None
+    ) = None
+    tables: str | None = None
+    """criteo-terabyte, a TOML, JSON or CSV file of tables, or a prepared folder."""
+    hardware: str | None = None
+    """a100-40, a100-80, h100, h200, b200, cpu, torchrec (TorchRec's default bandwidths), or a TOML file."""
+    ranks: int | None = None
+    """Ranks (GPUs) of this hardware."""
+    output: Path | None = None
+    """File of the plan, which train --plan takes."""
+    dim: int | None = None
+    """Width of every table, instead of the one in --tables."""
+    batch_size: int = 8192
+    """Samples per rank and step."""
+    search: SearchOption = "balanced"
+    """balanced, or torchrec: TorchRec's own planner."""
+    constraint: Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction] = ()
+    """How a table may be sharded: C1=row_wise, 't_C*=column_wise:min_partition=8', '>1e6=row_wise'."""
+    optimizer: FusedOptimizer = "rowwise_adagrad"
+    """Optimizer of the tables, whose state takes memory."""
+    ema: bool = False
+    """Leave memory for the moving average of the weights that train --ema keeps."""
+    report: Path | None = None
+    """HTML file for a report of the plan."""
+
+    def run(self) -> None:
+        """Run the command."""
+        console.quiet()
+        if os.environ.get("RANK", "0") != "0":  # a plan is made once, however many ranks were started
+            return
+        if self.action is None:
+            self._plan()
+        elif replace(self, action=None) != PlanCommand():
+            raise UserError("plan show and plan diff read existing plans; leave out the options before show or diff")
+        else:
+            self.action.run()
+
+    def _plan(self) -> None:
+        from torchrec_deepfm.sharding.inputs.hardware import MAX_BATCH_SIZE, MAX_RANKS, RESERVED
+        from torchrec_deepfm.sharding.inputs.hardware_toml import read_hardware
+        from torchrec_deepfm.sharding.inputs.tables import read_tables
+
+        if self.tables is None or self.hardware is None or self.ranks is None or self.output is None:
+            missing = [name for name in ("tables", "hardware", "ranks", "output") if getattr(self, name) is None]
+            raise UserError(f"--{missing[0]} is missing; plan needs --tables, --hardware, --ranks and --output")
+        for option, value, most in (("ranks", self.ranks, MAX_RANKS), ("batch-size", self.batch_size, MAX_BATCH_SIZE)):
+            if not 1 <= value <= most:
+                raise UserError(f"--{option} {value}: must be at {'least 1' if value < 1 else f'most {most:,}'}")
+        inputs = [Path(self.tables), Path(self.hardware)]
+        check_target("--output", self.output, like="plan.json", inputs=inputs)
+        _check_report(self.report, [*inputs, self.output])
+        tables = read_tables(self.tables, self.dim)
+        hardware = read_hardware(self.hardware)
+        local_world_size = hardware.local_world_size(self.ranks)
+
+        from torchrec_deepfm.sharding.inputs.constraints import parse_constraints
+        from torchrec_deepfm.sharding.plan.io import save_plan
+        from torchrec_deepfm.sharding.plan.text import plan_text
+        from torchrec_deepfm.sharding.search.plan_tables import Planning
+
+        constraints = parse_constraints(
+            tuple(itertools.chain.from_iterable(self.constraint)),
+            tables,
+            compute_device=hardware.compute_device,
+            world_size=self.ranks,
+            local_world_size=local_world_size,
+        )
+        planning = Planning(
+            tables,
+            hardware,
+            self.ranks,
+            self.batch_size,
+            constraints=constraints,
+            optimizer=self.optimizer,
+            ema=self.ema,
+        )
+        plan = planning.checked_plan(self.search)
+        bound = planning.lower_bound_ms
+        save_plan(plan, self.output)
+        console.say(plan_text(plan, bound_ms=bound, reserved=RESERVED))
+        console.say(f"\nwrote {self.output}")
+        _write_report(plan, self.report)
+
+
+def _check_report(report: Path | None, inputs: Sequence[Path]) -> None:
+    if report is not None:
+        check_target("--report", report, like="plan.html", inputs=inputs)
+
+
+def _write_report(plan: PlanFile, report: Path | None) -> None:
+    if report is not None:
+        from torchrec_deepfm.sharding.plan.report import write_plan_report
+
+        write_plan_report(plan, report)
+        console.say(f"wrote {report}")

@@ -1,0 +1,1 @@
+"""The prepared folder: its manifest, its arrays, and folders that other tools wrote."""

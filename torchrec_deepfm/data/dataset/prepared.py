@@ -1,0 +1,361 @@
+"""The prepared folder: its files, its manifest, its checks.
+
+The arrays are in TorchRec's own numpy layout, three files a day, so that its readers open them too. ``docs/data.md``
+describes every file and key. Folders without a manifest, as other tools write them, are read by ``foreign.py``.
+
+Shape letters: N rows of a stem's files, I numeric columns, F1 categorical columns with one id a row, M ids of a list
+column.
+"""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from torchrec_deepfm.data.dataset.arrays import DENSE as DENSE
+from torchrec_deepfm.data.dataset.arrays import LABELS as LABELS
+from torchrec_deepfm.data.dataset.arrays import MAX_NUM_EMBEDDINGS as MAX_NUM_EMBEDDINGS
+from torchrec_deepfm.data.dataset.arrays import SPARSE as SPARSE
+from torchrec_deepfm.data.dataset.arrays import Bags, DayArrays
+from torchrec_deepfm.data.dataset.arrays import Day as Day
+from torchrec_deepfm.data.dataset.checksums import CHECKSUMS, HASH, borders
+from torchrec_deepfm.data.dataset.external import Foreign, open_foreign
+from torchrec_deepfm.data.dataset.npy_mmap import MappedRows, map_npy
+from torchrec_deepfm.data.schema import Schema
+from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.files import check_seal, read_bytes
+
+FORMAT_VERSION: Final = 2
+MANIFEST: Final = "manifest.json"
+SPLITS: Final = ("train", "validation", "test")
+MAX_MANIFEST_BYTES: Final = 64 << 20
+
+_AGAIN = "prepare the data again"
+
+
+def offsets_file(stem: str, j: int) -> str:
+    """Name the file with the bag borders of the multi-hot column at place ``j`` of ``schema.categorical``."""
+    return f"{stem}_offsets_{j}.npy"
+
+
+def ids_file(stem: str, j: int) -> str:
+    """Name the file with the ids of the multi-hot column at place ``j`` of ``schema.categorical``."""
+    return f"{stem}_ids_{j}.npy"
+
+
+def weights_file(stem: str, j: int) -> str:
+    """Name the file with the weights of the multi-hot column at place ``j`` of ``schema.categorical``."""
+    return f"{stem}_weights_{j}.npy"
+
+
+def stem_files(schema: Schema, stem: str) -> list[str]:
+    """Name the files of a stem.
+
+    Args:
+        schema: The prepared schema.
+        stem: The head of their names.
+
+    Returns:
+        Dense, sparse and labels, then the offsets, ids and weights of each multi-hot column that has them.
+    """
+    names = [f"{stem}{ending}" for ending in (DENSE, SPARSE, LABELS)]
+    for name in schema.multi_hot:
+        j = schema.categorical.index(name)
+        names += [offsets_file(stem, j), ids_file(stem, j)]
+        names += [weights_file(stem, j)] if name in schema.weighted else []
+    return names
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedData:
+    """A prepared folder that has been opened: what its manifest says.
+
+    Args:
+        folder: Where it lies.
+        schema: The columns.
+        num_embeddings: Ids per categorical column; ids run from 0 to this number minus 1.
+        splits: The days of ``train``, ``validation`` and ``test``; a split may have none.
+        made: How it was made: mode, thresholds, split, sources, versions.
+        optimum: The best reachable ``auc`` and ``logloss`` per split where they are known (synthetic data), else empty.
+        foreign: How to read it where another tool wrote it.
+        blocks: Rows of a block that has a checksum; ``None`` in folders that have no checksums of blocks.
+        checksums_sha256: Digest of the file that holds them.
+    """
+
+    folder: Path
+    schema: Schema
+    num_embeddings: Mapping[str, int]
+    splits: Mapping[str, tuple[Day, ...]]
+    made: Mapping[str, Any]
+    optimum: Mapping[str, Mapping[str, float]]
+    foreign: Foreign | None = None
+    blocks: int | None = None
+    checksums_sha256: str = ""
+
+    @classmethod
+    def open(cls, folder: Path | str, *, num_embeddings: int | Sequence[int] | None = None) -> "PreparedData":
+        """Read the manifest of a prepared folder and check that its files are there and of the right size.
+
+        A folder without a manifest that holds the day files of TorchRec's or MLPerf's scripts is taken as it is: its
+        last day is halved into validation and test, the others train. See docs/loader.md.
+
+        Args:
+            folder: The folder that ``prepare`` or those scripts wrote.
+            num_embeddings: Only for folders of other tools: take every id modulo this number, one for all columns or
+                one for each (TorchRec's ``hashes``). Without it the ids are used as they are, and all files are read
+                once to find the largest.
+
+        Returns:
+            The opened data. No array of a folder of ours is read yet.
+
+        Raises:
+            UserError: The folder or its manifest is missing or damaged, or a file is missing or has another size.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder; make it with prepare")
+        path = folder / MANIFEST
+        content = _read(path)
+        if content is None:
+            return cls._of_others(folder, num_embeddings)
+        if num_embeddings is not None:
+            raise UserError(f"{path}: the folder says how many ids it has; leave num_embeddings out")
+        manifest = _parse(path, content)
+        version = manifest.get("format_version")
+        if version not in (1, FORMAT_VERSION):
+            raise UserError(
+                f"{path}: format_version is {version!r}, this version reads 1 and {FORMAT_VERSION}; {_AGAIN}"
+            )
+        if version == FORMAT_VERSION and not check_seal(content):
+            raise UserError(f"{path}: the manifest is damaged (its checksum does not fit); {_AGAIN}")
+        try:
+            data = cls(
+                folder=folder,
+                schema=Schema.from_json(manifest["schema"]),
+                num_embeddings={str(name): int(count) for name, count in manifest["num_embeddings"].items()},
+                splits={split: tuple(_day(entry) for entry in manifest["splits"][split]) for split in SPLITS},
+                made=dict(manifest["made"]),
+                optimum={str(split): dict(best) for split, best in manifest["optimum"].items()},
+                blocks=_block_rows(manifest),
+                checksums_sha256=str(manifest["files"].get(CHECKSUMS, {}).get("sha256", "")),
+            )
+            sizes = {_file_name(name): int(entry["bytes"]) for name, entry in manifest["files"].items()}
+            data._check(sizes)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{path}: the manifest is damaged ({type(error).__name__}: {error}); {_AGAIN}") from error
+        for name, size in sizes.items():
+            _check_size(folder / name, size)
+        return data
+
+    @classmethod
+    def _of_others(cls, folder: Path, num_embeddings: int | Sequence[int] | None) -> "PreparedData":
+        foreign = open_foreign(folder, num_embeddings)
+        return cls(
+            folder=folder,
+            schema=foreign.schema,
+            num_embeddings=foreign.num_embeddings,
+            splits=dict(zip(SPLITS, foreign.splits(), strict=True)),
+            made={"mode": "foreign", "modulo": foreign.modulo},
+            optimum={},
+            foreign=foreign,
+        )
+
+    def days(self, split: str) -> tuple[Day, ...]:
+        """Return the days of a split.
+
+        Args:
+            split: ``train``, ``validation`` or ``test``.
+
+        Returns:
+            Its days, in row order.
+
+        Raises:
+            UserError: There is no such split.
+        """
+        if split not in self.splits:
+            raise UserError(f"{self.folder}: there is no split {split!r}; choose one of {', '.join(self.splits)}")
+        return self.splits[split]
+
+    def rows(self, split: str) -> int:
+        """Return how many rows a split has.
+
+        Args:
+            split: ``train``, ``validation`` or ``test``.
+
+        Returns:
+            The number of rows over all its days.
+
+        Raises:
+            UserError: There is no such split.
+        """
+        return sum(day.rows for day in self.days(split))
+
+    def arrays(self, day: Day) -> DayArrays:
+        """Map the arrays of a day into memory, read-only.
+
+        Args:
+            day: One of ``days(split)``.
+
+        Returns:
+            The arrays of the day's stem. The day's rows are those from ``day.start`` on. No value in them has been
+            looked at, but for the ends of the bag borders.
+
+        Raises:
+            UserError: A file is missing, is no array, or has another shape or type than the manifest says.
+        """
+        if self.foreign is not None:
+            return self.foreign.arrays(day.stem)
+        rows = max(other.start + other.rows for other in self._days_of(day.stem))
+        schema, stem = self.schema, day.stem
+        return DayArrays(
+            dense=self._map(f"{stem}{DENSE}", np.float32, (rows, len(schema.numeric))),
+            sparse=self._map(f"{stem}{SPARSE}", np.int32, (rows, len(schema.one_hot))),
+            labels=self._map(f"{stem}{LABELS}", np.int32, (rows, 1)),
+            bags={name: self._bags(stem, name, rows) for name in schema.multi_hot},
+        )
+
+    def checksums(self, split: str) -> NDArray[np.uint64] | None:
+        """Map the checksums of a split's blocks; see ``checksums.py``.
+
+        Args:
+            split: ``train``, ``validation`` or ``test``.
+
+        Returns:
+            uint64 [P, A]; ``None`` where the folder has none.
+
+        Raises:
+            UserError: Their file is missing, damaged, or does not fit the manifest.
+        """
+        if self.blocks is None:
+            return None
+        parts = [len(borders(self.splits[name], self.blocks)) - 1 if self.splits[name] else 0 for name in SPLITS]
+        arrays = len(stem_files(self.schema, ""))
+        mapped = self._map(CHECKSUMS, np.uint64, (sum(parts), arrays))
+        with (self.folder / CHECKSUMS).open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != self.checksums_sha256:
+                raise UserError(f"{mapped.where}: the content is not what was written (SHA-256 differs); {_AGAIN}")
+        first = sum(parts[: SPLITS.index(split)])
+        return mapped.array[first : first + parts[SPLITS.index(split)]]
+
+    def _bags(self, stem: str, name: str, rows: int) -> Bags:
+        j = self.schema.categorical.index(name)
+        offsets = self._map(offsets_file(stem, j), np.int64, (rows + 1,))
+        first, last = int(offsets[0]), int(offsets[rows])
+        if first != 0 or last < 0:
+            raise UserError(f"{offsets.where}: the borders run from {first} to {last}, they must begin at 0; {_AGAIN}")
+        ids = self._map(ids_file(stem, j), np.int32, (last,))
+        weighted = name in self.schema.weighted
+        weights = self._map(weights_file(stem, j), np.float32, (last,)) if weighted else None
+        return Bags(ids=ids, offsets=offsets, weights=weights)
+
+    def _map(self, name: str, dtype: type[Any], shape: tuple[int, ...]) -> MappedRows:
+        rows = map_npy(self.folder / name, _AGAIN)
+        if rows.dtype != dtype or rows.shape != shape:
+            raise UserError(
+                f"{rows.where}: expected {np.dtype(dtype)} of shape {shape}, found {rows.dtype} of shape {rows.shape}; "
+                f"{_AGAIN}"
+            )
+        return rows
+
+    def _days_of(self, stem: str) -> list[Day]:
+        return sorted((day for days in self.splits.values() for day in days if day.stem == stem), key=lambda d: d.start)
+
+    def _check(self, sizes: Mapping[str, int]) -> None:
+        """Check that the parts of the manifest fit each other."""
+        if set(self.num_embeddings) != set(self.schema.categorical):
+            raise UserError(f"num_embeddings and the schema name different columns; {_AGAIN}")
+        for column, count in self.num_embeddings.items():
+            if not 1 <= count <= MAX_NUM_EMBEDDINGS:
+                raise UserError(f"num_embeddings of column {column} is {count}; {_AGAIN}")
+        for stem in sorted({day.stem for days in self.splits.values() for day in days}):
+            days = self._days_of(stem)
+            for day, following in itertools.pairwise(days):
+                if day.start + day.rows > following.start:
+                    raise UserError(f"the splits share rows of {stem}; {_AGAIN}")
+            for name in stem_files(self.schema, stem):
+                if name not in sizes:
+                    raise UserError(f"the file {name} is not listed; {_AGAIN}")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read the manifest of a prepared folder as it stands, unchecked but for its being JSON.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        Its keys.
+
+    Raises:
+        UserError: There is no manifest, or it can't be read.
+    """
+    path = folder / MANIFEST
+    content = _read(path)
+    if content is None:
+        raise UserError(f"{folder}: no prepared folder, there is no {MANIFEST}; make one with prepare")
+    return _parse(path, content)
+
+
+def _read(path: Path) -> bytes | None:
+    try:
+        return read_bytes(path, most=MAX_MANIFEST_BYTES)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f"{path}: the manifest can't be read ({error.strerror}); {_AGAIN}") from error
+
+
+def _parse(path: Path, content: bytes) -> dict[str, Any]:
+    try:
+        manifest = json.loads(content)
+    except (ValueError, RecursionError) as error:  # broken JSON, or bytes that are no UTF-8
+        raise UserError(f"{path}: the manifest is no valid JSON ({error}); {_AGAIN}") from error
+    if not isinstance(manifest, dict):
+        raise UserError(f"{path}: the manifest is no JSON object; {_AGAIN}")
+    return manifest
+
+
+def _block_rows(manifest: Mapping[str, Any]) -> int | None:
+    blocks = manifest.get("blocks")
+    if blocks is None:
+        return None
+    if blocks["hash"] != HASH or type(blocks["rows"]) is not int or blocks["rows"] < 1:
+        raise ValueError(f"blocks are {blocks}")
+    if CHECKSUMS not in manifest["files"]:
+        raise ValueError(f"the file {CHECKSUMS} is not listed")
+    return blocks["rows"]
+
+
+def _day(entry: Mapping[str, Any]) -> Day:
+    day = Day(**entry)
+    _file_name(day.stem)
+    for number in (day.start, day.rows):
+        if type(number) is not int:
+            raise ValueError(f"{number!r} is no number of rows")
+    if day.rows < 1 or day.start < 0:
+        raise ValueError(f"{day.rows} rows from row {day.start} on")
+    return day
+
+
+def _file_name(name: Any) -> str:
+    """Check that a name stays in its folder."""
+    if not isinstance(name, str) or name in ("", ".", "..") or Path(name).name != name or "\0" in name or "\\" in name:
+        raise ValueError(f"{name!r} is no file name")
+    return name
+
+
+def _check_size(path: Path, size: int) -> None:
+    try:
+        found = path.stat().st_size
+    except OSError as error:
+        raise UserError(f"{path}: the file is missing; {_AGAIN}") from error
+    if found != size:
+        raise UserError(f"{path}: the file has {found} bytes, the manifest says {size}; {_AGAIN}")

@@ -1,0 +1,191 @@
+"""The end of a prepared folder: checksums, manifest, and the rename that makes it appear."""
+
+import errno
+import hashlib
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from torchrec_deepfm.data.dataset.checksums import file_checksums
+from torchrec_deepfm.data.dataset.npy_mmap import map_npy
+from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.files import check_local
+
+
+def check_free(output: Path) -> None:
+    """Check that an output folder does not exist yet, or is empty.
+
+    Args:
+        output: The folder that is to be written.
+
+    Raises:
+        UserError: Something is there already, or this is an address and not a local folder.
+    """
+    check_local(output)
+    if output.is_dir():
+        if any(output.iterdir()):
+            raise UserError(f"{output}: the output folder is not empty; name another one or remove it")
+    elif output.exists() or output.is_symlink():
+        raise UserError(f"{output}: the output exists and is no folder; name another one")
+
+
+def digest(path: Path) -> dict[str, int | str]:
+    """Return what the manifest says of a file.
+
+    Args:
+        path: The file.
+
+    Returns:
+        ``bytes`` and ``sha256``.
+    """
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """Where the parts of an array lie in its file.
+
+    Args:
+        path: The ``.npy`` file.
+        header: Bytes before the array.
+        borders: int64 [parts + 1] bytes from the array's first one on, where a part ends and the next one begins.
+        overlap: Bytes that a part shares with the next one.
+    """
+
+    path: Path
+    header: int
+    borders: NDArray[np.int64]
+    overlap: int
+
+
+def find_parts(path: Path, rows: NDArray[np.int64]) -> Parts:
+    """Find the parts of an array in its file. Not for threads: numpy parses a header by ``ast``, which breaks there.
+
+    Args:
+        path: The ``.npy`` file.
+        rows: int64 [parts + 1] rows where a part ends and the next one begins, from 0. An array of one row more than
+            the last of them holds offsets, and a part has the one after its last row too.
+
+    Returns:
+        The parts.
+    """
+    array = map_npy(path, "prepare the data again")
+    row_bytes = array.dtype.itemsize * int(np.prod(array.shape[1:], dtype=np.int64))
+    return Parts(
+        path=path,
+        header=path.stat().st_size - len(array) * row_bytes,
+        borders=rows * row_bytes,
+        overlap=(len(array) - int(rows[-1])) * row_bytes,
+    )
+
+
+def digest_parts(parts: Parts) -> tuple[dict[str, int | str], NDArray[np.uint64]]:
+    """Return what the manifest says of an array's file, and the checksums of its parts, reading it once.
+
+    Args:
+        parts: The file's parts.
+
+    Returns:
+        As ``digest``; uint64 [parts].
+    """
+    sha256 = hashlib.sha256()
+    with parts.path.open("rb") as file:
+        sha256.update(file.read(parts.header))
+        found = file_checksums(file, parts.borders.tolist(), parts.overlap, sha256.update)
+        return {"bytes": file.tell(), "sha256": sha256.hexdigest()}, found
+
+
+def appear(folder: Path, output: Path) -> None:
+    """Give a finished folder its name.
+
+    Args:
+        folder: The folder, on the same disk.
+        output: Its name to be.
+
+    Raises:
+        UserError: The name is taken.
+    """
+    check_free(output)
+    folder.rename(output.resolve())
+
+
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """Give a temporary sibling of ``output`` to write into; rename it at the end.
+
+    Args:
+        output: The folder that is to appear.
+
+    Yields:
+        The temporary folder. When the block raises, it is removed and ``output`` stays as it was.
+
+    Raises:
+        UserError: ``output`` is taken, or the disk refuses.
+    """
+    check_free(output)
+    output = output.resolve()
+    partial = output.with_name(f".{output.name}.{uuid.uuid4().hex}.partial")
+    try:
+        with disk_errors(output):
+            partial.mkdir(parents=True)
+            yield partial
+            appear(partial, output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+class OutOfRoomError(UserError):
+    """The disk or the memory ran out, which is no mistake in the input: what is done stays good."""
+
+
+@contextmanager
+def disk_errors(output: Path, kept: Callable[[], Path | None] = lambda: None) -> Iterator[None]:
+    """Turn what the disk refuses into one line.
+
+    Args:
+        output: The folder that is being written.
+        kept: Tells where finished work lies to go on from, ``None`` where there is none.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        OutOfRoomError: The disk is full, or DuckDB had to stop.
+        UserError: The folder can't be written.
+    """
+
+    def again() -> str:
+        folder = kept()
+        return "" if folder is None else f"; what is done is kept in {folder}, the same command goes on from there"
+
+    try:
+        yield
+    except (OSError, pl.exceptions.ComputeError) as error:
+        # Polars and pyarrow tell the number in the text only.
+        number = getattr(error, "errno", None)
+        if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "No space left" in str(error):
+            raise OutOfRoomError(
+                f"{output}: no space is left on the device; free some or name another output{again()}"
+            ) from error
+        if number in (errno.EMFILE, errno.ENFILE):
+            raise OutOfRoomError(f"{output}: {os.strerror(number)}; raise the limit with ulimit -n{again()}") from error
+        if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+            raise UserError(
+                f"{output}: the folder can't be written ({os.strerror(number)}); name another output"
+            ) from error
+        raise
+    except (duckdb.IOException, duckdb.OutOfMemoryException) as error:
+        reason = str(error).splitlines()[0]
+        raise OutOfRoomError(
+            f"{output}: DuckDB could not go on ({reason}); free disk, or give more --memory{again()}"
+        ) from error

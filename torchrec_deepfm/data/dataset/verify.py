@@ -1,0 +1,51 @@
+"""Does a prepared folder still hold what was written?"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from torchrec_deepfm.data.dataset.prepared import MANIFEST, PreparedData, read_manifest
+from torchrec_deepfm.data.dataset.publish import digest
+from torchrec_deepfm.data.prepare.progress import Phase
+from torchrec_deepfm.errors import UserError
+
+_AGAIN = "prepare the data again"
+
+
+def verify(folder: Path, report: Callable[[str], None] | None = None) -> int:
+    """Check every byte of a prepared folder against its manifest, and the manifest against its own checksum.
+
+    Args:
+        folder: The folder.
+        report: Called with a line of text now and then.
+
+    Returns:
+        How many files were checked.
+
+    Raises:
+        UserError: A file is missing, has other bytes than were written, or is not in the manifest; the message names
+            the first one and counts the others.
+    """
+    PreparedData.open(folder)
+    files = read_manifest(folder).get("files")
+    if not files:
+        raise UserError(f"{folder}: there are no checksums to check against; {_AGAIN}")
+    faults = []
+    known = {MANIFEST, *files}
+    faults += [f"{path}: the manifest does not know this file; remove it" for path in _strangers(folder, known)]
+    with Phase("verify", sum(entry["bytes"] for entry in files.values()) / 1e6, tell=report) as phase:
+        for name, entry in files.items():
+            try:
+                found = digest(folder / name)
+            except OSError as error:
+                raise UserError(f"{folder / name}: the file can't be read ({error}); check the disk") from error
+            if found != entry:
+                faults.append(f"{folder / name}: the content is not what was written (SHA-256 differs); {_AGAIN}")
+            phase.add(entry["bytes"] / 1e6, 0)
+    if faults:
+        more = f" ({len(faults) - 1} more such files)" if len(faults) > 1 else ""
+        raise UserError(faults[0] + more)
+    return len(files)
+
+
+def _strangers(folder: Path, known: set[str]) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.name not in known)

@@ -1,0 +1,184 @@
+"""Rows that were copied out of the files -> a checked batch of TorchRec.
+
+Shape letters: B rows of the batch, I numeric columns, F categorical columns, F1 of them with one id a row.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torchrec.datasets.utils import Batch
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from torchrec_deepfm.data.dataset.prepared import PreparedData
+from torchrec_deepfm.data.loader.row_reader import SplitRows, Taken
+from torchrec_deepfm.errors import UserError
+
+_REPAIR = "the folder is damaged or foreign; prepare the data again"
+
+
+class Assembler:
+    """Checks every value of a batch and puts it into tensors.
+
+    Args:
+        data: The opened folder.
+        source: The split's rows; it tells where a bad value stands.
+        batch_size: B.
+    """
+
+    def __init__(self, data: PreparedData, source: SplitRows, batch_size: int) -> None:
+        self._data, self._source, self._batch_size = data, source, batch_size
+        schema = data.schema
+        self._keys = list(schema.categorical)
+        self._index_per_key = {key: i for i, key in enumerate(self._keys)}
+        self._limits = np.array([data.num_embeddings[key] for key in schema.one_hot], np.uint64)[:, None]
+        self._limits32 = self._limits.astype(np.uint32)
+        self._modulo = data.foreign is not None and data.foreign.modulo
+        self._weighted = bool(schema.weighted)
+        self._plain = not schema.multi_hot
+        # One id per row and key: these parts are the same in every batch, and TorchRec would else compute them anew.
+        self._lengths = torch.ones(len(self._keys) * batch_size, dtype=torch.int32)
+        self._offsets = torch.arange(len(self._keys) * batch_size + 1, dtype=torch.int32)
+        self._length_per_key = [batch_size] * len(self._keys)
+        self._offset_per_key = [batch_size * i for i in range(len(self._keys) + 1)]
+
+    def batch(self, rows: NDArray[np.int64] | range, taken: Taken) -> Batch:
+        """Make a batch.
+
+        Args:
+            rows: The B numbers of the rows in the split.
+            taken: Their values.
+
+        Returns:
+            As ``Loader.batch`` returns, not pinned.
+
+        Raises:
+            UserError: An id, number, weight or label is not valid; the message names file, row and column.
+        """
+        dense, labels = taken.dense.astype(np.float32, copy=False), taken.labels
+        features = self._features(taken)
+        if features is None or not np.isfinite(dense).all() or not _all_labels(labels):
+            self._report(rows, taken)
+        return Batch(
+            dense_features=torch.from_numpy(dense),
+            sparse_features=features,
+            labels=torch.from_numpy(labels.astype(np.int32, copy=False)),
+        )
+
+    def _features(self, taken: Taken) -> KeyedJaggedTensor | None:
+        """Put the ids together, key by key; ``None`` if one of them, or a weight, is not valid."""
+        by_key = self._one_hot(taken.sparse)  # [F1, B], as a KeyedJaggedTensor wants it
+        if by_key is None:
+            return None
+        if self._plain:
+            return KeyedJaggedTensor(
+                keys=self._keys,
+                values=torch.from_numpy(by_key.reshape(-1)),
+                lengths=self._lengths,
+                offsets=self._offsets,
+                stride=self._batch_size,
+                length_per_key=self._length_per_key,
+                offset_per_key=self._offset_per_key,
+                index_per_key=self._index_per_key,
+            )
+        one_hot = iter(by_key)
+        lengths = np.ones((len(self._keys), self._batch_size), np.int32)
+        values: list[NDArray[np.int32]] = []
+        weights: list[NDArray[np.float32]] = []
+        for j, key in enumerate(self._keys):
+            bags = taken.bags.get(key)
+            if bags is None:
+                values.append(next(one_hot))
+            else:
+                lengths[j] = bags.lengths
+                ids = self._reduced(bags.ids, self._data.num_embeddings[key])
+                if _outside(ids, self._data.num_embeddings[key]).any():
+                    return None
+                values.append(ids.astype(np.int32, copy=False))
+            if self._weighted:
+                given = None if bags is None else bags.weights
+                weights.append(np.ones(len(values[-1]), np.float32) if given is None else given)
+                if given is not None and not np.isfinite(given).all():
+                    return None
+        sizes = [len(ids) for ids in values]
+        return KeyedJaggedTensor(
+            keys=self._keys,
+            values=torch.from_numpy(np.concatenate(values)),
+            weights=torch.from_numpy(np.concatenate(weights)) if self._weighted else None,
+            lengths=torch.from_numpy(lengths.reshape(-1)),
+            offsets=torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)),
+            stride=self._batch_size,
+            length_per_key=sizes,
+            offset_per_key=[0, *np.cumsum(sizes).tolist()],
+            index_per_key=self._index_per_key,
+        )
+
+    def _one_hot(self, sparse: NDArray[Any]) -> NDArray[np.int32] | None:
+        """[B, F1] -> int32 [F1, B], or ``None`` if an id is not valid."""
+        by_key = np.ascontiguousarray(sparse.T)
+        if self._modulo:
+            for ids, limit in zip(by_key, self._limits[:, 0].tolist(), strict=True):
+                ids[:] = self._reduced(ids, limit)
+        # As unsigned numbers, negative ids are large ones: one comparison finds both kinds.
+        wide = by_key.dtype.itemsize == 8
+        bad = by_key.view(np.uint64) >= self._limits if wide else by_key.view(np.uint32) >= self._limits32
+        if bad.any():
+            return None
+        return by_key.astype(np.int32, copy=False)
+
+    def _reduced(self, ids: NDArray[Any], num_embeddings: int) -> NDArray[Any]:
+        # The remainder by way of the quotient, which numpy computes ten times as fast; never negative, as with %.
+        return ids - ids // num_embeddings * num_embeddings if self._modulo else ids
+
+    def _report(self, rows: NDArray[np.int64] | range, taken: Taken) -> NoReturn:
+        """Name the first bad value of a batch."""
+        schema, limits = self._data.schema, self._data.num_embeddings
+        where, row, column, value, fault = self._first_fault(taken, limits)
+        day, inside = self._source.locate(int(rows[row]))
+        arrays = self._source.arrays[day]
+        file = {"dense": arrays.dense, "sparse": arrays.sparse, "labels": arrays.labels}.get(where)
+        if file is None:
+            bags = arrays.bags[column]
+            file = bags.weights if where == "weights" and bags.weights is not None else bags.ids
+        assert column in (*schema.numeric, *schema.categorical, schema.label)
+        remedy = _REPAIR if self._data.foreign is None else "mend the file or leave the day out"
+        raise UserError(f"{file.where}: row {inside}, column {column}: {value} {fault}; {remedy}")
+
+    def _first_fault(self, taken: Taken, limits: Mapping[str, int]) -> tuple[str, int, str, Any, str]:
+        """(array, row of the batch, column, value, what is wrong) of the first bad value."""
+        schema = self._data.schema
+        bad = ~np.isfinite(taken.dense.astype(np.float32, copy=False))
+        if bad.any():
+            i, j = np.argwhere(bad)[0].tolist()
+            return "dense", i, schema.numeric[j], taken.dense[i, j], "is no finite number"
+        for j, key in enumerate(schema.one_hot):
+            bad = _outside(self._reduced(taken.sparse[:, j], limits[key]), limits[key])
+            if bad.any():
+                i = int(np.argmax(bad))
+                return "sparse", i, key, taken.sparse[i, j], f"is no id below {limits[key]} and not negative"
+        for key, bags in taken.bags.items():
+            owner = np.repeat(np.arange(len(bags.lengths)), bags.lengths)
+            bad = _outside(self._reduced(bags.ids, limits[key]), limits[key])
+            if bad.any():
+                k = int(np.argmax(bad))
+                return "ids", int(owner[k]), key, bags.ids[k], f"is no id below {limits[key]} and not negative"
+            if bags.weights is not None and not np.isfinite(bags.weights).all():
+                k = int(np.argmin(np.isfinite(bags.weights)))
+                return "weights", int(owner[k]), key, bags.weights[k], "is no finite weight"
+        bad = ~((taken.labels == 0) | (taken.labels == 1))
+        if bad.any():
+            i = int(np.argmax(bad))
+            return "labels", i, schema.label, taken.labels[i], "is no label, it must be 0 or 1"
+        raise AssertionError("a batch that is bad as a whole but not in any part")
+
+
+def _outside(ids: NDArray[Any], limit: int) -> NDArray[np.bool_]:
+    return np.asarray(ids.view(f"u{ids.dtype.itemsize}") >= np.uint64(limit)) if ids.size else np.zeros(0, np.bool_)
+
+
+def _all_labels(labels: NDArray[Any]) -> bool:
+    if labels.dtype == np.int32:
+        return not (labels.view(np.uint32) > 1).any()
+    return bool(((labels == 0) | (labels == 1)).all())

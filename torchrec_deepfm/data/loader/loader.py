@@ -1,0 +1,351 @@
+"""The prepared folder -> batches of TorchRec, the rows of each batch shared out over ranks.
+
+Shape letters: B batch size per rank, W ranks, N rows of the split, I numeric columns.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torchrec.datasets.utils import Batch
+
+from torchrec_deepfm.data.dataset.prepared import PreparedData
+from torchrec_deepfm.data.loader.batch import Assembler
+from torchrec_deepfm.data.loader.epoch_order import EpochOrder
+from torchrec_deepfm.data.loader.row_reader import SplitRows
+from torchrec_deepfm.errors import UserError
+
+STATE_VERSION = 1
+
+
+@dataclass(kw_only=True)
+class _Run:
+    """One way through an epoch, from where it began."""
+
+    order: EpochOrder
+    epoch: int
+    begin: int  # rows of the epoch's order that were consumed before
+    yielded: int = 0  # batches of this rank since
+    window: int = -1  # the window of the order that was last read in
+
+
+class Loader:
+    r"""Iterates one rank's batches of one split; constant memory, whatever the size of the split.
+
+    An epoch has one global row order (``EpochOrder``). Global batch g is its rows ``[g*W*B, (g+1)*W*B)`` and rank r
+    gets the r-th B of them, so that one rank with batch 2B and two ranks with batch B see the same global batches.
+
+    With ``drop_last`` the last, incomplete global batch is left out. Without, it is filled up by rows from the head of
+    the order, because all ranks must take the same number of steps with batches of one size; ``valid_rows`` tells how
+    many rows of a batch are real. They come first, and over all ranks each row is real exactly once.
+
+    ``state_dict`` says how far all ranks have come, in rows. ``load_state_dict`` goes on from there, on any number of
+    ranks and with any batch size. Steps are then counted from that row.
+
+    A multi-hot column has a bag of ids in each row, which may be empty. As soon as one column of the schema has
+    weights, all have: the others weigh 1.
+
+    Args:
+        data: The opened folder.
+        split: ``train``, ``validation`` or ``test``.
+        batch_size: B, rows per rank and step.
+        rank: This rank, 0 to W - 1.
+        world_size: W, the number of ranks.
+        shuffle: Block shuffle, another one each epoch; else the order of the files.
+        seed: Picks the shuffle.
+        drop_last: Leave out the last, incomplete global batch.
+        pin_memory: Put the batches into page-locked memory for faster copies to a GPU.
+        prefetch: Batches that a thread makes ahead of the one that is asked for; 0 for no thread.
+
+    Raises:
+        UserError: An option is out of range, there are fewer rows than ranks, nothing is left after ``drop_last``, or
+            an array does not fit the manifest. While iterating: an id, number, weight or label is not valid, or a block
+            of rows does not fit its checksum.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from tempfile import TemporaryDirectory
+        >>> from torchrec_deepfm.data.prepare.prepare import prepare
+        >>> from torchrec_deepfm.data.schema import Schema
+        >>> schema = Schema(label="click", numeric=("price",), categorical=("user", "item"))
+        >>> with TemporaryDirectory() as folder:
+        ...     raw = Path(folder, "log.tsv")
+        ...     _ = raw.write_text("1\t5\tab\tcd\n0\t\tab\t\n" * 50)
+        ...     data = prepare([raw], Path(folder, "data"), schema=schema)
+        ...     loader = Loader(data, "train", batch_size=16, shuffle=True)
+        ...     loader.set_epoch(1)
+        ...     batch = next(iter(loader))
+        >>> batch.dense_features.shape, batch.sparse_features.keys(), batch.labels.shape
+        (torch.Size([16, 1]), ['user', 'item'], torch.Size([16]))
+        >>> loader.state_dict()["epoch"], loader.state_dict()["row"]
+        (1, 16)
+    """
+
+    def __init__(
+        self,
+        data: PreparedData,
+        split: str,
+        *,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        shuffle: bool = False,
+        seed: int = 0,
+        drop_last: bool = False,
+        pin_memory: bool = False,
+        prefetch: int = 2,
+    ) -> None:
+        self._batch_size, self._rank = batch_size, rank
+        self._rows = data.rows(split)
+        self._global = world_size * batch_size
+        if batch_size < 1:
+            raise UserError(f"--batch-size: {batch_size} is too small; give 1 or more")
+        if not 0 <= rank < world_size:
+            raise UserError(f"rank {rank} of {world_size} ranks does not exist; give 0 to world_size - 1")
+        if seed < 0:
+            raise UserError(f"--seed: {seed} is negative; give 0 or more")
+        if prefetch < 0:
+            raise UserError(f"prefetch: {prefetch} is negative; give 0 or more")
+        if self._rows == 0:
+            raise UserError(f"{data.folder}: split {split} is empty; prepare the data with rows for it")
+        if self._rows < world_size:
+            raise UserError(
+                f"{data.folder}: split {split} has {self._rows} rows for {world_size} ranks; "
+                "use fewer ranks or more data"
+            )
+        if drop_last and self._rows < self._global:
+            raise UserError(
+                f"{data.folder}: split {split} has {self._rows} rows, less than one step of batch size {batch_size} on "
+                f"{world_size} ranks; lower --batch-size or use fewer ranks"
+            )
+        if pin_memory and not torch.cuda.is_available():
+            raise UserError("pin_memory: there is no CUDA device; leave the option off")
+        self._shuffle, self._seed, self._drop_last = shuffle, seed, drop_last
+        self._pin_memory, self._prefetch = pin_memory, prefetch
+        self._source = SplitRows(data, split)
+        self._assembler = Assembler(data, self._source, batch_size)
+        self._run = self._begin_run(epoch=0, row=0)
+
+    def __len__(self) -> int:
+        """Return the number of steps of a whole epoch, the same on every rank."""
+        return self._steps(0)
+
+    @property
+    def steps_left(self) -> int:
+        """Steps from where an iteration would start now, row 0 or the loaded position, to the end of the epoch."""
+        return self._steps(self._run.begin)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield this rank's batches of the current epoch, from the loaded position on if one was loaded."""
+        return self.batches()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch, and with it the shuffle, of the iterations that start from here on.
+
+        A loaded position holds for its own epoch; every other one starts at row 0.
+
+        Args:
+            epoch: Not negative.
+
+        Raises:
+            UserError: The epoch is negative.
+        """
+        if epoch < 0:
+            raise UserError(f"epoch: {epoch} is negative; give 0 or more")
+        if epoch != self._run.epoch:
+            self._run = self._begin_run(epoch=epoch, row=0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tell how far the ranks have come with the batches that the newest iteration has yielded.
+
+        Returns:
+            ``version``; ``epoch``; ``row``, rows of the epoch's order that all ranks together have consumed, all N
+            after the last step (what ``drop_last`` leaves out is done too); ``rows``, N; ``seed``; ``shuffle``. It is
+            the same on every rank that has taken as many steps.
+        """
+        return self.position(self._run.yielded)
+
+    def position(self, step: int) -> dict[str, Any]:
+        """Tell the same for the moment after some batches of the current epoch, for callers that read ahead.
+
+        Args:
+            step: Batches done since row 0 or the loaded position, 0 to ``steps_left``.
+
+        Returns:
+            As ``state_dict``.
+
+        Raises:
+            IndexError: There are not so many steps.
+        """
+        if not 0 <= step <= self.steps_left:
+            raise IndexError(f"step {step} of {self.steps_left}")
+        row = self._rows if step == self.steps_left else self._run.begin + step * self._global
+        return {
+            "version": STATE_VERSION,
+            "epoch": self._run.epoch,
+            "row": row,
+            "seed": self._seed,
+            "shuffle": self._shuffle,
+            "rows": self._rows,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where another loader, of any number of ranks and any batch size, has stopped.
+
+        The iterations that start from here on begin there, until ``set_epoch`` chooses another epoch.
+
+        Args:
+            state: What ``state_dict`` or ``position`` returned.
+
+        Raises:
+            UserError: The state is damaged, or was taken from another split, seed or order.
+        """
+        names = ("version", "epoch", "row", "seed", "shuffle", "rows")
+        kinds = {name: type(state.get(name)) for name in names}
+        if any(kind is not (bool if name == "shuffle" else int) for name, kind in kinds.items()):
+            raise UserError(f"state of the loader: it is damaged, {dict(state)}; start the epoch from its beginning")
+        if state["version"] != STATE_VERSION:
+            raise UserError(
+                f"state of the loader: version {state['version']}, this version reads {STATE_VERSION}; "
+                "use the version that wrote it"
+            )
+        mine = {"seed": self._seed, "shuffle": self._shuffle, "rows": self._rows}
+        for name, value in mine.items():
+            if state[name] != value:
+                raise UserError(
+                    f"state of the loader: {name} was {state[name]}, now it is {value}; "
+                    "resume with the same data and options"
+                )
+        if state["epoch"] < 0 or not 0 <= state["row"] <= self._rows:
+            raise UserError(
+                f"state of the loader: row {state['row']} of epoch {state['epoch']} does not exist; "
+                "start the epoch from its beginning"
+            )
+        self._run = self._begin_run(epoch=state["epoch"], row=state["row"])
+
+    def valid_rows(self, step: int) -> int:
+        """Tell how many rows of this rank's batch are real; the rest, at its end, is filling.
+
+        Args:
+            step: Number of the batch since row 0 or the loaded position, from 0.
+
+        Returns:
+            0 to B. It is B for all steps but the last.
+        """
+        return self._valid(self._run, step)
+
+    def batches(self, start: int = 0) -> Iterator[Batch]:
+        """Yield this rank's batches of the current epoch from a step on.
+
+        Args:
+            start: The first step since row 0 or the loaded position, from 0; nothing before it is read.
+
+        Yields:
+            As ``batch`` returns. With ``prefetch`` a thread makes them; it ends with the iterator.
+
+        Raises:
+            UserError: An id, number, weight or label is not valid.
+        """
+        # An epoch that has begun ends in its own order, and no longer counts once another one has.
+        run = self._run = self._begin_run(epoch=self._run.epoch, row=self._run.begin, order=self._run.order)
+        run.yielded = start
+        return self._ahead(run, start) if self._prefetch else self._one_by_one(run, start)
+
+    def batch(self, step: int) -> Batch:
+        """Read one batch of the current epoch.
+
+        Args:
+            step: Number of the batch since row 0 or the loaded position, 0 to ``steps_left - 1``.
+
+        Returns:
+            Dense features float32 [B, I]; sparse features, int32 ids, B bags per key in the schema's order, and
+            float32 weights if the schema has any; labels int32 [B].
+
+        Raises:
+            UserError: An id, number, weight or label is not valid; the message names file, row and column.
+            IndexError: There is no such step.
+        """
+        if not 0 <= step < self.steps_left:
+            raise IndexError(f"step {step} of {self.steps_left}")
+        return self._batch(self._run, step)
+
+    def _begin_run(self, *, epoch: int, row: int, order: EpochOrder | None = None) -> _Run:
+        if order is None:
+            order = EpochOrder(self._rows, shuffle=self._shuffle, seed=self._seed, epoch=epoch)
+        return _Run(order=order, epoch=epoch, begin=row)
+
+    def _steps(self, row: int) -> int:
+        left = self._rows - row
+        return left // self._global if self._drop_last else -(-left // self._global)
+
+    def _one_by_one(self, run: _Run, start: int) -> Iterator[Batch]:
+        for step in range(start, self._steps(run.begin)):
+            batch = self._batch(run, step)
+            run.yielded = step + 1
+            yield batch
+
+    def _ahead(self, run: _Run, start: int) -> Iterator[Batch]:
+        # A new thread would take GPU 0 for its own, and pinning would make a context on it.
+        device = torch.cuda.current_device() if self._pin_memory else None
+        # The executor joins its thread when the interpreter ends, and ends it when nobody holds the executor any more.
+        executor = ThreadPoolExecutor(
+            1, thread_name_prefix="loader", initializer=_use_device, initargs=() if device is None else (device,)
+        )
+        pending: deque[Future[Batch]] = deque()
+        try:
+            steps = self._steps(run.begin)
+            coming = start
+            for step in range(start, steps):
+                while coming < min(step + 1 + self._prefetch, steps):
+                    pending.append(executor.submit(self._batch, run, coming))
+                    coming += 1
+                batch = pending.popleft().result()
+                run.yielded = step + 1
+                yield batch
+        finally:
+            # Not waited for: the collector may close this iterator in any thread, that of the executor included.
+            executor.shutdown(wait=False, cancel_futures=True)
+
+    def _first(self, run: _Run, step: int) -> int:
+        return run.begin + step * self._global + self._rank * self._batch_size
+
+    def _valid(self, run: _Run, step: int) -> int:
+        return min(max(self._rows - self._first(run, step), 0), self._batch_size)
+
+    def _batch(self, run: _Run, step: int) -> Batch:
+        begin, valid = self._first(run, step), self._valid(run, step)
+        self._turn_to(run, min(begin, self._rows - 1))
+        if valid == self._batch_size and not self._shuffle:
+            rows: NDArray[np.int64] | range = range(begin, begin + valid)
+            following = begin + self._global
+            if following < self._rows:
+                self._source.check_ahead([(following, min(following + self._batch_size, self._rows))])
+            taken = self._source.stretch(begin, begin + valid)
+        else:
+            rows = run.order[begin : begin + valid]
+            if valid < self._batch_size:
+                head = run.order[0 : min(self._rows, self._batch_size - valid)]
+                rows = np.concatenate([rows, np.resize(head, self._batch_size - valid)])
+            taken = self._source.take(rows)
+        batch = self._assembler.batch(rows, taken)
+        return batch.pin_memory() if self._pin_memory else batch
+
+    def _turn_to(self, run: _Run, position: int) -> None:
+        """Let go of the pages of the window before, so that memory stays constant, and fetch the next window's."""
+        window = run.order.window_at(position)
+        if window != run.window:
+            self._source.release()
+            if window != run.window + 1:  # nobody has fetched this one
+                self._source.fetch(run.order.stretches(window))
+            self._source.fetch(run.order.stretches(window + 1))
+            run.window = window
+
+
+def _use_device(device: int | None = None) -> None:
+    if device is not None:
+        torch.cuda.set_device(device)

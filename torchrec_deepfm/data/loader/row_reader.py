@@ -1,0 +1,267 @@
+"""Copying rows out of the files of a split, wherever its days lie.
+
+Shape letters: n rows that are copied, I numeric columns, F1 categorical columns with one id a row, H ids a row of a
+column that has as many in every row, m ids of n bags.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from torchrec_deepfm.data.dataset.arrays import Bags
+from torchrec_deepfm.data.dataset.checksums import BlockCheck
+from torchrec_deepfm.data.dataset.npy_mmap import MappedRows
+from torchrec_deepfm.data.dataset.prepared import PreparedData
+from torchrec_deepfm.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TakenBags:
+    """Copied bags of a multi-hot column.
+
+    Args:
+        ids: [m], bag after bag.
+        lengths: int64 [n], ids of each bag.
+        weights: float32 [m], or ``None``.
+    """
+
+    ids: NDArray[Any]
+    lengths: NDArray[np.int64]
+    weights: NDArray[np.float32] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Taken:
+    """Copied rows.
+
+    Args:
+        dense: [n, I].
+        sparse: [n, F1].
+        labels: [n].
+        bags: The multi-hot columns by name.
+    """
+
+    dense: NDArray[Any]
+    sparse: NDArray[Any]
+    labels: NDArray[Any]
+    bags: dict[str, TakenBags]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """From which day which rows are copied, and how they are put in order.
+
+    Args:
+        parts: Per day its number and its rows in the files: int64 [n of it], or the first and one past the last.
+        order: int64 [n], the place of each row among the copies; ``None`` if they already lie right.
+    """
+
+    parts: list[tuple[int, NDArray[np.int64] | tuple[int, int]]]
+    order: NDArray[np.int64] | None
+
+
+class SplitRows:
+    """The rows of a split, numbered over all its days.
+
+    Args:
+        data: The opened folder.
+        split: Its split.
+
+    Raises:
+        UserError: There is no such split, or an array does not fit the manifest.
+    """
+
+    def __init__(self, data: PreparedData, split: str) -> None:
+        self.days = data.days(split)
+        self.arrays = [data.arrays(day) for day in self.days]
+        self._first = np.array([day.start for day in self.days], np.int64)
+        self._begins = np.cumsum([0, *(day.rows for day in self.days)])
+        self._files = [file for arrays in self.arrays for file in arrays.files()]
+        checksums = data.checksums(split)
+        self._check = None
+        if checksums is not None and data.blocks is not None:
+            self._check = BlockCheck(self.days, self.arrays, checksums, data.blocks)
+
+    def locate(self, row: int) -> tuple[int, int]:
+        """Find a row of the split.
+
+        Args:
+            row: Its number over all days.
+
+        Returns:
+            The number of its day in the split, and the row's number in the day's files.
+        """
+        day = int(np.searchsorted(self._begins, row, side="right")) - 1
+        return day, int(row - self._begins[day] + self._first[day])
+
+    def take(self, rows: NDArray[np.int64]) -> Taken:
+        """Copy rows in any order.
+
+        Args:
+            rows: int64 [n], numbered over all days.
+
+        Returns:
+            The rows in that order.
+
+        Raises:
+            UserError: Bag borders make no sense, a block is not what was written, or a file has shrunk.
+        """
+        if self._check is not None:
+            self._check.check(rows)
+        if len(self.days) == 1:
+            return self._copy(_Plan(parts=[(0, rows + self._first[0])], order=None))
+        # One copy a day, the days one after another: much less work than to put each day's rows at their places.
+        days = (np.searchsorted(self._begins, rows, side="right") - 1).astype(np.uint16)
+        by_day = np.argsort(days, kind="stable")
+        inside = (rows - self._begins[days] + self._first[days])[by_day]
+        ends = np.cumsum(np.bincount(days, minlength=len(self.days))).tolist()
+        parts = [(day, inside[a:b]) for day, (a, b) in enumerate(zip([0, *ends], ends, strict=False)) if a < b]
+        order = np.empty(len(rows), np.int64)
+        order[by_day] = np.arange(len(rows))
+        return self._copy(_Plan(parts=list(parts), order=order))
+
+    def stretch(self, start: int, stop: int) -> Taken:
+        """Copy neighbouring rows; faster than ``take``.
+
+        Args:
+            start: First row, numbered over all days.
+            stop: One past the last row.
+
+        Returns:
+            The rows.
+
+        Raises:
+            UserError: Bag borders make no sense, a block is not what was written, or a file has shrunk.
+        """
+        if self._check is not None:
+            self._check.check(range(start, stop))
+        parts: list[tuple[int, NDArray[np.int64] | tuple[int, int]]] = []
+        for day, a, b in self._cut(start, stop):
+            parts.append((day, (a, b)))
+        return self._copy(_Plan(parts=parts, order=None))
+
+    def fetch(self, stretches: Iterable[tuple[int, int]]) -> None:
+        """Have the system read rows from the disk ahead, and their checksums compared, without waiting for it.
+
+        Args:
+            stretches: First row and one past the last, numbered over all days.
+        """
+        stretches = list(stretches)
+        self.check_ahead(stretches)
+        for start, stop in stretches:
+            for day, a, b in self._cut(start, stop):
+                arrays = self.arrays[day]
+                for file in (arrays.dense, arrays.sparse, arrays.labels):
+                    file.will_need(a, b)
+                for bags in arrays.bags.values():
+                    c, d = a, b
+                    if bags.offsets is not None:
+                        bags.offsets.will_need(a, b + 1)
+                        c, d = (min(max(int(border), 0), len(bags.ids)) for border in bags.offsets[[a, b]])
+                    for part in (bags.ids, bags.weights):
+                        if part is not None:
+                            part.will_need(c, d)
+
+    def check_ahead(self, stretches: Iterable[tuple[int, int]]) -> None:
+        """Have the checksums of rows compared in a thread; taking these rows waits for it.
+
+        Args:
+            stretches: First row and one past the last, numbered over all days.
+        """
+        if self._check is not None:
+            self._check.check_ahead(range(*stretch) for stretch in stretches)
+
+    def release(self) -> None:
+        """Let go of the pages that copying has mapped; see ``MappedRows.release``."""
+        for file in self._files:
+            file.release()
+
+    def _cut(self, start: int, stop: int) -> Iterable[tuple[int, int, int]]:
+        """(day, first row in its files, one past the last) of the rows ``[start, stop)`` of the split."""
+        day = int(np.searchsorted(self._begins, start, side="right")) - 1
+        while start < stop:
+            end = min(stop, int(self._begins[day + 1]))
+            shift = int(self._first[day] - self._begins[day])
+            yield day, start + shift, end + shift
+            start = end
+            day += 1
+
+    def _copy(self, plan: _Plan) -> Taken:
+        arrays = [self.arrays[day] for day, _ in plan.parts]
+        for each in arrays:
+            for file in each.files():
+                file.check_whole()
+        return Taken(
+            dense=_rows([each.dense for each in arrays], plan),
+            sparse=_rows([each.sparse for each in arrays], plan),
+            labels=_rows([each.labels for each in arrays], plan).reshape(-1),
+            bags={name: _bags([each.bags[name] for each in arrays], plan) for name in arrays[0].bags},
+        )
+
+
+def _rows(files: Sequence[MappedRows], plan: _Plan) -> NDArray[Any]:
+    pieces = [
+        file.stretch(*rows) if isinstance(rows, tuple) else file.take(rows)
+        for file, (_, rows) in zip(files, plan.parts, strict=True)
+    ]
+    joined = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+    return joined if plan.order is None else joined.take(plan.order, axis=0)
+
+
+def _bags(bags: Sequence[Bags], plan: _Plan) -> TakenBags:
+    if bags[0].offsets is None:
+        ids = _rows([each.ids for each in bags], plan)
+        return TakenBags(ids=ids.reshape(-1), lengths=np.full(len(ids), ids.shape[1], np.int64), weights=None)
+    pieces: list[NDArray[Any]] = []
+    weights: list[NDArray[np.float32]] = []
+    lengths: list[NDArray[np.int64]] = []
+    for each, (_, rows) in zip(bags, plan.parts, strict=True):
+        begins, counts = _borders(each, rows)
+        lengths.append(counts)
+        if isinstance(rows, tuple):
+            first = int(begins[0]) if len(begins) else 0
+            stop = first + int(counts.sum())
+            pieces.append(each.ids.stretch(first, stop))
+            if each.weights is not None:
+                weights.append(each.weights.stretch(first, stop))
+            continue
+        places = _spread(begins, counts)
+        pieces.append(each.ids.take(places))
+        if each.weights is not None:
+            weights.append(each.weights.take(places))
+    all_lengths, all_ids = np.concatenate(lengths), np.concatenate(pieces)
+    all_weights = np.concatenate(weights) if weights else None
+    if plan.order is not None:
+        ends = np.cumsum(all_lengths)
+        places = _spread((ends - all_lengths)[plan.order], all_lengths[plan.order])
+        all_lengths, all_ids = all_lengths[plan.order], all_ids.take(places)
+        all_weights = None if all_weights is None else all_weights.take(places)
+    return TakenBags(ids=all_ids, lengths=all_lengths, weights=all_weights)
+
+
+def _borders(bags: Bags, rows: NDArray[np.int64] | tuple[int, int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """First id and number of ids of each bag; checked, since they say where to read."""
+    assert bags.offsets is not None
+    if isinstance(rows, tuple):
+        borders = bags.offsets.stretch(rows[0], rows[1] + 1)
+        begins, ends = borders[:-1], borders[1:]
+    else:
+        begins, ends = bags.offsets.take(rows), bags.offsets.take(rows + 1)
+    bad = (begins < 0) | (ends < begins) | (ends > len(bags.ids))
+    if bad.any():
+        i = int(np.argmax(bad))
+        row = rows[0] + i if isinstance(rows, tuple) else int(rows[i])
+        raise UserError(
+            f"{bags.offsets.where}: row {row}: its ids run from {begins[i]} to {ends[i]} of {len(bags.ids)}; "
+            "the folder is damaged, prepare the data again"
+        )
+    return begins, ends - begins
+
+
+def _spread(begins: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The places ``begins[i]``, ``begins[i] + 1``, ... of all bags, one bag after another."""
+    ends = np.cumsum(lengths)
+    return np.repeat(begins - (ends - lengths), lengths) + np.arange(ends[-1] if len(ends) else 0)

@@ -1,0 +1,236 @@
+"""Which files are read, in which order, and which split each of their rows belongs to."""
+
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Final
+
+from torchrec_deepfm.data.prepare.stage import Part, Unit
+from torchrec_deepfm.data.raw.criteo_text import TextLog
+from torchrec_deepfm.data.raw.source import Source
+from torchrec_deepfm.data.raw.table_source import TableSource, open_tables, unify
+from torchrec_deepfm.data.schema import Schema
+from torchrec_deepfm.errors import UserError
+
+# How rows are dealt out where no files are named for validation and test. A row draws a lot from 0 to 9.
+SPLITS_BY_LOT: Final = {
+    "8:1:1": {"train": range(8), "validation": range(8, 9), "test": range(9, 10)},
+    "9:1": {"train": range(9), "test": range(9, 10)},
+}
+LAST_DAY: Final = "last-day"
+NONE: Final = "none"
+SPLIT_OPTIONS: Final = (*SPLITS_BY_LOT, LAST_DAY, NONE)
+# Up to so many files of a split have arrays of their own. Of more, neighbours share arrays.
+SEPARATE: Final = 16
+SHARED_BYTES: Final = 64 << 20
+SHARED_BY: Final = 64
+# Of a table, for the rows of a piece; about what a line of Criteo's text has.
+BYTES_OF_A_ROW: Final = 256
+
+_DAY: Final = re.compile(r"day_(\d+)(?:\.[^/]*)?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What is to be read.
+
+    Args:
+        units: The sources that share arrays, with the stems of their rows.
+        split: How the splits come about: ``files`` or one of ``SPLIT_OPTIONS``.
+        halved: The stem whose rows are validation and test, half each; under ``last-day``.
+        sources: Every source, by split.
+    """
+
+    units: tuple[Unit, ...]
+    split: str
+    halved: str | None
+    sources: Mapping[str, tuple[Source, ...]]
+
+
+def find_inputs(
+    named: Mapping[str, Sequence[str | Path]],
+    schema: Schema,
+    *,
+    split: str | None,
+    seed: int,
+    piece_bytes: int,
+    separate: bool,
+) -> Inputs:
+    """Open the sources and decide on the splits.
+
+    Args:
+        named: What the user named for ``train``, ``validation`` and ``test``.
+        schema: The columns of the raw data.
+        split: How to split the input; ``None`` for 8:1:1 where no files are named for validation or test.
+        seed: Of the split by lot.
+        piece_bytes: Of text, to a piece; a table has a row for every 256 of them.
+        separate: Each source has arrays of its own, however many there are.
+
+    Returns:
+        The inputs.
+
+    Raises:
+        UserError: A source is missing, named twice or unreadable, a day is missing, or the split does not fit.
+    """
+    held_out = bool(named["validation"] or named["test"])
+    if split is not None and split not in SPLIT_OPTIONS:
+        raise UserError(f"--split {split}: there is no such split; choose one of {', '.join(SPLIT_OPTIONS)}")
+    if held_out and split not in (None, NONE):
+        raise UserError(f"--split {split}: --validation and --test say the split already; leave one of the two out")
+    way = "files" if held_out else split or "8:1:1"
+    paths = {part: _expand(entries, schema) for part, entries in named.items()}
+    _check_distinct(paths)
+    days = _days(paths)
+    sources = _open(paths, schema, piece_bytes)
+    _check_distinct({part: [source.path for source in opened] for part, opened in sources.items()})
+    if days is not None and len(days) != len(sources["train"]):
+        days = None  # folders of tables: a name stands for several files
+    separate = separate or schema.layout == "criteo"  # days, and large
+    train = sources["train"]
+    if days is not None:
+        train = [train[place] for place in sorted(range(len(train)), key=lambda place: days[place])]
+    if way == LAST_DAY and len(train) < 2:
+        raise UserError("--split last-day: one file is named; name two or more, or choose --split 8:1:1")
+    if way == LAST_DAY:  # the last file is halved, and so has arrays of its own
+        groups = [*_groups(train[:-1], separate=separate or days is not None), (train[-1],)]
+    else:
+        groups = _groups(train, separate=separate or days is not None)
+    numbers = sorted(days) if days is not None else range(len(groups))
+    units = []
+    for i, (number, group) in enumerate(zip(numbers, groups, strict=True)):
+        lots = SPLITS_BY_LOT.get(way)
+        if lots is None:
+            parts: tuple[Part, ...] = (Part(stem=f"day_{number}", split="train"),)
+        else:
+            stems = {"train": f"day_{number}", "validation": f"validation_{number}", "test": f"test_{number}"}
+            parts = tuple(Part(stem=stems[part], split=part, lots=drawn) for part, drawn in lots.items())
+        units.append(Unit(name=f"stage_train_{i}", sources=group, parts=parts, entropy=(seed, i)))
+    for part in ("validation", "test"):
+        units += [
+            Unit(
+                name=f"stage_{part}_{i}",
+                sources=group,
+                parts=(Part(stem=f"{part}_{i}", split=part),),
+            )
+            for i, group in enumerate(_groups(sources[part], separate=separate))
+        ]
+    return Inputs(
+        units=tuple(units),
+        split=way,
+        halved=f"day_{numbers[-1]}" if way == LAST_DAY else None,
+        sources={part: tuple(opened) for part, opened in {**sources, "train": train}.items()},
+    )
+
+
+def heads(units: Sequence[Unit], schema: Schema, *, piece_bytes: int) -> list[tuple[Source, float]]:
+    """Choose the sources whose heads tell how much room all of them take.
+
+    Args:
+        units: The sources.
+        schema: The columns of the raw data.
+        piece_bytes: As for ``find_inputs``.
+
+    Returns:
+        A source that is read in small pieces, and how many times its bytes it stands for: every source that has arrays
+        of its own; the first, middle and last of those that share arrays.
+    """
+    chosen: list[tuple[Source, float]] = []
+    for unit in units:
+        sample = [unit.sources[place] for place in sorted({0, len(unit.sources) // 2, len(unit.sources) - 1})]
+        scale = unit.bytes / max(sum(source.bytes for source in sample), 1)
+        for source in sample:
+            small = (
+                replace(source, piece_rows=max(piece_bytes // BYTES_OF_A_ROW, 1))
+                if isinstance(source, TableSource)
+                else TextLog(Path(source.path), schema, piece_bytes=piece_bytes)
+            )
+            chosen.append((small, scale))
+    return chosen
+
+
+def _groups(sources: Sequence[Source], *, separate: bool) -> list[tuple[Source, ...]]:
+    """Neighbours that share arrays: as many as fit in ``SHARED_BYTES``, or in a ``SHARED_BY``-th of all."""
+    if separate or len(sources) <= SEPARATE:
+        return [(source,) for source in sources]
+    most = max(SHARED_BYTES, sum(source.bytes for source in sources) / SHARED_BY)
+    groups: list[list[Source]] = []
+    size = math.inf
+    for source in sources:
+        if size + source.bytes > most:
+            groups.append([])
+            size = 0
+        groups[-1].append(source)
+        size += source.bytes
+    return [tuple(group) for group in groups]
+
+
+def _expand(entries: Sequence[str | Path], schema: Schema) -> list[str]:
+    """Replace a folder of text logs by its days."""
+    if schema.layout != "criteo":
+        return [str(entry) for entry in entries]
+    paths = []
+    for entry in entries:
+        folder = Path(entry)
+        if not folder.is_dir():
+            paths.append(str(entry))
+            continue
+        named = [(match, path) for path in sorted(folder.iterdir()) if (match := _DAY.fullmatch(path.name))]
+        days = [path for _, path in sorted(named, key=lambda pair: int(pair[0][1]))]
+        if not days:
+            raise UserError(f"{folder}: this is a folder without day_0, day_1, ...; name the files")
+        paths += [str(path) for path in days]
+    return paths
+
+
+def _check_distinct(paths: Mapping[str, Sequence[str]]) -> None:
+    seen: set[str] = set()
+    for path in (path for entries in paths.values() for path in entries):
+        place = path if "://" in path else os.path.realpath(path)
+        if place in seen:
+            raise UserError(f"{path}: the same file is named twice; name each file once")
+        seen.add(place)
+
+
+def _days(paths: Mapping[str, Sequence[str]]) -> list[int] | None:
+    """The day of every training file, where they are named after days; without gap or double.
+
+    Held-out files that are named after days too have to fit in.
+    """
+    train = [_DAY.fullmatch(Path(path).name) for path in paths["train"]]
+    if not train or not all(train):
+        return None
+    days: dict[int, str] = {}
+    for path in (path for entries in paths.values() for path in entries):
+        match = _DAY.fullmatch(Path(path).name)
+        if match is None:
+            continue
+        number = int(match[1])
+        if number in days:
+            raise UserError(f"{path}: day {number} is there twice, also as {days[number]}; name each day once")
+        days[number] = path
+    for before, after in pairwise(sorted(days)):
+        if after != before + 1:
+            raise UserError(
+                f"--input: day_{before + 1} is missing between {Path(days[before]).name} and {Path(days[after]).name}; "
+                "name all days, or rename the files if they are no days"
+            )
+    return [int(match[1]) for match in train if match is not None]
+
+
+def _open(paths: Mapping[str, Sequence[str]], schema: Schema, piece_bytes: int) -> dict[str, list[Source]]:
+    if schema.layout == "criteo":
+        return {
+            part: [TextLog(Path(entry), schema, piece_bytes=piece_bytes) for entry in entries]
+            for part, entries in paths.items()
+        }
+    rows = max(piece_bytes // BYTES_OF_A_ROW, 1)
+    opened = {
+        part: [source for entry in entries for source in open_tables(entry, schema, piece_rows=rows)]
+        for part, entries in paths.items()
+    }
+    alike = iter(unify([source for part in opened.values() for source in part]))
+    return {part: [next(alike) for _ in sources] for part, sources in opened.items()}

@@ -1,0 +1,508 @@
+"""One ``prepare`` from its options to the finished folder: what follows upon what, and who does it.
+
+Read (``stage.py``), count (``vocabulary.py``), encode (``encode.py``), check, appear. Several processes share each of
+these and agree after each that all went well. ``workfolder.py`` says how a killed one goes on.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from torchrec_deepfm.data.dataset.checksums import CHECKSUMS, HASH, stem_borders
+from torchrec_deepfm.data.dataset.prepared import (
+    FORMAT_VERSION,
+    MANIFEST,
+    SPLITS,
+    Day,
+    PreparedData,
+    offsets_file,
+    stem_files,
+)
+from torchrec_deepfm.data.dataset.publish import (
+    OutOfRoomError,
+    Parts,
+    appear,
+    check_free,
+    digest,
+    digest_parts,
+    disk_errors,
+    find_parts,
+)
+from torchrec_deepfm.data.loader import epoch_order
+from torchrec_deepfm.data.prepare import inputs as found
+from torchrec_deepfm.data.prepare import numeric
+from torchrec_deepfm.data.prepare.disk_space import check_room, estimate_bytes
+from torchrec_deepfm.data.prepare.duckdb_session import connect
+from torchrec_deepfm.data.prepare.encode import encode_stem
+from torchrec_deepfm.data.prepare.hashing import Hashing
+from torchrec_deepfm.data.prepare.options import MIN_COUNT, check_options, hash_sizes
+from torchrec_deepfm.data.prepare.progress import Phase
+from torchrec_deepfm.data.prepare.provenance import difference, known_optimum, source_state, versions
+from torchrec_deepfm.data.prepare.splits import days_of_splits
+from torchrec_deepfm.data.prepare.stage import Stager, Unit, skipped_rows
+from torchrec_deepfm.data.prepare.vocabulary import count_column, vocabulary_file, vocabulary_size
+from torchrec_deepfm.data.prepare.vocabulary_reuse import OldVocabulary
+from torchrec_deepfm.data.prepare.work_folder import WorkFolder, sync
+from torchrec_deepfm.data.prepare.workers import Workers
+from torchrec_deepfm.data.raw.source import Source
+from torchrec_deepfm.data.schema import Schema
+from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.files import seal, write_bytes
+
+# Shares of the memory: DuckDB's own, a piece of text, a block of ids, the values that it is made from. Libraries and
+# what is in flight take the rest.
+DUCKDB_SHARE: Final = 0.4
+PIECE_SHARE: Final = 1 / 32
+BLOCK_SHARE: Final = 1 / 8
+VALUES_SHARE: Final = 1 / 16
+# A row of a block takes so much at least while a column is looked up: value, row number, id, each more than once.
+_ROW_BYTES: Final = 64
+_HEAD_BYTES: Final = 1 << 20
+
+_Staged = Sequence[tuple[Unit, Mapping[str, Any]]]
+_Splits = Mapping[str, Sequence[Mapping[str, Any]]]
+
+
+class Job:
+    """One call of ``prepare``, which tells of the arguments."""
+
+    def __init__(
+        self,
+        *,
+        output: Path,
+        named: Mapping[str, Sequence[str | Path]],
+        raw: Schema,
+        min_count: int | None,
+        hash_ids: bool,
+        num_embeddings: int | Sequence[int] | None,
+        vocabulary: Path | None,
+        numeric_transform: str | None,
+        split: str | None,
+        seed: int,
+        on_bad_row: str,
+        memory: int,
+        threads: int | None,
+        workers: Workers,
+        report: Callable[[str], None] | None,
+    ) -> None:
+        check_options(
+            named,
+            min_count=min_count,
+            hash_ids=hash_ids,
+            num_embeddings=num_embeddings,
+            vocabulary=vocabulary,
+            seed=seed,
+            on_bad_row=on_bad_row,
+            memory=memory,
+            threads=threads,
+        )
+        self._output, self._memory, self._workers, self._named = output, memory, workers, named
+        self._threads = threads
+        self._tell = report if report is not None and workers.is_main else None
+        transforms = numeric.transforms(raw, numeric_transform)
+        self._schema = numeric.prepared_schema(raw, transforms)
+        self._hash_sizes = hash_sizes(raw, self._schema, num_embeddings) if hash_ids else None
+        common = MIN_COUNT if min_count is None else min_count
+        self._min_counts = [self._schema.options(name).min_count or common for name in self._schema.categorical]
+        by_column = dict(zip(raw.numeric, transforms, strict=True))
+        self._old = None if vocabulary is None else OldVocabulary(vocabulary, self._schema, by_column)
+        # The logarithm's shift is the minimum of a file, so that sources which shared arrays would change it.
+        separate = "log" in transforms
+        self._reading, piece = numeric.settled(raw, transforms), int(memory * PIECE_SHARE)
+        self._inputs = found.find_inputs(
+            named, self._reading, split=split, seed=seed, piece_bytes=piece, separate=separate
+        )
+        self._work = WorkFolder(output)
+        self._connection = connect(self._work.spill, memory=int(memory * DUCKDB_SHARE), threads=threads)
+        self._stager = Stager(
+            work=self._work,
+            raw=raw,
+            schema=self._schema,
+            transforms=transforms,
+            hashing=None if self._hash_sizes is None else Hashing(self._connection, self._hash_sizes),
+            skip_bad=on_bad_row == "skip",
+        )
+        counts = not hash_ids and self._old is None
+        self._made = {
+            "mode": "hash" if hash_ids else "vocabulary",
+            "min_count": common if counts else None,
+            "num_embeddings": self._hash_sizes,
+            "vocabulary": None if self._old is None else self._old.digests,
+            "numeric": by_column,
+            "split": self._inputs.split,
+            "seed": seed if self._inputs.split in found.SPLITS_BY_LOT else None,
+            "on_bad_row": on_bad_row,
+            "raw_schema": raw.to_json(),
+            "sources": {part: [_name(one) for one in sources] for part, sources in self._inputs.sources.items()},
+            "versions": versions(),
+        }
+
+    def run(self) -> PreparedData:
+        """Do what is left to do; see ``prepare``."""
+        finished: PreparedData | UserError | None = None
+        if self._workers.is_main:
+            try:
+                finished = self._finished()
+            except UserError as error:
+                finished = error
+        finished = self._workers.gather(finished)[0]
+        if isinstance(finished, UserError):
+            raise finished
+        if finished is not None:
+            assert isinstance(finished, PreparedData)
+            return finished
+        resumed: bool | None = None
+
+        def enter() -> None:
+            nonlocal resumed
+            if self._workers.is_main:
+                check_free(self._output)
+                # What the sources hold is left to the records: a file that was repaired is read anew, and the others
+                # are not. Bad rows too: what was read without meeting any is good for both.
+                resumed = self._work.enter({key: value for key, value in self._made.items() if key != "on_bad_row"})
+                if resumed:
+                    self._say(f"going on with {self._work.path}")
+                self._check_room()
+                self._drop_changed()
+
+        try:
+            self._together(enter)
+            self._work.share()
+            self._together(self._stage)
+            units = [(unit, self._record(unit)) for unit in self._inputs.units]
+            splits = days_of_splits(self._inputs, [record for _, record in units], self._work.out)
+            if self._hash_sizes is None:
+                self._together(lambda: self._count(units))
+                self._together(lambda: self._encode(units))
+            self._together(lambda: self._check_sums(units, splits))
+            outcome: PreparedData | UserError | None = None
+            if self._workers.is_main:
+                try:
+                    outcome = self._guarded(lambda: self._finish(units, splits))
+                except UserError as error:
+                    outcome = error
+            outcome = self._workers.gather(outcome)[0]  # the others need not see the new folder yet
+            if isinstance(outcome, UserError):
+                raise outcome
+            assert isinstance(outcome, PreparedData)
+            return outcome
+        except UserError as error:
+            # All processes have stopped. What an earlier call has left stays in any case.
+            if self._workers.is_main and resumed is False:
+                room = isinstance(error, OutOfRoomError)
+                if not (self._work.begun() if room else self._work.worth_keeping()):
+                    self._work.remove()
+            with suppress(RuntimeError):  # a process that is gone can't wait
+                # The first one to end has the others stopped by the launcher: not in the middle of that.
+                self._workers.gather(None)
+            raise
+        finally:
+            self._work.leave()
+            self._connection.close()
+
+    def _say(self, line: str) -> None:
+        if self._tell is not None:
+            self._tell(line)
+
+    def _guarded(self, work: Callable[[], Any]) -> Any:
+        with disk_errors(self._output, self._work.begun):
+            return work()
+
+    def _together(self, work: Callable[[], None]) -> None:
+        """Do a process's share, and raise in all of them what went wrong in one; nobody is at work any more then."""
+        error: UserError | None = None
+        try:
+            self._guarded(work)
+        except UserError as mine:
+            error = mine
+        for told in self._workers.gather(error):
+            if told is not None:
+                raise (error or told)
+
+    def _finished(self) -> PreparedData | None:
+        """The output, where this very call has made it already."""
+        if not (self._output / MANIFEST).exists():
+            return None
+        try:
+            data = PreparedData.open(self._output)
+        except UserError:
+            return None
+        made, sources = dict(data.made), data.made.get("sources", {})
+        made["sources"] = {part: [one["name"] for one in listed] for part, listed in sources.items()}
+        if made != json.loads(json.dumps(self._made)):
+            return None
+        for part, opened in self._inputs.sources.items():
+            for source, before in zip(opened, sources[part], strict=True):
+                what = difference(before, source_state(source))
+                if what:
+                    raise UserError(
+                        f"{self._output}: it was made from other content of {source.path} ({what}); "
+                        "name another output, or remove this one to prepare again"
+                    )
+        if self._work.path.exists():  # a kill between the last two steps leaves it
+            self._work.remove()
+        self._say(f"{self._output} is finished already")
+        return data
+
+    def _check_room(self) -> None:
+        heads = found.heads(self._inputs.units, self._reading, piece_bytes=_HEAD_BYTES)
+        log = "log" in self._stager.transforms
+        needed = estimate_bytes(heads, self._schema, staged=self._hash_sizes is None, log=log)
+        check_room(self._output, needed, self._work.path)
+
+    def _drop_changed(self) -> None:
+        """Forget what was read from sources that have changed since, and before that all that followed from it.
+
+        The new state is written last: a kill on the way finds the change again.
+        """
+        states = {unit.name: _states(unit) for unit in self._inputs.units}
+        changed = []
+        for unit in self._inputs.units:
+            before, record = self._work.record(f"source_{unit.name}"), self._work.record(unit.name)
+            what = "" if before is None else _changed(before, states[unit.name], unit)
+            if what:
+                changed.append(unit)
+                self._say(f"{what}: reading it anew")
+            elif record is not None and skipped_rows(record) and not self._stager.skip_bad:
+                changed.append(unit)  # it was read under --on-bad-row skip
+        if changed:
+            self._work.forget("sum_*")
+            self._work.forget("encode_*")
+            for path in self._work.out.glob("vocabulary_*"):
+                path.unlink()
+            for unit in changed:
+                self._work.forget(unit.name)
+        for name, state in states.items():
+            if self._work.record(f"source_{name}") != json.loads(json.dumps(state)):
+                self._work.write_record(f"source_{name}", state)
+
+    def _check_unchanged(self, unit: Unit) -> None:
+        """Check that nobody wrote to the sources of a unit while they were read."""
+        before = self._work.record(f"source_{unit.name}")
+        assert before is not None
+        what = _changed(before, _states(unit), unit)
+        if what:
+            raise UserError(f"{what} while it was read; run the same command again when nothing writes to it")
+
+    def _record(self, unit: Unit) -> dict[str, Any]:
+        record = self._work.record(unit.name)
+        assert record is not None
+        return record
+
+    def _stage(self) -> None:
+        weights = [float(unit.bytes) for unit in self._inputs.units]
+        mine = self._workers.mine(self._inputs.units, weights)
+        size = sum(unit.bytes for unit in mine) / 1e6
+        with Phase("read", size, tell=self._tell) as phase:
+            for unit in mine:
+                before = self._work.record(unit.name)
+                share = 0.0
+
+                def on_piece(rows: int, done: float, megabytes: float = unit.bytes / 1e6) -> None:
+                    nonlocal share
+                    phase.add((done - share) * megabytes, rows)
+                    share = done
+
+                if before is not None and before["finished"]:
+                    continue
+                try:
+                    self._stager.stage(unit, on_piece)
+                except UserError:
+                    self._check_unchanged(unit)  # then that is why
+                    raise
+                self._check_unchanged(unit)
+                record = self._record(unit)
+                bad = skipped_rows(record)
+                skipped = f", {bad:,} bad ones skipped" if bad else ""
+                self._say(f"read {unit}: {record['rows']:,} rows{skipped}")
+
+    def _count(self, units: _Staged) -> None:
+        columns = range(len(self._schema.categorical))
+        if self._old is not None:
+            if self._workers.is_main:
+                staged = [path for part in self._all_staged(units) for path, _, _ in part]
+                self._old.copy(staged, self._work.staged, self._work.out)
+            return
+        train = [
+            path
+            for unit, record in units
+            for part in unit.parts
+            if part.split == "train" and part.stem != self._inputs.halved
+            for path, _, _ in self._stager.staged_files(part.stem, record)
+        ]
+        mine = self._workers.mine(columns, [1.0] * len(columns))
+        mine = [j for j in mine if not vocabulary_file(self._work.out, j).exists()]
+        with Phase("count", len(mine), tell=self._tell) as phase:
+            for j in mine:
+                count_column(
+                    self._connection,
+                    train,
+                    j,
+                    is_list=self._schema.categorical[j] in self._schema.multi_hot,
+                    min_count=self._min_counts[j],
+                    missing_is_rare=self._schema.missing == "rare",
+                    drafts=self._work.staged,
+                    target=vocabulary_file(self._work.out, j),
+                )
+                phase.add(1, 0)
+        if mine and self._workers.count == 1:
+            ids = sum(vocabulary_size(self._work.out, j) for j in columns)
+            self._say(f"counted {ids:,} ids in {len(columns)} columns")
+
+    def _all_staged(self, units: _Staged) -> list[list[tuple[Path, int, int]]]:
+        return [self._stager.staged_files(part.stem, record) for unit, record in units for part in unit.parts]
+
+    def _encode(self, units: _Staged) -> None:
+        stems = [(part.stem, record) for unit, record in units for part in unit.parts]
+        weights = [float(record["stems"][stem]["rows"]) for stem, record in stems]
+        mine = self._workers.mine(stems, weights)
+        total = sum(record["stems"][stem]["rows"] for stem, record in mine)
+        row_bytes = max(4 * len(self._schema.categorical), _ROW_BYTES)
+        block_rows = max(int(self._memory * BLOCK_SHARE / row_bytes), 1)
+        with Phase("encode", total, tell=self._tell) as phase:
+            for stem, record in mine:
+                if not record["stems"][stem]["rows"]:
+                    continue
+                encode_stem(
+                    self._connection,
+                    self._work,
+                    stem,
+                    self._stager.staged_files(stem, record),
+                    self._schema,
+                    self._work.out,
+                    block_rows=block_rows,
+                    block_bytes=int(self._memory * VALUES_SHARE),
+                    threads=self._threads,
+                    on_block=lambda rows: phase.add(rows, rows),
+                )
+
+    def _vocabularies(self) -> list[str]:
+        columns = range(len(self._schema.categorical)) if self._hash_sizes is None else ()
+        return [vocabulary_file(self._work.out, j).name for j in columns]
+
+    def _check_sums(self, units: _Staged, splits: _Splits) -> None:
+        """Take the checksums of every file that will be in the folder, of its blocks too."""
+        stems = _borders_of_stems(splits)
+        rows = {part.stem: record["stems"][part.stem]["rows"] for unit, record in units for part in unit.parts}
+        files = {name: stem for stem in stems for name in stem_files(self._schema, stem)}
+        names = [*files, *self._vocabularies()]
+        mine = self._workers.mine(names, [float(rows[files[name]]) if name in files else 0.0 for name in names])
+        missing = [name for name in mine if self._work.record(f"sum_{name}") is None]
+
+        def parts(name: str) -> Parts | None:
+            if name not in files:
+                return None
+            rows = stems[files[name]]
+            offsets = re.fullmatch(r"(.*)_(?:ids|weights)_(\d+)\.npy", name)
+            if offsets:
+                rows = np.load(self._work.out / offsets_file(offsets[1], int(offsets[2])), mmap_mode="r")[rows]
+            return find_parts(self._work.out / name, rows)
+
+        def take(name: str, parts: Parts | None) -> dict[str, int | str]:
+            if parts is None:
+                return digest(self._work.out / name)
+            found, checksums = digest_parts(parts)
+            np.save(self._checksums(name), checksums)
+            sync(self._checksums(name))
+            return found
+
+        with Phase("check", len(missing), tell=self._tell) as phase, ThreadPoolExecutor(self._threads) as threads:
+            for name, found in zip(missing, threads.map(take, missing, map(parts, missing)), strict=True):
+                self._work.write_record(f"sum_{name}", found)
+                phase.add(1, 0)
+
+    def _checksums(self, name: str) -> Path:
+        """Where the checksums of a file's blocks wait."""
+        return self._work.staged / f"checksums_{name}"
+
+    def _write_checksums(self, splits: _Splits) -> None:
+        """Bring the checksums of all blocks into the order of the splits."""
+        parts, done = [], dict.fromkeys(_borders_of_stems(splits), 0)
+        for split in SPLITS:
+            days = [Day(**day) for day in splits[split]]
+            for day, borders in zip(days, stem_borders(days, epoch_order.BLOCK_ROWS), strict=True):
+                first, done[day.stem] = done[day.stem], done[day.stem] + len(borders) - 1
+                names = stem_files(self._schema, day.stem)
+                parts.append(np.stack([np.load(self._checksums(name))[first : done[day.stem]] for name in names], 1))
+        np.save(self._work.out / CHECKSUMS, np.concatenate(parts))
+        sync(self._work.out / CHECKSUMS)
+
+    def _recorded_sources(self) -> dict[str, list[dict[str, Any]]]:
+        """Name and state of every source, as it was read."""
+        states: dict[int, dict[str, Any]] = {}
+        for unit in self._inputs.units:
+            record = self._work.record(f"source_{unit.name}")
+            assert record is not None
+            states |= {id(source): state for source, state in zip(unit.sources, record["sources"], strict=True)}
+        return {part: [states[id(one)] for one in sources] for part, sources in self._inputs.sources.items()}
+
+    def _finish(self, units: _Staged, splits: _Splits) -> PreparedData:
+        names = self._schema.categorical
+        sizes = self._hash_sizes or [vocabulary_size(self._work.out, j) for j in range(len(names))]
+        files = [name for stem in _borders_of_stems(splits) for name in stem_files(self._schema, stem)]
+        sums: dict[str, Any] = {name: self._work.record(f"sum_{name}") for name in [*files, *self._vocabularies()]}
+        assert None not in sums.values(), sums
+        for path in self._work.out.iterdir():  # of stems that no row fell to
+            if path.name not in sums:
+                path.unlink()
+        self._write_checksums(splits)
+        sums[CHECKSUMS] = digest(self._work.out / CHECKSUMS)
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "schema": self._schema.to_json(),
+            "num_embeddings": dict(zip(names, sizes, strict=True)),
+            "splits": splits,
+            "files": dict(sorted(sums.items())),
+            "blocks": {"rows": epoch_order.BLOCK_ROWS, "hash": HASH},
+            "made": {**self._made, "sources": self._recorded_sources()},
+            "optimum": known_optimum({part: self._named[part] for part in ("validation", "test")}),
+            "skipped": [
+                {"name": _name(unit.sources[int(place)]), **skipped}
+                for unit, record in units
+                for place, skipped in record["skipped"].items()
+            ],
+        }
+        write_bytes(self._work.out / MANIFEST, seal(manifest))
+        appear(self._work.out, self._output)
+        self._work.remove()
+        for split in SPLITS:
+            rows, positives = (sum(day[key] for day in splits[split]) for key in ("rows", "positives"))
+            if rows:
+                self._say(f"{split}: {rows:,} rows, {positives / rows:.2%} positive")
+        self._say(f"wrote {self._output}")
+        return PreparedData.open(self._output)
+
+
+def _borders_of_stems(splits: _Splits) -> dict[str, NDArray[np.int64]]:
+    """The rows of each stem's files where a part with a checksum of its own begins or ends."""
+    stems: dict[str, list[NDArray[np.int64]]] = {}
+    for split in SPLITS:
+        days = [Day(**day) for day in splits[split]]
+        for day, borders in zip(days, stem_borders(days, epoch_order.BLOCK_ROWS), strict=True):
+            stems.setdefault(day.stem, []).append(borders)
+    return {stem: np.unique(np.concatenate(parts)) for stem, parts in stems.items()}
+
+
+def _name(source: Source) -> str:
+    return Path(source.path).name
+
+
+def _states(unit: Unit) -> dict[str, list[dict[str, Any]]]:
+    return {"sources": [{"name": _name(source), **source_state(source)} for source in unit.sources]}
+
+
+def _changed(before: Mapping[str, Any], now: Mapping[str, list[dict[str, Any]]], unit: Unit) -> str:
+    """Say which source of a unit has changed, if any has."""
+    pairs = zip(unit.sources, before.get("sources", ()), now["sources"], strict=False)
+    for source, then, state in pairs:
+        what = difference(then, state) if then["name"] == state["name"] else "another file"
+        if what:
+            return f"{source.path} has changed ({what})"
+    return "" if len(before.get("sources", ())) == len(unit.sources) else f"{unit}: the files that share arrays changed"

@@ -1,0 +1,127 @@
+"""Where a prepared folder comes from: what its manifest says of sources and versions."""
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
+from typing import IO, Any, Final
+
+import fsspec
+import xxhash
+
+from torchrec_deepfm.data.raw.source import Source
+from torchrec_deepfm.errors import UserError
+
+TRUTH: Final = "truth.json"
+
+
+# So many bytes at the head and at the tail of a source are digested; a source of twice as many is digested whole.
+EDGE_BYTES: Final = 1 << 20
+
+
+def source_state(source: Source) -> dict[str, int | str]:
+    """Return what changes when the bytes of a source do.
+
+    Args:
+        source: The source.
+
+    Returns:
+        ``bytes``; ``etag`` where the file system of an address gives one, which stands for the whole content. Else
+        ``digest``, XXH3 of head and tail, and, unless that covers all of it, ``modified``, the time of the last change.
+
+    Raises:
+        UserError: It can't be read.
+    """
+    try:
+        if "://" not in source.path and "::" not in source.path:
+            stat = Path(source.path).stat()
+            with Path(source.path).open("rb") as file:
+                return _state(file, stat.st_size, stat.st_mtime_ns)
+        filesystem, path = fsspec.core.url_to_fs(source.path)
+        filesystem.invalidate_cache()  # or a listing from before would be asked
+        info = {key.lower(): value for key, value in filesystem.info(path).items()}
+        size = int(info["size"] or 0)
+        if info.get("etag"):
+            return {"bytes": size, "etag": str(info["etag"])}
+        modified = next(
+            (str(info[key]) for key in ("lastmodified", "last_modified", "updated", "mtime") if key in info), ""
+        )
+        with filesystem.open(path, "rb") as file:
+            return _state(file, size, modified)
+    except Exception as error:  # each driver of an address raises errors of its own
+        raise UserError(f"{source.path}: it can't be read ({' '.join(str(error).split())}); check it") from error
+
+
+def _state(file: IO[bytes], size: int, modified: int | str) -> dict[str, int | str]:
+    digest = xxhash.xxh3_128(file.read(EDGE_BYTES))
+    file.seek(max(size - EDGE_BYTES, EDGE_BYTES))
+    digest.update(file.read(EDGE_BYTES))
+    state: dict[str, int | str] = {"bytes": size, "digest": digest.hexdigest()}
+    return state if size <= 2 * EDGE_BYTES else {**state, "modified": modified}
+
+
+def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Compare two states of a source.
+
+    A digest of the whole source decides alone: neither a copy nor ``touch`` makes another source of it. Of a larger one
+    head and tail do not tell whether the middle changed, and so the time of the last change counts too.
+
+    Args:
+        before: An earlier state; what older versions did not record is not compared.
+        now: The state now.
+
+    Returns:
+        What differs, for messages; empty if nothing does.
+    """
+    if before["bytes"] != now["bytes"]:
+        return f"{before['bytes']:,} bytes then, {now['bytes']:,} now"
+    if before.get("etag", now.get("etag")) != now.get("etag"):
+        return "another ETag"
+    if before.get("digest", now.get("digest")) != now.get("digest"):
+        return "other content"
+    if before.get("modified", now.get("modified")) != now.get("modified"):
+        return "another time of modification"
+    return ""
+
+
+def known_optimum(named: Mapping[str, Sequence[str | Path]]) -> dict[str, dict[str, float]]:
+    """Read the best reachable metrics that ``synthetic`` leaves beside its files, for splits of one whole file.
+
+    Args:
+        named: The files of each split.
+
+    Returns:
+        ``auc`` and ``logloss`` by split, where they are known.
+
+    Raises:
+        UserError: What ``synthetic`` left is damaged.
+    """
+    optimum = {}
+    for split, paths in named.items():
+        if len(paths) != 1:
+            continue
+        source = Path(paths[0])
+        path = source.parent / TRUTH
+        if not path.is_file():
+            continue
+        try:
+            entry = json.loads(path.read_text(encoding="utf-8"))["files"].get(source.name)
+            if entry is not None:
+                optimum[split] = {key: float(entry[key]) for key in ("auc", "logloss")}
+        except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{path}: the file is damaged ({type(error).__name__}); remove it") from error
+    return optimum
+
+
+def versions() -> dict[str, Any]:
+    """Return the versions of what makes a prepared folder.
+
+    Returns:
+        Versions by package.
+    """
+    found = {}
+    for package in ("torchrec_deepfm", "duckdb", "polars", "numpy"):
+        with suppress(metadata.PackageNotFoundError):  # a checkout that is on the path but not installed
+            found[package] = metadata.version(package)
+    return found

@@ -1,0 +1,199 @@
+"""The folder that an unfinished ``prepare`` works in, beside its output, and the records that it goes on from.
+
+``.NAME.partial/`` holds ``job.json`` (what is being made), ``out/`` (what will be the output), ``staged/`` (values that
+wait for their vocabulary) and ``records/`` (what is done). A record is written whole or not at all, after what it
+records; whatever lies behind the last record is done again. So a process may be killed anywhere.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final, TextIO
+
+from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.files import read_bytes, regular_file, write_bytes
+
+MAX_RECORD_BYTES: Final = 64 << 20
+# Bytes of finished work that are kept when a mistake in the input or the options stops a prepare. With less, it leaves
+# nothing behind. (Kills and full disks always leave what is done.)
+WORTH_KEEPING: Final = 64 << 20
+# How long to wait for whoever has the folder locked.
+LOCK_SECONDS: Final = 5.0
+
+
+class WorkFolder:
+    """Paths and records of one unfinished output.
+
+    Args:
+        output: The folder that is to appear.
+
+    Attributes:
+        path: The work folder.
+        out: What will be renamed to the output.
+        staged: Values before they have ids.
+    """
+
+    def __init__(self, output: Path) -> None:
+        output = output.resolve()  # a symbolic link to a folder: beside the folder itself, on its disk
+        self.output = output
+        self.path = output.with_name(f".{output.name}.partial")
+        self.out = self.path / "out"
+        self.staged = self.path / "staged"
+        # One for every process: DuckDB names its files by process number, and two hosts may have the same.
+        self.spill = self.path / "spill" / uuid.uuid4().hex
+        self._records = self.path / "records"
+        self._locks: list[TextIO] = []
+
+    def enter(self, job: Mapping[str, Any]) -> bool:
+        """Take the folder for a job: make it, or go on in it.
+
+        Args:
+            job: JSON values that determine the output.
+
+        Returns:
+            Whether there was work in it already.
+
+        Raises:
+            UserError: It can't be made, belongs to another job, or another process works in it.
+        """
+        self._make()
+        # A rank that was killed a moment ago, and is started again, may still be holding them.
+        limit = time.monotonic() + LOCK_SECONDS
+        while not (self._lock("lock", fcntl.LOCK_EX) and self._lock("worker", fcntl.LOCK_EX)):
+            self.leave()
+            if time.monotonic() >= limit:
+                raise UserError(f"{self.output}: another process is preparing it; wait for it, or name another output")
+            time.sleep(0.05)
+        self._locks.pop().close()  # the workers share this one
+        shutil.rmtree(self.spill.parent, ignore_errors=True)
+        for removed in self.path.parent.glob(f"{self.path.name}.removed-*"):
+            shutil.rmtree(removed, ignore_errors=True)
+        path = self.path / "job.json"
+        if not path.exists():
+            write_bytes(path, json.dumps(dict(job)).encode())
+            return False
+        begun = _read_json(path)
+        different = sorted(key for key in {*begun, *job} if begun.get(key) != json.loads(json.dumps(job.get(key))))
+        if different:
+            raise UserError(
+                f"{self.path}: an unfinished prepare of {self.output.name} differs in {', '.join(different)}; "
+                "run it with its own options, or remove this folder to begin anew"
+            )
+        if not self.out.is_dir():  # it has become the output, which is no longer there
+            self.forget("*")
+            shutil.rmtree(self.staged, ignore_errors=True)
+        for folder in (self.out, self.staged, self._records):
+            folder.mkdir(exist_ok=True)
+        return True
+
+    def share(self) -> None:
+        """Keep others out as long as this process lives; every process calls it once the folder is entered."""
+        self._lock("worker", fcntl.LOCK_SH)
+        self.spill.mkdir(parents=True, exist_ok=True)  # DuckDB makes the last folder of a path only
+
+    def _make(self) -> None:
+        try:
+            if os.path.ismount(self.output):
+                raise UserError(
+                    f"{self.output}: this is a mount point, which can't appear by a rename; name a folder in it"
+                )
+            self.path.mkdir(parents=True, exist_ok=True)
+            fresh = not (self.path / "job.json").exists()
+            for folder in (self.out, self.staged, self._records) if fresh or self.out.is_dir() else ():
+                folder.mkdir(exist_ok=True)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise UserError(
+                f"{self.output}: the folder can't be written ({error.strerror}); name another output"
+            ) from error
+
+    def _lock(self, name: str, kind: int) -> bool:
+        file = open(self.path / name, "w", encoding="utf-8", opener=regular_file)  # noqa: SIM115 - until leave()
+        self._locks.append(file)
+        try:
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:
+            pass  # some network file systems have no locks: there, nobody can be kept out
+        return True
+
+    def leave(self) -> None:
+        """Let go of the folder; what is done stays."""
+        shutil.rmtree(self.spill, ignore_errors=True)
+        while self._locks:
+            self._locks.pop().close()
+
+    def record(self, name: str) -> dict[str, Any] | None:
+        """Read a record.
+
+        Args:
+            name: Its name.
+
+        Returns:
+            Its content, ``None`` where there is none.
+        """
+        path = self._records / f"{name}.json"
+        return _read_json(path) if path.exists() else None
+
+    def write_record(self, name: str, content: Mapping[str, Any]) -> None:
+        """Write a record, whole or not at all.
+
+        Args:
+            name: Its name.
+            content: JSON values.
+        """
+        write_bytes(self._records / f"{name}.json", json.dumps(content).encode())
+
+    def forget(self, pattern: str) -> None:
+        """Remove records.
+
+        Args:
+            pattern: A glob of their names.
+        """
+        for path in self._records.glob(f"{pattern}.json"):
+            path.unlink()
+
+    def begun(self) -> Path | None:
+        """The folder, where any piece of a source is recorded in it; else ``None``."""
+        return self.path if any(self._records.glob("stage_*.json")) else None
+
+    def worth_keeping(self) -> bool:
+        """Whether more is done than a few seconds' work."""
+        files = (path for folder in (self.out, self.staged) for path in folder.rglob("*") if path.is_file())
+        return self.begun() is not None and sum(path.stat().st_size for path in files) >= WORTH_KEEPING
+
+    def remove(self) -> None:
+        """Remove the folder: at once as far as others can see, so that nobody goes on with a half of it."""
+        removed = self.path.with_name(f"{self.path.name}.removed-{uuid.uuid4().hex}")
+        with suppress(OSError):
+            self.path.rename(removed)
+        self.leave()
+        shutil.rmtree(removed, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Bring a written file to the disk itself.
+
+    Args:
+        path: The file.
+    """
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(read_bytes(path, most=MAX_RECORD_BYTES))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: the file is damaged ({error}); remove {path.parent} to begin anew") from error
+    assert isinstance(content, dict)
+    return content

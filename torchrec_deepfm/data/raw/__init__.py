@@ -1,0 +1,1 @@
+"""Raw rows: Criteo's text logs and users' tables, read as typed pieces."""

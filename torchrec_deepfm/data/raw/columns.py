@@ -1,0 +1,341 @@
+"""The values of a user's table: from whatever Arrow type they have to the few types of a ``Piece``.
+
+A cell that does not fit is a fault of its row. Columns that do not fit as a whole never come here (``kinds.py``).
+
+Shape letters: n rows, m list elements in all of them.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from torchrec_deepfm.data.prepare.numeric import UNFIT, unfit
+from torchrec_deepfm.data.raw.column_types import kind_of, stored
+
+# The longest text of the input that a message repeats.
+_SHOWN: Final = 40
+_LABEL: Final = "it must be 0 or 1"
+# Above this, not every whole number is a float64 of its own, so two ids could have become one.
+_EXACT: Final = 2.0**53
+_TRUTH: Final = {"true": "1", "false": "0"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Values:
+    """The values of one column.
+
+    Args:
+        series: n values, null where missing or faulty.
+        faults: What is wrong, by row from 0.
+    """
+
+    series: pl.Series
+    faults: dict[int, str]
+
+
+def labels(column: pa.ChunkedArray) -> Values:
+    """Read labels.
+
+    Args:
+        column: n cells: booleans, numbers, or the cells of a CSV.
+
+    Returns:
+        n values UInt8; all but 0, 1, true and false are faults, missing ones too.
+    """
+    flat = _flat(column)
+    numbers = _numbers(flat, booleans=True)
+    good = (numbers.series == 0) | (numbers.series == 1)
+    bad = np.flatnonzero(~good.fill_null(False).to_numpy())
+    faults = {}
+    for row in bad.tolist():
+        value = flat.raw(row)
+        faults[row] = f"the label is missing, {_LABEL}" if value is None else f"{_show(value)} is no label, {_LABEL}"
+    return Values(series=numbers.series.set(~good.fill_null(False), None).cast(pl.UInt8), faults=faults)
+
+
+def numbers(column: pa.ChunkedArray, transform: str | None = None) -> Values:
+    """Read numbers.
+
+    Args:
+        column: n cells: booleans, numbers, or the cells of a CSV.
+        transform: What becomes of them, where it is known.
+
+    Returns:
+        n values Float64, null for missing and for NaN; what is infinite, text that is no number, and what the transform
+        does not take is a fault.
+    """
+    flat = _flat(column)
+    values = _numbers(flat)
+    for row in np.flatnonzero(unfit(values.series, transform)).tolist():
+        values.faults[row] = f"{_show(flat.raw(row))} {UNFIT[str(transform)]}"
+    return values
+
+
+def categories(column: pa.ChunkedArray, wanted: str) -> Values:
+    """Read a categorical column with one value a row.
+
+    Args:
+        column: n cells.
+        wanted: ``string`` or ``integer``.
+
+    Returns:
+        n values, String or Int64.
+    """
+    return _categories(_flat(column), wanted)
+
+
+def lists(
+    column: pa.ChunkedArray, wanted: str, separator: str | None, weights: pa.ChunkedArray | None
+) -> tuple[Values, Values | None]:
+    """Read a categorical column with a list a row, and the weights of its values.
+
+    Args:
+        column: n lists, or n texts to be cut.
+        wanted: ``string`` or ``integer``.
+        separator: Where texts are cut.
+        weights: n lists of numbers, or n texts to be cut.
+
+    Returns:
+        n lists of String or Int64, without their missing elements; a missing list is null. And n lists Float32 of the
+        weights, as long and missing where the lists are, or ``None`` without weights.
+    """
+    bags = _bags(column, separator)
+    values = _categories(bags.elements, wanted)
+    faults = bags.faults_of(values.faults)
+    kept = ~values.series.is_null().to_numpy()
+    dtype = pl.Int64 if wanted == "integer" else pl.String
+    if weights is None:
+        return Values(series=bags.rebuilt(values.series, kept, dtype), faults=faults), None
+    other = _bags(weights, separator)
+    lengths = np.where(bags.missing, 0, other.lengths)
+    unequal: dict[int, str] = {}
+    for row in np.flatnonzero(lengths != bags.lengths).tolist():
+        unequal[row] = f"{bags.lengths[row]} values have {lengths[row]} weights"
+    weighed = _numbers(other.elements)
+    # Weights of a missing list, or of a list of another length, have no partner: they must not shift the others.
+    paired = np.repeat(~bags.missing & (lengths == bags.lengths), other.lengths)
+    on_ids = np.repeat(lengths == bags.lengths, bags.lengths)
+    series = weighed.series.filter(pl.Series(paired))
+    aligned = np.zeros(len(kept), np.float64)
+    aligned[on_ids] = series.fill_null(np.nan).to_numpy()
+    with np.errstate(over="ignore"):
+        narrow = aligned.astype(np.float32)
+    wrong: dict[int, str] = {}
+    sources = np.flatnonzero(paired)[np.cumsum(on_ids) - 1] if len(series) else np.zeros(len(kept), np.int64)
+    for element in np.flatnonzero(kept & ~np.isfinite(narrow)).tolist():
+        value = other.elements.raw(int(sources[element]))
+        what = "is missing" if value is None else f"{_show(value)} is no finite number"
+        wrong.setdefault(int(bags.rows[element]), f"a weight {what}")
+    result = bags.rebuilt(pl.Series(narrow), kept, pl.Float32)
+    return (
+        Values(series=bags.rebuilt(values.series, kept, dtype), faults=faults),
+        Values(series=result, faults=wrong | unequal),
+    )
+
+
+def scalars(column: pa.ChunkedArray) -> pl.Series:
+    """Return the values of a column as they are, for statistics.
+
+    Args:
+        column: n cells of a kind that is taken and no list.
+
+    Returns:
+        n values: Boolean, an integer type, a float type, or String (decimals without a fraction too); bytes that are
+        no UTF-8 become null.
+    """
+    return _series(_flat(column).array)
+
+
+# Below: one code for the cells of a column and for the elements of lists.
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Flat:
+    """Values of one scalar kind; `undecoded` holds those that are no UTF-8, by place."""
+
+    kind: str
+    array: pa.Array
+    undecoded: dict[int, bytes]
+
+    def raw(self, place: int) -> Any:
+        return self.undecoded.get(place, self.array[place].as_py())
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Bags:
+    """n lists: their m elements, how many each has, which are missing, and the row of each element."""
+
+    elements: _Flat
+    lengths: np.ndarray[Any, np.dtype[np.int64]]
+    missing: np.ndarray[Any, np.dtype[np.bool_]]
+
+    @property
+    def rows(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        return np.repeat(np.arange(len(self.lengths)), self.lengths)
+
+    def faults_of(self, faults: dict[int, str]) -> dict[int, str]:
+        """The first fault of each row."""
+        if not faults:
+            return {}
+        rows = self.rows
+        found: dict[int, str] = {}
+        for place in sorted(faults):
+            found.setdefault(int(rows[place]), faults[place])
+        return found
+
+    def rebuilt(self, values: pl.Series, kept: Any, dtype: Any) -> pl.Series:
+        """Lists of the kept elements, null where the list is missing."""
+        counts = np.bincount(self.rows[kept], minlength=len(self.lengths))
+        offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        inner = values.filter(pl.Series(kept, dtype=pl.Boolean)).cast(dtype).to_arrow()
+        array = pa.LargeListArray.from_arrays(pa.array(offsets), inner, mask=pa.array(self.missing))
+        return _series(array).cast(pl.List(dtype))
+
+
+def _plain(array: pa.Array) -> pa.Array:
+    """Values without extensions, dictionaries and runs."""
+    while True:
+        if isinstance(array.type, pa.BaseExtensionType):
+            array = array.storage
+        elif pa.types.is_dictionary(array.type):
+            array = array.dictionary_decode()
+        elif pa.types.is_run_end_encoded(array.type):
+            array = pc.run_end_decode(array)
+        else:
+            return array
+
+
+def _whole(column: pa.ChunkedArray) -> pa.Array:
+    """One array; arrays of no chunk are none."""
+    if column.num_chunks == 1:
+        return _plain(column.chunk(0))
+    plain = [_plain(chunk) for chunk in column.chunks]
+    return pa.concat_arrays(plain) if plain else pa.array([], stored(column.type))
+
+
+def _flat(column: pa.ChunkedArray | pa.Array) -> _Flat:
+    array = _whole(column) if isinstance(column, pa.ChunkedArray) else _plain(column)
+    kind = kind_of(array.type).scalar
+    undecoded: dict[int, bytes] = {}
+    if kind == "text":
+        raw = array.cast(pa.large_binary())
+        try:
+            array = raw.cast(pa.large_string())  # checks every byte
+        except pa.ArrowInvalid:
+            texts: list[str | None] = []
+            for place, value in enumerate(raw.to_pylist()):
+                try:
+                    texts.append(None if value is None else value.decode())
+                except UnicodeDecodeError:
+                    undecoded[place] = value
+                    texts.append(None)
+            array = pa.array(texts, pa.large_string())
+    elif pa.types.is_decimal(array.type):
+        whole = array.type.scale == 0
+        # By way of text, as Arrow's own cast to a float is not rounded to the nearest.
+        array = array.cast(pa.large_string())
+        kind = "digits" if whole else "float"
+        if not whole:
+            array = _series(array).cast(pl.Float64).to_arrow()
+    elif pa.types.is_float16(array.type):
+        array = array.cast(pa.float64())
+    return _Flat(kind=kind, array=array, undecoded=undecoded)
+
+
+def _series(array: pa.Array) -> pl.Series:
+    # By way of a table: polars takes a bare array of no rows to have no type.
+    return pl.DataFrame(pl.from_arrow(pa.table({"x": array}))).to_series()
+
+
+def _bags(column: pa.ChunkedArray, separator: str | None) -> _Bags:
+    array = _whole(column)
+    kind = kind_of(array.type)
+    missing = array.is_null().to_numpy(zero_copy_only=False)
+    if kind.is_list:
+        counted = pc.fill_null(pc.list_value_length(array), 0).cast(pa.int64())
+        lengths = np.where(missing, 0, counted.to_numpy(zero_copy_only=False))
+        return _Bags(elements=_flat(pc.list_flatten(array)), lengths=lengths, missing=missing)
+    if kind.scalar == "nothing":
+        return _Bags(elements=_flat(pa.array([], pa.null())), lengths=np.zeros(len(array), np.int64), missing=missing)
+    flat = _flat(array)
+    # Bytes that are no UTF-8 can't be cut: such a cell is a list of itself, a fault of its one element.
+    parts = [None if text is None else [text] for text in flat.array.to_pylist()] if flat.undecoded else None
+    if parts is None:
+        cut = _series(flat.array).str.split(str(separator)).to_arrow()
+    else:
+        cut = pa.array([None if part is None else part[0].split(str(separator)) for part in parts])
+    lengths = pc.fill_null(pc.list_value_length(cut), 0).cast(pa.int64()).to_numpy(zero_copy_only=False).copy()
+    elements = pc.list_flatten(cut).cast(pa.large_string())
+    if not flat.undecoded:
+        # Between two separators with nothing there is nothing.
+        elements = pc.replace_with_mask(elements, pc.equal(elements, ""), pa.scalar(None, pa.large_string()))
+        return _Bags(elements=_flat(elements), lengths=lengths, missing=missing)
+    raw: list[bytes | None] = []
+    for place, text in enumerate(flat.array.to_pylist()):
+        if place in flat.undecoded:
+            raw.append(flat.undecoded[place])
+            lengths[place] = 1
+        elif text is not None:
+            raw += [part.encode() or None for part in text.split(str(separator))]
+    return _Bags(elements=_flat(pa.array(raw, pa.large_binary())), lengths=lengths, missing=missing)
+
+
+def _numbers(flat: _Flat, *, booleans: bool = False) -> Values:
+    series = _series(flat.array)
+    if flat.kind in ("text", "digits"):
+        series = series.str.strip_chars(" ")
+        if booleans:
+            series = series.str.to_lowercase().replace(_TRUTH)
+        given = (series != "").fill_null(False)
+        found = series.cast(pl.Float64, strict=False)
+    else:
+        given = ~series.is_null()
+        found = series.cast(pl.Float64)
+    infinite = found.is_infinite().fill_null(False)
+    bad = infinite | (given & found.is_null())
+    faults = {row: f"{_show(value)} is no UTF-8" for row, value in flat.undecoded.items()}
+    for row in np.flatnonzero(bad.to_numpy()).tolist():
+        faults[row] = f"{_show(flat.raw(row))} is {'not finite' if infinite[row] else 'no number'}"
+    return Values(series=found.set(infinite, None).fill_nan(None), faults=faults)
+
+
+def _categories(flat: _Flat, wanted: str) -> Values:
+    series = _series(flat.array)
+    faults = {row: f"{_show(value)} is no UTF-8" for row, value in flat.undecoded.items()}
+    if flat.kind == "boolean":
+        series = series.cast(pl.Int64)
+    if wanted == "string":
+        return Values(series=series.cast(pl.String), faults=faults)
+    given = ~series.is_null()
+    if flat.kind in ("text", "digits"):
+        stripped = series.str.strip_chars(" ")
+        given = given & (stripped != "")
+        found = stripped.cast(pl.Int64, strict=False)
+    elif flat.kind == "float":
+        series = series.fill_nan(None)
+        given = ~series.is_null()
+        exact = series.cast(pl.Float64)
+        whole = ((exact.floor() == exact) & (exact.abs() <= _EXACT)).fill_null(False)
+        found = exact.set(~whole, None).cast(pl.Int64, strict=False)
+    else:
+        found = series.cast(pl.Int64, strict=False)
+    for row in np.flatnonzero((given & found.is_null()).fill_null(False).to_numpy()).tolist():
+        faults[row] = f"{_show(flat.raw(row))} {_integer_fault(flat.raw(row))}"
+    return Values(series=found, faults=faults)
+
+
+def _integer_fault(value: object) -> str:
+    digits = str(value).strip(" ").removeprefix("-").removeprefix("+")
+    large = isinstance(value, float) and value == value // 1
+    if large or (not isinstance(value, float) and digits.isascii() and digits.isdigit()):
+        return "is beyond a 64-bit integer" if not large else "is too large for an exact integer"
+    return "is no integer"
+
+
+def _show(value: object) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= _SHOWN + 2 else shown[:_SHOWN] + "..."

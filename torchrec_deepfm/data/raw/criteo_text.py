@@ -1,0 +1,352 @@
+"""Criteo's text logs -> typed pieces: tab separated, no header; a label, I integers, F categories in hexadecimal.
+
+Polars parses blocks of whole lines. What it takes for granted (signs, spaces, short lines) is checked by counting; a
+block that fails in any way is looked at again line by line, by one regular expression that says what a good line is.
+So the rule stands in one place, good data are fast, and a bad line is named.
+"""
+
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final, TypeVar
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+
+from torchrec_deepfm.data.prepare import numeric
+from torchrec_deepfm.data.raw.file_kind import COMPRESSIONS, HEAD_BYTES, check_head, compression, explain_damage
+from torchrec_deepfm.data.raw.source import Piece, Skipped
+from torchrec_deepfm.data.schema import Schema
+from torchrec_deepfm.errors import UserError
+
+T = TypeVar("T")
+
+PIECE_BYTES: Final = 1 << 26
+_READ_BYTES: Final = 1 << 20
+
+_INTEGER = "-?[0-9]+"
+_HEX = "[0-9a-fA-F]{1,8}"
+_HEX_DIGITS = 8
+_LONG = 400
+# A good block, freed of line ends that are no plain newline, holds no other characters than these.
+_CHARACTERS = b"0123456789abcdefABCDEF-\t\n"
+_TAB, _NEWLINE = b"\t\n"
+_CACHED = 1 << 18
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_REPAIR = "repair or remove the line, or skip such lines (--on-bad-row skip)"
+_TEXT = "Criteo's text, which this schema reads"
+_NEEDS_SCHEMA = (
+    "describe its columns: python -m torchrec_deepfm schema infer FILE --output schema.toml, then prepare with "
+    "--schema schema.toml"
+)
+# The longest text of the input that an error message repeats.
+_SHOWN = 40
+
+
+class TextLog:
+    """One text file in Criteo's format, plain, ``.gz`` or ``.zst``.
+
+    Args:
+        path: The file.
+        schema: Its columns.
+        piece_bytes: Bytes of text in a piece, about; a line must fit.
+
+    Raises:
+        UserError: The file is absent, a folder, or can't be opened.
+    """
+
+    def __init__(self, path: Path, schema: Schema, *, piece_bytes: int = PIECE_BYTES) -> None:
+        _check_readable(path)
+        self.path = str(path)
+        self.bytes = path.stat().st_size
+        self._file = path
+        self._schema = schema
+        self._piece_bytes = piece_bytes
+
+    def pieces(self, *, start: int, line: int, skip_bad: bool) -> Iterator[Piece]:
+        """Read on from byte ``start`` of the text; see ``Source.pieces``.
+
+        Args:
+            start: Where a piece ended, in bytes of uncompressed text.
+            line: Lines before it.
+            skip_bad: Leave bad lines out instead of raising.
+
+        Yields:
+            Pieces of whole lines.
+
+        Raises:
+            UserError: A bad line (the first one is named), or damaged compressed data.
+        """
+        # One piece and one block ahead: reading and unpacking, parsing, and what the caller does run side by side.
+        with _ahead(self._blocks(start)) as blocks, _ahead(self._parsed(blocks, start, line, skip_bad)) as pieces:
+            yield from pieces
+
+    def _parsed(self, blocks: Iterator[tuple[bytes, float]], start: int, line: int, skip_bad: bool) -> Iterator[Piece]:
+        while True:
+            try:
+                block = next(blocks, None)
+            except OSError as error:
+                raise UserError(self._unreadable(error, line)) from error
+            if block is None:
+                return
+            text, done = block
+            piece = self._piece(text, start, line, done, skip_bad)
+            yield piece
+            start, line = piece.end, piece.line
+
+    def _blocks(self, start: int) -> Iterator[tuple[bytes, float]]:
+        """Cut the text from ``start`` on into blocks of whole lines."""
+        codec = compression(self.path)
+        with pa.OSFile(str(self._file), "rb") as raw:
+            if codec is None:
+                stream = raw
+                stream.seek(start)
+            else:
+                stream = pa.CompressedInputStream(raw, codec)
+                _skip(stream, start)
+            rest = b""
+            while True:
+                block, ended = self._read(stream, rest)
+                if isinstance(ended, OSError):
+                    # What could be unpacked comes first: a bad line in it is what to tell.
+                    if cut := block.rfind(b"\n") + 1:
+                        yield block[:cut], raw.tell() / max(self.bytes, 1)
+                    raise ended
+                if ended:
+                    if block:
+                        yield block, 1.0
+                    return
+                rest = block
+                cut = rest.rfind(b"\n") + 1
+                if not cut:  # no newline at all: lines may end in carriage returns (the last one may be half a CRLF)
+                    cut = rest.rfind(b"\r", 0, -1) + 1
+                if not cut:
+                    raise UserError(
+                        f"{self.path}: a line is longer than {self._piece_bytes:,} bytes; this is no text log of "
+                        f"{len(self._schema.names)} columns"
+                    )
+                yield rest[:cut], raw.tell() / max(self.bytes, 1)
+                rest = rest[cut:]
+
+    def _read(self, stream: pa.NativeFile, begun: bytes) -> tuple[bytes, bool | OSError]:
+        """Fill a block up, a little at a time, since a read that fails takes with it what it had unpacked."""
+        parts, missing = [begun], self._piece_bytes - len(begun)
+        while missing > 0:
+            try:
+                part = stream.read(min(missing, _READ_BYTES))
+            except OSError as error:
+                return b"".join(parts), error
+            if not part:
+                return b"".join(parts), True
+            parts.append(part)
+            missing -= len(part)
+        return b"".join(parts), False
+
+    def _piece(self, text: bytes, start: int, line: int, done: float, skip_bad: bool) -> Piece:
+        size = len(text)
+        if start == 0 and text.startswith(_BYTE_ORDER_MARK):
+            text = text[len(_BYTE_ORDER_MARK) :]
+        if b"\r" in text:
+            text = text.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        lines = _count(text, _NEWLINE) + (not text.endswith(b"\n") and bool(text))
+        frame = _parse(text, self._schema)
+        if frame is not None and self._unfit(frame):
+            frame = None
+        skipped: tuple[Skipped, ...] = ()
+        if frame is None:
+            good, skipped = self._sort_out(text, line, skip_bad)
+            frame = _parse_slowly(good, self._schema)
+        return Piece(frame=frame, end=start + size, line=line + lines, done=done, skipped=skipped)
+
+    def _sort_out(self, text: bytes, line: int, skip_bad: bool) -> tuple[list[bytes], tuple[Skipped, ...]]:
+        """Part the good lines from the bad ones; raise over the first bad one unless they are to be skipped."""
+        pattern = re.compile(line_pattern(self._schema).encode())
+        good, skipped = [], []
+        for number, row in enumerate(text.split(b"\n"), start=line + 1):
+            if not row:
+                continue
+            if pattern.fullmatch(row) and not self._has_unfit(row):
+                good.append(row)
+                continue
+            fault = _describe(row.decode("utf-8", "surrogateescape"), self._schema)
+            if not skip_bad:
+                header = number == 1 and row.partition(b"\t")[0].strip(b"0123456789")
+                remedy = f"if this is a table with a header, {_NEEDS_SCHEMA}" if header else _REPAIR
+                raise UserError(f"{self.path}: line {number}{fault}; {remedy}")
+            skipped.append(Skipped(line=number, reason=fault.lstrip(", ")))
+        return good, tuple(skipped)
+
+    def _unfit(self, frame: pl.DataFrame) -> bool:
+        return any(
+            numeric.unfit(frame[f"n{j}"], self._schema.options(name).transform).any()
+            for j, name in enumerate(self._schema.numeric)
+        )
+
+    def _has_unfit(self, row: bytes) -> bool:
+        fields = row.split(b"\t")[1 : 1 + len(self._schema.numeric)]
+        return any(
+            _number_fault(field.decode("ascii"), self._schema.options(name).transform)
+            for field, name in zip(fields, self._schema.numeric, strict=True)
+        )
+
+    def _unreadable(self, error: OSError, line: int) -> str:
+        suffix = self._file.suffix.lower()
+        if suffix in COMPRESSIONS:
+            return f"{self.path}: after line {line}, {explain_damage(suffix, error)}"
+        return f"{self.path}: the file can't be read after line {line} ({error}); check the disk"
+
+
+@contextmanager
+def _ahead(iterator: Iterator[T]) -> Iterator[Iterator[T]]:
+    """Let a thread fetch the next item while this one works on the last."""
+    end = object()
+    with ThreadPoolExecutor(1, thread_name_prefix="ahead") as thread:
+
+        def items() -> Iterator[T]:
+            coming = thread.submit(next, iterator, end)
+            while (item := coming.result()) is not end:
+                coming = thread.submit(next, iterator, end)
+                yield item  # type: ignore[misc]
+
+        yield items()
+
+
+def _count(text: bytes, byte: int) -> int:
+    """Count a frequent byte: numpy is four times as fast as ``bytes.count``, in stretches that fit the cache."""
+    array = np.frombuffer(text, np.uint8)
+    return sum(int(np.count_nonzero(array[i : i + _CACHED] == byte)) for i in range(0, len(array), _CACHED))
+
+
+def line_pattern(schema: Schema) -> str:
+    r"""Return the regular expression that a whole good line matches.
+
+    Args:
+        schema: The columns.
+
+    Returns:
+        A pattern without groups to capture.
+
+    Example:
+        >>> re.fullmatch(line_pattern(Schema(label="y", numeric=("n",), categorical=("c",))), "1\t-3\tff") is not None
+        True
+    """
+    return rf"[01](?:\t(?:{_INTEGER})?){{{len(schema.numeric)}}}(?:\t(?:{_HEX})?){{{len(schema.categorical)}}}"
+
+
+def _parse(text: bytes, schema: Schema) -> pl.DataFrame | None:
+    """Parse a block of good lines; ``None`` where anything is out of the ordinary."""
+    if not text:
+        return None
+    lines = _count(text, _NEWLINE) + (not text.endswith(b"\n"))
+    # Together these leave nothing for Polars to be lenient about. It refuses a line that is too long, so that the
+    # right number of tabs over all lines means the right number in each.
+    tabs = len(schema.names) - 1
+    if text.translate(None, _CHARACTERS):
+        return None
+    if _count(text, _TAB) != tabs * lines:
+        shorter = re.sub(rb"\n{2,}", b"\n", text).lstrip(b"\n")  # blank lines are no rows
+        return _parse(shorter, schema) if len(shorter) < len(text) else None
+    integers, categories = range(len(schema.numeric)), range(len(schema.categorical))
+    columns: dict[str, type[pl.DataType]] = {"label": pl.String}
+    columns |= {f"n{j}": pl.Int64 for j in integers} | {f"c{j}": pl.String for j in categories}
+    try:
+        frame = pl.read_csv(text, separator="\t", has_header=False, quote_char=None, schema=columns)
+        if len(frame) != lines:
+            return None
+        checks = frame.select(
+            pl.col("label").is_in(["0", "1"]).all() & pl.col("label").is_not_null().all(),
+            *((pl.col(f"c{j}").str.len_bytes().max() <= _HEX_DIGITS).fill_null(True) for j in categories),
+        )
+        if not all(checks.row(0)):
+            return None
+        return frame.select(
+            pl.col("label").cast(pl.UInt8),
+            *(pl.col(f"n{j}") for j in integers),
+            *(_from_hex(j) for j in categories),
+        )
+    except pl.exceptions.PolarsError:
+        return None
+
+
+def _parse_slowly(lines: list[bytes], schema: Schema) -> pl.DataFrame:
+    """Parse lines that are known to be good, with integers beyond 64 bits among them."""
+    rows = [line.decode("ascii").split("\t") for line in lines]
+    columns = list(zip(*rows, strict=True)) if rows else [()] * len(schema.names)
+    first = 1 + len(schema.numeric)
+    named: dict[str, pl.Series] = {"label": pl.Series(columns[0], dtype=pl.String).cast(pl.UInt8)}
+    for j, values in enumerate(columns[1:first]):
+        # Longer than any finite float64: leading zeros, which int() has a limit for.
+        numbers = [(int(value) if len(value) < _LONG else float(value)) if value else None for value in values]
+        exact = all(n is None or (isinstance(n, int) and -(2**63) <= n < 2**63) for n in numbers)
+        kind = pl.Int64 if exact else pl.Float64
+        named[f"n{j}"] = pl.Series([None if n is None else n if exact else float(n) for n in numbers], dtype=kind)
+    frame = pl.DataFrame(
+        named | {f"c{j}": pl.Series(values, dtype=pl.String) for j, values in enumerate(columns[first:])}
+    )
+    frame = frame.with_columns(pl.col(f"c{j}").replace("", None) for j in range(len(schema.categorical)))
+    return frame.with_columns(_from_hex(j) for j in range(len(schema.categorical)))
+
+
+def _from_hex(j: int) -> pl.Expr:
+    return pl.col(f"c{j}").str.to_integer(base=16, dtype=pl.UInt32)
+
+
+def _skip(stream: pa.NativeFile, count: int) -> None:
+    while count:
+        read = len(stream.read(min(count, PIECE_BYTES)))
+        if not read:
+            raise OSError("the text is shorter than it was")
+        count -= read
+
+
+def _check_readable(path: Path) -> None:
+    if path.is_dir():
+        raise UserError(f"{path}: this is a folder; name the files in it")
+    try:
+        with path.open("rb") as file:
+            head = file.read(HEAD_BYTES)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file; check the path") from error
+    except OSError as error:
+        raise UserError(f"{path}: the file can't be read ({error.strerror}); check its permissions") from error
+    if head.startswith(b"PAR1"):
+        raise UserError(f"{path}: this is a Parquet file, and not {_TEXT}; {_NEEDS_SCHEMA}")
+    check_head(str(path), str(path), head)
+
+
+def _number_fault(field: str, transform: str | None) -> str:
+    """What keeps an integer from being used, or nothing."""
+    if not field:
+        return ""
+    number = float(field)
+    if abs(number) == float("inf"):
+        return "is too large for a number"
+    return numeric.UNFIT[str(transform)] if numeric.unfit(pl.Series([number]), transform).any() else ""
+
+
+def _describe(row: str, schema: Schema) -> str:
+    """Say what is wrong with a bad line, to go after its number."""
+    fields = row.split("\t")
+    if len(fields) != len(schema.names):
+        return (
+            f" has {len(fields)} columns, expected {len(schema.names)} (label, {len(schema.numeric)} numbers, "
+            f"{len(schema.categorical)} categories, tab separated)"
+        )
+    for index, (name, field) in enumerate(zip(schema.names, fields, strict=True)):
+        shown = repr(field if len(field) <= _SHOWN else field[:_SHOWN] + "...")
+        if index == 0:
+            if not field:
+                return f", column {name}: the label is missing, it must be 0 or 1"
+            if field not in ("0", "1"):
+                return f", column {name}: {shown} is no label, it must be 0 or 1"
+        elif index <= len(schema.numeric):
+            if field and not re.fullmatch(_INTEGER, field):
+                return f", column {name}: {shown} is no integer"
+            if field and (fault := _number_fault(field, schema.options(name).transform)):
+                return f", column {name}: {shown} {fault}"
+        elif field and not re.fullmatch(_HEX, field):
+            return f", column {name}: {shown} is no hexadecimal number of at most 8 digits"
+    raise AssertionError(f"a line that matches in parts but not as a whole: {row!r}")

@@ -1,0 +1,372 @@
+"""The user's own table, Parquet or CSV, as sources of pieces (layout ``table`` of a schema).
+
+``address.py`` finds the files, ``tablefile.py`` reads their rows, ``kinds.py`` and ``cells.py`` turn columns into
+values. Here they become ``source.Piece``s whose borders depend on nothing but the rows before them.
+"""
+
+import difflib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+
+from torchrec_deepfm.data.raw import column_types
+from torchrec_deepfm.data.raw import columns as cells
+from torchrec_deepfm.data.raw.addresses import find_files
+from torchrec_deepfm.data.raw.source import JoinedPiece, Piece, Skipped
+from torchrec_deepfm.data.raw.table_files import BATCH_ROWS, CsvTable, ParquetTable, open_table
+from torchrec_deepfm.data.schema import Schema, toml_key, toml_text
+from torchrec_deepfm.errors import UserError
+
+# A piece ends before `piece_rows` rows when its values take this much memory: long lists and texts do.
+_PIECE_BYTES: Final = 64 << 20
+# Columns that a message names when one is missing.
+_NAMED: Final = 8
+_REMEDY: Final = "correct the name in the schema, or add the column"
+_DELIMITERS: Final = (";", "\t", ",", "|")
+
+
+@dataclass(frozen=True)
+class TableSource:
+    """One file of a table; see ``source.Source``.
+
+    Args:
+        file: The opened file.
+        schema: The columns.
+        types: ``string`` or ``integer`` per categorical column, ``None`` where the file has only missing values.
+        piece_rows: Most rows of a piece.
+    """
+
+    file: ParquetTable | CsvTable
+    schema: Schema
+    types: tuple[str | None, ...]
+    piece_rows: int
+
+    @property
+    def path(self) -> str:
+        """As the user named it; for a file of a folder, the folder's name and its own."""
+        return self.file.file.name
+
+    @property
+    def bytes(self) -> int:
+        """Size of the file as it is stored."""
+        return self.file.file.bytes
+
+    def pieces(self, *, start: int = 0, line: int = 0, skip_bad: bool = False) -> Iterator[Piece]:
+        """Read on from the end of a piece.
+
+        Args:
+            start: ``end`` of the piece before, or 0: rows of the table, bad ones included.
+            line: Not needed here: a row's number follows from ``start``.
+            skip_bad: Leave bad rows out instead of raising.
+
+        Yields:
+            The pieces. Their borders are the same however often reading was resumed.
+
+        Raises:
+            UserError: The file can't be read, or holds a bad row; the message names the first one and its column.
+        """
+        del line
+        frames: list[pl.DataFrame] = []
+        skipped: list[Skipped] = []
+        row, size, done = start, 0, 0.0
+        for table, broken, done in self._steps(start):
+            first = row + self.file.first_row
+            frame, faults = self._frame(table, broken)
+            if faults and not skip_bad:
+                place = min(faults)
+                raise UserError(f"{self.path}: row {first + place}, {faults[place]}; repair or remove the row")
+            skipped += [Skipped(line=first + place, reason=faults[place]) for place in sorted(faults)]
+            row, size = row + table.num_rows + len(broken), size + _memory(frame)
+            frames.append(frame)
+            if len(frames) == self._cut[1] or size >= _PIECE_BYTES:
+                yield self._piece(frames, skipped, row, done)
+                frames, skipped, size = [], [], 0
+        if frames:
+            yield self._piece(frames, skipped, row, 1.0)
+
+    @property
+    def _cut(self) -> tuple[int, int]:
+        """(Rows of a step, most steps of a piece). All steps are alike, so that a piece may end after any of them."""
+        steps = -(-self.piece_rows // BATCH_ROWS)
+        return self.piece_rows // steps, steps
+
+    def _piece(self, frames: list[pl.DataFrame], skipped: list[Skipped], row: int, done: float) -> Piece:
+        frame = pl.concat(frames, rechunk=True)
+        return Piece(frame=frame, end=row, line=row + self.file.first_row - 1, done=done, skipped=tuple(skipped))
+
+    def _steps(self, start: int) -> Iterator[tuple[pa.Table, dict[int, str], float]]:
+        """(Good rows, broken ones by place, share read), always as many rows at once, but for the last ones.
+
+        The batches of a file follow its row groups and blocks, and so depend on where reading began; these do not.
+        """
+        step, _ = self._cut
+        tables: list[pa.Table] = []
+        places: dict[int, str] = {}
+        held = 0
+        for batch in self.file.batches(self.schema.columns_read, start):
+            at = used = 0  # rows of the batch, and rows of its table, that are handed on
+            while batch.rows - at:
+                count = min(batch.rows - at, step - held)
+                bad = {place: what for place, what in batch.broken.items() if at <= place < at + count}
+                places |= {held + place - at: what for place, what in bad.items()}
+                tables.append(batch.table.slice(used, count - len(bad)))
+                at, used, held = at + count, used + count - len(bad), held + count
+                if held == step:
+                    yield pa.concat_tables(tables), places, batch.done
+                    tables, places, held = [], {}, 0
+        if held:
+            yield pa.concat_tables(tables), places, 1.0
+
+    def _frame(self, table: pa.Table, broken: dict[int, str]) -> tuple[pl.DataFrame, dict[int, str]]:
+        """The frame of a step's good rows, and what is wrong with the others by place among all of them."""
+        schema = self.schema
+        columns: dict[str, pl.Series] = {}
+        faults: dict[int, str] = {}
+
+        def add(key: str, name: str, values: cells.Values) -> None:
+            columns[key] = values.series
+            for row, what in values.faults.items():
+                faults.setdefault(row, f"column {name!r}: {what}")
+
+        add("label", schema.label, cells.labels(table.column(schema.label)))
+        for j, name in enumerate(schema.numeric):
+            add(f"n{j}", name, cells.numbers(table.column(name), schema.options(name).transform))
+        for j, (name, wanted) in enumerate(zip(schema.categorical, self.types, strict=True)):
+            options, column = schema.options(name), table.column(name)
+            if not options.list:
+                add(f"c{j}", name, cells.categories(column, wanted or "string"))
+                continue
+            weights = None if options.weights is None else table.column(options.weights)
+            values, weighed = cells.lists(column, wanted or "string", options.separator, weights)
+            add(f"c{j}", name, values)
+            if weighed is not None:
+                add(f"w{j}", str(options.weights), weighed)
+        frame = pl.DataFrame(columns)
+        if faults:
+            good = np.ones(frame.height, bool)
+            good[list(faults)] = False
+            frame = frame.filter(pl.Series(good))
+        if not broken:
+            return frame, faults
+        # Places in the table -> places among all rows of the step.
+        places = [place for place in range(table.num_rows + len(broken)) if place not in broken]
+        return frame, {places[place]: what for place, what in faults.items()} | broken
+
+
+def open_tables(named: str, schema: Schema, *, piece_rows: int = 262_144) -> list[TableSource]:
+    r"""Open the files of a table and check that they have the columns of the schema.
+
+    Args:
+        named: A local path or an fsspec address of one Parquet or CSV file, or of a folder of such files.
+        schema: The columns.
+        piece_rows: Most rows of a piece.
+
+    Returns:
+        A source per file, in natural order of their names; files of a folder that hold no row are left out.
+
+    Raises:
+        UserError: A file can't be read, lacks a column or has it in a type that does not fit, or there is no row.
+
+    Example:
+        >>> import tempfile, pathlib
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> path = pathlib.Path(folder.name) / "clicks.csv"
+        >>> _ = path.write_text("click,user,price\n1,anna,2.5\n0,,3\n")
+        >>> schema = Schema(label="click", numeric=("price",), categorical=("user",), layout="table")
+        >>> [source] = open_tables(str(path), schema)
+        >>> [piece.frame.rows() for piece in source.pieces()]
+        [[(1, 2.5, 'anna'), (0, 3.0, None)]]
+        >>> folder.cleanup()
+    """
+    if piece_rows < 1:
+        raise UserError(f"piece_rows: {piece_rows} is too small; give 1 or more")
+    tables = [open_table(file, schema.delimiter) for file in find_files(named)]
+    filled = [table for table in tables if not table.is_empty]
+    if not filled:
+        raise UserError(f"{named}: there is no row in it; give a table with data or leave it out")
+    return unify([_source(table, schema, piece_rows) for table in filled])
+
+
+def joined_pieces(
+    sources: Sequence[TableSource], start: tuple[int, int, int], *, skip_bad: bool
+) -> Iterator[JoinedPiece]:
+    """Read files of a table as if they were one, since a small file alone costs more than its rows.
+
+    Args:
+        sources: The files, after ``unify``.
+        start: ``next_start`` of the piece before, or zeros.
+        skip_bad: Leave bad rows out instead of raising.
+
+    Yields:
+        The pieces. Their borders are the same however often reading was resumed.
+
+    Raises:
+        UserError: A file can't be read, or holds a bad row; the message names the first one and its column.
+    """
+    begin, row, _ = start
+    total = max(sum(source.bytes for source in sources), 1)
+    before = sum(source.bytes for source in sources[:begin])
+    held: list[tuple[int, int, pa.Table, dict[int, str]]] = []  # place of the source, first row, good rows, broken ones
+    rows = size = 0
+
+    def piece(done: float) -> JoinedPiece:
+        last, first, table, broken = held[-1]
+        after = first + table.num_rows + len(broken)
+        frame, faults = sources[last]._frame(pa.concat_tables(part for _, _, part, _ in held), {})
+        skipped, good = [], 0
+        for place, first, table, broken in held:
+            kept = [i for i in range(table.num_rows + len(broken)) if i not in broken]
+            bad = broken | {kept[i - good]: faults[i] for i in faults if good <= i < good + table.num_rows}
+            good += table.num_rows
+            first += sources[place].file.first_row
+            if bad and not skip_bad:
+                i = min(bad)
+                raise UserError(f"{sources[place].path}: row {first + i}, {bad[i]}; repair or remove the row")
+            skipped += [(place, Skipped(line=first + i, reason=bad[i])) for i in sorted(bad)]
+        held.clear()
+        return JoinedPiece(frame=frame, next_start=(last, after, 0), done=done, skipped=tuple(skipped))
+
+    for place, source in enumerate(sources[begin:], begin):
+        for table, broken, done in source._steps(row):
+            if held and held[-1][2].schema != table.schema:
+                yield piece(before / total)
+                rows = size = 0
+            held.append((place, row, table, broken))
+            row += table.num_rows + len(broken)
+            rows, size = rows + table.num_rows, size + table.nbytes
+            if rows >= source.piece_rows or size >= _PIECE_BYTES:
+                yield piece(min((before + done * source.bytes) / total, 1.0))
+                rows = size = 0
+        before, row = before + source.bytes, 0
+    if held:
+        yield piece(1.0)
+
+
+def unify(sources: Sequence[TableSource]) -> list[TableSource]:
+    """Give each categorical column one type over several files, also of several ``open_tables``.
+
+    Args:
+        sources: Files with the same schema.
+
+    Returns:
+        The same sources; a column that has only missing values in one file gets its type from the others.
+
+    Raises:
+        UserError: A column holds integers in one file and text in another.
+    """
+    known: dict[str, tuple[str, str]] = {}
+    for source in sources:
+        for name, kind in zip(source.schema.categorical, source.types, strict=True):
+            if kind is None:
+                continue
+            first, path = known.setdefault(name, (kind, source.path))
+            if first != kind:
+                raise UserError(
+                    f"{source.path}: column {name!r} holds {_word(kind)}, but {_word(first)} in {path}; write both "
+                    f'alike, or set type = "string" under [columns.{toml_key(name)}]'
+                )
+    return [
+        replace(source, types=tuple(known.get(name, (None, ""))[0] for name in source.schema.categorical))
+        for source in sources
+    ]
+
+
+def _word(kind: str) -> str:
+    return "text" if kind == "string" else "integers"
+
+
+def missing_column(table: ParquetTable | CsvTable, name: str, *, role: str = "", remedy: str = _REMEDY) -> UserError:
+    """Say that a file has no such column.
+
+    Args:
+        table: The opened file.
+        name: The column that was looked for.
+        role: What it is for, where that is not plain from its name: "the weights of column 'b'".
+        remedy: What to do.
+
+    Returns:
+        The error to raise, with the closest name that is there.
+    """
+    names = list(table.fields)
+    lower = {other.casefold(): other for other in names}
+    close = difflib.get_close_matches(name.casefold(), list(lower), n=1)
+    shown = ", ".join(repr(other) for other in names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
+    hint = f" (did you mean {lower[close[0]]!r}?)" if close else ""
+    where = f"{table.file.name}: there is no column {name!r}{role and f', {role}'}; the file has {shown}{hint}"
+    if table.is_text and any(map(is_number, names)):
+        return UserError(f"{where}; its first row looks like data: add a first row that holds the column names")
+    if isinstance(table, CsvTable) and len(names) == 1 and (cut := delimiter_in(names[0])):
+        return UserError(f"{where}; its cells are separated by {cut!r}: set delimiter = {toml_text(cut)} in the schema")
+    return UserError(f"{where}; {remedy}")
+
+
+def delimiter_in(header: str) -> str | None:
+    """Find what parts the names of a header that was read as one name.
+
+    Args:
+        header: The whole first row.
+
+    Returns:
+        The delimiter, ``None`` where it is one name.
+
+    Example:
+        >>> delimiter_in("click;user"), delimiter_in("click")
+        (';', None)
+    """
+    return next((delimiter for delimiter in _DELIMITERS if delimiter in header), None)
+
+
+def is_number(name: str) -> bool:
+    """Return whether a column's name is a number, as where a CSV lacks its header."""
+    try:
+        float(name)
+    except ValueError:
+        return False
+    return True
+
+
+def _source(table: ParquetTable | CsvTable, schema: Schema, piece_rows: int) -> TableSource:
+    for name in schema.columns_read:
+        if name not in table.fields:
+            owners = [other for other in schema.weighted if schema.options(other).weights == name]
+            raise missing_column(table, name, role=f"the weights of column {owners[0]!r}" if owners else "")
+        if name in table.twice:
+            raise UserError(f"{table.file.name}: column {name!r} appears twice; give every column a name of its own")
+    types: list[str | None] = []
+    lists = [schema.options(name) for name in schema.weighted]
+    cut = {options.weights: options.separator is not None for options in lists}
+    for name in schema.columns_read:
+        kind = column_types.kind_of(table.fields[name])
+        try:
+            if name in schema.categorical:
+                types.append(column_types.category_type(kind, schema.options(name), name, csv=table.is_text))
+            elif table.is_text:
+                continue  # what a cell holds is seen when it is read
+            elif name == schema.label:
+                column_types.check_label(kind)
+            elif name in schema.numeric:
+                column_types.check_number(kind)
+            else:
+                column_types.check_weights(kind, cut=cut[name])
+        except UserError as error:
+            raise UserError(f"{table.file.name}: column {name!r}: {error}") from error
+    return TableSource(file=table, schema=schema, types=tuple(types), piece_rows=piece_rows)
+
+
+def _memory(frame: pl.DataFrame) -> int:
+    """Bytes of the values, counted by what they are and not by how they lie in memory, which a resume may change."""
+    total = 0
+    for series in frame:
+        if series.dtype == pl.String:
+            total += 16 * len(series) + int(series.str.len_bytes().sum())
+        elif isinstance(series.dtype, pl.List):
+            total += 8 * len(series)
+            inner = series.explode().drop_nulls()
+            total += 16 * len(inner) + (int(inner.str.len_bytes().sum()) if inner.dtype == pl.String else 0)
+        else:
+            total += 8 * len(series)
+    return total

@@ -1,0 +1,1 @@
+"""Click logs whose best possible AUC is known."""

@@ -1,0 +1,39 @@
+"""The data to run on when none is named: a synthetic set, made and prepared once."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from torchrec_deepfm.data.dataset.prepared import PreparedData
+from torchrec_deepfm.data.prepare.prepare import prepare
+from torchrec_deepfm.data.synthetic.generate import generate
+
+ROWS: Final = 1_200_000
+SEED: Final = 0
+
+
+def sample_data(root: Path, report: Callable[[str], None], *, rows: int = ROWS) -> PreparedData:
+    """Open the sample below ``root``, making it first where it is not there.
+
+    Args:
+        root: the folder that holds it: ``raw/`` (Criteo-format text) and ``prepared/``.
+        report: called with a line of text per finished step.
+        rows: training rows.
+
+    Returns:
+        The prepared data.
+
+    Raises:
+        UserError: the folder can't be written.
+    """
+    raw, prepared = root / "raw", root / "prepared"
+    if prepared.exists():
+        return PreparedData.open(prepared)
+    if raw.exists():  # left by a start that was interrupted between the two
+        shutil.rmtree(raw)
+    report(f"no --data named: making {rows:,} rows of synthetic click logs in {root}")
+    generate(raw, rows=rows, seed=SEED)
+    return prepare(
+        [raw / "day_0.tsv"], prepared, validation=[raw / "validation.tsv"], test=[raw / "test.tsv"], report=report
+    )

@@ -1,0 +1,233 @@
+"""Raw click logs in Criteo's format whose best reachable AUC is known, because the clicks come from a known model.
+
+The folder holds ``day_0.tsv`` ... (training), ``validation.tsv``, ``test.tsv`` and ``truth.json``. A line is a label,
+13 integers and 26 categories of 8 hexadecimal digits, separated by tabs, empty where missing. ``truth.json`` tells, per
+file, the AUC and the logloss that the true click probabilities reach on the drawn labels. No model can be expected to
+beat them.
+"""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import duckdb
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.metrics import roc_auc_score
+
+from torchrec_deepfm.data.dataset.publish import check_free, new_folder
+from torchrec_deepfm.data.prepare.disk_space import check_room
+from torchrec_deepfm.data.prepare.duckdb_session import quoted
+from torchrec_deepfm.data.schema import CRITEO_KAGGLE
+from torchrec_deepfm.data.synthetic.columns import MISSING_NUMBER, category_values, draw_rows
+from torchrec_deepfm.data.synthetic.ground_truth import Truth, draw_truth, probability
+from torchrec_deepfm.errors import UserError
+
+TRUTH_VERSION: Final = 1
+DEFAULT_ROWS: Final = 1_200_000
+# Rows drawn and written at a time. A part of the format: another number gives other files for the same seed.
+_CHUNK_ROWS: Final = 131_072
+# Fewer validation or test rows would make their AUC a matter of chance.
+_LEAST_EVALUATION_ROWS: Final = 1000
+# A row has about 243 bytes.
+_ROW_BYTES: Final = 243
+_LARGEST_SEED: Final = 2**63 - 1
+# Keys of the random streams; day i has the key _FIRST_DAY + i. draw_truth has 0 and 1.
+_VALIDATION, _TEST, _FIRST_DAY = 2, 3, 4
+_DIGITS: Final = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyntheticFile:
+    """What is known about one written file.
+
+    Args:
+        rows: Number of lines.
+        positives: Lines with label 1.
+        auc: AUC of the true click probabilities on the drawn labels; None when the labels are all equal.
+        logloss: Their mean logloss, in nats.
+    """
+
+    rows: int
+    positives: int
+    auc: float | None
+    logloss: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyntheticData:
+    """What ``generate`` wrote.
+
+    Args:
+        folder: Where the files lie.
+        seed: The seed they were drawn from.
+        rows: Training rows, over all days.
+        click_rate: The click rate that was asked for.
+        files: What is known about each file, by its name, training days first.
+    """
+
+    folder: Path
+    seed: int
+    rows: int
+    click_rate: float
+    files: dict[str, SyntheticFile]
+
+    @property
+    def train(self) -> tuple[Path, ...]:
+        """The training files, day by day."""
+        return tuple(self.folder / name for name in self.files if name.startswith("day_"))
+
+    @property
+    def validation(self) -> Path:
+        """The validation file."""
+        return self.folder / "validation.tsv"
+
+    @property
+    def test(self) -> Path:
+        """The test file."""
+        return self.folder / "test.tsv"
+
+    def summary(self) -> str:
+        """Return the lines that the command prints.
+
+        Returns:
+            One line per file and one with the best reachable test AUC.
+        """
+        lines = [f"synthetic click logs in {self.folder} (seed {self.seed})"]
+        width = max(len(name) for name in self.files)
+        for name, file in self.files.items():
+            auc = "-" if file.auc is None else f"{file.auc:.4f}"
+            rate = file.positives / file.rows
+            lines.append(
+                f"  {name:<{width}}  {file.rows:>11,} rows  {rate:7.2%} clicks  best AUC {auc}  "
+                f"best logloss {file.logloss:.4f}"
+            )
+        lines.append(f"best reachable AUC on test.tsv: {self.files['test.tsv'].auc:.4f}")
+        return "\n".join(lines)
+
+
+def generate(
+    output: Path,
+    *,
+    rows: int = DEFAULT_ROWS,
+    days: int = 1,
+    seed: int = 0,
+    click_rate: float = 0.25,
+) -> SyntheticData:
+    """Write synthetic click logs. The same options give the same bytes.
+
+    Memory grows with the rows of the largest file only by what its exact AUC needs, about 90 bytes per row.
+
+    Args:
+        output: The folder to write. It appears whole at the end or not at all.
+        rows: Training rows, spread evenly over the days. Validation and test get a tenth each, at least 1000 rows.
+        days: Number of training files.
+        seed: Picks the true model and the rows, 0 or more.
+        click_rate: Share of rows with label 1 that is aimed at: 0.03 is like Criteo Terabyte, 0.26 like Kaggle.
+
+    Returns:
+        What was written, with the best reachable AUC per file.
+
+    Raises:
+        UserError: An option is out of range, the output folder is not empty, or the disk refuses.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     data = generate(Path(folder) / "raw", rows=2000, days=2)
+        ...     sorted(path.name for path in data.folder.iterdir())
+        ['day_0.tsv', 'day_1.tsv', 'test.tsv', 'truth.json', 'validation.tsv']
+    """
+    _check_options(rows=rows, days=days, seed=seed, click_rate=click_rate)
+    check_free(output)
+    evaluation_rows = max(rows // 10, _LEAST_EVALUATION_ROWS)
+    check_room(output, (rows + 2 * evaluation_rows) * _ROW_BYTES, output)
+    plan = {f"day_{day}.tsv": (rows // days + (day < rows % days), _FIRST_DAY + day) for day in range(days)}
+    plan["validation.tsv"] = (evaluation_rows, _VALIDATION)
+    plan["test.tsv"] = (evaluation_rows, _TEST)
+
+    truth = draw_truth(seed=seed, click_rate=click_rate)
+    files = {}
+    with new_folder(output) as folder, duckdb.connect() as connection:
+        for name, (file_rows, stream) in plan.items():
+            files[name] = _write_file(connection, folder / name, truth, rows=file_rows, seed=seed, stream=stream)
+            if files[name].auc is None and not name.startswith("day_"):
+                raise UserError(
+                    f"--click-rate {click_rate}: all {file_rows} rows of {name} got the same label; "
+                    "raise --rows or choose a click rate nearer to 0.5"
+                )
+        known = {
+            "format_version": TRUTH_VERSION,
+            "seed": seed,
+            "rows": rows,
+            "click_rate": click_rate,
+            "files": {name: vars(file) for name, file in files.items()},
+        }
+        (folder / "truth.json").write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
+    return SyntheticData(folder=output, seed=seed, rows=rows, click_rate=click_rate, files=files)
+
+
+def _check_options(*, rows: int, days: int, seed: int, click_rate: float) -> None:
+    if rows < 1:
+        raise UserError(f"--rows {rows}: there must be at least 1 training row; give a larger number")
+    if days < 1:
+        raise UserError(f"--days {days}: there must be at least 1 day; give a larger number")
+    if rows < days:
+        raise UserError(f"--rows {rows}: fewer rows than the {days} days; give more --rows or fewer --days")
+    if not 0 <= seed <= _LARGEST_SEED:
+        raise UserError(f"--seed {seed}: the seed is out of range; give a number from 0 to 2**63 - 1")
+    if not 0 < click_rate < 1:  # also refuses NaN
+        raise UserError(f"--click-rate {click_rate}: the rate is out of range; give a number between 0 and 1")
+
+
+def _write_file(
+    connection: duckdb.DuckDBPyConnection, path: Path, truth: Truth, *, rows: int, seed: int, stream: int
+) -> SyntheticFile:
+    """Write one file chunk by chunk; every chunk has a random stream of its own."""
+    labels = np.empty(rows, dtype=np.uint8)
+    logits = np.empty(rows, dtype=np.float64)
+    piece = path.with_suffix(".piece")
+    with path.open("wb") as file:
+        for chunk, start in enumerate(range(0, rows, _CHUNK_ROWS)):
+            part = slice(start, min(start + _CHUNK_ROWS, rows))
+            generator = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(stream, chunk)))
+            numbers, ids = draw_rows(generator, part.stop - part.start)
+            logits[part] = truth.logit(numbers, ids)
+            labels[part] = generator.random(len(ids)) < probability(logits[part])
+            _write_piece(connection, piece, labels[part], numbers, ids)
+            with piece.open("rb") as source:
+                shutil.copyfileobj(source, file, 1 << 20)
+    piece.unlink()
+    positives = int(labels.sum())
+    auc = round(float(roc_auc_score(labels, logits)), _DIGITS) if 0 < positives < rows else None
+    # -log p(label) = log(1 + exp(-logit)) for a click and log(1 + exp(logit)) for none
+    logloss = float(np.logaddexp(0.0, np.where(labels == 1, -logits, logits)).mean())
+    return SyntheticFile(rows=rows, positives=positives, auc=auc, logloss=round(logloss, _DIGITS))
+
+
+def _write_piece(
+    connection: duckdb.DuckDBPyConnection,
+    path: Path,
+    labels: NDArray[np.uint8],
+    numbers: NDArray[np.int64],
+    ids: NDArray[np.int64],
+) -> None:
+    """Let DuckDB write rows as text. It keeps their order, whatever its number of threads."""
+    columns: dict[str, NDArray[Any]] = {CRITEO_KAGGLE.label: labels}
+    texts = [CRITEO_KAGGLE.label]
+    for i, name in enumerate(CRITEO_KAGGLE.numeric):
+        columns[name] = np.ascontiguousarray(numbers[:, i])
+        texts.append(f"nullif({name}, {MISSING_NUMBER})")
+    for i, name in enumerate(CRITEO_KAGGLE.categorical):
+        # Missing is -1 here: every 32-bit number may be a value.
+        values = np.concatenate([[-1], category_values(i)[1:]]).astype(np.int64)
+        columns[name] = values[ids[:, i]]
+        texts.append(f"CASE WHEN {name} >= 0 THEN printf('%08x', {name}) END")
+    connection.register("piece", columns)
+    connection.execute(
+        f"COPY (SELECT {', '.join(texts)} FROM piece) TO {quoted(path)} "  # noqa: S608 (all names are our own)
+        "(FORMAT csv, DELIMITER '\t', HEADER false, QUOTE '', ESCAPE '', NULL '')"
+    )
+    connection.unregister("piece")

@@ -1,0 +1,1 @@
+"""The process group: ranks, signals, heartbeats, locks."""

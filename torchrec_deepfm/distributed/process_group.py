@@ -1,0 +1,159 @@
+"""The process group: one process as it stands, or a rank that torchrun or TorchX started."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from torchrec_deepfm.distributed.disk_errors import refused
+from torchrec_deepfm.errors import UserError
+
+T = TypeVar("T")
+
+_MISTAKE = "torchrec_deepfm/user_error"
+
+
+@contextmanager
+def process_group(timeout: float = 1800.0, *, cpu: bool = False) -> Iterator[torch.device]:
+    """Join the process group of this run, or make one of a single process; leave it at the end.
+
+    NCCL carries CUDA tensors where there is a GPU for every local rank, gloo the rest.
+
+    Args:
+        timeout: seconds after which a rank gives up waiting for the others.
+        cpu: leave GPUs alone, however many there are.
+
+    Yields:
+        This rank's device, already set as the current one.
+
+    Raises:
+        UserError: there are GPUs, but fewer than local ranks; or the user's mistake that stopped another rank.
+    """
+    device = torch.device("cpu")
+    if torch.cuda.is_available() and not cpu:
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if local_world_size > torch.cuda.device_count():
+            raise UserError(
+                f"{local_world_size} ranks on this host, but {torch.cuda.device_count()} GPUs: start at most one rank "
+                "per GPU (-j), or hide the GPUs with CUDA_VISIBLE_DEVICES= to train on the CPU"
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    _stay_on_this_host()
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    else:
+        store = torch._C._distributed_c10d.HashStore()  # torch.distributed exports it without saying so
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+    try:
+        with shared_mistakes():
+            yield device
+        dist.barrier()  # no rank tears down what another one still talks through
+    finally:
+        dist.destroy_process_group()
+
+
+def _stay_on_this_host() -> None:
+    """Let gloo and NCCL listen on the loopback interface only, where all ranks are on one host.
+
+    Left alone they listen on the interface of the host's name, and take what any address sends them.
+    """
+    if os.environ.get("LOCAL_WORLD_SIZE", "1") == os.environ.get("WORLD_SIZE", "1"):
+        loopback = "lo" if sys.platform == "linux" else "lo0"
+        os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = loopback
+
+
+@contextmanager
+def shared_mistakes() -> Iterator[None]:
+    """Let every rank stop over a user's mistake that only one has met, such as a bad value in its rows.
+
+    That rank leaves, and the others lose their connections to it: an error that says nothing, in a traceback. Here it
+    leaves its message in the group's store first, and the others raise that instead.
+
+    Yields:
+        Nothing; call collectives inside.
+
+    Raises:
+        UserError: raised inside, or by another rank while this one failed.
+    """
+    store = dist.distributed_c10d._get_default_store()  # the group's own: it outlives each rank under torchrun
+    try:
+        yield
+    except UserError as error:
+        store.set(_MISTAKE, str(error))
+        raise
+    except Exception as error:
+        told = _told(store)
+        if told is None:
+            raise
+        raise UserError(told) from error
+
+
+def _told(store: torch._C._distributed_c10d.Store) -> str | None:
+    try:
+        return store.get(_MISTAKE).decode() if store.check([_MISTAKE]) else None
+    except RuntimeError:  # the store went with the process that held it
+        return None
+
+
+def is_main() -> bool:
+    """Whether this is rank 0, the one that talks."""
+    return dist.get_rank() == 0
+
+
+def rank() -> int:
+    """This rank's number."""
+    return dist.get_rank()
+
+
+def count() -> int:
+    """How many ranks there are."""
+    return dist.get_world_size()
+
+
+def gather(value: Any) -> list[Any]:
+    """Wait for all ranks; a collective.
+
+    Args:
+        value: picklable.
+
+    Returns:
+        What each rank gave, by rank.
+    """
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def on_main(work: Callable[[], T]) -> T:
+    """Run ``work`` on rank 0 alone and give its result, or its error, to every rank; a collective.
+
+    Args:
+        work: its result must be picklable.
+
+    Returns:
+        The result, on every rank.
+
+    Raises:
+        UserError: ``work`` raised it, or an ``OSError``, on rank 0; every rank raises it again.
+    """
+    outcome: list[tuple[T | None, UserError | None]] = [(None, None)]
+    if is_main():
+        try:
+            outcome = [(work(), None)]
+        except UserError as error:
+            outcome = [(None, error)]
+        except OSError as error:
+            outcome = [(None, refused(error.filename or "the disk", error))]
+    dist.broadcast_object_list(outcome, src=0)
+    result, refusal = outcome[0]
+    if refusal is not None:
+        raise refusal
+    return result  # type: ignore[return-value]

@@ -1,0 +1,132 @@
+"""One training at a time in a run folder."""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from typing import IO, Any
+
+from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.files import check_local, regular_file
+from torchrec_deepfm.processes import is_ending
+
+NAME = ".lock"
+# A holder that seems to live may have been killed a moment ago, or asked to stop and not know it yet.
+SECONDS_FOR_ANY_HOLDER = 5.0
+# After a rank died its successor may come before the kernel, or the server of a network file system, has noticed.
+SECONDS_FOR_A_PREDECESSOR = 120.0
+
+
+class RunLock:
+    """A lock on a run folder that ends with its process, however that ends.
+
+    It is ``flock`` on a file in the folder, so no stale lock stays behind a dead process. On NFS (version 4, or 3 with
+    its lock daemon) and on Lustre mounted with ``flock`` it holds between hosts as well; where a file system has no
+    locks at all, the training is refused. A holder that stops or has been killed is waited for, up to two minutes.
+
+    Args:
+        folder: the run folder; made if it is not there, and removed by ``release`` if it is empty then.
+
+    Raises:
+        UserError: another training holds the lock, or the folder can't be written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = check_local(folder)
+        self._made = not folder.exists()
+        self._file: IO[str] | None = None
+        since = time.monotonic()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            while self._file is None:
+                self._file = self._try(time.monotonic() - since)
+                if self._file is None:
+                    time.sleep(0.2)
+        except OSError as error:
+            self._remove_empty()
+            if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise UserError(
+                    f"--output {folder}: this file system has no locks, so two trainings could write into one folder; "
+                    "name a folder elsewhere, and --checkpoints for where the checkpoints go"
+                ) from error
+            reason = f"the folder can't be made or written ({error.strerror})"
+            raise UserError(f"--output {folder}: {reason}; name another one") from error
+
+    def release(self) -> None:
+        """Give the lock back and remove its file."""
+        if self._file is None:
+            return
+        with contextlib.suppress(OSError):
+            (self._folder / NAME).unlink()  # while it is held: whoever waits for it then finds that it is gone
+        self._file.close()
+        self._file = None
+        self._remove_empty()
+
+    def stopping(self) -> None:
+        """Let whoever waits for the lock know that its holder has been asked to stop."""
+        if self._file is not None:
+            self._write(self._file, stopping=True)
+
+    def _try(self, waited: float) -> IO[str] | None:
+        path = self._folder / NAME
+        file = open(path, "a+", encoding="utf-8", opener=regular_file)  # noqa: SIM115 - until release()
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(file.fileno()).st_ino != path.stat().st_ino:
+                raise FileNotFoundError(errno.ENOENT, "removed by its last holder", str(path))
+        except FileNotFoundError:
+            file.close()
+            return None
+        except OSError as error:
+            owner = _owner(file)
+            file.close()
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise
+            if waited < (SECONDS_FOR_A_PREDECESSOR if _soon_gone(owner) else SECONDS_FOR_ANY_HOLDER):
+                return None
+            who = f"process {owner.get('pid', '?')} on {owner.get('host', 'another host')}"
+            raise UserError(
+                f"--output {self._folder}: another training is writing there ({who}); wait for its end, or name "
+                "another folder"
+            ) from error
+        self._write(file, stopping=False)
+        return file
+
+    @staticmethod
+    def _write(file: IO[str], *, stopping: bool) -> None:
+        about = {"pid": os.getpid(), "host": socket.gethostname(), "job": _job(), "stopping": stopping}
+        os.ftruncate(file.fileno(), 0)
+        os.write(
+            file.fileno(), json.dumps(about).encode()
+        )  # it appends; in one piece, as a signal may come at any time
+
+    def _remove_empty(self) -> None:
+        if self._made:
+            with contextlib.suppress(OSError):
+                self._folder.rmdir()
+
+
+def _job() -> str:
+    """What names this start of torchrun over all its restarts; empty without torchrun."""
+    return os.environ.get("TORCHELASTIC_RUN_ID", "")
+
+
+def _soon_gone(owner: dict[str, Any]) -> bool:
+    """Whether the holder of a lock is this very job before it was started again, is stopping, or has been killed."""
+    if owner.get("job") == _job() != "" or owner.get("stopping"):
+        return True
+    pid = owner.get("pid")
+    return owner.get("host") == socket.gethostname() and isinstance(pid, int) and is_ending(pid)
+
+
+def _owner(file: IO[str]) -> dict[str, Any]:
+    try:
+        file.seek(0)
+        owner = json.loads(file.read(4096))
+    except (OSError, ValueError):
+        return {}
+    return owner if isinstance(owner, dict) else {}

@@ -1,0 +1,293 @@
+"""An experiment: which plans it compares, and the folder it writes. ``take_turns`` measures in between."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median_low
+
+from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.experiment.report import write_experiment_report
+from torchrec_deepfm.experiment.results import PLANS, RESULTS, Experiment, PlanMeasured, Settings
+from torchrec_deepfm.experiment.runner import Runs
+from torchrec_deepfm.files import check_local
+from torchrec_deepfm.sharding.estimate import with_prediction
+from torchrec_deepfm.sharding.inputs.constraints import parse_constraints
+from torchrec_deepfm.sharding.inputs.hardware import Hardware
+from torchrec_deepfm.sharding.inputs.sharding_types import SHARDING_TYPES, FusedOptimizer
+from torchrec_deepfm.sharding.inputs.tables import Table
+from torchrec_deepfm.sharding.plan.io import load_plan, save_plan
+from torchrec_deepfm.sharding.plan.plan import PlanFile, Search
+from torchrec_deepfm.sharding.plan.validate import check_fits
+from torchrec_deepfm.sharding.search.plan_tables import Planning
+
+REPORT = "report.html"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """Which plans an experiment compares.
+
+    Attributes:
+        files: plans as files, called as these are.
+        rules: sets of constraints (see ``constraints``), each the text of a plan: rules with blanks between them.
+        sweep: also each sharding type by itself, mixes of them, and what the planners find.
+    """
+
+    files: tuple[Path, ...] = ()
+    rules: tuple[str, ...] = ()
+    sweep: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plans:
+    """The plans of an experiment.
+
+    Attributes:
+        named: the plans by name, with predictions.
+        left_out: what the sweep could not make, or made already, with the reason.
+    """
+
+    named: tuple[tuple[str, PlanFile], ...]
+    left_out: Mapping[str, str]
+
+
+def make_plans(
+    wanted: Wanted, tables: Sequence[Table], hardware: Hardware, ranks: int, batch_size: int, optimizer: FusedOptimizer
+) -> Plans:
+    """Make the plans of an experiment.
+
+    Args:
+        wanted: which.
+        tables: the tables.
+        hardware: what the predictions are for.
+        ranks: how many there are.
+        batch_size: samples per rank.
+        optimizer: of the tables.
+
+    Returns:
+        The plans.
+
+    Raises:
+        UserError: none is wanted; a file is no plan or does not fit; a rule is wrong, or can't be met.
+    """
+    local = hardware.local_world_size(ranks)
+    named: dict[str, PlanFile] = {}
+    left_out: dict[str, str] = {}
+    for path in wanted.files:
+        if not path.stem.isprintable() or len(path.stem.encode()) > 200:  # it names a file of the experiment too
+            raise UserError(f"--plans {str(path)!r}: the name is too long or can't be printed; rename the file")
+        plan = load_plan(path)
+        check_fits(plan, tables, ranks, local_world_size=local, compute_device=hardware.compute_device, where=str(path))
+        if path.stem in named:
+            raise UserError(f"--plans {path}: there is another plan called {path.stem}; rename one of the files")
+        named[path.stem] = with_prediction(
+            replace(plan, local_world_size=local), tables, hardware, ranks, batch_size, optimizer=optimizer
+        )
+    for text in wanted.rules:
+        name = re.sub(r"[^\w.+-]+", "_", text.strip()).strip("_.")[:60] or "rules"  # a file's name, at 4 bytes a letter
+        if name in named:
+            raise UserError(f"--rules {text!r}: there is another plan called {name}; leave one of them out")
+        named[name] = _planned(text.split(), "torchrec", tables, hardware, ranks, batch_size, optimizer)
+    if wanted.sweep:
+        for name, rules, search in sweep(tables):
+            if name in named:
+                left_out[name] = "a plan of this name is named already"
+                continue
+            try:
+                plan = _planned(rules, search, tables, hardware, ranks, batch_size, optimizer)
+            except UserError as error:
+                left_out[name] = str(error)
+                continue
+            twin = next((other for other, there in named.items() if _same(plan, there)), None)
+            if twin is None:
+                named[name] = plan
+            else:
+                left_out[name] = f"the same plan as {twin}"
+    if not named:
+        why = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
+        raise UserError(f"there is no plan to measure{f' ({why})' if why else ''}; name some with --plans or --rules")
+    return Plans(named=tuple(named.items()), left_out=left_out)
+
+
+def sweep(tables: Sequence[Table]) -> Iterator[tuple[str, list[str], Search]]:
+    """List the plans of a sweep: name, constraints, which search fills in the rest.
+
+    Args:
+        tables: the tables.
+
+    Yields:
+        The planners' own plans first, then each type by itself, then mixes: the smaller half of the tables replicated
+        and the others sharded; the larger half one way and the others table-wise.
+    """
+    yield "balanced", [], "balanced"
+    yield "torchrec", [], "torchrec"
+    for kind in SHARDING_TYPES:
+        yield kind, [f"*={kind}"], "torchrec"
+    half = median_low(table.num_embeddings for table in tables)
+    for kind in ("table_wise", "row_wise", "column_wise", "table_row_wise", "grid_shard"):
+        yield f"small_replicated+{kind}", [f"<={half}=data_parallel", f">{half}={kind}"], "torchrec"
+    for kind in ("row_wise", "column_wise", "table_row_wise"):
+        yield f"large_{kind}+table_wise", [f">{half}={kind}", f"<={half}=table_wise"], "torchrec"
+
+
+def _planned(
+    rules: Sequence[str],
+    search: Search,
+    tables: Sequence[Table],
+    hardware: Hardware,
+    ranks: int,
+    batch_size: int,
+    optimizer: FusedOptimizer,
+) -> PlanFile:
+    constraints = parse_constraints(
+        rules,
+        tables,
+        compute_device=hardware.compute_device,
+        world_size=ranks,
+        local_world_size=hardware.local_world_size(ranks),
+    )
+    planning = Planning(tables, hardware, ranks, batch_size, constraints=constraints, optimizer=optimizer)
+    return planning.checked_plan(search)
+
+
+def _same(one: PlanFile, other: PlanFile) -> bool:
+    def places(plan: PlanFile) -> dict[str, object]:
+        return {
+            table.name: (
+                table.sharding_type,
+                table.compute_kernel,
+                [(shard.rank, shard.offsets, shard.sizes) for shard in table.shards],
+            )
+            for table in plan.tables
+        }
+
+    return places(one) == places(other)
+
+
+def predict_scaling(
+    tables: Sequence[Table], hardware: Hardware, ranks: Sequence[int], batch_size: int, optimizer: FusedOptimizer
+) -> dict[int, float]:
+    """Predict a step of the plan that the search finds on several numbers of ranks.
+
+    Args:
+        tables: the tables.
+        hardware: the hardware.
+        ranks: the numbers of ranks.
+        batch_size: samples per rank.
+        optimizer: of the tables.
+
+    Returns:
+        Milliseconds by number of ranks; numbers on which the tables do not fit are left out.
+
+    Raises:
+        UserError: a number does not fill the hosts.
+    """
+    found = {}
+    for count in ranks:
+        try:
+            hardware.local_world_size(count)
+        except UserError as error:
+            raise UserError(f"--scaling {count}: {error}") from error
+        try:
+            plan = _planned([], "balanced", tables, hardware, count, batch_size, optimizer)
+        except UserError:
+            continue
+        assert plan.predicted is not None
+        found[count] = plan.predicted.critical_path_ms
+    return found
+
+
+def summarize(
+    measured: Sequence[PlanMeasured],
+    plans: Plans,
+    runs: Runs,
+    hardware: Hardware,
+    *,
+    device: str,
+    scaling: Mapping[int, float],
+) -> Experiment:
+    """Put an experiment together.
+
+    Args:
+        measured: of ``take_turns``.
+        plans: of ``make_plans``.
+        runs: how they ran.
+        hardware: what the predictions are for.
+        device: ``cpu`` or a GPU's name.
+        scaling: of ``predict_scaling``.
+
+    Returns:
+        The experiment.
+    """
+    first = plans.named[0][1]
+    return Experiment(
+        settings=Settings(
+            tables=runs.tables,
+            ranks=first.world_size,
+            local_ranks=first.local_world_size,
+            batch_size=runs.draw.batch_size,
+            steps=runs.steps,
+            turns=runs.turns,
+            optimizer=runs.optimizer,
+            over_arch_layer_sizes=runs.over_arch_layer_sizes,
+            ids=runs.draw.ids,
+            seed=runs.draw.seed,
+            device=device,
+        ),
+        plans=tuple(measured),
+        hardware=hardware,
+        left_out=plans.left_out,
+        scaling=scaling,
+        made_at=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+        made_with=first.made_with,
+    )
+
+
+def check_output(folder: Path) -> None:
+    """Check that an experiment may be written to a folder.
+
+    Raises:
+        UserError: there is something there, or nothing can be written there.
+    """
+    check_local(folder)
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"--output {folder}: the folder is not empty; name another one, or remove it first")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output {folder}: there is a file of that name; name a folder")
+    above = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise UserError(f"--output {folder}: nothing can be written below {above}; name another folder")
+
+
+def write_experiment(experiment: Experiment, folder: Path) -> None:
+    """Write the folder of an experiment, whole or not at all.
+
+    Args:
+        experiment: the experiment.
+        folder: absent or empty.
+
+    Raises:
+        UserError: the folder is not empty or can't be written.
+    """
+    check_output(folder)
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    try:
+        try:
+            (partial / PLANS).mkdir(parents=True)
+            for one in experiment.plans:
+                save_plan(one.plan, partial / PLANS / f"{one.name}.json")
+            text = json.dumps(experiment.to_json(), indent=1, allow_nan=False)
+            (partial / RESULTS).write_text(f"{text}\n", encoding="utf-8")
+            write_experiment_report(experiment, partial / REPORT)
+            if folder.is_dir():
+                folder.rmdir()
+            partial.rename(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"--output {folder}: can't be written ({error.strerror}); name another folder") from error

@@ -1,0 +1,125 @@
+"""Measures plans on real ranks: each gets a turn, then each another one, so that what drifts meets all of them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from torchrec_deepfm.experiment.comm_bytes import Traffic
+from torchrec_deepfm.experiment.memory import PeakMemory
+from torchrec_deepfm.experiment.noise import give_back, no_collections
+from torchrec_deepfm.experiment.results import CollectiveBytes, PlanMeasured, RankMeasured
+from torchrec_deepfm.experiment.step_timer import PHASES, split_step, step_seconds
+from torchrec_deepfm.experiment.workload import Draw, batches, build, table_bytes
+from torchrec_deepfm.sharding.inputs.sharding_types import FusedOptimizer
+from torchrec_deepfm.sharding.inputs.tables import Table
+from torchrec_deepfm.sharding.plan.plan import PlanFile
+
+WARM_UP = 3  # steps: DistributedDataParallel rebuilds its buckets after the first
+BATCHES = 4  # drawn once, taken in turn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runs:
+    """How often and on what the plans run.
+
+    Attributes:
+        tables: the tables.
+        draw: the batches.
+        steps: steps of a turn that are timed as a whole; half as many more are split into phases.
+        turns: of each plan.
+        optimizer: of the tables.
+        over_arch_layer_sizes: hidden layers of the dense part.
+    """
+
+    tables: tuple[Table, ...]
+    draw: Draw
+    steps: int = 10
+    turns: int = 5
+    optimizer: FusedOptimizer = "rowwise_adagrad"
+    over_arch_layer_sizes: tuple[int, ...] = (64,)
+
+
+@dataclass(kw_only=True)
+class _Seen:
+    """What this rank has seen of a plan so far."""
+
+    step_ms: list[float] = field(default_factory=list)
+    splits: list[dict[str, float]] = field(default_factory=list)
+    traffic: dict[str, CollectiveBytes] = field(default_factory=dict)
+    table_bytes: int = 0
+    peaks: list[int | None] = field(default_factory=list)
+
+    def result(self) -> RankMeasured:
+        peaks = [peak for peak in self.peaks if peak is not None]
+        return RankMeasured(
+            rank=dist.get_rank(),
+            step_ms=tuple(self.step_ms),
+            split_ms={phase: 1e3 * median(split[phase] for split in self.splits) for phase in PHASES},
+            traffic=self.traffic,
+            table_bytes=self.table_bytes,
+            peak_bytes=int(median(peaks)) if peaks else None,
+        )
+
+
+def take_turns(
+    plans: Sequence[tuple[str, PlanFile]],
+    runs: Runs,
+    device: torch.device,
+    report: Callable[[str], None] = lambda line: None,
+) -> tuple[PlanMeasured, ...]:
+    """Measure plans over the current process group; a collective.
+
+    A model is built for each turn and dropped after it, so that only one plan's memory is in use at a time.
+
+    Args:
+        plans: by name; each fits the tables and the ranks.
+        runs: how often and on what.
+        device: this rank's device.
+        report: takes a line of progress, on rank 0.
+
+    Returns:
+        What was measured on all ranks, in the order of the plans; the same on every rank.
+    """
+    own = batches(runs.tables, runs.draw, dist.get_rank(), BATCHES, device)
+    seen = [_Seen() for _ in plans]
+    for turn in range(runs.turns):
+        # Every other time backwards: what comes after a large plan is another one then.
+        order = range(len(plans)) if turn % 2 == 0 else range(len(plans) - 1, -1, -1)
+        for number in order:
+            _turn(plans[number][1], seen[number], runs, own, device, first=turn == 0)
+        if dist.get_rank() == 0:
+            report(f"turn {turn + 1} of {runs.turns}: {len(plans)} plans measured")
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, [one.result() for one in seen])
+    return tuple(
+        PlanMeasured(name=name, plan=plan, ranks=tuple(of_rank[number] for of_rank in gathered))
+        for number, (name, plan) in enumerate(plans)
+    )
+
+
+def _turn(plan: PlanFile, seen: _Seen, runs: Runs, own: Sequence[Any], device: torch.device, *, first: bool) -> None:
+    give_back()
+    memory = PeakMemory(device)
+    dist.barrier()
+    trained = build(
+        runs.tables,
+        plan,
+        device,
+        optimizer=runs.optimizer,
+        over_arch_layer_sizes=runs.over_arch_layer_sizes,
+    )
+    for step in range(WARM_UP):
+        trained.step(own[step % len(own)])
+    with no_collections():
+        seen.step_ms.append(1e3 * step_seconds(trained, [own[step % len(own)] for step in range(runs.steps)]))
+    seen.peaks.append(memory.bytes())
+    seen.splits += [split_step(trained, own[step % len(own)]) for step in range((runs.steps + 1) // 2)]
+    if first:
+        with Traffic() as traffic:
+            trained.step(own[0])
+        seen.traffic = traffic.by_kind()
+        seen.table_bytes = table_bytes(trained)

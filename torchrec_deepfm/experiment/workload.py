@@ -1,0 +1,266 @@
+"""What an experiment trains: a model around the tables, sharded by a plan, and batches that anybody can draw again.
+
+Tables of one width make a DeepFM, as ``train`` builds it. Tables of several widths cannot interact in it, so their
+pooled rows go side by side into the same MLP.
+
+Shapes: B batch, I numeric features, D width of a table.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torchrec import EmbeddingBagCollection
+from torchrec.datasets.utils import Batch
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
+from torchrec.optim.optimizers import in_backward_optimizer_filter
+from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.experiment.step_timer import Trained
+from torchrec_deepfm.model.arches import OverArch
+from torchrec_deepfm.model.deepfm import DeepFM, DeepFMTrain
+from torchrec_deepfm.model.fm import init_packed_rows_, packed_dim
+from torchrec_deepfm.sharding.inputs.sharding_types import FusedOptimizer
+from torchrec_deepfm.sharding.inputs.tables import Table
+from torchrec_deepfm.sharding.plan.plan import PlanFile
+from torchrec_deepfm.sharding.plan.torchrec_plan import find_embedding_bags, to_sharding_plan
+from torchrec_deepfm.sharding.runtime.sharder import make_sharder
+
+DENSE_IN_FEATURES = 13  # Criteo's
+
+Ids = Literal["zipf", "uniform"]
+
+# eps is FBGEMM's, as in training: the same numbers whether a table is sharded or replicated.
+_OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
+    "rowwise_adagrad": (RowWiseAdagrad, {"lr": 0.01, "eps": 1e-8}),
+    "adagrad": (torch.optim.Adagrad, {"lr": 0.01, "eps": 1e-8}),
+    "sgd": (torch.optim.SGD, {"lr": 0.01}),
+}
+
+
+class PooledRows(nn.Module):
+    """Numeric features and the pooled rows of tables of any widths, side by side into an MLP.
+
+    Args:
+        embedding_bag_collection: the tables.
+        dense_in_features: I.
+        over_arch_layer_sizes: hidden layers.
+        device: where the MLP lives.
+    """
+
+    def __init__(
+        self,
+        embedding_bag_collection: EmbeddingBagCollection,
+        dense_in_features: int,
+        over_arch_layer_sizes: Sequence[int],
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.embedding_bag_collection = embedding_bag_collection
+        configs = embedding_bag_collection.embedding_bag_configs()
+        self.feature_names = [name for config in configs for name in config.feature_names]
+        width = sum(config.embedding_dim * len(config.feature_names) for config in configs)
+        self.over_arch = OverArch(dense_in_features + width, over_arch_layer_sizes, dropout=0.0, device=device)
+
+    def forward(self, dense_features: Tensor, sparse_features: KeyedJaggedTensor) -> Tensor:
+        """Compute logits.
+
+        Args:
+            dense_features: [B, I].
+            sparse_features: the ids.
+
+        Returns:
+            [B, 1].
+        """
+        pooled = self.embedding_bag_collection(sparse_features).to_dict()
+        side_by_side = [dense_features, *(pooled[name] for name in self.feature_names)]
+        logits: Tensor = self.over_arch(torch.cat(side_by_side, dim=1))
+        return logits
+
+
+def bag_configs(tables: Sequence[Table]) -> list[EmbeddingBagConfig]:
+    """Make the tables' configurations, each with one feature of its own name.
+
+    Args:
+        tables: the tables.
+
+    Returns:
+        One ``EmbeddingBagConfig`` each, pooled by sum.
+    """
+    return [
+        EmbeddingBagConfig(
+            name=table.name,
+            feature_names=[table.name],
+            num_embeddings=table.num_embeddings,
+            embedding_dim=table.embedding_dim,
+            init_fn=partial(init_packed_rows_, factor_dim=table.embedding_dim - 1, std=0.01),
+        )
+        for table in tables
+    ]
+
+
+def build(
+    tables: Sequence[Table],
+    plan: PlanFile,
+    device: torch.device,
+    *,
+    optimizer: FusedOptimizer,
+    over_arch_layer_sizes: Sequence[int],
+) -> Trained:
+    """Build the model that an experiment trains, sharded over the current process group; a collective.
+
+    Args:
+        tables: the tables.
+        plan: where they go; it fits them and the ranks.
+        device: this rank's device.
+        optimizer: of the tables: fused into the backward pass, for data_parallel ones beside it.
+        over_arch_layer_sizes: hidden layers of the dense part.
+
+    Returns:
+        The model and its optimizer.
+    """
+    ebc = EmbeddingBagCollection(
+        tables=bag_configs(tables), is_weighted=_is_weighted(tables), device=torch.device("meta")
+    )
+    torch.manual_seed(0)
+    model: nn.Module
+    widths = {table.embedding_dim for table in tables}
+    if len(widths) == 1 and (width := next(iter(widths))) == packed_dim(width - 1):
+        model = DeepFM(
+            ebc, DENSE_IN_FEATURES, over_arch_layer_sizes, factor_dim=width - 1, dropout=0.0, dense_device=device
+        )
+    else:
+        model = PooledRows(ebc, DENSE_IN_FEATURES, over_arch_layer_sizes, device)
+    train_model = DeepFMTrain(model)
+    optimizer_class, options = _OPTIMIZERS[optimizer]
+    replicated = {table.name for table in plan.tables if table.sharding_type == "data_parallel"}
+    for name, bag in ebc.embedding_bags.items():
+        if name not in replicated:
+            # A fresh dictionary: apply_optimizer_in_backward changes the one that it is given.
+            apply_optimizer_in_backward(optimizer_class, bag.parameters(), dict(options))
+    sharded = DistributedModelParallel(
+        train_model,
+        device=device,
+        plan=to_sharding_plan(plan, find_embedding_bags(train_model), device),
+        sharders=[make_sharder(device)],  # type: ignore[list-item]
+    )
+    rest = dict(in_backward_optimizer_filter(sharded.named_parameters()))
+    rows = {name: weight for name, weight in rest.items() if ".embedding_bags." in name}
+    parts: list[KeyedOptimizer | tuple[str, KeyedOptimizer]] = [sharded.fused_optimizer]
+    if rows:
+        parts.append(KeyedOptimizerWrapper(rows, lambda weights: optimizer_class(weights, **options)))
+    dense = {name: weight for name, weight in rest.items() if name not in rows}
+    parts.append(KeyedOptimizerWrapper(dense, lambda weights: torch.optim.Adam(weights, lr=0.001)))
+    return Trained(model=sharded, optimizer=CombinedOptimizer(parts), device=device)
+
+
+def table_bytes(trained: Trained) -> int:
+    """Count what this rank holds of the tables and of their optimizer's state.
+
+    Args:
+        trained: of ``build``, after a step at least: some optimizers make their state there.
+
+    Returns:
+        Bytes.
+    """
+    weights = [value for name, value in trained.model.state_dict().items() if ".embedding_bags." in name]
+    state = trained.optimizer.state_dict()["state"]
+    moments = [value for name, values in state.items() if ".embedding_bags." in name for value in values.values()]
+    return sum(_held(value) for value in (*weights, *moments))
+
+
+def _held(value: Any) -> int:
+    pieces = [shard.tensor for shard in value.local_shards()] if hasattr(value, "local_shards") else [value]
+    return sum(piece.numel() * piece.element_size() for piece in pieces if isinstance(piece, Tensor))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draw:
+    """How batches are drawn.
+
+    Attributes:
+        batch_size: B, of each rank.
+        ids: ``zipf``: the k-th most frequent id is drawn in proportion to 1 / k, which ids of clicks come near;
+            ``uniform``: every id alike, for which no cache helps.
+        seed: the seed; each rank draws its own.
+    """
+
+    batch_size: int
+    ids: Ids = "zipf"
+    seed: int = 0
+
+
+def batches(tables: Sequence[Table], draw: Draw, rank: int, count: int, device: torch.device) -> list[Batch]:
+    """Draw the batches of a rank, the same for every plan.
+
+    A bag of a table with pooling factor p has floor(p) ids and, with the probability of what is left of p, one more.
+
+    Args:
+        tables: the tables.
+        draw: how.
+        rank: whose.
+        count: how many.
+        device: where they go.
+
+    Returns:
+        Batches of B samples.
+
+    Raises:
+        UserError: the batch size or the number of batches is not positive.
+    """
+    if draw.batch_size < 1 or count < 1:
+        raise UserError(f"batch size {draw.batch_size}, {count} batches: both must be at least 1")
+    generator = torch.Generator().manual_seed(draw.seed * 1_000_003 + rank)
+    return [_batch(tables, draw, generator).to(device) for _ in range(count)]
+
+
+def _batch(tables: Sequence[Table], draw: Draw, generator: torch.Generator) -> Batch:
+    lengths, values = [], []
+    for table in tables:
+        whole = int(table.pooling_factor)
+        more = torch.rand(draw.batch_size, generator=generator) < table.pooling_factor - whole
+        lengths.append(whole + more.int())
+        values.append(_ids(int(lengths[-1].sum()), table.num_embeddings, draw.ids, generator))
+    ids = torch.cat(values)
+    return Batch(
+        dense_features=torch.rand(draw.batch_size, DENSE_IN_FEATURES, generator=generator),
+        sparse_features=KeyedJaggedTensor(
+            keys=[table.name for table in tables],
+            values=ids,
+            weights=torch.rand(len(ids), generator=generator) if _is_weighted(tables) else None,
+            lengths=torch.cat(lengths),
+        ),
+        labels=torch.randint(2, (draw.batch_size,), generator=generator),
+    )
+
+
+def _is_weighted(tables: Sequence[Table]) -> bool:
+    """TorchRec's collection has weights for all ids or for none."""
+    return any(table.weighted for table in tables)
+
+
+def _ids(count: int, rows: int, how: Ids, generator: torch.Generator) -> Tensor:
+    uniform = torch.rand(count, generator=generator, dtype=torch.float64)
+    if how == "uniform":
+        ids = (uniform * rows).long()
+    else:
+        # The inverse of the cumulative weights of 1 / k, with the integral in place of the sum: rows^u - 1. Frequent
+        # ids are spread over the table by a step that is prime to its size, as those of a hashed vocabulary are.
+        ids = (torch.pow(float(rows + 1), uniform) - 1.0).long().clamp_(max=rows - 1) * _prime_to(rows) % rows
+    return ids.clamp_(max=rows - 1)
+
+
+def _prime_to(rows: int) -> int:
+    step = max(int(rows * 0.618), 1)
+    while math.gcd(step, rows) != 1:
+        step += 1
+    return step

@@ -1,0 +1,1 @@
+"""HTML reports and the figures in them; loads no torch."""

@@ -1,0 +1,390 @@
+"""A report as one HTML file that needs nothing else: no network, no other file, no script. It loads no torch.
+
+A page is a title and sections; a section is a heading and blocks: paragraphs, terms with what they stand for, tables,
+pictures that matplotlib has drawn, and data for programs. All text is escaped; a picture becomes an image inside the
+file. The page forbids the browser to load anything, by a content security policy.
+
+Draw with ``matplotlib.figure.Figure`` itself, and not with ``pyplot``, which keeps every figure in a list of its own
+and may look for a screen:
+
+Example:
+    >>> from matplotlib.figure import Figure
+    >>> figure = Figure(figsize=(6, 3), layout="constrained")
+    >>> _ = figure.add_subplot().plot([0, 1, 2], [0.69, 0.52, 0.48])
+    >>> html = render(
+    ...     "Run a",
+    ...     [
+    ...         Section(
+    ...             "Quality",
+    ...             Paragraph("Loss <by> step."),
+    ...             Picture(figure, alt="The training loss falls from 0.69 to 0.48."),
+    ...             Table(("split", "AUC"), [("test", 0.80731)], formats={"AUC": ".4f"}),
+    ...             Data("losses", [0.69, 0.52, 0.48]),
+    ...         )
+    ...     ],
+    ... )
+    >>> "Loss &lt;by&gt; step." in html, "0.8073" in html, embedded_data(html)
+    (True, True, {'losses': [0.69, 0.52, 0.48]})
+"""
+
+import base64
+import io
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from html.parser import HTMLParser
+from importlib import resources
+from numbers import Integral, Real
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import jinja2
+
+from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.files import write_text
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+NOTHING = "\N{EN DASH}"  # what a cell without a value shows
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
+_SCHEME = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*:")
+
+
+@dataclass(frozen=True)
+class Link:
+    """A word that leads somewhere.
+
+    Attributes:
+        text: what is shown.
+        href: a path relative to the page, a fragment (``#plan``), or an address of ``https``, ``http`` or ``mailto``.
+
+    Raises:
+        ValueError: the address is of another kind, such as ``javascript:``, or has control characters.
+    """
+
+    text: str
+    href: str
+
+    def __post_init__(self) -> None:
+        """Refuse what a browser would run."""
+        if _CONTROL.search(self.href):  # a browser drops some of them, and then sees another scheme
+            raise ValueError(f"{self.href!r}: an address has no control characters")
+        scheme = _SCHEME.match(self.href.strip())
+        if scheme and scheme[0].lower() not in ("https:", "http:", "mailto:"):
+            raise ValueError(f"{self.href}: a page links to https, http, mailto, or a file beside it")
+
+
+Cell = str | int | float | bool | None | Link
+"""What a table or a term may hold. None shows as a dash."""
+
+
+@dataclass(frozen=True)
+class Paragraph:
+    """A paragraph of plain text, or of pieces of which some are links.
+
+    Attributes:
+        text: the text; or text and links, joined without anything between them.
+    """
+
+    text: str | Sequence[str | Link]
+
+    @property
+    def pieces(self) -> Sequence[str | Link]:
+        """The text in pieces."""
+        return (self.text,) if isinstance(self.text, str) else self.text
+
+
+@dataclass(frozen=True)
+class Code:
+    """Text as a terminal shows it: a command, a few lines of output.
+
+    Attributes:
+        text: the lines; blanks and line breaks are kept.
+    """
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Terms:
+    """A list of names, each with a value: options, versions, what a run was.
+
+    Attributes:
+        items: value by name, shown in their order.
+    """
+
+    items: Mapping[str, Cell]
+
+    @property
+    def shown(self) -> list[tuple[str, "_Shown"]]:
+        """Names and values, ready to write."""
+        return [(name, _shown(value, "")) for name, value in self.items.items()]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table. Numbers stand to the right, and so does the head of a column that holds nothing else.
+
+    Attributes:
+        head: the columns' names.
+        rows: one value per column each.
+        caption: what the table shows; above it.
+        formats: how the numbers of a column are written, by its name, as ``format()`` takes it (``".5f"``, ``",d"``);
+            otherwise whole numbers are grouped by thousands and others have four significant digits.
+
+    Raises:
+        ValueError: a row has another number of values, or ``formats`` names no column.
+    """
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    _: KW_ONLY
+    caption: str = ""
+    formats: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check that it is a table."""
+        for row in self.rows:
+            if len(row) != len(self.head):
+                raise ValueError(f"a row has {len(row)} values, the table {len(self.head)} columns: {row}")
+        if unknown := set(self.formats) - set(self.head):
+            raise ValueError(f"formats names no column: {sorted(unknown)}")
+
+    @property
+    def shown_head(self) -> list["_Shown"]:
+        """The columns' names, ready to write."""
+        return [
+            _Shown(text=name, number=all(_is_number(row[column]) or row[column] is None for row in self.rows))
+            for column, name in enumerate(self.head)
+        ]
+
+    @property
+    def shown_rows(self) -> list[list["_Shown"]]:
+        """The cells, ready to write."""
+        formats = [self.formats.get(name, "") for name in self.head]
+        return [[_shown(value, how) for value, how in zip(row, formats, strict=True)] for row in self.rows]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What matplotlib has drawn.
+
+    Attributes:
+        figure: made by ``matplotlib.figure.Figure(...)``.
+        alt: what there is to see, in a sentence, for those who cannot.
+        caption: what it shows; below it.
+        kind: ``svg`` stays sharp; ``png`` is smaller where there are many thousands of marks or cells.
+        dpi: dots per inch of a ``png``.
+
+    Raises:
+        ValueError: there is no ``alt``.
+    """
+
+    figure: "Figure"
+    _: KW_ONLY
+    alt: str
+    caption: str = ""
+    kind: Literal["svg", "png"] = "svg"
+    dpi: int = 150
+
+    def __post_init__(self) -> None:
+        """Check that it is described."""
+        if not self.alt.strip():
+            raise ValueError("a picture needs an alt: what there is to see")
+
+    @property
+    def address(self) -> str:
+        """The picture as a ``data:`` address."""
+        file = io.BytesIO()
+        # matplotlib would write the date and addresses of vocabularies into an SVG.
+        no_date = dict.fromkeys(("Date", "Creator", "Format", "Type")) if self.kind == "svg" else {}
+        self.figure.savefig(file, format=self.kind, dpi=self.dpi, metadata=no_date)
+        mime = {"svg": "image/svg+xml", "png": "image/png"}[self.kind]
+        return f"data:{mime};base64,{base64.b64encode(file.getvalue()).decode('ascii')}"
+
+    @property
+    def width(self) -> int:
+        """Width in CSS pixels, 96 to the inch."""
+        return round(96 * self.figure.get_figwidth())
+
+    @property
+    def height(self) -> int:
+        """Height in CSS pixels."""
+        return round(96 * self.figure.get_figheight())
+
+
+@dataclass(frozen=True)
+class Data:
+    """Data for programs: in the file as JSON, not shown. ``embedded_data`` reads them back.
+
+    Attributes:
+        name: its name, unique in the page: letters, digits, ``-`` and ``_``.
+        value: what ``json`` can write, and numpy's numbers; one that is not finite becomes null, and a tuple a list.
+
+    Raises:
+        ValueError: the name has other characters.
+    """
+
+    name: str
+    value: Any
+
+    def __post_init__(self) -> None:
+        """Check the name."""
+        if re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", self.name) is None:
+            raise ValueError(f"{self.name!r}: the name of data has letters, digits, - and _, a letter first")
+
+    @property
+    def json(self) -> str:
+        """The data as JSON in which nothing looks like HTML."""
+        text = json.dumps(_finite(self.value), allow_nan=False)
+        return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+Block = Paragraph | Code | Terms | Table | Picture | Data
+
+
+@dataclass(frozen=True, init=False)
+class Section:
+    """A heading and what stands below it: ``Section("Plans", Paragraph(...), Table(...))``.
+
+    Attributes:
+        heading: the heading.
+        blocks: what stands below it.
+    """
+
+    heading: str
+    blocks: tuple[Block, ...]
+
+    def __init__(self, heading: str, *blocks: Block) -> None:
+        object.__setattr__(self, "heading", heading)
+        object.__setattr__(self, "blocks", blocks)
+
+
+def render(title: str, sections: Iterable[Section], *, subtitle: str = "") -> str:
+    """Make a page.
+
+    Args:
+        title: the page's title and first heading.
+        sections: its sections, in order. From four on there is a list of them at the top.
+        subtitle: a line below the title.
+
+    Returns:
+        The HTML.
+
+    Raises:
+        ValueError: two ``Data`` have the same name.
+    """
+    sections = list(sections)
+    names = [block.name for section in sections for block in section.blocks if isinstance(block, Data)]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"two Data are called {sorted(twice)[0]}")
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.tests["link"] = lambda value: isinstance(value, Link)
+    template = resources.files(__package__).joinpath("page.html.j2").read_text(encoding="utf-8")
+    blocks = [[(type(block).__name__, block) for block in section.blocks] for section in sections]
+    return environment.from_string(template).render(
+        title=title, subtitle=subtitle, sections=list(zip([one.heading for one in sections], blocks, strict=True))
+    )
+
+
+def write_page(path: Path, title: str, sections: Iterable[Section], *, subtitle: str = "") -> None:
+    """Make a page and write it, whole or not at all. Folders that are missing are made.
+
+    Args:
+        path: the file; one that is there already is replaced.
+        title: as in ``render``.
+        sections: as in ``render``.
+        subtitle: as in ``render``.
+
+    Raises:
+        ValueError: as in ``render``.
+        UserError: the file can't be written, or text in the page is no Unicode.
+    """
+    html = render(title, sections, subtitle=subtitle)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, html, what="page")
+    except OSError as error:
+        raise UserError(f"{path}: the page can't be written ({error.strerror}); name another file") from error
+    except UnicodeError as error:  # half of a surrogate pair, from JSON or from a file name of other bytes than UTF-8
+        raise UserError(f"{path}: the page can't be written (a text in it is no Unicode: {error})") from error
+
+
+def embedded_data(html: str) -> dict[str, Any]:
+    """Read the ``Data`` of a page back.
+
+    Args:
+        html: the page.
+
+    Returns:
+        Their values by name.
+
+    Raises:
+        ValueError: what is there is no JSON.
+    """
+    reader = _DataReader()
+    reader.feed(html)
+    reader.close()
+    return {name: json.loads(text) for name, text in reader.found.items()}
+
+
+class _DataReader(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[str, str] = {}
+        self._name: str | None = None
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        if tag == "script" and given.get("type") == "application/json":
+            self._name = given.get("id")
+
+    def handle_data(self, data: str) -> None:
+        if self._name is not None:
+            self.found[self._name] = self.found.get(self._name, "") + data
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == "script":
+            self._name = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Shown:
+    """A cell as the template takes it: its text, where it leads, whether it is a number."""
+
+    text: str
+    href: str | None = None
+    number: bool = False
+
+
+def _shown(value: Cell, how: str) -> _Shown:
+    if isinstance(value, Link):
+        return _Shown(text=value.text, href=value.href)
+    if value is None:
+        return _Shown(text=NOTHING)
+    if isinstance(value, bool):
+        return _Shown(text="yes" if value else "no")
+    if isinstance(value, str):
+        return _Shown(text=value)
+    return _Shown(text=format(value, how or (",d" if isinstance(value, Integral) else ".4g")), number=True)
+
+
+def _is_number(value: Cell) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)  # numpy's numbers are Real as well
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Real) and not isinstance(value, bool):
+        if isinstance(value, Integral):
+            return int(value)
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return value

@@ -1,0 +1,391 @@
+"""What a user demands of single tables: ``C1=row_wise``, ``t_C*=column_wise:min_partition=16``, ``>1e6=grid_shard``.
+
+    rule     = which "=" types (":" option "=" value)*
+    which    = the name of a table or of one of its features
+             | a glob over both: "C1*", "t_C[12]"
+             | a size in rows: ">1e6", ">=1e6", "<1e5", "<=1e5", "1e5..1e6" (above the first, at most the second)
+    types    = sharding types, "," between them: the planner chooses; or "any"
+    option   = "min_partition", the least width of a column shard; "kernel"; "cache_load_factor"; "pooling_factor"
+
+Of all rules that match a table, the most particular one counts, and it counts alone: a name before a glob before a
+size. Two different ones of the same rank contradict each other.
+"""
+
+import difflib
+import fnmatch
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from typing import Protocol
+
+from torchrec.distributed.planner import ParameterConstraints
+from torchrec.distributed.types import CacheParams
+
+from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.sharding.inputs.sharding_types import (
+    COLUMN_ALIGNMENT,
+    COLUMN_TYPES,
+    CUDA_KERNELS,
+    IN_MEMORY_KERNELS,
+    KERNELS,
+    MAX_POOLING_FACTOR,
+    SHARDING_TYPES,
+    TableSize,
+    kernels_of,
+    why_impossible,
+    why_rows_impossible,
+)
+
+OPTIONS = ("min_partition", "kernel", "cache_load_factor", "pooling_factor")
+ANY = "any"
+MAX_MIN_PARTITION = 2**14
+"""No table is wider."""
+
+_SIZE = re.compile(r"(?P<sign><=|>=|<|>)(?P<bound>[^=]*)=(?P<rest>.*)")
+_RANGE = re.compile(r"(?P<above>[0-9][^=]*?)\.\.(?P<most>[^=]*)=(?P<rest>.*)")
+
+
+class NamedTable(TableSize, Protocol):
+    """A table with its features: TorchRec's ``EmbeddingBagConfig`` is one."""
+
+    @property
+    def feature_names(self) -> Sequence[str]:
+        """The features that look rows up in it."""
+
+
+class _Rank(IntEnum):
+    SIZE, GLOB, NAME = range(3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demand:
+    """What a rule says of each table that it matches."""
+
+    sharding_types: tuple[str, ...]
+    kernel: str | None = None
+    min_partition: int | None = None
+    cache_load_factor: float | None = None
+    pooling_factor: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Rule:
+    text: str
+    rank: _Rank
+    matches: Callable[[NamedTable], bool]
+    demand: Demand
+
+
+def parse_constraints(
+    rules: Sequence[str],
+    tables: Sequence[NamedTable],
+    *,
+    compute_device: str = "cpu",
+    world_size: int | None = None,
+    local_world_size: int | None = None,
+) -> dict[str, ParameterConstraints]:
+    """Turn rules into what TorchRec's planner takes.
+
+    Args:
+        rules: of the form above.
+        tables: all tables.
+        compute_device: ``cpu`` or ``cuda``; some kernels need the latter.
+        world_size: ranks, where known; on CPU none may be left without a row.
+        local_world_size: ranks per host, where known; some types need several.
+
+    Returns:
+        The constraints by table, of those tables that a rule matches, with those of its types that the table can have.
+        ``min_partition`` is None where the rule does not name it; see ``sharding_types.default_min_partition``.
+
+    Raises:
+        UserError: a rule is malformed, matches nothing, or cannot be met; or two rules contradict each other.
+
+    Example:
+        >>> from torchrec_deepfm.model.tables import embedding_tables
+        >>> tables = embedding_tables({"C1": 10, "C2": 2_000_000}, factor_dim=15)
+        >>> found = parse_constraints([">1e6=column_wise:min_partition=8", "C1=data_parallel"], tables)
+        >>> found["t_C2"].sharding_types, found["t_C2"].min_partition, found["t_C1"].sharding_types
+        (['column_wise'], 8, ['data_parallel'])
+    """
+    chosen: dict[str, _Rule] = {}
+    for rule in [_parse(text, tables) for text in rules]:
+        matched = [table for table in tables if rule.matches(table)]
+        if not matched:
+            raise UserError(f"--constraint {rule.text}: {_nothing(rule, tables)}")
+        for table in matched:
+            before = chosen.get(table.name)
+            if before is not None and before.rank == rule.rank and before.demand != rule.demand:
+                raise UserError(
+                    f"--constraint {before.text} and --constraint {rule.text} contradict each other over table "
+                    f"{table.name}; leave one of them, or name the table in a rule of its own"
+                )
+            if before is None or before.rank < rule.rank:
+                chosen[table.name] = rule
+    by_name = {table.name: table for table in tables}
+    return {
+        name: _constraints(chosen[name], by_name[name], compute_device, world_size, local_world_size)
+        for name in by_name
+        if name in chosen
+    }
+
+
+def in_device_memory(
+    tables: Sequence[TableSize], constraints: Mapping[str, ParameterConstraints]
+) -> dict[str, ParameterConstraints]:
+    """Keep every table in the device's own memory, where ``train --ema`` can average its weights.
+
+    Args:
+        tables: all tables.
+        constraints: what may be done with single tables, by name.
+
+    Returns:
+        Constraints of all tables.
+
+    Raises:
+        UserError: a constraint asks for a kernel that keeps rows elsewhere.
+
+    Example:
+        >>> from torchrec_deepfm.model.tables import embedding_tables
+        >>> in_device_memory(embedding_tables({"C1": 10}), {})["t_C1"].compute_kernels
+        ['dense', 'fused']
+    """
+    found = {}
+    for table in tables:
+        given = constraints.get(table.name, ParameterConstraints())
+        for kernel in given.compute_kernels or ():
+            if kernel not in IN_MEMORY_KERNELS:
+                raise UserError(
+                    f"--constraint: table {table.name} has the kernel {kernel}, which keeps rows in host memory, where "
+                    "--ema can't average them; leave one of the two out"
+                )
+        found[table.name] = replace(given, compute_kernels=given.compute_kernels or list(IN_MEMORY_KERNELS))
+    return found
+
+
+def keep_to_possible(
+    constraints: Mapping[str, ParameterConstraints],
+    tables: Sequence[NamedTable],
+    *,
+    compute_device: str,
+    world_size: int,
+    local_world_size: int,
+) -> dict[str, ParameterConstraints]:
+    """Keep TorchRec's own planner to what these ranks can run: it knows of no type that needs a row on every rank.
+
+    Args:
+        constraints: of ``parse_constraints``, for the same ranks.
+        tables: all tables.
+        compute_device: ``cpu`` or ``cuda``.
+        world_size: ranks.
+        local_world_size: ranks per host.
+
+    Returns:
+        The constraints, and those of further tables whose rows can't be cut in every way.
+
+    Example:
+        >>> from torchrec_deepfm.model.tables import embedding_tables
+        >>> tables = embedding_tables({"C1": 2, "C2": 2_000_000}, factor_dim=15)
+        >>> found = keep_to_possible({}, tables, compute_device="cpu", world_size=8, local_world_size=8)
+        >>> {name: each.sharding_types for name, each in found.items()}
+        {'t_C1': ['data_parallel', 'table_wise', 'column_wise', 'table_column_wise']}
+    """
+    found = dict(constraints)
+    for table in tables:
+        possible = [
+            kind
+            for kind in SHARDING_TYPES
+            if why_rows_impossible(
+                kind,
+                table,
+                world_size=world_size,
+                local_world_size=local_world_size,
+                compute_device=compute_device,
+            )
+            is None
+        ]
+        if table.name not in found and len(possible) < len(SHARDING_TYPES):
+            found[table.name] = ParameterConstraints(sharding_types=possible)
+    return found
+
+
+def _parse(text: str, tables: Sequence[NamedTable]) -> _Rule:
+    if not text.isprintable():
+        raise UserError(f"--constraint {text!r}: this can't be printed; write NAME=TYPE on one line")
+    where = f"--constraint {text}"
+    names = {name for table in tables for name in (table.name, *table.feature_names)}
+    # A column may have "=" or a letter of a glob in its name.
+    exact = max((name for name in names if text.startswith(f"{name}=")), key=len, default=None)
+    if exact is not None:
+        # A table's own name goes before a feature of another table that is called the same.
+        owns = {table.name for table in tables if table.name == exact} or None
+        matches = lambda table: table.name in owns if owns else exact in table.feature_names  # noqa: E731
+        return _Rule(text=text, rank=_Rank.NAME, matches=matches, demand=_demand(text[len(exact) + 1 :], where))
+    if size := _SIZE.fullmatch(text):
+        sign, bound = size["sign"], _rows(size["bound"], where)
+        compare: dict[str, Callable[[int], bool]] = {
+            "<": lambda rows: rows < bound,
+            "<=": lambda rows: rows <= bound,
+            ">": lambda rows: rows > bound,
+            ">=": lambda rows: rows >= bound,
+        }
+        holds = compare[sign]
+        return _Rule(
+            text=text,
+            rank=_Rank.SIZE,
+            matches=lambda table: holds(table.num_embeddings),
+            demand=_demand(size["rest"], where),
+        )
+    if span := _RANGE.fullmatch(text):
+        above, most = _rows(span["above"], where), _rows(span["most"], where)
+        if above >= most:
+            raise UserError(f"{where}: no number is above {above:g} and at most {most:g}; write the smaller one first")
+        return _Rule(
+            text=text,
+            rank=_Rank.SIZE,
+            matches=lambda table: above < table.num_embeddings <= most,
+            demand=_demand(span["rest"], where),
+        )
+    which, equals, rest = text.partition("=")
+    which = which.strip()
+    if not equals or not which:
+        raise UserError(f"{where}: write NAME=TYPE, such as C1=row_wise or '>1e6=column_wise'")
+    return _Rule(
+        text=text,
+        rank=_Rank.GLOB if any(letter in which for letter in "*?[") else _Rank.NAME,
+        matches=lambda table: any(fnmatch.fnmatchcase(name, which) for name in (table.name, *table.feature_names)),
+        demand=_demand(rest, where),
+    )
+
+
+def _rows(text: str, where: str) -> float:
+    try:
+        rows = float(text)
+    except ValueError:
+        rows = math.nan
+    if not 0 <= rows < math.inf:
+        raise UserError(f"{where}: {text!r} is no number of rows; write one such as 100000 or 1e5")
+    return rows
+
+
+def _demand(text: str, where: str) -> Demand:
+    listed, *options = (part.strip() for part in text.split(":"))
+    types = SHARDING_TYPES if listed == ANY else tuple(dict.fromkeys(kind.strip() for kind in listed.split(",")))
+    for kind in types:
+        if kind not in SHARDING_TYPES:
+            raise UserError(f"{where}: there is no sharding type {kind!r}; {_choose(kind, (*SHARDING_TYPES, ANY))}")
+    found: dict[str, str] = {}
+    for option in options:
+        name, equals, value = option.partition("=")
+        if name not in OPTIONS:
+            raise UserError(f"{where}: there is no option {name!r}; {_choose(name, OPTIONS)}")
+        if not equals or not value or name in found:
+            raise UserError(f"{where}: option {name} needs one value, {name}=...")
+        found[name] = value
+    kernel = found.get("kernel")
+    if kernel is not None:
+        types = _of_kernel(kernel, types, where)
+    min_partition = _number(found, "min_partition", where, whole=True)
+    load_factor = _number(found, "cache_load_factor", where)
+    if min_partition is not None and min_partition > MAX_MIN_PARTITION:
+        raise UserError(f"{where}: min_partition is a number of columns, at most {MAX_MIN_PARTITION:,}; take fewer")
+    if min_partition is not None and (min_partition % COLUMN_ALIGNMENT or min_partition < COLUMN_ALIGNMENT):
+        raise UserError(
+            f"{where}: min_partition {min_partition:g} is no multiple of {COLUMN_ALIGNMENT}, as FBGEMM's kernels want; "
+            f"take {max(COLUMN_ALIGNMENT, round(min_partition / COLUMN_ALIGNMENT) * COLUMN_ALIGNMENT)}"
+        )
+    if min_partition is not None and not any(kind in COLUMN_TYPES for kind in types):
+        raise UserError(f"{where}: min_partition is for {', '.join(COLUMN_TYPES)}, which cut columns; leave it out")
+    if load_factor is not None and kernel != "fused_uvm_caching":
+        raise UserError(f"{where}: cache_load_factor is for kernel=fused_uvm_caching; add that, or leave it out")
+    if load_factor is not None and not 0.0 < load_factor < 1.0:
+        raise UserError(
+            f"{where}: cache_load_factor {load_factor:g} is the share of rows in the cache, between 0 and 1"
+        )
+    pooling_factor = _number(found, "pooling_factor", where)
+    if pooling_factor is not None and pooling_factor <= 0.0:
+        raise UserError(f"{where}: pooling_factor {pooling_factor:g} is the mean number of ids, greater than 0")
+    if pooling_factor is not None and pooling_factor > MAX_POOLING_FACTOR:
+        raise UserError(
+            f"{where}: pooling_factor {pooling_factor:g} is the mean number of ids, at most {MAX_POOLING_FACTOR:,}"
+        )
+    return Demand(
+        sharding_types=tuple(kind for kind in SHARDING_TYPES if kind in types),
+        kernel=kernel,
+        min_partition=None if min_partition is None else int(min_partition),
+        cache_load_factor=load_factor,
+        pooling_factor=pooling_factor,
+    )
+
+
+def _of_kernel(kernel: str, types: Sequence[str], where: str) -> tuple[str, ...]:
+    if kernel not in KERNELS:
+        raise UserError(f"{where}: there is no kernel {kernel!r}; {_choose(kernel, KERNELS)}")
+    kept = tuple(kind for kind in types if kernel in kernels_of(kind))
+    if not kept:
+        instead = ", ".join(kernels_of(types[0]))
+        raise UserError(f"{where}: {types[0]} has no kernel {kernel}; choose one of {instead}")
+    return kept
+
+
+def _number(found: Mapping[str, str], name: str, where: str, *, whole: bool = False) -> float | None:
+    if name not in found:
+        return None
+    try:
+        value = int(found[name]) if whole else float(found[name])
+    except ValueError:
+        value = math.nan
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{where}: {name} {found[name]!r} is no {'whole ' if whole else ''}number")
+    return value
+
+
+def _choose(word: str, choices: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, choices, n=1)
+    return f"{f'did you mean {close[0]}? ' if close else ''}choose one of {', '.join(choices)}"
+
+
+def _nothing(rule: _Rule, tables: Sequence[NamedTable]) -> str:
+    if rule.rank == _Rank.SIZE:
+        largest = max(tables, key=lambda table: table.num_embeddings)
+        smallest = min(tables, key=lambda table: table.num_embeddings)
+        return (
+            f"no table has so many rows: they have {smallest.num_embeddings:,} ({smallest.name}) to "
+            f"{largest.num_embeddings:,} ({largest.name})"
+        )
+    which = rule.text.partition("=")[0].strip()
+    names = list(dict.fromkeys(name for table in tables for name in (*table.feature_names, table.name)))
+    close = difflib.get_close_matches(which, names, n=3, cutoff=0.4) or names[:3]
+    return f"no table or feature is called so; did you mean one of {', '.join(close)}?"
+
+
+def _constraints(
+    rule: _Rule, table: NamedTable, compute_device: str, world_size: int | None, local_world_size: int | None
+) -> ParameterConstraints:
+    demand, where = rule.demand, f"--constraint {rule.text}: table {table.name}"
+    reasons: dict[str, str] = {}
+    for kind in demand.sharding_types:
+        reason = why_impossible(
+            kind,
+            table,
+            min_partition=demand.min_partition,
+            world_size=world_size,
+            local_world_size=local_world_size,
+            compute_device=compute_device,
+        )
+        if reason is not None:
+            reasons[kind] = reason
+    possible = [kind for kind in demand.sharding_types if kind not in reasons]
+    if not possible:
+        raise UserError(f"{where}: {next(iter(reasons.values()))}")
+    if demand.kernel in CUDA_KERNELS and compute_device != "cuda":
+        raise UserError(f"{where}: kernel {demand.kernel} needs GPUs, these are {compute_device} ranks; leave it out")
+    kernels = None if demand.kernel is None else [demand.kernel]
+    cache = None if demand.cache_load_factor is None else CacheParams(load_factor=demand.cache_load_factor)
+    constraints = ParameterConstraints(
+        sharding_types=possible, compute_kernels=kernels, min_partition=demand.min_partition, cache_params=cache
+    )
+    if demand.pooling_factor is not None:
+        constraints.pooling_factors = [demand.pooling_factor] * max(len(table.feature_names), 1)
+    return constraints

@@ -1,0 +1,150 @@
+"""Hardware by name, each description with its source. Loads no torch."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Final
+
+from torchrec_deepfm.errors import UserError, one_of, shown
+from torchrec_deepfm.sharding.inputs.hardware import Hardware
+
+_GIB: Final = 2**30
+_DGX: Final = "one such adapter per GPU; NVLink and PCIe as one direction of the published figure"
+
+
+def _dgx(
+    name: str,
+    *,
+    hbm: tuple[int, float],
+    ddr: tuple[int, float],
+    pcie: float,
+    nvlink: float,
+    adapter: float,
+    source: str,
+) -> Hardware:
+    """A node of 8 GPUs: capacities in GiB, bandwidths in GB/s, host memory shared out over the GPUs.
+
+    Data sheets print the capacity of a GPU in GB, but a device tells its driver about as many GiB: 81,559 MiB of an
+    H100's 80, 143,771 MiB of an H200's 141.
+    """
+    return Hardware(
+        name=name,
+        compute_device="cuda",
+        ranks_per_host=8,
+        hbm_bytes=hbm[0] * _GIB,
+        ddr_bytes=ddr[0] * _GIB // 8,
+        hbm_bandwidth=hbm[1] * 1e9,
+        ddr_bandwidth=ddr[1] * 1e9 / 8,
+        hbm_to_ddr_bandwidth=pcie * 1e9,
+        intra_host_bandwidth=nvlink * 1e9,
+        inter_host_bandwidth=adapter * 1e9,
+        source=f"{source}; {_DGX}",
+    )
+
+
+PRESETS: Final[Mapping[str, Hardware]] = MappingProxyType(
+    {
+        each.name: each
+        for each in (
+            _dgx(
+                "a100-40",
+                hbm=(40, 1555),
+                ddr=(1024, 409.6),
+                pcie=32,
+                nvlink=300,
+                adapter=25,
+                source="HBM 40 GB, 1,555 GB/s and NVLink 600 GB/s: NVIDIA A100 Tensor Core GPU data sheet (2021); 1 "
+                "TB of host memory, 2 x 8 channels DDR4-3200, PCIe 4.0 x16, 8 ConnectX-6 of 200 Gb/s: NVIDIA "
+                "DGX A100 data sheet (2020)",
+            ),
+            _dgx(
+                "a100-80",
+                hbm=(80, 2039),
+                ddr=(2048, 409.6),
+                pcie=32,
+                nvlink=300,
+                adapter=25,
+                source="HBM 80 GB, 2,039 GB/s and NVLink 600 GB/s: NVIDIA A100 Tensor Core GPU data sheet (2021); 2 "
+                "TB of host memory, 2 x 8 channels DDR4-3200, PCIe 4.0 x16, 8 ConnectX-7 or -6 of 200 Gb/s: "
+                "NVIDIA DGX A100 data sheet (2021)",
+            ),
+            _dgx(
+                "h100",
+                hbm=(80, 3350),
+                ddr=(2048, 614.4),
+                pcie=64,
+                nvlink=450,
+                adapter=50,
+                source="HBM 80 GB, 3.35 TB/s and NVLink 900 GB/s: NVIDIA H100 Tensor Core GPU data sheet, SXM "
+                "(2023); 2 TB of host memory, 2 x 8 channels DDR5-4800, PCIe 5.0 x16, 8 ConnectX-7 of 400 "
+                "Gb/s: NVIDIA DGX H100 data sheet (2023)",
+            ),
+            _dgx(
+                "h200",
+                hbm=(141, 4800),
+                ddr=(2048, 614.4),
+                pcie=64,
+                nvlink=450,
+                adapter=50,
+                source="HBM 141 GB, 4.8 TB/s and NVLink 900 GB/s: NVIDIA H200 Tensor Core GPU data sheet, SXM "
+                "(2024); 2 TB of host memory, 2 x 8 channels DDR5-4800, PCIe 5.0 x16, 8 ConnectX-7 of 400 "
+                "Gb/s: NVIDIA DGX H200 data sheet (2024)",
+            ),
+            _dgx(
+                "b200",
+                hbm=(180, 8000),
+                ddr=(2048, 716.8),
+                pcie=64,
+                nvlink=900,
+                adapter=50,
+                source="HBM 1,440 GB and 64 TB/s, NVLink 14.4 TB/s over 8 GPUs, 8 ConnectX-7 of 400 Gb/s: NVIDIA DGX"
+                " B200 data sheet (2024); 2 TB of host memory: NVIDIA DGX B200 user guide (2025), 2 x 8 "
+                "channels DDR5-5600 by its Intel Xeon 8570",
+            ),
+            Hardware(
+                name="cpu",
+                compute_device="cpu",
+                ranks_per_host=8,
+                hbm_bytes=None,
+                ddr_bytes=16 * _GIB,
+                hbm_bandwidth=10e9,
+                ddr_bandwidth=10e9,
+                hbm_to_ddr_bandwidth=10e9,
+                intra_host_bandwidth=1e9,
+                inter_host_bandwidth=1e9,
+                source="round figures for CPU ranks that talk over gloo; calibrate fits them to a machine",
+            ),
+            Hardware(
+                name="torchrec",
+                compute_device="cuda",
+                ranks_per_host=8,
+                hbm_bytes=80 * _GIB,
+                ddr_bytes=128 * _GIB,
+                hbm_bandwidth=897.0 * _GIB,
+                ddr_bandwidth=51.0 * _GIB,
+                hbm_to_ddr_bandwidth=32.0 * _GIB,
+                intra_host_bandwidth=600.0 * _GIB,
+                inter_host_bandwidth=12.5 * _GIB,
+                source="TorchRec's own defaults (torchrec/distributed/planner/constants.py, 1.8.0), with 80 GiB of "
+                "HBM: what its planner assumes where no bandwidths are given",
+            ),
+        )
+    }
+)
+"""Descriptions by name. Bandwidths are the vendors' peaks: real ones are lower, and ``calibrate`` finds them."""
+
+
+def preset(name: object) -> Hardware:
+    """Return a preset by its name.
+
+    Args:
+        name: A key of ``PRESETS``, in small or capital letters.
+
+    Returns:
+        The preset.
+
+    Raises:
+        UserError: There is none of this name.
+    """
+    if isinstance(name, str) and name.lower() in PRESETS:
+        return PRESETS[name.lower()]
+    raise UserError(f"hardware {shown(name)}: no such preset; choose {one_of(PRESETS, name)}, or name a TOML file")

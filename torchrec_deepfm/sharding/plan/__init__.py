@@ -1,0 +1,1 @@
+"""A finished plan: its values, its file, its checks, its reports."""

@@ -1,0 +1,201 @@
+"""A sharding plan as plain values: which rank holds what of each table, and what that costs. Loads no torch.
+
+The types and ranges that the fields declare are checked where a plan is read from a file (``plan_file``).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated, Any, Final, Literal
+
+from msgspec import Meta
+
+from torchrec_deepfm.sharding.inputs.hardware import Hardware
+
+Search = Literal["balanced", "torchrec"]
+OLD_SEARCHES: Final = {"ours": "balanced", "stock": "torchrec"}
+"""Names of the searches in plans and command lines of earlier versions."""
+
+FORMAT = "torchrec_deepfm.plan"
+FORMAT_VERSION = 2
+TERMS = ("fwd_compute_ms", "fwd_comms_ms", "bwd_compute_ms", "bwd_comms_ms", "prefetch_ms", "input_dist_comms_ms")
+
+Count = Annotated[int, Meta(ge=0, le=2**62)]
+PositiveCount = Annotated[int, Meta(ge=1, le=2**62)]
+Milliseconds = Annotated[float, Meta(ge=0, le=1e300)]  # sums of it are still finite
+Text = Annotated[str, Meta(min_length=1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What a planner predicts for a shard, or for all shards of a rank, per step.
+
+    Attributes:
+        total_ms: all terms, milliseconds.
+        fwd_compute_ms: look-ups in the forward pass.
+        fwd_comms_ms: exchange of pooled rows.
+        bwd_compute_ms: update of the rows.
+        bwd_comms_ms: exchange of gradients.
+        prefetch_ms: rows fetched into a cache in HBM.
+        input_dist_comms_ms: exchange of ids.
+        hbm_bytes: memory of the GPU, bytes.
+        ddr_bytes: memory of the host, bytes.
+    """
+
+    total_ms: Milliseconds
+    fwd_compute_ms: Milliseconds
+    fwd_comms_ms: Milliseconds
+    bwd_compute_ms: Milliseconds
+    bwd_comms_ms: Milliseconds
+    prefetch_ms: Milliseconds
+    input_dist_comms_ms: Milliseconds
+    hbm_bytes: Count
+    ddr_bytes: Count
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predicted:
+    """What a planner predicts for a plan.
+
+    Attributes:
+        critical_path_ms: milliseconds per step of the slowest rank.
+        mean_ms: the mean over the ranks.
+        per_rank: one for each rank, rank 0 first.
+    """
+
+    critical_path_ms: Milliseconds
+    mean_ms: Milliseconds
+    per_rank: Annotated[tuple[Cost, ...], Meta(min_length=1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedShard:
+    """A block of a table and the rank that holds it.
+
+    Attributes:
+        rank: the rank.
+        offsets: row and column of the table at which the block starts.
+        sizes: its rows and columns.
+        predicted: its cost; None where it was not predicted.
+    """
+
+    rank: Count
+    offsets: tuple[Count, Count]
+    sizes: tuple[Count, Count]
+    predicted: Cost | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedTable:
+    """Where a table goes.
+
+    Attributes:
+        name: name of the table.
+        num_embeddings: its rows.
+        embedding_dim: its columns.
+        sharding_type: one of TorchRec's ``ShardingType``.
+        compute_kernel: one of TorchRec's ``EmbeddingComputeKernel``.
+        shards: what each rank holds of it.
+        kernel_options: further fields of TorchRec's ``ParameterSharding``, such as ``cache_load_factor``.
+    """
+
+    name: Text
+    num_embeddings: PositiveCount
+    embedding_dim: PositiveCount
+    sharding_type: Text
+    compute_kernel: Text
+    shards: Annotated[tuple[PlannedShard, ...], Meta(min_length=1)]
+    kernel_options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse a name that spans lines."""
+        if not self.name.isprintable():
+            raise ValueError(f"name {self.name!r} can't be printed on one line")
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The rank of each shard."""
+        return tuple(shard.rank for shard in self.shards)
+
+
+def _made_with() -> dict[str, str]:
+    found = {}
+    for name in ("torch", "torchrec", "torchrec_deepfm"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanFile:
+    """A plan of all tables, and what it was made for.
+
+    Attributes:
+        world_size: ranks.
+        local_world_size: ranks per host.
+        batch_size: samples per rank and step; None where it is not known.
+        search: how it was found, such as ``balanced`` or ``torchrec``.
+        tables: where each table goes.
+        hardware: the hardware it is for; None where it was made for the machine at hand.
+        predicted: its cost; None where it was not predicted.
+        made_with: versions.
+    """
+
+    world_size: PositiveCount
+    local_world_size: PositiveCount
+    batch_size: PositiveCount | None
+    search: Text
+    tables: Annotated[tuple[PlannedTable, ...], Meta(min_length=1)]
+    hardware: Hardware | None = None
+    predicted: Predicted | None = None
+    made_with: Mapping[str, Text] = field(default_factory=_made_with)
+
+    def without_predictions(self) -> "PlanFile":
+        """Return where the tables go, without costs."""
+        tables = tuple(
+            replace(table, shards=tuple(replace(shard, predicted=None) for shard in table.shards))
+            for table in self.tables
+        )
+        return replace(self, predicted=None, tables=tables)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the content of the plan's file."""
+        predicted = None
+        if self.predicted is not None:
+            costs = [{"rank": rank, **vars(cost)} for rank, cost in enumerate(self.predicted.per_rank)]
+            predicted = {**vars(self.predicted), "per_rank": costs}
+        tables = [
+            {
+                "name": table.name,
+                "num_embeddings": table.num_embeddings,
+                "embedding_dim": table.embedding_dim,
+                "sharding_type": table.sharding_type,
+                "compute_kernel": table.compute_kernel,
+                **({"kernel_options": dict(table.kernel_options)} if table.kernel_options else {}),
+                "ranks": table.ranks,
+                "shards": [
+                    {
+                        "rank": shard.rank,
+                        "offsets": shard.offsets,
+                        "sizes": shard.sizes,
+                        "predicted": None if shard.predicted is None else vars(shard.predicted),
+                    }
+                    for shard in table.shards
+                ],
+            }
+            for table in self.tables
+        ]
+        return {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "world_size": self.world_size,
+            "local_world_size": self.local_world_size,
+            "batch_size": self.batch_size,
+            "search": self.search,
+            "hardware": None if self.hardware is None else self.hardware.to_json(),
+            "made_with": dict(self.made_with),
+            "predicted": predicted,
+            "tables": tables,
+        }

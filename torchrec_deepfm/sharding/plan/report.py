@@ -1,0 +1,194 @@
+"""The report of a plan: one HTML file, which needs nothing else. No torch.
+
+What a picture shows is in the page as data too (``page.embedded_data``), by the functions below that make it.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torchrec_deepfm.report import plan_figures
+from torchrec_deepfm.report.page import Cell, Data, Picture, Section, Table, Terms, write_page
+from torchrec_deepfm.sharding.plan.plan import TERMS, PlanFile, PlannedTable
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+GIB = 2**30
+TERM_NAMES = {
+    "input_dist_comms_ms": "exchange of ids (input_dist)",
+    "fwd_compute_ms": "look-up (fwd_compute)",
+    "fwd_comms_ms": "exchange of rows (fwd_comms)",
+    "bwd_comms_ms": "exchange of gradients (bwd_comms)",
+    "bwd_compute_ms": "update of rows (bwd_compute)",
+    "prefetch_ms": "prefetch",
+}
+FIXED = "fixed (hardware.extra)"
+
+
+def cost_by_rank(plan: PlanFile) -> list[float]:
+    """Milliseconds a step that are predicted for each rank, rank 0 first; nothing where nobody has predicted them."""
+    return [] if plan.predicted is None else [cost.total_ms for cost in plan.predicted.per_rank]
+
+
+def terms_by_rank(plan: PlanFile) -> dict[str, list[float]]:
+    """Milliseconds of each term for each rank; what the total has beyond them, the fixed costs, is the last one."""
+    if plan.predicted is None:
+        return {}
+    ranks = plan.predicted.per_rank
+    terms = {name: [getattr(cost, term) for cost in ranks] for term, name in TERM_NAMES.items()}
+    fixed = [cost.total_ms - sum(getattr(cost, term) for term in TERMS) for cost in ranks]
+    return {
+        **terms,
+        FIXED: [value if value > 1e-9 * cost.total_ms else 0.0 for value, cost in zip(fixed, ranks, strict=True)],
+    }
+
+
+def memory_by_rank(plan: PlanFile) -> dict[str, list[float]]:
+    """GiB that are predicted for each rank: of ``hbm`` and ``ddr`` those that the plan uses."""
+    if plan.predicted is None:
+        return {}
+    found = {
+        "hbm": [cost.hbm_bytes / GIB for cost in plan.predicted.per_rank],
+        "ddr": [cost.ddr_bytes / GIB for cost in plan.predicted.per_rank],
+    }
+    return {kind: values for kind, values in found.items() if any(values)}
+
+
+def by_host(values: Sequence[float], local_world_size: int) -> list[list[float]]:
+    """Lay what each rank has out as a matrix: a row for each host.
+
+    Example:
+        >>> by_host([1.0, 2.0, 3.0, 4.0], local_world_size=2)
+        [[1.0, 2.0], [3.0, 4.0]]
+    """
+    return [list(values[first : first + local_world_size]) for first in range(0, len(values), local_world_size)]
+
+
+def write_plan_report(plan: PlanFile, path: Path) -> None:
+    """Write the report of a plan.
+
+    Args:
+        plan: the plan; with predictions there is more to see.
+        path: the HTML file; one that is there is replaced.
+
+    Raises:
+        UserError: the file can't be written.
+    """
+    hosts = plan.world_size // plan.local_world_size
+    facts: dict[str, Cell] = {
+        "Ranks": f"{plan.world_size:,} on {hosts:,} host{'s' * (hosts != 1)}",
+        "Samples a rank and step": plan.batch_size,
+        "Tables": len(plan.tables),
+        "Weights (float32)": f"{sum(map(_table_bytes, plan.tables)) / GIB:,.2f} GiB",
+        "Found by": plan.search,
+        "Hardware": None if plan.hardware is None else plan.hardware.name,
+    }
+    sections = []
+    if plan.predicted is not None:
+        facts["Critical path, predicted"] = f"{plan.predicted.critical_path_ms:.3f} ms"
+        facts["Mean of the ranks, predicted"] = f"{plan.predicted.mean_ms:.3f} ms"
+        sections = [*_cost_sections(plan)]
+    made_with = ", ".join(f"{name} {version}" for name, version in plan.made_with.items())
+    summary = Section("Summary", Terms({**facts, "Made with": made_with or None}))
+    write_page(path, "Sharding plan", [summary, *sections, Section("Tables", _tables(plan))])
+
+
+def _cost_sections(plan: PlanFile) -> list[Section]:
+    assert plan.predicted is not None
+    costs, local = cost_by_rank(plan), plan.local_world_size
+    slowest = max(range(len(costs)), key=costs.__getitem__)
+    maps: dict[str, Any] = {"cost_ms": costs}
+    cost = Picture(
+        _host_map(costs, local, "ms a step"),
+        alt=f"Heat map of the predicted cost of each rank; rank {slowest} has the most, {costs[slowest]:.3f} ms.",
+        caption="Predicted milliseconds of each rank. All wait for the slowest: its time is the critical path.",
+        kind="png",
+    )
+    memory = []
+    for kind, values in memory_by_rank(plan).items():
+        maps[f"{kind}_gib"] = values
+        memory.append(
+            Picture(
+                _host_map(values, local, f"GiB of {kind.upper()}"),
+                alt=f"Heat map of the predicted memory of each rank: {min(values):.2f} to {max(values):.2f} GiB.",
+                caption=f"Predicted {kind.upper()} of each rank{_of_capacity(plan, kind)}.",
+                kind="png",
+            )
+        )
+    terms = terms_by_rank(plan)
+    if plan.world_size <= plan_figures.MANY:
+        bars = plan_figures.stacked_bars(terms, [f"rank {rank}" for rank in range(plan.world_size)], what="ms a step")
+    else:
+        bars = plan_figures.cost_by_rank(terms, what="ms a step")
+    return [
+        Section("Cost by rank", cost, Data("heat-maps", maps)),
+        Section(
+            "Terms of the cost",
+            Picture(
+                bars,
+                alt="Bars of the predicted cost of each rank, by term.",
+                caption="Predicted milliseconds of each rank by TorchRec's terms.",
+            ),
+            Data("terms", terms),
+        ),
+        Section("Memory by rank", *memory),
+    ]
+
+
+def _host_map(values: Sequence[float], local_world_size: int, what: str) -> "Figure":
+    """A heat map with the longer side across: hosts, where there are more of them than ranks on one."""
+    matrix = by_host(values, local_world_size)
+    hosts, ranks = [str(number) for number in range(len(matrix))], [str(number) for number in range(local_world_size)]
+    if len(hosts) <= len(ranks):
+        rows = [f"host {number}" for number in hosts]
+        return plan_figures.heat_map(matrix, rows, ranks, what=what, across="rank on its host", down="")
+    turned = list(zip(*matrix, strict=True))
+    return plan_figures.heat_map(turned, ranks, hosts, what=what, across="host", down="rank on its host")
+
+
+def _of_capacity(plan: PlanFile, kind: str) -> str:
+    capacity = getattr(plan.hardware, f"{kind}_bytes", None)
+    return f", of {capacity / GIB:,.0f} GiB that there are" if isinstance(capacity, int) else ""
+
+
+def _tables(plan: PlanFile) -> Table:
+    rows: list[Sequence[Cell]] = []
+    for table in plan.tables:
+        costs = [shard.predicted.total_ms for shard in table.shards if shard.predicted is not None]
+        rows.append(
+            (
+                table.name,
+                table.num_embeddings,
+                table.embedding_dim,
+                _table_bytes(table) / GIB,
+                table.sharding_type,
+                table.compute_kernel,
+                len(table.shards),
+                rank_list(table.ranks),
+                max(costs) if costs else None,
+            )
+        )
+    head = ("Table", "Rows", "Columns", "GiB", "Type", "Kernel", "Shards", "Ranks", "Largest shard, ms")
+    return Table(head, rows, formats={"GiB": ",.3f", "Largest shard, ms": ".4f"})
+
+
+def _table_bytes(table: PlannedTable) -> int:
+    return table.num_embeddings * table.embedding_dim * 4
+
+
+def rank_list(ranks: Sequence[int]) -> str:
+    """Write ranks in short.
+
+    Example:
+        >>> rank_list([0, 1, 2, 3, 6, 8, 9])
+        '0-3, 6, 8-9'
+    """
+    spans: list[list[int]] = []
+    for rank in sorted(set(ranks)):
+        if spans and rank == spans[-1][1] + 1:
+            spans[-1][1] = rank
+        else:
+            spans.append([rank, rank])
+    shown = [str(first) if first == last else f"{first}-{last}" for first, last in spans[:8]]
+    return ", ".join(shown) + (f" and {len(spans) - 8} more" if len(spans) > 8 else "")

@@ -1,0 +1,161 @@
+"""Plan files and TorchRec's ``ShardingPlan``, from one to the other."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torchrec import EmbeddingBagCollection
+from torchrec.distributed.embedding_types import ShardingType
+from torchrec.distributed.sharding_plan import placement
+from torchrec.distributed.types import (
+    BoundsCheckMode,
+    CacheAlgorithm,
+    CacheParams,
+    EmbeddingModuleShardingPlan,
+    EnumerableShardingSpec,
+    ParameterSharding,
+    ShardingPlan,
+    ShardMetadata,
+)
+from torchrec.types import DataType
+
+from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.sharding.inputs.hardware import Hardware
+from torchrec_deepfm.sharding.inputs.sharding_types import TableSize
+from torchrec_deepfm.sharding.plan.plan import PlanFile, PlannedShard, PlannedTable
+
+
+def find_embedding_bags(module: nn.Module) -> str:
+    """Return the path of the one ``EmbeddingBagCollection`` in a model, as its plan names it."""
+    paths = [path for path, each in module.named_modules() if isinstance(each, EmbeddingBagCollection)]
+    assert len(paths) == 1, f"{len(paths)} embedding bag collections: {paths}"
+    return str(paths[0])
+
+
+def to_sharding_plan(plan: PlanFile, path: str, device: torch.device) -> ShardingPlan:
+    """Turn a plan into what ``DistributedModelParallel`` takes.
+
+    Args:
+        plan: a plan that fits.
+        path: of the ``EmbeddingBagCollection`` in the model; see ``find_embedding_bags``.
+        device: any rank's device; ranks of a host take its GPUs in order.
+
+    Returns:
+        TorchRec's plan.
+    """
+    tables = EmbeddingModuleShardingPlan()
+    for table in plan.tables:
+        spec = None
+        if table.sharding_type != ShardingType.DATA_PARALLEL.value:  # replicas overlap, which no spec may
+            spec = EnumerableShardingSpec(
+                [
+                    ShardMetadata(
+                        shard_sizes=list(shard.sizes),
+                        shard_offsets=list(shard.offsets),
+                        placement=placement(device.type, shard.rank, plan.local_world_size),
+                    )
+                    for shard in table.shards
+                ]
+            )
+        tables[table.name] = ParameterSharding(
+            sharding_spec=spec,
+            sharding_type=table.sharding_type,
+            compute_kernel=table.compute_kernel,
+            ranks=list(table.ranks),
+            **_options_from_json(table.kernel_options),
+        )
+    return ShardingPlan(plan={path: tables})
+
+
+def from_sharding_plan(
+    plan: ShardingPlan,
+    tables: Iterable[TableSize],
+    *,
+    world_size: int,
+    local_world_size: int,
+    batch_size: int | None,
+    search: str,
+    hardware: Hardware | None = None,
+) -> PlanFile:
+    """Turn TorchRec's plan into one that can be written to a file.
+
+    Args:
+        plan: TorchRec's plan of one embedding bag collection.
+        tables: the tables, for their sizes.
+        world_size: ranks.
+        local_world_size: ranks per host.
+        batch_size: samples per rank and step, where known.
+        search: how the plan was found.
+        hardware: what it was made for.
+
+    Returns:
+        The plan, without predictions.
+
+    Raises:
+        UserError: a table has a kernel that a plan file does not know, such as one that keeps rows on an SSD.
+    """
+    sizes = {table.name: (table.num_embeddings, table.embedding_dim) for table in tables}
+    planned = []
+    for module in plan.plan.values():
+        for name, sharding in module.items():  # type: ignore[attr-defined]
+            rows, width = sizes[name]
+            if isinstance(sharding.sharding_spec, EnumerableShardingSpec):
+                shards = tuple(_shard(each) for each in sharding.sharding_spec.shards)
+            else:
+                shards = tuple(
+                    PlannedShard(rank=rank, offsets=(0, 0), sizes=(rows, width)) for rank in range(world_size)
+                )
+            planned.append(
+                PlannedTable(
+                    name=name,
+                    num_embeddings=rows,
+                    embedding_dim=width,
+                    sharding_type=sharding.sharding_type,
+                    compute_kernel=sharding.compute_kernel,
+                    kernel_options=_options_to_json(name, sharding),
+                    shards=shards,
+                )
+            )
+    return PlanFile(
+        world_size=world_size,
+        local_world_size=local_world_size,
+        batch_size=batch_size,
+        search=search,
+        hardware=hardware,
+        tables=tuple(planned),
+    )
+
+
+def _shard(shard: ShardMetadata) -> PlannedShard:
+    rank = shard.placement.rank()  # type: ignore[union-attr]
+    assert rank is not None
+    (row, column), (rows, columns) = shard.shard_offsets, shard.shard_sizes
+    return PlannedShard(rank=rank, offsets=(row, column), sizes=(rows, columns))
+
+
+_ENUMS: dict[str, Any] = {
+    "cache_algorithm": CacheAlgorithm,
+    "cache_precision": DataType,
+    "bounds_check_mode": BoundsCheckMode,
+    "output_dtype": DataType,
+}
+_CACHE = ("algorithm", "load_factor", "reserved_memory", "precision", "prefetch_pipeline")
+_PLAIN = ("enforce_hbm", "stochastic_rounding", "bounds_check_mode", "output_dtype")
+
+
+def _options_to_json(name: str, sharding: ParameterSharding) -> dict[str, Any]:
+    cache = sharding.cache_params
+    if sharding.key_value_params is not None or (cache is not None and cache.multipass_prefetch_config is not None):
+        raise UserError(f"table {name}: a plan file does not hold options of SSD kernels or of multipass prefetch")
+    found = {option: getattr(sharding, option) for option in _PLAIN}
+    if cache is not None:
+        found |= {f"cache_{option}": getattr(cache, option) for option in _CACHE}
+    return {option: value.name if option in _ENUMS else value for option, value in found.items() if value is not None}
+
+
+def _options_from_json(options: Mapping[str, Any]) -> dict[str, Any]:
+    values = {option: _ENUMS[option][value] if option in _ENUMS else value for option, value in options.items()}
+    cache = {option: values[f"cache_{option}"] for option in _CACHE if f"cache_{option}" in values}
+    plain = {option: values[option] for option in _PLAIN if option in values}
+    return {**plain, **({"cache_params": CacheParams(**cache)} if cache else {})}

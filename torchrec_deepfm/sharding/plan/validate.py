@@ -1,0 +1,315 @@
+"""What makes a sharding plan sound, and whether it fits tables, ranks and device. Standard library only.
+
+TorchRec takes a plan at its word: one with a hole, an overlap or rows cut elsewhere than it expects trains something
+else, or hangs. So all of that is checked here.
+"""
+
+import difflib
+import math
+from collections.abc import Iterable, Sequence
+from itertools import combinations, pairwise, product
+
+from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.sharding.inputs.sharding_types import (
+    COLUMN_ALIGNMENT,
+    COLUMN_TYPES,
+    CUDA_KERNELS,
+    HOST_TYPES,
+    SHARDING_TYPES,
+    TableSize,
+    kernels_of,
+    why_rows_impossible,
+)
+from torchrec_deepfm.sharding.plan.plan import PlanFile, PlannedShard, PlannedTable
+
+
+def check_sound(plan: PlanFile, where: str) -> None:
+    """Check a plan for itself.
+
+    Args:
+        plan: the plan.
+        where: the file, for messages.
+
+    Raises:
+        UserError: ranks and hosts do not go together, a table stands twice, a shard lies on a rank that there is not,
+            the shards leave a hole or overlap, or are not cut as the table's type asks for.
+    """
+    if plan.world_size % plan.local_world_size:
+        raise UserError(
+            f"{where}: world_size {plan.world_size} is no multiple of local_world_size {plan.local_world_size}; every "
+            "host has the same number of ranks"
+        )
+    if plan.predicted is not None and len(plan.predicted.per_rank) != plan.world_size:
+        raise UserError(
+            f"{where}: predicted.per_rank has {len(plan.predicted.per_rank)} ranks, world_size is {plan.world_size}; "
+            "make the plan anew"
+        )
+    seen: set[str] = set()
+    for table in plan.tables:
+        if table.name in seen:
+            raise UserError(f"{where}: table {table.name} stands twice; leave one")
+        seen.add(table.name)
+        _check_table(table, plan, f"{where}: table {table.name}")
+
+
+def check_fits(
+    plan: PlanFile,
+    tables: Iterable[TableSize],
+    world_size: int,
+    *,
+    local_world_size: int | None = None,
+    compute_device: str | None = None,
+    where: str = "plan",
+) -> None:
+    """Check that a plan is for these tables, ranks and device.
+
+    Args:
+        plan: a sound plan.
+        tables: the tables to shard.
+        world_size: ranks that there are.
+        local_world_size: ranks per host; where given, types that go by hosts are checked against it.
+        compute_device: ``cpu`` or ``cuda``; where given, the kernels are checked against it.
+        where: the file, for messages.
+
+    Raises:
+        UserError: they differ; the message names the table, the numbers and what to do.
+    """
+    if plan.world_size != world_size:
+        raise UserError(
+            f"{where}: made for {plan.world_size} rank(s), but there are {world_size}; start {plan.world_size} (-j), "
+            f"or make a plan for {world_size}"
+        )
+    if local_world_size is not None and local_world_size != plan.local_world_size:
+        bound = [table for table in plan.tables if table.sharding_type in HOST_TYPES]
+        if bound:
+            raise UserError(
+                f"{where}: made for hosts of {plan.local_world_size} rank(s), but they have {local_world_size}, and "
+                f"table {bound[0].name} is {bound[0].sharding_type}, which goes by hosts; start "
+                f"{plan.local_world_size} ranks per host, or make a plan for {local_world_size}"
+            )
+    given = {table.name: table for table in tables}
+    planned = {table.name: table for table in plan.tables}
+    if missing := [name for name in given if name not in planned]:
+        raise UserError(f"{where}: there is nothing about table {_some(missing)}; make a plan for these tables")
+    if foreign := [name for name in planned if name not in given]:
+        raise UserError(f"{where}: there is no table {_some(foreign)} here; make a plan for these tables")
+    for name, table in given.items():
+        mine, theirs = planned[name], table
+        if (mine.num_embeddings, mine.embedding_dim) != (theirs.num_embeddings, theirs.embedding_dim):
+            raise UserError(
+                f"{where}: table {name} is {mine.num_embeddings} x {mine.embedding_dim} in the plan, but "
+                f"{theirs.num_embeddings} x {theirs.embedding_dim} here; make a plan for these tables"
+            )
+        if compute_device == "cpu" and mine.compute_kernel in CUDA_KERNELS:
+            raise UserError(
+                f"{where}: table {name} has the kernel {mine.compute_kernel}, which needs GPUs; write fused, or start "
+                "where there are some"
+            )
+        reason = why_rows_impossible(
+            mine.sharding_type,
+            mine,
+            world_size=world_size,
+            local_world_size=plan.local_world_size,
+            compute_device=compute_device,
+        )
+        if reason is not None:
+            raise UserError(f"{where}: table {name}: {reason}")
+
+
+def check_memory(held: Sequence[int], available: Sequence[int], *, what: str, ema: bool, where: str) -> None:
+    """Check that every rank can hold what a plan gives it.
+
+    Args:
+        held: bytes that the tables take on each rank, with all that is kept beside them.
+        available: bytes of each rank that tables may take.
+        what: which memory that is, for the message.
+        ema: whether a moving average of the weights is among ``held``.
+        where: the file, for the message.
+
+    Raises:
+        UserError: a rank has too little; the message names the fullest one and what to do.
+    """
+    rank = max(range(len(held)), key=lambda rank: held[rank] - available[rank])
+    if held[rank] > available[rank]:
+        beside, without = (
+            ("optimizer, moving average and buffers", " with --ema, or train without it")
+            if ema
+            else ("optimizer and buffers", "")
+        )
+        raise UserError(
+            f"{where}: rank {rank} would hold {held[rank] / 2**30:,.2f} GiB of tables with {beside}, but has "
+            f"{available[rank] / 2**30:,.2f} GiB of {what} for tables; use more ranks, or make a plan for this "
+            f"memory{without}"
+        )
+
+
+def _check_table(table: PlannedTable, plan: PlanFile, where: str) -> None:
+    if table.sharding_type not in SHARDING_TYPES:
+        raise UserError(f"{where}: no sharding type {table.sharding_type!r}; choose one of {', '.join(SHARDING_TYPES)}")
+    kernels = kernels_of(table.sharding_type)
+    if table.compute_kernel not in kernels:
+        raise UserError(
+            f"{where}: {table.sharding_type} has no kernel {table.compute_kernel!r}; choose one of {', '.join(kernels)}"
+        )
+    _check_options(table, where)
+    for number, shard in enumerate(table.shards):
+        if shard.rank >= plan.world_size:
+            raise UserError(
+                f"{where}: shard {number} lies on rank {shard.rank}, but there are {plan.world_size} ranks, 0 to "
+                f"{plan.world_size - 1}; name one of those"
+            )
+    if table.sharding_type == "data_parallel":
+        _check_replicated(table, plan.world_size, where)
+        return
+    _check_covered(table, where)
+    _check_cut(table, plan, where)
+
+
+# What TorchRec's ParameterSharding and its CacheParams say of a kernel. Values of its enums go by name.
+_FLAGS = ("cache_prefetch_pipeline", "enforce_hbm", "stochastic_rounding")
+_NAMES = {
+    "cache_algorithm": ("LRU", "LFU"),
+    "cache_precision": ("FP32", "FP16", "BF16"),
+    "bounds_check_mode": ("FATAL", "WARNING", "IGNORE", "NONE"),
+    "output_dtype": ("FP32", "FP16", "BF16"),
+}
+_SHARES = ("cache_load_factor", "cache_reserved_memory")
+
+
+def _check_options(table: PlannedTable, where: str) -> None:
+    for name, value in table.kernel_options.items():
+        if name in _FLAGS:
+            fine, what = isinstance(value, bool), "true or false"
+        elif name in _NAMES:
+            fine, what = value in _NAMES[name], f"one of {', '.join(_NAMES[name])}"
+        elif name == "cache_load_factor":
+            fine, what = type(value) in (int, float) and 0.0 < value < 1.0, "a number between 0 and 1"
+        elif name == "cache_reserved_memory":
+            fine, what = type(value) in (int, float) and value >= 0.0, "a number of at least 0"
+        else:
+            choices = [*_FLAGS, *_NAMES, *_SHARES]
+            close = difflib.get_close_matches(name, choices, n=1)
+            hint = f"did you mean {close[0]}? " if close else ""
+            raise UserError(f"{where}: no kernel option {name!r}; {hint}choose one of {', '.join(choices)}")
+        if not fine:
+            raise UserError(f"{where}: kernel option {name} must be {what}, not {value!r}")
+
+
+def _check_replicated(table: PlannedTable, world_size: int, where: str) -> None:
+    whole = (table.num_embeddings, table.embedding_dim)
+    for number, shard in enumerate(table.shards):
+        if shard.offsets != (0, 0) or shard.sizes != whole:
+            raise UserError(
+                f"{where}: shard {number} is {_block(shard)}, but each rank of data_parallel has the whole table"
+            )
+    if sorted(table.ranks) != list(range(world_size)):
+        raise UserError(f"{where}: data_parallel needs one whole shard on each of the {world_size} ranks")
+
+
+def _check_covered(table: PlannedTable, where: str) -> None:
+    """No hole and no overlap: blocks inside the table, no two of which meet, with as many cells as the table."""
+    rows, columns = table.num_embeddings, table.embedding_dim
+    for number, shard in enumerate(table.shards):
+        if shard.offsets[0] + shard.sizes[0] > rows or shard.offsets[1] + shard.sizes[1] > columns:
+            raise UserError(f"{where}: shard {number} is {_block(shard)}, beyond the table of {rows} x {columns}")
+    bands: dict[tuple[int, int], list[tuple[int, PlannedShard]]] = {}
+    for number, shard in enumerate(table.shards):
+        if shard.sizes[0] and shard.sizes[1]:
+            bands.setdefault((shard.offsets[1], shard.offsets[1] + shard.sizes[1]), []).append((number, shard))
+    for band in bands.values():
+        band.sort(key=lambda each: each[1].offsets[0])
+    # Few pairs can meet, and a thousand ranks have half a million of them: neighbours below each other, and all of two
+    # bands of columns that meet without being the same.
+    pairs = [pair for band in bands.values() for pair in pairwise(band)]
+    for (begin, end), (other_begin, other_end) in combinations(bands, 2):
+        if begin < other_end and other_begin < end:
+            pairs += product(bands[begin, end], bands[other_begin, other_end])
+    for (number, shard), (other, later) in pairs:
+        if (
+            shard.offsets[0] < later.offsets[0] + later.sizes[0]
+            and later.offsets[0] < shard.offsets[0] + shard.sizes[0]
+        ):
+            raise UserError(f"{where}: shards {number} and {other} overlap: {_block(shard)} and {_block(later)}")
+    cells = sum(shard.sizes[0] * shard.sizes[1] for shard in table.shards)
+    if cells != rows * columns:
+        raise UserError(
+            f"{where}: the shards hold {cells:,} of its {rows:,} x {columns} = {rows * columns:,} numbers and leave a "
+            "hole; cover the table exactly"
+        )
+
+
+def _check_cut(table: PlannedTable, plan: PlanFile, where: str) -> None:
+    """The cuts that TorchRec computes by itself when it sends ids around, whatever the plan says."""
+    kind, local = table.sharding_type, plan.local_world_size
+    rows, width = table.num_embeddings, table.embedding_dim
+    if kind == "table_wise" and len(table.shards) != 1:
+        raise UserError(f"{where}: table_wise has one shard, not {len(table.shards)}")
+    if kind in ("row_wise", "table_row_wise"):
+        _check_rows(table.shards, (0, width), rows, plan.world_size if kind == "row_wise" else local, where, kind)
+    if kind == "row_wise" and table.ranks != tuple(range(plan.world_size)):
+        raise UserError(f"{where}: row_wise has one shard on each rank, in order, not on {_listed(table.ranks)}")
+    if kind in ("column_wise", "table_column_wise"):
+        for number, shard in enumerate(table.shards):
+            if shard.sizes[0] != rows:
+                raise UserError(f"{where}: shard {number} of {kind} is {_block(shard)}, but must have all {rows} rows")
+    if kind in COLUMN_TYPES:
+        for number, shard in enumerate(table.shards):
+            if len(table.shards) > 1 and (shard.sizes[1] % COLUMN_ALIGNMENT or not shard.sizes[1]):
+                raise UserError(
+                    f"{where}: shard {number} is {shard.sizes[1]} columns wide; FBGEMM's kernels want multiples of "
+                    f"{COLUMN_ALIGNMENT}"
+                )
+    if kind == "grid_shard":
+        if len(table.shards) % local:
+            raise UserError(
+                f"{where}: grid_shard has {local} shards a host, {len(table.shards)} are no multiple of that"
+            )
+        for first in range(0, len(table.shards), local):
+            block = table.shards[first : first + local]
+            _check_rows(block, (block[0].offsets[1], block[0].sizes[1]), rows, local, where, kind)
+            _check_host(block, local, where, kind)
+    if kind in ("table_column_wise", "table_row_wise"):
+        _check_host(table.shards, local, where, kind)
+
+
+def _check_rows(
+    shards: Sequence[PlannedShard], columns: tuple[int, int], rows: int, parts: int, where: str, kind: str
+) -> None:
+    step = math.ceil(rows / parts)
+    expected = [(min(part * step, rows), min((part + 1) * step, rows)) for part in range(parts)]
+    found = [(shard.offsets[0], shard.offsets[0] + shard.sizes[0]) for shard in shards]
+    # An empty shard may say that it begins anywhere.
+    same = len(found) == parts and all(
+        mine == theirs or (mine[0] == mine[1] and theirs[0] == theirs[1])
+        for mine, theirs in zip(found, expected, strict=True)
+    )
+    if not same or any((shard.offsets[1], shard.sizes[1]) != columns for shard in shards):
+        raise UserError(
+            f"{where}: {kind} over {parts} ranks has pieces of {step} rows, the last ones of what is left, all of the "
+            f"same columns, in order; the plan cuts at rows {_listed([first for first, _ in found])}"
+        )
+
+
+def _check_host(shards: Sequence[PlannedShard], local: int, where: str, kind: str) -> None:
+    ranks = [shard.rank for shard in shards]
+    host = ranks[0] // local
+    if any(rank // local != host for rank in ranks):
+        raise UserError(
+            f"{where}: {kind} stays on one host of {local} ranks, but the plan names ranks {_listed(ranks)}"
+        )
+    if kind != "table_column_wise" and ranks != list(range(host * local, (host + 1) * local)):
+        raise UserError(f"{where}: {kind} takes every rank of a host, in order, not {_listed(ranks)}")
+
+
+def _block(shard: PlannedShard) -> str:
+    (row, column), (rows, columns) = shard.offsets, shard.sizes
+    return f"rows {row} to {row + rows}, columns {column} to {column + columns}"
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")
+
+
+def _some(names: Sequence[str]) -> str:
+    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + rest

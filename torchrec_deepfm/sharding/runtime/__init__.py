@@ -1,0 +1,1 @@
+"""A plan on a model: planner, sharder, initial weights."""

@@ -1,0 +1,261 @@
+"""Who holds what: TorchRec's planner on the hardware at hand, GPUs where there are, else CPU ranks; or a saved plan."""
+
+import os
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
+from torchrec.distributed.planner.constants import DEFAULT_PERF_ESTIMATOR
+from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
+from torchrec.distributed.planner.estimator.estimator import EmbeddingPerfEstimatorFactory
+from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
+from torchrec.distributed.planner.types import (
+    HardwareConfig,
+    KernelConfig,
+    PlannerError,
+    TopologyFactory,
+    TrainerConfig,
+)
+from torchrec.distributed.types import ShardingType
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+
+from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.sharding.estimate import memory_by_rank, storage_estimator
+from torchrec_deepfm.sharding.inputs.constraints import in_device_memory
+from torchrec_deepfm.sharding.inputs.hardware import RESERVED
+from torchrec_deepfm.sharding.inputs.sharding_types import COLUMN_TYPES, SparseOptimizer, default_min_partition
+from torchrec_deepfm.sharding.inputs.tables import Table
+from torchrec_deepfm.sharding.plan.io import load_plan
+from torchrec_deepfm.sharding.plan.plan import PlanFile
+from torchrec_deepfm.sharding.plan.torchrec_plan import from_sharding_plan
+from torchrec_deepfm.sharding.plan.validate import check_fits, check_memory
+from torchrec_deepfm.sharding.runtime.planner_errors import explain
+
+DATA_PARALLEL_ROWS = "--data-parallel-rows"
+_DATA_PARALLEL = ShardingType.DATA_PARALLEL.value
+
+
+def plan_model(
+    module: nn.Module,
+    tables: Sequence[EmbeddingBagConfig],
+    *,
+    replicated: AbstractSet[str],
+    batch_size: int,
+    device: torch.device,
+    sharder: EmbeddingBagCollectionSharder,
+    replicated_by: str = DATA_PARALLEL_ROWS,
+    constraints: Mapping[str, ParameterConstraints] | None = None,
+    topology: Topology | None = None,
+    ema: bool = False,
+) -> PlanFile:
+    """Plan where the tables go with TorchRec's planner; on one rank, for all ranks of the process group.
+
+    Args:
+        module: the model, its tables on ``meta``.
+        tables: its tables.
+        replicated: names of the tables that the dense optimizer trains, and which are therefore data_parallel. The
+            planner places the others, and replicates one only where its constraints ask for it: their optimizer is
+            fused.
+        batch_size: samples per rank and step.
+        device: this rank's device.
+        sharder: what the plan will be applied with.
+        replicated_by: the option that says which tables these are, for messages.
+        constraints: what the planner may do with single tables, by name, instead of the above.
+        topology: the ranks and their memory; by default those at hand.
+        ema: whether a moving average of the weights is kept: it takes as much memory as they do, and every table then
+            stays in the device's memory.
+
+    Returns:
+        The plan.
+
+    Raises:
+        UserError: the tables fit no plan on this hardware, or the constraints shard a table of ``replicated``.
+    """
+    constraints = constraints or {}
+    kinds = {name: each.sharding_types for name, each in constraints.items() if each.sharding_types}
+    check_replicated(replicated, kinds, tables, "--constraint", replicated_by)
+    topology = topology or local_topology(device)
+    given = in_device_memory(tables, constraints) if ema else constraints
+    allowed = {table.name: _allowed(table, replicated, given, device) for table in tables}
+    estimators = [
+        EmbeddingPerfEstimatorFactory.create(DEFAULT_PERF_ESTIMATOR, topology=topology, constraints=allowed),
+        storage_estimator(topology, allowed, ema=ema),
+    ]
+    planner = EmbeddingShardingPlanner(
+        topology=topology,
+        batch_size=batch_size,
+        enumerator=EmbeddingEnumerator(topology, batch_size, allowed, estimators),
+        # The dense part, the activations and the optimizer of both; the heuristic one guesses from modules on meta.
+        storage_reservation=FixedPercentageStorageReservation(percentage=RESERVED),
+        constraints=allowed,
+    )
+    try:
+        plan = planner.plan(module, [sharder])
+    except PlannerError as error:
+        options = planner._enumerator.last_stored_search_space  # type: ignore[attr-defined]
+        reserved = planner._storage_reservation.last_reserved_topology
+        raise explain(error, options or [], reserved or topology, proposals=planner._num_proposals, ema=ema) from error
+    return from_sharding_plan(
+        plan,
+        tables,
+        world_size=topology.world_size,
+        local_world_size=topology.local_world_size,
+        batch_size=batch_size,
+        search="constraints" if constraints else "torchrec",
+    )
+
+
+def read_fitting_plan(
+    path: Path,
+    tables: Sequence[EmbeddingBagConfig],
+    *,
+    replicated: AbstractSet[str],
+    device: torch.device,
+    batch_size: int,
+    optimizer: SparseOptimizer,
+    ema: bool,
+    replicated_by: str = DATA_PARALLEL_ROWS,
+) -> PlanFile:
+    """Read a plan for these tables and the ranks of the process group; on one rank.
+
+    Args:
+        path: its file.
+        tables: the tables to shard.
+        replicated: as in ``plan_model``.
+        device: this rank's device.
+        batch_size: samples per rank and step.
+        optimizer: of the tables, for its memory.
+        ema: whether a moving average of the weights is kept.
+        replicated_by: as in ``plan_model``.
+
+    Returns:
+        The plan.
+
+    Raises:
+        UserError: it can't be read, is not sound, or does not fit the tables, the ranks or their memory.
+    """
+    plan = load_plan(path)
+    where = f"--plan {path}"
+    check_fits(
+        plan,
+        tables,
+        dist.get_world_size(),
+        local_world_size=_local_world_size(),
+        compute_device=device.type,
+        where=where,
+    )
+    # Where no table goes by hosts, it may run on hosts of another size.
+    plan = replace(plan, local_world_size=_local_world_size())
+    check_replicated(
+        replicated, {table.name: [table.sharding_type] for table in plan.tables}, tables, where, replicated_by
+    )
+    topology = local_topology(device)
+    sizes = [
+        Table(name=table.name, num_embeddings=table.num_embeddings, embedding_dim=table.embedding_dim)
+        for table in tables
+    ]
+    held = memory_by_rank(plan, sizes, topology, batch_size=batch_size, optimizer=optimizer, ema=ema)
+    for tier in ("hbm", "ddr"):
+        check_memory(
+            [getattr(each, tier) for each in held],
+            [int((1 - RESERVED) * getattr(rank.storage, tier)) for rank in topology.devices],
+            what="GPU memory" if tier == "hbm" else "memory",
+            ema=ema,
+            where=where,
+        )
+    return plan
+
+
+def check_replicated(
+    replicated: AbstractSet[str],
+    kinds: Mapping[str, Sequence[str]],
+    tables: Sequence[EmbeddingBagConfig],
+    where: str,
+    replicated_by: str = DATA_PARALLEL_ROWS,
+) -> None:
+    """Check that every table which the dense optimizer trains may be data_parallel.
+
+    ``--data-parallel-rows``, or the optimizer, says who trains a table, and so what is learnt; a plan only says where
+    it lies. Adam is not fused, so what it trains is replicated.
+
+    Args:
+        replicated: names of those tables.
+        kinds: the sharding types of tables, by name.
+        tables: all tables.
+        where: the option that shards them, for the message.
+        replicated_by: the option that replicates them.
+
+    Raises:
+        UserError: one of them would be sharded.
+    """
+    rows = {table.name: table.num_embeddings for table in tables}
+    for name in sorted(replicated & kinds.keys(), key=lambda name: rows[name]):
+        if _DATA_PARALLEL not in kinds[name]:
+            if replicated_by != DATA_PARALLEL_ROWS:
+                raise UserError(
+                    f"{where}: table {name} is to be {' or '.join(kinds[name])}, but {replicated_by} replicates every "
+                    "table; plan it as data_parallel, or take another optimizer"
+                )
+            raise UserError(
+                f"{where}: table {name} is to be {' or '.join(kinds[name])}, but has {rows[name]:,} rows, and "
+                "--data-parallel-rows leaves tables of so few rows to Adam, which trains them data_parallel; lower it "
+                f"to {rows[name] - 1}"
+            )
+
+
+def local_topology(device: torch.device) -> Topology:
+    """Describe the ranks of the process group to TorchRec's planner: their memory, and its own bandwidths.
+
+    Args:
+        device: this rank's device, of the same kind as every rank's.
+
+    Returns:
+        The topology.
+
+    Raises:
+        UserError: hosts have different numbers of ranks.
+    """
+    world_size, local_world_size = dist.get_world_size(), _local_world_size()
+    if world_size % local_world_size:
+        raise UserError(
+            f"{world_size} ranks with {local_world_size} on this host: the planner wants as many ranks on every host; "
+            "start so"
+        )
+    host_memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    hbm = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+    return TopologyFactory.create_topology(
+        TrainerConfig(world_size=world_size, local_world_size=local_world_size),
+        HardwareConfig(hbm_cap_bytes=hbm, ddr_cap_bytes=host_memory // local_world_size),
+        KernelConfig(compute_device=device.type),
+    )
+
+
+def _allowed(
+    table: EmbeddingBagConfig,
+    replicated: AbstractSet[str],
+    constraints: Mapping[str, ParameterConstraints],
+    device: torch.device,
+) -> ParameterConstraints:
+    """What the planner may do with a table."""
+    given = constraints.get(table.name, ParameterConstraints())
+    kinds = given.sharding_types or [
+        kind for kind in EmbeddingBagCollectionSharder().sharding_types(device.type) if kind != _DATA_PARALLEL
+    ]
+    if table.name in replicated:
+        return replace(given, sharding_types=[_DATA_PARALLEL], compute_kernels=[EmbeddingComputeKernel.DENSE.value])
+    min_partition = given.min_partition
+    # Without a width TorchRec takes 128 columns, and so leaves narrower tables whole, whatever type was asked for.
+    if min_partition is None and given.sharding_types and set(kinds) & set(COLUMN_TYPES):
+        min_partition = default_min_partition(table.embedding_dim)
+    return replace(given, sharding_types=kinds, min_partition=min_partition)
+
+
+def _local_world_size() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -1,0 +1,1 @@
+"""The search for a plan: candidates, assignment to ranks, lower bound."""

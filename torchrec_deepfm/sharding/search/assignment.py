@@ -1,0 +1,295 @@
+"""Choosing a way to shard each table: a search over pieces. Numpy only, no TorchRec.
+
+The slowest rank is never faster than the mean rank, nor than what is on every rank plus the dearest piece. A table's
+**share** is what a way adds to the mean. So for every bound on the price of a piece, the ways with the least shares
+below it give a start; the best starts are then improved table by table, each step placed for real (``balance.place``).
+Where memory is short, shares are priced with the memory that they take (a Lagrange multiplier), from little to much.
+
+Everything is deterministic, and bounded by the number of placements, not by time.
+
+Letters: T tables, O ways of a table (padded), W ranks.
+"""
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from torchrec_deepfm.sharding.search.placement import Floats, Machine, Pieces, Where, place
+
+_FAMILIES: Final[tuple[tuple[Where, ...], ...]] = (
+    ("every rank", "any host", "any rank"),
+    ("every rank", "any rank"),
+    ("every rank", "any host"),
+)
+_LUMPS: Final = (1.0, 1.2, 1.5)  # by how much pieces are taken to be dearer than their shares, since they fill no gaps
+_MULTIPLIERS: Final = (0.0, 0.01, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)
+_SAME: Final = 1e-9  # relative: what is left of equal sums in another order
+
+
+@dataclass(frozen=True, kw_only=True)
+class Effort:
+    """How long the search goes on.
+
+    Args:
+        starts: Starts to improve, of all that were placed.
+        placed_starts: Starts to place, of all that were made.
+        placements: Placements in all.
+        single_moves: Changes of one table to place, for pairs of them.
+        paired_moves: Of those, how many to pair.
+    """
+
+    starts: int = 12
+    placed_starts: int = 400
+    placements: int = 4000
+    single_moves: int = 60
+    paired_moves: int = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """A way for each table.
+
+    Args:
+        ways: Index of each table's way [T].
+        critical_path: Milliseconds of the slowest rank.
+        short: Bytes for which there is no room; 0 if the choice is possible.
+    """
+
+    ways: tuple[int, ...]
+    critical_path: float
+    short: float
+
+    def better_than(self, other: "Choice") -> bool:
+        """Whether it fits better, or fits as well and is faster."""
+        if self.short != other.short:
+            return self.short < other.short
+        return self.critical_path < other.critical_path * (1 - _SAME)
+
+
+def choose(
+    machine: Machine,
+    ways: Sequence[Sequence[Pieces]],
+    effort: Effort | None = None,
+    *,
+    starts: Iterable[tuple[int, ...]] = (),
+) -> Choice:
+    """Find a way for each table so that the slowest rank is fast.
+
+    Args:
+        machine: The ranks.
+        ways: Ways of each table, one at least.
+        effort: How long to search.
+        starts: Choices to start from as well, a way for each table.
+
+    Returns:
+        The best choice found, no worse than any of ``starts``; ``short`` is positive where none fits.
+
+    Example:
+        >>> machine = Machine(ranks=2, ranks_per_host=2, hbm=np.full(2, 9.0), ddr=np.full(2, 9.0))
+        >>> whole = Pieces(where="any rank", count=1, ms=4.0, hbm=1, ddr=0)
+        >>> halves = Pieces(where="any rank", count=2, ms=2.5, hbm=1, ddr=0)
+        >>> choose(machine, [[whole, halves]]).ways
+        (1,)
+    """
+    return _Search(machine, ways, effort or Effort()).run(starts)
+
+
+@dataclass(frozen=True)
+class _Search:
+    machine: Machine
+    ways: Sequence[Sequence[Pieces]]
+    effort: Effort
+    placed: dict[tuple[int, ...], Choice] = field(default_factory=dict)
+
+    def run(self, given: Iterable[tuple[int, ...]] = ()) -> Choice:
+        arrays = _Arrays.of(self.machine, self.ways)
+        starts = sorted(
+            dict.fromkeys(arrays.starts()), key=lambda start: (arrays.lack(start), arrays.bound(start), start)
+        )
+        placed = [self._place(start) for start in dict.fromkeys((*given, *starts[: self.effort.placed_starts]))]
+        placed.sort(key=lambda choice: (choice.short, choice.critical_path, choice.ways))
+        best = placed[0]
+        for start in placed[: self.effort.starts]:
+            improved = self._improve(arrays, start)
+            if improved.better_than(best):
+                best = improved
+        return self._simplify(best)
+
+    def _place(self, ways: tuple[int, ...]) -> Choice:
+        if ways not in self.placed:
+            chosen = [options[number] for options, number in zip(self.ways, ways, strict=True)]
+            found = place(self.machine, chosen, where=False)
+            self.placed[ways] = Choice(ways=ways, critical_path=found.critical_path, short=found.short)
+        return self.placed[ways]
+
+    def _improve(self, arrays: "_Arrays", choice: Choice) -> Choice:
+        """Change one table at a time as long as that helps, then two."""
+        while len(self.placed) < self.effort.placements:
+            better = self._first_better(arrays.moves(choice), choice)
+            if better is None:
+                better = self._first_better(self._pairs(arrays, choice), choice)
+            if better is None:
+                return choice
+            choice = better
+        return choice
+
+    def _first_better(self, moves: Iterable[tuple[int, ...]], choice: Choice) -> Choice | None:
+        for ways in moves:
+            if len(self.placed) >= self.effort.placements:
+                return None
+            found = self._place(ways)
+            if found.better_than(choice):
+                return found
+        return None
+
+    def _pairs(self, arrays: "_Arrays", choice: Choice) -> Iterable[tuple[int, ...]]:
+        """Two of the least bad changes of one table at once: where pieces are few, one change leaves a gap."""
+        single = [self._place(ways) for ways in itertools.islice(arrays.moves(choice), self.effort.single_moves)]
+        single.sort(key=lambda move: (move.short, move.critical_path, move.ways))
+        changes = [
+            next(
+                (table, new) for table, (old, new) in enumerate(zip(choice.ways, move.ways, strict=True)) if old != new
+            )
+            for move in single[: self.effort.paired_moves]
+        ]
+        for (one, way), (other, other_way) in itertools.combinations(changes, 2):
+            if one != other:
+                ways = list(choice.ways)
+                ways[one], ways[other] = way, other_way
+                yield tuple(ways)
+
+    def _simplify(self, choice: Choice) -> Choice:
+        """Take fewer shards wherever that costs the slowest rank nothing."""
+        budget = len(self.placed) + self.effort.placements // 4
+        for table, options in enumerate(self.ways):
+            now = self.ways[table][choice.ways[table]]
+            fewer = [
+                (self._shards(way), number)
+                for number, way in enumerate(options)
+                if self._shards(way) < self._shards(now) and max(way.hbm, 1) <= 2 * max(now.hbm, 1)
+            ]
+            for _, number in sorted(fewer):
+                if len(self.placed) >= budget:
+                    return choice
+                found = self._place((*choice.ways[:table], number, *choice.ways[table + 1 :]))
+                if found.short <= choice.short and found.critical_path <= choice.critical_path * (1 + _SAME):
+                    choice = found
+                    break
+        return choice
+
+    def _shards(self, way: Pieces) -> int:
+        return way.count * self.machine.copies(way.where)
+
+
+@dataclass(frozen=True)
+class _Arrays:
+    """The ways as arrays [T, O], for bounds on many choices at once."""
+
+    ms: Floats  # of a piece
+    share: Floats  # added to the mean rank
+    every: Floats  # added to every rank: ms or 0
+    piece: Floats  # of a piece that does not lie on every rank: ms or 0
+    memory: Floats  # share of all memory that tables may take
+    lump: Floats  # the same of a single piece
+    family: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, machine: Machine, ways: Sequence[Sequence[Pieces]]) -> "_Arrays":
+        most = max(len(options) for options in ways)
+        shape = (len(ways), most)
+        ms, share, every, piece, memory, lump = (np.full(shape, np.inf) for _ in range(6))
+        family = np.full(shape, -1, np.int64)
+        kinds: tuple[Where, ...] = _FAMILIES[0]
+        capacities = (float(machine.hbm.sum()), float(machine.ddr.sum()))
+        for table, options in enumerate(ways):
+            for number, way in enumerate(options):
+                at = (table, number)
+                shards = way.count * machine.copies(way.where)
+                ms[at] = way.ms
+                share[at] = way.ms * shards / machine.ranks
+                every[at] = way.ms if way.where == "every rank" else 0.0
+                piece[at] = 0.0 if way.where == "every rank" else way.ms
+                memory[at] = sum(
+                    each * shards / capacity if capacity > 0 else (np.inf if each else 0.0)
+                    for each, capacity in zip((way.hbm, way.ddr), capacities, strict=True)
+                )
+                lump[at] = memory[at] / shards
+                family[at] = kinds.index(way.where)
+        return cls(ms, share, every, piece, memory, lump, family)
+
+    def starts(self) -> Iterable[tuple[int, ...]]:
+        """For each bound on a piece's price, each family of ways and each price of memory: the least shares."""
+        finite = np.unique(np.round(self.piece[np.isfinite(self.piece)], 9))
+        if len(finite) > 64:
+            finite = finite[np.unique(np.linspace(0, len(finite) - 1, 64).astype(int))]
+        scale = float(self.share[np.isfinite(self.share)].mean())
+        memory = np.where(np.isfinite(self.memory), self.memory, 1e12)
+        for kinds, lumps, multiplier in itertools.product(_FAMILIES, _LUMPS, _MULTIPLIERS):
+            allowed = np.isin(self.family, [_FAMILIES[0].index(kind) for kind in kinds])
+            lumpy = np.where(self.piece > 0, lumps, 1.0) * self.share
+            price = lumpy + multiplier * scale * len(self.ms) * memory
+            for bound in finite:
+                usable = np.where(allowed & (self.piece <= bound * (1 + _SAME)), price, np.inf)
+                # A table without a way below the bound takes the one that is least above it.
+                rows = np.where(np.isfinite(usable).any(axis=1, keepdims=True), usable, self.ms)
+                start = rows.argmin(axis=1)
+                yield tuple(start.tolist())
+                if lumps == 1.0 and multiplier == 0.0:
+                    yield from self._fewer_everywhere(start, rows)
+
+    def _fewer_everywhere(self, start: NDArray[np.int64], price: Floats) -> Iterable[tuple[int, ...]]:
+        """A start with more and more of the tables on every rank, those first that lose the least by it."""
+        replicated = np.where(self.family == 0, price, np.inf)
+        cut = np.where(self.family > 0, price, np.inf)
+        loss = replicated.min(axis=1) - cut.min(axis=1)
+        order = [int(table) for table in np.argsort(loss, kind="stable") if np.isfinite(loss[table])]
+        free = start.copy()
+        free[order] = cut.argmin(axis=1)[order]
+        step = max(len(order) // 32, 1)
+        for count, table in enumerate(order):
+            free[table] = replicated[table].argmin()
+            if count % step == 0:
+                yield tuple(free.tolist())
+
+    def bound(self, ways: tuple[int, ...]) -> float:
+        """The least that the slowest rank may take."""
+        at = (np.arange(len(ways)), np.array(ways))
+        return float(self._bound(self.every[at].sum(), self.share[at].sum(), self.piece[at].max()))
+
+    def lack(self, ways: tuple[int, ...]) -> float:
+        """How far the tables exceed all memory together, at least."""
+        at = (np.arange(len(ways)), np.array(ways))
+        return max(float(self.memory[at].sum()) - 1.0, 0.0)
+
+    @staticmethod
+    def _bound(every: Floats, share: Floats, piece: Floats) -> Floats:
+        return np.maximum(share, every + piece)
+
+    def moves(self, choice: Choice) -> Iterable[tuple[int, ...]]:
+        """All choices that differ in one table and may be better, the most promising first."""
+        tables = np.arange(len(choice.ways))
+        now = np.array(choice.ways)
+        at = (tables, now)
+        others = np.array([np.delete(self.piece[at], table).max(initial=0.0) for table in tables])[:, None]
+        every = self.every[at].sum() - self.every[at][:, None] + self.every
+        share = self.share[at].sum() - self.share[at][:, None] + self.share
+        bound = self._bound(every, share, np.maximum(others, self.piece))
+        if choice.short:
+            # Less memory in all, or the same in smaller pieces, which find gaps: by what it costs the mean rank.
+            gain = np.maximum(self.memory[at][:, None] - self.memory, 0.0)
+            gain += np.maximum(self.lump[at][:, None] - self.lump, 0.0)
+            lighter = (gain > 0) & np.isfinite(self.share)
+            bound = np.where(lighter, (share - self.share[at].sum()) / np.where(lighter, gain, 1.0), np.inf)
+        else:
+            bound = np.where(bound < choice.critical_path * (1 - _SAME), bound, np.inf)
+        bound[at] = np.inf
+        order = np.argsort(bound, axis=None, kind="stable")
+        for flat in order:
+            table, number = divmod(int(flat), bound.shape[1])
+            if not np.isfinite(bound[table, number]):
+                return
+            yield (*choice.ways[:table], number, *choice.ways[table + 1 :])

@@ -1,0 +1,438 @@
+"""Planning a list of tables for named hardware, by the balanced search or by TorchRec's own."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any, Final
+
+from torch import nn
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder as EmbeddingBagCollectionSharder
+from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints
+from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
+from torchrec.distributed.planner.stats import NoopEmbeddingStats
+from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
+from torchrec.distributed.planner.types import Enumerator, PlannerError, ShardingOption
+from torchrec.distributed.types import ModuleSharder
+
+from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.sharding.estimate import (
+    shard_estimators,
+    table_constraints,
+    table_module,
+    with_prediction,
+)
+from torchrec_deepfm.sharding.inputs.constraints import in_device_memory, keep_to_possible
+from torchrec_deepfm.sharding.inputs.hardware import RESERVED as RESERVED
+from torchrec_deepfm.sharding.inputs.hardware import Hardware
+from torchrec_deepfm.sharding.inputs.sharding_types import CUDA_KERNELS, SparseOptimizer
+from torchrec_deepfm.sharding.inputs.tables import Table
+from torchrec_deepfm.sharding.inputs.topology import topology
+from torchrec_deepfm.sharding.plan.plan import PlanFile, PlannedShard, PlannedTable, Search
+from torchrec_deepfm.sharding.plan.validate import check_fits
+from torchrec_deepfm.sharding.runtime.planner_errors import explain
+from torchrec_deepfm.sharding.runtime.sharder import AllTypesSharder
+from torchrec_deepfm.sharding.search.assignment import Effort
+from torchrec_deepfm.sharding.search.enumerator import WidthEnumerator
+from torchrec_deepfm.sharding.search.few_types import with_fewer_types
+from torchrec_deepfm.sharding.search.lower_bound import lower_bound
+from torchrec_deepfm.sharding.search.placement import Pieces
+from torchrec_deepfm.sharding.search.torchrec_parts import (
+    AllTermsPerfModel,
+    BalancedPartitioner,
+    BalancedProposer,
+    machine_of,
+    pieces_of,
+)
+
+# Ranks, and ranks times tables, up to which the balanced search also runs TorchRec's: about two seconds. Of a few
+# tables TorchRec's grid search tries up to 10,000 combinations, which 128 ranks make seven seconds.
+_RUN_TORCHREC_TOO: Final = (32, 1000)
+_SAME: Final = 1e-9  # relative: what is left of equal sums in another order
+
+
+def plan_tables(
+    tables: Sequence[Table],
+    hardware: Hardware,
+    ranks: int,
+    *,
+    batch_size: int,
+    constraints: Mapping[str, ParameterConstraints] | None = None,
+    search: Search = "balanced",
+    optimizer: SparseOptimizer = "rowwise_adagrad",
+    ema: bool = False,
+    effort: Effort | None = None,
+) -> PlanFile:
+    """Plan tables for hardware that need not be there.
+
+    Args:
+        tables: The tables.
+        hardware: The hardware.
+        ranks: How many ranks of it.
+        batch_size: Samples per rank and step.
+        constraints: What may be done with single tables, by name.
+        search: ``balanced``, or ``torchrec`` for TorchRec's enumerator, proposers, partitioner and performance model.
+        optimizer: The tables' optimizer, for its memory.
+        ema: Whether a moving average of the weights is kept. It takes as much memory as the weights, and tables then
+            stay in the device's memory.
+        effort: How long the balanced search runs.
+
+    Returns:
+        The plan with its predictions, all terms included. The balanced search returns TorchRec's plan where the task is
+        small (ranks times tables), the ranks can run that plan, and it is faster than the one found here.
+
+    Raises:
+        UserError: The tables fit no plan, or the ranks do not fill their hosts.
+    """
+    return Planning(
+        tables, hardware, ranks, batch_size, constraints=constraints, optimizer=optimizer, ema=ema, effort=effort
+    ).plan(search)
+
+
+def lower_bound_ms(
+    tables: Sequence[Table],
+    hardware: Hardware,
+    ranks: int,
+    *,
+    batch_size: int,
+    constraints: Mapping[str, ParameterConstraints] | None = None,
+) -> float:
+    """Return a time that no plan made of the options of ``WidthEnumerator`` can go below (``bound.lower_bound``).
+
+    These are all options of TorchRec's enumerator, kernels in host memory included, and more.
+
+    Args:
+        tables: The tables.
+        hardware: The hardware.
+        ranks: How many ranks of it.
+        batch_size: Samples per rank and step.
+        constraints: What may be done with single tables, by name.
+
+    Returns:
+        Milliseconds of the slowest rank, all terms included.
+
+    Raises:
+        UserError: The ranks do not fill their hosts.
+    """
+    return Planning(tables, hardware, ranks, batch_size, constraints=constraints).lower_bound_ms
+
+
+class Planning:
+    """The tables, the hardware and the constraints of one plan; their options are enumerated once.
+
+    Args:
+        tables: As in ``plan_tables``, and so are the others.
+        hardware: The hardware.
+        ranks: How many ranks of it.
+        batch_size: Samples per rank and step.
+        constraints: What may be done with single tables, by name.
+        optimizer: The tables' optimizer.
+        ema: Whether a moving average of the weights is kept.
+        effort: How long the balanced search runs.
+
+    Raises:
+        UserError: The ranks do not fill their hosts, or a constraint contradicts ``ema``.
+    """
+
+    def __init__(
+        self,
+        tables: Sequence[Table],
+        hardware: Hardware,
+        ranks: int,
+        batch_size: int,
+        *,
+        constraints: Mapping[str, ParameterConstraints] | None = None,
+        optimizer: SparseOptimizer = "rowwise_adagrad",
+        ema: bool = False,
+        effort: Effort | None = None,
+    ) -> None:
+        if batch_size < 1:
+            raise UserError(f"--batch-size {batch_size}: must be at least 1 sample per rank and step")
+        self._tables, self._hardware, self._ranks, self._batch_size = tables, hardware, ranks, batch_size
+        self._constraints = in_device_memory(tables, constraints or {}) if ema else dict(constraints or {})
+        self._optimizer, self._ema, self._effort = optimizer, ema, effort
+        self._local_world_size = hardware.local_world_size(ranks)
+
+    def plan(self, search: Search = "balanced") -> PlanFile:
+        """Plan with one of the searches; see ``plan_tables``."""
+        if search == "torchrec":
+            return self._run("torchrec")
+        found = self._best_of_fallbacks()
+        if not self._hardware.extra.get("group_ms"):
+            return found
+        free = replace(self._hardware, extra={**self._hardware.extra, "group_ms": 0.0})
+
+        def plan_again(narrowed: Mapping[str, ParameterConstraints]) -> PlanFile:
+            made = self._with(free, narrowed)._run("balanced")
+            return self._with_prediction(made)
+
+        return with_fewer_types(found, [table.name for table in self._tables], self._constraints, plan_again)
+
+    def checked_plan(self, search: Search) -> PlanFile:
+        """Plan so that these ranks can run it, whichever search is used.
+
+        Raises:
+            UserError: The tables fit no plan, or the ranks can't run the one found.
+        """
+        device = self._hardware.compute_device
+        planning = self
+        if search == "torchrec":  # it ignores that some kernels need a row on every rank
+            ranks = {"world_size": self._ranks, "local_world_size": self._local_world_size}
+            possible = keep_to_possible(self._constraints, self._tables, compute_device=device, **ranks)
+            planning = self._with(self._hardware, possible)
+        plan = planning.plan(search)
+        where = f"the plan of --search {search}"
+        check_fits(
+            plan,
+            self._tables,
+            self._ranks,
+            local_world_size=self._local_world_size,
+            compute_device=device,
+            where=where,
+        )
+        return plan
+
+    @cached_property
+    def lower_bound_ms(self) -> float:
+        """See ``lower_bound_ms``."""
+        machine = machine_of(topology(self._hardware, self._ranks))
+        by_table: dict[str, list[Pieces]] = {}
+        for option in self._options:
+            by_table.setdefault(option.fqn, []).append(pieces_of(option, machine))
+        fixed = self._hardware.extra.get("step_ms", 0.0) + self._hardware.extra.get(
+            "group_ms", 0.0
+        )  # one type at least
+        return fixed + lower_bound(machine.ranks, machine.ranks_per_host, list(by_table.values()))
+
+    @cached_property
+    def _options(self) -> list[ShardingOption]:
+        """All options of all tables with their estimates, kernels in host memory included."""
+        return self._enumerate(host_memory=True)
+
+    def _enumerate(self, *, host_memory: bool) -> list[ShardingOption]:
+        at = topology(self._hardware, self._ranks)
+        constraints = _with_pooling_factors(self._tables, self._constraints)
+        estimators = shard_estimators(self._hardware, at, constraints, ema=self._ema)
+        enumerator = WidthEnumerator(at, self._batch_size, constraints, estimators, host_memory=host_memory)
+        return enumerator.enumerate(self._module, [AllTypesSharder()])  # type: ignore[list-item]
+
+    @cached_property
+    def _module(self) -> nn.Module:
+        return table_module(self._tables, self._optimizer)
+
+    def _with(self, hardware: Hardware, constraints: Mapping[str, ParameterConstraints]) -> "Planning":
+        options = {"optimizer": self._optimizer, "ema": self._ema, "effort": self._effort}
+        return Planning(
+            self._tables,
+            hardware,
+            self._ranks,
+            self._batch_size,
+            constraints=constraints,
+            **options,  # type: ignore[arg-type]
+        )
+
+    def _with_prediction(self, plan: PlanFile) -> PlanFile:
+        return with_prediction(plan, self._tables, self._hardware, optimizer=self._optimizer, ema=self._ema)
+
+    def _best_of_fallbacks(self) -> PlanFile:
+        """Run the balanced search, then what may still be better: kernels in host memory, TorchRec's own search."""
+        found: list[PlanFile] = []
+        why: UserError | None = None
+        bound = self.lower_bound_ms  # first, since it enumerates the options of every attempt
+        on_gpu = self._hardware.compute_device == "cuda" and not self._ema
+        small = self._ranks <= _RUN_TORCHREC_TOO[0] and self._ranks * len(self._tables) <= _RUN_TORCHREC_TOO[1]
+        attempts: tuple[tuple[bool, Search, bool], ...] = (
+            (True, "balanced", False),
+            (on_gpu, "balanced", True),
+            (small, "torchrec", True),
+        )
+        for needed, search, host_memory in attempts:
+            if host_memory and search == "balanced" and found and self._is_half_empty(found[0]):
+                continue  # memory is not the limit
+            if not needed or (found and critical_path_ms(found[0]) <= bound * (1 + _SAME)):
+                continue
+            try:
+                made = self._run(search, host_memory=host_memory)
+                check_fits(made, self._tables, self._ranks, compute_device=self._hardware.compute_device)
+                found.append(made)
+            except UserError as error:  # nothing fits; the last balanced search saw all options
+                why = error if search == "balanced" else why
+        if not found:
+            assert why is not None
+            raise why
+        best = found[0]
+        for other in found[1:]:
+            if critical_path_ms(other) < critical_path_ms(best) * (1 - _SAME):
+                best = other
+        return replace(best, search="balanced")
+
+    def _is_half_empty(self, plan: PlanFile) -> bool:
+        """Whether the fullest rank has more than half of the memory left that tables may take."""
+        assert plan.predicted is not None
+        hbm = min(device.storage.hbm for device in topology(self._hardware, self._ranks).devices)
+        return max(cost.hbm_bytes for cost in plan.predicted.per_rank) < 0.5 * (1 - RESERVED) * hbm
+
+    def _run(self, search: Search, *, host_memory: bool = False) -> PlanFile:
+        """Run a search once; an error of TorchRec's planner becomes one that explains it."""
+        planner = make_planner(
+            self._tables,
+            self._hardware,
+            self._ranks,
+            batch_size=self._batch_size,
+            constraints=self._constraints,
+            search=search,
+            ema=self._ema,
+            effort=self._effort,
+            host_memory=host_memory,
+        )
+        if search == "balanced":
+            planner._enumerator = EnumeratedOptions(self._chosen_options(host_memory))
+        try:
+            planner.plan(self._module, [AllTypesSharder()])
+        except RuntimeError as error:
+            if not str(error).startswith("No available sharding type"):  # as TorchRec's enumerator begins
+                raise
+            raise UserError(f"{str(error).partition('. ')[0]}; loosen its constraints (--constraint)") from error
+        except PlannerError as error:
+            reserved = planner._storage_reservation.last_reserved_topology
+            raise explain(
+                error,
+                planner._enumerator.last_stored_search_space or [],  # type: ignore[attr-defined]
+                reserved or planner._topology,
+                proposals=planner._num_proposals if search == "torchrec" else None,
+                ema=self._ema,
+                ranks_option="--ranks",
+            ) from error
+        options = {option.name: option for option in planner._best_plan or []}
+        return self._with_prediction(
+            PlanFile(
+                world_size=self._ranks,
+                local_world_size=self._local_world_size,
+                batch_size=self._batch_size,
+                search=search,
+                tables=tuple(_planned_table(options[table.name]) for table in self._tables),
+            )
+        )
+
+    def _chosen_options(self, host_memory: bool) -> list[ShardingOption]:
+        if host_memory:
+            return self._options
+        if "_options" not in vars(self):  # a third of the work
+            return self._enumerate(host_memory=False)
+        named = {name for name, given in self._constraints.items() if given.compute_kernels}
+        return [each for each in self._options if each.name in named or each.compute_kernel not in CUDA_KERNELS]
+
+
+class EnumeratedOptions(Enumerator):
+    """Gives TorchRec's planner options that were enumerated and estimated before.
+
+    Args:
+        options: Options of all tables, with their estimates.
+    """
+
+    def __init__(self, options: list[ShardingOption]) -> None:
+        self.last_stored_search_space = options
+
+    def enumerate(self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]]) -> list[ShardingOption]:
+        """Return the options."""
+        return self.last_stored_search_space
+
+    def populate_estimates(self, sharding_options: list[ShardingOption]) -> None:
+        """Leave the estimates as they are."""
+
+
+def critical_path_ms(plan: PlanFile) -> float:
+    """Return the predicted time of the slowest rank of a plan with predictions."""
+    assert plan.predicted is not None
+    return plan.predicted.critical_path_ms
+
+
+def make_planner(
+    tables: Sequence[Table],
+    hardware: Hardware,
+    ranks: int,
+    *,
+    batch_size: int,
+    constraints: Mapping[str, ParameterConstraints] | None = None,
+    search: Search = "balanced",
+    ema: bool = False,
+    effort: Effort | None = None,
+    host_memory: bool = True,
+) -> EmbeddingShardingPlanner:
+    """Make TorchRec's planner with the parts of the balanced search in it, or with its own.
+
+    Args:
+        tables: The tables and their pooling factors.
+        hardware: The hardware.
+        ranks: How many ranks of it.
+        batch_size: Samples per rank and step.
+        constraints: What may be done with single tables, by name.
+        search: ``balanced`` or ``torchrec``. TorchRec's estimators too run once for equal shards; no estimate changes.
+        ema: Whether a moving average of the weights is kept.
+        effort: How long the balanced search runs.
+        host_memory: Whether the balanced search offers kernels that keep rows in host memory where no constraint names
+            the kernel.
+
+    Returns:
+        The planner, for a module of these tables.
+
+    Raises:
+        UserError: The ranks do not fill their hosts.
+    """
+    planner_topology = topology(hardware, ranks)
+    merged = _with_pooling_factors(tables, constraints or {})
+    estimators = shard_estimators(hardware, planner_topology, merged, ema=ema)
+    parts: dict[str, Any] = {
+        "topology": planner_topology,
+        "batch_size": batch_size,
+        "constraints": merged,
+        "storage_reservation": FixedPercentageStorageReservation(percentage=RESERVED),
+        "stats": NoopEmbeddingStats(),
+    }
+    if search == "torchrec":
+        return EmbeddingShardingPlanner(
+            **parts, enumerator=EmbeddingEnumerator(planner_topology, batch_size, merged, estimators)
+        )
+    return EmbeddingShardingPlanner(
+        **parts,
+        enumerator=WidthEnumerator(planner_topology, batch_size, merged, estimators, host_memory=host_memory),
+        proposer=BalancedProposer(effort, fallbacks=False),
+        partitioner=BalancedPartitioner(),
+        performance_model=AllTermsPerfModel(planner_topology),
+    )
+
+
+def _with_pooling_factors(
+    tables: Sequence[Table], constraints: Mapping[str, ParameterConstraints]
+) -> dict[str, ParameterConstraints]:
+    """Add the pooling factors of the list of tables where a constraint has none of its own."""
+    merged = table_constraints(tables)
+    default = ParameterConstraints().pooling_factors
+    for name, given in constraints.items():
+        known = merged[name]
+        pooling = known.pooling_factors if given.pooling_factors == default else given.pooling_factors
+        merged[name] = replace(given, pooling_factors=pooling, is_weighted=known.is_weighted)
+    return merged
+
+
+def _planned_table(option: ShardingOption) -> PlannedTable:
+    rows, columns = option.tensor.shape
+    load_factor = option.cache_load_factor
+    shards = []
+    for shard in option.shards:
+        assert shard.rank is not None
+        shards.append(
+            PlannedShard(
+                rank=shard.rank,
+                offsets=(shard.offset[0], shard.offset[1]),
+                sizes=(shard.size[0], shard.size[1]),
+            )
+        )
+    return PlannedTable(
+        name=option.name,
+        num_embeddings=rows,
+        embedding_dim=columns,
+        sharding_type=option.sharding_type,
+        compute_kernel=option.compute_kernel,
+        shards=tuple(shards),
+        kernel_options={} if load_factor is None else {"cache_load_factor": load_factor},
+    )

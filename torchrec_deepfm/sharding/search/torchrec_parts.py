@@ -1,0 +1,302 @@
+"""The search as parts of TorchRec's planner: a proposer, a partitioner and a performance model.
+
+    constraints = {...}
+    estimator = shard_estimators(hardware, ranks, constraints)
+    planner = EmbeddingShardingPlanner(
+        topology=ranks,
+        batch_size=8192,
+        constraints=constraints,
+        enumerator=WidthEnumerator(ranks, 8192, constraints, estimator),
+        proposer=BalancedProposer(),
+        partitioner=BalancedPartitioner(),
+        performance_model=AllTermsPerfModel(ranks),
+    )
+
+Each works with TorchRec's own parts in the place of the others.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from torchrec.distributed.planner.partitioners import GreedyPerfPartitioner
+from torchrec.distributed.planner.proposers import GreedyProposer, UniformProposer
+from torchrec.distributed.planner.types import (
+    Enumerator,
+    PartitionByType,
+    Partitioner,
+    PerfModel,
+    PlannerError,
+    PlannerErrorType,
+    Proposer,
+    Shard,
+    ShardingOption,
+    Topology,
+)
+from torchrec.distributed.types import ShardingType
+
+from torchrec_deepfm.sharding.inputs.sharding_types import WIDE_ENOUGH
+from torchrec_deepfm.sharding.search.assignment import Choice, Effort, choose
+from torchrec_deepfm.sharding.search.placement import Machine, Pieces, place
+
+
+def shard_ms(shard: Shard) -> float:
+    """Return what a shard costs its rank, every term of the estimate, in milliseconds.
+
+    Args:
+        shard: A shard with its estimate.
+
+    Returns:
+        ``Perf.total``, which leaves the exchange of ids out, and that exchange.
+    """
+    assert shard.perf is not None
+    return float(shard.perf.total + shard.perf.input_dist_comms)
+
+
+class AllTermsPerfModel(PerfModel):
+    """Rates a plan by its slowest rank, every term in: the critical path.
+
+    Args:
+        topology: The ranks.
+    """
+
+    def __init__(self, topology: Topology) -> None:
+        self._ranks = topology.world_size
+
+    def rate(self, plan: list[ShardingOption]) -> float:
+        """Return milliseconds of the slowest rank.
+
+        Args:
+            plan: Options whose shards have ranks.
+
+        Returns:
+            The critical path.
+        """
+        ms = [0.0] * self._ranks
+        for option in plan:
+            for shard in option.shards:
+                assert shard.rank is not None
+                ms[shard.rank] += shard_ms(shard)
+        return max(ms)
+
+
+class BalancedPartitioner(Partitioner):
+    """Places the shards of a proposal so that the slowest rank is fast, all terms counted (``balance.place``).
+
+    TorchRec's greedy one places the largest tables first, by ``Perf.total``. A proposal with tables that must stay
+    together (embedding towers) is left to that one.
+    """
+
+    def partition(self, proposal: list[ShardingOption], storage_constraint: Topology) -> list[ShardingOption]:
+        """Give every shard a rank.
+
+        Args:
+            proposal: Options with their estimates; changed in place.
+            storage_constraint: The ranks with the memory that tables may take.
+
+        Returns:
+            The proposal.
+
+        Raises:
+            PlannerError: The shards do not fit (``PARTITION``).
+        """
+        if any(option.dependency for option in proposal):
+            return GreedyPerfPartitioner().partition(proposal, storage_constraint)
+        machine = machine_of(storage_constraint)
+        if any(len(option.shards) % machine.ranks_per_host for option in proposal if _by_host(option)):
+            raise PlannerError("the shards of a host do not fill it", PlannerErrorType.PARTITION)
+        ways = [pieces_of(option, machine) for option in proposal]
+        found = place(machine, ways)
+        if found.short:
+            raise PlannerError(
+                f"{found.short / 2**30:.1f} GiB of shards find no room on the ranks", PlannerErrorType.PARTITION
+            )
+        for option, slots in zip(proposal, found.slots, strict=True):
+            if not len(slots):
+                ranks: Sequence[int] = range(machine.ranks)
+            elif _by_host(option):
+                inside = np.arange(machine.ranks_per_host)
+                ranks = (slots[:, None] * machine.ranks_per_host + inside[None, :]).ravel().tolist()
+            else:
+                ranks = slots.tolist()
+            for shard, rank in zip(option.shards, ranks, strict=True):
+                shard.rank = int(rank)
+        if any(option.sharding_type == ShardingType.TABLE_COLUMN_WISE.value for option in proposal):
+            return GreedyPerfPartitioner().partition(proposal, storage_constraint)
+        return proposal
+
+
+class BalancedProposer(Proposer):
+    """Proposes the plan that a search over all options finds (``choose.choose``), and TorchRec's if that fits nowhere.
+
+    TorchRec's proposers walk through the options of a table one after another, each judged by itself. This one knows
+    what lies on every rank, on a host and on a single one, so it judges all tables together before it proposes.
+    What the greedy ones would propose is among the starts of its search. It
+    first proposes the fastest option of each table, since the planner tells of the memory only in its answer.
+
+    Args:
+        effort: How long to search.
+        fallbacks: Whether to propose TorchRec's where the plan found fits nowhere. Beside ``BalancedPartitioner`` that
+            is no use: the search has tried the same placements.
+    """
+
+    def __init__(self, effort: Effort | None = None, *, fallbacks: bool = True) -> None:
+        self._effort = effort or Effort()
+        self._with_fallbacks = fallbacks
+        self._options: list[list[ShardingOption]] = []
+        self._next: list[ShardingOption] | None = None
+        self._fallbacks: list[Proposer] = []
+        self._searched = False
+        self._fits = False
+        self.choice: Choice | None = None
+        """What the search found; None before it has run."""
+
+    def load(self, search_space: list[ShardingOption], enumerator: Enumerator | None = None) -> None:
+        """Take the options.
+
+        Args:
+            search_space: Options of all tables, with their estimates.
+            enumerator: What made them; not used.
+        """
+        by_table: dict[str, list[ShardingOption]] = {}
+        for option in search_space:
+            by_table.setdefault(option.fqn, []).append(option)
+        self._options = list(by_table.values())
+        self._next = [min(options, key=_dearest) for options in self._options] or None
+        self._fallbacks = []
+        if self._with_fallbacks:
+            self._fallbacks = [GreedyProposer(), GreedyProposer(use_depth=False), UniformProposer()]
+        for fallback in self._fallbacks:
+            fallback.load(search_space, enumerator)
+        self._searched, self._fits, self.choice = False, False, None
+
+    def propose(self) -> list[ShardingOption] | None:
+        """Return the next proposal.
+
+        Returns:
+            An option of each table; None when there is nothing left to try.
+        """
+        if not self._searched or self._next is not None:
+            return self._next
+        if self._fits:
+            return None
+        while self._fallbacks:
+            proposal = self._fallbacks[0].propose()
+            if proposal is not None:
+                return proposal
+            self._fallbacks.pop(0)
+        return None
+
+    def feedback(
+        self,
+        partitionable: bool,
+        plan: list[ShardingOption] | None = None,
+        perf_rating: float | None = None,
+        storage_constraint: Topology | None = None,
+    ) -> None:
+        """Take what became of a proposal.
+
+        Args:
+            partitionable: Whether it could be placed.
+            plan: The plan.
+            perf_rating: What the planner's performance model says of it.
+            storage_constraint: The ranks with the memory that tables may take.
+        """
+        if not self._searched:
+            assert storage_constraint is not None
+            self._searched, self._next = True, self._search(storage_constraint)
+        elif self._next is not None:
+            self._next, self._fits = None, partitionable
+        elif self._fallbacks:
+            self._fallbacks[0].feedback(partitionable, plan, perf_rating, storage_constraint)
+
+    def _search(self, storage_constraint: Topology) -> list[ShardingOption]:
+        machine = machine_of(storage_constraint)
+        ways = [[pieces_of(option, machine) for option in options] for options in self._options]
+        self.choice = choose(machine, ways, self._effort, starts=_greedy_proposals(self._options))
+        return [options[number] for options, number in zip(self._options, self.choice.ways, strict=True)]
+
+
+def _greedy_proposals(options: Sequence[Sequence[ShardingOption]]) -> list[tuple[int, ...]]:
+    """What TorchRec's greedy proposers would propose, of the options that its enumerator would offer.
+
+    They walk one way, whatever they are told: the table that takes the most memory gets its next dearer option. Theirs
+    looks at every shard of every table again at each step, which is too slow for a thousand ranks.
+    """
+    known = [[(number, option) for number, option in enumerate(each) if _torchrecs(option)] for each in options]
+    known = [some or list(enumerate(each)) for some, each in zip(known, options, strict=True)]
+    found: list[tuple[int, ...]] = []
+    for total in (max, sum):
+        ways = [sorted((total(_perf_totals(option)), number) for number, option in each) for each in known]
+        sizes = [{number: _memory(option) for number, option in each} for each in known]
+        at = [0] * len(ways)
+        while True:
+            found.append(tuple(each[step][1] for each, step in zip(ways, at, strict=True)))
+            left = [table for table, each in enumerate(ways) if at[table] + 1 < len(each)]
+            if not left:
+                break
+            at[max(left, key=lambda table: sizes[table][found[-1][table]])] += 1
+    return found
+
+
+def _torchrecs(option: ShardingOption) -> bool:
+    """Whether TorchRec's enumerator would offer this: no grid, and of narrow tables only the whole width."""
+    width = option.shards[0].size[1]
+    return option.sharding_type != ShardingType.GRID_SHARD.value and width >= min(option.tensor.shape[1], WIDE_ENOUGH)
+
+
+def _perf_totals(option: ShardingOption) -> list[float]:
+    return [float(shard.perf.total) for shard in option.shards if shard.perf is not None]
+
+
+def _memory(option: ShardingOption) -> tuple[int, int, int, int]:
+    held = [shard.storage for shard in option.shards if shard.storage is not None]
+    hbm, ddr = [each.hbm for each in held], [each.ddr for each in held]
+    return max(hbm), sum(hbm), max(ddr), sum(ddr)
+
+
+def machine_of(ranks: Topology) -> Machine:
+    """Describe ranks to the search.
+
+    Args:
+        ranks: As the planner describes them.
+
+    Returns:
+        The same in arrays. A "host" is what table_row_wise may spread over (``intra_group_size``).
+    """
+    storages = [device.storage for device in ranks.devices]
+    return Machine(
+        ranks=ranks.world_size,
+        ranks_per_host=ranks.intra_group_size,
+        hbm=np.array([float(storage.hbm) for storage in storages]),
+        ddr=np.array([float(storage.ddr) for storage in storages]),
+    )
+
+
+def pieces_of(option: ShardingOption, machine: Machine) -> Pieces:
+    """Describe an option to the search.
+
+    Args:
+        option: An option with its estimates.
+        machine: The ranks.
+
+    Returns:
+        Its pieces; shards of unequal rows count as the largest of them.
+    """
+    distinct = {(id(shard.perf), id(shard.storage)): shard for shard in option.shards}.values()
+    hbm = max(shard.storage.hbm for shard in distinct if shard.storage is not None)
+    ddr = max(shard.storage.ddr for shard in distinct if shard.storage is not None)
+    ms = max(shard_ms(shard) for shard in distinct)
+    if option.partition_by == PartitionByType.UNIFORM.value:
+        return Pieces(where="every rank", count=1, ms=ms, hbm=hbm, ddr=ddr)
+    if _by_host(option):
+        count = max(len(option.shards) // machine.ranks_per_host, 1)
+        return Pieces(where="any host", count=count, ms=ms, hbm=hbm, ddr=ddr)
+    return Pieces(where="any rank", count=len(option.shards), ms=ms, hbm=hbm, ddr=ddr)
+
+
+def _by_host(option: ShardingOption) -> bool:
+    return option.sharding_type in (ShardingType.TABLE_ROW_WISE.value, ShardingType.GRID_SHARD.value)
+
+
+def _dearest(option: ShardingOption) -> float:
+    return max(shard_ms(shard) for shard in option.shards)

@@ -1,0 +1,1 @@
+"""Checkpoints that any plan on any number of ranks can read."""

@@ -1,0 +1,399 @@
+"""Checkpoints by torch.distributed.checkpoint: any plan on any number of ranks reads them.
+
+``Checkpoints`` keeps those of a running training, ``save_model`` and ``load_model`` the weights of a finished one.
+"""
+
+import contextlib
+import pickle
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save, save
+from torchrec.distributed.model_parallel import DistributedModelParallel
+
+from torchrec_deepfm.distributed.disk_errors import refused, unreadable
+from torchrec_deepfm.distributed.process_group import is_main, on_main
+from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.training.checkpoint.dcp import (
+    METADATA,
+    LoadPlanner,
+    Pieces,
+    Reader,
+    SavePlanner,
+    Stager,
+    State,
+    Writer,
+    writing,
+)
+from torchrec_deepfm.training.checkpoint.store import MANIFEST, Damaged, Store
+from torchrec_deepfm.training.checkpoint.tensors import all_finite, averaged_buffers, model_state, owned
+
+_AGAIN = "run the same command again"
+
+
+class Checkpoints:
+    """The checkpoints of a run; every method is a collective.
+
+    Args:
+        target: a folder or a URL of fsspec.
+        keep_last: how many of the newest to keep.
+        timeout: seconds that ranks wait for each other.
+        committed: called on rank 0 with the step of each checkpoint that has become visible.
+        not_finite: called on rank 0 with a step that is not saved and the name of its weight that is not finite.
+
+    Attributes:
+        store: where they lie.
+        saved: the newest step that is known to be saved.
+    """
+
+    def __init__(
+        self,
+        target: str,
+        *,
+        keep_last: int,
+        timeout: float = 1800.0,
+        committed: Callable[[int], None] = lambda step: None,
+        not_finite: Callable[[int, str], None] = lambda step, name: None,
+    ) -> None:
+        self.store = Store(target)
+        self._committed, self._not_finite = committed, not_finite
+        self.saved: int | None = None
+        self._keep_last = keep_last
+        # Saving talks in a thread of its own, while the training talks through the other groups.
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._stager = Stager()
+        self._pending: Future[int] | None = None
+
+    def save(self, step: int, state: State, meta: Mapping[str, Any], *, keep: Collection[int] = ()) -> None:
+        """Save a state: copy it now, write it while the training goes on.
+
+        Waits for the save before it, if that is still being written.
+
+        Args:
+            step: steps done.
+            state: this rank's cuts.
+            meta: what the manifest is to say besides; read on rank 0.
+            keep: steps whose checkpoints are to stay besides the newest ones.
+
+        Raises:
+            UserError: the save before this one has failed.
+        """
+        self.wait()
+        writer = Writer(self.store.begin(step), local=self.store.local)
+        written = async_save(
+            dict(state),
+            storage_writer=writer,
+            planner=SavePlanner(),
+            process_group=self._group,
+            async_stager=self._stager,
+        )
+        assert isinstance(written, Future)
+        self._pending = self._pool.submit(self._finish, written, writer, step, dict(meta), frozenset(keep))
+
+    def poll(self) -> None:
+        """Raise what a save has failed over, if one has; this alone is no collective and does not wait.
+
+        Raises:
+            UserError: the disk refused, or a weight is NaN or infinite.
+        """
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until everything is saved.
+
+        Raises:
+            UserError: the disk refused, or a weight is NaN or infinite.
+        """
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            self.saved = pending.result()
+
+    def close(self) -> None:
+        """Wait for a save that is being written, whatever comes of it, and give the memory back."""
+        with contextlib.suppress(Exception):
+            self.wait()
+        self._pool.shutdown(wait=True)
+        self._stager.close()
+
+    def intact(self, refusals: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Walk over the checkpoints that are whole, the newest first.
+
+        Args:
+            refusals: gets a line for each that is not.
+
+        Yields:
+            The step and the manifest.
+        """
+        for step in on_main(self.store.steps):
+            manifest, reason = on_main(lambda step=step: _read_manifest(self.store, step))  # type: ignore[misc]
+            if reason is None:
+                reason = verify_together(self.store, step, manifest["files"])
+            if reason is None:
+                yield step, manifest
+            else:
+                refusals.append(f"{self.store.shown(step)}: {reason}")
+
+    def read(self, step: int, manifest: Mapping[str, Any], state: State) -> str | None:
+        """Read a checkpoint.
+
+        Args:
+            step: its step.
+            manifest: its manifest.
+            state: what this rank wants of it, and where to.
+
+        Returns:
+            Why it can't be read; None if it has been.
+        """
+        try:
+            _load(self.store, step, manifest["files"], state)
+        except _UNREADABLE as error:
+            return _reason(error, self.store.shown(step))
+        self.saved = step
+        return None
+
+    def _finish(
+        self, written: "Future[Any]", writer: Writer, step: int, meta: dict[str, Any], keep: frozenset[int]
+    ) -> int:
+        """After this rank's files: wait for all ranks', write the manifest, make the checkpoint visible."""
+        try:
+            written.result()
+        except _FAILED as error:
+            if is_main():
+                self.store.abandon(step)
+            raise _explained(error, self.store.shown(step), self._again) from error
+        wrong = all_finite(self._stager.staged)
+        everyones: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyones, (writer.digests, wrong), group=self._group)
+        wrong = next((name for _, name in everyones if name is not None), None)
+        outcome: list[UserError | None] = [None]
+        if is_main():
+            if wrong is None:
+                files = {name: entry for digests, _ in everyones for name, entry in sorted(digests.items())}
+                outcome = [self._commit(step, files, meta, keep)]
+            else:
+                self.store.abandon(step)
+                outcome = [self._refuse(step, wrong)]
+        dist.broadcast_object_list(outcome, src=0, group=self._group)
+        if outcome[0] is not None:
+            raise outcome[0]
+        return step
+
+    def _commit(
+        self, step: int, files: Mapping[str, Any], meta: Mapping[str, Any], keep: frozenset[int]
+    ) -> UserError | None:
+        try:
+            self.store.commit(step, files, meta)
+        except OSError as error:
+            self.store.abandon(step)
+            return refused(self.store.shown(step), error, self._again)
+        try:
+            self._committed(step)
+            self.store.retain(self._keep_last, keep)
+        except UserError as error:
+            return error
+        except (OSError, Damaged) as error:
+            return UserError(f"{self.store.target}: older checkpoints can't be removed ({error}); check the disk")
+        return None
+
+    def _refuse(self, step: int, wrong: str) -> UserError:
+        try:
+            self._not_finite(step, wrong)
+        except UserError as error:
+            return error
+        return UserError(
+            f"step {step}: {wrong} holds a NaN or an infinity, so this state is not saved; {lower_rates(self.saved)}"
+        )
+
+    @property
+    def _again(self) -> str:
+        """What to do after a save that failed."""
+        return _AGAIN if self.saved is None else f"{_AGAIN} to resume from the checkpoint of step {self.saved}"
+
+
+def lower_rates(saved: int | None) -> str:
+    """Say what the user can do about a loss or a weight that is not finite.
+
+    Args:
+        saved: the newest step that is saved; None if there is none.
+    """
+    again = "start again from step 0" if saved is None else f"resume from the checkpoint of step {saved}"
+    return f"run the same command with a lower --sparse-lr or --dense-lr to {again}"
+
+
+def verify_together(store: Store, step: int, files: Mapping[str, Any]) -> str | None:
+    """Compare a checkpoint's files with its manifest, each rank its share of them; a collective.
+
+    Args:
+        store: where it lies.
+        step: its step.
+        files: of its manifest.
+
+    Returns:
+        What is wrong with it, the same on every rank; None if nothing is.
+
+    Raises:
+        UserError: a file can't be read on some rank.
+    """
+    share = sorted(files)[dist.get_rank() :: dist.get_world_size()]
+    found: Exception | None = None
+    try:
+        store.verify(step, {name: files[name] for name in share})
+    except (Damaged, UserError) as error:
+        found = error
+    return _of_any_rank(found)
+
+
+def _of_any_rank(error: Exception | None) -> str | None:
+    """What has stopped any rank, the same on all; a collective. A UserError is raised."""
+    errors: list[Exception | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    found = sorted((each for each in errors if each is not None), key=lambda each: not isinstance(each, UserError))
+    if found and isinstance(found[0], UserError):
+        raise found[0]
+    return str(found[0]) if found else None
+
+
+def save_model(model: DistributedModelParallel, folder: Path) -> None:
+    """Write the weights, each rank its shards; a collective.
+
+    The folder appears complete or not at all: it is written beside its place and renamed.
+
+    Args:
+        model: the sharded model.
+        folder: where to; what is there is replaced.
+
+    Raises:
+        UserError: the disk refused.
+    """
+    store = _Single(folder)
+    if is_main():
+        store.abandon(0)
+    dist.barrier()
+    writer = Writer(store.begin(0), local=True)
+    try:
+        with averaged_buffers(model):
+            save(owned(model_state(model)), storage_writer=writer, planner=SavePlanner())
+    except _FAILED as error:
+        raise _explained(error, str(folder), _AGAIN) from error
+    everyones: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyones, writer.digests)
+    files = {name: entry for digests in everyones for name, entry in sorted(digests.items())}
+
+    def commit() -> None:
+        try:
+            store.commit(0, files, {})
+        except OSError as error:
+            raise refused(folder, error, _AGAIN) from error
+
+    on_main(commit)
+
+
+def load_model(model: DistributedModelParallel, folder: Path) -> None:
+    """Read the weights into a model that may be sharded otherwise, over other ranks; a collective.
+
+    Args:
+        model: a model of the same tables and layers.
+        folder: what ``save_model`` wrote.
+
+    Raises:
+        UserError: the folder is missing, damaged or of another model.
+    """
+    if not on_main(folder.is_dir):
+        raise UserError(f"{folder}: there is no checkpoint; did the training reach its end?")
+    store = _Single(folder)
+    manifest, reason = on_main(lambda: _read_manifest(store, 0))
+    if reason is None:
+        reason = verify_together(store, 0, manifest["files"])
+    if reason is None:
+        try:
+            _load(store, 0, manifest["files"], model_state(model))
+        except _UNREADABLE as error:
+            reason = _reason(error, str(folder))
+    if reason is not None:
+        raise UserError(f"{folder}: the checkpoint can't be read ({reason}); train again")
+
+
+class _Single(Store):
+    """A folder that is one checkpoint, and not one of many."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(str(folder.parent))
+        self._folder = folder
+
+    def path(self, step: int) -> str:
+        return str(self._folder.absolute())
+
+    def shown(self, step: int) -> str:
+        return str(self._folder)
+
+    def set_aside(self, step: int) -> None:
+        self.remove(step)  # the same weights, of a run that was killed before its summary
+
+
+# CheckpointException is no Exception. What DCP raises inside a rank it wraps in one, on every rank.
+_FAILED = (CheckpointException, Exception)
+_UNREADABLE = (CheckpointException, Damaged, OSError, RuntimeError, ValueError)
+
+
+def _reason(error: BaseException, where: str) -> str:
+    """What is wrong with a checkpoint, in one sentence; torch reports it with the tracebacks of all ranks.
+
+    Raises:
+        UserError: nothing is known to be wrong with it, since it can't be read.
+    """
+    cause = _first(error)
+    if isinstance(cause, UserError):
+        raise cause
+    if isinstance(cause, OSError):
+        raise unreadable(where, cause) from error
+    if isinstance(cause, Damaged):
+        return str(cause)
+    sentence = (str(cause).strip().splitlines() or [""])[0].split(". ")[0].rstrip(".")
+    return f"{type(cause).__name__}: {sentence}"
+
+
+def _load(store: Store, step: int, files: Mapping[str, Any], state: Mapping[str, Pieces]) -> None:
+    if METADATA not in files:
+        raise Damaged(f"{MANIFEST} does not name {METADATA}")
+    reader = Reader(store.where(step), local=store.local, files=list(files))
+    found: Exception | None = None
+    try:
+        reader.read_metadata()  # before DCP does it, which logs what is wrong as tracebacks
+    except pickle.UnpicklingError as error:
+        found = Damaged(str(error))
+    except OSError as error:
+        found = unreadable(f"{store.shown(step)}/{METADATA}", error)
+    reason = _of_any_rank(found)
+    if reason is not None:
+        raise Damaged(reason)
+    with writing(state):
+        load(dict(state), storage_reader=reader, planner=LoadPlanner())
+
+
+def _read_manifest(store: Store, step: int) -> tuple[dict[str, Any], str | None]:
+    try:
+        return store.manifest(step), None
+    except Damaged as error:
+        return {}, str(error)
+
+
+def _first(error: BaseException) -> BaseException:
+    """What lies under a CheckpointException: what one rank met."""
+    if isinstance(error, CheckpointException) and error.failures:
+        causes = [failure[0] for failure in error.failures.values()]
+        return next((cause for cause in causes if isinstance(cause, OSError)), causes[0])
+    return error
+
+
+def _explained(error: BaseException, where: str, again: str) -> BaseException:
+    """A user's line for what a disk refused; other errors as they are."""
+    cause = _first(error)
+    return refused(where, cause, again) if isinstance(cause, OSError) else error

@@ -1,0 +1,320 @@
+"""Where the checkpoints of a run lie: folders below a path or URL, each complete or invisible, each with checksums.
+
+    step_00000120/            a complete checkpoint
+        checkpoint.json       its manifest: step, position, plan, versions, and every other file's size and SHA-256
+        .metadata, *.distcp   written by torch.distributed.checkpoint
+    step_00000140.partial/    one that is being written
+
+On a local file system a folder is written beside its place and renamed, so a folder without a manifest has lost it: it
+counts as a damaged checkpoint. Object stores know no renaming; there the manifest is written last, and a folder without
+one is a save that was cut off.
+
+Only FileNotFoundError means that something is absent. Any other error of a file system (EIO, ESTALE, EACCES, a lost
+network) says nothing about what is there: it ends the command, and nothing is removed.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any, Final
+
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+
+from torchrec_deepfm.distributed.disk_errors import unreadable
+from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.files import NotRegularError, check_seal, regular_file, seal, write_bytes
+
+MANIFEST: Final = "checkpoint.json"
+FORMAT_VERSION: Final = 1
+MANIFEST_LIMIT: Final = 64 * 2**20  # bytes
+_NAME = re.compile(r"step_(\d{8,})")
+_FILE = re.compile(r"\.?\w[\w.-]*")
+_NOT_A_FILE = (IsADirectoryError, NotADirectoryError, NotRegularError)
+_HEX = re.compile(r"[0-9a-f]{64}")
+
+
+class Damaged(Exception):  # noqa: N818 - it is the checkpoint that is
+    """A checkpoint is not what its manifest says; the text names the file."""
+
+
+def unseal(content: bytes) -> dict[str, Any]:
+    """Parse a manifest that ``seal`` wrote.
+
+    Args:
+        content: the file's bytes.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        Damaged: it is not a JSON object, or not the one that was sealed.
+    """
+    try:
+        manifest = json.loads(content.decode("utf-8"), parse_constant=_not_finite)
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"{MANIFEST} is not valid JSON") from error
+    if not isinstance(manifest, dict) or "sha256" not in manifest:
+        raise Damaged(f"{MANIFEST} has no checksum of its own")
+    if not check_seal(content):
+        raise Damaged(f"{MANIFEST} is not what was written (its checksum differs)")
+    return manifest
+
+
+def _not_finite(name: str) -> None:
+    raise ValueError(f"{name} is not a number of JSON")
+
+
+class Store:
+    """The checkpoints below one path or URL.
+
+    Args:
+        target: a folder, or a URL of fsspec (``s3://bucket/run``); need not exist yet.
+
+    Attributes:
+        target: as given.
+        local: whether it is a folder of this machine's file system.
+    """
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+        try:
+            self._fs, self._root = url_to_fs(target)
+        except (ValueError, ImportError) as error:  # no such protocol, or its package is not installed
+            raise UserError(
+                f"--checkpoints {target}: {str(error).splitlines()[0]}; name a path or URL of fsspec"
+            ) from error
+        self.local = isinstance(self._fs, LocalFileSystem)
+
+    def steps(self) -> list[int]:
+        """Return the steps of all checkpoints, the newest first; on a local file system also of those that are damaged.
+
+        Raises:
+            UserError: the place can't be read.
+        """
+        found = [_NAME.fullmatch(name) for name in self._names()]
+        steps = sorted((int(match[1]) for match in found if match), reverse=True)
+        return steps if self.local else [step for step in steps if self._is_there(f"{self.path(step)}/{MANIFEST}")]
+
+    def path(self, step: int) -> str:
+        """Return where the checkpoint of a step lies, as fsspec's file system wants it."""
+        return f"{self._root}/step_{step:08d}"
+
+    def shown(self, step: int) -> str:
+        """Return where the checkpoint of a step lies, as the user named it."""
+        return f"{self.target.rstrip('/')}/step_{step:08d}"
+
+    def begin(self, step: int) -> str:
+        """Return the path, with its protocol, to write the checkpoint of a step to."""
+        path = f"{self.path(step)}.partial" if self.local else self.path(step)
+        return path if self.local else str(self._fs.unstrip_protocol(path))
+
+    def where(self, step: int) -> str:
+        """Return the path, with its protocol, to read the checkpoint of a step from."""
+        return self.path(step) if self.local else str(self._fs.unstrip_protocol(self.path(step)))
+
+    def clean(self) -> None:
+        """Remove what broken saves and removals have left. Call it before the first save, on one rank.
+
+        Raises:
+            UserError: the place can't be read.
+        """
+        for name in self._names():
+            head, _, tail = name.partition(".")
+            match = _NAME.fullmatch(head)
+            if not match or tail not in ("", "partial", "deleted"):
+                continue
+            if tail:
+                self._discard(f"{self._root}/{name}")
+            elif not self._is_there(f"{self._root}/{name}/{MANIFEST}"):
+                if self.local:
+                    self.set_aside(int(match[1]))
+                else:
+                    self._discard(f"{self._root}/{name}")
+
+    def commit(self, step: int, files: Mapping[str, Mapping[str, Any]], meta: Mapping[str, Any]) -> None:
+        """Make a checkpoint visible, all of whose other files are written.
+
+        Args:
+            step: its step.
+            files: ``bytes`` and ``sha256`` by name.
+            meta: what else the manifest says.
+        """
+        content = seal({"format_version": FORMAT_VERSION, "step": step, **meta, "files": dict(files)})
+        if not self.local:
+            with self._fs.open(f"{self.path(step)}/{MANIFEST}", "wb") as file:
+                file.write(content)
+            return
+        partial, final = Path(f"{self.path(step)}.partial"), Path(self.path(step))
+        write_bytes(partial / MANIFEST, content)
+        _sync_folder(partial)
+        if os.path.lexists(final):  # of this very step, written before a resume from an older one
+            self.set_aside(step)
+        partial.rename(final)
+        _sync_folder(final.parent)
+
+    def abandon(self, step: int) -> None:
+        """Remove the files of a checkpoint that could not be written."""
+        with contextlib.suppress(OSError):
+            self._discard(f"{self.path(step)}.partial" if self.local else self.path(step))
+
+    def remove(self, step: int) -> None:
+        """Remove a checkpoint; interrupted halfway, it is not a checkpoint any more."""
+        if self.local:
+            gone = f"{self.path(step)}.deleted"
+            self._discard(gone)
+            Path(self.path(step)).rename(gone)
+            self._discard(gone)
+            return
+        self._fs.rm(f"{self.path(step)}/{MANIFEST}")
+        self._fs.rm(self.path(step), recursive=True)
+
+    def set_aside(self, step: int) -> None:
+        """Rename a damaged checkpoint to ``step_N.refused``, out of the way of the next save of its step."""
+        path, number = self.path(step), 1
+        aside = f"{path}.refused"
+        while self._is_there(aside):
+            number += 1
+            aside = f"{path}.refused.{number}"
+        self._fs.mv(path, aside, recursive=True)
+
+    def forget_newer(self, step: int) -> None:
+        """Set aside all checkpoints newer than the one to resume from: none of them is intact."""
+        for newer in self.steps():
+            if newer > step:
+                self.set_aside(newer)
+
+    def retain(self, keep_last: int, also: Collection[int]) -> None:
+        """Remove all but the newest checkpoints.
+
+        Args:
+            keep_last: how many to keep.
+            also: steps to keep besides.
+        """
+        steps = self.steps()
+        for step in steps[keep_last:]:
+            if step not in also:
+                self.remove(step)
+
+    def manifest(self, step: int) -> dict[str, Any]:
+        """Read and check the manifest of a checkpoint.
+
+        Args:
+            step: its step.
+
+        Returns:
+            The manifest; ``files`` holds plain names, sizes and digests.
+
+        Raises:
+            Damaged: it is missing, or not a manifest of this checkpoint.
+            UserError: it can't be read.
+        """
+        with self._reading(step, MANIFEST) as file:
+            content = file.read(MANIFEST_LIMIT + 1)
+        if len(content) > MANIFEST_LIMIT:
+            raise Damaged(f"{MANIFEST} is larger than {MANIFEST_LIMIT // 2**20} MiB")
+        manifest = unseal(content)
+        if manifest.get("format_version") != FORMAT_VERSION:
+            raise Damaged(f"{MANIFEST} has format_version {manifest.get('format_version')!r}, not {FORMAT_VERSION}")
+        if manifest.get("step") != step:
+            raise Damaged(f"{MANIFEST} is of step {manifest.get('step')!r}")
+        files = manifest.get("files")
+        if not isinstance(files, dict) or not files:
+            raise Damaged(f"{MANIFEST} names no files")
+        for name, entry in files.items():
+            if not _FILE.fullmatch(name) or ".." in name:
+                raise Damaged(f"{MANIFEST} names {name!r}, which is no file of its folder")
+            if not isinstance(entry, dict) or type(entry.get("bytes")) is not int:
+                raise Damaged(f"{MANIFEST} has no size of {name}")
+            if not isinstance(entry.get("sha256"), str) or not _HEX.fullmatch(entry["sha256"]):
+                raise Damaged(f"{MANIFEST} has no checksum of {name}")
+        return manifest
+
+    def verify(self, step: int, files: Mapping[str, Mapping[str, Any]]) -> None:
+        """Read files of a checkpoint and compare them with what the manifest says.
+
+        Args:
+            step: its step.
+            files: of the manifest, all or some.
+
+        Raises:
+            Damaged: a file is missing, is not a regular file, or has other bytes.
+            UserError: a file can't be read.
+        """
+        for name, entry in files.items():
+            digest, size = hashlib.sha256(), 0
+            with self._reading(step, name) as file:
+                while block := file.read(4 * 2**20):
+                    digest.update(block)
+                    size += len(block)
+            if size != entry["bytes"]:
+                raise Damaged(f"{name} has {size} bytes, {entry['bytes']} were written")
+            if digest.hexdigest() != entry["sha256"]:
+                raise Damaged(f"{name} is not what was written (its checksum differs)")
+
+    def _names(self) -> list[str]:
+        """The names of what lies at the root; none where there is no root."""
+        self._fs.invalidate_cache()
+        try:
+            with _answering(self.target):
+                entries = self._fs.ls(self._root, detail=False)
+        except FileNotFoundError:
+            return []
+        return [str(entry).rstrip("/").rpartition("/")[2] for entry in entries]
+
+    def _is_there(self, path: str) -> bool:
+        """Whether something has this path; fsspec's own ``exists`` takes every error for a no."""
+        try:
+            with _answering(path):
+                self._fs.info(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
+
+    @contextlib.contextmanager
+    def _reading(self, step: int, name: str) -> Iterator[IO[bytes]]:
+        """Open a file of a checkpoint."""
+        path = f"{self.path(step)}/{name}"
+        try:
+            with (
+                _answering(f"{self.shown(step)}/{name}"),
+                open(path, "rb", opener=regular_file) if self.local else self._fs.open(path, "rb") as file,
+            ):
+                yield file
+        except FileNotFoundError as error:
+            raise Damaged(f"{name} is missing") from error
+        except _NOT_A_FILE as error:
+            raise Damaged(f"{name} is not a regular file") from error
+
+    def _discard(self, path: str) -> None:
+        """Remove a folder with all that is in it, or a link to one alone."""
+        if self.local and Path(path).is_symlink():
+            Path(path).unlink()
+            return
+        with contextlib.suppress(FileNotFoundError):
+            self._fs.rm(path, recursive=True)
+
+
+@contextlib.contextmanager
+def _answering(where: str) -> Iterator[None]:
+    """Let only an error that says so mean that there is no such file; turn any other one into one line."""
+    try:
+        yield
+    except (FileNotFoundError, *_NOT_A_FILE):
+        raise
+    except OSError as error:
+        raise unreadable(where, error) from error
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:  # some network file systems do not sync folders; the data themselves are synced
+        pass
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,330 @@
+"""The tensors of a training by name: weights, optimizer values, and what each rank has of its own.
+
+Names and meanings do not depend on the plan, so that any plan on any number of ranks reads what any other has written:
+
+    model.<parameter>                  weights and buffers
+    optimizer.<table>.sum              Adagrad's sum of squares; for rowwise Adagrad [rows, C], see below
+    optimizer.<parameter>.exp_avg      Adam's; also .exp_avg_sq and .step
+    ranks.<name>                       [ranks, ...]: a row per rank, such as its random numbers' state
+
+Rowwise Adagrad keeps one number per row and column shard: the sum over the steps of the mean of the squared gradient,
+over the shard's columns. A table in C column shards thus has C numbers a row. They are saved as such, with the columns
+at which the shards begin (``columns`` in the manifest). Where a plan with other borders reads them, a shard's number is
+the mean of those it overlaps, weighted by the columns in common. Merging shards is exact that way; a shard that is
+split gives each part its own number, since what the parts had apart was never kept.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
+
+from torchrec_deepfm.sharding.inputs.sharding_types import SparseOptimizer
+from torchrec_deepfm.sharding.runtime.init_tables import local_shards, purge_row_caches
+from torchrec_deepfm.training.checkpoint.dcp import Cut, Pieces
+
+Columns = Mapping[str, Sequence[int]]
+
+
+def model_state(model: DistributedModelParallel) -> dict[str, Pieces]:
+    """Name the weights and buffers of a model.
+
+    Args:
+        model: the sharded model.
+
+    Returns:
+        Views of its memory: reading into them, inside ``writing``, changes the model. What every rank holds is listed
+        on rank 0 alone where it is to be saved; see ``owned``.
+    """
+    state, written = {}, partial(purge_row_caches, model)
+    for name, value in model.state_dict().items():
+        kind = _Sharded if hasattr(value, "local_shards") else Pieces
+        cuts = [
+            Cut((row, column) if shard.dim() == 2 else (0,) * shard.dim(), shard)
+            for shard, row, column in local_shards(value)
+        ]
+        state[f"model.{name}"] = kind(tuple(value.size()), cuts, written)
+    return state
+
+
+def local_buffers(model: DistributedModelParallel) -> dict[str, Tensor]:
+    """Return what each rank has of its own in the model: the running statistics of batch normalisation.
+
+    Args:
+        model: the sharded model.
+
+    Returns:
+        Views of floating-point buffers by name, in the same order on every rank; empty without batch normalisation.
+    """
+    parameters = {name for name, _ in model.named_parameters()}
+    return {
+        name: value
+        for name, value in sorted(model.state_dict().items())
+        if name not in parameters and isinstance(value, Tensor) and value.is_floating_point() and not _is_table(name)
+    }
+
+
+def averaged(buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the mean over the ranks of ``local_buffers``; a collective.
+
+    Args:
+        buffers: this rank's.
+
+    Returns:
+        Copies by name, the same on every rank.
+    """
+    if not buffers:
+        return {}
+    flat = torch.cat([value.reshape(-1) for value in buffers.values()])
+    dist.all_reduce(flat)
+    parts = (flat / dist.get_world_size()).split([value.numel() for value in buffers.values()])  # type: ignore[no-untyped-call]
+    return {name: part.view_as(value) for (name, value), part in zip(buffers.items(), parts, strict=True)}
+
+
+@contextmanager
+def averaged_buffers(model: DistributedModelParallel) -> Iterator[None]:
+    """Let all ranks have the same statistics for a while, the mean of theirs; a collective.
+
+    Args:
+        model: the sharded model.
+
+    Yields:
+        Nothing; evaluate or save inside.
+    """
+    buffers = local_buffers(model)
+    own = {name: value.clone() for name, value in buffers.items()}
+    for name, value in averaged(buffers).items():
+        buffers[name].copy_(value)
+    try:
+        yield
+    finally:
+        for name, value in own.items():
+            buffers[name].copy_(value)
+
+
+def owned(state: Mapping[str, Pieces]) -> dict[str, Pieces]:
+    """Leave out what rank 0 saves for all.
+
+    Args:
+        state: of ``model_state`` or ``optimizer_state``.
+
+    Returns:
+        The same names; on rank 0 all cuts, on the others only those that are parts of a tensor, or of a sharded table.
+    """
+    if dist.get_rank() == 0:
+        return dict(state)
+    return {name: pieces if isinstance(pieces, _Sharded) else Pieces(pieces.size) for name, pieces in state.items()}
+
+
+@dataclass(frozen=True)
+class _Sharded(Pieces):
+    """Pieces that no two ranks share."""
+
+
+def table_columns(model: DistributedModelParallel) -> dict[str, list[int]]:
+    """Return at which columns the shards of each table begin, ``[0]`` for a table that is not cut by columns."""
+    columns = {}
+    for name, value in model.state_dict().items():
+        if _is_table(name):
+            shards = value.metadata().shards_metadata if hasattr(value, "metadata") else []
+            columns[name] = sorted({int(shard.shard_offsets[1]) for shard in shards}) or [0]
+    return columns
+
+
+class TrainingTensors:
+    """The weights and optimizer values of a training, to save them or to read them.
+
+    Args:
+        model: the sharded model.
+        optimizer: of ``make_optimizer``, for that model.
+        sparse_optimizer: which one trains the tables.
+
+    Attributes:
+        columns: at which columns the shards of each table begin.
+        widths: columns of each table.
+    """
+
+    def __init__(
+        self, model: DistributedModelParallel, optimizer: CombinedOptimizer, sparse_optimizer: SparseOptimizer
+    ) -> None:
+        self._model, self._optimizer = model, optimizer
+        # Whether the tables' optimizer keeps one number per row, not one per weight; None if it keeps none.
+        self._rowwise = {"rowwise_adagrad": True, "adagrad": False, "sgd": None, "adam": None}[sparse_optimizer]
+        self.columns = table_columns(model)
+        self.widths = {name: int(value.size(1)) for name, value in model.state_dict().items() if _is_table(name)}
+
+    def to_save(self) -> dict[str, Pieces]:
+        """Return what this rank has to save; a collective."""
+        state = model_state(self._model)
+        for name, value in averaged(local_buffers(self._model)).items():
+            state[f"model.{name}"] = Pieces(tuple(value.size()), [Cut((0,) * value.dim(), value)])
+        for name, rows, width, moments in self._fused():
+            if not self._rowwise:
+                cuts = [Cut((row, column), moment) for moment, row, column, _ in moments]
+                state[f"optimizer.{name}.sum"] = _Sharded((rows, width), cuts)
+                continue
+            begins = list(self.columns[name])
+            cuts = [Cut((row, begins.index(column)), moment.view(-1, 1)) for moment, row, column, _ in moments]
+            state[f"optimizer.{name}.sum"] = _Sharded((rows, len(begins)), cuts)
+        for name, kind, value in self._eager():
+            state[f"optimizer.{name}.{kind}"] = Pieces(tuple(value.size()), [Cut((0,) * value.dim(), value)])
+        return owned(state)
+
+    def to_read(self, columns: Columns) -> tuple[dict[str, Pieces], Callable[[], None]]:
+        """Return what this rank wants of a checkpoint.
+
+        Args:
+            columns: at which columns the shards of each table began that were saved.
+
+        Returns:
+            The state to read into, and what is to be called once it has been read.
+        """
+        state = model_state(self._model)
+        rest: list[Callable[[], None]] = []
+        for name, rows, width, moments in self._fused():
+            key, begins = f"optimizer.{name}.sum", list(columns[name])
+            if not self._rowwise:
+                state[key] = Pieces((rows, width), [Cut((row, column), moment) for moment, row, column, _ in moments])
+                continue
+            cuts = []
+            for moment, row, column, count in moments:
+                overlaps = _overlaps([*begins, width], column, count)
+                first = min(overlaps)
+                if len(overlaps) == 1:
+                    cuts.append(Cut((row, first), moment.view(-1, 1)))
+                    continue
+                read = torch.empty(len(moment), len(overlaps))
+                cuts.append(Cut((row, first), read))
+                rest.append(_merge(moment, read, list(overlaps.values())))
+            state[key] = Pieces((rows, len(begins)), cuts)
+        parameters = self._optimizer.params
+        for name, kind, value in self._eager():
+            key, parameter = f"optimizer.{name}.{kind}", parameters[name]
+            begins = list(columns[name]) if name in columns else [0]
+            if kind == "sum" and value.shape[1:] == (1,) and len(begins) > 1:
+                read = torch.empty(len(value), len(begins), dtype=value.dtype)
+                width = int(parameter.shape[1])
+                widths = [end - begin for begin, end in zip(begins, [*begins[1:], width], strict=True)]
+                state[key] = Pieces(tuple(read.size()), [Cut((0, 0), read)])
+                rest.append(_merge(value, read, widths))
+            else:
+                state[key] = Pieces(tuple(value.size()), [Cut((0,) * value.dim(), value)])
+
+        def finish() -> None:
+            for call in rest:
+                call()
+
+        return state, finish
+
+    def _fused(self) -> Iterator[tuple[str, int, int, list[tuple[Tensor, int, int, int]]]]:
+        """Sums of the sharded tables: name, rows, columns, and local (values, first row, first column, columns)."""
+        if self._rowwise is None:
+            return
+        states = self._model.fused_optimizer.state_dict()["state"]
+        for name, weight in self._model.state_dict().items():
+            if not _is_table(name) or not hasattr(weight, "local_shards"):
+                continue
+            shards = list(local_shards(weight))
+            sums = next(iter(states[name].values())).local_shards() if shards else []
+            moments = [
+                (shard.tensor, row, column, tensor.shape[1])
+                for shard, (tensor, row, column) in zip(sums, shards, strict=True)  # TorchRec keeps one order for both
+            ]
+            assert all(len(moment) == len(tensor) for (moment, *_), (tensor, *_) in zip(moments, shards, strict=True))
+            rows, width = (int(each) for each in weight.size())
+            yield name, rows, width, moments
+
+    def _eager(self) -> Iterator[tuple[str, str, Tensor]]:
+        """Values of the optimizers that are not fused, alike on all ranks: parameter, kind, values."""
+        for _, keyed in self._optimizer.optimizers:
+            if isinstance(keyed, KeyedOptimizerWrapper):
+                inner = keyed._optimizer
+                for name, parameter in keyed.params.items():
+                    yield from ((name, kind, value) for kind, value in optimizer_values(inner, parameter))
+
+
+def optimizer_values(optimizer: torch.optim.Optimizer, parameter: Any) -> Iterator[tuple[str, Tensor]]:
+    """Walk over an optimizer's values of one parameter, making them first where no step has yet.
+
+    Args:
+        optimizer: Adam, Adagrad, RowWiseAdagrad or SGD.
+        parameter: one of its parameters.
+
+    Yields:
+        The name and the memory of each value.
+    """
+    values = optimizer.state[parameter]
+    if isinstance(optimizer, torch.optim.Adam) and not values:
+        values["step"] = torch.tensor(0.0)
+        values["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        values["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+    for kind in sorted(values):
+        if isinstance(values[kind], Tensor) and not (kind == "step" and "sum" in values):  # Adagrad does not use it
+            yield kind, values[kind].detach()
+
+
+def _is_table(name: str) -> bool:
+    return ".embedding_bags." in name and name.endswith(".weight")
+
+
+def _overlaps(borders: Sequence[int], column: int, count: int) -> dict[int, int]:
+    """Columns in common with ``[column, column + count)``, by the number of the saved shard."""
+    common = {
+        number: min(end, column + count) - max(begin, column) for number, (begin, end) in enumerate(pairwise(borders))
+    }
+    return {number: columns for number, columns in common.items() if columns > 0}
+
+
+def _merge(moment: Tensor, read: Tensor, widths: Sequence[int]) -> Callable[[], None]:
+    def merge() -> None:
+        weights = torch.tensor(widths, dtype=torch.float64) / sum(widths)
+        moment.copy_((read.double() * weights).sum(1).view(moment.shape))
+
+    return merge
+
+
+def rank_rows(name: str, mine: Tensor) -> tuple[str, Pieces]:
+    """Name a tensor of which every rank has one of its own, of one shape.
+
+    Args:
+        name: the name.
+        mine: this rank's.
+
+    Returns:
+        Its key, and the row of this rank.
+    """
+    size = (dist.get_world_size(), *mine.shape)
+    return f"ranks.{name}", _Sharded(size, [Cut((dist.get_rank(), *(0,) * mine.dim()), mine.unsqueeze(0))])
+
+
+def read_rank_rows(name: str, world_size: int, shape: Sequence[int], dtype: torch.dtype) -> tuple[str, Pieces, Tensor]:
+    """Ask for what all ranks have saved under ``rank_rows``.
+
+    Args:
+        name: the name.
+        world_size: how many ranks saved.
+        shape: of each rank's tensor.
+        dtype: of it.
+
+    Returns:
+        Its key, the pieces to read into, and their memory [world_size, *shape].
+    """
+    memory = torch.empty(world_size, *shape, dtype=dtype)
+    return f"ranks.{name}", Pieces(tuple(memory.size()), [Cut((0,) * memory.dim(), memory)]), memory
+
+
+def all_finite(tensors: Mapping[str, Pieces]) -> str | None:
+    """Return the name of a tensor with a NaN or an infinity in it; None if there is none."""
+    for name, pieces in tensors.items():
+        for cut in pieces.cuts:
+            if cut.tensor.is_floating_point() and not bool(torch.isfinite(cut.tensor).all()):
+                return name
+    return None

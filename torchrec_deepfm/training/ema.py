@@ -1,0 +1,155 @@
+"""An exponential moving average of the weights, of fused and sharded tables too."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torchrec.distributed.model_parallel import DistributedModelParallel
+
+from torchrec_deepfm.training.checkpoint.dcp import Cut, Pieces, writing
+from torchrec_deepfm.training.checkpoint.tensors import (
+    averaged,
+    local_buffers,
+    model_state,
+    owned,
+    rank_rows,
+    read_rank_rows,
+)
+
+# Numbers that change places at a time, so that a large shard needs no second copy of itself.
+_CHUNK = 2**24
+
+
+def decay_at(step: int, decay: float) -> float:
+    """The decay of the average at a step: small at the start, so that the initial weights are soon forgotten.
+
+    Args:
+        step: steps done, from 1.
+        decay: what it rises to.
+
+    Returns:
+        min(decay, (1 + t) / (10 + t)), t steps before this one.
+
+    Example:
+        >>> [round(decay_at(step, 0.99), 3) for step in (1, 2, 11, 101, 1001)]
+        [0.1, 0.182, 0.55, 0.918, 0.99]
+    """
+    return min(decay, step / (9 + step))
+
+
+class MovingAverage:
+    r"""Keeps a moving average of everything in a model that is floating-point, each rank of what it holds.
+
+    .. math:: \bar\theta_t = d_t^n \bar\theta_{t-n} + (1 - d_t^n) \theta_t, \quad d_t = \min(d, t / (t + 9))
+
+    at every n-th step t. That is the average over all steps for what has not changed in between, as most rows of a
+    large table; for the rest it is that of every n-th state. The last update, at the end, may come after
+    fewer steps than n, and takes their number for n. Running statistics of batch normalisation are averaged like the
+    weights.
+
+    (``torch.optim.swa_utils.AveragedModel`` copies the module, and a sharded model can't be copied: it has process
+    groups and kernels that own their memory. The averaging itself is torch's.)
+
+    Args:
+        model: the sharded model; none of its tables behind a cache.
+        decay: d, in (0, 1).
+        every: n.
+    """
+
+    def __init__(self, model: DistributedModelParallel, decay: float, every: int = 1) -> None:
+        self._model, self._decay, self._every = model, decay, every
+        # Buffers are the same tensors for as long as the model lives, and so are the shards of the tables.
+        self._weights = {
+            name: pieces
+            for name, pieces in model_state(model).items()
+            if all(cut.tensor.is_floating_point() for cut in pieces.cuts)
+        }
+        self._average = {
+            name.replace("model.", "average.", 1): dataclasses.replace(
+                pieces, cuts=[Cut(cut.offsets, cut.tensor.detach().clone()) for cut in pieces.cuts]
+            )
+            for name, pieces in self._weights.items()
+        }
+        self._pairs = [
+            (cut.tensor.detach(), mine.tensor)
+            for pieces, average in zip(self._weights.values(), self._average.values(), strict=True)
+            for cut, mine in zip(pieces.cuts, average.cuts, strict=True)
+        ]
+        self._buffers = {
+            f"average.{name}": self._average[f"average.{name}"].cuts[0].tensor for name in local_buffers(model)
+        }
+
+    def update(self, step: int, *, last: bool = False) -> None:
+        """Take in the weights after a step, where an update is due.
+
+        Args:
+            step: steps done.
+            last: this is the end of the training, for which one is always due.
+        """
+        since = step % self._every
+        if since and not last:
+            return
+        decay = decay_at(step, self._decay) ** (since or self._every)
+        update = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+        update([mine for _, mine in self._pairs], [weight for weight, _ in self._pairs], None)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Let the model have the average as its weights for a while.
+
+        Yields:
+            Nothing; evaluate or save inside, do not train.
+        """
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def to_save(self) -> dict[str, Pieces]:
+        """Return what this rank has to save besides the model's own; a collective.
+
+        Returns:
+            ``average.<parameter>``, as ``model.<parameter>`` in ``state.py``, and what each rank has of its own.
+        """
+        state = dict(self._average)
+        for name, value in averaged(self._buffers).items():
+            state[name] = Pieces(tuple(value.size()), [Cut((0,) * value.dim(), value)])
+        return owned(state) | dict(rank_rows(name, value) for name, value in self._buffers.items())
+
+    def to_read(self, world_size: int) -> tuple[dict[str, Pieces], Callable[[], None]]:
+        """Return what this rank wants of a checkpoint.
+
+        Args:
+            world_size: how many ranks saved it.
+
+        Returns:
+            The state to read into, and what is to be called once it has been read.
+        """
+        state, own = dict(self._average), {}
+        for name, buffer in self._buffers.items():
+            key, state[key], own[name] = read_rank_rows(name, world_size, buffer.shape, buffer.dtype)
+
+        def finish() -> None:
+            if world_size == dist.get_world_size():
+                for name, rows in own.items():
+                    self._buffers[name].copy_(rows[dist.get_rank()])
+
+        return state, finish
+
+    def as_weights(self) -> dict[str, Pieces]:
+        """Return what to read of a checkpoint for the model to have the average that was saved as its weights."""
+        return {name.replace("model.", "average.", 1): pieces for name, pieces in self._weights.items()}
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        with writing(self._weights):
+            for weight, mine in self._pairs:
+                rows = max(_CHUNK // max(weight[:1].numel(), 1), 1)
+                for there, here in zip(torch.split(weight, rows), torch.split(mine, rows), strict=True):
+                    kept = there.clone()
+                    there.copy_(here)
+                    here.copy_(kept)

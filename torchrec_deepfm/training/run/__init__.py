@@ -1,0 +1,1 @@
+"""The run folder: its JSON files, its metrics and its report."""

@@ -1,0 +1,247 @@
+"""The JSON files of a run and of a checkpoint as typed values; msgspec checks every type and range. No torch."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta, Struct
+
+from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.files import read_bytes
+from torchrec_deepfm.sharding.plan.io import parse_plan
+from torchrec_deepfm.sharding.plan.plan import FORMAT_VERSION
+from torchrec_deepfm.training.config import TrainConfig
+from torchrec_deepfm.training.early_stopping import TrackerState
+
+T = TypeVar("T")
+
+JSON_LIMIT = 64 * 2**20  # bytes
+# Steps between two records of the running loss. Reading the loss off a GPU waits for it, so not at each step.
+RECORD_EVERY = 20
+
+Count = Annotated[int, Meta(ge=0, le=2**62)]
+Positive = Annotated[int, Meta(ge=1, le=2**62)]
+Ranks = Annotated[int, Meta(ge=1, le=2**20)]
+Seconds = Annotated[float, Meta(ge=0, le=1e18)]  # neither NaN nor infinite
+Digest = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+
+
+class RunFile(Struct, kw_only=True):
+    """``config.json``, and the part of a checkpoint's manifest that says the same."""
+
+    format_version: Literal[1]
+    config: dict[str, Any]
+    num_embeddings: dict[str, Positive]
+    numeric: list[str]
+    data_sha256: Digest | None = None
+    data: str = ""
+    world_size: Ranks = 1
+    versions: dict[str, str] = {}
+
+    def train_config(self) -> TrainConfig:
+        """Return the options.
+
+        Raises:
+            ValueError: this version does not know an option, or its value is not allowed.
+        """
+        unknown = sorted(set(self.config) - {field.name for field in fields(TrainConfig)})
+        if unknown:
+            raise ValueError(f"config.{unknown[0]}: this version has no such option")
+        try:
+            return TrainConfig(**self.config)
+        except UserError as error:
+            raise ValueError(f"config: {error}") from error
+
+
+class Evaluation(Struct, kw_only=True):
+    """The metrics of a split."""
+
+    rows: Positive
+    logloss: float
+    auc: float | None
+    ne: float | None
+    calibration: float | None
+    best_reachable_auc: float | None = None
+    lift: float | None = None
+
+
+class Best(Struct, kw_only=True):
+    """The best evaluation on the way."""
+
+    metric: str
+    value: float | None
+    step: Count | None
+
+
+class SummaryFile(Struct, kw_only=True):
+    """``summary.json`` of a run, which says that it is finished."""
+
+    samples_per_second: Seconds
+    train_seconds: Seconds
+    steps: Count
+    epochs: Positive
+    batch_size: Positive
+    world_size: Ranks
+    validation: Evaluation | None = None
+    test: Evaluation | None = None
+    best: Best | None = None
+    restored_step: Count | None = None
+
+
+class Bin(Struct, kw_only=True):
+    """A point of a reliability curve."""
+
+    low: float
+    high: float
+    rows: Count
+    predicted: float
+    observed: float
+
+
+class CalibrationFile(Struct, kw_only=True):
+    """``calibration.json``: the reliability curve of each split."""
+
+    format_version: Literal[1] = 1
+    splits: dict[str, list[Bin]] = {}
+
+
+class SavedFile(Struct, kw_only=True):
+    """``saved.json``: where the newest checkpoint of a run was saved."""
+
+    format_version: Literal[1]
+    checkpoints: str
+    step: Count | None
+
+
+class TrainingPoint(Struct, kw_only=True, forbid_unknown_fields=True):
+    """How far a training has come.
+
+    Attributes:
+        step: optimizer steps done.
+        epoch: the current epoch, from 0; the number of epochs at the end.
+        row: rows of the current epoch's order that all ranks together have seen.
+        samples: samples seen by all ranks since the start.
+        dropped: rows at the ends of epochs that were less than a global batch, and left out; None in a checkpoint of a
+            version that did not count them.
+        seconds: spent on training, without evaluations.
+        evaluated: False if the evaluation that is due after this step has not been done.
+    """
+
+    step: Count = 0
+    epoch: Count = 0
+    row: Count = 0
+    samples: Count = 0
+    dropped: Count | None = None
+    seconds: Seconds = 0.0
+    evaluated: bool = True
+
+
+class Manifest(RunFile, kw_only=True):
+    """What ``checkpoint.json`` says about a training, besides the files of the checkpoint.
+
+    Attributes:
+        step: of the checkpoint.
+        point: how far the training has come.
+        position: of the loader.
+        tracker: of the best evaluation.
+        columns: at which columns the shards of each table began.
+        random: bytes of each rank's random state.
+        losses: steps since the last record.
+    """
+
+    step: Count
+    world_size: Ranks
+    point: TrainingPoint
+    position: dict[str, int | bool]
+    tracker: TrackerState
+    columns: dict[str, Annotated[list[Count], Meta(min_length=1)]]
+    random: Annotated[int, Meta(ge=0, le=2**20)]
+    losses: Annotated[int, Meta(ge=0, le=RECORD_EVERY)]
+    plan: dict[str, Any]
+    schema_sha256: Digest
+
+    def check(self, config: TrainConfig, *, rows: int, widths: Mapping[str, int]) -> None:
+        """Compare the values with each other and with the training that is to resume from them.
+
+        Args:
+            config: the options of the training.
+            rows: of the training split.
+            widths: columns of each table.
+
+        Raises:
+            ValueError: two values contradict each other; the message names one of them.
+        """
+        point = self.point
+        done = point.epoch * rows + point.row
+        for name, wrong in {
+            "point.step": point.step != self.step,
+            "point.epoch": point.epoch > config.epochs or point.epoch > point.step,
+            "point.row": point.row >= rows or (point.epoch == config.epochs and point.row > 0),
+            "point.samples": not point.step <= point.samples <= done or (point.samples > 0 and not point.step),
+            "point.dropped": point.dropped is not None and point.samples + point.dropped != done,
+            "losses": self.losses > point.step,
+            "columns": self.columns.keys() != widths.keys(),
+        }.items():
+            if wrong:
+                raise ValueError(f"{name} contradicts the other values")
+        for table, begins in self.columns.items():
+            if begins[0] or begins != sorted(set(begins)) or begins[-1] >= widths[table]:
+                raise ValueError(f"columns.{table}: {begins} are not the first columns of shards")
+        self.tracker.check(config, point.step)
+        if self.plan.get("format_version") == FORMAT_VERSION:
+            try:
+                plan = parse_plan(self.plan, "plan")
+            except UserError as error:
+                raise ValueError(str(error)) from error
+            if plan.world_size != self.world_size:
+                raise ValueError("plan.world_size contradicts the other values")
+
+
+def convert(value: Any, kind: type[T]) -> T:
+    """Check values of JSON.
+
+    Args:
+        value: what ``json.loads`` returned.
+        kind: the type that they should have.
+
+    Returns:
+        The typed value.
+
+    Raises:
+        ValueError: one has another type or is out of its range; the message names it.
+
+    Example:
+        >>> convert({"step": 3, "seconds": None}, TrainingPoint)
+        Traceback (most recent call last):
+        ValueError: seconds: expected `float`, got `null`
+    """
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        what, _, where = str(error).partition(" - at `$")
+        place = where.rstrip("`").lstrip(".")
+        raise ValueError(f"{place}: {what[0].lower()}{what[1:]}" if place else what[0].lower() + what[1:]) from error
+
+
+def read_json(path: Path, kind: type[T]) -> tuple[dict[str, Any], T]:
+    """Read a JSON file of a run.
+
+    Args:
+        path: the file.
+        kind: the type of its content.
+
+    Returns:
+        The content as it is, and typed.
+
+    Raises:
+        OSError: it can't be read, or is not a regular file.
+        ValueError: it is not JSON of this type; the message names the value.
+    """
+    try:
+        value = json.loads(read_bytes(path, most=JSON_LIMIT).decode("utf-8"))
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    return value, convert(value, kind)

@@ -1,0 +1,130 @@
+"""What a run says while it goes: a bar or plain lines, ``metrics.jsonl``, TensorBoard. Rank 0 only."""
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Never
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from torchrec_deepfm import console
+from torchrec_deepfm.distributed.disk_errors import refused
+from torchrec_deepfm.training.metrics import Metrics
+from torchrec_deepfm.training.run import metrics_log
+
+SECONDS_BETWEEN_LINES = 5.0
+
+
+class Progress:
+    """Tells of a training, on the screen and in the run's folder.
+
+    On a terminal a bar shows samples/s and the running loss; elsewhere a plain line every few seconds does.
+
+    Args:
+        folder: the run's folder; gets ``metrics.jsonl`` and ``tensorboard/``.
+        total_samples: of the whole training.
+        done_step: steps that are done already, where a training goes on.
+        done_samples: samples of these.
+
+    Raises:
+        UserError: the files can't be written.
+    """
+
+    def __init__(self, folder: Path, total_samples: int, *, done_step: int = 0, done_samples: int = 0) -> None:
+        self._path = folder / metrics_log.NAME
+        with self._writing():
+            self._file = metrics_log.open_log(folder)
+            # What TensorBoard has of later steps is of a life that the checkpoint does not know of.
+            self._tensorboard = SummaryWriter(
+                str(folder / "tensorboard"), purge_step=done_step + 1 if done_step else None
+            )
+        self._total = total_samples
+        self._seen = done_samples
+        self._last_line = time.monotonic()
+        self._bar: tqdm[Never] | None = None
+        if sys.stderr.isatty():
+            self._bar = tqdm(
+                total=total_samples,
+                initial=done_samples,
+                unit=" samples",
+                unit_scale=True,
+                dynamic_ncols=True,
+                desc="train",
+            )
+
+    def close(self) -> None:
+        """Close the files and the bar."""
+        if self._bar is not None:
+            self._bar.close()
+        with contextlib.suppress(OSError):  # a full disk has been told of already
+            self._tensorboard.close()
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+    def train(self, *, step: int, epoch: int, loss: float, lr: Mapping[str, float], samples: int, rate: float) -> None:
+        """Record a stretch of training.
+
+        Args:
+            step: steps done.
+            epoch: the epoch of this step, from 1.
+            loss: mean loss over the samples of the stretch, on all ranks.
+            lr: learning rates by name.
+            samples: samples done, on all ranks.
+            rate: samples per second of the training so far.
+        """
+        with self._writing():
+            self._write("train", step, {"epoch": epoch, "loss": loss, "lr": dict(lr), "samples_per_second": rate})
+            self._tensorboard.add_scalar("train/loss", loss, step)
+            self._tensorboard.add_scalar("train/samples_per_second", rate, step)
+            for name, value in lr.items():
+                self._tensorboard.add_scalar(f"lr/{name}", value, step)
+        if self._bar is not None:
+            self._bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+            self._bar.update(samples - self._seen)
+        elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
+            self._last_line = time.monotonic()
+            done, left = samples / self._total, (self._total - samples) / rate
+            self.say(f"epoch {epoch}  {done:4.0%}  loss {loss:.4f}  {rate:,.0f} samples/s  {left:,.0f} s left")
+        self._seen = samples
+
+    def evaluation(self, *, step: int, split: str, metrics: Metrics, tell: bool = True) -> None:
+        """Record an evaluation.
+
+        Args:
+            step: steps done.
+            split: the split evaluated.
+            metrics: the result.
+            tell: whether to print it as well.
+        """
+        values = metrics.to_json()
+        with self._writing():
+            self._write(split, step, {"loss": metrics.logloss, **values})
+            for name, value in values.items():
+                if value is not None:
+                    self._tensorboard.add_scalar(f"{split}/{name}", value, step)
+        if not tell:
+            return
+        shown = "  ".join(f"{name} {value:.5f}" for name, value in values.items() if isinstance(value, float))
+        self.say(f"step {step}  {split}: {shown}")
+
+    def say(self, line: str) -> None:
+        """Print a line, above the bar where there is one."""
+        if self._bar is not None:
+            self._bar.write(line, file=sys.stderr)
+        else:
+            console.say(line)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:  # TensorBoard's own thread keeps what it meets for the next call
+            raise refused(self._path.parent, error, "run the same command again") from error
+
+    def _write(self, split: str, step: int, values: Mapping[str, object]) -> None:
+        self._file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
