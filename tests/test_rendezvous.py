@@ -109,8 +109,9 @@ def is_loopback(address: str) -> bool:
 
 def test_a_process_alone_listens_on_the_loopback_address_only() -> None:
     program = (
-        "import os, sys; from torchrec_deepfm.training import ranks; from tests.test_rendezvous import listening\n"
-        "with ranks.process_group(): print(*listening(os.getpid()))"
+        "import os; from torchrec_deepfm.distributed.process_group import process_group\n"
+        "from tests.test_rendezvous import listening\n"
+        "with process_group(): print(*listening(os.getpid()))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, env=ENV)
     assert done.returncode == 0, done.stderr
