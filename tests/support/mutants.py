@@ -72,8 +72,8 @@ DATA: Final = [
     ),
 ]
 SHARDING: Final = [
-    Mutant("load += taken * ms", "load += ms", "test_search.py -k heap"),
-    Mutant("sorted(groups.items(), reverse=True)", "sorted(groups.items())", "test_search.py -k heap"),
+    Mutant("load += taken * ms", "load += ms", "test_search.py -k trying"),
+    Mutant("== last)[:rest]", "== last)[-rest:]", "test_search.py -k heap"),
     Mutant(
         "(covered[_needed(units, count, ranks)] if",
         "(2 * covered[_needed(units, count, ranks)] if",
