@@ -54,36 +54,36 @@ MODEL: Final = [
 DATA: Final = [
     Mutant("self._generator(_ROWS, window).permutation(rows)", "rows", "test_loader.py"),
     Mutant("rows = rows[rows < self._rows]", "rows = rows[rows <= self._rows]", "test_loader.py"),
-    Mutant("(self._sizes[j] - 1, dtype", "(self._sizes[j], dtype", "test_prepare_options.py"),
+    Mutant("(self._sizes[j] - 1, dtype", "(self._sizes[j], dtype", "data/prepare/test_options.py"),
     Mutant(
         ".fill_null(0)\n            .cast(pl.Int32)",
         ".fill_null(1)\n            .cast(pl.Int32)",
-        "test_prepare_options.py",
+        "data/prepare/test_options.py",
     ),
-    Mutant("value ASC NULLS FIRST", "value ASC NULLS LAST", "data/**/test_prepare.py"),
-    Mutant("HAVING count(*) >= {min_count}", "HAVING count(*) > {min_count}", "data/**/test_prepare.py"),
-    Mutant('middle = -(-day["rows"] // 2)', 'middle = day["rows"] // 2', "test_prepare_options.py"),
-    Mutant("np.repeat(begins - (ends - lengths), lengths)", "np.repeat(begins, lengths)", "test_loader_bags.py"),
+    Mutant("value ASC NULLS FIRST", "value ASC NULLS LAST", "data/prepare/test_prepare.py"),
+    Mutant("HAVING count(*) >= {min_count}", "HAVING count(*) > {min_count}", "data/prepare/test_prepare.py"),
+    Mutant('middle = -(-day["rows"] // 2)', 'middle = day["rows"] // 2', "data/prepare/test_options.py"),
+    Mutant("np.repeat(begins - (ends - lengths), lengths)", "np.repeat(begins, lengths)", "data/loader/test_bags.py"),
     Mutant("or not np.isfinite(dense).all() or", "or", "test_loader.py"),
     Mutant(
         'np.trunc(values) if transform == "fuxictr" else np.floor(values)',
         "np.floor(values)",
-        "test_prepare_options.py",
+        "data/prepare/test_options.py",
     ),
 ]
 SHARDING: Final = [
-    Mutant("load += taken * ms", "load += ms", "test_search.py -k trying"),
-    Mutant("== last)[:rest]", "== last)[-rest:]", "test_search.py -k heap"),
+    Mutant("load += taken * ms", "load += ms", "search/test_plan_tables.py -k lies"),
+    Mutant("sorted(groups.items(), reverse=True)", "sorted(groups.items())", "search/test_plan_tables.py -k graham"),
     Mutant(
         "(covered[_needed(units, count, ranks)] if",
         "(2 * covered[_needed(units, count, ranks)] if",
-        "test_search.py -k trying",
+        "search/test_plan_tables.py -k trying",
     ),
     Mutant("column : column + columns]", ":columns]", "test_sharded_model.py"),
-    Mutant("if shard.rank >= plan.world_size:", "if shard.rank > plan.world_size:", "test_plan_file.py"),
-    Mutant("if plan.world_size % plan.local_world_size:", "if False:", "test_plan_file.py"),
-    Mutant("    _check_covered(table, where)\n", "", "test_plan_file.py"),
-    Mutant("if plan.world_size != world_size:", "if False:", "test_plan_file.py"),
+    Mutant("if shard.rank >= plan.world_size:", "if shard.rank > plan.world_size:", "plan/test_io.py"),
+    Mutant("if plan.world_size % plan.local_world_size:", "if False:", "plan/test_io.py"),
+    Mutant("    _check_covered(table, where)\n", "", "plan/test_io.py"),
+    Mutant("if plan.world_size != world_size:", "if False:", "plan/test_io.py"),
 ]
 TRAINING: Final = [
     Mutant("np.logaddexp(0.0, z) - y * z", "np.logaddexp(0.0, z) - z", "test_metrics.py"),
@@ -103,15 +103,15 @@ TRAINING: Final = [
         "[config.embedding_l2] * (config.factor_dim + 1)",
         "test_regularisers.py",
     ),
-    Mutant("return min(decay, step / (9 + step))", "return decay", "test_averaging.py"),
-    Mutant("decay_at(step, self._decay) ** (since or self._every)", "decay_at(step, self._decay)", "test_averaging.py"),
-    Mutant("value > self.best_value", "value >= self.best_value", "test_stopping.py"),
+    Mutant("return min(decay, step / (9 + step))", "return decay", "test_ema.py"),
+    Mutant("decay_at(step, self._decay) ** (since or self._every)", "decay_at(step, self._decay)", "test_ema.py"),
+    Mutant("value > self.best_value", "value >= self.best_value", "test_early_stopping.py"),
     Mutant(
         "drop = 0 < self._lr_patience <= self._bad_since_drop",
         "drop = 0 < self._lr_patience < self._bad_since_drop",
-        "test_stopping.py",
+        "test_early_stopping.py",
     ),
-    Mutant("self._bad = self._bad_since_drop = 0", "self._bad_since_drop = 0", "test_stopping.py"),
+    Mutant("self._bad = self._bad_since_drop = 0", "self._bad_since_drop = 0", "test_early_stopping.py"),
 ]
 CHECKPOINT: Final = [
     Mutant('if digest.hexdigest() != entry["sha256"]:', "if False:", "test_store.py"),
@@ -126,7 +126,7 @@ CHECKPOINT: Final = [
     Mutant(
         "cuts.append(Cut(cut.offsets, buffer))",
         "cuts.append(Cut(cut.offsets, cut.tensor))",
-        "test_checkpoints_in_memory.py",
+        "test_in_memory.py",
     ),
     Mutant("_Unpickler(io.BytesIO(content)).load()", "pickle.loads(content)", "test_security.py"),
 ]

@@ -109,6 +109,38 @@ def test_the_search_finds_what_trying_everything_finds_and_no_less_than_the_boun
     assert exact >= 11
 
 
+def test_a_rank_costs_what_lies_on_it() -> None:
+    """The milliseconds of a placement, counted again from where its pieces went."""
+    draw = random.Random(2)
+    for _ in range(50):
+        ranks, per_host = draw.choice([(4, 2), (4, 4), (6, 2), (8, 4)])
+        at = machine(ranks, per_host)
+        choice = [draw.choice(ways) for ways in random_ways(draw, 5, ranks // per_host)]
+        found = place(at, choice)
+        wanted = np.zeros(ranks)
+        for way, slots in zip(choice, found.slots, strict=True):
+            wide = {"every rank": ranks, "any host": per_host, "any rank": 1}[way.where]
+            for slot in [0] if way.where == "every rank" else slots.tolist():
+                wanted[slot * wide : (slot + 1) * wide] += way.ms
+        assert found.ms == pytest.approx(wanted)
+
+
+def test_no_placement_is_further_from_the_best_than_graham_proves() -> None:
+    """Longest first: at most 4/3 - 1/(3W) of the best of all placements of single pieces (Graham 1969, theorem 2)."""
+    draw = random.Random(3)
+    for _ in range(100):
+        ranks = draw.choice([2, 3])
+        costs = [draw.uniform(1, 10) for _ in range(draw.randint(2, 6))]
+        best = min(
+            max(sum(ms for ms, rank in zip(costs, each, strict=True) if rank == slot) for slot in range(ranks))
+            for each in itertools.product(range(ranks), repeat=len(costs))
+        )
+        pieces = [Pieces(where="any rank", count=1, ms=ms, hbm=1, ddr=0) for ms in costs]
+        assert (
+            best - 1e-9 <= place(machine(ranks, ranks), pieces).critical_path <= best * (4 / 3 - 1 / (3 * ranks)) + 1e-9
+        )
+
+
 def test_memory_is_kept_and_its_lack_is_told() -> None:
     whole = Pieces(where="any rank", count=1, ms=1.0, hbm=60, ddr=0)
     halves = Pieces(where="any rank", count=2, ms=5.0, hbm=30, ddr=0)

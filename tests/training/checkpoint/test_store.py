@@ -44,6 +44,13 @@ def test_a_checkpoint_is_what_was_written(store: Store) -> None:
     store.verify(12, manifest["files"])
 
 
+def test_a_checkpoint_does_not_pass_for_that_of_another_step(store: Store) -> None:
+    write(store, 12)
+    store._fs.mv(store.path(12), store.path(20), recursive=True)
+    with pytest.raises(Damaged, match="is of step 12"):
+        store.manifest(20)
+
+
 def test_what_is_not_complete_is_invisible_and_cleaned_away(store: Store) -> None:
     write(store, 5)
     path = store.begin(7)
