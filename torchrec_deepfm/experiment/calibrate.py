@@ -97,20 +97,7 @@ def calibrate(experiments: Sequence[Experiment], name: str) -> Calibration:
 
 
 def fit(measurements: Sequence[Measurement], base: Hardware, *, name: str, source: str) -> Calibration:
-    """Fit bandwidths and fixed costs to measurements.
-
-    Args:
-        measurements: one for each plan.
-        base: what stays where nothing can be said.
-        name: of the new description.
-        source: of the new description.
-
-    Returns:
-        The fitted description.
-
-    Raises:
-        UserError: there are fewer plans than figures to find.
-    """
+    """Fit bandwidths and fixed costs to measurements; what they do not depend on keeps the value of ``base``."""
     names = [*BANDWIDTHS, *EXTRA]
     seen = np.flatnonzero(np.concatenate([one.amounts for one in measurements]).any(axis=0))
     if len(measurements) < len(seen):
@@ -154,15 +141,7 @@ def _slowest(measurements: Sequence[Measurement], seen: npt.NDArray[np.intp], co
 
 
 def amounts(one: PlanMeasured, experiment: Experiment) -> Matrix:
-    """Take the predicted cost of each rank apart into what it depends on.
-
-    Args:
-        one: a plan of the experiment.
-        experiment: the experiment.
-
-    Returns:
-        [ranks, terms]; see ``Measurement``.
-    """
+    """Split the predicted cost of each rank into what it depends on: [ranks, terms], see ``Measurement``."""
     base, settings = experiment.hardware, experiment.settings
     endless = dict.fromkeys(BANDWIDTHS, _ENDLESS)
     alone = [_with(base, {**endless, key: _ONE}, {}) for key in BANDWIDTHS]
@@ -176,19 +155,7 @@ def amounts(one: PlanMeasured, experiment: Experiment) -> Matrix:
 
 
 def recalculate(experiment: Experiment, hardware: Hardware) -> Experiment:
-    """Predict the plans of an experiment anew.
-
-    Args:
-        experiment: the experiment, which the description need not have been fitted to.
-        hardware: the description.
-
-    Returns:
-        The same measurements beside the description's predictions; what was predicted for other numbers of ranks is
-        left out.
-
-    Raises:
-        UserError: the description is of hosts with another number of ranks.
-    """
+    """Predict the plans of an experiment again for a description; its scaling curve is left out."""
     settings = experiment.settings
     plans = tuple(
         replace(

@@ -62,17 +62,7 @@ def no_collections() -> Iterator[None]:
 
 
 def share(cores: Sequence[int], number: int, ranks: int) -> list[int]:
-    """Choose the cores of one of several ranks.
-
-    Args:
-        cores: what all of them may use, neighbours side by side.
-        number: which rank, from 0.
-        ranks: how many there are.
-
-    Returns:
-        Neighbouring cores that no other rank gets, the same number for each rank or one more; a single core, which
-        several ranks have, where there are more ranks than cores.
-    """
+    """Choose neighbouring cores for one of several ranks; with more ranks than cores, one core for several ranks."""
     if ranks >= len(cores):
         return [cores[number % len(cores)]]
     return list(cores[number * len(cores) // ranks : (number + 1) * len(cores) // ranks])

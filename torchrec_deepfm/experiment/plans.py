@@ -59,22 +59,7 @@ class Plans:
 def make_plans(
     wanted: Wanted, tables: Sequence[Table], hardware: Hardware, ranks: int, batch_size: int, optimizer: FusedOptimizer
 ) -> Plans:
-    """Make the plans of an experiment.
-
-    Args:
-        wanted: which.
-        tables: the tables.
-        hardware: what the predictions are for.
-        ranks: how many there are.
-        batch_size: samples per rank.
-        optimizer: of the tables.
-
-    Returns:
-        The plans.
-
-    Raises:
-        UserError: none is wanted; a file is no plan or does not fit; a rule is wrong, or can't be met.
-    """
+    """Make the plans of an experiment, with predictions; refuse files and rules that the ranks can't run."""
     local = hardware.local_world_size(ranks)
     named: dict[str, PlanFile] = {}
     left_out: dict[str, str] = {}
@@ -115,14 +100,10 @@ def make_plans(
 
 
 def sweep(tables: Sequence[Table]) -> Iterator[tuple[str, list[str], Search]]:
-    """List the plans of a sweep: name, constraints, which search fills in the rest.
+    """List the plans of a sweep: name, constraints, and the search that fills in the rest.
 
-    Args:
-        tables: the tables.
-
-    Yields:
-        The planners' own plans first, then each type by itself, then mixes: the smaller half of the tables replicated
-        and the others sharded; the larger half one way and the others table-wise.
+    Both searches first, then each type by itself, then mixes: the smaller half of the tables replicated and the others
+    sharded; the larger half one way and the others table-wise.
     """
     yield "balanced", [], "balanced"
     yield "torchrec", [], "torchrec"
@@ -172,21 +153,7 @@ def _same(one: PlanFile, other: PlanFile) -> bool:
 def predict_scaling(
     tables: Sequence[Table], hardware: Hardware, ranks: Sequence[int], batch_size: int, optimizer: FusedOptimizer
 ) -> dict[int, float]:
-    """Predict a step of the plan that the search finds on several numbers of ranks.
-
-    Args:
-        tables: the tables.
-        hardware: the hardware.
-        ranks: the numbers of ranks.
-        batch_size: samples per rank.
-        optimizer: of the tables.
-
-    Returns:
-        Milliseconds by number of ranks; numbers on which the tables do not fit are left out.
-
-    Raises:
-        UserError: a number does not fill the hosts.
-    """
+    """Predict the balanced plan for several numbers of ranks, in ms; those without room for it are left out."""
     found = {}
     for count in ranks:
         try:
@@ -211,19 +178,7 @@ def summarize(
     device: str,
     scaling: Mapping[int, float],
 ) -> Experiment:
-    """Put an experiment together.
-
-    Args:
-        measured: of ``take_turns``.
-        plans: of ``make_plans``.
-        runs: how they ran.
-        hardware: what the predictions are for.
-        device: ``cpu`` or a GPU's name.
-        scaling: of ``predict_scaling``.
-
-    Returns:
-        The experiment.
-    """
+    """Put an experiment together."""
     first = plans.named[0][1]
     return Experiment(
         settings=Settings(
@@ -249,11 +204,7 @@ def summarize(
 
 
 def check_output(folder: Path) -> None:
-    """Check that an experiment may be written to a folder.
-
-    Raises:
-        UserError: there is something there, or nothing can be written there.
-    """
+    """Refuse a folder that is not empty, or below which nothing can be written."""
     check_local(folder)
     if folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"--output {folder}: the folder is not empty; name another one, or remove it first")
@@ -265,15 +216,7 @@ def check_output(folder: Path) -> None:
 
 
 def write_experiment(experiment: Experiment, folder: Path) -> None:
-    """Write the folder of an experiment, whole or not at all.
-
-    Args:
-        experiment: the experiment.
-        folder: absent or empty.
-
-    Raises:
-        UserError: the folder is not empty or can't be written.
-    """
+    """Write the folder of an experiment, completely or not at all."""
     check_output(folder)
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     try:

@@ -28,18 +28,7 @@ class Agreement:
 
 
 def agreement(names: Sequence[str], predicted: Sequence[float], measured: Sequence[float]) -> Agreement:
-    """Compare the predictions of some plans with what was measured.
-
-    Args:
-        names: the plans.
-        predicted: a time for each, in any unit.
-        measured: a time for each, in any unit, above zero.
-
-    Returns:
-        How well they agree.
-
-    Raises:
-        UserError: there is no plan.
+    """Compare the predictions of some plans with the measured times, both in any unit.
 
     Example:
         >>> agreement(["a", "b", "c"], predicted=[1.0, 2.0, 3.0], measured=[11.0, 10.0, 30.0])
@@ -59,15 +48,7 @@ def agreement(names: Sequence[str], predicted: Sequence[float], measured: Sequen
 
 
 def rank_correlation(left: Sequence[float], right: Sequence[float]) -> float | None:
-    """Spearman's rank correlation (ties share their mean rank).
-
-    Args:
-        left: one value per plan.
-        right: one value per plan.
-
-    Returns:
-        -1 to 1; None where one side does not vary, so that it has no ranks.
-    """
+    """Return Spearman's rank correlation, -1 to 1; None where one side does not vary. Ties share their mean rank."""
     if len(set(left)) < 2 or len(set(right)) < 2:
         return None
     return round(float(spearmanr(left, right).statistic), 12)

@@ -29,15 +29,7 @@ PHASE_NAMES = {
 
 
 def experiment_matrices(experiment: Experiment) -> dict[str, list[list[float | None]]]:
-    """What the heat maps of an experiment show: for each plan a row, with a number for each rank.
-
-    Args:
-        experiment: the experiment.
-
-    Returns:
-        ``measured_ms`` (median of the turns), ``predicted_ms``, ``peak_mib``, ``table_mib``, ``predicted_mib``; None
-        where there is no number.
-    """
+    """Return the heat maps of an experiment by name: a row per plan, a number per rank, None where there is none."""
     ranks = experiment.settings.ranks
     nothing: list[float | None] = [None] * ranks
     found: dict[str, list[list[float | None]]] = {
@@ -58,16 +50,7 @@ def experiment_matrices(experiment: Experiment) -> dict[str, list[list[float | N
 def write_experiment_report(
     experiment: Experiment, path: Path, *, others: Mapping[str, Mapping[int, float]] | None = None
 ) -> None:
-    """Write the report of an experiment.
-
-    Args:
-        experiment: the experiment.
-        path: the HTML file, beside its ``plans`` folder; one that is there is replaced.
-        others: more lines for the scaling curve: milliseconds by number of ranks.
-
-    Raises:
-        UserError: the file can't be written.
-    """
+    """Write the report beside the ``plans`` folder; ``others`` are more lines of the scaling curve."""
     settings = experiment.settings
     sections = [
         Section("Summary", *_summary(experiment)),

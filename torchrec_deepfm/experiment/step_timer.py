@@ -37,11 +37,7 @@ Mark = float | torch.cuda.Event
 
 
 class Stopwatch:
-    """Marks in the course of a step, each with the name of the phase that it begins.
-
-    Args:
-        device: where the step runs.
-    """
+    """Marks in the course of a step, each with the name of the phase that it begins."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
@@ -97,15 +93,7 @@ class Trained:
 
 
 def step_seconds(trained: Trained, batches: Sequence[Batch]) -> float:
-    """Train one step on each batch and give the mean seconds of a step, with nothing looked at in between.
-
-    Args:
-        trained: the model.
-        batches: this rank's.
-
-    Returns:
-        Seconds per step.
-    """
+    """Train one step on each batch; return the mean seconds per step, without marks in between."""
     _wait(trained.device)
     start = time.perf_counter()
     for batch in batches:
@@ -115,17 +103,10 @@ def step_seconds(trained: Trained, batches: Sequence[Batch]) -> float:
 
 
 def split_step(trained: Trained, batch: Batch) -> dict[str, float]:
-    """Train one step and tell its phases apart.
+    """Train one step; return the seconds of each of ``PHASES``, which sum up to the step.
 
-    The tables' phases follow each other here, where TorchRec starts the output dist of one sharding type before the
-    look-up of the next: with several types in a plan, the step is a little longer than one left alone.
-
-    Args:
-        trained: the model.
-        batch: this rank's.
-
-    Returns:
-        Seconds of each of ``PHASES``; they sum up to the step.
+    All look-ups come before all output dists here; TorchRec starts the output dist of one type before
+    the next look-up: with several types in a plan, the step takes a little longer.
     """
     watch = Stopwatch(trained.device)
     with _phases(trained.model, watch) as looked_up:

@@ -72,15 +72,7 @@ class PooledRows(nn.Module):
         self.over_arch = OverArch(dense_in_features + width, over_arch_layer_sizes, dropout=0.0, device=device)
 
     def forward(self, dense_features: Tensor, sparse_features: KeyedJaggedTensor) -> Tensor:
-        """Compute logits.
-
-        Args:
-            dense_features: [B, I].
-            sparse_features: the ids.
-
-        Returns:
-            [B, 1].
-        """
+        """Compute logits [B, 1] of dense features [B, I] and ids."""
         pooled = self.embedding_bag_collection(sparse_features).to_dict()
         side_by_side = [dense_features, *(pooled[name] for name in self.feature_names)]
         logits: Tensor = self.over_arch(torch.cat(side_by_side, dim=1))
@@ -88,14 +80,7 @@ class PooledRows(nn.Module):
 
 
 def bag_configs(tables: Sequence[Table]) -> list[EmbeddingBagConfig]:
-    """Make the tables' configurations, each with one feature of its own name.
-
-    Args:
-        tables: the tables.
-
-    Returns:
-        One ``EmbeddingBagConfig`` each, pooled by sum.
-    """
+    """Make one configuration per table, pooled by sum, with one feature of the table's name."""
     return [
         EmbeddingBagConfig(
             name=table.name,
@@ -164,14 +149,7 @@ def build(
 
 
 def table_bytes(trained: Trained) -> int:
-    """Count what this rank holds of the tables and of their optimizer's state.
-
-    Args:
-        trained: of ``build``, after a step at least: some optimizers make their state there.
-
-    Returns:
-        Bytes.
-    """
+    """Count this rank's bytes of tables and optimizer state, after a first step: some optimizers make it there."""
     weights = [value for name, value in trained.model.state_dict().items() if ".embedding_bags." in name]
     state = trained.optimizer.state_dict()["state"]
     moments = [value for name, values in state.items() if ".embedding_bags." in name for value in values.values()]
@@ -202,20 +180,7 @@ class Draw:
 def batches(tables: Sequence[Table], draw: Draw, rank: int, count: int, device: torch.device) -> list[Batch]:
     """Draw the batches of a rank, the same for every plan.
 
-    A bag of a table with pooling factor p has floor(p) ids and, with the probability of what is left of p, one more.
-
-    Args:
-        tables: the tables.
-        draw: how.
-        rank: whose.
-        count: how many.
-        device: where they go.
-
-    Returns:
-        Batches of B samples.
-
-    Raises:
-        UserError: the batch size or the number of batches is not positive.
+    A bag of a table with pooling factor p has floor(p) ids and, with the probability of the remainder, one more.
     """
     if draw.batch_size < 1 or count < 1:
         raise UserError(f"batch size {draw.batch_size}, {count} batches: both must be at least 1")

@@ -21,19 +21,7 @@ MANY = 32  # ranks, or plans, from which on each can't have a label of its own
 def heat_map(
     values: Sequence[Sequence[float]], rows: Sequence[str], columns: Sequence[str], *, what: str, across: str, down: str
 ) -> Figure:
-    """Draw a matrix as colours, with the numbers in it where there is room.
-
-    Args:
-        values: one row of numbers for each name of ``rows``; NaN is left white.
-        rows: names, top down.
-        columns: names, left to right.
-        what: what the colours stand for, with the unit.
-        across: what the columns are.
-        down: what the rows are.
-
-    Returns:
-        The picture.
-    """
+    """Draw a matrix as colours, with the numbers in it where there is room; NaN is left white."""
     numbers = len(columns) <= 16 and len(rows) <= 40
     height = min(max(0.32 * len(rows), 1.2), 12.0) + 1.1
     figure = Figure(figsize=(WIDE, height), layout="constrained")
@@ -71,18 +59,7 @@ def stacked_bars(
     marks: Sequence[float] | None = None,
     mark: str = "",
 ) -> Figure:
-    """Draw bars, one below the other, each made up of parts.
-
-    Args:
-        parts: for each part its length in every bar.
-        names: of the bars, top down.
-        what: what the length stands for, with the unit.
-        marks: a point on each bar's line.
-        mark: what it stands for.
-
-    Returns:
-        The picture.
-    """
+    """Draw one bar per name, made up of parts, with a mark on each bar's line if given."""
     figure = Figure(figsize=(WIDE, min(max(0.33 * len(names), 1.0), 14.0) + 1.5), layout="constrained")
     axes = figure.add_subplot()
     starts = [0.0] * len(names)
@@ -113,15 +90,7 @@ def stacked_bars(
 
 
 def cost_by_rank(parts: Mapping[str, Sequence[float]], *, what: str) -> Figure:
-    """Draw parts on top of each other over very many ranks, where bars would be thinner than a line.
-
-    Args:
-        parts: for each part its length on every rank.
-        what: what the height stands for, with the unit.
-
-    Returns:
-        The picture.
-    """
+    """Draw parts on top of each other over very many ranks, where bars would be thinner than a line."""
     figure = Figure(figsize=(WIDE, 3.8), layout="constrained")
     axes = figure.add_subplot()
     shown = {part: lengths for part, lengths in parts.items() if any(lengths)}
@@ -144,16 +113,7 @@ def cost_by_rank(parts: Mapping[str, Sequence[float]], *, what: str) -> Figure:
 
 
 def scatter(predicted: Sequence[float], measured: Sequence[float], spread: Sequence[tuple[float, float]]) -> Figure:
-    """Draw predicted against measured times, each plan a number that the table of plans explains.
-
-    Args:
-        predicted: milliseconds by plan.
-        measured: milliseconds by plan.
-        spread: the smallest and largest measured ones.
-
-    Returns:
-        The picture.
-    """
+    """Draw predicted against measured times with their range; the table of plans explains the numbers."""
     figure = Figure(figsize=(7.5, 6.2), layout="constrained")
     axes = figure.add_subplot()
     both = [*predicted, *measured]
@@ -190,14 +150,7 @@ def scatter(predicted: Sequence[float], measured: Sequence[float], spread: Seque
 
 
 def scaling_curve(lines: Mapping[str, Mapping[int, float]]) -> Figure:
-    """Draw times over the number of ranks.
-
-    Args:
-        lines: for each line its milliseconds by number of ranks.
-
-    Returns:
-        The picture.
-    """
+    """Draw milliseconds over the number of ranks, one line per name."""
     figure = Figure(figsize=(7.5, 4.2), layout="constrained")
     axes = figure.add_subplot()
     every = sorted({ranks for line in lines.values() for ranks in line})

@@ -44,15 +44,7 @@ from torchrec_deepfm.sharding.plan.plan import Cost, PlanFile, PlannedTable, Pre
 
 
 def table_module(tables: Sequence[Table], optimizer: SparseOptimizer = "rowwise_adagrad") -> nn.Module:
-    """Make a model of the tables alone, on ``meta``, for a planner to look at.
-
-    Args:
-        tables: The tables. Weighted ones need a collection of their own, as in TorchRec.
-        optimizer: The tables' optimizer, whose state takes memory too.
-
-    Returns:
-        A module whose children are the collections.
-    """
+    """Make a model of the tables alone on ``meta`` for a planner; weighted tables are a collection of their own."""
     model = nn.ModuleDict()
     for weighted in (False, True):
         chosen = [table for table in tables if table.weighted == weighted]
@@ -79,14 +71,7 @@ def table_module(tables: Sequence[Table], optimizer: SparseOptimizer = "rowwise_
 
 
 def table_constraints(tables: Iterable[Table]) -> dict[str, ParameterConstraints]:
-    """Tell a planner how many ids each table gets.
-
-    Args:
-        tables: The tables.
-
-    Returns:
-        Constraints by name of the table that allow everything.
-    """
+    """Make constraints by table that allow everything and hold the number of ids per sample."""
     return {
         table.name: ParameterConstraints(pooling_factors=[table.pooling_factor], is_weighted=table.weighted)
         for table in tables
@@ -169,16 +154,7 @@ class EmaStorageEstimator(ShardEstimator):
 def storage_estimator(
     planner_topology: Topology, constraints: dict[str, ParameterConstraints], *, ema: bool
 ) -> ShardEstimator:
-    """Make the estimator of a training's memory.
-
-    Args:
-        planner_topology: The hardware as the planner sees it.
-        constraints: The planner's constraints.
-        ema: Whether a moving average of the weights is kept.
-
-    Returns:
-        TorchRec's estimator, with the average on top where there is one.
-    """
+    """Make TorchRec's estimator of memory, with the moving average on top where there is one."""
     estimator = EmbeddingStorageEstimator(topology=planner_topology, constraints=constraints)
     return EmaStorageEstimator(estimator, on_gpu=planner_topology.compute_device != "cpu") if ema else estimator
 
@@ -190,17 +166,7 @@ def shard_estimators(
     *,
     ema: bool = False,
 ) -> list[ShardEstimator]:
-    """Make the estimators that TorchRec's planner uses by default, quick ones, for an ``Enumerator``.
-
-    Args:
-        hardware: The hardware, for its fixed costs.
-        planner_topology: The same as the planner sees it.
-        constraints: The planner's constraints.
-        ema: Whether a moving average of the weights is kept.
-
-    Returns:
-        The estimator of times and the one of memory.
-    """
+    """Make the estimators of times and of memory that TorchRec's planner uses, but run once for equal shards."""
     perf = EmbeddingPerfEstimatorFactory.create(
         DEFAULT_PERF_ESTIMATOR, topology=planner_topology, constraints=constraints
     )
@@ -209,15 +175,7 @@ def shard_estimators(
 
 
 def cost_of(perf: Perf, storage: Storage) -> Cost:
-    """Put TorchRec's estimates of a shard together, every term in the total.
-
-    Args:
-        perf: Its times.
-        storage: Its memory.
-
-    Returns:
-        The same as plain values.
-    """
+    """Combine TorchRec's estimates of a shard; the total holds every term."""
     return Cost(
         total_ms=perf.total + perf.input_dist_comms,
         fwd_compute_ms=perf.fwd_compute,

@@ -136,16 +136,6 @@ def in_device_memory(
 ) -> dict[str, ParameterConstraints]:
     """Keep every table in the device's own memory, where ``train --ema`` can average its weights.
 
-    Args:
-        tables: all tables.
-        constraints: what may be done with single tables, by name.
-
-    Returns:
-        Constraints of all tables.
-
-    Raises:
-        UserError: a constraint asks for a kernel that keeps rows elsewhere.
-
     Example:
         >>> from torchrec_deepfm.model.tables import embedding_tables
         >>> in_device_memory(embedding_tables({"C1": 10}), {})["t_C1"].compute_kernels
@@ -172,17 +162,7 @@ def keep_to_possible(
     world_size: int,
     local_world_size: int,
 ) -> dict[str, ParameterConstraints]:
-    """Keep TorchRec's own planner to what these ranks can run: it knows of no type that needs a row on every rank.
-
-    Args:
-        constraints: of ``parse_constraints``, for the same ranks.
-        tables: all tables.
-        compute_device: ``cpu`` or ``cuda``.
-        world_size: ranks.
-        local_world_size: ranks per host.
-
-    Returns:
-        The constraints, and those of further tables whose rows can't be cut in every way.
+    """Add constraints for tables whose rows these ranks can't cut in every way, which TorchRec's planner does not know.
 
     Example:
         >>> from torchrec_deepfm.model.tables import embedding_tables

@@ -134,17 +134,7 @@ PRESETS: Final[Mapping[str, Hardware]] = MappingProxyType(
 
 
 def preset(name: object) -> Hardware:
-    """Return a preset by its name.
-
-    Args:
-        name: A key of ``PRESETS``, in small or capital letters.
-
-    Returns:
-        The preset.
-
-    Raises:
-        UserError: There is none of this name.
-    """
+    """Return a preset by its name, in small or capital letters."""
     if isinstance(name, str) and name.lower() in PRESETS:
         return PRESETS[name.lower()]
     raise UserError(f"hardware {shown(name)}: no such preset; choose {one_of(PRESETS, name)}, or name a TOML file")

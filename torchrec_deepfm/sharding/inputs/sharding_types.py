@@ -59,13 +59,7 @@ def column_cuts(embedding_dim: int) -> list[int]:
 
 
 def default_min_partition(embedding_dim: int) -> int | None:
-    """Return the width of column shards where none is asked for: TorchRec's 128, or the widest that cuts the table.
-
-    Args:
-        embedding_dim: columns of the table.
-
-    Returns:
-        A multiple of 4 that divides ``embedding_dim``; None where nothing cuts it.
+    """Return the default width of column shards: TorchRec's 128, or the widest that cuts the table, or None.
 
     Example:
         >>> [default_min_partition(dim) for dim in (4, 12, 16, 128, 256, 384)]
@@ -94,18 +88,7 @@ def why_impossible(
     local_world_size: int | None = None,
     compute_device: str | None = None,
 ) -> str | None:
-    """Say why a table can't be sharded so.
-
-    Args:
-        sharding_type: one of ``SHARDING_TYPES``.
-        table: the table.
-        min_partition: least width of a column shard, where one is asked for.
-        world_size: ranks, where known.
-        local_world_size: ranks per host, where known.
-        compute_device: ``cpu`` or ``cuda``, where known.
-
-    Returns:
-        The reason and what to do, to go after the table's name; None where it can.
+    """Explain why a table can't be sharded this way; None where it can. Unknown ranks are not checked.
 
     Example:
         >>> from torchrec_deepfm.sharding.plan.plan import PlannedTable
@@ -146,11 +129,7 @@ def why_rows_impossible(
     local_world_size: int | None,
     compute_device: str | None,
 ) -> str | None:
-    """Say why the rows of a table can't be cut so; see ``why_impossible``.
-
-    Returns:
-        The reason and what to do, to go after the table's name; None where they can, or are not cut.
-    """
+    """Explain why the rows of a table can't be cut this way; see ``why_impossible``."""
     if sharding_type not in ROW_TYPES:
         return None
     if sharding_type != "row_wise" and local_world_size == 1:

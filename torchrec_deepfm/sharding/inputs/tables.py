@@ -100,13 +100,7 @@ class _TableFile:
 
 
 def criteo_tables(dim: int | None = None) -> tuple[Table, ...]:
-    """Return the 26 tables of MLPerf's DLRM on Criteo Terabyte.
-
-    Args:
-        dim: Width of every table; by default 128, as MLPerf has it.
-
-    Returns:
-        Tables ``t_C1`` to ``t_C26``.
+    """Return the 26 tables of MLPerf's DLRM on Criteo Terabyte, by default 128 wide.
 
     Example:
         >>> round(sum(table.gib for table in criteo_tables()))

@@ -66,15 +66,7 @@ def by_host(values: Sequence[float], local_world_size: int) -> list[list[float]]
 
 
 def write_plan_report(plan: PlanFile, path: Path) -> None:
-    """Write the report of a plan.
-
-    Args:
-        plan: the plan; with predictions there is more to see.
-        path: the HTML file; one that is there is replaced.
-
-    Raises:
-        UserError: the file can't be written.
-    """
+    """Write the report of a plan; a plan with predictions gets pictures of its costs and memory."""
     hosts = plan.world_size // plan.local_world_size
     facts: dict[str, Cell] = {
         "Ranks": f"{plan.world_size:,} on {hosts:,} host{'s' * (hosts != 1)}",

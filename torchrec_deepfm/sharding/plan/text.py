@@ -20,14 +20,7 @@ _MEANINGS: Final = {
 def plan_text(plan: PlanFile, *, bound_ms: float | None = None, reserved: float = 0.0) -> str:
     """Lay out a plan: its critical path with its terms, balance, memory, and where each table goes.
 
-    Args:
-        plan: The plan.
-        bound_ms: What no plan of the options searched can go below, where that is known. It is left out where this
-            plan is below, so was not made of these options.
-        reserved: Share of a GPU's memory that was kept from the tables.
-
-    Returns:
-        Lines.
+    A bound above the plan's own time is left out: the plan was not made of the options that it is for.
     """
     weights = sum(table.num_embeddings * table.embedding_dim * 4 for table in plan.tables)
     hosts = plan.world_size // plan.local_world_size
@@ -99,14 +92,7 @@ def _tables(plan: PlanFile) -> list[str]:
 
 
 def ranks_text(ranks: Sequence[int], most: int = 6) -> str:
-    """Write ranks in short.
-
-    Args:
-        ranks: Ranks, in any order.
-        most: Runs to write out.
-
-    Returns:
-        Runs of neighbours.
+    """Write ranks as runs of neighbours, of which ``most`` are written out.
 
     Example:
         >>> ranks_text([0, 1, 2, 7, 5])
@@ -123,15 +109,7 @@ def ranks_text(ranks: Sequence[int], most: int = 6) -> str:
 
 
 def diff_text(one: PlanFile, other: PlanFile, names: tuple[str, str]) -> str:
-    """Say how two plans differ.
-
-    Args:
-        one: The first plan.
-        other: The second.
-        names: What to call them.
-
-    Returns:
-        A line for each difference, then the predictions; or that the plans are the same.
+    """List how two plans differ, a line for each difference, then the predictions.
 
     Example:
         >>> plan = PlanFile(world_size=1, local_world_size=1, batch_size=1, search="balanced", tables=())

@@ -34,16 +34,7 @@ def find_embedding_bags(module: nn.Module) -> str:
 
 
 def to_sharding_plan(plan: PlanFile, path: str, device: torch.device) -> ShardingPlan:
-    """Turn a plan into what ``DistributedModelParallel`` takes.
-
-    Args:
-        plan: a plan that fits.
-        path: of the ``EmbeddingBagCollection`` in the model; see ``find_embedding_bags``.
-        device: any rank's device; ranks of a host take its GPUs in order.
-
-    Returns:
-        TorchRec's plan.
-    """
+    """Convert a plan that fits into what ``DistributedModelParallel`` takes; ``path`` is of ``find_embedding_bags``."""
     tables = EmbeddingModuleShardingPlan()
     for table in plan.tables:
         spec = None
@@ -78,23 +69,7 @@ def from_sharding_plan(
     search: str,
     hardware: Hardware | None = None,
 ) -> PlanFile:
-    """Turn TorchRec's plan into one that can be written to a file.
-
-    Args:
-        plan: TorchRec's plan of one embedding bag collection.
-        tables: the tables, for their sizes.
-        world_size: ranks.
-        local_world_size: ranks per host.
-        batch_size: samples per rank and step, where known.
-        search: how the plan was found.
-        hardware: what it was made for.
-
-    Returns:
-        The plan, without predictions.
-
-    Raises:
-        UserError: a table has a kernel that a plan file does not know, such as one that keeps rows on an SSD.
-    """
+    """Convert TorchRec's plan of one collection into one that can be written; SSD kernels are refused."""
     sizes = {table.name: (table.num_embeddings, table.embedding_dim) for table in tables}
     planned = []
     for module in plan.plan.values():

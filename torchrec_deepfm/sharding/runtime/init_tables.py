@@ -22,15 +22,7 @@ BLOCK_ROWS = 8192
 def initialize_tables(
     model: nn.Module, tables: Sequence[EmbeddingBagConfig], *, factor_dim: int, std: float, seed: int
 ) -> None:
-    """Fill the tables of a sharded model: v ~ N(0, std^2), w and padding zero, the same under every plan.
-
-    Args:
-        model: a ``DistributedModelParallel`` around the tables, of any sharding types.
-        tables: the tables' configurations.
-        factor_dim: K.
-        std: standard deviation of v.
-        seed: the seed.
-    """
+    """Fill the tables of a sharded model: v ~ N(0, std^2), w and padding zero, the same under every plan."""
     by_name = {table.name: table for table in tables}
     for key, weight in model.state_dict().items():
         table = by_name.get(key.split(".")[-2]) if key.endswith(".weight") else None
@@ -59,15 +51,7 @@ def purge_row_caches(model: nn.Module) -> None:
 
 
 def local_shards(weight: Any) -> Iterator[tuple[Tensor, int, int]]:
-    """Walk over what this rank holds of a table, whatever its sharding.
-
-    Args:
-        weight: a value of a sharded model's ``state_dict``: a plain tensor (data_parallel), or a ``ShardedTensor``.
-
-    Yields:
-        A local tensor [rows, columns], sharing memory with the model, and the row and column of the table at which it
-        starts.
-    """
+    """Yield the local tensors of a table, which share the model's memory, and the row and column where each starts."""
     if isinstance(weight, Tensor) and not hasattr(weight, "local_shards"):
         yield weight, 0, 0
         return

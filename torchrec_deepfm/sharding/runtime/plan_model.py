@@ -182,18 +182,8 @@ def check_replicated(
 ) -> None:
     """Check that every table which the dense optimizer trains may be data_parallel.
 
-    ``--data-parallel-rows``, or the optimizer, says who trains a table, and so what is learnt; a plan only says where
-    it lies. Adam is not fused, so what it trains is replicated.
-
-    Args:
-        replicated: names of those tables.
-        kinds: the sharding types of tables, by name.
-        tables: all tables.
-        where: the option that shards them, for the message.
-        replicated_by: the option that replicates them.
-
-    Raises:
-        UserError: one of them would be sharded.
+    ``--data-parallel-rows``, or the optimizer, decides who trains a table, and so what is learnt; a plan only decides
+    where it lies. Adam is not fused, so what it trains is replicated.
     """
     rows = {table.name: table.num_embeddings for table in tables}
     for name in sorted(replicated & kinds.keys(), key=lambda name: rows[name]):
@@ -211,17 +201,7 @@ def check_replicated(
 
 
 def local_topology(device: torch.device) -> Topology:
-    """Describe the ranks of the process group to TorchRec's planner: their memory, and its own bandwidths.
-
-    Args:
-        device: this rank's device, of the same kind as every rank's.
-
-    Returns:
-        The topology.
-
-    Raises:
-        UserError: hosts have different numbers of ranks.
-    """
+    """Describe the ranks of the process group to TorchRec's planner: their memory, and its own bandwidths."""
     world_size, local_world_size = dist.get_world_size(), _local_world_size()
     if world_size % local_world_size:
         raise UserError(

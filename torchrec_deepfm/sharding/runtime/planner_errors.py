@@ -32,20 +32,7 @@ def explain(
     ema: bool = False,
     ranks_option: str = "-j",
 ) -> UserError:
-    """Explain why there is no plan.
-
-    Args:
-        error: what the planner raised.
-        options: all sharding options of all tables, with their estimates; ``planner._enumerator`` keeps them as
-            ``last_stored_search_space``.
-        topology: the ranks with the memory that tables may take, after reservations.
-        proposals: how many the planner has tried, where that is known.
-        ema: whether the estimates include a moving average of the weights.
-        ranks_option: the option that sets the number of ranks, for the message.
-
-    Returns:
-        The error to raise: one line with the table, the numbers and what to do.
-    """
+    """Return the error to raise: why there is no plan, with the table, the numbers and what to do."""
     reason = out_of_memory(options, topology, ema=ema, ranks_option=ranks_option)
     if reason is not None:
         return reason
@@ -72,17 +59,7 @@ def explain(
 def out_of_memory(
     options: Iterable[ShardingOption], topology: Topology, *, ema: bool = False, ranks_option: str = "-j"
 ) -> UserError | None:
-    """Find a table that no rank can hold its part of, or say that all ranks together are too small.
-
-    Args:
-        options: sharding options of all tables, with their estimates.
-        topology: the ranks with the memory that tables may take.
-        ema: whether the estimates include a moving average of the weights.
-        ranks_option: the option that sets the number of ranks, for the message.
-
-    Returns:
-        The error to raise; None where neither is the case.
-    """
+    """Report a table whose part fits on no rank, or that all ranks together are too small; else None."""
     capacity = [device.storage for device in topology.devices]
     largest = Storage(hbm=max(each.hbm for each in capacity), ddr=max(each.ddr for each in capacity))
     by_table: dict[str, list[ShardingOption]] = {}

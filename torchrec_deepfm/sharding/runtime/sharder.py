@@ -16,14 +16,7 @@ class AllTypesSharder(EmbeddingBagCollectionSharder):
     """
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
-        """Return the types to choose from.
-
-        Args:
-            compute_device_type: ``cpu`` or ``cuda``.
-
-        Returns:
-            The stock sharder's, then those that it leaves out.
-        """
+        """Return the stock sharder's types, then those that it leaves out."""
         more = (ShardingType.ROW_WISE, ShardingType.TABLE_ROW_WISE, ShardingType.GRID_SHARD)
         return list(dict.fromkeys([*super().sharding_types(compute_device_type), *(each.value for each in more)]))
 

@@ -77,16 +77,7 @@ def choose(
     *,
     starts: Iterable[tuple[int, ...]] = (),
 ) -> Choice:
-    """Find a way for each table so that the slowest rank is fast.
-
-    Args:
-        machine: The ranks.
-        ways: Ways of each table, one at least.
-        effort: How long to search.
-        starts: Choices to start from as well, a way for each table.
-
-    Returns:
-        The best choice found, no worse than any of ``starts``; ``short`` is positive where none fits.
+    """Find a way for each table so that the slowest rank is fast, at least as good as any of ``starts``.
 
     Example:
         >>> machine = Machine(ranks=2, ranks_per_host=2, hbm=np.full(2, 9.0), ddr=np.full(2, 9.0))
@@ -147,7 +138,7 @@ class _Search:
         return None
 
     def _pairs(self, arrays: "_Arrays", choice: Choice) -> Iterable[tuple[int, ...]]:
-        """Two of the least bad changes of one table at once: where pieces are few, one change leaves a gap."""
+        """Make two of the best changes of one table at once: where pieces are few, one change leaves a gap."""
         single = [self._place(ways) for ways in itertools.islice(arrays.moves(choice), self.effort.single_moves)]
         single.sort(key=lambda move: (move.short, move.critical_path, move.ways))
         changes = [

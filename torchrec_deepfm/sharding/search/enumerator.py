@@ -73,18 +73,7 @@ class WidthEnumerator(EmbeddingEnumerator):
         self._host_memory = host_memory
 
     def enumerate(self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]]) -> list[ShardingOption]:
-        """Find the ways to shard each table of a module, with their estimates.
-
-        Args:
-            module: The module.
-            sharders: What may shard its tables.
-
-        Returns:
-            The options. All shards of one size share their estimates.
-
-        Raises:
-            UserError: Constraints leave a table no type and kernel.
-        """
+        """Return the ways to shard each table of a module, with estimates, which shards of one size share."""
         self._sharder_map = {sharder_name(sharder.module_type): sharder for sharder in sharders}
         self._sharder_data_map = build_sharder_data_map(self._sharder_map)
         found: list[tuple[str, nn.Module, ModuleSharder[nn.Module], dict[str, nn.Parameter]]] = []

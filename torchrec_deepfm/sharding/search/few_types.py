@@ -21,17 +21,7 @@ Constraints = Mapping[str, ParameterConstraints]
 def with_fewer_types(
     found: PlanFile, names: Sequence[str], constraints: Constraints, plan: Callable[[Constraints], PlanFile]
 ) -> PlanFile:
-    """Look for a plan that is faster because it has fewer sharding types.
-
-    Args:
-        found: a plan of all types that are allowed, with predictions.
-        names: the tables.
-        constraints: what may be done with single tables, by name.
-        plan: plans under constraints, with predictions that know the price of a type.
-
-    Returns:
-        The plan with the shortest critical path.
-    """
+    """Look for a plan that is faster because it has fewer sharding types; ``plan`` plans under narrowed constraints."""
     best = found
     used: tuple[str, ...] = ()
     while len(used) < len(SHARDING_TYPES):

@@ -19,15 +19,7 @@ _MOST_UNITS = 1 << 14
 
 
 def lower_bound(ranks: int, ranks_per_host: int, ways: Sequence[Sequence[Pieces]]) -> float:
-    """Return a time that the slowest rank of no choice and no placement can go below.
-
-    Args:
-        ranks: W.
-        ranks_per_host: L.
-        ways: Ways to shard each table.
-
-    Returns:
-        Milliseconds.
+    """Return milliseconds that the slowest rank of no choice and no placement can go below.
 
     Example:
         >>> halves = Pieces(where="any rank", count=2, ms=3.0, hbm=0, ddr=0)

@@ -89,19 +89,12 @@ class Placement:
 
 
 def place(machine: Machine, ways: Sequence[Pieces], *, where: bool = True) -> Placement:
-    """Place the pieces, the most expensive first, each where the least is to do and memory is left.
+    """Place the pieces, the most expensive first, each where the load is smallest and memory is left.
 
     What lies on every rank comes first, then what takes whole hosts, then what takes single ranks and so fills gaps.
-    This is the "longest processing time first" rule of scheduling (R. L. Graham, SIAM J. Appl. Math. 17, 1969), by
-    groups of equal pieces at once.
-
-    Args:
-        machine: The ranks.
-        ways: A way to shard for each table.
-        where: Whether to say where the pieces went; without it ``slots`` is empty.
-
-    Returns:
-        The placement; one with ``short > 0`` does not fit.
+    This is the "longest processing time first" rule of scheduling (R. L. Graham, SIAM J. Appl. Math. 17, 1969), for
+    groups of equal pieces at once. A placement with ``short > 0`` does not fit. Without ``where`` its ``slots`` are
+    empty.
 
     Example:
         >>> machine = Machine(ranks=2, ranks_per_host=2, hbm=np.full(2, 9.0), ddr=np.full(2, 9.0))
@@ -133,7 +126,7 @@ def place(machine: Machine, ways: Sequence[Pieces], *, where: bool = True) -> Pl
 def _fill(
     ways: Sequence[Pieces], where: Where, load: Floats, room: tuple[Floats, Floats], found: list[Counts] | None
 ) -> float:
-    """Place all pieces of a kind; changes load and room, and says for how many bytes there was none."""
+    """Place all pieces of a kind; changes load and room, and returns the bytes for which there was no room."""
     hbm, ddr = room
     groups: dict[tuple[float, int, int], list[int]] = {}
     for number, way in enumerate(ways):
@@ -160,16 +153,7 @@ def _fill(
 
 
 def fill(load: Floats, most: Counts, count: int, ms: float) -> Counts:
-    """Put equal pieces one after another where the least is to do.
-
-    Args:
-        load: Milliseconds of each slot so far [slots].
-        most: How many pieces each slot has room for [slots]; ``count`` in all at least.
-        count: Pieces.
-        ms: Milliseconds of one.
-
-    Returns:
-        How many each slot takes [slots].
+    """Put ``count`` equal pieces on the least loaded slots with room; return how many each takes [slots].
 
     Example:
         >>> fill(np.array([0.0, 1.5, 9.0]), np.array([5, 5, 5]), 4, 1.0).tolist()
@@ -204,7 +188,7 @@ def _too_shallow(load: Floats, most: Counts, count: int, ms: float, deep: int) -
 
 
 def _deal(ways: Sequence[Pieces], members: Iterable[int], taken: Counts, found: list[Counts]) -> None:
-    """Hand the slots of a group to its tables, so that a table meets a slot twice only where it must."""
+    """Distribute the slots of a group over its tables, so that a table gets a slot twice only where it must."""
     levels = [np.flatnonzero(taken > level) for level in range(int(taken.max()))]
     order = np.concatenate(levels)
     start = 0

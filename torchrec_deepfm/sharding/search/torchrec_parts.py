@@ -40,20 +40,13 @@ from torchrec_deepfm.sharding.search.placement import Machine, Pieces, place
 
 
 def shard_ms(shard: Shard) -> float:
-    """Return what a shard costs its rank, every term of the estimate, in milliseconds.
-
-    Args:
-        shard: A shard with its estimate.
-
-    Returns:
-        ``Perf.total``, which leaves the exchange of ids out, and that exchange.
-    """
+    """Return the milliseconds of a shard: ``Perf.total`` and the exchange of ids, which it leaves out."""
     assert shard.perf is not None
     return float(shard.perf.total + shard.perf.input_dist_comms)
 
 
 class AllTermsPerfModel(PerfModel):
-    """Rates a plan by its slowest rank, every term in: the critical path.
+    """Rates a plan by its slowest rank with all terms: the critical path.
 
     Args:
         topology: The ranks.
@@ -63,14 +56,7 @@ class AllTermsPerfModel(PerfModel):
         self._ranks = topology.world_size
 
     def rate(self, plan: list[ShardingOption]) -> float:
-        """Return milliseconds of the slowest rank.
-
-        Args:
-            plan: Options whose shards have ranks.
-
-        Returns:
-            The critical path.
-        """
+        """Return milliseconds of the slowest rank."""
         ms = [0.0] * self._ranks
         for option in plan:
             for shard in option.shards:
@@ -87,18 +73,7 @@ class BalancedPartitioner(Partitioner):
     """
 
     def partition(self, proposal: list[ShardingOption], storage_constraint: Topology) -> list[ShardingOption]:
-        """Give every shard a rank.
-
-        Args:
-            proposal: Options with their estimates; changed in place.
-            storage_constraint: The ranks with the memory that tables may take.
-
-        Returns:
-            The proposal.
-
-        Raises:
-            PlannerError: The shards do not fit (``PARTITION``).
-        """
+        """Give every shard a rank, in place; raise ``PlannerError`` (``PARTITION``) where they do not fit."""
         if any(option.dependency for option in proposal):
             return GreedyPerfPartitioner().partition(proposal, storage_constraint)
         machine = machine_of(storage_constraint)
@@ -151,12 +126,7 @@ class BalancedProposer(Proposer):
         """What the search found; None before it has run."""
 
     def load(self, search_space: list[ShardingOption], enumerator: Enumerator | None = None) -> None:
-        """Take the options.
-
-        Args:
-            search_space: Options of all tables, with their estimates.
-            enumerator: What made them; not used.
-        """
+        """Take the options of all tables, with their estimates."""
         by_table: dict[str, list[ShardingOption]] = {}
         for option in search_space:
             by_table.setdefault(option.fqn, []).append(option)
@@ -170,11 +140,7 @@ class BalancedProposer(Proposer):
         self._searched, self._fits, self.choice = False, False, None
 
     def propose(self) -> list[ShardingOption] | None:
-        """Return the next proposal.
-
-        Returns:
-            An option of each table; None when there is nothing left to try.
-        """
+        """Return an option of each table; None when there is nothing left to try."""
         if not self._searched or self._next is not None:
             return self._next
         if self._fits:
@@ -193,14 +159,7 @@ class BalancedProposer(Proposer):
         perf_rating: float | None = None,
         storage_constraint: Topology | None = None,
     ) -> None:
-        """Take what became of a proposal.
-
-        Args:
-            partitionable: Whether it could be placed.
-            plan: The plan.
-            perf_rating: What the planner's performance model says of it.
-            storage_constraint: The ranks with the memory that tables may take.
-        """
+        """Take the outcome of a proposal; the first one brings the memory of the ranks."""
         if not self._searched:
             assert storage_constraint is not None
             self._searched, self._next = True, self._search(storage_constraint)
@@ -217,10 +176,10 @@ class BalancedProposer(Proposer):
 
 
 def _greedy_proposals(options: Sequence[Sequence[ShardingOption]]) -> list[tuple[int, ...]]:
-    """What TorchRec's greedy proposers would propose, of the options that its enumerator would offer.
+    """The proposals of TorchRec's greedy proposers, for the options that its enumerator would offer.
 
-    They walk one way, whatever they are told: the table that takes the most memory gets its next dearer option. Theirs
-    looks at every shard of every table again at each step, which is too slow for a thousand ranks.
+    They ignore feedback: the table that takes the most memory gets its next more expensive option. TorchRec's own code
+    sums every shard of every table again at each step, which is too slow for a thousand ranks.
     """
     known = [[(number, option) for number, option in enumerate(each) if _torchrecs(option)] for each in options]
     known = [some or list(enumerate(each)) for some, each in zip(known, options, strict=True)]
@@ -255,14 +214,7 @@ def _memory(option: ShardingOption) -> tuple[int, int, int, int]:
 
 
 def machine_of(ranks: Topology) -> Machine:
-    """Describe ranks to the search.
-
-    Args:
-        ranks: As the planner describes them.
-
-    Returns:
-        The same in arrays. A "host" is what table_row_wise may spread over (``intra_group_size``).
-    """
+    """Describe ranks in arrays. A "host" is what table_row_wise may spread over (``intra_group_size``)."""
     storages = [device.storage for device in ranks.devices]
     return Machine(
         ranks=ranks.world_size,
@@ -273,15 +225,7 @@ def machine_of(ranks: Topology) -> Machine:
 
 
 def pieces_of(option: ShardingOption, machine: Machine) -> Pieces:
-    """Describe an option to the search.
-
-    Args:
-        option: An option with its estimates.
-        machine: The ranks.
-
-    Returns:
-        Its pieces; shards of unequal rows count as the largest of them.
-    """
+    """Describe an option as pieces; shards of unequal rows count as the largest of them."""
     distinct = {(id(shard.perf), id(shard.storage)): shard for shard in option.shards}.values()
     hbm = max(shard.storage.hbm for shard in distinct if shard.storage is not None)
     ddr = max(shard.storage.ddr for shard in distinct if shard.storage is not None)
