@@ -44,7 +44,7 @@ def test_a_plan_is_written_shown_and_compared(tmp_path: Path, capsys: pytest.Cap
     path = plan.predicted.critical_path_ms
     assert f"critical path {path:.2f} ms (rank " in printed
     assert f"mean {plan.predicted.mean_ms:.2f} ms" in printed
-    assert "of 68.0 GiB a rank (80.0 GiB less 15% for all else)" in printed
+    assert "of 68.0 GiB per rank (80.0 GiB less 15% for all else)" in printed
     assert printed.rstrip().endswith(f"wrote {balanced}")
     raw = json.loads(balanced.read_text())
     assert raw["hardware"]["name"] == "h100"
@@ -60,7 +60,7 @@ def test_a_plan_is_written_shown_and_compared(tmp_path: Path, capsys: pytest.Cap
     run("plan", "show", balanced)
     shown = capsys.readouterr().out
     assert f"critical path {path:.2f} ms" in shown
-    assert "of 68.0 GiB a rank (80.0 GiB less 15% for all else)" in shown
+    assert "of 68.0 GiB per rank (80.0 GiB less 15% for all else)" in shown
 
     torchrec = planned(tmp_path, "torchrec.json", "--search", "torchrec", "--constraint", "C1=row_wise")
     capsys.readouterr()

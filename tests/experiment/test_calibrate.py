@@ -126,7 +126,7 @@ def test_too_few_plans() -> None:
     one = measured(noise=0.0)
     with pytest.raises(UserError, match=r"1 plan\(s\) measured, but 5 figures to find .* at least 5 plans"):
         calibrate([replace(one, plans=one.plans[:1])], "mine")
-    with pytest.raises(UserError, match="no experiment is named"):
+    with pytest.raises(UserError, match="no experiment given"):
         calibrate([], "mine")
 
 

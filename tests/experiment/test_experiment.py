@@ -205,7 +205,7 @@ def test_calibrate_reads_the_folder(folder: Path, capsys: pytest.CaptureFixture[
         (["--plans", "tables.toml"], "tables.toml: the plan is damaged"),
         (["--rules", "z=row_wise"], "--constraint z=row_wise"),
         (["--rules", "a=diagonal"], "diagonal"),
-        (["--rules", "a=data_parallel", "a=data_parallel"], "there is another plan called a_data_parallel"),
+        (["--rules", "a=data_parallel", "a=data_parallel"], "another plan has the name a_data_parallel"),
         (["--hardware", "h100"], "it describes cuda ranks, these are cpu ranks"),
         (["--hardware", "h1000"], "there is no such preset"),
         (["--batch-size", "0"], "--batch-size 0: must be at least 1"),
@@ -264,7 +264,7 @@ def test_calibrate_writes_nothing_where_the_output_is_bad(folder: Path, capsys: 
 def test_calibrate_refuses(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words, message in (
         ([str(folder / "absent")], "there is no results.json"),
-        ([], "no experiment is named"),
+        ([], "no experiment given"),
         ([str(folder)], "there is no results.json"),
     ):
         with pytest.raises(SystemExit) as stopped:

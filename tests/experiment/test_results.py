@@ -45,7 +45,7 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the folder is not empty"):
         write_experiment(example(), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
-    with pytest.raises(UserError, match="there is a file of that name"):
+    with pytest.raises(UserError, match="a file has this name"):
         write_experiment(example(), tmp_path / "mine.txt")
 
 

@@ -160,6 +160,6 @@ def test_an_output_folder_that_holds_something_else(
 def test_an_output_that_is_a_file(data: PreparedData, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "file"
     file.write_text("mine")
-    expected = f"error: --output {file}: there is a file of that name; name a folder"
+    expected = f"error: --output {file}: a file has this name; name a folder"
     assert in_this_process(train(data.folder, file), capsys) == (2, [expected])
     assert file.read_text() == "mine"

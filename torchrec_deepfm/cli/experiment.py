@@ -34,13 +34,13 @@ class ExperimentCommand:
     plans: tuple[Path, ...] = ()
     """Plans as files."""
     rules: tuple[str, ...] = ()
-    """Plans as constraints, a text each: "C1=row_wise *=table_wise". The stock planner chooses what they leave open."""
+    """Plans as constraints, one text each: "C1=row_wise *=table_wise". TorchRec's planner chooses the rest."""
     sweep: tyro.conf.FlagCreatePairsOff[bool] = False
     """The sweep beside --plans and --rules; it is the default without them: every type, mixes, both planners."""
     ranks: int | None = None
     """Ranks to start on this host, where none are started by torchrun or TorchX. Default: one per GPU; 2 without."""
     dim: int | None = None
-    """Width of every table, instead of what --tables says."""
+    """Width of every table, instead of the one in --tables."""
     batch_size: int = 1024
     """Samples per rank and step."""
     steps: int = 10
@@ -87,7 +87,7 @@ class ExperimentCommand:
             from torchrec_deepfm.experiment.plans import check_output
             from torchrec_deepfm.sharding.inputs.tables import read_tables
 
-            check_output(self.output)  # a rank would tell the same, some seconds later
+            check_output(self.output)  # a rank would report the same, some seconds later
             read_tables(self.tables, self.dim)
             count = self.ranks or torch.cuda.device_count() or 2
             if count > 1:
@@ -171,7 +171,7 @@ class CalibrateCommand:
     check: tuple[Path, ...] = ()
     """More folders: the description is not fitted to them, but what it predicts is compared with what they measured."""
     name: Annotated[str | None, tyro.conf.arg(name="name")] = None
-    """What the description is called. Default: the file's name."""
+    """Name of the description. Default: the file's name."""
 
     def run(self) -> None:
         """Run the command."""
@@ -201,7 +201,7 @@ class CalibrateCommand:
         console.say("\n".join(lines))
         for key, value in found.hardware.to_json().items():
             if key.endswith("_bandwidth") and key not in found.unseen:
-                shown = "no limit that these plans feel" if key in found.unlimited else f"{value / 1e9:.4g} GB/s"
+                shown = "unlimited for these plans" if key in found.unlimited else f"{value / 1e9:.4g} GB/s"
                 console.say(f"{key:<24}{shown}")
         for key, value in found.hardware.extra.items():
             console.say(f"{key:<24}{value:.4g} ms for {EXTRA[key]}")
@@ -217,7 +217,7 @@ def experiment_table(experiment: "Experiment") -> str:
     Returns:
         The lines.
     """
-    lines = [f"{'plan':<40}{'predicted':>11}{'measured':>10}  (ms a step; fastest to slowest turn)"]
+    lines = [f"{'plan':<40}{'predicted':>11}{'measured':>10}  (ms per step; fastest to slowest turn)"]
     for one in sorted(experiment.plans, key=lambda plan: plan.step_ms):
         told = "-" if one.predicted_ms is None else f"{one.predicted_ms:.2f}"
         turns = f"({min(one.turns_ms):.2f} to {max(one.turns_ms):.2f})"
@@ -277,7 +277,7 @@ def _gpu_preset(name: str, capacity: int) -> "Hardware":
         if preset.name.partition("-")[0].upper() in name.upper() and (preset.hbm_bytes or 0) * 0.85 < capacity
     ]
     if not fitting:
-        raise UserError(f"there is no preset for {name}; name one with --hardware, or a TOML file")
+        raise UserError(f"no preset for {name}; name one with --hardware, or a TOML file")
     return max(fitting, key=lambda preset: preset.hbm_bytes or 0)
 
 

@@ -69,7 +69,7 @@ def calibrate(experiments: Sequence[Experiment], name: str) -> Calibration:
 
     Args:
         experiments: of one kind of host, with the same number of ranks on each.
-        name: what the description is called.
+        name: name of the description.
 
     Returns:
         The fitted description.
@@ -78,7 +78,7 @@ def calibrate(experiments: Sequence[Experiment], name: str) -> Calibration:
         UserError: there are fewer plans than figures to find, or the experiments are of different hosts.
     """
     if not experiments:
-        raise UserError("no experiment is named; name folders that experiment wrote")
+        raise UserError("no experiment given; name folders that experiment wrote")
     first = experiments[0]
     for other in experiments[1:]:
         for key, mine, theirs in (

@@ -122,5 +122,5 @@ _COLLECTIVES: dict[str, tuple[str, _Sent]] = {
     "broadcast_": ("broadcast", _broadcast),
     "barrier": ("barrier", _nothing),
 }
-# Where the operator takes what a rank gives; first where not named here.
+# Position of the tensors that a rank puts in; 0 for operators that are not listed.
 _GIVEN = {"alltoall_base_": 1, "_reduce_scatter_base_": 1, "reduce_scatter_": 1, "_allgather_base_": 1, "allgather_": 1}

@@ -32,7 +32,7 @@ class PeakMemory:
             self._before = None
 
     def bytes(self) -> int | None:
-        """Return the most bytes since the start beyond what there was then; None where the system does not tell."""
+        """Return the peak since the start in bytes above the value at the start; None where the system has none."""
         if self._before is None:
             return None
         if self._device.type == "cuda":
@@ -49,4 +49,4 @@ def _resident(key: str) -> int:
     for line in _STATUS.read_text(encoding="ascii").splitlines():
         if line.startswith(key):
             return int(line.split()[1]) * 1024
-    raise OSError(f"{_STATUS} does not tell {key}")
+    raise OSError(f"{_STATUS} does not report {key}")

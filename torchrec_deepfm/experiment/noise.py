@@ -42,7 +42,7 @@ def steady(device: torch.device) -> None:
 
 
 def give_back() -> None:
-    """Give unused memory back to the system, so that what is needed from here on can be told from what was."""
+    """Return unused memory to the system, so that a peak measured from here on is not hidden by earlier use."""
     gc.collect()
     allocator = ctypes.CDLL(None)
     if hasattr(allocator, "malloc_trim"):
@@ -73,7 +73,7 @@ def _core(cpu: int) -> tuple[int, int]:
     try:
         siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text(encoding="ascii")
         return int(re.split("[,-]", siblings, maxsplit=1)[0]), cpu
-    except (OSError, ValueError):  # not told here
+    except (OSError, ValueError):  # not available here
         return cpu, cpu
 
 

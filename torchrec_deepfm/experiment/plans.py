@@ -33,7 +33,7 @@ class Wanted:
     """Which plans an experiment compares.
 
     Attributes:
-        files: plans as files, called as these are.
+        files: files of plans, whose names become the plans' names.
         rules: sets of constraints (see ``constraints``), each the text of a plan: rules with blanks between them.
         sweep: also each sharding type by itself, mixes of them, and what the planners find.
     """
@@ -69,14 +69,14 @@ def make_plans(
         plan = load_plan(path)
         check_fits(plan, tables, ranks, local_world_size=local, compute_device=hardware.compute_device, where=str(path))
         if path.stem in named:
-            raise UserError(f"--plans {path}: there is another plan called {path.stem}; rename one of the files")
+            raise UserError(f"--plans {path}: another plan has the name {path.stem}; rename one of the files")
         named[path.stem] = with_prediction(
             replace(plan, local_world_size=local), tables, hardware, ranks, batch_size, optimizer=optimizer
         )
     for text in wanted.rules:
         name = re.sub(r"[^\w.+-]+", "_", text.strip()).strip("_.")[:60] or "rules"  # a file's name, at 4 bytes a letter
         if name in named:
-            raise UserError(f"--rules {text!r}: there is another plan called {name}; leave one of them out")
+            raise UserError(f"--rules {text!r}: another plan has the name {name}; leave one of them out")
         named[name] = _planned(text.split(), "torchrec", tables, hardware, ranks, batch_size, optimizer)
     if wanted.sweep:
         for name, rules, search in sweep(tables):
@@ -95,7 +95,7 @@ def make_plans(
                 left_out[name] = f"the same plan as {twin}"
     if not named:
         why = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
-        raise UserError(f"there is no plan to measure{f' ({why})' if why else ''}; name some with --plans or --rules")
+        raise UserError(f"no plan to measure{f' ({why})' if why else ''}; name some with --plans or --rules")
     return Plans(named=tuple(named.items()), left_out=left_out)
 
 
@@ -209,7 +209,7 @@ def check_output(folder: Path) -> None:
     if folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"--output {folder}: the folder is not empty; name another one, or remove it first")
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output {folder}: there is a file of that name; name a folder")
+        raise UserError(f"--output {folder}: a file has this name; name a folder")
     above = next(parent for parent in folder.absolute().parents if parent.exists())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         raise UserError(f"--output {folder}: nothing can be written below {above}; name another folder")

@@ -23,8 +23,8 @@ PHASE_NAMES = {
     "backward_dense": "dense, backward",
     "backward_output_dist": "output dist, backward",
     "backward_lookup": "look-up, backward, and fused optimizer",
-    "backward_all_reduce": "all-reduce, what is left to wait for",
-    "optimizer": "optimizer, what is not fused",
+    "backward_all_reduce": "all-reduce, remaining wait",
+    "optimizer": "optimizer, not fused",
 }
 
 
@@ -64,7 +64,7 @@ def write_experiment_report(
     widths = sorted({table.embedding_dim for table in settings.tables})
     subtitle = (
         f"{len(experiment.plans)} plans of {len(settings.tables)} tables, {'/'.join(map(str, widths))} columns wide, "
-        f"on {settings.ranks} ranks ({settings.device}), {settings.batch_size:,} samples a rank; {experiment.made_at}"
+        f"on {settings.ranks} ranks ({settings.device}), {settings.batch_size:,} samples per rank; {experiment.made_at}"
     )
     write_page(path, "Sharding plans: predicted and measured", sections, subtitle=subtitle)
 
@@ -72,7 +72,7 @@ def write_experiment_report(
 def _summary(experiment: Experiment) -> list[Block]:
     settings, found = experiment.settings, experiment.agreement()
     fastest = min(experiment.plans, key=lambda one: one.step_ms)
-    facts: dict[str, Cell] = {"Fastest plan": f"{fastest.name}, {fastest.step_ms:.2f} ms a step"}
+    facts: dict[str, Cell] = {"Fastest plan": f"{fastest.name}, {fastest.step_ms:.2f} ms per step"}
     if found is not None:
         facts["Picked by the prediction"] = found.picked
         facts["Regret of that pick"] = f"{found.regret:.1%} slower than the fastest"
@@ -112,9 +112,9 @@ def _plans(experiment: Experiment) -> list[Block]:
     head = ("No.", "Plan", "Tables by type", "Predicted", "Measured", "Fastest", "Slowest", "Sent", "Peak")
     formats = dict.fromkeys(head[3:8], ",.2f") | {"Peak": ",.0f"}
     text = (
-        "Milliseconds of a step, of the slowest rank: predicted; measured, the median over the turns; the fastest and "
-        "the slowest turn. Sent and peak are MiB of the rank that has most: what leaves it in a step, and what memory "
-        "it needs beyond that of the process before the model was built."
+        "Milliseconds per step of the slowest rank: predicted; measured (the median over the turns); the fastest and "
+        "the slowest turn. Sent and peak are MiB of the rank with the most: what leaves it in a step, and its peak "
+        "memory above that of the process before the model was built."
     )
     return [Table(head, rows, formats=formats), Paragraph(text)]
 
@@ -150,13 +150,13 @@ def _splits(experiment: Experiment) -> list[Block]:
             plan_figures.stacked_bars(
                 split,
                 names,
-                what="measured, ms a step",
+                what="measured, ms per step",
                 marks=[one.step_ms for one in experiment.plans],
                 mark="step left alone",
             ),
             alt="Bars of the measured step of each plan, by phase.",
             caption="Measured, on the rank with the longest sum: the median of each phase over steps that were split. "
-            "What a rank waits for others is in the phase in which it waits.",
+            "Time spent waiting for other ranks counts in the phase in which it is spent.",
         ),
         Data("split", split),
     ]
@@ -169,7 +169,7 @@ def _splits(experiment: Experiment) -> list[Block]:
                 parts[name].append(values[at])
         blocks.append(
             Picture(
-                plan_figures.stacked_bars(parts, names, what="predicted, ms a step"),
+                plan_figures.stacked_bars(parts, names, what="predicted, ms per step"),
                 alt="Bars of the predicted step of each plan, by term.",
                 caption="Predicted, by TorchRec's terms, on the rank that is predicted to be the slowest.",
             )

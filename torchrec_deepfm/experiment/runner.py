@@ -19,7 +19,7 @@ from torchrec_deepfm.sharding.inputs.tables import Table
 from torchrec_deepfm.sharding.plan.plan import PlanFile
 
 WARM_UP = 3  # steps: DistributedDataParallel rebuilds its buckets after the first
-BATCHES = 4  # drawn once, taken in turn
+BATCHES = 4  # drawn once, used in turn
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ The phases are those of TorchRec's sharded ``EmbeddingBagCollection`` and what s
   of ``DistributedDataParallel``'s all-reduces once everything else is done).
 - ``optimizer``: of what is not fused: the dense part and data_parallel tables.
 
-No rank waits for the others at a mark: what it waits for them is in the phase in which it does. On a GPU marks are CUDA
+No rank waits for the others at a mark: a wait counts in the phase in which it happens. On a GPU marks are CUDA
 events in its stream.
 """
 
@@ -114,7 +114,7 @@ def split_step(trained: Trained, batch: Batch) -> dict[str, float]:
         trained.optimizer.zero_grad()
         watch.begin("dense")
         loss, _ = trained.model(batch)
-        watch.begin("hooks")  # ours: they are left out of the sums
+        watch.begin("hooks")  # not a phase of the step: left out of the sums
         _hook_backward(loss, looked_up, watch)
         watch.begin("backward_dense")
         loss.backward()

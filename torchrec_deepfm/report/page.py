@@ -174,13 +174,13 @@ class Picture:
 
     Attributes:
         figure: made by ``matplotlib.figure.Figure(...)``.
-        alt: what there is to see, in a sentence, for those who cannot.
+        alt: the content of the picture in a sentence, for those who can't see it.
         caption: what it shows; below it.
         kind: ``svg`` stays sharp; ``png`` is smaller where there are many thousands of marks or cells.
         dpi: dots per inch of a ``png``.
 
     Raises:
-        ValueError: there is no ``alt``.
+        ValueError: ``alt`` is empty.
     """
 
     figure: "Figure"
@@ -193,7 +193,7 @@ class Picture:
     def __post_init__(self) -> None:
         """Check that it is described."""
         if not self.alt.strip():
-            raise ValueError("a picture needs an alt: what there is to see")
+            raise ValueError("a picture needs an alt: its content in a sentence")
 
     @property
     def address(self) -> str:
@@ -280,7 +280,7 @@ def render(title: str, sections: Iterable[Section], *, subtitle: str = "") -> st
     sections = list(sections)
     names = [block.name for section in sections for block in section.blocks if isinstance(block, Data)]
     if twice := {name for name in names if names.count(name) > 1}:
-        raise ValueError(f"two Data are called {sorted(twice)[0]}")
+        raise ValueError(f"two Data have the name {sorted(twice)[0]}")
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -303,7 +303,7 @@ def write_page(path: Path, title: str, sections: Iterable[Section], *, subtitle:
 
     Raises:
         ValueError: as in ``render``.
-        UserError: the file can't be written, or text in the page is no Unicode.
+        UserError: the file can't be written, or text in the page is not valid Unicode.
     """
     html = render(title, sections, subtitle=subtitle)
     try:
@@ -312,7 +312,7 @@ def write_page(path: Path, title: str, sections: Iterable[Section], *, subtitle:
     except OSError as error:
         raise UserError(f"{path}: the page can't be written ({error.strerror}); name another file") from error
     except UnicodeError as error:  # half of a surrogate pair, from JSON or from a file name of other bytes than UTF-8
-        raise UserError(f"{path}: the page can't be written (a text in it is no Unicode: {error})") from error
+        raise UserError(f"{path}: the page can't be written (a text in it is not valid Unicode: {error})") from error
 
 
 def embedded_data(html: str) -> dict[str, Any]:
@@ -325,7 +325,7 @@ def embedded_data(html: str) -> dict[str, Any]:
         Their values by name.
 
     Raises:
-        ValueError: what is there is no JSON.
+        ValueError: the data are not valid JSON.
     """
     reader = _DataReader()
     reader.feed(html)

@@ -1,6 +1,6 @@
 """Pictures of plans and experiments, drawn by matplotlib. No torch.
 
-Colours can be told apart by the colour-blind: cividis for amounts, Okabe and Ito's palette for kinds.
+The colour-blind can distinguish the colours: cividis for amounts, Okabe and Ito's palette for kinds.
 """
 
 import math
@@ -165,7 +165,7 @@ def scaling_curve(lines: Mapping[str, Mapping[int, float]]) -> Figure:
     axes.minorticks_off()
     axes.set_ylim(bottom=0)
     axes.set_xlabel("ranks", color=QUIET)
-    axes.set_ylabel("ms a step", color=QUIET)
+    axes.set_ylabel("ms per step", color=QUIET)
     axes.grid(color="#e7eaf0", linewidth=0.6)
     axes.legend(frameon=False, fontsize=9, labelcolor=INK)
     _plain(axes)

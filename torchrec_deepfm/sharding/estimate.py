@@ -4,7 +4,7 @@ For each shard TorchRec estimates six terms in milliseconds: the look-up and the
 ``bwd_compute``), the exchange of pooled rows and of their gradients (``fwd_comms``, ``bwd_comms``), ``prefetch`` of
 cached rows, and the exchange of ids (``input_dist_comms``). Its ``Perf.total``, by which its planner chooses, leaves
 the last one out. Here a rank's time is the sum of all six over its shards, and the **critical path** is the time of the
-slowest rank. To this come the fixed costs that ``hardware.extra`` may hold (``EXTRA`` says which).
+slowest rank. The fixed costs of ``hardware.extra`` (``EXTRA`` lists them) are added.
 """
 
 import math
@@ -81,7 +81,7 @@ def table_constraints(tables: Iterable[Table]) -> dict[str, ParameterConstraints
 class SharedShardEstimator(ShardEstimator):
     """Runs an estimator once for shards that are alike, instead of once for each.
 
-    TorchRec's estimators look at a shard's size only, and a table on 1,024 ranks has 1,024 shards of two sizes. All
+    TorchRec's estimators use a shard's size only, and a table on 1,024 ranks has 1,024 shards of two sizes. All
     shards of a size then share one ``Perf`` and one ``Storage``.
 
     Args:
@@ -98,7 +98,7 @@ class SharedShardEstimator(ShardEstimator):
 
         Args:
             sharding_options: What to estimate; changed in place.
-            sharder_data_map: What the estimators want to know of the sharders.
+            sharder_data_map: What the estimators need to know of the sharders.
         """
         for option in sharding_options:
             shards = option.shards
@@ -249,10 +249,10 @@ def with_prediction(
         UserError: The plan is for other tables or another number of ranks, or no batch size is known.
     """
     if ranks not in (None, plan.world_size):
-        raise UserError(f"the plan is for {plan.world_size} ranks, not for {ranks}; plan anew, or predict for its own")
+        raise UserError(f"the plan is for {plan.world_size} ranks, not for {ranks}; plan again for {ranks}")
     batch_size = plan.batch_size if batch_size is None else batch_size
     if batch_size is None:
-        raise UserError("the plan does not say how many samples a rank takes; give --batch-size")
+        raise UserError("the plan does not hold the samples per rank; give --batch-size")
     if hardware.local_world_size(plan.world_size) != plan.local_world_size:
         raise UserError(
             f"the plan has {plan.local_world_size} ranks on a host, {hardware.name} has "
@@ -347,7 +347,7 @@ class _PlanEstimator:
         if (table.num_embeddings, table.embedding_dim) != (planned.num_embeddings, planned.embedding_dim):
             raise UserError(
                 f"table {planned.name}: {planned.num_embeddings} x {planned.embedding_dim} in the plan, "
-                f"{table.num_embeddings} x {table.embedding_dim} in the list of tables; plan anew, or name its tables"
+                f"{table.num_embeddings} x {table.embedding_dim} in the list of tables; plan again, or name its tables"
             )
         path, module, parameter = self._modules[planned.name]
         option = ShardingOption(

@@ -191,7 +191,7 @@ def both(first: Callable[[Any], None], second: Callable[[Any], None]) -> Callabl
     [
         (lambda raw: raw.update(world_size=0), "world_size: expected a whole number >= 1, not 0; make the plan aga"),
         (lambda raw: raw.update(world_size=True), "world_size: expected a whole number, not True; make the plan again"),
-        (lambda raw: raw.update(local_world_size=3), "world_size 4 is no multiple of local_world_size 3; every host h"),
+        (lambda raw: raw.update(local_world_size=3), "world_size 4 is not a multiple of local_world_size 3; every hos"),
         (lambda raw: raw.pop("search"), "missing search; make the plan again"),
         (lambda raw: raw.update(world_size=10**400), "world_size: expected a whole number <= 4611686018427387904, not"),
         (lambda raw: raw["predicted"].update(mean_ms=10**400), "predicted.mean_ms: 1000000000000000000000000000000000"),
@@ -207,18 +207,18 @@ def both(first: Callable[[Any], None], second: Callable[[Any], None]) -> Callabl
         (lambda raw: raw["predicted"]["per_rank"].pop(), "predicted.per_rank has 3 ranks, world_size is 4"),
         (lambda raw: raw["predicted"]["per_rank"][1].update(rank=2), "predicted.per_rank[1]: rank is 2, not 1; list a"),
         (lambda raw: raw["predicted"].update(mean_ms=-1), "predicted.mean_ms: expected a number >= 0.0, not -1; make "),
-        (lambda raw: raw["tables"].append(raw["tables"][0]), "table t_a stands twice; leave one"),
+        (lambda raw: raw["tables"].append(raw["tables"][0]), "table t_a appears twice; remove one"),
         (set_in("b", name=""), "tables[1].name: expected text of length >= 1, not ''; make the pla"),
         (set_in("b", num_embeddings=0), "tables[1] (t_b).num_embeddings: expected a whole number >= 1, not 0; make th"),
         (set_in("b", ranks=[1]), "tables[1] (t_b): ranks is [1], but the shards are on [3]; give the rank of each s"),
-        (set_in("b", sharding_type="rowwise"), "table t_b: no sharding type 'rowwise'; choose one of data_parallel, "),
+        (set_in("b", sharding_type="rowwise"), "table t_b: unknown sharding type 'rowwise'; choose one of data_parall"),
         (set_in("b", compute_kernel="dense"), "table t_b: table_wise has no kernel 'dense'; choose one of fused, fuse"),
         (set_in("a", compute_kernel="fused"), "table t_a: data_parallel has no kernel 'fused'; choose one of dense"),
-        (set_in("b", kernel_options={"x": 1}), "table t_b: no kernel option 'x'; choose one of "),
+        (set_in("b", kernel_options={"x": 1}), "table t_b: unknown kernel option 'x'; choose one of "),
         (set_in("b", kernel_options={"cache_load_factor": 2}), "table t_b: kernel option cache_load_factor must be a "),
         (set_in("b", kernel_options={"enforce_hbm": 1}), "table t_b: kernel option enforce_hbm must be true or false,"),
         (set_in("b", kernel_options={"output_dtype": "X"}), "table t_b: kernel option output_dtype must be one of FP3"),
-        (put("b", 0, rank=4), "table t_b: shard 0 lies on rank 4, but there are 4 ranks, 0 to 3; name one of those"),
+        (put("b", 0, rank=4), "table t_b: shard 0 is on rank 4, but there are 4 ranks, 0 to 3; name one of those"),
         (put("b", 0, rank=-1), "tables[1] (t_b).shards[0].rank: expected a whole number >= 0, not -1; make the"),
         (put("b", 0, sizes=[24]), "tables[1] (t_b).shards[0].sizes: expected a list of length 2, not [24]; make the p"),
         (put("b", 0, sizes=[23, 256]), "table t_b: the shards hold 5,888 of its 24 x 256 = 6,144 numbers and leave a "),
@@ -235,17 +235,17 @@ def both(first: Callable[[Any], None], second: Callable[[Any], None]) -> Callabl
         (put("c", 0, rank=1), "table t_c: row_wise has one shard on each rank, in order, not on 1, 1, 2, 3"),
         (
             both(put("c", 0, sizes=[14, 256]), put("c", 1, offsets=[14, 0], sizes=[12, 256])),
-            "table t_c: row_wise over 4 ranks has pieces of 13 rows, the last ones of what is left, all of the same co",
+            "table t_c: row_wise over 4 ranks has pieces of 13 rows (the last ones of the remainder), all of the same ",
         ),
         (set_in("d", sharding_type="table_wise"), "table t_d: table_wise has one shard, not 4"),
         (set_in("c", sharding_type="column_wise"), "table t_c: shard 0 of column_wise is rows 0 to 13, columns 0 to 2"),
-        (set_in("d", sharding_type="table_column_wise"), "table t_d: table_column_wise stays on one host of 2 ranks, "),
-        (put("f", 0, rank=3), "table t_f: table_row_wise takes every rank of a host, in order, not 3, 3"),
-        (put("f", 0, rank=0), "table t_f: table_row_wise stays on one host of 2 ranks, but the plan names ranks 0, 3"),
-        (put("g", 0, rank=0), "table t_g: grid_shard stays on one host of 2 ranks, but the plan names ranks 0, 3"),
+        (set_in("d", sharding_type="table_column_wise"), "table t_d: table_column_wise must be on one host of 2 ranks"),
+        (put("f", 0, rank=3), "table t_f: table_row_wise needs every rank of a host, in order, not 3, 3"),
+        (put("f", 0, rank=0), "table t_f: table_row_wise must be on one host of 2 ranks, but the plan names ranks 0, "),
+        (put("g", 0, rank=0), "table t_g: grid_shard must be on one host of 2 ranks, but the plan names ranks 0, 3"),
         (
             both(put("d", 0, sizes=[41, 2]), put("d", 1, offsets=[0, 2], sizes=[41, 126])),
-            "table t_d: shard 0 is 2 columns wide; FBGEMM's kernels want multiples of 4",
+            "table t_d: shard 0 is 2 columns wide; FBGEMM's kernels need multiples of 4",
         ),
     ],
 )  # fmt: skip
@@ -273,8 +273,8 @@ def test_a_plan_for_other_ranks() -> None:
     plan = plan_file()
     assert misfit(plan, world_size=8) == ("made for 4 rank(s), but there are 8; start 4 (-j), or make a plan for 8")
     assert misfit(plan, local_world_size=4) == (
-        "made for hosts of 2 rank(s), but they have 4, and table t_e is table_column_wise, which goes by hosts; start "
-        "2 ranks per host, or make a plan for 4"
+        "made for hosts of 2 rank(s), but they have 4, and table t_e is table_column_wise, which depends on hosts; "
+        "start 2 ranks per host, or make a plan for 4"
     )
     by_ranks = [each for each in plan.tables if each.name in ("t_a", "t_b", "t_c", "t_d")]
     check_fits(replace(plan, tables=tuple(by_ranks)), TABLES[:4], 4, local_world_size=1)
@@ -282,9 +282,9 @@ def test_a_plan_for_other_ranks() -> None:
 
 def test_a_plan_for_other_tables() -> None:
     plan = plan_file()
-    assert misfit(plan, TABLES[:-1]) == "there is no table t_g here; make a plan for these tables"
+    assert misfit(plan, TABLES[:-1]) == "table t_g does not exist here; make a plan for these tables"
     lacks = replace(plan, tables=plan.tables[4:])
-    assert misfit(lacks) == "there is nothing about table t_a, t_b, t_c and 1 more; make a plan for these tables"
+    assert misfit(lacks) == "it lacks table t_a, t_b, t_c and 1 more; make a plan for these tables"
     other = replace(plan, tables=(replace(plan.tables[0], num_embeddings=38), *plan.tables[1:]))
     assert misfit(other) == "table t_a is 38 x 256 in the plan, but 37 x 256 here; make a plan for these tables"
 

@@ -1,4 +1,4 @@
-"""What a user demands of single tables: ``C1=row_wise``, ``t_C*=column_wise:min_partition=16``, ``>1e6=grid_shard``.
+"""What a user requires of single tables: ``C1=row_wise``, ``t_C*=column_wise:min_partition=16``, ``>1e6=grid_shard``.
 
     rule     = which "=" types (":" option "=" value)*
     which    = the name of a table or of one of its features
@@ -7,8 +7,8 @@
     types    = sharding types, "," between them: the planner chooses; or "any"
     option   = "min_partition", the least width of a column shard; "kernel"; "cache_load_factor"; "pooling_factor"
 
-Of all rules that match a table, the most particular one counts, and it counts alone: a name before a glob before a
-size. Two different ones of the same rank contradict each other.
+Only the most specific rule that matches a table applies: a name overrides a glob, a glob overrides a size. Two
+different rules of the same rank contradict each other.
 """
 
 import difflib
@@ -23,7 +23,7 @@ from typing import Protocol
 from torchrec.distributed.planner import ParameterConstraints
 from torchrec.distributed.types import CacheParams
 
-from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.errors import UserError, one_of
 from torchrec_deepfm.sharding.inputs.sharding_types import (
     COLUMN_ALIGNMENT,
     COLUMN_TYPES,
@@ -60,8 +60,8 @@ class _Rank(IntEnum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Demand:
-    """What a rule says of each table that it matches."""
+class TableRule:
+    """How the tables that a rule matches may be sharded."""
 
     sharding_types: tuple[str, ...]
     kernel: str | None = None
@@ -75,7 +75,7 @@ class _Rule:
     text: str
     rank: _Rank
     matches: Callable[[NamedTable], bool]
-    demand: Demand
+    table_rule: TableRule
 
 
 def parse_constraints(
@@ -116,7 +116,7 @@ def parse_constraints(
             raise UserError(f"--constraint {rule.text}: {_nothing(rule, tables)}")
         for table in matched:
             before = chosen.get(table.name)
-            if before is not None and before.rank == rule.rank and before.demand != rule.demand:
+            if before is not None and before.rank == rule.rank and before.table_rule != rule.table_rule:
                 raise UserError(
                     f"--constraint {before.text} and --constraint {rule.text} contradict each other over table "
                     f"{table.name}; leave one of them, or name the table in a rule of its own"
@@ -198,10 +198,10 @@ def _parse(text: str, tables: Sequence[NamedTable]) -> _Rule:
     # A column may have "=" or a letter of a glob in its name.
     exact = max((name for name in names if text.startswith(f"{name}=")), key=len, default=None)
     if exact is not None:
-        # A table's own name goes before a feature of another table that is called the same.
+        # A table's own name overrides a feature of another table with the same name.
         owns = {table.name for table in tables if table.name == exact} or None
         matches = lambda table: table.name in owns if owns else exact in table.feature_names  # noqa: E731
-        return _Rule(text=text, rank=_Rank.NAME, matches=matches, demand=_demand(text[len(exact) + 1 :], where))
+        return _Rule(text=text, rank=_Rank.NAME, matches=matches, table_rule=_table_rule(text[len(exact) + 1 :], where))
     if size := _SIZE.fullmatch(text):
         sign, bound = size["sign"], _rows(size["bound"], where)
         compare: dict[str, Callable[[int], bool]] = {
@@ -215,7 +215,7 @@ def _parse(text: str, tables: Sequence[NamedTable]) -> _Rule:
             text=text,
             rank=_Rank.SIZE,
             matches=lambda table: holds(table.num_embeddings),
-            demand=_demand(size["rest"], where),
+            table_rule=_table_rule(size["rest"], where),
         )
     if span := _RANGE.fullmatch(text):
         above, most = _rows(span["above"], where), _rows(span["most"], where)
@@ -225,7 +225,7 @@ def _parse(text: str, tables: Sequence[NamedTable]) -> _Rule:
             text=text,
             rank=_Rank.SIZE,
             matches=lambda table: above < table.num_embeddings <= most,
-            demand=_demand(span["rest"], where),
+            table_rule=_table_rule(span["rest"], where),
         )
     which, equals, rest = text.partition("=")
     which = which.strip()
@@ -235,7 +235,7 @@ def _parse(text: str, tables: Sequence[NamedTable]) -> _Rule:
         text=text,
         rank=_Rank.GLOB if any(letter in which for letter in "*?[") else _Rank.NAME,
         matches=lambda table: any(fnmatch.fnmatchcase(name, which) for name in (table.name, *table.feature_names)),
-        demand=_demand(rest, where),
+        table_rule=_table_rule(rest, where),
     )
 
 
@@ -245,21 +245,21 @@ def _rows(text: str, where: str) -> float:
     except ValueError:
         rows = math.nan
     if not 0 <= rows < math.inf:
-        raise UserError(f"{where}: {text!r} is no number of rows; write one such as 100000 or 1e5")
+        raise UserError(f"{where}: {text!r} is not a number of rows; write one such as 100000 or 1e5")
     return rows
 
 
-def _demand(text: str, where: str) -> Demand:
+def _table_rule(text: str, where: str) -> TableRule:
     listed, *options = (part.strip() for part in text.split(":"))
     types = SHARDING_TYPES if listed == ANY else tuple(dict.fromkeys(kind.strip() for kind in listed.split(",")))
     for kind in types:
         if kind not in SHARDING_TYPES:
-            raise UserError(f"{where}: there is no sharding type {kind!r}; {_choose(kind, (*SHARDING_TYPES, ANY))}")
+            raise UserError(f"{where}: unknown sharding type {kind!r}; choose {one_of((*SHARDING_TYPES, ANY), kind)}")
     found: dict[str, str] = {}
     for option in options:
         name, equals, value = option.partition("=")
         if name not in OPTIONS:
-            raise UserError(f"{where}: there is no option {name!r}; {_choose(name, OPTIONS)}")
+            raise UserError(f"{where}: unknown option {name!r}; choose {one_of(OPTIONS, name)}")
         if not equals or not value or name in found:
             raise UserError(f"{where}: option {name} needs one value, {name}=...")
         found[name] = value
@@ -272,8 +272,8 @@ def _demand(text: str, where: str) -> Demand:
         raise UserError(f"{where}: min_partition is a number of columns, at most {MAX_MIN_PARTITION:,}; take fewer")
     if min_partition is not None and (min_partition % COLUMN_ALIGNMENT or min_partition < COLUMN_ALIGNMENT):
         raise UserError(
-            f"{where}: min_partition {min_partition:g} is no multiple of {COLUMN_ALIGNMENT}, as FBGEMM's kernels want; "
-            f"take {max(COLUMN_ALIGNMENT, round(min_partition / COLUMN_ALIGNMENT) * COLUMN_ALIGNMENT)}"
+            f"{where}: min_partition {min_partition:g} is not a multiple of {COLUMN_ALIGNMENT}, which FBGEMM's "
+            f"kernels need; take {max(COLUMN_ALIGNMENT, round(min_partition / COLUMN_ALIGNMENT) * COLUMN_ALIGNMENT)}"
         )
     if min_partition is not None and not any(kind in COLUMN_TYPES for kind in types):
         raise UserError(f"{where}: min_partition is for {', '.join(COLUMN_TYPES)}, which cut columns; leave it out")
@@ -290,7 +290,7 @@ def _demand(text: str, where: str) -> Demand:
         raise UserError(
             f"{where}: pooling_factor {pooling_factor:g} is the mean number of ids, at most {MAX_POOLING_FACTOR:,}"
         )
-    return Demand(
+    return TableRule(
         sharding_types=tuple(kind for kind in SHARDING_TYPES if kind in types),
         kernel=kernel,
         min_partition=None if min_partition is None else int(min_partition),
@@ -301,7 +301,7 @@ def _demand(text: str, where: str) -> Demand:
 
 def _of_kernel(kernel: str, types: Sequence[str], where: str) -> tuple[str, ...]:
     if kernel not in KERNELS:
-        raise UserError(f"{where}: there is no kernel {kernel!r}; {_choose(kernel, KERNELS)}")
+        raise UserError(f"{where}: unknown kernel {kernel!r}; choose {one_of(KERNELS, kernel)}")
     kept = tuple(kind for kind in types if kernel in kernels_of(kind))
     if not kept:
         instead = ", ".join(kernels_of(types[0]))
@@ -317,13 +317,8 @@ def _number(found: Mapping[str, str], name: str, where: str, *, whole: bool = Fa
     except ValueError:
         value = math.nan
     if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{where}: {name} {found[name]!r} is no {'whole ' if whole else ''}number")
+        raise UserError(f"{where}: {name} {found[name]!r} is not a {'whole ' if whole else ''}number")
     return value
-
-
-def _choose(word: str, choices: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, choices, n=1)
-    return f"{f'did you mean {close[0]}? ' if close else ''}choose one of {', '.join(choices)}"
 
 
 def _nothing(rule: _Rule, tables: Sequence[NamedTable]) -> str:
@@ -331,41 +326,41 @@ def _nothing(rule: _Rule, tables: Sequence[NamedTable]) -> str:
         largest = max(tables, key=lambda table: table.num_embeddings)
         smallest = min(tables, key=lambda table: table.num_embeddings)
         return (
-            f"no table has so many rows: they have {smallest.num_embeddings:,} ({smallest.name}) to "
+            f"no table has that many rows: they have {smallest.num_embeddings:,} ({smallest.name}) to "
             f"{largest.num_embeddings:,} ({largest.name})"
         )
     which = rule.text.partition("=")[0].strip()
     names = list(dict.fromkeys(name for table in tables for name in (*table.feature_names, table.name)))
     close = difflib.get_close_matches(which, names, n=3, cutoff=0.4) or names[:3]
-    return f"no table or feature is called so; did you mean one of {', '.join(close)}?"
+    return f"no table or feature has this name; did you mean one of {', '.join(close)}?"
 
 
 def _constraints(
     rule: _Rule, table: NamedTable, compute_device: str, world_size: int | None, local_world_size: int | None
 ) -> ParameterConstraints:
-    demand, where = rule.demand, f"--constraint {rule.text}: table {table.name}"
+    table_rule, where = rule.table_rule, f"--constraint {rule.text}: table {table.name}"
     reasons: dict[str, str] = {}
-    for kind in demand.sharding_types:
+    for kind in table_rule.sharding_types:
         reason = why_impossible(
             kind,
             table,
-            min_partition=demand.min_partition,
+            min_partition=table_rule.min_partition,
             world_size=world_size,
             local_world_size=local_world_size,
             compute_device=compute_device,
         )
         if reason is not None:
             reasons[kind] = reason
-    possible = [kind for kind in demand.sharding_types if kind not in reasons]
+    possible = [kind for kind in table_rule.sharding_types if kind not in reasons]
     if not possible:
         raise UserError(f"{where}: {next(iter(reasons.values()))}")
-    if demand.kernel in CUDA_KERNELS and compute_device != "cuda":
-        raise UserError(f"{where}: kernel {demand.kernel} needs GPUs, these are {compute_device} ranks; leave it out")
-    kernels = None if demand.kernel is None else [demand.kernel]
-    cache = None if demand.cache_load_factor is None else CacheParams(load_factor=demand.cache_load_factor)
+    if table_rule.kernel in CUDA_KERNELS and compute_device != "cuda":
+        raise UserError(f"{where}: kernel {table_rule.kernel} needs GPUs, not {compute_device} ranks; leave it out")
+    kernels = None if table_rule.kernel is None else [table_rule.kernel]
+    cache = None if table_rule.cache_load_factor is None else CacheParams(load_factor=table_rule.cache_load_factor)
     constraints = ParameterConstraints(
-        sharding_types=possible, compute_kernels=kernels, min_partition=demand.min_partition, cache_params=cache
+        sharding_types=possible, compute_kernels=kernels, min_partition=table_rule.min_partition, cache_params=cache
     )
-    if demand.pooling_factor is not None:
-        constraints.pooling_factors = [demand.pooling_factor] * max(len(table.feature_names), 1)
+    if table_rule.pooling_factor is not None:
+        constraints.pooling_factors = [table_rule.pooling_factor] * max(len(table.feature_names), 1)
     return constraints

@@ -21,7 +21,7 @@ SHARDING_TYPES = (
 )
 ROW_TYPES = ("row_wise", "table_row_wise", "grid_shard")  # cut rows
 COLUMN_TYPES = ("column_wise", "table_column_wise", "grid_shard")  # cut columns
-HOST_TYPES = ("table_column_wise", "table_row_wise", "grid_shard")  # go by hosts
+HOST_TYPES = ("table_column_wise", "table_row_wise", "grid_shard")  # depend on hosts
 
 KERNELS = ("dense", "fused", "fused_uvm", "fused_uvm_caching")
 CUDA_KERNELS = ("fused_uvm", "fused_uvm_caching")

@@ -117,7 +117,7 @@ def read_tables(source: str, dim: int | None = None) -> tuple[Table, ...]:
 
     Args:
         source: ``criteo-terabyte``; a TOML, JSON or CSV file; or a prepared folder.
-        dim: Width of every table, instead of what the file says. Default: 128 for ``criteo-terabyte``, 12 for a
+        dim: Width of every table, instead of the file's. Default: 128 for ``criteo-terabyte``, 12 for a
             prepared folder.
 
     Returns:

@@ -27,12 +27,12 @@ FIXED = "fixed (hardware.extra)"
 
 
 def cost_by_rank(plan: PlanFile) -> list[float]:
-    """Milliseconds a step that are predicted for each rank, rank 0 first; nothing where nobody has predicted them."""
+    """Predicted milliseconds per step of each rank, rank 0 first; empty without a prediction."""
     return [] if plan.predicted is None else [cost.total_ms for cost in plan.predicted.per_rank]
 
 
 def terms_by_rank(plan: PlanFile) -> dict[str, list[float]]:
-    """Milliseconds of each term for each rank; what the total has beyond them, the fixed costs, is the last one."""
+    """Milliseconds of each term for each rank; the fixed costs, which the total has on top, come last."""
     if plan.predicted is None:
         return {}
     ranks = plan.predicted.per_rank
@@ -45,7 +45,7 @@ def terms_by_rank(plan: PlanFile) -> dict[str, list[float]]:
 
 
 def memory_by_rank(plan: PlanFile) -> dict[str, list[float]]:
-    """GiB that are predicted for each rank: of ``hbm`` and ``ddr`` those that the plan uses."""
+    """Predicted GiB of each rank: ``hbm`` and ``ddr``, if the plan uses them."""
     if plan.predicted is None:
         return {}
     found = {
@@ -70,7 +70,7 @@ def write_plan_report(plan: PlanFile, path: Path) -> None:
     hosts = plan.world_size // plan.local_world_size
     facts: dict[str, Cell] = {
         "Ranks": f"{plan.world_size:,} on {hosts:,} host{'s' * (hosts != 1)}",
-        "Samples a rank and step": plan.batch_size,
+        "Samples per rank and step": plan.batch_size,
         "Tables": len(plan.tables),
         "Weights (float32)": f"{sum(map(_table_bytes, plan.tables)) / GIB:,.2f} GiB",
         "Found by": plan.search,
@@ -92,7 +92,7 @@ def _cost_sections(plan: PlanFile) -> list[Section]:
     slowest = max(range(len(costs)), key=costs.__getitem__)
     maps: dict[str, Any] = {"cost_ms": costs}
     cost = Picture(
-        _host_map(costs, local, "ms a step"),
+        _host_map(costs, local, "ms per step"),
         alt=f"Heat map of the predicted cost of each rank; rank {slowest} has the most, {costs[slowest]:.3f} ms.",
         caption="Predicted milliseconds of each rank. All wait for the slowest: its time is the critical path.",
         kind="png",
@@ -110,9 +110,9 @@ def _cost_sections(plan: PlanFile) -> list[Section]:
         )
     terms = terms_by_rank(plan)
     if plan.world_size <= plan_figures.MANY:
-        bars = plan_figures.stacked_bars(terms, [f"rank {rank}" for rank in range(plan.world_size)], what="ms a step")
+        bars = plan_figures.stacked_bars(terms, [f"rank {rank}" for rank in range(plan.world_size)], what="ms per step")
     else:
-        bars = plan_figures.cost_by_rank(terms, what="ms a step")
+        bars = plan_figures.cost_by_rank(terms, what="ms per step")
     return [
         Section("Cost by rank", cost, Data("heat-maps", maps)),
         Section(
@@ -141,7 +141,7 @@ def _host_map(values: Sequence[float], local_world_size: int, what: str) -> "Fig
 
 def _of_capacity(plan: PlanFile, kind: str) -> str:
     capacity = getattr(plan.hardware, f"{kind}_bytes", None)
-    return f", of {capacity / GIB:,.0f} GiB that there are" if isinstance(capacity, int) else ""
+    return f", of {capacity / GIB:,.0f} GiB available" if isinstance(capacity, int) else ""
 
 
 def _tables(plan: PlanFile) -> Table:

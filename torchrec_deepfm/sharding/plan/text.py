@@ -27,7 +27,7 @@ def plan_text(plan: PlanFile, *, bound_ms: float | None = None, reserved: float 
     head = (
         f"{len(plan.tables)} tables, {_gib(weights)} of weights, on {plan.world_size} rank(s) "
         f"of {plan.hardware.name if plan.hardware else 'hardware that the plan does not name'}, {hosts} host(s) of "
-        f"{plan.local_world_size}, {'?' if plan.batch_size is None else f'{plan.batch_size:,}'} samples a rank; "
+        f"{plan.local_world_size}, {'?' if plan.batch_size is None else f'{plan.batch_size:,}'} samples per rank; "
         f"search: {plan.search}"
     )
     lines = [head]
@@ -46,7 +46,7 @@ def _costs(plan: PlanFile, bound_ms: float | None) -> list[str]:
     ]
     if bound_ms is not None and bound_ms <= path * (1 + 1e-9):
         lines.append(f"  no plan of the options searched is below {bound_ms:.2f} ms by the same estimates")
-    lines.append(f"  {'ms a step':<36}{f'rank {slowest}':>10}{'mean':>10}")
+    lines.append(f"  {'ms per step':<36}{f'rank {slowest}':>10}{'mean':>10}")
     for term in TERMS:
         name = f"{term.removesuffix('_ms')} ({_MEANINGS[term]})"
         lines.append(f"  {name:<36}{getattr(costs[slowest], term):>10.3f}{_mean(costs, term):>10.3f}")
@@ -69,7 +69,7 @@ def _memory(plan: PlanFile, reserved: float) -> list[str]:
         of = f" of {_gib(capacity * (1 - kept))}" if isinstance(capacity, int) else ""
         less = f" ({_gib(capacity or 0)} less {kept:.0%} for all else)" if of and kept else ""
         lines.append(
-            f"{what} of tables: at most {_gib(held)} (rank {most}), mean {_gib(_mean(costs, key))}{of} a rank{less}"
+            f"{what} of tables: at most {_gib(held)} (rank {most}), mean {_gib(_mean(costs, key))}{of} per rank{less}"
         )
     return lines
 

@@ -4,12 +4,11 @@ TorchRec takes a plan at its word: one with a hole, an overlap or rows cut elsew
 else, or hangs. So all of that is checked here.
 """
 
-import difflib
 import math
 from collections.abc import Iterable, Sequence
 from itertools import combinations, pairwise, product
 
-from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.errors import UserError, one_of
 from torchrec_deepfm.sharding.inputs.sharding_types import (
     COLUMN_ALIGNMENT,
     COLUMN_TYPES,
@@ -31,23 +30,23 @@ def check_sound(plan: PlanFile, where: str) -> None:
         where: the file, for messages.
 
     Raises:
-        UserError: ranks and hosts do not go together, a table stands twice, a shard lies on a rank that there is not,
-            the shards leave a hole or overlap, or are not cut as the table's type asks for.
+        UserError: ranks do not fill the hosts, a table appears twice, a shard's rank does not exist, the shards leave a
+            hole or overlap, or are not cut as the table's type requires.
     """
     if plan.world_size % plan.local_world_size:
         raise UserError(
-            f"{where}: world_size {plan.world_size} is no multiple of local_world_size {plan.local_world_size}; every "
-            "host has the same number of ranks"
+            f"{where}: world_size {plan.world_size} is not a multiple of local_world_size {plan.local_world_size}; "
+            "every host has the same number of ranks"
         )
     if plan.predicted is not None and len(plan.predicted.per_rank) != plan.world_size:
         raise UserError(
             f"{where}: predicted.per_rank has {len(plan.predicted.per_rank)} ranks, world_size is {plan.world_size}; "
-            "make the plan anew"
+            "make the plan again"
         )
     seen: set[str] = set()
     for table in plan.tables:
         if table.name in seen:
-            raise UserError(f"{where}: table {table.name} stands twice; leave one")
+            raise UserError(f"{where}: table {table.name} appears twice; remove one")
         seen.add(table.name)
         _check_table(table, plan, f"{where}: table {table.name}")
 
@@ -66,8 +65,8 @@ def check_fits(
     Args:
         plan: a sound plan.
         tables: the tables to shard.
-        world_size: ranks that there are.
-        local_world_size: ranks per host; where given, types that go by hosts are checked against it.
+        world_size: the ranks at hand.
+        local_world_size: ranks per host; where given, types that depend on hosts are checked against it.
         compute_device: ``cpu`` or ``cuda``; where given, the kernels are checked against it.
         where: the file, for messages.
 
@@ -84,15 +83,15 @@ def check_fits(
         if bound:
             raise UserError(
                 f"{where}: made for hosts of {plan.local_world_size} rank(s), but they have {local_world_size}, and "
-                f"table {bound[0].name} is {bound[0].sharding_type}, which goes by hosts; start "
+                f"table {bound[0].name} is {bound[0].sharding_type}, which depends on hosts; start "
                 f"{plan.local_world_size} ranks per host, or make a plan for {local_world_size}"
             )
     given = {table.name: table for table in tables}
     planned = {table.name: table for table in plan.tables}
     if missing := [name for name in given if name not in planned]:
-        raise UserError(f"{where}: there is nothing about table {_some(missing)}; make a plan for these tables")
+        raise UserError(f"{where}: it lacks table {_some(missing)}; make a plan for these tables")
     if foreign := [name for name in planned if name not in given]:
-        raise UserError(f"{where}: there is no table {_some(foreign)} here; make a plan for these tables")
+        raise UserError(f"{where}: table {_some(foreign)} does not exist here; make a plan for these tables")
     for name, table in given.items():
         mine, theirs = planned[name], table
         if (mine.num_embeddings, mine.embedding_dim) != (theirs.num_embeddings, theirs.embedding_dim):
@@ -145,7 +144,8 @@ def check_memory(held: Sequence[int], available: Sequence[int], *, what: str, em
 
 def _check_table(table: PlannedTable, plan: PlanFile, where: str) -> None:
     if table.sharding_type not in SHARDING_TYPES:
-        raise UserError(f"{where}: no sharding type {table.sharding_type!r}; choose one of {', '.join(SHARDING_TYPES)}")
+        choices = one_of(SHARDING_TYPES, table.sharding_type)
+        raise UserError(f"{where}: unknown sharding type {table.sharding_type!r}; choose {choices}")
     kernels = kernels_of(table.sharding_type)
     if table.compute_kernel not in kernels:
         raise UserError(
@@ -155,7 +155,7 @@ def _check_table(table: PlannedTable, plan: PlanFile, where: str) -> None:
     for number, shard in enumerate(table.shards):
         if shard.rank >= plan.world_size:
             raise UserError(
-                f"{where}: shard {number} lies on rank {shard.rank}, but there are {plan.world_size} ranks, 0 to "
+                f"{where}: shard {number} is on rank {shard.rank}, but there are {plan.world_size} ranks, 0 to "
                 f"{plan.world_size - 1}; name one of those"
             )
     if table.sharding_type == "data_parallel":
@@ -165,7 +165,7 @@ def _check_table(table: PlannedTable, plan: PlanFile, where: str) -> None:
     _check_cut(table, plan, where)
 
 
-# What TorchRec's ParameterSharding and its CacheParams say of a kernel. Values of its enums go by name.
+# Fields of TorchRec's ParameterSharding and CacheParams for a kernel; values of its enums are written by name.
 _FLAGS = ("cache_prefetch_pipeline", "enforce_hbm", "stochastic_rounding")
 _NAMES = {
     "cache_algorithm": ("LRU", "LFU"),
@@ -188,9 +188,7 @@ def _check_options(table: PlannedTable, where: str) -> None:
             fine, what = type(value) in (int, float) and value >= 0.0, "a number of at least 0"
         else:
             choices = [*_FLAGS, *_NAMES, *_SHARES]
-            close = difflib.get_close_matches(name, choices, n=1)
-            hint = f"did you mean {close[0]}? " if close else ""
-            raise UserError(f"{where}: no kernel option {name!r}; {hint}choose one of {', '.join(choices)}")
+            raise UserError(f"{where}: unknown kernel option {name!r}; choose {one_of(choices, name)}")
         if not fine:
             raise UserError(f"{where}: kernel option {name} must be {what}, not {value!r}")
 
@@ -239,7 +237,7 @@ def _check_covered(table: PlannedTable, where: str) -> None:
 
 
 def _check_cut(table: PlannedTable, plan: PlanFile, where: str) -> None:
-    """The cuts that TorchRec computes by itself when it sends ids around, whatever the plan says."""
+    """Check the cuts that TorchRec computes by itself when it sends ids, without regard to the plan."""
     kind, local = table.sharding_type, plan.local_world_size
     rows, width = table.num_embeddings, table.embedding_dim
     if kind == "table_wise" and len(table.shards) != 1:
@@ -256,13 +254,13 @@ def _check_cut(table: PlannedTable, plan: PlanFile, where: str) -> None:
         for number, shard in enumerate(table.shards):
             if len(table.shards) > 1 and (shard.sizes[1] % COLUMN_ALIGNMENT or not shard.sizes[1]):
                 raise UserError(
-                    f"{where}: shard {number} is {shard.sizes[1]} columns wide; FBGEMM's kernels want multiples of "
+                    f"{where}: shard {number} is {shard.sizes[1]} columns wide; FBGEMM's kernels need multiples of "
                     f"{COLUMN_ALIGNMENT}"
                 )
     if kind == "grid_shard":
         if len(table.shards) % local:
             raise UserError(
-                f"{where}: grid_shard has {local} shards a host, {len(table.shards)} are no multiple of that"
+                f"{where}: grid_shard has {local} shards per host, but {len(table.shards)} is not a multiple of that"
             )
         for first in range(0, len(table.shards), local):
             block = table.shards[first : first + local]
@@ -285,8 +283,8 @@ def _check_rows(
     )
     if not same or any((shard.offsets[1], shard.sizes[1]) != columns for shard in shards):
         raise UserError(
-            f"{where}: {kind} over {parts} ranks has pieces of {step} rows, the last ones of what is left, all of the "
-            f"same columns, in order; the plan cuts at rows {_listed([first for first, _ in found])}"
+            f"{where}: {kind} over {parts} ranks has pieces of {step} rows (the last ones of the remainder), all of "
+            f"the same columns, in order; the plan cuts at rows {_listed([first for first, _ in found])}"
         )
 
 
@@ -295,10 +293,10 @@ def _check_host(shards: Sequence[PlannedShard], local: int, where: str, kind: st
     host = ranks[0] // local
     if any(rank // local != host for rank in ranks):
         raise UserError(
-            f"{where}: {kind} stays on one host of {local} ranks, but the plan names ranks {_listed(ranks)}"
+            f"{where}: {kind} must be on one host of {local} ranks, but the plan names ranks {_listed(ranks)}"
         )
     if kind != "table_column_wise" and ranks != list(range(host * local, (host + 1) * local)):
-        raise UserError(f"{where}: {kind} takes every rank of a host, in order, not {_listed(ranks)}")
+        raise UserError(f"{where}: {kind} needs every rank of a host, in order, not {_listed(ranks)}")
 
 
 def _block(shard: PlannedShard) -> str:

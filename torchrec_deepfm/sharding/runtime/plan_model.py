@@ -66,7 +66,7 @@ def plan_model(
         batch_size: samples per rank and step.
         device: this rank's device.
         sharder: what the plan will be applied with.
-        replicated_by: the option that says which tables these are, for messages.
+        replicated_by: the option that selects these tables, for messages.
         constraints: what the planner may do with single tables, by name, instead of the above.
         topology: the ranks and their memory; by default those at hand.
         ema: whether a moving average of the weights is kept: it takes as much memory as they do, and every table then
@@ -151,7 +151,7 @@ def read_fitting_plan(
         compute_device=device.type,
         where=where,
     )
-    # Where no table goes by hosts, it may run on hosts of another size.
+    # Where no table depends on hosts, the plan may run on hosts of another size.
     plan = replace(plan, local_world_size=_local_world_size())
     check_replicated(
         replicated, {table.name: [table.sharding_type] for table in plan.tables}, tables, where, replicated_by
@@ -205,8 +205,7 @@ def local_topology(device: torch.device) -> Topology:
     world_size, local_world_size = dist.get_world_size(), _local_world_size()
     if world_size % local_world_size:
         raise UserError(
-            f"{world_size} ranks with {local_world_size} on this host: the planner wants as many ranks on every host; "
-            "start so"
+            f"{world_size} ranks with {local_world_size} on this host: the planner needs the same number on every host"
         )
     host_memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     hbm = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None

@@ -1,15 +1,14 @@
-"""What TorchRec's planner means by its errors, told by what is true.
+"""What TorchRec's planner means by its errors.
 
-Its ``PlannerError`` names a kind that says less than it seems to:
+The kind of a ``PlannerError`` is misleading:
 
 - ``INSUFFICIENT_STORAGE`` is raised where the smallest proposal that was tried exceeds all ranks together; and so where
   none was tried at all, as by ``GridSearchProposer``, which proposes nothing above a limit of combinations.
 - ``STRICT_CONSTRAINTS`` is raised in every other case in which no proposal could be placed: most often one table has no
-  shard small enough for a rank, without any constraint of the user's.
-- ``PARTITION`` is what the partitioner says of a single proposal: a shard fits on no rank.
+  shard small enough for a rank, without any constraint of the user.
+- ``PARTITION`` is about a single proposal: a shard fits on no rank.
 
-So the options themselves are looked at: what the least is that some rank has to hold of each table, and all ranks of
-all tables.
+So the options themselves are checked: the least that some rank must hold of each table, and all ranks of all tables.
 """
 
 import math
@@ -50,7 +49,7 @@ def explain(
         last = f" (the last left no room for a part of table {full[1]})" if full else ""
         return UserError(
             f"{tried} that the search tried fits the memory of the ranks{last}, though each table by itself fits, and "
-            f"all take less than there is: use more ranks ({ranks_option}), or let the large tables be row_wise "
+            f"all take less than the ranks have: use more ranks ({ranks_option}), or let the large tables be row_wise "
             "(--constraint)" + _without(ema)
         )
     return UserError(f"the planner found no plan ({error.error_type.value}): {_first_line(error)}")

@@ -1,9 +1,9 @@
 """Choosing a way to shard each table: a search over pieces. Numpy only, no TorchRec.
 
-The slowest rank is never faster than the mean rank, nor than what is on every rank plus the dearest piece. A table's
-**share** is what a way adds to the mean. So for every bound on the price of a piece, the ways with the least shares
-below it give a start; the best starts are then improved table by table, each step placed for real (``balance.place``).
-Where memory is short, shares are priced with the memory that they take (a Lagrange multiplier), from little to much.
+The slowest rank is never faster than the mean rank, nor than what is on every rank plus the most expensive piece. A
+table's **share** is what a way adds to the mean. So for every bound on the price of a piece, the ways with the least
+shares below it give a start; the best starts are then improved table by table, each step really placed
+(``balance.place``). Where memory is short, shares are priced with the memory that they take (a Lagrange multiplier), from little to much.
 
 Everything is deterministic, and bounded by the number of placements, not by time.
 
@@ -25,14 +25,14 @@ _FAMILIES: Final[tuple[tuple[Where, ...], ...]] = (
     ("every rank", "any rank"),
     ("every rank", "any host"),
 )
-_LUMPS: Final = (1.0, 1.2, 1.5)  # by how much pieces are taken to be dearer than their shares, since they fill no gaps
+_LUMPS: Final = (1.0, 1.2, 1.5)  # factors on the shares of pieces, since pieces fill no gaps
 _MULTIPLIERS: Final = (0.0, 0.01, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)
 _SAME: Final = 1e-9  # relative: what is left of equal sums in another order
 
 
 @dataclass(frozen=True, kw_only=True)
 class Effort:
-    """How long the search goes on.
+    """How long the search runs.
 
     Args:
         starts: Starts to improve, of all that were placed.

@@ -1,4 +1,4 @@
-"""Every way to shard a table that is worth a look: TorchRec's types at every width of a column shard."""
+"""Every useful way to shard a table: TorchRec's types at every width of a column shard."""
 
 import warnings
 from typing import Final
@@ -35,15 +35,15 @@ _UVM: Final = (EmbeddingComputeKernel.FUSED_UVM.value, EmbeddingComputeKernel.FU
 class WidthEnumerator(EmbeddingEnumerator):
     """Offers, besides what TorchRec's enumerator does, column shards of every width, and grid_shard unasked.
 
-    TorchRec's offers one width per table, 128 columns unless a constraint says otherwise, and grid_shard only where a
-    constraint names it. What a constraint says holds here as well: a ``min_partition`` fixes the width, listed types
-    and kernels are the only ones.
+    TorchRec's offers one width per table, 128 columns unless a constraint sets another, and grid_shard only where a
+    constraint names it. Constraints apply here as well: ``min_partition`` fixes the width, listed types and kernels are
+    the only ones.
 
     All that TorchRec's enumerator offers is offered here, except what could only make a plan worse, or no plan at all
     (unless a constraint leaves nothing else): table_column_wise, which by the estimates is column_wise with fewer
     places; types that can't run (``sharding_types.why_rows_impossible``); and kernels that keep rows in host memory if
     ``host_memory`` is false. Of the narrower widths those that make more blocks than hosts, or more column shards than
-    ranks, are no use either.
+    ranks, are left out too.
 
     Args:
         topology: The ranks.

@@ -30,7 +30,7 @@ class Pieces:
     Args:
         where: Where a piece may lie.
         count: How many pieces there are; 1 where one lies on every rank.
-        ms: What a piece costs each rank on which it lies, in milliseconds a step.
+        ms: What a piece costs each rank on which it lies, in milliseconds per step.
         hbm: Bytes of GPU memory that it takes there.
         ddr: Bytes of host memory that it takes there.
     """

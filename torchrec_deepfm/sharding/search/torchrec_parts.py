@@ -103,15 +103,15 @@ class BalancedPartitioner(Partitioner):
 class BalancedProposer(Proposer):
     """Proposes the plan that a search over all options finds (``choose.choose``), and TorchRec's if that fits nowhere.
 
-    TorchRec's proposers walk through the options of a table one after another, each judged by itself. This one knows
-    what lies on every rank, on a host and on a single one, so it judges all tables together before it proposes.
-    What the greedy ones would propose is among the starts of its search. It
-    first proposes the fastest option of each table, since the planner tells of the memory only in its answer.
+    TorchRec's proposers try the options of a table one after another, each by itself. This one knows what is on every
+    rank, on a host and on a single one, so it rates all tables together before it proposes. The proposals of the greedy
+    ones are among the starts of its search. It first proposes the fastest option of each table, since the planner
+    reports the memory only in its feedback.
 
     Args:
         effort: How long to search.
-        fallbacks: Whether to propose TorchRec's where the plan found fits nowhere. Beside ``BalancedPartitioner`` that
-            is no use: the search has tried the same placements.
+        fallbacks: Whether to propose TorchRec's where the plan found fits nowhere. With ``BalancedPartitioner`` that
+            can't help: the search has tried the same placements.
     """
 
     def __init__(self, effort: Effort | None = None, *, fallbacks: bool = True) -> None:
@@ -131,7 +131,7 @@ class BalancedProposer(Proposer):
         for option in search_space:
             by_table.setdefault(option.fqn, []).append(option)
         self._options = list(by_table.values())
-        self._next = [min(options, key=_dearest) for options in self._options] or None
+        self._next = [min(options, key=_max_shard_ms) for options in self._options] or None
         self._fallbacks = []
         if self._with_fallbacks:
             self._fallbacks = [GreedyProposer(), GreedyProposer(use_depth=False), UniformProposer()]
@@ -242,5 +242,5 @@ def _by_host(option: ShardingOption) -> bool:
     return option.sharding_type in (ShardingType.TABLE_ROW_WISE.value, ShardingType.GRID_SHARD.value)
 
 
-def _dearest(option: ShardingOption) -> float:
+def _max_shard_ms(option: ShardingOption) -> float:
     return max(shard_ms(shard) for shard in option.shards)
