@@ -157,7 +157,7 @@ GOOD = {"--tables": "criteo-terabyte", "--hardware": "h100", "--ranks": "16", "-
         ({"--tables": "t" * 300}, f"'{'t' * 56}...: longer than a name may be here"),
         ({"--hardware": "h" * 300}, f"'{'h' * 56}...: longer than a name may be here"),
         ({"--constraint": "C99=row_wise"}, "--constraint C99=row_wise: "),
-        ({"--constraint": "C1=fused"}, "--constraint C1=fused: there is no sharding type 'fused'"),
+        ({"--constraint": "C1=fused"}, "--constraint C1=fused: unknown sharding type 'fused'"),
         (
             {"--tables": "short.csv", "--hardware": "cpu", "--constraint": "b=row_wise"},
             "--constraint b=row_wise: table b: row_wise cuts its 2 rows into pieces of 1 and leaves 14 of 16 ranks",

@@ -41,5 +41,5 @@ def test_one_plan_is_its_own_best() -> None:
 
 
 def test_no_plan() -> None:
-    with pytest.raises(UserError, match="there is no plan with a prediction and a measurement"):
+    with pytest.raises(UserError, match="no plan has both a prediction and a measurement; measure at least one"):
         agreement([], [], [])

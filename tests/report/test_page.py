@@ -170,7 +170,7 @@ def test_what_makes_no_page() -> None:
         Picture(figure(), alt=" ")
     with pytest.raises(ValueError, match="the name of data"):
         Data("a b", 1)
-    with pytest.raises(ValueError, match="two Data are called a"):
+    with pytest.raises(ValueError, match="two Data have the name a"):
         render("t", [Section("x", Data("a", 1)), Section("y", Data("a", 2))])
     for href in ("javascript:alert(1)", " JavaScript:x", "data:text/html,x", "file:///etc/passwd"):
         with pytest.raises(ValueError, match="a page links to"):
@@ -191,7 +191,7 @@ def test_writing_is_all_or_nothing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="two Data"):
         write_page(path, "third", [Section("a", Data("x", 1), Data("x", 1))])
     assert "second" in path.read_text(encoding="utf-8")
-    with pytest.raises(UserError, match="a text in it is no Unicode") as refused:
+    with pytest.raises(UserError, match="a text in it is not valid Unicode") as refused:
         write_page(path, "half a pair \ud800", [])
     assert "\n" not in str(refused.value)
     assert [one.name for one in path.parent.iterdir()] == ["report.html"]
