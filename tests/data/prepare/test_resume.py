@@ -430,7 +430,7 @@ def test_two_at_once(tmp_path, monkeypatch):
 LIMITED = """
 import resource, sys
 from pathlib import Path
-from torchrec_deepfm import cli
+from torchrec_deepfm.cli import main as cli
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
 cli.main(sys.argv[2:])
 """
