@@ -91,7 +91,7 @@ class ExperimentCommand:
             read_tables(self.tables, self.dim)
             count = self.ranks or torch.cuda.device_count() or 2
             if count > 1:
-                launch.main(["--standalone", "--nproc_per_node", str(count), "-m", __package__, *self.words()])
+                launch.main(["--standalone", "--nproc_per_node", str(count), "-m", "torchrec_deepfm", *self.words()])
                 return
         self._run_as_rank()
 
