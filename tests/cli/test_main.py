@@ -95,6 +95,7 @@ OPTIONS = {
         "output",
         "dim",
         "batch-size",
+        "ema",
         "search",
         "constraint",
         "optimizer",

@@ -1,0 +1,215 @@
+"""Commands that train and look at runs: ``train``, ``recipes``, ``report``, ``evaluate``."""
+
+import itertools
+import math
+import os
+import sys
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from torchrec_deepfm import console
+from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.launch import STARTED
+from torchrec_deepfm.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from torchrec_deepfm.data.dataset.prepared import PreparedData
+    from torchrec_deepfm.training.recipes import DataSet
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train a sharded DeepFM, evaluate it, and write a run folder."""
+
+    data: Path | None = None
+    """Prepared folder. Without it a small synthetic set is made in data/synthetic, once."""
+    output: Path | None = None
+    """Run folder. Where it holds the same run, unfinished, the training goes on. Default: runs/<time>."""
+    recipe: str | None = None
+    """Named settings, which the command recipes lists, or FILE.py:FUNCTION of your own. Default: paper; without --data,
+    synthetic."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto: go on from the newest intact checkpoint in the run folder; never: refuse a folder that is not empty."""
+    checkpoints: str | None = None
+    """Folder, or URL such as s3://bucket/run, for the checkpoints. Default: in the run folder."""
+    plan: Path | None = None
+    """File of a plan that says where the tables go: of plan, or the plan.json of a run."""
+    constraint: Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction] = ()
+    """What the planner may do with a table: C1=row_wise, 't_C*=column_wise:min_partition=8', '>1e6=row_wise'."""
+    timeout: int = 120
+    """Seconds after which a rank without a sign of life has stalled, or a step that also takes 20 times the slowest so
+    far. Start, evaluations and checkpoints have half an hour."""
+    seeds: int = 1
+    """Train with so many seeds, from --seed on, into folders seed_0, seed_1, ... of the run folder."""
+    num_embeddings: tuple[int, ...] = ()
+    """For a folder that another tool wrote: take ids modulo this, one number for all columns or one each."""
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
+    """Model and training options."""
+
+    def __post_init__(self) -> None:
+        """Check what the library does not check itself."""
+        if self.timeout < 1:
+            raise UserError(f"--timeout {self.timeout}: must be at least 1")
+        if self.seeds < 1:
+            raise UserError(f"--seeds {self.seeds}: must be at least 1")
+
+    def run(self) -> None:
+        """Run the command."""
+        console.quiet()
+        from torchrec_deepfm.distributed.health import LostPeer
+
+        try:
+            self._train()
+        except LostPeer as error:
+            sys.stderr.write(f"{error}\n")
+            sys.exit(1)
+
+    def _train(self) -> None:
+        from torchrec_deepfm.data.synthetic.demo import sample_data
+        from torchrec_deepfm.distributed import process_group as ranks
+        from torchrec_deepfm.distributed.health import longest_wait
+        from torchrec_deepfm.training.seeds import train_seeds
+        from torchrec_deepfm.training.trainer import train
+
+        how = partial(train_seeds, count=self.seeds) if self.seeds > 1 else train
+        with ranks.process_group(longest_wait(self.timeout)) as device:
+            if self.data is None:
+                sample = Path("data") / "synthetic"
+                folder = ranks.on_main(lambda: sample_data(sample, console.say).folder)
+            else:
+                folder = self.data
+            data = _open(folder, self.num_embeddings)
+            # The launcher's start, and not this rank's, which may be one of many restarts.
+            started = os.environ.get(STARTED) or f"{datetime.now(UTC):%Y%m%d-%H%M%S}"
+            output = self.output or ranks.on_main(lambda: Path("runs") / started)
+            result = how(
+                self.config,
+                data,
+                output,
+                device,
+                resume=self.resume,
+                checkpoints=self.checkpoints,
+                plan=self.plan,
+                constraints=tuple(itertools.chain.from_iterable(self.constraint)),
+                timeout=self.timeout,
+                say=console.say,
+            )
+            if ranks.is_main():
+                if result.before:
+                    console.say(f"{result.folder}: this training is finished, there is nothing left to do")
+                if self.seeds > 1:
+                    console.say(console.seeds_summary(result.summary, result.folder))
+                elif result.before:
+                    console.say(console.metrics_table(console.splits(result.summary)))
+                else:
+                    console.say(console.training_summary(result.summary, result.folder))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipes:
+    """List the named recipes, or tell where the values of one come from and what a training with it takes."""
+
+    name: tyro.conf.Positional[str | None] = None
+    """A recipe, or FILE.py:FUNCTION of your own. Without it all are listed."""
+    data: Path | None = None
+    """Prepared folder to work memory and time out for. Default: the published data that the recipe is for."""
+    ranks: int | None = None
+    """Ranks to work it out for. Default: as many as the recipe is meant for."""
+    samples_per_second: float | None = None
+    """Speed of the training on all ranks together, to work the time out."""
+
+    def run(self) -> None:
+        """Run the command."""
+        from torchrec_deepfm.training.recipe_text import recipe_text, recipes_table
+
+        if self.name is None:
+            for option in ("data", "ranks", "samples_per_second"):
+                if getattr(self, option) is not None:
+                    raise UserError(f"--{option.replace('_', '-')}: name the recipe too")
+            console.say(recipes_table())
+            return
+        if self.ranks is not None and self.ranks < 1:
+            raise UserError(f"--ranks {self.ranks}: must be at least 1")
+        if self.samples_per_second is not None and not 0 < self.samples_per_second < math.inf:
+            raise UserError(f"--samples-per-second {self.samples_per_second}: must be greater than 0, and finite")
+        data = None if self.data is None else _data_set(self.data)
+        console.say(recipe_text(self.name, data, ranks=self.ranks, samples_per_second=self.samples_per_second))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Draw the report of a run again, or that of one that goes on; train draws it at the end."""
+
+    run_folder: Annotated[Path, tyro.conf.arg(name="run")]
+    """Run folder that train wrote."""
+
+    def run(self) -> None:
+        """Run the command."""
+        console.quiet()
+        from torchrec_deepfm.training.run.report import write_run_report
+
+        console.say(f"wrote {write_run_report(self.run_folder)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Evaluate a trained run on a split of a prepared folder."""
+
+    run_folder: Annotated[Path, tyro.conf.arg(name="run")]
+    """Run folder that train wrote."""
+    data: Path
+    """Prepared folder."""
+    split: Literal["validation", "test"] = "test"
+    """Split to evaluate."""
+    num_embeddings: tuple[int, ...] = ()
+    """For a folder that another tool wrote: as in train."""
+
+    def run(self) -> None:
+        """Run the command."""
+        console.quiet()
+        from torchrec_deepfm.distributed import process_group as ranks
+        from torchrec_deepfm.training.trainer import evaluate_run
+
+        with ranks.process_group() as device:
+            values = evaluate_run(self.run_folder, _open(self.data, self.num_embeddings), self.split, device)
+            if ranks.is_main():
+                console.say(console.metrics_table({self.split: values}))
+
+
+def _data_set(folder: Path) -> "DataSet":
+    from torchrec_deepfm.data.dataset.prepared import PreparedData
+    from torchrec_deepfm.training.recipes import DataSet
+
+    data = PreparedData.open(folder)
+    return DataSet(
+        prepare="",
+        folder=str(folder),
+        train_rows=data.rows("train"),
+        table_rows=sum(data.num_embeddings.values()),
+        numeric=len(data.schema.numeric),
+        fields=len(data.schema.numeric) + len(data.schema.categorical),
+    )
+
+
+def _open(folder: Path, num_embeddings: tuple[int, ...]) -> "PreparedData":
+    from torchrec_deepfm.data.dataset.prepared import PreparedData
+    from torchrec_deepfm.distributed import process_group as ranks
+
+    if len(num_embeddings) > 1:
+        sizes: int | tuple[int, ...] | None = num_embeddings
+    else:
+        sizes = num_embeddings[0] if num_embeddings else None
+    # A folder of another tool may have to be read through to find its largest ids: once, and not by every rank.
+    ranks.on_main(lambda: PreparedData.open(folder, num_embeddings=sizes) and None)
+    data = PreparedData.open(folder, num_embeddings=sizes)
+    if data.blocks is None and data.foreign is None and ranks.is_main():
+        console.say(
+            f"{folder}: an earlier version prepared it, without checksums of rows, so that damaged arrays would train; "
+            f"python -m torchrec_deepfm verify {folder} compares every byte"
+        )
+    return data
