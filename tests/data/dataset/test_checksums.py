@@ -74,6 +74,12 @@ def test_the_checksums_are_those_of_the_blocks_that_are_shuffled(folder):
     assert sum(len(data.checksums(split)) for split in data.splits) == len(expected)
 
 
+def put(path, content):
+    """Another file in its place: the thread of an earlier loader may still read the old one."""
+    path.with_suffix(".new").write_bytes(content)
+    path.with_suffix(".new").replace(path)
+
+
 @pytest.mark.parametrize("options", [{}, {"shuffle": True}, {"prefetch": 0}, {"rank": 1, "world_size": 2}])
 def test_an_undamaged_folder_is_read(folder, options):
     for split in ("train", "validation", "test"):
@@ -91,7 +97,7 @@ def test_a_flipped_bit_is_refused_with_file_and_rows(folder, name, shuffle):
         # Of the last quarter: the halved day tests there.
         place = draw.randrange(len(content) - (len(content) - 128) // 4, len(content) - 8)  # not the last offset
         damaged[place] ^= 1 << draw.randrange(8)
-        path.write_bytes(damaged)
+        put(path, damaged)
         with pytest.raises(UserError, match=rf"^{path}: rows \d+ to \d+ are not what prepare wrote") as caught:
             read(folder, split, shuffle=shuffle)
         first, last = map(int, str(caught.value).split("rows ")[1].split(" are")[0].split(" to "))
@@ -99,7 +105,7 @@ def test_a_flipped_bit_is_refused_with_file_and_rows(folder, name, shuffle):
         if name in ("dense", "sparse", "labels"):
             array = np.load(path)
             assert first <= (place - 128) // array.strides[0] <= last
-        path.write_bytes(content)
+        put(path, content)
         read(folder, split, shuffle=shuffle)
 
 
@@ -137,7 +143,7 @@ def test_what_is_not_read_is_not_compared(folder):
     path = folder / "day_1_labels.npy"
     content = bytearray(path.read_bytes())
     content[-4] ^= 1
-    path.write_bytes(content)
+    put(path, content)
     loader = Loader(PreparedData.open(folder), "train", batch_size=5, prefetch=0)
     loader.batch(0)
     with pytest.raises(UserError, match=r"rows 18 to 20 are not what prepare wrote"):
@@ -148,7 +154,7 @@ def test_the_checksums_themselves_are_checked(folder, tmp_path):
     path = folder / "checksums.npy"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
-    path.write_bytes(content)
+    put(path, content)
     with pytest.raises(UserError, match=r"checksums.npy: the content is not what was written \(SHA-256 differs\)"):
         read(folder)
     path.unlink()

@@ -6,11 +6,11 @@ somebody who forges a file. ``checksums.npy`` holds them: uint64 [P, A] for the 
 the A arrays of a stem in the order of ``stem_files``.
 """
 
-from collections import deque
+import itertools
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
-from typing import Any, BinaryIO, Final
+from typing import BinaryIO, Final
 
 import numpy as np
 import xxhash
@@ -106,74 +106,62 @@ class BlockCheck:
     ) -> None:
         self._arrays, self._checksums, self._block_rows = arrays, checksums, block_rows
         self._files = [each.files() for each in arrays]
-        self._borders = borders(days, block_rows)
-        self._begins = np.cumsum([0, *(day.rows for day in days)])
-        self._shift = np.array([day.start for day in days], np.int64) - self._begins[:-1]
-        self._done = np.zeros(-(-int(self._begins[-1]) // block_rows), bool)
-        self._left = len(self._done)
-        self._thread: ThreadPoolExecutor | None = None
-        self._ahead: deque[Future[None]] = deque()
+        self._begins = [0, *itertools.accumulate(day.rows for day in days)]
+        self._first_rows = [day.start for day in days]
+        # Where days meet inside of a block, and so a part ends without its block.
+        self._cuts = sorted({end for end in self._begins[1:-1] if end % block_rows})
+        self._compared = bytearray(-(-self._begins[-1] // block_rows))
+        self._left = len(self._compared)
+        self._whole = -1  # the day whose files were last found whole
 
-    def check(self, rows: NDArray[np.int64] | range) -> None:
+    def check(self, stretches: Iterable[tuple[int, int]]) -> None:
         """Compare the blocks of some rows that were not compared before.
 
+        It runs in the thread that copies the rows next: comparing brings them into the cache. A thread of its own cost
+        the loader more, as the two wait for each other's hold on the interpreter.
+
         Args:
-            rows: Row numbers over all days.
+            stretches: First row and one past the last, numbered over all days.
 
         Raises:
             UserError: A block holds other bytes than ``prepare`` wrote.
         """
         if not self._left:
             return
-        blocks = self._blocks(rows)
-        while self._ahead and not self._done[blocks].all():
-            self._ahead.popleft().result()
-        self._compare(blocks)
+        size, compared, self._whole = self._block_rows, self._compared, -1
+        for start, stop in stretches:
+            for block in range(start // size, -(-stop // size)):
+                if not compared[block]:
+                    self._compare(block)
+                    compared[block] = 1
+                    self._left -= 1
 
-    def check_ahead(self, stretches: Iterable[range]) -> None:
-        """Compare the blocks of rows that will be read soon, in a thread; ``check`` waits for it.
+    def _compare(self, block: int) -> None:
+        start, stop = block * self._block_rows, min((block + 1) * self._block_rows, self._begins[-1])
+        cut = bisect_left(self._cuts, start)
+        part = block + cut
+        while start < stop:
+            end = min(stop, self._cuts[cut]) if cut < len(self._cuts) else stop
+            day = bisect_right(self._begins, start) - 1
+            if day != self._whole:
+                for file in self._files[day]:
+                    file.check_whole()
+                self._whole = day
+            shift = self._first_rows[day] - self._begins[day]
+            self._compare_part(day, start + shift, end + shift, self._checksums[part].tolist())
+            start, cut, part = end, cut + 1, part + 1
 
-        Args:
-            stretches: Row numbers over all days.
-        """
-        blocks = [self._blocks(rows) for rows in stretches if self._left]
-        if blocks:
-            self._thread = self._thread or ThreadPoolExecutor(1, thread_name_prefix="checksums")
-            self._ahead.append(self._thread.submit(self._compare, np.concatenate(blocks)))
-
-    def _blocks(self, rows: NDArray[np.int64] | range) -> NDArray[np.int64]:
-        if isinstance(rows, range):
-            return np.arange(rows.start // self._block_rows, -(-rows.stop // self._block_rows))
-        return rows // self._block_rows
-
-    def _compare(self, blocks: NDArray[np.int64]) -> None:
-        todo = np.unique(blocks[~self._done[blocks]])
-        if not len(todo):
-            return
-        first = np.searchsorted(self._borders, todo * self._block_rows)
-        last = np.searchsorted(self._borders, np.minimum((todo + 1) * self._block_rows, self._borders[-1]))
-        for block, parts in zip(todo.tolist(), map(range, first.tolist(), last.tolist()), strict=True):
-            for part in parts:
-                self._compare_part(part)
-            self._done[block] = True
-        self._left = len(self._done) - int(np.count_nonzero(self._done))
-
-    def _compare_part(self, part: int) -> None:
-        start, stop = self._borders[part : part + 2].tolist()
-        day = int(np.searchsorted(self._begins, start, side="right")) - 1
-        a, b = (int(row + self._shift[day]) for row in (start, stop))
-        arrays = self._arrays[day]
-        for file in self._files[day]:
-            file.check_whole()
-        pieces: list[NDArray[Any]] = [each.array[a:b] for each in (arrays.dense, arrays.sparse, arrays.labels)]
+    def _compare_part(self, day: int, begin: int, end: int, sums: Sequence[int]) -> None:
+        arrays, files = self._arrays[day], self._files[day]
+        pieces = [file.bytes_of(begin, end) for file in files[:3]]
         for bags in arrays.bags.values():
             assert bags.offsets is not None
-            c, d = (max(int(border), 0) for border in bags.offsets.array[[a, b]])
-            pieces.append(bags.offsets.array[a : b + 1])
-            pieces += [file.array[c:d] for file in (bags.ids, bags.weights) if file is not None]
-        for file, piece, expected in zip(self._files[day], pieces, self._checksums[part].tolist(), strict=True):
-            if xxhash.xxh3_64_intdigest(piece.data) != expected:
+            first, last = (max(int(border), 0) for border in bags.offsets.array[[begin, end]])
+            pieces.append(bags.offsets.bytes_of(begin, end + 1))
+            pieces += [file.bytes_of(first, last) for file in (bags.ids, bags.weights) if file is not None]
+        for file, piece, expected in zip(files, pieces, sums, strict=True):
+            if xxhash.xxh3_64_intdigest(piece) != expected:
                 raise UserError(
-                    f"{file.where}: rows {a} to {b - 1} are not what prepare wrote (their checksum differs); "
+                    f"{file.where}: rows {begin} to {end - 1} are not what prepare wrote (their checksum differs); "
                     "restore the file from a copy, or prepare the data again"
                 )

@@ -143,6 +143,10 @@ class MappedRows:
         """Index the array on disk."""
         return self._array[index]
 
+    def bytes_of(self, start: int, stop: int) -> memoryview:
+        """Return the bytes of the rows from ``start`` to one before ``stop``, on disk; fewer where the file ends."""
+        return self.memory.view[self._offset + start * self._row_bytes : self._offset + stop * self._row_bytes]
+
     @property
     def array(self) -> NDArray[Any]:
         """The array on disk, read-only; maybe not aligned."""

@@ -6,7 +6,7 @@ Shape letters: B batch size per rank, W ranks, N rows of the split, I numeric co
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,7 @@ class _Run:
     begin: int  # rows of the epoch's order that were consumed before
     yielded: int = 0  # batches of this rank since
     window: int = -1  # the window of the order that was last read in
+    compared: set[int] = field(default_factory=set)  # windows whose checksums were compared
 
 
 class Loader:
@@ -322,18 +323,28 @@ class Loader:
         self._turn_to(run, min(begin, self._rows - 1))
         if valid == self._batch_size and not self._shuffle:
             rows: NDArray[np.int64] | range = range(begin, begin + valid)
-            following = begin + self._global
-            if following < self._rows:
-                self._source.check_ahead([(following, min(following + self._batch_size, self._rows))])
+            self._check(run, begin, begin + valid)
             taken = self._source.stretch(begin, begin + valid)
         else:
             rows = run.order[begin : begin + valid]
             if valid < self._batch_size:
                 head = run.order[0 : min(self._rows, self._batch_size - valid)]
                 rows = np.concatenate([rows, np.resize(head, self._batch_size - valid)])
+                self._check(run, 0, len(head))
+            self._check(run, begin, begin + valid)
             taken = self._source.take(rows)
         batch = self._assembler.batch(rows, taken)
         return batch.pin_memory() if self._pin_memory else batch
+
+    def _check(self, run: _Run, start: int, stop: int) -> None:
+        """Compare the checksums of what a stretch of the order reads: whole windows, where it is shuffled."""
+        if start < stop and not self._shuffle:
+            self._source.check([(start, stop)])
+        elif start < stop:
+            for window in range(run.order.window_at(start), run.order.window_at(stop - 1) + 1):
+                if window not in run.compared:
+                    self._source.check(run.order.stretches(window))
+                    run.compared.add(window)
 
     def _turn_to(self, run: _Run, position: int) -> None:
         """Let go of the pages of the window before, so that memory stays constant, and fetch the next window's."""

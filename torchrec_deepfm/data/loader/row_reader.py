@@ -107,10 +107,8 @@ class SplitRows:
             The rows in that order.
 
         Raises:
-            UserError: Bag borders make no sense, a block is not what was written, or a file has shrunk.
+            UserError: Bag borders make no sense, or a file has shrunk.
         """
-        if self._check is not None:
-            self._check.check(rows)
         if len(self.days) == 1:
             return self._copy(_Plan(parts=[(0, rows + self._first[0])], order=None))
         # One copy a day, the days one after another: much less work than to put each day's rows at their places.
@@ -134,23 +132,19 @@ class SplitRows:
             The rows.
 
         Raises:
-            UserError: Bag borders make no sense, a block is not what was written, or a file has shrunk.
+            UserError: Bag borders make no sense, or a file has shrunk.
         """
-        if self._check is not None:
-            self._check.check(range(start, stop))
         parts: list[tuple[int, NDArray[np.int64] | tuple[int, int]]] = []
         for day, a, b in self._cut(start, stop):
             parts.append((day, (a, b)))
         return self._copy(_Plan(parts=parts, order=None))
 
     def fetch(self, stretches: Iterable[tuple[int, int]]) -> None:
-        """Have the system read rows from the disk ahead, and their checksums compared, without waiting for it.
+        """Have the system read rows from the disk ahead, without waiting for it.
 
         Args:
             stretches: First row and one past the last, numbered over all days.
         """
-        stretches = list(stretches)
-        self.check_ahead(stretches)
         for start, stop in stretches:
             for day, a, b in self._cut(start, stop):
                 arrays = self.arrays[day]
@@ -165,14 +159,17 @@ class SplitRows:
                         if part is not None:
                             part.will_need(c, d)
 
-    def check_ahead(self, stretches: Iterable[tuple[int, int]]) -> None:
-        """Have the checksums of rows compared in a thread; taking these rows waits for it.
+    def check(self, stretches: Iterable[tuple[int, int]]) -> None:
+        """Compare the checksums of the blocks that some rows lie in, each block once.
 
         Args:
             stretches: First row and one past the last, numbered over all days.
+
+        Raises:
+            UserError: A block is not what ``prepare`` wrote.
         """
         if self._check is not None:
-            self._check.check_ahead(range(*stretch) for stretch in stretches)
+            self._check.check(stretches)
 
     def release(self) -> None:
         """Let go of the pages that copying has mapped; see ``MappedRows.release``."""
