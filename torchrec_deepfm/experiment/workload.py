@@ -1,4 +1,4 @@
-"""What an experiment trains: a model around the tables, sharded by a plan, and batches that anybody can draw again.
+"""What an experiment trains: a model around the tables, sharded by a plan, and batches that can be drawn again.
 
 Tables of one width make a DeepFM, as ``train`` builds it. Tables of several widths cannot interact in it, so their
 pooled rows go side by side into the same MLP.
@@ -8,9 +8,9 @@ Shapes: B batch, I numeric features, D width of a table.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,33 +18,25 @@ from torchrec import EmbeddingBagCollection
 from torchrec.datasets.utils import Batch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
-from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
-from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
-from torchrec.optim.optimizers import in_backward_optimizer_filter
-from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.experiment.results import Ids
 from torchrec_deepfm.experiment.step_timer import Trained
 from torchrec_deepfm.model.arches import OverArch
-from torchrec_deepfm.model.deepfm import DeepFM, DeepFMTrain
-from torchrec_deepfm.model.fm import init_packed_rows_, packed_dim
+from torchrec_deepfm.model.deepfm import DeepFMTrain
+from torchrec_deepfm.model.fm import init_packed_rows_
+from torchrec_deepfm.model.table_name import table_name
 from torchrec_deepfm.sharding.inputs.sharding_types import FusedOptimizer
 from torchrec_deepfm.sharding.inputs.tables import Table
 from torchrec_deepfm.sharding.plan.plan import PlanFile
 from torchrec_deepfm.sharding.plan.torchrec_plan import find_embedding_bags, to_sharding_plan
 from torchrec_deepfm.sharding.runtime.sharder import make_sharder
+from torchrec_deepfm.training.build import build_model
+from torchrec_deepfm.training.config import TrainConfig
+from torchrec_deepfm.training.optimizers import fuse_sparse_optimizer, make_optimizer
 
 DENSE_IN_FEATURES = 13  # Criteo's
-
-Ids = Literal["zipf", "uniform"]
-
-# eps is FBGEMM's, as in training: the same numbers whether a table is sharded or replicated.
-_OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
-    "rowwise_adagrad": (RowWiseAdagrad, {"lr": 0.01, "eps": 1e-8}),
-    "adagrad": (torch.optim.Adagrad, {"lr": 0.01, "eps": 1e-8}),
-    "sgd": (torch.optim.SGD, {"lr": 0.01}),
-}
 
 
 class PooledRows(nn.Module):
@@ -79,20 +71,6 @@ class PooledRows(nn.Module):
         return logits
 
 
-def bag_configs(tables: Sequence[Table]) -> list[EmbeddingBagConfig]:
-    """Make one configuration per table, pooled by sum, with one feature of the table's name."""
-    return [
-        EmbeddingBagConfig(
-            name=table.name,
-            feature_names=[table.name],
-            num_embeddings=table.num_embeddings,
-            embedding_dim=table.embedding_dim,
-            init_fn=partial(init_packed_rows_, factor_dim=table.embedding_dim - 1, std=0.01),
-        )
-        for table in tables
-    ]
-
-
 def build(
     tables: Sequence[Table],
     plan: PlanFile,
@@ -113,39 +91,48 @@ def build(
     Returns:
         The model and its optimizer.
     """
-    ebc = EmbeddingBagCollection(
-        tables=bag_configs(tables), is_weighted=_is_weighted(tables), device=torch.device("meta")
-    )
-    torch.manual_seed(0)
-    model: nn.Module
     widths = {table.embedding_dim for table in tables}
-    if len(widths) == 1 and (width := next(iter(widths))) == packed_dim(width - 1):
-        model = DeepFM(
-            ebc, DENSE_IN_FEATURES, over_arch_layer_sizes, factor_dim=width - 1, dropout=0.0, dense_device=device
-        )
+    config = TrainConfig(
+        factor_dim=min(widths) - 1,  # rows are packed without padding
+        over_arch_layer_sizes=tuple(over_arch_layer_sizes),
+        dropout=0.0,
+        sparse_optimizer=optimizer,
+        sparse_lr=0.01,
+    )
+    if len(widths) == 1:
+        # A batch has one feature of each table's name, and training names a table after its feature.
+        renamed = replace(plan, tables=tuple(replace(table, name=table_name(table.name)) for table in plan.tables))
+        sizes = {table.name: table.num_embeddings for table in tables}
+        weighted = _is_weighted(tables)
+        sharded = build_model(config, sizes, DENSE_IN_FEATURES, device, is_weighted=weighted, plan=renamed).model
     else:
-        model = PooledRows(ebc, DENSE_IN_FEATURES, over_arch_layer_sizes, device)
-    train_model = DeepFMTrain(model)
-    optimizer_class, options = _OPTIMIZERS[optimizer]
-    replicated = {table.name for table in plan.tables if table.sharding_type == "data_parallel"}
-    for name, bag in ebc.embedding_bags.items():
-        if name not in replicated:
-            # A fresh dictionary: apply_optimizer_in_backward changes the one that it is given.
-            apply_optimizer_in_backward(optimizer_class, bag.parameters(), dict(options))
-    sharded = DistributedModelParallel(
-        train_model,
+        sharded = _build_pooled_rows(config, tables, plan, device)
+    return Trained(model=sharded, optimizer=make_optimizer(sharded, config), device=device)
+
+
+def _build_pooled_rows(
+    config: TrainConfig, tables: Sequence[Table], plan: PlanFile, device: torch.device
+) -> DistributedModelParallel:
+    configs = [
+        EmbeddingBagConfig(
+            name=table.name,
+            feature_names=[table.name],
+            num_embeddings=table.num_embeddings,
+            embedding_dim=table.embedding_dim,
+            init_fn=partial(init_packed_rows_, factor_dim=table.embedding_dim - 1, std=config.init_std),
+        )
+        for table in tables
+    ]
+    ebc = EmbeddingBagCollection(tables=configs, is_weighted=_is_weighted(tables), device=torch.device("meta"))
+    torch.manual_seed(config.seed)  # the dense part, alike on every rank
+    model = DeepFMTrain(PooledRows(ebc, DENSE_IN_FEATURES, config.over_arch_layer_sizes, device))
+    fuse_sparse_optimizer(ebc.parameters(), config)
+    return DistributedModelParallel(
+        model,
         device=device,
-        plan=to_sharding_plan(plan, find_embedding_bags(train_model), device),
+        plan=to_sharding_plan(plan, find_embedding_bags(model), device),
         sharders=[make_sharder(device)],  # type: ignore[list-item]
     )
-    rest = dict(in_backward_optimizer_filter(sharded.named_parameters()))
-    rows = {name: weight for name, weight in rest.items() if ".embedding_bags." in name}
-    parts: list[KeyedOptimizer | tuple[str, KeyedOptimizer]] = [sharded.fused_optimizer]
-    if rows:
-        parts.append(KeyedOptimizerWrapper(rows, lambda weights: optimizer_class(weights, **options)))
-    dense = {name: weight for name, weight in rest.items() if name not in rows}
-    parts.append(KeyedOptimizerWrapper(dense, lambda weights: torch.optim.Adam(weights, lr=0.001)))
-    return Trained(model=sharded, optimizer=CombinedOptimizer(parts), device=device)
 
 
 def table_bytes(trained: Trained) -> int:

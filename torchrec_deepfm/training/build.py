@@ -61,7 +61,7 @@ def build_model(
     *,
     is_weighted: bool = False,
     constraints: Mapping[str, ParameterConstraints] | Sequence[str] = (),
-    plan: Path | None = None,
+    plan: Path | PlanFile | None = None,
 ) -> Sharded:
     """Build ``DeepFMTrain`` sharded over the current process group; a collective.
 
@@ -74,7 +74,7 @@ def build_model(
         device: this rank's device.
         is_weighted: whether the batches carry weights, for all ids or for none (``bool(data.schema.weighted)``).
         constraints: for the planner, by table; or rules, see ``sharding.constraints``.
-        plan: file of a plan to use instead of the planner, as rank 0 sees it.
+        plan: a plan that fits, or the file of a plan, as rank 0 sees it, to use instead of the planner.
 
     Returns:
         The sharded model with its plan.
@@ -111,6 +111,8 @@ def build_model(
     train_model = DeepFMTrain(deepfm)
 
     def find_plan() -> PlanFile:
+        if isinstance(plan, PlanFile):
+            return plan
         if plan is not None:
             return read_fitting_plan(
                 plan,

@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 
 from tests.support.experiments import cpu
-from torchrec_deepfm.experiment.workload import bag_configs
 from torchrec_deepfm.sharding.inputs.constraints import parse_constraints
 from torchrec_deepfm.sharding.inputs.sharding_types import SHARDING_TYPES
 from torchrec_deepfm.sharding.inputs.tables import Table
@@ -20,7 +19,7 @@ TABLES = tuple(
 
 def planned(group_ms: float, *rules: str) -> PlanFile:
     hardware = replace(cpu(2), extra={"group_ms": group_ms})
-    constraints = parse_constraints(rules, bag_configs(TABLES), local_world_size=2)
+    constraints = parse_constraints(rules, TABLES, local_world_size=2)
     return plan_tables(TABLES, hardware, 2, batch_size=1024, constraints=constraints)
 
 
