@@ -16,7 +16,7 @@ from torchrec_deepfm.cli import main as cli
 from torchrec_deepfm.cli.experiment import ExperimentCommand
 from torchrec_deepfm.experiment.results import CollectiveBytes, Experiment, read_experiment
 from torchrec_deepfm.experiment.step_timer import PHASES
-from torchrec_deepfm.experiment.workload import DENSE_IN_FEATURES, Draw, batches
+from torchrec_deepfm.experiment.workload import DENSE_IN_FEATURES, BatchOptions, batches
 from torchrec_deepfm.report.page import embedded_data
 from torchrec_deepfm.sharding.estimate import predict
 from torchrec_deepfm.sharding.inputs.tables import Table, read_tables
@@ -113,7 +113,9 @@ def test_bytes_of_table_wise(experiment: Experiment, rank: int) -> None:
 @pytest.mark.parametrize("rank", range(RANKS))
 def test_bytes_of_row_wise(experiment: Experiment, rank: int) -> None:
     """By hand: ids go where their row is; each rank has partial sums of all samples, to be reduced and scattered."""
-    batch = batches(TABLES, Draw(batch_size=BATCH_SIZE), rank, 1, torch.device("cpu"))[0].sparse_features.to_dict()
+    batch = batches(TABLES, BatchOptions(batch_size=BATCH_SIZE), rank, 1, torch.device("cpu"))[
+        0
+    ].sparse_features.to_dict()
     away = sum(
         value // math.ceil(rows / RANKS) != rank
         for name, rows in SIZES.items()
@@ -202,12 +204,12 @@ def test_calibrate_reads_the_folder(folder: Path, capsys: pytest.CaptureFixture[
     [
         (["--plans", "tw.json"], "tw.json: made for 2 rank(s), but there are 1"),
         (["--plans", "absent.json"], "absent.json: there is no such file"),
-        (["--plans", "tables.toml"], "tables.toml: the plan is damaged"),
+        (["--plans", "tables.toml"], "tables.toml: damaged (Expecting value"),
         (["--rules", "z=row_wise"], "--constraint z=row_wise"),
         (["--rules", "a=diagonal"], "diagonal"),
         (["--rules", "a=data_parallel", "a=data_parallel"], "another plan has the name a_data_parallel"),
         (["--hardware", "h100"], "it describes cuda ranks, these are cpu ranks"),
-        (["--hardware", "h1000"], "there is no such preset"),
+        (["--hardware", "h1000"], "no such preset"),
         (["--batch-size", "0"], "--batch-size 0: must be at least 1"),
         (["--steps", "-1"], "--steps -1: must be at least 1"),
         (["--scaling", "0"], "--scaling 0: must be at least 1"),
@@ -263,9 +265,9 @@ def test_calibrate_writes_nothing_where_the_output_is_bad(folder: Path, capsys: 
 
 def test_calibrate_refuses(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words, message in (
-        ([str(folder / "absent")], "there is no results.json"),
+        ([str(folder / "absent")], "results.json: there is no such file"),
         ([], "no experiment given"),
-        ([str(folder)], "there is no results.json"),
+        ([str(folder)], "results.json: there is no such file"),
     ):
         with pytest.raises(SystemExit) as stopped:
             cli.main(["calibrate", *words, "--output", str(folder / "other.toml")])

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from tests.support.ranks import CPU, run_ranks
-from torchrec_deepfm.experiment.noise import _core, give_back, no_collections, share, steady
+from torchrec_deepfm.experiment.noise import _core, reduce_noise, release_memory, share, without_garbage_collection
 
 LINUX = sys.platform == "linux"
 BLOCK = 12 * 2**20  # numbers: 48 MiB in float32, above the 32 MiB up to which glibc learns to keep blocks
@@ -52,12 +52,12 @@ def program(bound: bool) -> dict[str, object]:
     if bound:
         os.sched_setaffinity(0, {all_cores[rank % len(all_cores)]})
     found: dict[str, object] = {"cores": all_cores, "before": affinities()}
-    steady(CPU)
+    reduce_noise(CPU)
     found["after"] = affinities()
     page_faults()  # the first block is new in any case
     kept = resident()
     found["faults"] = page_faults()
-    give_back()
+    release_memory()
     found["given_back"] = kept - resident()
     return found
 
@@ -83,9 +83,9 @@ def test_ranks_that_somebody_bound_stay_where_they_are() -> None:
 
 def test_no_garbage_is_collected_meanwhile() -> None:
     assert gc.isenabled()
-    with no_collections():
+    with without_garbage_collection():
         assert not gc.isenabled()
-        with no_collections():
+        with without_garbage_collection():
             pass
         assert not gc.isenabled()
     assert gc.isenabled()

@@ -6,15 +6,15 @@ import pytest
 
 from tests.support.experiments import BATCH_SIZE, cpu
 from torchrec_deepfm.errors import UserError
-from torchrec_deepfm.experiment.plans import Plans, Wanted, check_output, make_plans
+from torchrec_deepfm.experiment.plans import PlanSelection, PlanSet, check_output, make_plans
 from torchrec_deepfm.sharding.inputs.sharding_types import ROW_TYPES
 from torchrec_deepfm.sharding.inputs.tables import Table
 
 ONE_ROW = (Table(name="a", num_embeddings=1, embedding_dim=8), Table(name="b", num_embeddings=1000, embedding_dim=8))
 
 
-def made(**wanted: object) -> Plans:
-    return make_plans(Wanted(**wanted), ONE_ROW, cpu(2), 2, BATCH_SIZE, "rowwise_adagrad")  # type: ignore[arg-type]
+def made(**wanted: object) -> PlanSet:
+    return make_plans(PlanSelection(**wanted), ONE_ROW, cpu(2), 2, BATCH_SIZE, "rowwise_adagrad")  # type: ignore[arg-type]
 
 
 def test_a_rule_that_leaves_a_rank_without_a_row_is_refused() -> None:

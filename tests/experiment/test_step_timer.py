@@ -7,7 +7,7 @@ import torch
 
 from tests.support.experiments import BATCH_SIZE, plan
 from torchrec_deepfm.experiment.step_timer import PHASES, split_step
-from torchrec_deepfm.experiment.workload import Draw, batches, build
+from torchrec_deepfm.experiment.workload import BatchOptions, batches, build
 from torchrec_deepfm.sharding.inputs.tables import Table
 
 TABLES = tuple(
@@ -18,7 +18,7 @@ TABLES = tuple(
 @pytest.mark.parametrize("kinds", [["table_wise"] * 4, ["data_parallel"] * 4, ["table_wise", "data_parallel"] * 2])
 def test_phases_sum_up_to_the_step(kinds: list[str], device: torch.device) -> None:
     trained = build(TABLES, plan(TABLES, kinds, 1), device, optimizer="rowwise_adagrad", over_arch_layer_sizes=(64,))
-    own = batches(TABLES, Draw(batch_size=BATCH_SIZE), 0, 1, device)[0]
+    own = batches(TABLES, BatchOptions(batch_size=BATCH_SIZE), 0, 1, device)[0]
     trained.step(own)
     shares = []
     for _ in range(20):
@@ -39,7 +39,7 @@ def test_phases_sum_up_to_the_step(kinds: list[str], device: torch.device) -> No
 )
 def test_a_phase_has_the_time_of_its_part(parts: str, phase: str, device: torch.device) -> None:
     trained = build(TABLES, plan(TABLES, ["table_wise"] * 4, 1), device, optimizer="sgd", over_arch_layer_sizes=(64,))
-    own = batches(TABLES, Draw(batch_size=BATCH_SIZE), 0, 1, device)[0]
+    own = batches(TABLES, BatchOptions(batch_size=BATCH_SIZE), 0, 1, device)[0]
     trained.step(own)
     for module in trained.model.modules():
         part = getattr(module, parts, None)

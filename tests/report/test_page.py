@@ -15,13 +15,12 @@ from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.report.page import (
     NOTHING,
     Block,
-    Code,
     Data,
     Link,
+    PageTable,
     Paragraph,
     Picture,
     Section,
-    Table,
     Terms,
     embedded_data,
     render,
@@ -76,9 +75,8 @@ def page(*blocks: Block) -> Reader:
 EVERYTHING: list[Block] = [
     Paragraph(EVIL),
     Paragraph(["see ", Link(EVIL, "plans/a.json"), "."]),
-    Code(EVIL),
     Terms({EVIL: EVIL, "link": Link("x", "#section-1")}),
-    Table([EVIL, "n"], [[EVIL, 1], [Link(EVIL, 'a"b.json'), None]], caption=EVIL),
+    PageTable([EVIL, "n"], [[EVIL, 1], [Link(EVIL, 'a"b.json'), None]], caption=EVIL),
     Picture(figure(), alt=EVIL, caption=EVIL),
     Picture(figure(), alt="again", kind="png"),
     Data("all", {"text": EVIL}),
@@ -111,7 +109,7 @@ def test_text_is_shown_as_it_is() -> None:
 
 
 def test_numbers_stand_to_the_right_as_they_are_to_be_written() -> None:
-    table = Table(
+    table = PageTable(
         ["name", "rows", "auc", "ne", "done"],
         [["a", 1234567, 0.80731, 0.123456789, True], ["b", None, np.float64(0.5), math.nan, False]],
         formats={"auc": ".4f"},
@@ -163,9 +161,9 @@ def test_a_long_page_has_a_list_of_its_sections() -> None:
 
 def test_what_makes_no_page() -> None:
     with pytest.raises(ValueError, match="a row has 1 values, the table 2 columns"):
-        Table(["a", "b"], [[1]])
+        PageTable(["a", "b"], [[1]])
     with pytest.raises(ValueError, match=r"formats names no column: \['c'\]"):
-        Table(["a"], [[1]], formats={"c": ".3f"})
+        PageTable(["a"], [[1]], formats={"c": ".3f"})
     with pytest.raises(ValueError, match="a picture needs an alt"):
         Picture(figure(), alt=" ")
     with pytest.raises(ValueError, match="the name of data"):

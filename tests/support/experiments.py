@@ -1,4 +1,4 @@
-"""Plans written down by hand, and experiments with made-up measurements."""
+"""PlanSet written down by hand, and experiments with made-up measurements."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace

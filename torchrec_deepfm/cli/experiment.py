@@ -16,9 +16,9 @@ from torchrec_deepfm.sharding.inputs.sharding_types import FusedOptimizer
 if TYPE_CHECKING:
     import torch
 
-    from torchrec_deepfm.experiment.plans import Plans
+    from torchrec_deepfm.experiment.plans import PlanSet
     from torchrec_deepfm.experiment.results import Experiment
-    from torchrec_deepfm.experiment.runner import Runs
+    from torchrec_deepfm.experiment.runner import RunnerOptions
     from torchrec_deepfm.sharding.inputs.hardware import Hardware
     from torchrec_deepfm.sharding.inputs.tables import Table
 
@@ -32,9 +32,9 @@ class ExperimentCommand:
     output: Path
     """Folder to write: results.json, plans/, report.html. Must be empty or absent."""
     plans: tuple[Path, ...] = ()
-    """Plans as files."""
+    """PlanSet as files."""
     rules: tuple[str, ...] = ()
-    """Plans as constraints, one text each: "C1=row_wise *=table_wise". TorchRec's planner chooses the rest."""
+    """PlanSet as constraints, one text each: "C1=row_wise *=table_wise". TorchRec's planner chooses the rest."""
     sweep: tyro.conf.FlagCreatePairsOff[bool] = False
     """The sweep beside --plans and --rules; it is the default without them: every type, mixes, both planners."""
     ranks: int | None = None
@@ -108,51 +108,51 @@ class ExperimentCommand:
 
     def _run_as_rank(self) -> None:
         from torchrec_deepfm.distributed import process_group as ranks
-        from torchrec_deepfm.experiment.noise import steady
-        from torchrec_deepfm.experiment.runner import take_turns
+        from torchrec_deepfm.experiment.noise import reduce_noise
+        from torchrec_deepfm.experiment.runner import measure_plans
 
         with ranks.process_group() as device:
-            steady(device)
+            reduce_noise(device)
             if self.ranks not in (None, ranks.count()):
                 raise UserError(f"--ranks {self.ranks}: {ranks.count()} rank(s) are started already; leave --ranks out")
             # All that can go wrong comes before the measuring, which takes long.
             tables, hardware, plans, scaling = ranks.on_main(lambda: self._prepare(device))
-            runs = self._runs(tables)
+            options = self._options(tables)
             if ranks.is_main():
-                console.say(f"{len(plans.named)} plans on {ranks.count()} ranks, {runs.turns} turns each")
-            measured = take_turns(plans.named, runs, device, console.say)
+                console.say(f"{len(plans.named)} plans on {ranks.count()} ranks, {options.turns} turns each")
+            measured = measure_plans(plans.named, options, device, console.say)
 
             def write() -> None:
                 from torchrec_deepfm.experiment.plans import summarize, write_experiment
 
-                experiment = summarize(measured, plans, runs, hardware, device=_device_name(device), scaling=scaling)
+                experiment = summarize(measured, plans, options, hardware, device=_device_name(device), scaling=scaling)
                 write_experiment(experiment, self.output)
                 console.say(experiment_table(experiment))
                 console.say(f"wrote {self.output}{os.sep}: results.json, plans{os.sep}, report.html")
 
             ranks.on_main(write)
 
-    def _prepare(self, device: "torch.device") -> "tuple[tuple[Table, ...], Hardware, Plans, dict[int, float]]":
+    def _prepare(self, device: "torch.device") -> "tuple[tuple[Table, ...], Hardware, PlanSet, dict[int, float]]":
         from torchrec_deepfm.distributed import process_group as ranks
-        from torchrec_deepfm.experiment.plans import Wanted, check_output, make_plans, predict_scaling
+        from torchrec_deepfm.experiment.plans import PlanSelection, check_output, make_plans, predict_scaling
         from torchrec_deepfm.sharding.inputs.tables import read_tables
 
         check_output(self.output)
         tables = read_tables(self.tables, self.dim)
         hardware = _hardware(self.hardware, device)
-        wanted = Wanted(files=self.plans, rules=self.rules, sweep=self.sweep or not (self.plans or self.rules))
+        wanted = PlanSelection(files=self.plans, rules=self.rules, sweep=self.sweep or not (self.plans or self.rules))
         plans = make_plans(wanted, tables, hardware, ranks.count(), self.batch_size, self.optimizer)
         counts = self.scaling or tuple(ranks.count() * times for times in (1, 2, 4, 8))
         scaling = predict_scaling(tables, hardware, counts, self.batch_size, self.optimizer)
         return tables, hardware, plans, scaling
 
-    def _runs(self, tables: "tuple[Table, ...]") -> "Runs":
-        from torchrec_deepfm.experiment.runner import Runs
-        from torchrec_deepfm.experiment.workload import Draw
+    def _options(self, tables: "tuple[Table, ...]") -> "RunnerOptions":
+        from torchrec_deepfm.experiment.runner import RunnerOptions
+        from torchrec_deepfm.experiment.workload import BatchOptions
 
-        return Runs(
+        return RunnerOptions(
             tables=tables,
-            draw=Draw(batch_size=self.batch_size, ids=self.ids, seed=self.seed),
+            batch=BatchOptions(batch_size=self.batch_size, ids=self.ids, seed=self.seed),
             steps=self.steps,
             turns=self.turns,
             optimizer=self.optimizer,

@@ -1,1 +1,1 @@
-"""Plans measured on real ranks, and hardware descriptions calibrated from them."""
+"""PlanSet measured on real ranks, and hardware descriptions calibrated from them."""

@@ -35,7 +35,7 @@ class Collective:
     sent: int
 
 
-class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class CollectiveCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records every collective that starts inside it, on this thread and in the backward passes that it starts.
 
     Counting slows the host down, so time other steps than those.
@@ -43,7 +43,7 @@ class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Example:
         >>> from torch._C._distributed_c10d import HashStore
         >>> dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
-        >>> with Traffic() as traffic:
+        >>> with CollectiveCounter() as traffic:
         ...     dist.all_reduce(torch.ones(10))
         >>> traffic.collectives
         [Collective(kind='all_reduce', ranks=1, given=40, sent=0)]

@@ -19,14 +19,14 @@ _M_MMAP_THRESHOLD: Final = -3
 _KEPT_BYTES: Final = 2**30
 
 
-def steady(device: torch.device) -> None:
+def reduce_noise(device: torch.device) -> None:
     """Take two sources of noise out of a CPU rank's times; a collective.
 
     - A rank that moves between cores finds cold caches, and meets the others' threads at random. All threads that it
       has and will have are bound to its share of the machine's cores; not where ranks of a machine may use different
       ones: somebody else has bound them already.
     - glibc gives large blocks back to the system and gets them again, page by page, in each step. Now it keeps them
-      (``give_back`` does not); other libraries for memory, and systems without glibc, stay as they are.
+      (``release_memory`` does not); other libraries for memory, and systems without glibc, stay as they are.
 
     Args:
         device: where the rank computes; nothing happens on a GPU.
@@ -41,7 +41,7 @@ def steady(device: torch.device) -> None:
         allocator.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
 
 
-def give_back() -> None:
+def release_memory() -> None:
     """Return unused memory to the system, so that a peak measured from here on is not hidden by earlier use."""
     gc.collect()
     allocator = ctypes.CDLL(None)
@@ -50,7 +50,7 @@ def give_back() -> None:
 
 
 @contextmanager
-def no_collections() -> Iterator[None]:
+def without_garbage_collection() -> Iterator[None]:
     """Let Python collect no garbage meanwhile, as ``timeit`` does."""
     was = gc.isenabled()
     gc.disable()

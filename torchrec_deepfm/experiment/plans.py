@@ -1,4 +1,4 @@
-"""An experiment: which plans it compares, and the folder it writes. ``take_turns`` measures in between."""
+"""An experiment: which plans it compares, and the folder it writes. ``measure_plans`` measures in between."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from statistics import median_low
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.experiment.report import write_experiment_report
 from torchrec_deepfm.experiment.results import PLANS, RESULTS, Experiment, PlanMeasured, Settings
-from torchrec_deepfm.experiment.runner import Runs
+from torchrec_deepfm.experiment.runner import RunnerOptions
 from torchrec_deepfm.files import check_local
 from torchrec_deepfm.sharding.estimate import with_prediction
 from torchrec_deepfm.sharding.inputs.constraints import parse_constraints
@@ -29,7 +29,7 @@ REPORT = "report.html"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wanted:
+class PlanSelection:
     """Which plans an experiment compares.
 
     Attributes:
@@ -44,7 +44,7 @@ class Wanted:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plans:
+class PlanSet:
     """The plans of an experiment.
 
     Attributes:
@@ -57,13 +57,18 @@ class Plans:
 
 
 def make_plans(
-    wanted: Wanted, tables: Sequence[Table], hardware: Hardware, ranks: int, batch_size: int, optimizer: FusedOptimizer
-) -> Plans:
+    selection: PlanSelection,
+    tables: Sequence[Table],
+    hardware: Hardware,
+    ranks: int,
+    batch_size: int,
+    optimizer: FusedOptimizer,
+) -> PlanSet:
     """Make the plans of an experiment, with predictions; refuse files and rules that the ranks can't run."""
     local = hardware.local_world_size(ranks)
     named: dict[str, PlanFile] = {}
     left_out: dict[str, str] = {}
-    for path in wanted.files:
+    for path in selection.files:
         if not path.stem.isprintable() or len(path.stem.encode()) > 200:  # it names a file of the experiment too
             raise UserError(f"--plans {str(path)!r}: the name is too long or can't be printed; rename the file")
         plan = load_plan(path)
@@ -73,12 +78,12 @@ def make_plans(
         named[path.stem] = with_prediction(
             replace(plan, local_world_size=local), tables, hardware, ranks, batch_size, optimizer=optimizer
         )
-    for text in wanted.rules:
+    for text in selection.rules:
         name = re.sub(r"[^\w.+-]+", "_", text.strip()).strip("_.")[:60] or "rules"  # a file's name, at 4 bytes a letter
         if name in named:
             raise UserError(f"--rules {text!r}: another plan has the name {name}; leave one of them out")
         named[name] = _planned(text.split(), "torchrec", tables, hardware, ranks, batch_size, optimizer)
-    if wanted.sweep:
+    if selection.sweep:
         for name, rules, search in sweep(tables):
             if name in named:
                 left_out[name] = "a plan of this name is named already"
@@ -96,7 +101,7 @@ def make_plans(
     if not named:
         why = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
         raise UserError(f"no plan to measure{f' ({why})' if why else ''}; name some with --plans or --rules")
-    return Plans(named=tuple(named.items()), left_out=left_out)
+    return PlanSet(named=tuple(named.items()), left_out=left_out)
 
 
 def sweep(tables: Sequence[Table]) -> Iterator[tuple[str, list[str], Search]]:
@@ -171,8 +176,8 @@ def predict_scaling(
 
 def summarize(
     measured: Sequence[PlanMeasured],
-    plans: Plans,
-    runs: Runs,
+    plans: PlanSet,
+    options: RunnerOptions,
     hardware: Hardware,
     *,
     device: str,
@@ -182,16 +187,16 @@ def summarize(
     first = plans.named[0][1]
     return Experiment(
         settings=Settings(
-            tables=runs.tables,
+            tables=options.tables,
             ranks=first.world_size,
             local_ranks=first.local_world_size,
-            batch_size=runs.draw.batch_size,
-            steps=runs.steps,
-            turns=runs.turns,
-            optimizer=runs.optimizer,
-            over_arch_layer_sizes=runs.over_arch_layer_sizes,
-            ids=runs.draw.ids,
-            seed=runs.draw.seed,
+            batch_size=options.batch.batch_size,
+            steps=options.steps,
+            turns=options.turns,
+            optimizer=options.optimizer,
+            over_arch_layer_sizes=options.over_arch_layer_sizes,
+            ids=options.batch.ids,
+            seed=options.batch.seed,
             device=device,
         ),
         plans=tuple(measured),

@@ -10,7 +10,18 @@ from statistics import median
 
 from torchrec_deepfm.experiment.results import PLANS, Experiment, PlanMeasured
 from torchrec_deepfm.report import plan_figures
-from torchrec_deepfm.report.page import Block, Cell, Data, Link, Paragraph, Picture, Section, Table, Terms, write_page
+from torchrec_deepfm.report.page import (
+    Block,
+    Cell,
+    Data,
+    Link,
+    PageTable,
+    Paragraph,
+    Picture,
+    Section,
+    Terms,
+    write_page,
+)
 from torchrec_deepfm.sharding.plan.plan import PlanFile
 from torchrec_deepfm.sharding.plan.report import FIXED, TERM_NAMES, cost_by_rank, terms_by_rank
 
@@ -54,7 +65,7 @@ def write_experiment_report(
     settings = experiment.settings
     sections = [
         Section("Summary", *_summary(experiment)),
-        Section("Plans", *_plans(experiment)),
+        Section("PlanSet", *_plans(experiment)),
         *_against(experiment),
         Section("Where the time goes", *_splits(experiment)),
         Section("Rank by rank", *_heat_maps(experiment)),
@@ -87,7 +98,7 @@ def _summary(experiment: Experiment) -> list[Block]:
     }
     blocks: list[Block] = [Terms(facts)]
     if experiment.left_out:
-        blocks.append(Table(("Left out", "Why"), list(experiment.left_out.items())))
+        blocks.append(PageTable(("Left out", "Why"), list(experiment.left_out.items())))
     return blocks
 
 
@@ -116,7 +127,7 @@ def _plans(experiment: Experiment) -> list[Block]:
         "the slowest turn. Sent and peak are MiB of the rank with the most: what leaves it in a step, and its peak "
         "memory above that of the process before the model was built."
     )
-    return [Table(head, rows, formats=formats), Paragraph(text)]
+    return [PageTable(head, rows, formats=formats), Paragraph(text)]
 
 
 def types(plan: PlanFile) -> str:
@@ -215,7 +226,7 @@ def _traffic(experiment: Experiment) -> list[Block]:
         "Bytes that leave a rank in one step, of the rank that sends most, and of all ranks together; of an all-reduce "
         "those of a ring. They are counted from the sizes of the tensors, and so exact."
     )
-    return [Table(head, rows), Paragraph(text)]
+    return [PageTable(head, rows), Paragraph(text)]
 
 
 def _scaling(experiment: Experiment, others: Mapping[str, Mapping[int, float]]) -> list[Section]:

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from torchrec_deepfm.experiment.comm_bytes import Traffic
+from torchrec_deepfm.experiment.comm_bytes import CollectiveCounter
 from torchrec_deepfm.experiment.memory import PeakMemory
-from torchrec_deepfm.experiment.noise import give_back, no_collections
+from torchrec_deepfm.experiment.noise import release_memory, without_garbage_collection
 from torchrec_deepfm.experiment.results import CollectiveBytes, PlanMeasured, RankMeasured
 from torchrec_deepfm.experiment.step_timer import PHASES, split_step, step_seconds
-from torchrec_deepfm.experiment.workload import Draw, batches, build, table_bytes
+from torchrec_deepfm.experiment.workload import BatchOptions, batches, build, table_bytes
 from torchrec_deepfm.sharding.inputs.sharding_types import FusedOptimizer
 from torchrec_deepfm.sharding.inputs.tables import Table
 from torchrec_deepfm.sharding.plan.plan import PlanFile
@@ -23,7 +23,7 @@ BATCHES = 4  # drawn once, used in turn
 
 
 @dataclass(frozen=True, kw_only=True)
-class Runs:
+class RunnerOptions:
     """How often and on what the plans run.
 
     Attributes:
@@ -36,7 +36,7 @@ class Runs:
     """
 
     tables: tuple[Table, ...]
-    draw: Draw
+    batch: BatchOptions
     steps: int = 10
     turns: int = 5
     optimizer: FusedOptimizer = "rowwise_adagrad"
@@ -44,7 +44,7 @@ class Runs:
 
 
 @dataclass(kw_only=True)
-class _Seen:
+class _PlanRecord:
     """What this rank has seen of a plan so far."""
 
     step_ms: list[float] = field(default_factory=list)
@@ -65,9 +65,9 @@ class _Seen:
         )
 
 
-def take_turns(
+def measure_plans(
     plans: Sequence[tuple[str, PlanFile]],
-    runs: Runs,
+    options: RunnerOptions,
     device: torch.device,
     report: Callable[[str], None] = lambda line: None,
 ) -> tuple[PlanMeasured, ...]:
@@ -77,22 +77,22 @@ def take_turns(
 
     Args:
         plans: by name; each fits the tables and the ranks.
-        runs: how often and on what.
+        options: how often and on what.
         device: this rank's device.
         report: takes a line of progress, on rank 0.
 
     Returns:
         What was measured on all ranks, in the order of the plans; the same on every rank.
     """
-    own = batches(runs.tables, runs.draw, dist.get_rank(), BATCHES, device)
-    seen = [_Seen() for _ in plans]
-    for turn in range(runs.turns):
+    own = batches(options.tables, options.batch, dist.get_rank(), BATCHES, device)
+    seen = [_PlanRecord() for _ in plans]
+    for turn in range(options.turns):
         # Every other time backwards: what comes after a large plan is another one then.
         order = range(len(plans)) if turn % 2 == 0 else range(len(plans) - 1, -1, -1)
         for number in order:
-            _turn(plans[number][1], seen[number], runs, own, device, first=turn == 0)
+            _turn(plans[number][1], seen[number], options, own, device, first=turn == 0)
         if dist.get_rank() == 0:
-            report(f"turn {turn + 1} of {runs.turns}: {len(plans)} plans measured")
+            report(f"turn {turn + 1} of {options.turns}: {len(plans)} plans measured")
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, [one.result() for one in seen])
     return tuple(
@@ -101,25 +101,27 @@ def take_turns(
     )
 
 
-def _turn(plan: PlanFile, seen: _Seen, runs: Runs, own: Sequence[Any], device: torch.device, *, first: bool) -> None:
-    give_back()
+def _turn(
+    plan: PlanFile, seen: _PlanRecord, options: RunnerOptions, own: Sequence[Any], device: torch.device, *, first: bool
+) -> None:
+    release_memory()
     memory = PeakMemory(device)
     dist.barrier()
     trained = build(
-        runs.tables,
+        options.tables,
         plan,
         device,
-        optimizer=runs.optimizer,
-        over_arch_layer_sizes=runs.over_arch_layer_sizes,
+        optimizer=options.optimizer,
+        over_arch_layer_sizes=options.over_arch_layer_sizes,
     )
     for step in range(WARM_UP):
         trained.step(own[step % len(own)])
-    with no_collections():
-        seen.step_ms.append(1e3 * step_seconds(trained, [own[step % len(own)] for step in range(runs.steps)]))
+    with without_garbage_collection():
+        seen.step_ms.append(1e3 * step_seconds(trained, [own[step % len(own)] for step in range(options.steps)]))
     seen.peaks.append(memory.bytes())
-    seen.splits += [split_step(trained, own[step % len(own)]) for step in range((runs.steps + 1) // 2)]
+    seen.splits += [split_step(trained, own[step % len(own)]) for step in range((options.steps + 1) // 2)]
     if first:
-        with Traffic() as traffic:
+        with CollectiveCounter() as traffic:
             trained.step(own[0])
         seen.traffic = traffic.by_kind()
         seen.table_bytes = table_bytes(trained)

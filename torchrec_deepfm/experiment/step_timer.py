@@ -71,7 +71,7 @@ class Stopwatch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trained:
+class TrainableModel:
     """A sharded model with what trains it.
 
     Attributes:
@@ -92,7 +92,7 @@ class Trained:
         self.optimizer.step()
 
 
-def step_seconds(trained: Trained, batches: Sequence[Batch]) -> float:
+def step_seconds(trained: TrainableModel, batches: Sequence[Batch]) -> float:
     """Train one step on each batch; return the mean seconds per step, without marks in between."""
     _wait(trained.device)
     start = time.perf_counter()
@@ -102,7 +102,7 @@ def step_seconds(trained: Trained, batches: Sequence[Batch]) -> float:
     return (time.perf_counter() - start) / len(batches)
 
 
-def split_step(trained: Trained, batch: Batch) -> dict[str, float]:
+def split_step(trained: TrainableModel, batch: Batch) -> dict[str, float]:
     """Train one step; return the seconds of each of ``PHASES``, which sum up to the step.
 
     All look-ups come before all output dists here; TorchRec starts the output dist of one type before

@@ -22,7 +22,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.experiment.results import Ids
-from torchrec_deepfm.experiment.step_timer import Trained
+from torchrec_deepfm.experiment.step_timer import TrainableModel
 from torchrec_deepfm.model.arches import OverArch
 from torchrec_deepfm.model.deepfm import DeepFMTrain
 from torchrec_deepfm.model.fm import init_packed_rows_
@@ -78,7 +78,7 @@ def build(
     *,
     optimizer: FusedOptimizer,
     over_arch_layer_sizes: Sequence[int],
-) -> Trained:
+) -> TrainableModel:
     """Build the model that an experiment trains, sharded over the current process group; a collective.
 
     Args:
@@ -107,7 +107,7 @@ def build(
         sharded = build_model(config, sizes, DENSE_IN_FEATURES, device, is_weighted=weighted, plan=renamed).model
     else:
         sharded = _build_pooled_rows(config, tables, plan, device)
-    return Trained(model=sharded, optimizer=make_optimizer(sharded, config), device=device)
+    return TrainableModel(model=sharded, optimizer=make_optimizer(sharded, config), device=device)
 
 
 def _build_pooled_rows(
@@ -135,7 +135,7 @@ def _build_pooled_rows(
     )
 
 
-def table_bytes(trained: Trained) -> int:
+def table_bytes(trained: TrainableModel) -> int:
     """Count this rank's bytes of tables and optimizer state, after a first step: some optimizers make it there."""
     weights = [value for name, value in trained.model.state_dict().items() if ".embedding_bags." in name]
     state = trained.optimizer.state_dict()["state"]
@@ -149,7 +149,7 @@ def _held(value: Any) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Draw:
+class BatchOptions:
     """How batches are drawn.
 
     Attributes:
@@ -164,34 +164,34 @@ class Draw:
     seed: int = 0
 
 
-def batches(tables: Sequence[Table], draw: Draw, rank: int, count: int, device: torch.device) -> list[Batch]:
-    """Draw the batches of a rank, the same for every plan.
+def batches(tables: Sequence[Table], options: BatchOptions, rank: int, count: int, device: torch.device) -> list[Batch]:
+    """BatchOptions the batches of a rank, the same for every plan.
 
     A bag of a table with pooling factor p has floor(p) ids and, with the probability of the remainder, one more.
     """
-    if draw.batch_size < 1 or count < 1:
-        raise UserError(f"batch size {draw.batch_size}, {count} batches: both must be at least 1")
-    generator = torch.Generator().manual_seed(draw.seed * 1_000_003 + rank)
-    return [_batch(tables, draw, generator).to(device) for _ in range(count)]
+    if options.batch_size < 1 or count < 1:
+        raise UserError(f"batch size {options.batch_size}, {count} batches: both must be at least 1")
+    generator = torch.Generator().manual_seed(options.seed * 1_000_003 + rank)
+    return [_batch(tables, options, generator).to(device) for _ in range(count)]
 
 
-def _batch(tables: Sequence[Table], draw: Draw, generator: torch.Generator) -> Batch:
+def _batch(tables: Sequence[Table], options: BatchOptions, generator: torch.Generator) -> Batch:
     lengths, values = [], []
     for table in tables:
         whole = int(table.pooling_factor)
-        more = torch.rand(draw.batch_size, generator=generator) < table.pooling_factor - whole
+        more = torch.rand(options.batch_size, generator=generator) < table.pooling_factor - whole
         lengths.append(whole + more.int())
-        values.append(_ids(int(lengths[-1].sum()), table.num_embeddings, draw.ids, generator))
+        values.append(_ids(int(lengths[-1].sum()), table.num_embeddings, options.ids, generator))
     ids = torch.cat(values)
     return Batch(
-        dense_features=torch.rand(draw.batch_size, DENSE_IN_FEATURES, generator=generator),
+        dense_features=torch.rand(options.batch_size, DENSE_IN_FEATURES, generator=generator),
         sparse_features=KeyedJaggedTensor(
             keys=[table.name for table in tables],
             values=ids,
             weights=torch.rand(len(ids), generator=generator) if _is_weighted(tables) else None,
             lengths=torch.cat(lengths),
         ),
-        labels=torch.randint(2, (draw.batch_size,), generator=generator),
+        labels=torch.randint(2, (options.batch_size,), generator=generator),
     )
 
 

@@ -18,7 +18,7 @@ Example:
     ...             "Quality",
     ...             Paragraph("Loss <by> step."),
     ...             Picture(figure, alt="The training loss falls from 0.69 to 0.48."),
-    ...             Table(("split", "AUC"), [("test", 0.80731)], formats={"AUC": ".4f"}),
+    ...             PageTable(("split", "AUC"), [("test", 0.80731)], formats={"AUC": ".4f"}),
     ...             Data("losses", [0.69, 0.52, 0.48]),
     ...         )
     ...     ],
@@ -98,17 +98,6 @@ class Paragraph:
 
 
 @dataclass(frozen=True)
-class Code:
-    """Text as a terminal shows it: a command, a few lines of output.
-
-    Attributes:
-        text: the lines; blanks and line breaks are kept.
-    """
-
-    text: str
-
-
-@dataclass(frozen=True)
 class Terms:
     """A list of names, each with a value: options, versions, what a run was.
 
@@ -125,7 +114,7 @@ class Terms:
 
 
 @dataclass(frozen=True)
-class Table:
+class PageTable:
     """A table. Numbers stand to the right, and so does the head of a column that holds nothing else.
 
     Attributes:
@@ -243,12 +232,12 @@ class Data:
         return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
-Block = Paragraph | Code | Terms | Table | Picture | Data
+Block = Paragraph | Terms | PageTable | Picture | Data
 
 
 @dataclass(frozen=True, init=False)
 class Section:
-    """A heading and what stands below it: ``Section("Plans", Paragraph(...), Table(...))``.
+    """A heading and what stands below it: ``Section("Plans", Paragraph(...), PageTable(...))``.
 
     Attributes:
         heading: the heading.

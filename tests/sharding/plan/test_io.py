@@ -1,4 +1,4 @@
-"""Plans written and read: nothing is lost, and whatever is wrong with a file is reported in one line."""
+"""PlanSet written and read: nothing is lost, and whatever is wrong with a file is reported in one line."""
 
 import copy
 import json

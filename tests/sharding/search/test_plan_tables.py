@@ -23,7 +23,7 @@ from torchrec_deepfm.sharding.plan.validate import check_fits, check_sound
 from torchrec_deepfm.sharding.search.assignment import choose
 from torchrec_deepfm.sharding.search.enumerator import WidthEnumerator
 from torchrec_deepfm.sharding.search.lower_bound import lower_bound
-from torchrec_deepfm.sharding.search.placement import Machine, Pieces, fill, place
+from torchrec_deepfm.sharding.search.placement import Machine, PlacementOption, fill, place
 from torchrec_deepfm.sharding.search.plan_tables import RESERVED, lower_bound_ms, plan_tables
 from torchrec_deepfm.sharding.search.torchrec_parts import (
     AllTermsPerfModel,
@@ -79,16 +79,16 @@ def test_equal_pieces_go_where_a_heap_would_put_them() -> None:
         assert sorted((load + taken * ms).tolist()) == pytest.approx(sorted(wanted))
 
 
-def random_ways(draw: random.Random, tables: int, hosts: int) -> list[list[Pieces]]:
+def random_ways(draw: random.Random, tables: int, hosts: int) -> list[list[PlacementOption]]:
     found = []
     for _ in range(tables):
         work, size = draw.uniform(1, 10), draw.randint(1, 50)
-        ways = [Pieces(where="any rank", count=n, ms=work / n + 0.3, hbm=size // n, ddr=0) for n in (1, 2, 4)]
+        ways = [PlacementOption(where="any rank", count=n, ms=work / n + 0.3, hbm=size // n, ddr=0) for n in (1, 2, 4)]
         ways += [
-            Pieces(where="any host", count=n, ms=work / n / 2 + 0.5, hbm=size // n // 2, ddr=0)
+            PlacementOption(where="any host", count=n, ms=work / n / 2 + 0.5, hbm=size // n // 2, ddr=0)
             for n in range(1, hosts + 1)
         ]
-        ways.append(Pieces(where="every rank", count=1, ms=draw.uniform(0.1, work), hbm=size, ddr=0))
+        ways.append(PlacementOption(where="every rank", count=1, ms=draw.uniform(0.1, work), hbm=size, ddr=0))
         found.append(ways)
     return found
 
@@ -135,15 +135,15 @@ def test_no_placement_is_further_from_the_best_than_graham_proves() -> None:
             max(sum(ms for ms, rank in zip(costs, each, strict=True) if rank == slot) for slot in range(ranks))
             for each in itertools.product(range(ranks), repeat=len(costs))
         )
-        pieces = [Pieces(where="any rank", count=1, ms=ms, hbm=1, ddr=0) for ms in costs]
+        pieces = [PlacementOption(where="any rank", count=1, ms=ms, hbm=1, ddr=0) for ms in costs]
         assert (
             best - 1e-9 <= place(machine(ranks, ranks), pieces).critical_path <= best * (4 / 3 - 1 / (3 * ranks)) + 1e-9
         )
 
 
 def test_memory_is_kept_and_its_lack_is_told() -> None:
-    whole = Pieces(where="any rank", count=1, ms=1.0, hbm=60, ddr=0)
-    halves = Pieces(where="any rank", count=2, ms=5.0, hbm=30, ddr=0)
+    whole = PlacementOption(where="any rank", count=1, ms=1.0, hbm=60, ddr=0)
+    halves = PlacementOption(where="any rank", count=2, ms=5.0, hbm=30, ddr=0)
     at = machine(2, 2, 95.0)
     found = choose(at, [[whole, halves]] * 3)  # three wholes leave one rank with 120
     assert found.short == 0

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchrec_deepfm.report import plan_figures
-from torchrec_deepfm.report.page import Cell, Data, Picture, Section, Table, Terms, write_page
+from torchrec_deepfm.report.page import Cell, Data, PageTable, Picture, Section, Terms, write_page
 from torchrec_deepfm.sharding.plan.plan import TERMS, PlanFile, PlannedTable
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ def _of_capacity(plan: PlanFile, kind: str) -> str:
     return f", of {capacity / GIB:,.0f} GiB available" if isinstance(capacity, int) else ""
 
 
-def _tables(plan: PlanFile) -> Table:
+def _tables(plan: PlanFile) -> PageTable:
     rows: list[Sequence[Cell]] = []
     for table in plan.tables:
         costs = [shard.predicted.total_ms for shard in table.shards if shard.predicted is not None]
@@ -162,7 +162,7 @@ def _tables(plan: PlanFile) -> Table:
             )
         )
     head = ("Table", "Rows", "Columns", "GiB", "Type", "Kernel", "Shards", "Ranks", "Largest shard, ms")
-    return Table(head, rows, formats={"GiB": ",.3f", "Largest shard, ms": ".4f"})
+    return PageTable(head, rows, formats={"GiB": ",.3f", "Largest shard, ms": ".4f"})
 
 
 def _table_bytes(table: PlannedTable) -> int:

@@ -19,7 +19,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from torchrec_deepfm.sharding.search.placement import Floats, Machine, Pieces, Where, place
+from torchrec_deepfm.sharding.search.placement import Floats, Machine, PlacementOption, Where, place
 
 _FAMILIES: Final[tuple[tuple[Where, ...], ...]] = (
     ("every rank", "any host", "any rank"),
@@ -73,7 +73,7 @@ class Choice:
 
 def choose(
     machine: Machine,
-    ways: Sequence[Sequence[Pieces]],
+    ways: Sequence[Sequence[PlacementOption]],
     effort: Effort | None = None,
     *,
     starts: Iterable[tuple[int, ...]] = (),
@@ -82,8 +82,8 @@ def choose(
 
     Example:
         >>> machine = Machine(ranks=2, ranks_per_host=2, hbm=np.full(2, 9.0), ddr=np.full(2, 9.0))
-        >>> whole = Pieces(where="any rank", count=1, ms=4.0, hbm=1, ddr=0)
-        >>> halves = Pieces(where="any rank", count=2, ms=2.5, hbm=1, ddr=0)
+        >>> whole = PlacementOption(where="any rank", count=1, ms=4.0, hbm=1, ddr=0)
+        >>> halves = PlacementOption(where="any rank", count=2, ms=2.5, hbm=1, ddr=0)
         >>> choose(machine, [[whole, halves]]).ways
         (1,)
     """
@@ -93,7 +93,7 @@ def choose(
 @dataclass(frozen=True)
 class _Search:
     machine: Machine
-    ways: Sequence[Sequence[Pieces]]
+    ways: Sequence[Sequence[PlacementOption]]
     effort: Effort
     placed: dict[tuple[int, ...], Choice] = field(default_factory=dict)
 
@@ -173,7 +173,7 @@ class _Search:
                     break
         return choice
 
-    def _shards(self, way: Pieces) -> int:
+    def _shards(self, way: PlacementOption) -> int:
         return way.count * self.machine.copies(way.where)
 
 
@@ -190,7 +190,7 @@ class _Arrays:
     family: NDArray[np.int64]
 
     @classmethod
-    def of(cls, machine: Machine, ways: Sequence[Sequence[Pieces]]) -> "_Arrays":
+    def of(cls, machine: Machine, ways: Sequence[Sequence[PlacementOption]]) -> "_Arrays":
         most = max(len(options) for options in ways)
         shape = (len(ways), most)
         ms, share, every, piece, memory, lump = (np.full(shape, np.inf) for _ in range(6))

@@ -1,6 +1,6 @@
 """The least that any plan may cost under the estimates: what stands in the way of a better one. Standard library only.
 
-Two bounds, both from the estimates of single pieces (``balance.Pieces``), memory left aside:
+Two bounds, both from the estimates of single pieces (``balance.PlacementOption``), memory left aside:
 
 1. The slowest rank T is no faster than the mean rank, and no piece may cost more than T. So T is at least the sum of
    the least shares among the ways whose pieces cost at most T.
@@ -13,27 +13,27 @@ Two bounds, both from the estimates of single pieces (``balance.Pieces``), memor
 import math
 from collections.abc import Iterable, Sequence
 
-from torchrec_deepfm.sharding.search.placement import Pieces
+from torchrec_deepfm.sharding.search.placement import PlacementOption
 
 _MOST_UNITS = 1 << 14
 
 
-def lower_bound(ranks: int, ranks_per_host: int, ways: Sequence[Sequence[Pieces]]) -> float:
+def lower_bound(ranks: int, ranks_per_host: int, ways: Sequence[Sequence[PlacementOption]]) -> float:
     """Return milliseconds that the slowest rank of no choice and no placement can go below.
 
     Example:
-        >>> halves = Pieces(where="any rank", count=2, ms=3.0, hbm=0, ddr=0)
+        >>> halves = PlacementOption(where="any rank", count=2, ms=3.0, hbm=0, ddr=0)
         >>> lower_bound(2, 2, [[halves], [halves], [halves]])
         9.0
     """
     return max(_by_shares(ranks, ranks_per_host, ways), _by_pieces(ranks, ranks_per_host, ways))
 
 
-def _copies(way: Pieces, ranks: int, ranks_per_host: int) -> int:
+def _copies(way: PlacementOption, ranks: int, ranks_per_host: int) -> int:
     return {"every rank": ranks, "any host": ranks_per_host, "any rank": 1}[way.where]
 
 
-def _by_shares(ranks: int, ranks_per_host: int, ways: Sequence[Sequence[Pieces]]) -> float:
+def _by_shares(ranks: int, ranks_per_host: int, ways: Sequence[Sequence[PlacementOption]]) -> float:
     """The first bound: the least T whose usable ways share out to at most T."""
     best = math.inf
     for bound in sorted({way.ms for options in ways for way in options}):
@@ -54,7 +54,7 @@ def _by_shares(ranks: int, ranks_per_host: int, ways: Sequence[Sequence[Pieces]]
     return best
 
 
-def _by_pieces(ranks: int, ranks_per_host: int, ways: Sequence[Sequence[Pieces]]) -> float:
+def _by_pieces(ranks: int, ranks_per_host: int, ways: Sequence[Sequence[PlacementOption]]) -> float:
     """The second bound."""
     everywhere = sorted(
         min((way.ms for way in options if way.where == "every rank"), default=math.inf) for options in ways

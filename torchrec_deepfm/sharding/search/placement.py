@@ -24,7 +24,7 @@ _MOST_CANDIDATES = 1 << 22  # starts of pieces that are looked at together, to b
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pieces:
+class PlacementOption:
     """A way to shard a table.
 
     Args:
@@ -88,7 +88,7 @@ class Placement:
         return float(self.ms.max())
 
 
-def place(machine: Machine, ways: Sequence[Pieces], *, where: bool = True) -> Placement:
+def place(machine: Machine, ways: Sequence[PlacementOption], *, where: bool = True) -> Placement:
     """Place the pieces, the most expensive first, each where the load is smallest and memory is left.
 
     What lies on every rank comes first, then what takes whole hosts, then what takes single ranks and so fills gaps.
@@ -98,7 +98,7 @@ def place(machine: Machine, ways: Sequence[Pieces], *, where: bool = True) -> Pl
 
     Example:
         >>> machine = Machine(ranks=2, ranks_per_host=2, hbm=np.full(2, 9.0), ddr=np.full(2, 9.0))
-        >>> ways = [Pieces(where="any rank", count=1, ms=ms, hbm=1, ddr=0) for ms in (2.0, 3.0, 4.0)]
+        >>> ways = [PlacementOption(where="any rank", count=1, ms=ms, hbm=1, ddr=0) for ms in (2.0, 3.0, 4.0)]
         >>> place(machine, ways).ms.tolist()
         [4.0, 5.0]
     """
@@ -124,7 +124,7 @@ def place(machine: Machine, ways: Sequence[Pieces], *, where: bool = True) -> Pl
 
 
 def _fill(
-    ways: Sequence[Pieces], where: Where, load: Floats, room: tuple[Floats, Floats], found: list[Counts] | None
+    ways: Sequence[PlacementOption], where: Where, load: Floats, room: tuple[Floats, Floats], found: list[Counts] | None
 ) -> float:
     """Place all pieces of a kind; changes load and room, and returns the bytes for which there was no room."""
     hbm, ddr = room
@@ -187,7 +187,7 @@ def _too_shallow(load: Floats, most: Counts, count: int, ms: float, deep: int) -
     return deep < count and bool((most < deep).any()) and len(load) * deep < _MOST_CANDIDATES
 
 
-def _deal(ways: Sequence[Pieces], members: Iterable[int], taken: Counts, found: list[Counts]) -> None:
+def _deal(ways: Sequence[PlacementOption], members: Iterable[int], taken: Counts, found: list[Counts]) -> None:
     """Distribute the slots of a group over its tables, so that a table gets a slot twice only where it must."""
     levels = [np.flatnonzero(taken > level) for level in range(int(taken.max()))]
     order = np.concatenate(levels)

@@ -35,13 +35,13 @@ from torchrec_deepfm.sharding.search.assignment import Effort
 from torchrec_deepfm.sharding.search.enumerator import WidthEnumerator
 from torchrec_deepfm.sharding.search.few_types import with_fewer_types
 from torchrec_deepfm.sharding.search.lower_bound import lower_bound
-from torchrec_deepfm.sharding.search.placement import Pieces
+from torchrec_deepfm.sharding.search.placement import PlacementOption
 from torchrec_deepfm.sharding.search.torchrec_parts import (
     AllTermsPerfModel,
     BalancedPartitioner,
     BalancedProposer,
     machine_of,
-    pieces_of,
+    placement_option,
 )
 
 # Ranks, and ranks times tables, up to which the balanced search also runs TorchRec's: about two seconds. Of a few
@@ -195,9 +195,9 @@ class Planning:
     def lower_bound_ms(self) -> float:
         """See ``lower_bound_ms``."""
         machine = machine_of(topology(self._hardware, self._ranks))
-        by_table: dict[str, list[Pieces]] = {}
+        by_table: dict[str, list[PlacementOption]] = {}
         for option in self._options:
-            by_table.setdefault(option.fqn, []).append(pieces_of(option, machine))
+            by_table.setdefault(option.fqn, []).append(placement_option(option, machine))
         fixed = self._hardware.extra.get("step_ms", 0.0) + self._hardware.extra.get(
             "group_ms", 0.0
         )  # one type at least

@@ -36,7 +36,7 @@ from torchrec.distributed.types import ShardingType
 
 from torchrec_deepfm.sharding.inputs.sharding_types import WIDE_ENOUGH
 from torchrec_deepfm.sharding.search.assignment import Choice, Effort, choose
-from torchrec_deepfm.sharding.search.placement import Machine, Pieces, place
+from torchrec_deepfm.sharding.search.placement import Machine, PlacementOption, place
 
 
 def shard_ms(shard: Shard) -> float:
@@ -79,7 +79,7 @@ class BalancedPartitioner(Partitioner):
         machine = machine_of(storage_constraint)
         if any(len(option.shards) % machine.ranks_per_host for option in proposal if _by_host(option)):
             raise PlannerError("the shards of a host do not fill it", PlannerErrorType.PARTITION)
-        ways = [pieces_of(option, machine) for option in proposal]
+        ways = [placement_option(option, machine) for option in proposal]
         found = place(machine, ways)
         if found.short:
             raise PlannerError(
@@ -170,7 +170,7 @@ class BalancedProposer(Proposer):
 
     def _search(self, storage_constraint: Topology) -> list[ShardingOption]:
         machine = machine_of(storage_constraint)
-        ways = [[pieces_of(option, machine) for option in options] for options in self._options]
+        ways = [[placement_option(option, machine) for option in options] for options in self._options]
         self.choice = choose(machine, ways, self._effort, starts=_greedy_proposals(self._options))
         return [options[number] for options, number in zip(self._options, self.choice.ways, strict=True)]
 
@@ -224,18 +224,18 @@ def machine_of(ranks: Topology) -> Machine:
     )
 
 
-def pieces_of(option: ShardingOption, machine: Machine) -> Pieces:
+def placement_option(option: ShardingOption, machine: Machine) -> PlacementOption:
     """Describe an option as pieces; shards of unequal rows count as the largest of them."""
     distinct = {(id(shard.perf), id(shard.storage)): shard for shard in option.shards}.values()
     hbm = max(shard.storage.hbm for shard in distinct if shard.storage is not None)
     ddr = max(shard.storage.ddr for shard in distinct if shard.storage is not None)
     ms = max(shard_ms(shard) for shard in distinct)
     if option.partition_by == PartitionByType.UNIFORM.value:
-        return Pieces(where="every rank", count=1, ms=ms, hbm=hbm, ddr=ddr)
+        return PlacementOption(where="every rank", count=1, ms=ms, hbm=hbm, ddr=ddr)
     if _by_host(option):
         count = max(len(option.shards) // machine.ranks_per_host, 1)
-        return Pieces(where="any host", count=count, ms=ms, hbm=hbm, ddr=ddr)
-    return Pieces(where="any rank", count=len(option.shards), ms=ms, hbm=hbm, ddr=ddr)
+        return PlacementOption(where="any host", count=count, ms=ms, hbm=hbm, ddr=ddr)
+    return PlacementOption(where="any rank", count=len(option.shards), ms=ms, hbm=hbm, ddr=ddr)
 
 
 def _by_host(option: ShardingOption) -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from torchrec_deepfm.errors import UserError
-from torchrec_deepfm.report.page import Block, Data, Link, Paragraph, Picture, Section, Table, Terms, write_page
+from torchrec_deepfm.report.page import Block, Data, Link, PageTable, Paragraph, Picture, Section, Terms, write_page
 from torchrec_deepfm.report.training_curves import learning_curves, points, reliability_curves, thinned
 from torchrec_deepfm.sharding.plan.io import load_plan
 from torchrec_deepfm.sharding.plan.plan import PlanFile
@@ -138,7 +138,7 @@ def _result(
         ]
         five = dict.fromkeys(["AUC", "log loss", "NE", "calibration", "ECE"], ".5f")
         lift = {"best reachable AUC": ".5f", "share of its lift": ".2%"} if known else {}
-        blocks.append(Table([*head, *lift], rows, formats=five | lift))
+        blocks.append(PageTable([*head, *lift], rows, formats=five | lift))
         blocks.append(
             Paragraph(
                 "NE is the log loss over the entropy of the click rate: below 1 the model knows more than the base "
@@ -207,7 +207,7 @@ def _calibration(calibration: Mapping[str, Any]) -> Section:
     return Section(
         "Calibration",
         Picture(figure, alt=f"Share of clicks against prediction. {'; '.join(errors)}.", caption=caption),
-        Table(head, rows, formats=formats),
+        PageTable(head, rows, formats=formats),
         Data("calibration", splits),
     )
 
@@ -223,7 +223,7 @@ def _options(config: RunFile) -> Section:
         for name, value in config.config.items()
     ]
     changed = sorted(rows, key=lambda row: row[2] == "")  # those that differ first
-    return Section("Options", Table(["option", "value", "default, where it differs"], changed))
+    return Section("Options", PageTable(["option", "value", "default, where it differs"], changed))
 
 
 def _plan(plan: PlanFile | None) -> list[Section]:
@@ -248,7 +248,7 @@ def _plan(plan: PlanFile | None) -> list[Section]:
                 f"{len(rows)} tables with {total:,} rows of {plan.tables[0].embedding_dim} numbers (latent vector, "
                 f"first-order weight, padding), on {plan.world_size} rank(s)."
             ),
-            Table(["table", "rows", "MiB", "sharding", "kernel", "ranks"], rows, formats={"MiB": ",.2f"}),
+            PageTable(["table", "rows", "MiB", "sharding", "kernel", "ranks"], rows, formats={"MiB": ",.2f"}),
         )
     ]
 
