@@ -5,7 +5,7 @@ import signal
 import sys
 
 from torchrec_deepfm.interrupt import Interrupt
-from torchrec_deepfm.processes import UNDER_LAUNCHER, end_with_parent
+from torchrec_deepfm.processes import UNDER_LAUNCHER, end_with_parent, local_world_size
 
 if __name__ == "__main__":  # before the imports, which take a second
     interrupt = Interrupt()
@@ -17,7 +17,7 @@ from torchrec_deepfm.cpu_threads import choose_threads
 def run() -> int:
     """Run the command line and give back its exit code."""
     end_with_parent(os.environ.get(UNDER_LAUNCHER), signal.SIGKILL)
-    choose_threads(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    choose_threads(local_world_size())
     try:
         main()
     except SystemExit as stop:

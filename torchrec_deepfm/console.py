@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torchrec_deepfm.processes import local_world_size
+
 # Known and harmless, each by its message; whatever else the stack says is worth reading.
 _WARNINGS = (
     r"Please use DTensor instead and we are deprecating ShardedTensor",  # TorchRec's state_dict holds the latter
@@ -42,7 +44,7 @@ def say(line: str) -> None:
 def threads() -> int:
     """Return how many CPU cores this process may use: its share of them, where there are several ranks on the host."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
+    return max(cores // local_world_size(), 1)
 
 
 def quiet() -> None:

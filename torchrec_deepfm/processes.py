@@ -14,6 +14,11 @@ _PR_SET_PDEATHSIG = 1  # see prctl(2)
 _SIGKILL_IS_PENDING = 1 << 8
 
 
+def local_world_size() -> int:
+    """Return how many ranks the launcher has started on this host; 1 without a launcher."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def end_with_parent(parent: str | None, signum: int) -> None:
     """Let the kernel send a signal to this process when its parent ends, ``kill -9`` included. Linux only.
 

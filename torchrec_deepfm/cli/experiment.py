@@ -10,6 +10,7 @@ import tyro
 from torchrec_deepfm import console, launch
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.files import check_target
+from torchrec_deepfm.processes import local_world_size
 from torchrec_deepfm.sharding.inputs.hardware import MAX_BATCH_SIZE, MAX_RANKS
 from torchrec_deepfm.sharding.inputs.sharding_types import FusedOptimizer
 
@@ -219,9 +220,9 @@ def experiment_table(experiment: "Experiment") -> str:
     """
     lines = [f"{'plan':<40}{'predicted':>11}{'measured':>10}  (ms per step; fastest to slowest turn)"]
     for one in sorted(experiment.plans, key=lambda plan: plan.step_ms):
-        told = "-" if one.predicted_ms is None else f"{one.predicted_ms:.2f}"
+        predicted = "-" if one.predicted_ms is None else f"{one.predicted_ms:.2f}"
         turns = f"({min(one.turns_ms):.2f} to {max(one.turns_ms):.2f})"
-        lines.append(f"{one.name:<40}{told:>11}{one.step_ms:>10.2f}  {turns}")
+        lines.append(f"{one.name:<40}{predicted:>11}{one.step_ms:>10.2f}  {turns}")
     lines += [f"left out: {name}: {why}" for name, why in experiment.left_out.items()]
     found = experiment.agreement()
     if found is not None:
@@ -252,7 +253,7 @@ def _hardware(named: str | None, device: "torch.device") -> "Hardware":
     from torchrec_deepfm.sharding.inputs.hardware_toml import read_hardware
     from torchrec_deepfm.sharding.inputs.presets import PRESETS
 
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    local = local_world_size()
     if named is not None:
         hardware = read_hardware(named)
     elif device.type == "cpu":

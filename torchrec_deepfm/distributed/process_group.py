@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from torchrec_deepfm.distributed.disk_errors import refused
 from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.processes import local_world_size
 
 T = TypeVar("T")
 
@@ -37,10 +38,10 @@ def process_group(timeout: float = 1800.0, *, cpu: bool = False) -> Iterator[tor
     device = torch.device("cpu")
     if torch.cuda.is_available() and not cpu:
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        if local_world_size > torch.cuda.device_count():
+        ranks_here = local_world_size()
+        if ranks_here > torch.cuda.device_count():
             raise UserError(
-                f"{local_world_size} ranks on this host, but {torch.cuda.device_count()} GPUs: start at most one rank "
+                f"{ranks_here} ranks on this host, but {torch.cuda.device_count()} GPUs: start at most one rank "
                 "per GPU (-j), or hide the GPUs with CUDA_VISIBLE_DEVICES= to train on the CPU"
             )
         device = torch.device("cuda", local_rank)

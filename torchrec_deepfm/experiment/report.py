@@ -47,13 +47,13 @@ def experiment_matrices(experiment: Experiment) -> dict[str, list[list[float | N
         key: [] for key in ("measured_ms", "predicted_ms", "peak_mib", "table_mib", "predicted_mib")
     }
     for one in experiment.plans:
-        told = one.plan.predicted
+        predicted = one.plan.predicted
         found["measured_ms"].append([median(rank.step_ms) for rank in one.ranks])
-        found["predicted_ms"].append(nothing if told is None else [cost.total_ms for cost in told.per_rank])
+        found["predicted_ms"].append(nothing if predicted is None else [cost.total_ms for cost in predicted.per_rank])
         found["peak_mib"].append([None if r.peak_bytes is None else r.peak_bytes / MIB for r in one.ranks])
         found["table_mib"].append([rank.table_bytes / MIB for rank in one.ranks])
         found["predicted_mib"].append(
-            nothing if told is None else [max(cost.hbm_bytes, cost.ddr_bytes) / MIB for cost in told.per_rank]
+            nothing if predicted is None else [max(cost.hbm_bytes, cost.ddr_bytes) / MIB for cost in predicted.per_rank]
         )
     return found
 
@@ -138,17 +138,17 @@ def types(plan: PlanFile) -> str:
 
 
 def _against(experiment: Experiment) -> list[Section]:
-    told = [one for one in experiment.plans if one.predicted_ms]
-    if not told or len(told) < len(experiment.plans):
+    plans = [one for one in experiment.plans if one.predicted_ms]
+    if not plans or len(plans) < len(experiment.plans):
         return []
-    predicted, measured = [one.predicted_ms or 0.0 for one in told], [one.step_ms for one in told]
-    spread = [(min(one.turns_ms), max(one.turns_ms)) for one in told]
+    predicted, measured = [one.predicted_ms or 0.0 for one in plans], [one.step_ms for one in plans]
+    spread = [(min(one.turns_ms), max(one.turns_ms)) for one in plans]
     picture = Picture(
         plan_figures.scatter(predicted, measured, spread),
-        alt=f"Scatter of {len(told)} plans: measured over predicted milliseconds of a step.",
+        alt=f"Scatter of {len(plans)} plans: measured over predicted milliseconds of a step.",
         caption="The numbers are those of the table of plans. Below the line a plan is faster than predicted.",
     )
-    data = {"plans": [one.name for one in told], "predicted_ms": predicted, "measured_ms": measured}
+    data = {"plans": [one.name for one in plans], "predicted_ms": predicted, "measured_ms": measured}
     return [Section("Predicted against measured", picture, Data("against", data))]
 
 

@@ -45,7 +45,7 @@ class RunnerOptions:
 
 @dataclass(kw_only=True)
 class _PlanRecord:
-    """What this rank has seen of a plan so far."""
+    """What this rank has measured of a plan so far."""
 
     step_ms: list[float] = field(default_factory=list)
     splits: list[dict[str, float]] = field(default_factory=list)
@@ -85,16 +85,16 @@ def measure_plans(
         What was measured on all ranks, in the order of the plans; the same on every rank.
     """
     own = batches(options.tables, options.batch, dist.get_rank(), BATCHES, device)
-    seen = [_PlanRecord() for _ in plans]
+    records = [_PlanRecord() for _ in plans]
     for turn in range(options.turns):
         # Every other time backwards: what comes after a large plan is another one then.
         order = range(len(plans)) if turn % 2 == 0 else range(len(plans) - 1, -1, -1)
         for number in order:
-            _turn(plans[number][1], seen[number], options, own, device, first=turn == 0)
+            _turn(plans[number][1], records[number], options, own, device, first=turn == 0)
         if dist.get_rank() == 0:
             report(f"turn {turn + 1} of {options.turns}: {len(plans)} plans measured")
     gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, [one.result() for one in seen])
+    dist.all_gather_object(gathered, [one.result() for one in records])
     return tuple(
         PlanMeasured(name=name, plan=plan, ranks=tuple(of_rank[number] for of_rank in gathered))
         for number, (name, plan) in enumerate(plans)
@@ -102,7 +102,13 @@ def measure_plans(
 
 
 def _turn(
-    plan: PlanFile, seen: _PlanRecord, options: RunnerOptions, own: Sequence[Any], device: torch.device, *, first: bool
+    plan: PlanFile,
+    record: _PlanRecord,
+    options: RunnerOptions,
+    own: Sequence[Any],
+    device: torch.device,
+    *,
+    first: bool,
 ) -> None:
     release_memory()
     memory = PeakMemory(device)
@@ -117,11 +123,11 @@ def _turn(
     for step in range(WARM_UP):
         trained.step(own[step % len(own)])
     with without_garbage_collection():
-        seen.step_ms.append(1e3 * step_seconds(trained, [own[step % len(own)] for step in range(options.steps)]))
-    seen.peaks.append(memory.bytes())
-    seen.splits += [split_step(trained, own[step % len(own)]) for step in range((options.steps + 1) // 2)]
+        record.step_ms.append(1e3 * step_seconds(trained, [own[step % len(own)] for step in range(options.steps)]))
+    record.peaks.append(memory.bytes())
+    record.splits += [split_step(trained, own[step % len(own)]) for step in range((options.steps + 1) // 2)]
     if first:
         with CollectiveCounter() as traffic:
             trained.step(own[0])
-        seen.traffic = traffic.by_kind()
-        seen.table_bytes = table_bytes(trained)
+        record.traffic = traffic.by_kind()
+        record.table_bytes = table_bytes(trained)

@@ -1,6 +1,5 @@
 """From a configuration to a sharded model, in TorchRec's order: meta tables, fused optimizer, plan, DMP, weights."""
 
-import os
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torchrec_deepfm.distributed.process_group import on_main
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.model.deepfm import DeepFM, DeepFMTrain
 from torchrec_deepfm.model.tables import embedding_tables
+from torchrec_deepfm.processes import local_world_size
 from torchrec_deepfm.sharding.inputs.constraints import parse_constraints
 from torchrec_deepfm.sharding.inputs.sharding_types import IN_MEMORY_KERNELS
 from torchrec_deepfm.sharding.plan.plan import PlanFile
@@ -131,7 +131,7 @@ def build_model(
                 tables,
                 compute_device=device.type,
                 world_size=dist.get_world_size(),
-                local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+                local_world_size=local_world_size(),
             )
         return plan_model(
             train_model,

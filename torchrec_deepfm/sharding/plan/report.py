@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torchrec_deepfm.report import plan_figures
 from torchrec_deepfm.report.page import Cell, Data, PageTable, Picture, Section, Terms, write_page
 from torchrec_deepfm.sharding.plan.plan import TERMS, PlanFile, PlannedTable
+from torchrec_deepfm.sharding.plan.text import ranks_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -157,7 +158,7 @@ def _tables(plan: PlanFile) -> PageTable:
                 table.sharding_type,
                 table.compute_kernel,
                 len(table.shards),
-                rank_list(table.ranks),
+                ranks_text(table.ranks),
                 max(costs) if costs else None,
             )
         )
@@ -167,20 +168,3 @@ def _tables(plan: PlanFile) -> PageTable:
 
 def _table_bytes(table: PlannedTable) -> int:
     return table.num_embeddings * table.embedding_dim * 4
-
-
-def rank_list(ranks: Sequence[int]) -> str:
-    """Write ranks in short.
-
-    Example:
-        >>> rank_list([0, 1, 2, 3, 6, 8, 9])
-        '0-3, 6, 8-9'
-    """
-    spans: list[list[int]] = []
-    for rank in sorted(set(ranks)):
-        if spans and rank == spans[-1][1] + 1:
-            spans[-1][1] = rank
-        else:
-            spans.append([rank, rank])
-    shown = [str(first) if first == last else f"{first}-{last}" for first, last in spans[:8]]
-    return ", ".join(shown) + (f" and {len(spans) - 8} more" if len(spans) > 8 else "")

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from typing import Final
 
 from torchrec_deepfm.sharding.plan.plan import TERMS, Cost, PlanFile, PlannedTable
+from torchrec_deepfm.units import format_bytes
 
 _LISTED: Final = 40  # tables; of longer lists those with the most to hold
-_GIB: Final = 2**30
 _MEANINGS: Final = {
     "fwd_compute_ms": "look-up",
     "fwd_comms_ms": "exchange of rows",
@@ -25,7 +25,7 @@ def plan_text(plan: PlanFile, *, bound_ms: float | None = None, reserved: float 
     weights = sum(table.num_embeddings * table.embedding_dim * 4 for table in plan.tables)
     hosts = plan.world_size // plan.local_world_size
     head = (
-        f"{len(plan.tables)} tables, {_gib(weights)} of weights, on {plan.world_size} rank(s) "
+        f"{len(plan.tables)} tables, {format_bytes(weights)} of weights, on {plan.world_size} rank(s) "
         f"of {plan.hardware.name if plan.hardware else 'hardware that the plan does not name'}, {hosts} host(s) of "
         f"{plan.local_world_size}, {'?' if plan.batch_size is None else f'{plan.batch_size:,}'} samples per rank; "
         f"search: {plan.search}"
@@ -66,10 +66,11 @@ def _memory(plan: PlanFile, reserved: float) -> list[str]:
         if not held:
             continue
         kept = reserved if key == "hbm_bytes" else 0.0
-        of = f" of {_gib(capacity * (1 - kept))}" if isinstance(capacity, int) else ""
-        less = f" ({_gib(capacity or 0)} less {kept:.0%} for all else)" if of and kept else ""
+        of = f" of {format_bytes(capacity * (1 - kept))}" if isinstance(capacity, int) else ""
+        less = f" ({format_bytes(capacity or 0)} less {kept:.0%} for all else)" if of and kept else ""
         lines.append(
-            f"{what} of tables: at most {_gib(held)} (rank {most}), mean {_gib(_mean(costs, key))}{of} per rank{less}"
+            f"{what} of tables: at most {format_bytes(held)} (rank {most}), "
+            f"mean {format_bytes(_mean(costs, key))}{of} per rank{less}"
         )
     return lines
 
@@ -173,7 +174,7 @@ def _predictions(one: PlanFile, other: PlanFile) -> list[str]:
     for key, what in (("hbm_bytes", "GPU memory"), ("ddr_bytes", "host memory")):
         held = [max(getattr(cost, key) for cost in plan.predicted.per_rank) for plan in (one, other) if plan.predicted]
         if any(held):
-            lines.append(f"{what} of the fullest rank: {_gib(held[0])} -> {_gib(held[1])}")
+            lines.append(f"{what} of the fullest rank: {format_bytes(held[0])} -> {format_bytes(held[1])}")
     return lines
 
 
@@ -188,7 +189,3 @@ def _size(table: PlannedTable) -> int:
 
 def _mean(costs: Sequence[Cost], key: str) -> float:
     return float(sum(getattr(cost, key) for cost in costs) / len(costs))
-
-
-def _gib(count: float) -> str:
-    return f"{count / _GIB:,.1f} GiB" if count >= _GIB / 10 else f"{count / 2**20:,.1f} MiB"

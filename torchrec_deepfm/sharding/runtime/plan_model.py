@@ -27,6 +27,7 @@ from torchrec.distributed.types import ShardingType
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.processes import local_world_size
 from torchrec_deepfm.sharding.estimate import memory_by_rank, storage_estimator
 from torchrec_deepfm.sharding.inputs.constraints import in_device_memory
 from torchrec_deepfm.sharding.inputs.hardware import RESERVED
@@ -147,12 +148,12 @@ def read_fitting_plan(
         plan,
         tables,
         dist.get_world_size(),
-        local_world_size=_local_world_size(),
+        local_world_size=local_world_size(),
         compute_device=device.type,
         where=where,
     )
     # Where no table depends on hosts, the plan may run on hosts of another size.
-    plan = replace(plan, local_world_size=_local_world_size())
+    plan = replace(plan, local_world_size=local_world_size())
     check_replicated(
         replicated, {table.name: [table.sharding_type] for table in plan.tables}, tables, where, replicated_by
     )
@@ -202,16 +203,16 @@ def check_replicated(
 
 def local_topology(device: torch.device) -> Topology:
     """Describe the ranks of the process group to TorchRec's planner: their memory, and its own bandwidths."""
-    world_size, local_world_size = dist.get_world_size(), _local_world_size()
-    if world_size % local_world_size:
+    world_size, local = dist.get_world_size(), local_world_size()
+    if world_size % local:
         raise UserError(
-            f"{world_size} ranks with {local_world_size} on this host: the planner needs the same number on every host"
+            f"{world_size} ranks with {local} on this host: the planner needs equal hosts; start {local} on each"
         )
     host_memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     hbm = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
     return TopologyFactory.create_topology(
-        TrainerConfig(world_size=world_size, local_world_size=local_world_size),
-        HardwareConfig(hbm_cap_bytes=hbm, ddr_cap_bytes=host_memory // local_world_size),
+        TrainerConfig(world_size=world_size, local_world_size=local),
+        HardwareConfig(hbm_cap_bytes=hbm, ddr_cap_bytes=host_memory // local),
         KernelConfig(compute_device=device.type),
     )
 
@@ -234,7 +235,3 @@ def _allowed(
     if min_partition is None and given.sharding_types and set(kinds) & set(COLUMN_TYPES):
         min_partition = default_min_partition(table.embedding_dim)
     return replace(given, sharding_types=kinds, min_partition=min_partition)
-
-
-def _local_world_size() -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -18,8 +18,7 @@ from collections.abc import Iterable, Sequence
 from torchrec.distributed.planner.types import PlannerError, PlannerErrorType, ShardingOption, Storage, Topology
 
 from torchrec_deepfm.errors import UserError
-
-GIB = 2**30
+from torchrec_deepfm.units import format_bytes
 
 
 def explain(
@@ -75,9 +74,10 @@ def out_of_memory(
             rows, width = best.tensor.shape
             tried = ", ".join(dict.fromkeys(option.sharding_type for option in choices))
             return UserError(
-                f"table {name}: {rows:,} x {width} are {_gib(rows * width * best.tensor.element_size())} of weights; "
-                f"at best, as {best.sharding_type} (of {tried}), one rank holds {_gib(getattr(held, tier))} of it with "
-                f"{beside}, but has {_gib(getattr(largest, tier))} of {_memory(tier, on_gpu)} for "
+                f"table {name}: {rows:,} x {width} are {format_bytes(rows * width * best.tensor.element_size())} of "
+                f"weights; at best, as {best.sharding_type} (of {tried}), one rank holds "
+                f"{format_bytes(getattr(held, tier))} of it with "
+                f"{beside}, but has {format_bytes(getattr(largest, tier))} of {_memory(tier, on_gpu)} for "
                 f"tables: use more ranks ({ranks_option}), let it be row_wise or column_wise (--constraint), or take "
                 "fewer rows or columns" + _without(ema)
             )
@@ -90,8 +90,8 @@ def out_of_memory(
         if needed > there:
             ranks = math.ceil(needed / max(there / len(capacity), 1))
             return UserError(
-                f"the {len(by_table)} tables take {_gib(needed)} with {beside}, but {len(capacity)} "
-                f"rank(s) have {_gib(there)} of {_memory(tier, on_gpu)} for tables: use at least {ranks} ranks "
+                f"the {len(by_table)} tables take {format_bytes(needed)} with {beside}, but {len(capacity)} "
+                f"rank(s) have {format_bytes(there)} of {_memory(tier, on_gpu)} for tables: use at least {ranks} ranks "
                 f"({ranks_option}), or take fewer rows or columns" + _without(ema)
             )
     return None
@@ -115,10 +115,6 @@ def _overfull(storage: Storage | None, capacity: Storage) -> float:
 
 def _memory(tier: str, on_gpu: bool) -> str:
     return "GPU memory" if tier == "hbm" else "host memory" if on_gpu else "memory"
-
-
-def _gib(count: float) -> str:
-    return f"{count / GIB:,.1f} GiB" if count >= GIB / 10 else f"{count / 2**20:,.1f} MiB"
 
 
 def _first_line(error: Exception) -> str:
