@@ -162,7 +162,7 @@ GOOD = {"--tables": "criteo-terabyte", "--hardware": "h100", "--ranks": "16", "-
             {"--tables": "short.csv", "--hardware": "cpu", "--constraint": "b=row_wise"},
             "--constraint b=row_wise: table b: row_wise cuts its 2 rows into pieces of 1 and leaves 14 of 16 ranks",
         ),
-        ({"--tables": "huge.json"}, "table huge: 1,000,000,000,000 x 128 are 476,837.2 GiB of weights"),
+        ({"--tables": "huge.json"}, "table huge: 1,000,000,000,000 x 128 are 465.7 TiB of weights"),
     ],
 )
 def test_bad_input_gets_one_line_and_leaves_nothing(

@@ -312,7 +312,7 @@ def test_every_type_can_be_asked_for(kind: str) -> None:
 
 def test_what_fits_nowhere_names_the_table() -> None:
     huge = Table(name="huge", num_embeddings=10**11, embedding_dim=128)
-    with pytest.raises(UserError, match=r"table huge: 100,000,000,000 x 128 are 47,683.7 GiB .*--ranks") as caught:
+    with pytest.raises(UserError, match=r"table huge: 100,000,000,000 x 128 are 46.6 TiB .*--ranks") as caught:
         plan_tables([*criteo_tables(), huge], PRESETS["h100"], 16, batch_size=512)
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="12 ranks on h100: not a multiple"):
