@@ -147,11 +147,11 @@ def no_plan(*arguments: Any, **options: Any) -> str:
 
 
 def test_a_table_too_large_for_any_rank() -> None:
-    """5,000,000 rows of 32 numbers and a moment, 4 bytes each, are 629.4 MiB; a rank has 85% of 512 MiB."""
+    """5,000,000 x 32 numbers of 4 bytes are 610.4 MiB, buffers come on top; a rank has 85% of 512 MiB."""
     message = no_plan(["C1=table_wise"], hbm=GIB // 2)
     assert message.startswith(
         f"table t_C1: 5,000,000 x 32 are {5_000_000 * 32 * 4 / 2**20:.1f} MiB of weights; at best, as table_wise (of "
-        "table_wise), one rank holds 629.4 MiB of it with optimizer and buffers, but has 435.2 MiB of GPU memory for "
+        "table_wise), one rank holds 610.5 MiB of it with optimizer and buffers, but has 435.2 MiB of GPU memory for "
         "tables: use more ranks (-j), let it be row_wise or column_wise (--constraint), or take fewer rows or columns"
     )
     assert by_name(plan(["C1=row_wise"], hbm=GIB // 2))["t_C1"].sharding_type == "row_wise"
