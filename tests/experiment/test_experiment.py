@@ -247,7 +247,7 @@ def test_numbers_of_ranks_are_checked_before_anything_is_measured(
         cli.main(["experiment", *map(str, words), "--scaling", "2", "3"])
     assert stopped.value.code == 2
     captured = capsys.readouterr()
-    assert captured.err.startswith("error: --scaling 3: 3 ranks on cpu: 2 ranks share a host")
+    assert captured.err.startswith("error: --scaling 3: 3 ranks on cpu: not a multiple of the 2 ranks of a host")
     assert captured.out == ""
     assert not (folder / "new").exists()
 
