@@ -1,7 +1,7 @@
-"""Small files, read whole and written whole, with one line about what is wrong. Standard library only.
+"""Small files, read and written as a whole, with one-line errors. Standard library only.
 
-Every file that the package writes is opened with ``regular_file``: a folder may come from somebody else, and a symbolic
-link in it must not lead a write to another file of the user's.
+Every file that the package writes is opened with ``regular_file``: a folder may come from another user, and a symbolic
+link in it must not redirect a write to another file.
 """
 
 import errno
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.units import format_bytes
 
 _PARTIAL: Final = re.compile(r"\..*\.[0-9a-f]{16}\.partial", re.DOTALL)
 _SEAL: Final = re.compile(rb'"sha256": "([0-9a-f]{64})"\n}\n\Z')
@@ -28,7 +29,7 @@ _ADDRESS: Final = re.compile(r"((?:^|::)[A-Za-z][A-Za-z0-9+.-]+:)/+")
 def check_local(path: Path) -> Path:
     """Refuse an address such as ``s3://bucket/out`` where only a local file or folder works.
 
-    As a path it names a local folder ``s3:``, which nobody means.
+    Taken as a path, it would create a local folder ``s3:``.
 
     Args:
         path: what the user named.
@@ -50,19 +51,19 @@ def check_local(path: Path) -> Path:
 
 
 def read_text(path: Path, *, most: int, what: str, instead: str) -> str:
-    """Read a text in UTF-8.
+    """Read a UTF-8 text file.
 
     Args:
         path: the file.
-        most: bytes that it may have.
-        what: what it is, for messages: "schema".
-        instead: what to do if it is not there or none, for messages: "name a TOML file".
+        most: maximum size in bytes.
+        what: the kind of file, for messages: "schema".
+        instead: the remedy, for messages: "name a TOML file".
 
     Returns:
         The text, without a byte order mark.
 
     Raises:
-        UserError: it can't be read, is larger, or is no UTF-8.
+        UserError: it can't be read, is larger, or is not UTF-8.
     """
     try:
         with path.open("rb") as file:
@@ -72,11 +73,11 @@ def read_text(path: Path, *, most: int, what: str, instead: str) -> str:
     except OSError as error:
         raise UserError(f"{path}: this can't be read ({error.strerror}); {instead}") from error
     if len(content) > most:
-        raise UserError(f"{path}: larger than {most:,} bytes, which no {what} is; {instead}")
+        raise UserError(f"{path}: larger than {format_bytes(most)}, not a {what}; {instead}")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: byte {error.start} is no UTF-8; save it as UTF-8, or {instead}") from error
+        raise UserError(f"{path}: byte {error.start} is not valid UTF-8; save it as UTF-8, or {instead}") from error
 
 
 def parse_toml(path: Path, text: str) -> dict[str, Any]:
@@ -90,32 +91,32 @@ def parse_toml(path: Path, text: str) -> dict[str, Any]:
         The top table.
 
     Raises:
-        UserError: it is no TOML.
+        UserError: it is not valid TOML.
     """
     try:
         return tomllib.loads(text.replace("\r\n", "\n"))
     except (ValueError, RecursionError) as error:  # a plain ValueError: a number of thousands of digits
-        raise UserError(f"{path}: this is no TOML ({' '.join(str(error).split())}); correct it there") from error
+        raise UserError(f"{path}: not valid TOML ({' '.join(str(error).split())}); correct it there") from error
 
 
 def check_target(option: str, path: Path, *, like: str, inputs: Iterable[Path] = ()) -> None:
-    """Check that a file may be written, before the work that it is for.
+    """Check that a file may be written, before the work that produces it.
 
     Args:
         option: the option that names it, for messages: "--output".
-        path: the file; one that is there would be replaced.
-        like: a name that would do, for messages.
-        inputs: files that the work reads or writes besides, which must not be replaced.
+        path: the file; an existing one would be replaced.
+        like: an example of a name, for messages.
+        inputs: files that the work also reads or writes, which must not be replaced.
 
     Raises:
-        UserError: this is a folder or a device, there is no folder for it, or it is one of the inputs.
+        UserError: it is a folder or a device, its folder does not exist, or it is one of the inputs.
     """
     check_local(path)
     what = ""
     if path.is_dir():
         what = "this is a folder"
     elif path.exists() and not path.is_file():
-        what = "this is no regular file"
+        what = "this is not a regular file"
     elif not path.absolute().parent.is_dir():
         what = "there is no such folder to write it to"
     elif any(path.absolute() == one.absolute() or _same_file(path, one) for one in inputs):
@@ -135,8 +136,8 @@ class NotRegularError(OSError):
 def regular_file(path: str, flags: int) -> int:
     """Open a regular file and nothing else: an ``opener`` for Python's ``open``.
 
-    A symbolic link is read through, but never written through. A FIFO or a device, on which ``open`` alone could wait
-    for ever, is refused.
+    A symbolic link is read through, but never written through. A FIFO or a device, on which ``open`` alone could block
+    forever, is refused.
 
     Args:
         path: the file.
@@ -154,7 +155,7 @@ def regular_file(path: str, flags: int) -> int:
     except OSError as error:
         if error.errno == errno.ELOOP and writes:
             raise OSError(errno.ELOOP, f"{name} is a symbolic link", path) from error
-        if error.errno == errno.ENXIO:  # a FIFO that nobody reads
+        if error.errno == errno.ENXIO:  # a FIFO without a reader
             raise NotRegularError(errno.EINVAL, f"{name} is not a regular file", path) from error
         raise
     mode = os.fstat(descriptor).st_mode
@@ -171,7 +172,7 @@ def read_bytes(path: Path, *, most: int) -> bytes:
 
     Args:
         path: the file.
-        most: bytes that it may have.
+        most: maximum size in bytes.
 
     Returns:
         The content.
@@ -219,7 +220,7 @@ def seal(content: Mapping[str, Any]) -> bytes:
         content: the object; a key ``sha256`` is replaced.
 
     Returns:
-        JSON whose last key ``sha256`` is the digest of these very bytes with 64 zeros in the place of the digest.
+        JSON whose last key ``sha256`` is the digest of these bytes with 64 zeros in place of the digest.
 
     Example:
         >>> len(json.loads(seal({"rows": 3}))["sha256"])
@@ -231,7 +232,7 @@ def seal(content: Mapping[str, Any]) -> bytes:
 
 
 def check_seal(content: bytes) -> bool:
-    """Check that bytes are those that ``seal`` made.
+    """Check bytes that ``seal`` made against their checksum.
 
     Args:
         content: all bytes of the file.
@@ -252,23 +253,23 @@ def check_seal(content: bytes) -> bool:
 
 
 def write_text(path: Path, text: str, *, what: str) -> None:
-    """Write a file that the user named, which appears complete or not at all.
+    """Write a file that the user named; it appears complete or not at all.
 
     Args:
         path: the file; an existing one is replaced.
         text: its content, written in UTF-8.
-        what: what it is, for messages: "plan".
+        what: the kind of file, for messages: "plan".
 
     Raises:
         UserError: it can't be written.
-        UnicodeError: there is half of a surrogate pair in the text.
+        UnicodeError: the text holds half of a surrogate pair.
     """
     content = text.encode()
     check_local(path)
     try:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        if path.exists() and not path.is_file():  # /dev/null would be gone for everybody
+        if path.exists() and not path.is_file():  # replacing /dev/null would break every other program
             raise UserError(f"{path}: the {what} can't be written (not a regular file); name another file")
         write_bytes(path, content)
     except OSError as error:

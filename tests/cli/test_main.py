@@ -309,7 +309,7 @@ def test_a_parse_error_is_a_user_error() -> None:
     ("words", "message"),
     [
         (["train", "--data", "absent"], "error: absent: no such folder; make it with prepare"),
-        (["train", "--data", "taken"], "error: taken: no prepared folder, there is no manifest.json; make one with"),
+        (["train", "--data", "taken"], "error: taken: not a prepared folder, manifest.json is missing; make one with"),
         (["evaluate", "--run", "absent", "--data", "taken"], "error: "),
         (["evaluate", "--run", "taken", "--data", "taken"], "error: "),
         (["prepare", "--input", "absent.tsv", "--output", "new"], "error: absent.tsv: "),

@@ -146,7 +146,7 @@ GOOD = {"--tables": "criteo-terabyte", "--hardware": "h100", "--ranks": "16", "-
         ({"--batch-size": "0"}, "--batch-size 0: must be at least 1"),
         ({"--output": "absent/plan.json"}, "--output absent/plan.json: there is no such folder"),
         ({"--output": "."}, "--output .: this is a folder"),
-        ({"--output": "pipe"}, "--output pipe: this is no regular file; name a file, such as plan.json"),
+        ({"--output": "pipe"}, "--output pipe: this is not a regular file; name a file, such as plan.json"),
         ({"--output": "o" * 300}, f"'{'o' * 56}...: longer than a name may be here; take a shorter one"),
         ({"--tables": "short.csv", "--output": "short.csv"}, "--output short.csv: this command reads or writes that"),
         ({"--hardware": "good.toml", "--output": "good.toml"}, "--output good.toml: this command reads or writes that"),

@@ -13,7 +13,6 @@ from torchrec_deepfm.data.schema import (
     Column,
     Schema,
     load_schema,
-    named_schema,
     read_schema,
 )
 from torchrec_deepfm.errors import UserError
@@ -32,21 +31,13 @@ def test_json_round_trip():
     assert Schema.from_json(schema.to_json()) == schema
 
 
-def test_unknown_name_lists_the_known_ones():
-    assert named_schema("criteo-terabyte") is CRITEO_TERABYTE
-    with pytest.raises(UserError) as caught:
-        named_schema("criteo")
-    names = "criteo-kaggle, criteo-terabyte, criteo-x1, criteo-x4, frappe-x1"
-    assert str(caught.value) == f"--schema: there is no schema 'criteo'; choose one of {names}"
-
-
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
         (("y", ("a",), ()), "schema: no categorical column; name at least one under 'categorical'"),
-        (("y", ("a",), ("a",)), "schema: column 'a' appears twice; give every column a name of its own"),
-        (("y", ("y",), ("a",)), "schema: column 'y' appears twice; give every column a name of its own"),
-        (("", ("b",), ("a",)), "schema: '' is no column name; give every column a non-empty name"),
+        (("y", ("a",), ("a",)), "schema: column 'a' appears twice; give every column a different name"),
+        (("y", ("y",), ("a",)), "schema: column 'y' appears twice; give every column a different name"),
+        (("", ("b",), ("a",)), "schema: '' is not a valid column name; give every column a non-empty name"),
     ],
 )
 def test_bad_columns(columns, message):
@@ -142,7 +133,7 @@ def test_json_of_version_1_is_read():
 LISTS = "categorical: numeric and categorical must be lists of column names; give text in [ ]"
 KEYS = "choose one of label, numeric, categorical, columns, layout, numeric_transform, delimiter, missing"
 OPTIONS = "choose one of list, separator, weights, type, min_count, num_embeddings, transform"
-OF_CATEGORICAL = "this is an option of a categorical column; remove it"
+OF_CATEGORICAL = "only valid for a categorical column; remove it"
 UNNAMED = "is not among label, numeric and categorical; name it there"
 MOST = 2**31 - 1
 GOOD = 'label = "y"\nnumeric = ["price"]\ncategorical = ["c", "d"]\n'
@@ -154,16 +145,16 @@ GOOD = 'label = "y"\nnumeric = ["price"]\ncategorical = ["c", "d"]\n'
         ("", "'label' is missing; give label, numeric and categorical"),
         ('label = "y"\nnumeric = []\n', "'categorical' is missing; give label, numeric and categorical"),
         ("labels = 1\n" + GOOD, f"labels: unknown key; {KEYS} (did you mean 'label'?)"),
-        (GOOD.replace('"y"', "1"), "label: 1 is no column name; give one as text"),
+        (GOOD.replace('"y"', "1"), "label: 1 is not a valid column name; give a text"),
         (GOOD.replace('["c", "d"]', '"c"'), LISTS),
         (GOOD.replace('"d"', "3"), LISTS),
-        (GOOD.replace('"d"', '"y"'), "column 'y' appears twice; give every column a name of its own"),
+        (GOOD.replace('"d"', '"y"'), "column 'y' appears twice; give every column a different name"),
         (
             GOOD + 'layout = "tabel"',
             "layout: 'tabel' is not valid; choose one of criteo, table (did you mean 'table'?)",
         ),
         (GOOD + "layout = 1", "layout: 1 is not valid; choose one of criteo, table"),
-        (GOOD + 'delimiter = "||"', "delimiter: '||' can't part cells; give one ASCII character, no quote or newline"),
+        (GOOD + 'delimiter = "||"', "delimiter: '||' is not valid; give one ASCII character, not a quote or newline"),
         (
             GOOD + 'numeric_transform = "log2"',
             (
@@ -171,8 +162,8 @@ GOOD = 'label = "y"\nnumeric = ["price"]\ncategorical = ["c", "d"]\n'
                 "(did you mean 'log'?)"
             ),
         ),
-        (GOOD + "columns = 1", "columns: this is no table; write [columns.NAME] and the options below it"),
-        (GOOD + "[columns]\nc = 1", "columns.c: this is no table; write [columns.NAME] and the options below it"),
+        (GOOD + "columns = 1", "columns: not a table; write [columns.NAME] and the options below it"),
+        (GOOD + "[columns]\nc = 1", "columns.c: not a table; write [columns.NAME] and the options below it"),
         (
             GOOD + "[columns.c]\nmincount = 1",
             f"columns.c.mincount: unknown option; {OPTIONS} (did you mean 'min_count'?)",
@@ -186,34 +177,37 @@ GOOD = 'label = "y"\nnumeric = ["price"]\ncategorical = ["c", "d"]\n'
         (GOOD + "[columns.c]\nlist = 1", "columns.c.list: 1 is neither true nor false; give one of them"),
         (
             GOOD + '[columns.c]\nseparator = "|"',
-            "columns.c.separator: this is an option of a list column; add list = true, or remove it",
+            "columns.c.separator: only valid for a list column; add list = true, or remove it",
         ),
-        (GOOD + '[columns.c]\nlist = true\nweights = ""', "columns.c.weights: '' is no text; give a non-empty string"),
+        (
+            GOOD + '[columns.c]\nlist = true\nweights = ""',
+            "columns.c.weights: '' is not a text; give a non-empty string",
+        ),
         (
             GOOD + '[columns.c]\ntype = "int"',
             "columns.c.type: 'int' is not valid; choose one of string, integer (did you mean 'integer'?)",
         ),
         (
             GOOD + "[columns.c]\nmin_count = 0",
-            f"columns.c.min_count: 0 is no count; give a whole number from 1 to {MOST}",
+            f"columns.c.min_count: 0 is not a valid count; give a whole number from 1 to {MOST}",
         ),
         (
             GOOD + "[columns.c]\nmin_count = true",
-            f"columns.c.min_count: True is no count; give a whole number from 1 to {MOST}",
+            f"columns.c.min_count: True is not a valid count; give a whole number from 1 to {MOST}",
         ),
         (
             GOOD + "[columns.c]\nnum_embeddings = 1",
-            f"columns.c.num_embeddings: 1 is no count; give a whole number from 2 to {MOST}",
+            f"columns.c.num_embeddings: 1 is not a valid count; give a whole number from 2 to {MOST}",
         ),
         (
             GOOD + '[columns.c]\ntransform = "log"',
-            "columns.c.transform: this is an option of a numeric column; remove it",
+            "columns.c.transform: only valid for a numeric column; remove it",
         ),
         (GOOD + "[columns.price]\nlist = true", f"columns.price.list: {OF_CATEGORICAL}"),
         (GOOD + "[columns.y]\nmin_count = 2", f"columns.y.min_count: {OF_CATEGORICAL}"),
         (
             GOOD + '[columns.c]\nlist = true\nweights = "d"',
-            "columns.c.weights: 'd' is a column of its own; remove it from the others",
+            "columns.c.weights: 'd' is also listed as a column; remove it there",
         ),
         (
             GOOD + '[columns]\nc = {list=true, weights="w"}\nd = {list=true, weights="w"}',
@@ -221,7 +215,7 @@ GOOD = 'label = "y"\nnumeric = ["price"]\ncategorical = ["c", "d"]\n'
         ),
         (
             'layout = "criteo"\n' + GOOD + "[columns.c]\nlist = true",
-            'columns.c.list: Criteo\'s text has no such columns; set layout = "table"',
+            'columns.c.list: not valid for Criteo\'s text; set layout = "table"',
         ),
     ],
 )
@@ -236,11 +230,11 @@ def test_mistakes_in_toml(tmp_path, text, expected):
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (b"label = \n", "this is no TOML (Invalid value (at line 1, column 9)); correct it there"),
-        (b"\xff", "byte 0 is no UTF-8; save it as UTF-8, or name a TOML file, or write one: schema infer"),
+        (b"label = \n", "not valid TOML (Invalid value (at line 1, column 9)); correct it there"),
+        (b"\xff", "byte 0 is not valid UTF-8; save it as UTF-8, or name a TOML file, or write one: schema infer"),
         (
             b"#" * (1 << 20) + b"\n",
-            "larger than 1,048,576 bytes, which no schema is; name a TOML file, or write one: schema infer",
+            "larger than 1.0 MiB, not a schema; name a TOML file, or write one: schema infer",
         ),
         (b"a = " + b"[" * 9999, None),
         (None, "there is no such file; name a TOML file, or write one: schema infer"),
@@ -253,7 +247,7 @@ def test_files_that_are_no_schema(tmp_path, content, expected):
     with pytest.raises(UserError) as caught:
         read_schema(path)
     if expected is None:
-        assert str(caught.value).startswith(f"{path}: this is no TOML (")
+        assert str(caught.value).startswith(f"{path}: not valid TOML (")
     else:
         assert str(caught.value) == f"{path}: {expected}"
 
@@ -268,7 +262,7 @@ def test_load_schema_knows_names():
     with pytest.raises(UserError) as caught:
         load_schema("criteo-kagle")
     assert str(caught.value) == (
-        "--schema: there is no schema 'criteo-kagle'; choose one of criteo-kaggle, criteo-terabyte, criteo-x1, "
+        "--schema: unknown schema 'criteo-kagle'; choose one of criteo-kaggle, criteo-terabyte, criteo-x1, "
         "criteo-x4, frappe-x1, or name a .toml "
         "file (did you mean 'criteo-kaggle'?)"
     )

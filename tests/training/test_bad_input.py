@@ -16,7 +16,7 @@ from torchrec_deepfm.data.loader.epoch_order import EpochOrder
 from torchrec_deepfm.files import seal
 
 BATCH = 256  # of the smoke recipe, per rank
-REPAIR = "the folder is damaged or foreign; prepare the data again"
+REPAIR = "the folder is damaged or was not written by prepare; prepare the data again"
 
 
 def train(data: Path, output: Path, *options: str) -> list[str]:
@@ -67,11 +67,11 @@ def line(data: PreparedData, path: Path, row: int, patch: Patch, fault: str) -> 
     names = {"dense": data.schema.numeric, "sparse": data.schema.categorical, "labels": (data.schema.label,)}
     column = names[patch.ending][patch.column]
     if patch.ending == "sparse":
-        fault = f"is no id below {data.num_embeddings[column]} and not negative"
+        fault = f"is not an id from 0 to {data.num_embeddings[column] - 1}"
     return f"error: {path}: row {row}, column {column}: {patch.value} {fault}; {REPAIR}"
 
 
-NO_LABEL = "is no label, it must be 0 or 1"
+NO_LABEL = "is not a valid label (expected 0 or 1)"
 BAD_ID = Patch(stem="day_0", ending="sparse", column=2, value=2**30)
 NEGATIVE_ID = Patch(stem="day_0", ending="sparse", column=25, value=-1)
 NAN = Patch(stem="day_0", ending="dense", column=4, value=np.nan)
@@ -81,7 +81,7 @@ LATE_LABEL = Patch(stem="validation_0", ending="labels", column=0, value=-1)
 
 @pytest.mark.parametrize(
     ("patch", "rank", "step", "fault"),
-    [(BAD_ID, 1, 3, ""), (NAN, 0, 0, "is no finite number"), (LATE_LABEL, None, None, NO_LABEL)],
+    [(BAD_ID, 1, 3, ""), (NAN, 0, 0, "is not a finite number"), (LATE_LABEL, None, None, NO_LABEL)],
     ids=["id on rank 1", "NaN on rank 0", "label, in the evaluation at the end"],
 )
 def test_a_bad_value_that_one_of_two_ranks_meets(

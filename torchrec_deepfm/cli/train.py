@@ -207,7 +207,7 @@ def _open(folder: Path, num_embeddings: tuple[int, ...]) -> "PreparedData":
     # A folder of another tool may have to be read through to find its largest ids: once, and not by every rank.
     ranks.on_main(lambda: PreparedData.open(folder, num_embeddings=sizes) and None)
     data = PreparedData.open(folder, num_embeddings=sizes)
-    if data.blocks is None and data.foreign is None and ranks.is_main():
+    if data.blocks is None and data.external is None and ranks.is_main():
         console.say(
             f"{folder}: an earlier version prepared it, without checksums of rows, so that damaged arrays would train; "
             f"python -m torchrec_deepfm verify {folder} compares every byte"

@@ -1,4 +1,4 @@
-"""What is customary for the published data sets, beyond their columns."""
+"""Usual options of ``prepare`` for the published data sets."""
 
 from dataclasses import dataclass
 from typing import Final
@@ -13,12 +13,12 @@ MLPERF_NUM_EMBEDDINGS: Final = (
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """Defaults of ``prepare`` that go with a named schema.
+    """Defaults of ``prepare`` for a named schema.
 
     Args:
         split: How the days are split.
         num_embeddings: Ids per column when values are hashed.
-        min_count: Values seen less often in training become id 0; ``None`` leaves it to ``prepare``.
+        min_count: Values seen less often in training become id 0; ``None`` uses the default of ``prepare``.
     """
 
     split: str | None = None
@@ -36,7 +36,7 @@ _PRESETS: Final = {
 
 
 def preset(schema: str) -> Preset:
-    """Return what goes with a schema.
+    """Return the defaults for a schema.
 
     Args:
         schema: Its name, or the path of a TOML file.

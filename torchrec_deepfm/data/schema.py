@@ -1,4 +1,4 @@
-"""Which columns a data set has: the built-in schemas, and those that a user writes as TOML (standard library only).
+"""The columns of a data set: built-in schemas, and those that a user writes as TOML. Standard library only.
 
 Shape letters: I numeric columns, F categorical columns.
 """
@@ -18,7 +18,7 @@ MISSING: Final = ("value", "rare")
 LAYOUTS: Final = ("criteo", "table")
 TYPES: Final = ("string", "integer")
 
-# A schema is a small text. What is larger was named by mistake: a data file, most likely.
+# A larger file was named by mistake: most likely a data file.
 _MAX_TOML_BYTES: Final = 1 << 20
 _MAX_NUM_EMBEDDINGS: Final = 2**31 - 1
 _LIST_ONLY: Final = ("separator", "weights")
@@ -26,16 +26,16 @@ _LIST_ONLY: Final = ("separator", "weights")
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
-    """What is special about one column; each option that is left out keeps its default.
+    """Options of one column; an option that is left out keeps its default.
 
     Args:
-        list: A categorical column with several values a row (multi-hot).
+        list: A categorical column with several values per row (multi-hot).
         separator: Text between the values of a list, for CSV cells and text columns.
         weights: Name of the column that holds a weight for each value of this list.
-        type: ``string`` or ``integer``; ``None`` takes it from the file.
+        type: ``string`` or ``integer``; ``None`` derives it from the file.
         min_count: Values of this column seen less often in training share id 0.
         num_embeddings: Ids of this column when values are hashed.
-        transform: What happens to the numbers of this column: one of ``TRANSFORMS``.
+        transform: Transform of the numbers of this column: one of ``TRANSFORMS``.
 
     Raises:
         UserError: An option has the wrong type or value.
@@ -60,9 +60,9 @@ class Column:
         for key in ("separator", "weights"):
             value = getattr(self, key)
             if value is not None and (not isinstance(value, str) or not value):
-                raise UserError(f"{key}: {value!r} is no text; give a non-empty string")
+                raise UserError(f"{key}: {value!r} is not a text; give a non-empty string")
             if value is not None and not self.list:
-                raise UserError(f"{key}: this is an option of a list column; add list = true, or remove it")
+                raise UserError(f"{key}: only valid for a list column; add list = true, or remove it")
         _check_choice("type", self.type, TYPES)
         _check_choice("transform", self.transform, TRANSFORMS)
         _check_count("min_count", self.min_count, 1)
@@ -82,7 +82,7 @@ class Column:
 class Schema:
     """The columns of a click log: one label, I numeric ones and F categorical ones.
 
-    In Criteo's text they stand in this order; in a table they are found by name. I may be 0, F may not.
+    Criteo's text has them in this order; in a table they are found by name. I may be 0, F may not.
 
     Args:
         label: Name of the 0/1 column.
@@ -91,12 +91,12 @@ class Schema:
         columns: Options by column name; a column without any may be left out.
         layout: ``criteo`` (tab separated text without a header, hexadecimal categories) or ``table`` (Parquet or CSV
             with named columns).
-        numeric_transform: What happens to the numbers of columns without a ``transform`` of their own; ``None`` leaves
-            it to the command.
-        delimiter: Character between the cells of a CSV; ``None`` takes it from the file's name (``.csv`` a comma,
+        numeric_transform: Transform of the numeric columns without a ``transform`` option; ``None`` leaves it to the
+            command.
+        delimiter: Character between the cells of a CSV; ``None`` derives it from the file's name (``.csv`` a comma,
             ``.tsv`` a tab).
-        missing: With a vocabulary, ``value`` counts a missing value as a value of its own, ``rare`` gives it id 0 as it
-            does to rare values. Hashing always gives it id 0.
+        missing: With a vocabulary, ``value`` counts a missing value as a separate value; ``rare`` gives it id 0, as for
+            rare values. Hashing always gives it id 0.
 
     Raises:
         UserError: A name is empty or used twice, there is no categorical column, or an option does not fit its column.
@@ -122,9 +122,9 @@ class Schema:
         seen: set[str] = set()
         for name in self.names:
             if not isinstance(name, str) or not name:
-                raise UserError(f"schema: {name!r} is no column name; give every column a non-empty name")
+                raise UserError(f"schema: {name!r} is not a valid column name; give every column a non-empty name")
             if name in seen:
-                raise UserError(f"schema: column {name!r} appears twice; give every column a name of its own")
+                raise UserError(f"schema: column {name!r} appears twice; give every column a different name")
             seen.add(name)
         try:
             _check_choice("layout", self.layout, LAYOUTS)
@@ -139,7 +139,7 @@ class Schema:
             or self.delimiter in '"\r\n'
         ):
             raise UserError(
-                f"schema: delimiter: {self.delimiter!r} can't part cells; give one ASCII character, no quote or newline"
+                f"schema: delimiter: {self.delimiter!r} is not valid; give one ASCII character, not a quote or newline"
             )
         # A copy, so that the caller's mapping may change.
         object.__setattr__(self, "columns", dict(self.columns))
@@ -156,15 +156,15 @@ class Schema:
         if name not in self.categorical:
             for key in ("list", *_LIST_ONLY, "type", "min_count", "num_embeddings"):
                 if key in given:
-                    raise UserError(f"{where}.{key}: this is an option of a categorical column; remove it")
+                    raise UserError(f"{where}.{key}: only valid for a categorical column; remove it")
         if name not in self.numeric and "transform" in given:
-            raise UserError(f"{where}.transform: this is an option of a numeric column; remove it")
+            raise UserError(f"{where}.transform: only valid for a numeric column; remove it")
         if self.layout == "criteo":
             for key in ("list", "type"):
                 if key in given:
-                    raise UserError(f'{where}.{key}: Criteo\'s text has no such columns; set layout = "table"')
+                    raise UserError(f'{where}.{key}: not valid for Criteo\'s text; set layout = "table"')
         if column.weights in self.names:
-            raise UserError(f"{where}.weights: {column.weights!r} is a column of its own; remove it from the others")
+            raise UserError(f"{where}.weights: {column.weights!r} is also listed as a column; remove it there")
         if column.weights is not None:
             lists = [other for other, options in self.columns.items() if options.weights == column.weights]
             if len(lists) > 1:
@@ -182,7 +182,7 @@ class Schema:
 
     @property
     def one_hot(self) -> tuple[str, ...]:
-        """The categorical columns with one value a row, in order."""
+        """The categorical columns with one value per row, in order."""
         return tuple(name for name in self.categorical if not self.options(name).list)
 
     @property
@@ -241,13 +241,13 @@ class Schema:
         """Build a schema from what ``to_json`` returned.
 
         Args:
-            value: The keys ``label``, ``numeric`` and ``categorical``; perhaps the others of the class.
+            value: The keys ``label``, ``numeric`` and ``categorical``; optionally the others of the class.
 
         Returns:
             The schema.
 
         Raises:
-            UserError: A key is missing, unknown or of the wrong kind, or the names are no valid schema.
+            UserError: A key is missing, unknown or of the wrong type, or the names do not form a valid schema.
         """
         return _build(value, layout="criteo")
 
@@ -255,7 +255,7 @@ class Schema:
 def _build(value: Mapping[str, Any], *, layout: str) -> Schema:
     """A schema from parsed JSON or TOML; messages begin with ``schema: KEY: ``."""
     if not isinstance(value, Mapping):
-        raise UserError("schema: this is no table of keys; give label, numeric and categorical")
+        raise UserError("schema: not a table of keys; give label, numeric and categorical")
     known = tuple(Schema.__dataclass_fields__)
     for key in value:
         if key not in known:
@@ -264,13 +264,13 @@ def _build(value: Mapping[str, Any], *, layout: str) -> Schema:
         if key not in value:
             raise UserError(f"schema: {key!r} is missing; give label, numeric and categorical")
     if not isinstance(value["label"], str):
-        raise UserError(f"schema: label: {value['label']!r} is no column name; give one as text")
+        raise UserError(f"schema: label: {value['label']!r} is not a valid column name; give a text")
     for key in ("numeric", "categorical"):
         if not isinstance(value[key], list) or not all(isinstance(name, str) for name in value[key]):
             raise UserError(f"schema: {key}: numeric and categorical must be lists of column names; give text in [ ]")
     tables = value.get("columns", {})
     if not isinstance(tables, Mapping):
-        raise UserError("schema: columns: this is no table; write [columns.NAME] and the options below it")
+        raise UserError("schema: columns: not a table; write [columns.NAME] and the options below it")
     columns = {name: _column(name, options) for name, options in tables.items()}
     rest = {key: value[key] for key in ("layout", "numeric_transform", "delimiter", "missing") if key in value}
     return Schema(
@@ -284,9 +284,7 @@ def _build(value: Mapping[str, Any], *, layout: str) -> Schema:
 
 def _column(name: str, options: object) -> Column:
     if not isinstance(options, Mapping):
-        raise UserError(
-            f"schema: columns.{toml_key(name)}: this is no table; write [columns.NAME] and the options below it"
-        )
+        raise UserError(f"schema: columns.{toml_key(name)}: not a table; write [columns.NAME] and the options below it")
     known = tuple(Column.__dataclass_fields__)
     for key in options:
         if key not in known:
@@ -308,11 +306,13 @@ def _check_count(key: str, value: object, least: int) -> None:
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= _MAX_NUM_EMBEDDINGS:
-        raise UserError(f"{key}: {value!r} is no count; give a whole number from {least} to {_MAX_NUM_EMBEDDINGS}")
+        raise UserError(
+            f"{key}: {value!r} is not a valid count; give a whole number from {least} to {_MAX_NUM_EMBEDDINGS}"
+        )
 
 
 def toml_text(text: str) -> str:
-    r"""Return a text as TOML writes it.
+    r"""Quote a text as a TOML string.
 
     Args:
         text: Any text, also one with quotes and control characters.
@@ -324,12 +324,12 @@ def toml_text(text: str) -> str:
         >>> toml_text('a "b"')
         '"a \\"b\\""'
     """
-    # JSON's escapes are among TOML's, which wants one more character escaped.
+    # TOML accepts JSON's escapes and requires one more character to be escaped.
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def toml_key(name: str) -> str:
-    """Return a column's name as a key of TOML.
+    """Write a column's name as a TOML key.
 
     Args:
         name: Any name.
@@ -358,11 +358,11 @@ def _criteo() -> Schema:
     return Schema(label="label", numeric=_NUMERIC, categorical=_CATEGORICAL)
 
 
-# Both publications of the data have the same columns. They are told apart because their day files and splits differ.
+# Both publications have the same columns. They have separate names because their day files and splits differ.
 CRITEO_KAGGLE = _criteo()
 CRITEO_TERABYTE = _criteo()
 
-# The benchmark data of BARS (reczoo/Datasets): CSV files with a head, as its configurations of FuxiCTR read them.
+# The benchmark data of BARS (reczoo/Datasets): CSV files with a header, as its configurations of FuxiCTR read them.
 # Criteo_x1 is AFN's: the numbers are scaled, the categories numbered already.
 CRITEO_X1 = Schema(
     label="label",
@@ -372,7 +372,7 @@ CRITEO_X1 = Schema(
     numeric_transform="none",
     columns={name: Column(type="integer") for name in _CATEGORICAL},
 )
-# Criteo_x4 has the challenge's raw values. FuxiCTR gives what is missing the id of rare values.
+# Criteo_x4 has the challenge's raw values. FuxiCTR gives missing values the id of rare values.
 CRITEO_X4 = Schema(
     label="Label",
     numeric=_NUMERIC,
@@ -399,38 +399,17 @@ _NAMED = {
 }
 
 
-def named_schema(name: str) -> Schema:
-    """Return a built-in schema.
-
-    Args:
-        name: ``criteo-kaggle``, ``criteo-terabyte``, ``criteo-x1``, ``criteo-x4`` or ``frappe-x1``.
-
-    Returns:
-        The schema of that name.
-
-    Raises:
-        UserError: There is no such schema.
-
-    Example:
-        >>> len(named_schema("criteo-kaggle").names)
-        40
-    """
-    if name not in _NAMED:
-        raise UserError(f"--schema: there is no schema {name!r}; choose one of {', '.join(_NAMED)}")
-    return _NAMED[name]
-
-
 def read_schema(path: Path | str) -> Schema:
-    """Read a schema that a user wrote as TOML; ``docs/tables.md`` tells its keys.
+    """Read a schema that a user wrote as TOML; ``docs/tables.md`` lists its keys.
 
     Args:
         path: A TOML file of at most 1 MiB.
 
     Returns:
-        The schema; its layout is ``table`` unless the file says otherwise.
+        The schema; its layout is ``table`` unless the file sets another.
 
     Raises:
-        UserError: The file can't be read, is no TOML, or is no valid schema. The message names file and key.
+        UserError: The file can't be read, is not TOML, or is not a valid schema. The message names file and key.
     """
     path = Path(path)
     text = read_text(path, most=_MAX_TOML_BYTES, what="schema", instead="name a TOML file, or write one: schema infer")
@@ -445,13 +424,14 @@ def load_schema(name_or_path: str) -> Schema:
     """Return a built-in schema, or read a ``.toml`` file.
 
     Args:
-        name_or_path: A name as ``named_schema`` takes it, or the path of a TOML file.
+        name_or_path: ``criteo-kaggle``, ``criteo-terabyte``, ``criteo-x1``, ``criteo-x4`` or ``frappe-x1``, or the path
+            of a TOML file.
 
     Returns:
         The schema.
 
     Raises:
-        UserError: There is no such schema or file, or the file is no valid schema.
+        UserError: The schema or file does not exist, or the file is not a valid schema.
 
     Example:
         >>> load_schema("criteo-terabyte") is CRITEO_TERABYTE
@@ -463,5 +443,5 @@ def load_schema(name_or_path: str) -> Schema:
         return read_schema(name_or_path)
     hint = did_you_mean(name_or_path, _NAMED)
     raise UserError(
-        f"--schema: there is no schema {name_or_path!r}; choose one of {', '.join(_NAMED)}, or name a .toml file{hint}"
+        f"--schema: unknown schema {name_or_path!r}; choose one of {', '.join(_NAMED)}, or name a .toml file{hint}"
     )

@@ -154,7 +154,7 @@ def test_raw_values_are_refused_with_the_remedy(raw, tmp_path, dtype):
         np.save(path, np.load(path).astype(np.uint32).view(np.int32) if dtype is np.int32 else np.load(path))
     message = refusal(lambda: PreparedData.open(folder))
     assert message.startswith(f"{folder / 'day_0_sparse.npy'}: column cat_")
-    assert message.endswith("give --num-embeddings, and ids are taken modulo it as by TorchRec's hashes")
+    assert message.endswith("give --num-embeddings, which takes ids modulo this number, as TorchRec's hashes do")
     assert ("holds -" in message) == (dtype is np.int32)
 
 
@@ -236,8 +236,8 @@ def test_kinds_of_labels_and_numbers(copy, labels):
 @pytest.mark.parametrize(
     ("file", "place", "value", "fault"),
     [
-        ("labels", (5, 0), -1, "column label: -1 is no label, it must be 0 or 1"),  # Kaggle's test set
-        ("dense", (5, 3), np.nan, "column int_3: nan is no finite number"),
+        ("labels", (5, 0), -1, "column label: -1 is not a valid label (expected 0 or 1)"),  # Kaggle's test set
+        ("dense", (5, 3), np.nan, "column int_3: nan is not a finite number"),
     ],
 )
 def test_bad_values_are_named(copy, file, place, value, fault):
@@ -246,7 +246,7 @@ def test_bad_values_are_named(copy, file, place, value, fault):
     array[place] = value
     np.save(path, array)
     data = PreparedData.open(copy)
-    wanted = f"{path}: row 5, {fault}; mend the file or leave the day out"
+    wanted = f"{path}: row 5, {fault}; fix the file or remove the day's files"
     assert refusal(lambda: list(Loader(data, "train", batch_size=8))) == wanted
 
 
@@ -264,24 +264,24 @@ def test_what_can_be_wrong_with_the_days(copy):
         return message.removeprefix(f"{folder}").removeprefix("/")
 
     for part in PARTS:
-        assert at(f"day_1_{part}.npy") == f": day_1_{part}.npy is missing; put it or a link to it"
+        assert at(f"day_1_{part}.npy") == f": day_1_{part}.npy is missing; add it or a link to it"
         shorter = at(f"day_1_{part}.npy", lambda array: array[:-1])
         assert "rows" in shorter
-        assert "; mend or replace it" in shorter
-        assert "this is no whole .npy array" in at(f"day_1_{part}.npy", lambda array: array.astype(str))
+        assert "; fix or replace it" in shorter
+        assert "not a complete .npy array" in at(f"day_1_{part}.npy", lambda array: array.astype(str))
     assert at("day_0_dense.npy", lambda array: array.astype(np.int64)) == (
-        "day_0_dense.npy: expected float numbers, found int64; mend or replace it"
+        "day_0_dense.npy: expected float numbers, found int64; fix or replace it"
     )
     assert at("day_0_sparse.npy", lambda array: array.astype(np.float32)) == (
-        "day_0_sparse.npy: expected int32 or int64 ids, found float32; mend or replace it"
+        "day_0_sparse.npy: expected int32 or int64 ids, found float32; fix or replace it"
     )
     assert at("day_0_sparse.npy", lambda array: array[:, 0]) == (
-        "day_0_sparse.npy: expected rows of columns, found shape (40,); mend or replace it"
+        "day_0_sparse.npy: expected rows of columns, found shape (40,); fix or replace it"
     )
     assert at("day_0_labels.npy", lambda array: np.hstack([array, array])) == (
-        "day_0_labels.npy: expected one label a row, found shape (40, 2); mend or replace it"
+        "day_0_labels.npy: expected one label per row, found shape (40, 2); fix or replace it"
     )
-    assert "day_1_sparse.npy: it has 25 columns, " in at("day_1_sparse.npy", lambda array: array[:, 1:].copy())
+    assert "day_1_sparse.npy: 25 columns, but " in at("day_1_sparse.npy", lambda array: array[:, 1:].copy())
     assert "it is in Fortran order" in at("day_1_sparse.npy", np.asfortranarray)
 
 
@@ -293,12 +293,12 @@ def test_a_gap_a_single_day_and_no_rows(copy):
     for part in PARTS:
         (copy / f"day_2_{part}.npy").unlink()
     assert refusal(lambda: PreparedData.open(copy)) == (
-        f"{copy}: only day_0 is there, and the last day is for validation and test; add a day to train on"
+        f"{copy}: only day_0 exists, and the last day is for validation and test; add a day to train on"
     )
     for part in PARTS:
         change(copy / f"day_0_{part}.npy", lambda array: array[:0])
         shutil.copy(copy / f"day_0_{part}.npy", copy / f"day_1_{part}.npy")
-    wanted = f"{copy / 'day_0_labels.npy'}: the day has no rows; leave it out"
+    wanted = f"{copy / 'day_0_labels.npy'}: the day has no rows; remove its files"
     assert refusal(lambda: PreparedData.open(copy)) == wanted
 
 
@@ -310,20 +310,26 @@ def test_what_can_be_wrong_with_archives(multi_hot):
     assert "the arrays are named 0, 1, 2, 4, " in refusal(lambda: PreparedData.open(multi_hot))
     del arrays["25"]
     np.savez(path, **{str(j): array for j, array in enumerate(arrays.values())})
-    assert refusal(lambda: PreparedData.open(multi_hot)).startswith(f"{path}: it has 24 columns, ")
+    assert refusal(lambda: PreparedData.open(multi_hot)).startswith(f"{path}: 24 columns, but ")
     np.savez_compressed(path, **arrays)
     assert "the array is compressed and can't be read row by row" in refusal(lambda: PreparedData.open(multi_hot))
     path.unlink()
     assert refusal(lambda: PreparedData.open(multi_hot)) == (
-        f"{multi_hot}: day_1_sparse_multi_hot.npz is missing; put it or a link to it beside the others "
-        "(the multi-hot script leaves it where it read)"
+        f"{multi_hot}: day_1_sparse_multi_hot.npz is missing; add it or a link to it beside the others "
+        "(the multi-hot script leaves it in its input folder)"
     )
 
 
 @pytest.mark.parametrize(
     ("num_embeddings", "message"),
     [
-        ([1, 2], "--num-embeddings: 2 numbers for the 26 categorical columns of {}; give one for each, or one for all"),
+        (
+            [1, 2],
+            (
+                "--num-embeddings: 2 numbers for the 26 categorical columns of {}; "
+                "give one number per column, or one for all"
+            ),
+        ),
         (0, "--num-embeddings: 0 is out of range; give 1 to 2147483647"),
         ([5] * 25 + [2**31], "--num-embeddings: 2147483648 is out of range; give 1 to 2147483647"),
     ],

@@ -61,20 +61,20 @@ def check(rows, array):
 @pytest.mark.parametrize("name", ARRAYS)
 def test_npy(tmp_path, name):
     np.save(tmp_path / "a.npy", ARRAYS[name])
-    check(map_npy(tmp_path / "a.npy", "mend it"), ARRAYS[name])
+    check(map_npy(tmp_path / "a.npy", "fix it"), ARRAYS[name])
 
 
 @pytest.mark.parametrize("version", [(1, 0), (2, 0)])
 def test_versions_of_the_format(tmp_path, version):
     with (tmp_path / "a.npy").open("wb") as file:
         np.lib.format.write_array(file, ARRAYS["int64"], version=version)
-    check(map_npy(tmp_path / "a.npy", "mend it"), ARRAYS["int64"])
+    check(map_npy(tmp_path / "a.npy", "fix it"), ARRAYS["int64"])
 
 
 def test_npz(tmp_path):
     """Members of an archive lie at any byte: some of these are not aligned."""
     np.savez(tmp_path / "a.npz", **ARRAYS)
-    mapped = map_npz(tmp_path / "a.npz", "mend it")
+    mapped = map_npz(tmp_path / "a.npz", "fix it")
     assert set(mapped) == set(ARRAYS)
     assert not all(rows.array.flags.aligned for rows in mapped.values())
     for name, rows in mapped.items():
@@ -86,7 +86,7 @@ def test_rows_are_taken_without_a_copy_of_the_whole(tmp_path):
     array = np.arange(1 << 20, dtype=np.int32).reshape(-1, 4)
     names = ["a", "bb", "ccc", "dddd"]
     np.savez(tmp_path / "a.npz", **dict.fromkeys(names, array))
-    mapped = map_npz(tmp_path / "a.npz", "mend it")
+    mapped = map_npz(tmp_path / "a.npz", "fix it")
     assert not all(rows.array.flags.aligned for rows in mapped.values())
     for rows in mapped.values():
         tracemalloc.start()
@@ -98,7 +98,7 @@ def test_rows_are_taken_without_a_copy_of_the_whole(tmp_path):
 
 def test_a_compressed_archive_is_refused(tmp_path):
     np.savez_compressed(tmp_path / "a.npz", **{"0": ARRAYS["int64"]})
-    assert refusal(lambda: map_npz(tmp_path / "a.npz", "mend it")) == (
+    assert refusal(lambda: map_npz(tmp_path / "a.npz", "fix it")) == (
         f"{tmp_path / 'a.npz'}[0]: the array is compressed and can't be read row by row; "
         "write the archive with numpy.savez instead of savez_compressed"
     )
@@ -113,11 +113,11 @@ def test_nothing_is_unpickled(tmp_path):
     with zipfile.ZipFile(tmp_path / "b.npz", "w") as archive:
         archive.writestr("0.npy", pickle.dumps(Bomb(target)))
     for name in ("a", "b"):
-        assert "this is no whole .npy array" in refusal(lambda name=name: map_npy(tmp_path / f"{name}.npy", "mend it"))
-        assert "this is no whole .npy array" in refusal(lambda name=name: map_npz(tmp_path / f"{name}.npz", "mend it"))
+        assert "not a complete .npy array" in refusal(lambda name=name: map_npy(tmp_path / f"{name}.npy", "fix it"))
+        assert "not a complete .npy array" in refusal(lambda name=name: map_npz(tmp_path / f"{name}.npz", "fix it"))
     wanted = "it holds pickled objects, which are never read"
-    assert wanted in refusal(lambda: map_npy(tmp_path / "a.npy", "mend it"))
-    assert wanted in refusal(lambda: map_npz(tmp_path / "a.npz", "mend it"))
+    assert wanted in refusal(lambda: map_npy(tmp_path / "a.npy", "fix it"))
+    assert wanted in refusal(lambda: map_npz(tmp_path / "a.npz", "fix it"))
     assert not target.exists()
     np.load(tmp_path / "a.npy", allow_pickle=True)  # the bomb is a real one
     assert target.exists()
@@ -136,7 +136,7 @@ def test_nothing_is_unpickled(tmp_path):
 def test_other_arrays(tmp_path, array, fault):
     path = tmp_path / "a.npy"
     np.save(path, array)
-    assert refusal(lambda: map_npy(path, "mend it")) == f"{path}: this is no whole .npy array ({fault}); mend it"
+    assert refusal(lambda: map_npy(path, "fix it")) == f"{path}: not a complete .npy array ({fault}); fix it"
 
 
 def header(text: str) -> bytes:
@@ -161,11 +161,11 @@ def header(text: str) -> bytes:
 def test_broken_files(tmp_path, content):
     path = tmp_path / "a.npy"
     path.write_bytes(content)
-    assert refusal(lambda: map_npy(path, "mend it")).startswith(f"{path}: this is no whole .npy array (")
+    assert refusal(lambda: map_npy(path, "fix it")).startswith(f"{path}: not a complete .npy array (")
     with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
         archive.writestr("0.npy", content)
-    wanted = f"{tmp_path / 'a.npz'}[0]: this is no whole .npy array ("
-    assert refusal(lambda: map_npz(tmp_path / "a.npz", "mend it")).startswith(wanted)
+    wanted = f"{tmp_path / 'a.npz'}[0]: not a complete .npy array ("
+    assert refusal(lambda: map_npz(tmp_path / "a.npz", "fix it")).startswith(wanted)
 
 
 def test_every_truncation_is_noticed(tmp_path):
@@ -175,20 +175,20 @@ def test_every_truncation_is_noticed(tmp_path):
         path = tmp_path / name
         for length in range(len(content.getvalue())):
             path.write_bytes(content.getvalue()[:length])
-            assert str(path) in refusal(lambda mapping=mapping, path=path: mapping(path, "mend it"))
+            assert str(path) in refusal(lambda mapping=mapping, path=path: mapping(path, "fix it"))
 
 
 def test_missing_files(tmp_path):
     path = tmp_path / "a.npy"
-    assert refusal(lambda: map_npy(path, "mend it")) == f"{path}: the file is missing; mend it"
-    assert refusal(lambda: map_npz(path, "mend it")) == f"{path}: the file is missing; mend it"
+    assert refusal(lambda: map_npy(path, "fix it")) == f"{path}: the file is missing; fix it"
+    assert refusal(lambda: map_npz(path, "fix it")) == f"{path}: the file is missing; fix it"
     path.mkdir()
-    assert refusal(lambda: map_npy(path, "mend it")).startswith(f"{path}: the file can't be read (")
+    assert refusal(lambda: map_npy(path, "fix it")).startswith(f"{path}: the file can't be read (")
 
 
 def test_a_file_that_shrinks(tmp_path):
     np.save(tmp_path / "a.npy", ARRAYS["int64"])
-    rows = map_npy(tmp_path / "a.npy", "mend it")
+    rows = map_npy(tmp_path / "a.npy", "fix it")
     rows.check_whole()
     os.truncate(tmp_path / "a.npy", 200)
-    assert refusal(rows.check_whole).startswith(f"{tmp_path / 'a.npy'}: the file has become shorter while it was read")
+    assert refusal(rows.check_whole).startswith(f"{tmp_path / 'a.npy'}: the file became shorter while it was read")

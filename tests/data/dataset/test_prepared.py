@@ -125,8 +125,8 @@ def test_bag_borders_that_do_not_fit(tmp_path):
     path = data.folder / "day_0_offsets_1.npy"
     whole = np.load(path)
     for change, message in (
-        (np.array([1, *whole[1:]]), f"{path}: the borders run from 1 to {whole[-1]}, they must begin at 0"),
-        (np.array([*whole[:-1], -3]), f"{path}: the borders run from 0 to -3, they must begin at 0"),
+        (np.array([1, *whole[1:]]), f"{path}: the borders run from 1 to {whole[-1]} and must begin at 0"),
+        (np.array([*whole[:-1], -3]), f"{path}: the borders run from 0 to -3 and must begin at 0"),
         (whole[:-1], f"{path}: expected int64 of shape (6,), found int64 of shape (5,)"),
         (whole.astype(np.int32), f"{path}: expected int64 of shape (6,), found int32 of shape (6,)"),
     ):
@@ -139,7 +139,7 @@ def test_bag_borders_that_do_not_fit(tmp_path):
 
 def test_unknown_split(tmp_path):
     data = make(tmp_path / "data", (5,))
-    wanted = f"{data.folder}: there is no split 'val'; choose one of train, validation, test"
+    wanted = f"{data.folder}: unknown split 'val'; choose one of train, validation, test"
     assert refusal(lambda: data.rows("val")) == wanted
 
 
@@ -147,7 +147,7 @@ def test_no_folder_and_no_manifest(tmp_path):
     missing = tmp_path / "missing"
     assert refusal(lambda: PreparedData.open(missing)) == f"{missing}: no such folder; make it with prepare"
     assert refusal(lambda: PreparedData.open(tmp_path)) == (
-        f"{tmp_path}: no prepared folder, there is no manifest.json; make one with prepare"
+        f"{tmp_path}: not a prepared folder, manifest.json is missing; make one with prepare"
     )
     assert refusal(lambda: prepared.read_manifest(tmp_path)) == refusal(lambda: PreparedData.open(tmp_path))
 
@@ -158,7 +158,7 @@ def test_broken_json(tmp_path, text):
     path = tmp_path / "data" / "manifest.json"
     path.write_text(text, errors="surrogateescape")
     message = refusal(lambda: PreparedData.open(tmp_path / "data"))
-    assert message.startswith(f"{path}: the manifest is no ")
+    assert message.startswith(f"{path}: the manifest is not ")
     assert message.endswith(AGAIN)
 
 
@@ -214,7 +214,7 @@ def test_no_file_outside_the_folder_is_looked_at(tmp_path, name):
     manifest["files"][name] = {"bytes": 7, "sha256": ""}
     path.write_bytes(seal(manifest))
     message = refusal(lambda: PreparedData.open(path.parent))
-    assert message == f"{path}: the manifest is damaged (ValueError: {name!r} is no file name)" + AGAIN
+    assert message == f"{path}: the manifest is damaged (ValueError: {name!r} is not a file name)" + AGAIN
 
 
 def test_missing_and_short_files(tmp_path):
@@ -223,7 +223,7 @@ def test_missing_and_short_files(tmp_path):
     size = path.stat().st_size
     path.write_bytes(path.read_bytes()[:-4])
     assert refusal(lambda: PreparedData.open(path.parent)) == (
-        f"{path}: the file has {size - 4} bytes, the manifest says {size}" + AGAIN
+        f"{path}: the file has {size - 4} bytes, the manifest lists {size}" + AGAIN
     )
     path.unlink()
     assert refusal(lambda: PreparedData.open(path.parent)) == f"{path}: the file is missing" + AGAIN
@@ -242,11 +242,11 @@ def test_arrays_that_do_not_fit(tmp_path):
         assert refusal(lambda: data.arrays(day)) == f"{path}: expected int32 of shape (5, 1), found {found}" + AGAIN
     for content in (b"", b"no array", b"\x80\x04K\x01."):
         path.write_bytes(content)
-        assert refusal(lambda: data.arrays(day)).startswith(f"{path}: this is no whole .npy array (")
+        assert refusal(lambda: data.arrays(day)).startswith(f"{path}: not a complete .npy array (")
     np.save(path, np.array([{"pickled": 1}] * 5), allow_pickle=True)
-    assert refusal(lambda: data.arrays(day)).startswith(f"{path}: this is no whole .npy array (")
+    assert refusal(lambda: data.arrays(day)).startswith(f"{path}: not a complete .npy array (")
     np.save(path, np.zeros((5, 1), np.int32))
     path.write_bytes(path.read_bytes()[:-1])
-    assert refusal(lambda: data.arrays(day)).startswith(f"{path}: this is no whole .npy array (")
+    assert refusal(lambda: data.arrays(day)).startswith(f"{path}: not a complete .npy array (")
     path.unlink()
     assert refusal(lambda: data.arrays(day)) == f"{path}: the file is missing" + AGAIN

@@ -54,7 +54,7 @@ def test_every_byte_of_the_manifest(folder):
 def test_missing_short_and_strange_files(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "copy")
     (folder / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"notes.txt: the manifest does not know this file; remove it"):
+    with pytest.raises(UserError, match=r"notes.txt: the manifest does not list this file; remove it"):
         verify(folder)
     (folder / "notes.txt").unlink()
     (folder / "day_0_dense.npy").unlink()

@@ -71,11 +71,11 @@ def test_only_lists(tmp_path):
 @pytest.mark.parametrize(
     ("file", "place", "value", "fault"),
     [
-        ("ids_1", 3, 13, "row {}, column c2: 13 is no id below 13 and not negative"),
-        ("ids_1", 3, -1, "row {}, column c2: -1 is no id below 13 and not negative"),
-        ("weights_3", 3, float("nan"), "row {}, column c4: nan is no finite weight"),
-        ("weights_3", 3, float("inf"), "row {}, column c4: inf is no finite weight"),
-        ("sparse", (2, 1), 11, "row 2, column c3: 11 is no id below 11 and not negative"),
+        ("ids_1", 3, 13, "row {}, column c2: 13 is not an id from 0 to 12"),
+        ("ids_1", 3, -1, "row {}, column c2: -1 is not an id from 0 to 12"),
+        ("weights_3", 3, float("nan"), "row {}, column c4: nan is not a finite weight"),
+        ("weights_3", 3, float("inf"), "row {}, column c4: inf is not a finite weight"),
+        ("sparse", (2, 1), 11, "row 2, column c3: 11 is not an id from 0 to 10"),
     ],
 )
 @pytest.mark.parametrize("shuffle", [False, True])
@@ -90,7 +90,7 @@ def test_bad_values_in_bags_are_named(tmp_path, file, place, value, fault, shuff
     row = int(np.searchsorted(lengths, 3, side="right"))  # of the day, the one that has the bag's place 3
     with pytest.raises(UserError) as caught:
         list(Loader(data, "train", batch_size=8, shuffle=shuffle))
-    wanted = f"{path}: {fault.format(row)}; the folder is damaged or foreign; prepare the data again"
+    wanted = f"{path}: {fault.format(row)}; the folder is damaged or was not written by prepare; prepare the data again"
     assert str(caught.value) == wanted
 
 
@@ -156,7 +156,7 @@ def test_a_bad_value_in_a_cut_day_is_named_by_its_row_in_the_file(tmp_path):
     array = np.load(path)
     array[9, 1] = 77
     np.save(path, array)
-    with pytest.raises(UserError, match=r"day_1_sparse.npy: row 9, column c2: 77 is no id below 13"):
+    with pytest.raises(UserError, match=r"day_1_sparse.npy: row 9, column c2: 77 is not an id from 0 to 12"):
         list(Loader(data, "test", batch_size=3))
 
 
@@ -177,5 +177,5 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path):
     batches = iter(Loader(data, "train", batch_size=100, prefetch=0))
     next(batches)
     os.truncate(data.folder / "day_0_dense.npy", 4096)
-    with pytest.raises(UserError, match=r"day_0_dense.npy: the file has become shorter while it was read; "):
+    with pytest.raises(UserError, match=r"day_0_dense.npy: the file became shorter while it was read; "):
         next(batches)

@@ -159,14 +159,14 @@ def test_no_numeric_columns(tmp_path):
 @pytest.mark.parametrize(
     ("file", "place", "value", "fault"),
     [
-        ("sparse", (3, 1), 7, "row 3, column c2: 7 is no id below 7 and not negative"),
-        ("sparse", (3, 1), -1, "row 3, column c2: -1 is no id below 7 and not negative"),
-        ("sparse", (39, 0), 2**31 - 1, "row 39, column c1: 2147483647 is no id below 90 and not negative"),
-        ("sparse", (0, 2), -(2**31), "row 0, column c3: -2147483648 is no id below 11 and not negative"),
-        ("dense", (5, 1), float("nan"), "row 5, column n2: nan is no finite number"),
-        ("dense", (5, 0), float("-inf"), "row 5, column n1: -inf is no finite number"),
-        ("labels", (2, 0), 2, "row 2, column y: 2 is no label, it must be 0 or 1"),
-        ("labels", (2, 0), -1, "row 2, column y: -1 is no label, it must be 0 or 1"),
+        ("sparse", (3, 1), 7, "row 3, column c2: 7 is not an id from 0 to 6"),
+        ("sparse", (3, 1), -1, "row 3, column c2: -1 is not an id from 0 to 6"),
+        ("sparse", (39, 0), 2**31 - 1, "row 39, column c1: 2147483647 is not an id from 0 to 89"),
+        ("sparse", (0, 2), -(2**31), "row 0, column c3: -2147483648 is not an id from 0 to 10"),
+        ("dense", (5, 1), float("nan"), "row 5, column n2: nan is not a finite number"),
+        ("dense", (5, 0), float("-inf"), "row 5, column n1: -inf is not a finite number"),
+        ("labels", (2, 0), 2, "row 2, column y: 2 is not a valid label (expected 0 or 1)"),
+        ("labels", (2, 0), -1, "row 2, column y: -1 is not a valid label (expected 0 or 1)"),
     ],
 )
 @pytest.mark.parametrize("shuffle", [False, True])
@@ -178,13 +178,16 @@ def test_bad_values_are_named(tmp_path, file, place, value, fault, shuffle):
     np.save(path, array)
     with pytest.raises(UserError) as caught:
         list(Loader(data, "train", batch_size=16, shuffle=shuffle))
-    assert str(caught.value) == f"{path}: {fault}; the folder is damaged or foreign; prepare the data again"
+    assert (
+        str(caught.value)
+        == f"{path}: {fault}; the folder is damaged or was not written by prepare; prepare the data again"
+    )
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 0}, "--batch-size: 0 is too small; give 1 or more"),
+        ({"batch_size": 0}, "--batch-size: 0 is less than 1; give 1 or more"),
         ({"batch_size": 1, "prefetch": -1}, "prefetch: -1 is negative; give 0 or more"),
         ({"batch_size": 1, "seed": -1}, "--seed: -1 is negative; give 0 or more"),
         ({"batch_size": 1, "rank": 2, "world_size": 2}, "rank 2 of 2 ranks does not exist; give 0 to world_size - 1"),
@@ -208,7 +211,7 @@ def test_options(data, options, message):
 
 
 def test_negative_epoch_and_unknown_split(data):
-    with pytest.raises(UserError, match="there is no split 'dev'"):
+    with pytest.raises(UserError, match="unknown split 'dev'"):
         Loader(data, "dev", batch_size=1)
     with pytest.raises(UserError, match="epoch: -1 is negative"):
         Loader(data, "train", batch_size=1).set_epoch(-1)
@@ -221,7 +224,7 @@ def test_pinned_memory(data):
         assert batch.sparse_features.values().is_pinned()
         assert batch.labels.is_pinned()
     else:
-        with pytest.raises(UserError, match=r"^pin_memory: there is no CUDA device; leave the option off$"):
+        with pytest.raises(UserError, match=r"^pin_memory: no CUDA device found; leave the option off$"):
             Loader(data, "train", batch_size=10, pin_memory=True)
 
 

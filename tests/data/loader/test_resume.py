@@ -121,9 +121,9 @@ def test_every_row_once_across_ranks_and_resumes(data, shuffle, drop_last, seed,
         ({"row": 124}, "state of the loader: row 124 of epoch 0 does not exist; start the epoch from its beginning"),
         ({"row": -1}, "state of the loader: row -1 of epoch 0 does not exist"),
         ({"epoch": -1}, "state of the loader: row 0 of epoch -1 does not exist"),
-        ({"row": "7"}, "state of the loader: it is damaged, {"),
-        ({"row": None}, "state of the loader: it is damaged, {"),
-        ({"row": True}, "state of the loader: it is damaged, {"),
+        ({"row": "7"}, "state of the loader: damaged ({"),
+        ({"row": None}, "state of the loader: damaged ({"),
+        ({"row": True}, "state of the loader: damaged ({"),
     ],
 )
 def test_states_that_do_not_fit(data, change, message):

@@ -84,7 +84,7 @@ def test_a_mistake_in_the_thread_reaches_the_caller_at_its_batch(tmp_path):
     np.save(path, array)
     batches = iter(Loader(data, "train", batch_size=10, prefetch=2))
     assert [rows_of(next(batches))[0] for _ in range(3)] == [0, 10, 20]
-    with pytest.raises(UserError, match="row 35, column y: 9 is no label"):
+    with pytest.raises(UserError, match="row 35, column y: 9 is not a valid label"):
         next(batches)
     assert list(batches) == []
     assert gone()

@@ -15,7 +15,7 @@ def clock(monkeypatch):
 
 def test_lines_now_and_then(clock, capsys):
     lines = []
-    with Phase("read", 100.0, done=20.0, tell=lines.append) as phase:
+    with Phase("read", 100.0, done=20.0, report=lines.append) as phase:
         for _ in range(8):
             clock[0] += 10
             phase.add(5.0, 1000)
@@ -27,7 +27,7 @@ def test_lines_now_and_then(clock, capsys):
 def test_a_bar_on_a_terminal(monkeypatch, capsys):
     monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: True)
     lines = []
-    with Phase("encode", 10.0, tell=lines.append) as phase:
+    with Phase("encode", 10.0, report=lines.append) as phase:
         phase._started -= 2.0
         phase._bar.mininterval = 0
         phase.add(5.0, 4000)
@@ -40,6 +40,6 @@ def test_a_bar_on_a_terminal(monkeypatch, capsys):
 
 def test_silence_where_nobody_listens(monkeypatch, capsys):
     monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: True)
-    with Phase("count", 2.0, tell=None) as phase:
+    with Phase("count", 2.0, report=None) as phase:
         phase.add(1.0, 0)
     assert capsys.readouterr().err == ""

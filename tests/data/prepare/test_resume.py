@@ -408,7 +408,7 @@ def test_what_does_not_fit_in_memory_is_spilled(tmp_path, monkeypatch):
     assert content(prepare(paths, tmp_path / "spilled", **options).folder) == whole
     # That it had to: without a place to spill to, it can't go on, and keeps what is done.
     monkeypatch.setattr(WorkFolder, "share", lambda _: None)
-    with pytest.raises(UserError, match=r"DuckDB could not go on .*; what is done is kept in"):
+    with pytest.raises(UserError, match=r"DuckDB had to stop .*; finished work is kept in"):
         prepare(paths, tmp_path / "not", **options)
     monkeypatch.undo()
     assert content(prepare(paths, tmp_path / "not", **options).folder) == whole
@@ -447,8 +447,8 @@ def test_no_room_for_a_file(tmp_path, mode):
     failed = subprocess.run(limited, capture_output=True, text=True, check=False)
     assert failed.returncode == 2, failed.stderr
     (line,) = failed.stderr.splitlines()
-    assert "no space is left on the device; free some or name another output" in line
-    assert line.endswith(f"what is done is kept in {tmp_path / '.out.partial'}, the same command goes on from there")
+    assert "no space left on the device; free some or name another output" in line
+    assert line.endswith(f"finished work is kept in {tmp_path / '.out.partial'}, run the same command to resume")
     assert not (tmp_path / "out").exists()
     for name in ("out", "whole"):
         cli.main([*command, str(tmp_path / name)])
@@ -471,7 +471,7 @@ def test_a_full_file_system(tmp_path):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(module, "check_room", lambda *_: None)  # or it would not even start
             small_pieces(patch, piece_bytes=20_000)
-            with pytest.raises(UserError, match=r"no space is left on the device"):
+            with pytest.raises(UserError, match=r"no space left on the device"):
                 prepare(paths, disk / "out", schema=SMALL, min_count=1)
             assert not (disk / "out").exists()
             assert WorkFolder(disk / "out").begun()
@@ -490,7 +490,7 @@ def test_what_polars_says_of_a_full_disk(tmp_path):
         pytest.skip("no file system can be mounted here")
     try:
         text = pl.DataFrame({"c0": [f"{i * 7919 % 1_000_003:x}" for i in range(400_000)]})
-        with pytest.raises(UserError, match=r"no space is left on the device; free some"), disk_errors(disk / "out"):
+        with pytest.raises(UserError, match=r"no space left on the device; free some"), disk_errors(disk / "out"):
             text.write_parquet(disk / "000000.parquet", compression="lz4", statistics=False)
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
@@ -511,7 +511,7 @@ def test_room_is_checked_before_the_start(tmp_path, monkeypatch):
 def test_what_cannot_be_written(tmp_path, monkeypatch):
     paths = write(tmp_path, a=random_text(100, 0, SMALL))
     for number, text in (
-        (errno.ENOSPC, "no space is left on the device"),
+        (errno.ENOSPC, "no space left on the device"),
         (errno.EROFS, "the folder can't be written (Read-only file system)"),
     ):
 

@@ -93,11 +93,11 @@ def test_columns_that_do_not_fit_their_options(tmp_path, options, values, expect
         ([["a"], ["a"]], [[1.0], None], "row 2, column 'w': 1 values have 0 weights"),
         ([[], ["a"]], [[2.0], [1.0]], "row 1, column 'w': 0 values have 1 weights"),
         ([["a"], ["a", "b"]], [[1.0], [2.0, None]], "row 2, column 'w': a weight is missing"),
-        ([["a"], ["a"]], [[1.0], [math.nan]], "row 2, column 'w': a weight nan is no finite number"),
-        ([["a", "b"], ["a"]], [[1.0, 1e300], [1.0]], "row 1, column 'w': a weight 1e+300 is no finite number"),
+        ([["a"], ["a"]], [[1.0], [math.nan]], "row 2, column 'w': a weight nan is not a finite number"),
+        ([["a", "b"], ["a"]], [[1.0, 1e300], [1.0]], "row 1, column 'w': a weight 1e+300 is not a finite number"),
         # A missing list takes its weights with it, and a fault before does not shift what is told.
-        ([None, ["a", "b"]], [[9.0], [2.0, math.inf]], "row 2, column 'w': a weight inf is no finite number"),
-        (["a|b", "c"], ["1|x", "1"], "row 1, column 'w': a weight 'x' is no finite number"),
+        ([None, ["a", "b"]], [[9.0], [2.0, math.inf]], "row 2, column 'w': a weight inf is not a finite number"),
+        (["a|b", "c"], ["1|x", "1"], "row 1, column 'w': a weight 'x' is not a finite number"),
     ],
 )
 def test_wrong_weights(tmp_path, values, weights, expected):
@@ -117,7 +117,7 @@ def test_bad_rows_of_a_table_with_lists_are_left_out(tmp_path):
     assert [(one.line, one.reason) for one in piece.skipped] == [
         (2, "column 'w': 2 values have 1 weights"),
         (3, "column 'y': 7 is no label, it must be 0 or 1"),
-        (5, "column 'w': a weight inf is no finite number"),
+        (5, "column 'w': a weight inf is not a finite number"),
     ]
 
 

@@ -76,7 +76,7 @@ def test_the_planner_sees_the_bandwidths() -> None:
             f"inter_host_bandwidth = 0x{'f' * 5000}",
             "inter_host_bandwidth: a number of thousands of digits is out of ra",
         ),
-        (f"inter_host_bandwidth = {'9' * 5000}", "this is no TOML (Exceeds the limit"),
+        (f"inter_host_bandwidth = {'9' * 5000}", "not valid TOML (Exceeds the limit"),
         ("inter_host_bandwidth = true", "inter_host_bandwidth: expected a number, not True; correct it, or "),
         ("ranks_per_host = 0", "ranks_per_host: expected a whole number >= 1, not 0; correct it, o"),
         ('compute_device = "tpu"', "compute_device: 'tpu' is not valid; choose one of cuda, cpu (did y"),
@@ -90,7 +90,7 @@ def test_the_planner_sees_the_bandwidths() -> None:
         ("extra = 3", "extra: expected a table of keys, not 3; correct it, or take the re"),
         ("name = 3", "name: expected text, not 3; correct it, or take the rest from a pr"),
         ('base = "h300"', "hardware 'h300': no such preset; choose one of a100-40, a100-80, h"),
-        ("name = ", "this is no TOML"),
+        ("name = ", "not valid TOML"),
     ],
 )
 def test_a_wrong_file_is_told_by_its_key(text: str, told: str, tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ def one(**given: object) -> str:
         ("a.json", "3", "expected a table of keys, not 3; correct it (every table has name,"),
         ("a.json", '{"table": []}', "missing tables, unknown 'table'; correct it (every table has name,"),
         ("a.json", "{", "damaged (Expecting property name enclosed in double quotes: line 1"),
-        ("a.toml", "[[tables]", "this is no TOML"),
+        ("a.toml", "[[tables]", "not valid TOML"),
         ("a.toml", "", "missing tables; correct it (every table has name"),
         ("a.csv", "name,num_embeddings\na\n", "not a CSV file (line 2 has more or fewer cells than the head); cor"),
         (

@@ -1,6 +1,6 @@
-"""A run of rows on disk, and the arrays that hold it.
+"""The rows of a day, and the arrays on disk that hold them.
 
-Shape letters: N rows of a file, I numeric columns, F1 categorical columns with one id a row, M ids of a list column.
+Shape letters: N rows of a file, I numeric columns, F1 categorical columns with one id per row, M ids of a list column.
 """
 
 from collections.abc import Mapping
@@ -17,14 +17,14 @@ MAX_NUM_EMBEDDINGS: Final = 2**31 - 1  # ids are int32
 
 @dataclass(frozen=True, kw_only=True)
 class Day:
-    """One run of rows, kept in arrays whose file names begin with the same stem.
+    """Consecutive rows, stored in arrays whose file names begin with the same stem.
 
     Args:
-        stem: The head of the file names, such as ``day_0``.
-        start: The first row of the files that belongs to it. Criteo Terabyte's last day is cut in two: one half
-            validates, the other tests.
+        stem: The prefix of the file names, such as ``day_0``.
+        start: The first row of the files that belongs to it. Criteo Terabyte's last day is halved into validation and
+            test.
         rows: The number of rows.
-        positives: How many of them have label 1; ``None`` where nobody has counted.
+        positives: How many of them have label 1; ``None`` if unknown.
     """
 
     stem: str
@@ -38,8 +38,8 @@ class Bags:
     """The ids of a multi-hot column.
 
     Args:
-        ids: int [M], the bags one after another; or int [N, H], H ids a row.
-        offsets: int64 [N + 1]: row i has the ids from ``offsets[i]`` to ``offsets[i + 1]``. ``None`` with H ids a row.
+        ids: int [M], the bags one after another; or int [N, H], H ids per row.
+        offsets: int64 [N + 1]: row i has the ids from ``offsets[i]`` to ``offsets[i + 1]``. ``None`` with [N, H].
         weights: float32 [M]; ``None`` where the column has none.
     """
 
@@ -53,9 +53,9 @@ class DayArrays:
     """The arrays with the stem of a day. A day's rows are those from ``day.start`` on.
 
     Args:
-        dense: [N, I] numbers; float32 in folders of ours.
-        sparse: [N, F1] ids of the one-hot columns, in the schema's order; int32 in folders of ours.
-        labels: [N, 1] or [N]; int32 in folders of ours.
+        dense: [N, I] numbers; float32 in folders with a manifest.
+        sparse: [N, F1] ids of the one-hot columns, in the schema's order; int32 in folders with a manifest.
+        labels: [N, 1] or [N]; int32 in folders with a manifest.
         bags: The multi-hot columns by name.
     """
 
@@ -65,6 +65,6 @@ class DayArrays:
     bags: Mapping[str, Bags]
 
     def files(self) -> tuple[MappedRows, ...]:
-        """Return everything that is mapped, in the order of ``stem_files``."""
+        """Return all mapped files, in the order of ``stem_files``."""
         lists = [part for bags in self.bags.values() for part in (bags.offsets, bags.ids, bags.weights)]
         return (self.dense, self.sparse, self.labels, *(part for part in lists if part is not None))

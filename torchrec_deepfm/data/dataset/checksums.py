@@ -1,9 +1,9 @@
 """A checksum for every block of rows: ``prepare`` writes them, and the loader compares each block that it reads.
 
-A block is one of those that the loader shuffles, ``BLOCK_ROWS`` rows of a split; where days meet inside of a block,
-each day's part has a checksum of its own. They are XXH3 of 64 bits, which finds damage; it is no protection against
-somebody who forges a file. ``checksums.npy`` holds them: uint64 [P, A] for the P parts of all splits in their order and
-the A arrays of a stem in the order of ``stem_files``.
+A block is the unit that the loader shuffles, ``BLOCK_ROWS`` rows of a split; where days meet inside a block, each
+day's part has its own checksum. The checksums are 64-bit XXH3, which detects damage but not a deliberate forgery.
+``checksums.npy`` holds them: uint64 [P, A] for the P parts of all splits in their order and the A arrays of a stem in
+the order of ``stem_files``.
 """
 
 import itertools
@@ -71,7 +71,7 @@ def file_checksums(
 
     Args:
         file: The open file, at the first byte of the array.
-        parts: Borders of the parts, in bytes from there on.
+        parts: Borders of the parts, in bytes from that position.
         overlap: Bytes that a part shares with the next one: an offset ends the bag of one row and begins that of the
             next.
         update: Called with everything that is read, in order.
@@ -92,7 +92,7 @@ def file_checksums(
 
 
 class BlockCheck:
-    """Compares the blocks of a split with their checksums, each of them once.
+    """Compares the blocks of a split with their checksums, each once.
 
     Args:
         days: The days of the split.
@@ -108,17 +108,17 @@ class BlockCheck:
         self._files = [each.files() for each in arrays]
         self._begins = [0, *itertools.accumulate(day.rows for day in days)]
         self._first_rows = [day.start for day in days]
-        # Where days meet inside of a block, and so a part ends without its block.
+        # Where days meet inside a block: a part ends there, the block does not.
         self._cuts = sorted({end for end in self._begins[1:-1] if end % block_rows})
         self._compared = bytearray(-(-self._begins[-1] // block_rows))
         self._left = len(self._compared)
-        self._whole = -1  # the day whose files were last found whole
+        self._whole = -1  # the day whose files were last checked for shrinking
 
     def check(self, stretches: Iterable[tuple[int, int]]) -> None:
-        """Compare the blocks of some rows that were not compared before.
+        """Compare those blocks of the given rows that were not compared before.
 
-        It runs in the thread that copies the rows next: comparing brings them into the cache. A thread of its own cost
-        the loader more, as the two wait for each other's hold on the interpreter.
+        It runs in the thread that copies the rows next: comparing brings them into the cache. A separate thread
+        costs more, since both threads compete for the interpreter lock.
 
         Args:
             stretches: First row and one past the last, numbered over all days.

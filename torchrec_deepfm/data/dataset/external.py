@@ -2,7 +2,7 @@
 
 ``day_N_dense.npy``, ``day_N_sparse.npy`` and ``day_N_labels.npy`` are what ``BinaryCriteoUtils.tsv_to_npys``,
 ``sparse_to_contiguous`` and ``shuffle`` write; ``day_N_sparse_multi_hot.npz`` is DLRMv2's materialized multi-hot set,
-one array [N, H] a column, named by the column's number. The last day is halved as TorchRec's pipes do it.
+one array [N, H] per column, named by the column's number. The last day is halved as in TorchRec's pipes.
 
 Shape letters: N rows of a day, I numeric columns, F categorical columns, H ids of a bag.
 """
@@ -28,15 +28,15 @@ from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.files import write_bytes
 
 MULTI_HOT: Final = "_sparse_multi_hot.npz"
-SCAN_BYTES: Final = 64 << 20  # read at once when the largest id is looked for
+SCAN_BYTES: Final = 64 << 20  # read at a time to find the largest id
 
 _DAY_FILE = re.compile(r"day_(0|[1-9][0-9]*)(_dense\.npy|_sparse\.npy|_labels\.npy|_sparse_multi_hot\.npz)")
-_MEND = "mend or replace it"
+_FIX = "fix or replace it"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Foreign:
-    """Day files of another tool.
+class ExternalData:
+    """Day files that another tool wrote.
 
     Args:
         folder: Where they lie.
@@ -44,7 +44,7 @@ class Foreign:
         rows: Rows of each day by its number, in order.
         multi_hot: The ids are in ``.npz`` archives.
         num_embeddings: Ids per categorical column.
-        modulo: The ids are to be taken modulo ``num_embeddings``.
+        modulo: Ids are taken modulo ``num_embeddings``.
     """
 
     folder: Path
@@ -55,10 +55,10 @@ class Foreign:
     modulo: bool
 
     def splits(self) -> tuple[tuple[Day, ...], tuple[Day, ...], tuple[Day, ...]]:
-        """Cut the days into train, validation and test.
+        """Split the days into train, validation and test.
 
         Returns:
-            All days but the last; its first half, which has the odd row; its second half, nothing if it has one row.
+            All days except the last; the first half of the last, with the odd row; its second half, maybe empty.
         """
         *others, last = self.rows
         half = -(-self.rows[last] // 2)
@@ -74,15 +74,15 @@ class Foreign:
             stem: ``day_N``.
 
         Returns:
-            Its arrays, of the types in which they are stored.
+            Its arrays, in the stored types.
 
         Raises:
-            UserError: A file is missing or does not hold what it should.
+            UserError: A file is missing or has the wrong type or shape.
         """
         return _arrays(self.folder, stem, multi_hot=self.multi_hot)
 
 
-def open_foreign(folder: Path, num_embeddings: int | Sequence[int] | None) -> Foreign:
+def open_external(folder: Path, num_embeddings: int | Sequence[int] | None) -> ExternalData:
     """Open a folder of day files.
 
     Args:
@@ -90,7 +90,7 @@ def open_foreign(folder: Path, num_embeddings: int | Sequence[int] | None) -> Fo
         num_embeddings: As in ``PreparedData.open``.
 
     Returns:
-        What is in it.
+        The opened folder.
 
     Raises:
         UserError: The folder holds no day files or not all of them, they do not fit each other, or the ids are raw
@@ -100,12 +100,12 @@ def open_foreign(folder: Path, num_embeddings: int | Sequence[int] | None) -> Fo
     arrays = {day: _arrays(folder, f"day_{day}", multi_hot=multi_hot) for day in days}
     schema = _schema(arrays[days[0]])
     for day in days:
-        _check_like(arrays[day], arrays[days[0]])
+        _check_same_columns(arrays[day], arrays[days[0]])
     if num_embeddings is None:
         counts = _scan(folder, list(arrays.values()))
     else:
         counts = _given(num_embeddings, len(schema.categorical), folder)
-    return Foreign(
+    return ExternalData(
         folder=folder,
         schema=schema,
         rows={day: len(arrays[day].labels) for day in days},
@@ -123,7 +123,7 @@ def _find(folder: Path) -> tuple[list[int], bool]:
         if match:
             found.setdefault(int(match[1]), set()).add(match[2])
     if not found:
-        raise UserError(f"{folder}: no prepared folder, there is no manifest.json; make one with prepare")
+        raise UserError(f"{folder}: not a prepared folder, manifest.json is missing; make one with prepare")
     days = sorted(found)
     for day, following in itertools.pairwise(days):
         if following != day + 1:
@@ -132,50 +132,50 @@ def _find(folder: Path) -> tuple[list[int], bool]:
     for day in days:
         for ending in (DENSE, MULTI_HOT if multi_hot else SPARSE, LABELS):
             if ending not in found[day]:
-                beside = " beside the others (the multi-hot script leaves it where it read)" if multi_hot else ""
-                raise UserError(f"{folder}: day_{day}{ending} is missing; put it or a link to it{beside}")
+                beside = " beside the others (the multi-hot script leaves it in its input folder)" if multi_hot else ""
+                raise UserError(f"{folder}: day_{day}{ending} is missing; add it or a link to it{beside}")
     if len(days) == 1:
         raise UserError(
-            f"{folder}: only day_{days[0]} is there, and the last day is for validation and test; add a day to train on"
+            f"{folder}: only day_{days[0]} exists, and the last day is for validation and test; add a day to train on"
         )
     return days, multi_hot
 
 
 def _arrays(folder: Path, stem: str, *, multi_hot: bool) -> DayArrays:
-    dense = map_npy(folder / f"{stem}{DENSE}", _MEND)
-    labels = map_npy(folder / f"{stem}{LABELS}", _MEND)
+    dense = map_npy(folder / f"{stem}{DENSE}", _FIX)
+    labels = map_npy(folder / f"{stem}{LABELS}", _FIX)
     bags: dict[str, Bags] = {}
     if multi_hot:
         path = folder / f"{stem}{MULTI_HOT}"
-        members = map_npz(path, _MEND)
+        members = map_npz(path, _FIX)
         wanted = [str(j) for j in range(len(members))]
         if not members or set(members) != set(wanted):
-            raise UserError(f"{path}: the arrays are named {', '.join(members) or 'nothing'}, not 0, 1, ...; {_MEND}")
+            raise UserError(f"{path}: the arrays are named {', '.join(members) or 'nothing'}, not 0, 1, ...; {_FIX}")
         bags = {f"cat_{name}": Bags(ids=members[name]) for name in wanted}
         sparse = _no_columns(dense)
     else:
-        sparse = map_npy(folder / f"{stem}{SPARSE}", _MEND)
+        sparse = map_npy(folder / f"{stem}{SPARSE}", _FIX)
     two = [dense, *((bag.ids for bag in bags.values()) if multi_hot else (sparse,))]
     for part in two:
         if len(part.shape) != 2 or (part is not dense and part.shape[1] == 0):
-            raise UserError(f"{part.where}: expected rows of columns, found shape {part.shape}; {_MEND}")
+            raise UserError(f"{part.where}: expected rows of columns, found shape {part.shape}; {_FIX}")
     if len(labels.shape) == 2 and labels.shape[1] != 1:
-        raise UserError(f"{labels.where}: expected one label a row, found shape {labels.shape}; {_MEND}")
+        raise UserError(f"{labels.where}: expected one label per row, found shape {labels.shape}; {_FIX}")
     for part in two[1:]:
         if part.dtype.kind != "i" or part.dtype.itemsize not in (4, 8):
-            raise UserError(f"{part.where}: expected int32 or int64 ids, found {part.dtype}; {_MEND}")
+            raise UserError(f"{part.where}: expected int32 or int64 ids, found {part.dtype}; {_FIX}")
     if dense.dtype.kind != "f":
-        raise UserError(f"{dense.where}: expected float numbers, found {dense.dtype}; {_MEND}")
+        raise UserError(f"{dense.where}: expected float numbers, found {dense.dtype}; {_FIX}")
     if len(labels) == 0:
-        raise UserError(f"{labels.where}: the day has no rows; leave it out")
+        raise UserError(f"{labels.where}: the day has no rows; remove its files")
     for part in two:
         if len(part) != len(labels):
-            raise UserError(f"{part.where}: it has {len(part)} rows, {labels.where} has {len(labels)}; {_MEND}")
+            raise UserError(f"{part.where}: {len(part)} rows, but {labels.where} has {len(labels)}; {_FIX}")
     return DayArrays(dense=dense, sparse=sparse, labels=labels, bags=bags)
 
 
 def _no_columns(dense: MappedRows) -> MappedRows:
-    """An array of no columns: the multi-hot archive has them all."""
+    """An array without columns: the multi-hot archive holds them all."""
     return MappedRows(dense.path, dense.where, dense.memory, 0, np.dtype(np.int32), (len(dense), 0))
 
 
@@ -187,16 +187,16 @@ def _schema(day: DayArrays) -> Schema:
     return Schema(label="label", numeric=numeric, categorical=categorical, columns=columns, layout="table")
 
 
-def _check_like(day: DayArrays, first: DayArrays) -> None:
+def _check_same_columns(day: DayArrays, first: DayArrays) -> None:
     pairs = [(day.dense, first.dense), (day.sparse, first.sparse)]
     if len(day.bags) != len(first.bags):
         a, b = (next(iter(arrays.bags.values())).ids.path for arrays in (day, first))
-        raise UserError(f"{a}: it has {len(day.bags)} columns, {b} has {len(first.bags)}; {_MEND}")
+        raise UserError(f"{a}: {len(day.bags)} columns, but {b} has {len(first.bags)}; {_FIX}")
     pairs += [(bags.ids, first.bags[name].ids) for name, bags in day.bags.items()]
-    for mine, theirs in pairs:
-        if mine.shape[1] != theirs.shape[1]:
+    for part, first_part in pairs:
+        if part.shape[1] != first_part.shape[1]:
             raise UserError(
-                f"{mine.where}: it has {mine.shape[1]} columns, {theirs.where} has {theirs.shape[1]}; {_MEND}"
+                f"{part.where}: {part.shape[1]} columns, but {first_part.where} has {first_part.shape[1]}; {_FIX}"
             )
 
 
@@ -205,7 +205,7 @@ def _given(num_embeddings: int | Sequence[int], columns: int, folder: Path) -> l
     if len(counts) != columns:
         raise UserError(
             f"--num-embeddings: {len(counts)} numbers for the {columns} categorical columns of {folder}; "
-            "give one for each, or one for all"
+            "give one number per column, or one for all"
         )
     for count in counts:
         if not 1 <= count <= MAX_NUM_EMBEDDINGS:
@@ -214,10 +214,10 @@ def _given(num_embeddings: int | Sequence[int], columns: int, folder: Path) -> l
 
 
 def _scan(folder: Path, days: Sequence[DayArrays]) -> list[int]:
-    """The largest id of each column plus 1, by reading everything once; remembered beside the folder's fingerprint."""
-    memory = _remembered(folder, days)
+    """The largest id of each column plus 1, by reading all files once; cached under the folder's fingerprint."""
+    cache = _cache_file(folder, days)
     with contextlib.suppress(OSError, ValueError, TypeError):
-        counts = json.loads(memory.read_text(encoding="utf-8"))
+        counts = json.loads(cache.read_text(encoding="utf-8"))
         if len(counts) == sum(_widths(days[0])) and all(1 <= count <= MAX_NUM_EMBEDDINGS for count in counts):
             return [int(count) for count in counts]
     counts = [0] * sum(_widths(days[0]))
@@ -229,14 +229,14 @@ def _scan(folder: Path, days: Sequence[DayArrays]) -> list[int]:
                 if highest >= MAX_NUM_EMBEDDINGS:
                     value = _example(part, column, together=bags)
                     raise UserError(
-                        f"{part.where}: column cat_{column} holds {value}, which is a raw value and no row of a table; "
-                        "give --num-embeddings, and ids are taken modulo it as by TorchRec's hashes"
+                        f"{part.where}: column cat_{column} holds {value}, a raw value and not a table row; "
+                        "give --num-embeddings, which takes ids modulo this number, as TorchRec's hashes do"
                     )
                 counts[column] = max(counts[column], highest + 1)
                 column += 1
-    with contextlib.suppress(OSError):  # no home, or no room: then the next time reads again
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(memory, json.dumps(counts).encode())
+    with contextlib.suppress(OSError):  # no home, or a full disk: the next call scans again
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(cache, json.dumps(counts).encode())
     return counts
 
 
@@ -272,7 +272,7 @@ def _column_max(chunk: NDArray[Any]) -> NDArray[Any]:
 
 
 def _example(part: MappedRows, column: int, *, together: bool) -> int:
-    """A value that is no id."""
+    """A value that is not a valid id."""
     step = max(1, SCAN_BYTES // (part.shape[1] * part.dtype.itemsize))
     for start in range(0, len(part), step):
         chunk = part[start : start + step]
@@ -283,8 +283,8 @@ def _example(part: MappedRows, column: int, *, together: bool) -> int:
     raise AssertionError("no value is too large, though the largest is")
 
 
-def _remembered(folder: Path, days: Sequence[DayArrays]) -> Path:
-    """Where the result of a scan is kept: in the user's cache, since the folder is not ours to write into."""
+def _cache_file(folder: Path, days: Sequence[DayArrays]) -> Path:
+    """The cached result of a scan, in the user's cache: the external folder is never written to."""
     stats = [(path.name, path.stat()) for path in sorted({file.path for day in days for file in day.files()})]
     key = [str(folder.resolve()), *((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()

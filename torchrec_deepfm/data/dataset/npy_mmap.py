@@ -1,9 +1,9 @@
 """Numpy arrays on disk, mapped read-only: ``.npy`` files and the members of an uncompressed ``.npz``.
 
-``numpy.load`` would do for ``.npy`` files. It maps no member of an archive, though, and it gives no hold on the
-mapping, which the loader wants in order to let pages go and to notice a file that shrinks. No pickle is ever read.
+``numpy.load`` can't map a member of an archive, and it does not expose the mapping, which the loader needs to release
+pages and to detect a file that shrinks. Pickles are never read.
 
-Shape letters: N rows, E elements of a row.
+Shape letters: N rows, E elements per row.
 """
 
 import ctypes
@@ -42,13 +42,13 @@ _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _FAILED = ctypes.c_void_p(-1).value
 
 
-# Descriptors of mapped files that are kept at most: to look at a file by its descriptor takes half the time.
+# Limit of descriptors kept open: fstat takes half the time of stat.
 _MOST_DESCRIPTORS = min(256, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
 _descriptors: set[int] = set()
 
 
 class FileMap:
-    """A whole file, mapped read-only; of many files only some keep a file descriptor.
+    """A whole file, mapped read-only; only the first files mapped keep a file descriptor.
 
     A folder may have more files than a process may open, and Python's ``mmap`` keeps a descriptor of each (from 3.13 on
     it need not: ``trackfd=False``). The mapping lasts as long as this object, or an array on its ``view``.
@@ -75,7 +75,7 @@ class FileMap:
         if self._descriptor is not None:
             _descriptors.add(self._descriptor)
         mapped = (ctypes.c_ubyte * stat.st_size).from_address(address)
-        # Not when the interpreter ends: a thread may be reading still.
+        # Not at interpreter exit: a thread may still be reading.
         weakref.finalize(mapped, _unmap, address, stat.st_size, self._descriptor).atexit = False
         self.view = memoryview(mapped).cast("B").toreadonly()
 
@@ -84,7 +84,7 @@ class FileMap:
         return len(self.view)
 
     def is_whole(self) -> bool:
-        """Whether the file is still as long. One that was replaced or removed stays mapped."""
+        """Whether the file has kept its size. A file that was replaced or removed stays mapped."""
         try:
             stat = os.stat(self._path if self._descriptor is None else self._descriptor)  # noqa: PTH116
         except FileNotFoundError:
@@ -92,20 +92,20 @@ class FileMap:
         return stat.st_size >= len(self) or (stat.st_dev, stat.st_ino) != self._inode
 
     def advise(self, advice: int, start: int, length: int) -> None:
-        """Tell the system how a stretch that begins at a page will be used."""
+        """Advise the system how a range that begins at a page will be used."""
         _libc.madvise(self._address + start, min(length, len(self) - start), advice)
 
 
 class MappedRows:
-    """The rows of one array on disk. Copies of rows are taken; the array itself stays on disk.
+    """The rows of one array on disk. Rows are copied on request; the array itself stays on disk.
 
-    It acts as an array where numpy is handed one (``np.asarray``, ``rows[3:5]``).
+    It can be used where numpy expects an array (``np.asarray``, ``rows[3:5]``).
 
     Args:
         path: The file.
-        where: The file, and the array in it where it holds several, as messages name it.
+        where: The name for messages: the file, and the array in it if it holds several.
         memory: The mapping of the whole file.
-        offset: Where the array's first byte stands in it.
+        offset: Position of the array's first byte in it.
         dtype: Type of an element.
         shape: (N,) or (N, E).
     """
@@ -121,15 +121,15 @@ class MappedRows:
         self._offset = offset
         self._row_bytes = dtype.itemsize * int(np.prod(shape[1:], dtype=np.int64))
         self._aligned = offset % dtype.itemsize == 0
-        self._array: NDArray[Any] = np.empty(shape, dtype)  # nothing of it is on disk if it has no element
-        self._taken = self._array
+        self._array: NDArray[Any] = np.empty(shape, dtype)  # an array without elements has no bytes on disk
+        self._take_from = self._array
         if self._array.size:
             self._array = np.frombuffer(memory.view, dtype, count=int(np.prod(shape)), offset=offset).reshape(shape)
-            # Members of a zip start anywhere. take() would copy a whole array that is not aligned, bytes it just takes.
-            self._taken = self._array
+            # Members of a zip are not aligned, and take() would first copy the whole array; it does not with bytes.
+            self._take_from = self._array
             if not self._aligned:
                 raw = np.frombuffer(memory.view, np.uint8, count=shape[0] * self._row_bytes, offset=offset)
-                self._taken = raw.reshape(shape[0], self._row_bytes)
+                self._take_from = raw.reshape(shape[0], self._row_bytes)
 
     def __len__(self) -> int:
         """Return N."""
@@ -161,8 +161,8 @@ class MappedRows:
         Returns:
             [n] or [n, E].
         """
-        taken = self._taken.take(rows, axis=0)
-        return taken if self._aligned else taken.view(self.dtype).reshape(len(rows), *self.shape[1:])
+        copied = self._take_from.take(rows, axis=0)
+        return copied if self._aligned else copied.view(self.dtype).reshape(len(rows), *self.shape[1:])
 
     def stretch(self, start: int, stop: int) -> NDArray[Any]:
         """Copy the neighbouring rows ``[start, stop)``.
@@ -179,13 +179,13 @@ class MappedRows:
     def check_whole(self) -> None:
         """Check that the file is at least as long as when it was opened.
 
-        Reading past its end would end the process by a signal that Python can't catch.
+        Reading past its end would kill the process by a signal that Python can't catch.
 
         Raises:
             UserError: It is shorter.
         """
         if not self.memory.is_whole():
-            raise UserError(f"{self.where}: the file has become shorter while it was read; leave it, start again")
+            raise UserError(f"{self.where}: the file became shorter while it was read; do not change it, start again")
 
     def will_need(self, start: int, stop: int) -> None:
         """Ask the system to read the rows ``[start, stop)`` from the disk soon, without waiting for it."""
@@ -194,11 +194,11 @@ class MappedRows:
         self._advise("MADV_WILLNEED", first, self._offset + stop * self._row_bytes - first)
 
     def release(self) -> None:
-        """Let go of the file's pages; they stay in the page cache, but no longer count as memory of this process."""
+        """Release the file's pages; they stay in the page cache, but no longer count as memory of this process."""
         self._advise("MADV_DONTNEED", 0, len(self.memory))
 
     def _advise(self, advice: str, start: int, length: int) -> None:
-        if hasattr(mmap, advice) and length > 0:  # Linux; elsewhere there is nothing to say
+        if hasattr(mmap, advice) and length > 0:  # Linux only
             self.memory.advise(getattr(mmap, advice), start, length)
 
 
@@ -214,13 +214,13 @@ def map_npy(path: Path, remedy: str) -> MappedRows:
 
     Args:
         path: The file.
-        remedy: What to do if it is no good; the end of the message.
+        remedy: What to do if it can't be used; the end of the message.
 
     Returns:
         Its rows.
 
     Raises:
-        UserError: The file is missing, is no array of numbers in C order, or is shorter than its header says.
+        UserError: The file is missing, is not an array of numbers in C order, or is shorter than its header states.
     """
     with _opened(path, remedy) as file:
         return _map(path, str(path), file, _memory(path, file, remedy), 0, path.stat().st_size, remedy)
@@ -229,25 +229,27 @@ def map_npy(path: Path, remedy: str) -> MappedRows:
 def map_npz(path: Path, remedy: str) -> Mapping[str, MappedRows]:
     """Map the members of an uncompressed ``.npz``.
 
-    A compressed member can't be read row by row, and unpacked it could be larger than the memory. So it is refused.
+    A compressed member is refused: it can't be read row by row, and unpacked it could exceed the memory.
 
     Args:
         path: The archive.
-        remedy: What to do if it is no good; the end of the message.
+        remedy: What to do if it can't be used; the end of the message.
 
     Returns:
         The rows of each array by its name in the archive.
 
     Raises:
-        UserError: The file is missing or no archive, or a member is compressed or no array of numbers in C order.
+        UserError: The file is missing or not an archive, or a member is compressed or not a C-order array of numbers.
     """
     with _opened(path, remedy) as file:
         try:
             members = zipfile.ZipFile(file).infolist()
         except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-            raise UserError(f"{path}: this is no whole .npz archive ({_reason(error)}); {remedy}") from error
+            raise UserError(f"{path}: not a complete .npz archive ({_reason(error)}); {remedy}") from error
         if len(members) > _MAX_MEMBERS or len({member.filename for member in members}) < len(members):
-            raise UserError(f"{path}: the archive names an array twice, or {_MAX_MEMBERS} are not enough; {remedy}")
+            raise UserError(
+                f"{path}: the archive has two arrays of one name, or more than {_MAX_MEMBERS} arrays; {remedy}"
+            )
         memory = _memory(path, file, remedy)
         arrays = {}
         for member in members:
@@ -277,16 +279,16 @@ def _memory(path: Path, file: BinaryIO, remedy: str) -> FileMap:
     try:
         return FileMap(file)
     except OSError as error:
-        if error.errno == errno.ENOMEM:  # of address space, or of the number of mappings
+        if error.errno == errno.ENOMEM:  # limit of address space, or of the number of mappings
             raise UserError(
                 f"{path}: the file can't be mapped ({error.strerror}); raise the limit with sysctl vm.max_map_count"
             ) from error
         # An empty file, or one that is not a regular file.
-        raise UserError(f"{path}: this is no whole .npy array ({_reason(error)}); {remedy}") from error
+        raise UserError(f"{path}: not a complete .npy array ({_reason(error)}); {remedy}") from error
 
 
 def _start(memory: FileMap, member: zipfile.ZipInfo, where: str, remedy: str) -> int:
-    """Where the bytes of an uncompressed member begin. Its own header, not the directory, says how long that is."""
+    """Position of an uncompressed member's bytes. Only its local header gives the header's length."""
     header = memory.view[member.header_offset : member.header_offset + 30]
     if len(header) == 30:
         signature, name, extra = _LOCAL_HEADER.unpack(header)
@@ -294,19 +296,22 @@ def _start(memory: FileMap, member: zipfile.ZipInfo, where: str, remedy: str) ->
         encrypted = member.flag_bits & 1
         if signature == b"PK\3\4" and start + member.file_size <= len(memory) and not encrypted:
             return start
-    raise UserError(f"{where}: this is no whole .npz archive (its member does not lie in the file); {remedy}")
+    raise UserError(f"{where}: not a complete .npz archive (the member lies outside the file); {remedy}")
 
 
 def _map(path: Path, where: str, file: BinaryIO, memory: FileMap, start: int, size: int, remedy: str) -> MappedRows:
     file.seek(start)
     try:
         version = npy.read_magic(file)
-        if version not in ((1, 0), (2, 0)):  # 3.0 is for names outside Latin-1, which plain numbers have not
+        if version not in (
+            (1, 0),
+            (2, 0),
+        ):  # 3.0 is for field names outside Latin-1, which arrays of numbers do not have
             raise ValueError(f"version {version} of the format")
         read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
         shape, fortran_order, dtype = read_header(file)
-    except Exception as error:  # numpy parses the header as Python and lets every error of the parser through
-        raise UserError(f"{where}: this is no whole .npy array ({_reason(error)}); {remedy}") from error
+    except Exception as error:  # numpy parses the header as Python and passes on every error of the parser
+        raise UserError(f"{where}: not a complete .npy array ({_reason(error)}); {remedy}") from error
     length = dtype.itemsize
     for extent in shape:
         length *= int(extent)
@@ -321,9 +326,9 @@ def _map(path: Path, where: str, file: BinaryIO, memory: FileMap, start: int, si
     elif fortran_order:
         fault = "it is in Fortran order, store numpy.ascontiguousarray of it"
     elif offset + length > start + size:
-        fault = f"it has {start + size - offset} bytes of {length}"
+        fault = f"{start + size - offset} of {length} bytes"
     if fault is not None:
-        raise UserError(f"{where}: this is no whole .npy array ({fault}); {remedy}")
+        raise UserError(f"{where}: not a complete .npy array ({fault}); {remedy}")
     return MappedRows(path, where, memory, offset, dtype, tuple(shape))
 
 

@@ -1,9 +1,9 @@
 """The prepared folder: its files, its manifest, its checks.
 
-The arrays are in TorchRec's own numpy layout, three files a day, so that its readers open them too. ``docs/data.md``
-describes every file and key. Folders without a manifest, as other tools write them, are read by ``foreign.py``.
+The arrays are in TorchRec's own numpy layout, three files per day, so that its readers open them too. ``docs/data.md``
+describes every file and key. Folders without a manifest, as other tools write them, are read by ``external.py``.
 
-Shape letters: N rows of a stem's files, I numeric columns, F1 categorical columns with one id a row, M ids of a list
+Shape letters: N rows of a stem's files, I numeric columns, F1 categorical columns with one id per row, M ids of a list
 column.
 """
 
@@ -25,10 +25,10 @@ from torchrec_deepfm.data.dataset.arrays import SPARSE as SPARSE
 from torchrec_deepfm.data.dataset.arrays import Bags, DayArrays
 from torchrec_deepfm.data.dataset.arrays import Day as Day
 from torchrec_deepfm.data.dataset.checksums import CHECKSUMS, HASH, borders
-from torchrec_deepfm.data.dataset.external import Foreign, open_foreign
+from torchrec_deepfm.data.dataset.external import ExternalData, open_external
 from torchrec_deepfm.data.dataset.npy_mmap import MappedRows, map_npy
 from torchrec_deepfm.data.schema import Schema
-from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.errors import UserError, one_of
 from torchrec_deepfm.files import check_seal, read_bytes
 
 FORMAT_VERSION: Final = 2
@@ -59,7 +59,7 @@ def stem_files(schema: Schema, stem: str) -> list[str]:
 
     Args:
         schema: The prepared schema.
-        stem: The head of their names.
+        stem: The prefix of their names.
 
     Returns:
         Dense, sparse and labels, then the offsets, ids and weights of each multi-hot column that has them.
@@ -74,17 +74,17 @@ def stem_files(schema: Schema, stem: str) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedData:
-    """A prepared folder that has been opened: what its manifest says.
+    """An opened prepared folder: the content of its manifest.
 
     Args:
-        folder: Where it lies.
+        folder: Its path.
         schema: The columns.
         num_embeddings: Ids per categorical column; ids run from 0 to this number minus 1.
-        splits: The days of ``train``, ``validation`` and ``test``; a split may have none.
-        made: How it was made: mode, thresholds, split, sources, versions.
-        optimum: The best reachable ``auc`` and ``logloss`` per split where they are known (synthetic data), else empty.
-        foreign: How to read it where another tool wrote it.
-        blocks: Rows of a block that has a checksum; ``None`` in folders that have no checksums of blocks.
+        splits: The days of ``train``, ``validation`` and ``test``; a split may be empty.
+        made: How it was prepared: mode, thresholds, split, sources, versions.
+        optimum: The best reachable ``auc`` and ``logloss`` per split for synthetic data, else empty.
+        external: How to read it if another tool wrote it.
+        blocks: Rows per block with a checksum; ``None`` in folders without block checksums.
         checksums_sha256: Digest of the file that holds them.
     """
 
@@ -94,25 +94,25 @@ class PreparedData:
     splits: Mapping[str, tuple[Day, ...]]
     made: Mapping[str, Any]
     optimum: Mapping[str, Mapping[str, float]]
-    foreign: Foreign | None = None
+    external: ExternalData | None = None
     blocks: int | None = None
     checksums_sha256: str = ""
 
     @classmethod
     def open(cls, folder: Path | str, *, num_embeddings: int | Sequence[int] | None = None) -> "PreparedData":
-        """Read the manifest of a prepared folder and check that its files are there and of the right size.
+        """Read the manifest of a prepared folder and check that its files exist and have the right size.
 
-        A folder without a manifest that holds the day files of TorchRec's or MLPerf's scripts is taken as it is: its
-        last day is halved into validation and test, the others train. See docs/loader.md.
+        A folder without a manifest that holds the day files of TorchRec's or MLPerf's scripts is also opened:
+        its last day is halved into validation and test, the others train. See docs/loader.md.
 
         Args:
             folder: The folder that ``prepare`` or those scripts wrote.
             num_embeddings: Only for folders of other tools: take every id modulo this number, one for all columns or
-                one for each (TorchRec's ``hashes``). Without it the ids are used as they are, and all files are read
-                once to find the largest.
+                one for each (TorchRec's ``hashes``). Without it the ids are used unchanged, and all files are read once
+                to find the largest.
 
         Returns:
-            The opened data. No array of a folder of ours is read yet.
+            The opened data. With a manifest, no array is read yet.
 
         Raises:
             UserError: The folder or its manifest is missing or damaged, or a file is missing or has another size.
@@ -123,9 +123,9 @@ class PreparedData:
         path = folder / MANIFEST
         content = _read(path)
         if content is None:
-            return cls._of_others(folder, num_embeddings)
+            return cls._open_external(folder, num_embeddings)
         if num_embeddings is not None:
-            raise UserError(f"{path}: the folder says how many ids it has; leave num_embeddings out")
+            raise UserError(f"{path}: the manifest sets num_embeddings; leave the option out")
         manifest = _parse(path, content)
         version = manifest.get("format_version")
         if version not in (1, FORMAT_VERSION):
@@ -156,16 +156,16 @@ class PreparedData:
         return data
 
     @classmethod
-    def _of_others(cls, folder: Path, num_embeddings: int | Sequence[int] | None) -> "PreparedData":
-        foreign = open_foreign(folder, num_embeddings)
+    def _open_external(cls, folder: Path, num_embeddings: int | Sequence[int] | None) -> "PreparedData":
+        external = open_external(folder, num_embeddings)
         return cls(
             folder=folder,
-            schema=foreign.schema,
-            num_embeddings=foreign.num_embeddings,
-            splits=dict(zip(SPLITS, foreign.splits(), strict=True)),
-            made={"mode": "foreign", "modulo": foreign.modulo},
+            schema=external.schema,
+            num_embeddings=external.num_embeddings,
+            splits=dict(zip(SPLITS, external.splits(), strict=True)),
+            made={"mode": "foreign", "modulo": external.modulo},
             optimum={},
-            foreign=foreign,
+            external=external,
         )
 
     def days(self, split: str) -> tuple[Day, ...]:
@@ -178,10 +178,10 @@ class PreparedData:
             Its days, in row order.
 
         Raises:
-            UserError: There is no such split.
+            UserError: The split does not exist.
         """
         if split not in self.splits:
-            raise UserError(f"{self.folder}: there is no split {split!r}; choose one of {', '.join(self.splits)}")
+            raise UserError(f"{self.folder}: unknown split {split!r}; choose {one_of(self.splits, split)}")
         return self.splits[split]
 
     def rows(self, split: str) -> int:
@@ -194,7 +194,7 @@ class PreparedData:
             The number of rows over all its days.
 
         Raises:
-            UserError: There is no such split.
+            UserError: The split does not exist.
         """
         return sum(day.rows for day in self.days(split))
 
@@ -205,14 +205,14 @@ class PreparedData:
             day: One of ``days(split)``.
 
         Returns:
-            The arrays of the day's stem. The day's rows are those from ``day.start`` on. No value in them has been
-            looked at, but for the ends of the bag borders.
+            The arrays of the day's stem. The day's rows are those from ``day.start`` on. No value in them is checked
+            except the first and last bag border.
 
         Raises:
-            UserError: A file is missing, is no array, or has another shape or type than the manifest says.
+            UserError: A file is missing, is not an array, or differs in shape or type from the manifest.
         """
-        if self.foreign is not None:
-            return self.foreign.arrays(day.stem)
+        if self.external is not None:
+            return self.external.arrays(day.stem)
         rows = max(other.start + other.rows for other in self._days_of(day.stem))
         schema, stem = self.schema, day.stem
         return DayArrays(
@@ -250,7 +250,7 @@ class PreparedData:
         offsets = self._map(offsets_file(stem, j), np.int64, (rows + 1,))
         first, last = int(offsets[0]), int(offsets[rows])
         if first != 0 or last < 0:
-            raise UserError(f"{offsets.where}: the borders run from {first} to {last}, they must begin at 0; {_AGAIN}")
+            raise UserError(f"{offsets.where}: the borders run from {first} to {last} and must begin at 0; {_AGAIN}")
         ids = self._map(ids_file(stem, j), np.int32, (last,))
         weighted = name in self.schema.weighted
         weights = self._map(weights_file(stem, j), np.float32, (last,)) if weighted else None
@@ -286,7 +286,7 @@ class PreparedData:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read the manifest of a prepared folder as it stands, unchecked but for its being JSON.
+    """Read the manifest of a prepared folder without checks, except that it is JSON.
 
     Args:
         folder: The folder.
@@ -295,12 +295,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         Its keys.
 
     Raises:
-        UserError: There is no manifest, or it can't be read.
+        UserError: The manifest is missing or can't be read.
     """
     path = folder / MANIFEST
     content = _read(path)
     if content is None:
-        raise UserError(f"{folder}: no prepared folder, there is no {MANIFEST}; make one with prepare")
+        raise UserError(f"{folder}: not a prepared folder, {MANIFEST} is missing; make one with prepare")
     return _parse(path, content)
 
 
@@ -316,10 +316,10 @@ def _read(path: Path) -> bytes | None:
 def _parse(path: Path, content: bytes) -> dict[str, Any]:
     try:
         manifest = json.loads(content)
-    except (ValueError, RecursionError) as error:  # broken JSON, or bytes that are no UTF-8
-        raise UserError(f"{path}: the manifest is no valid JSON ({error}); {_AGAIN}") from error
+    except (ValueError, RecursionError) as error:  # broken JSON, or bytes that are not UTF-8
+        raise UserError(f"{path}: the manifest is not valid JSON ({error}); {_AGAIN}") from error
     if not isinstance(manifest, dict):
-        raise UserError(f"{path}: the manifest is no JSON object; {_AGAIN}")
+        raise UserError(f"{path}: the manifest is not a JSON object; {_AGAIN}")
     return manifest
 
 
@@ -339,7 +339,7 @@ def _day(entry: Mapping[str, Any]) -> Day:
     _file_name(day.stem)
     for number in (day.start, day.rows):
         if type(number) is not int:
-            raise ValueError(f"{number!r} is no number of rows")
+            raise ValueError(f"{number!r} is not a number of rows")
     if day.rows < 1 or day.start < 0:
         raise ValueError(f"{day.rows} rows from row {day.start} on")
     return day
@@ -348,7 +348,7 @@ def _day(entry: Mapping[str, Any]) -> Day:
 def _file_name(name: Any) -> str:
     """Check that a name stays in its folder."""
     if not isinstance(name, str) or name in ("", ".", "..") or Path(name).name != name or "\0" in name or "\\" in name:
-        raise ValueError(f"{name!r} is no file name")
+        raise ValueError(f"{name!r} is not a file name")
     return name
 
 
@@ -358,4 +358,4 @@ def _check_size(path: Path, size: int) -> None:
     except OSError as error:
         raise UserError(f"{path}: the file is missing; {_AGAIN}") from error
     if found != size:
-        raise UserError(f"{path}: the file has {found} bytes, the manifest says {size}; {_AGAIN}")
+        raise UserError(f"{path}: the file has {found} bytes, the manifest lists {size}; {_AGAIN}")

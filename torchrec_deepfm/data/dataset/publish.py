@@ -1,4 +1,4 @@
-"""The end of a prepared folder: checksums, manifest, and the rename that makes it appear."""
+"""Publishing a finished prepared folder: checksums, digests, and the rename."""
 
 import errno
 import hashlib
@@ -25,21 +25,21 @@ def check_free(output: Path) -> None:
     """Check that an output folder does not exist yet, or is empty.
 
     Args:
-        output: The folder that is to be written.
+        output: The folder to be written.
 
     Raises:
-        UserError: Something is there already, or this is an address and not a local folder.
+        UserError: It exists and is not an empty folder, or this is an address and not a local folder.
     """
     check_local(output)
     if output.is_dir():
         if any(output.iterdir()):
             raise UserError(f"{output}: the output folder is not empty; name another one or remove it")
     elif output.exists() or output.is_symlink():
-        raise UserError(f"{output}: the output exists and is no folder; name another one")
+        raise UserError(f"{output}: the output exists and is not a folder; name another one")
 
 
 def digest(path: Path) -> dict[str, int | str]:
-    """Return what the manifest says of a file.
+    """Return the manifest entry of a file.
 
     Args:
         path: The file.
@@ -53,7 +53,7 @@ def digest(path: Path) -> dict[str, int | str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """Where the parts of an array lie in its file.
+    """Positions of the parts of an array in its file.
 
     Args:
         path: The ``.npy`` file.
@@ -69,12 +69,12 @@ class Parts:
 
 
 def find_parts(path: Path, rows: NDArray[np.int64]) -> Parts:
-    """Find the parts of an array in its file. Not for threads: numpy parses a header by ``ast``, which breaks there.
+    """Find the parts of an array in its file. Not thread-safe: numpy parses the header with ``ast``.
 
     Args:
         path: The ``.npy`` file.
-        rows: int64 [parts + 1] rows where a part ends and the next one begins, from 0. An array of one row more than
-            the last of them holds offsets, and a part has the one after its last row too.
+        rows: int64 [parts + 1] rows where a part ends and the next one begins, from 0. An array with
+            one row more than the last border holds offsets, and each part includes the offset after its last row.
 
     Returns:
         The parts.
@@ -90,7 +90,7 @@ def find_parts(path: Path, rows: NDArray[np.int64]) -> Parts:
 
 
 def digest_parts(parts: Parts) -> tuple[dict[str, int | str], NDArray[np.uint64]]:
-    """Return what the manifest says of an array's file, and the checksums of its parts, reading it once.
+    """Return the manifest entry of an array's file and the checksums of its parts, reading it once.
 
     Args:
         parts: The file's parts.
@@ -106,14 +106,14 @@ def digest_parts(parts: Parts) -> tuple[dict[str, int | str], NDArray[np.uint64]
 
 
 def appear(folder: Path, output: Path) -> None:
-    """Give a finished folder its name.
+    """Give a finished folder its final name.
 
     Args:
         folder: The folder, on the same disk.
-        output: Its name to be.
+        output: Its final name.
 
     Raises:
-        UserError: The name is taken.
+        UserError: The name exists.
     """
     check_free(output)
     folder.rename(output.resolve())
@@ -121,16 +121,16 @@ def appear(folder: Path, output: Path) -> None:
 
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
-    """Give a temporary sibling of ``output`` to write into; rename it at the end.
+    """Write into a temporary sibling of ``output``, which is renamed at the end.
 
     Args:
-        output: The folder that is to appear.
+        output: The folder to be written.
 
     Yields:
         The temporary folder. When the block raises, it is removed and ``output`` stays as it was.
 
     Raises:
-        UserError: ``output`` is taken, or the disk refuses.
+        UserError: ``output`` exists, or the disk refuses the write.
     """
     check_free(output)
     output = output.resolve()
@@ -145,16 +145,16 @@ def new_folder(output: Path) -> Iterator[Path]:
 
 
 class OutOfRoomError(UserError):
-    """The disk or the memory ran out, which is no mistake in the input: what is done stays good."""
+    """The disk or the memory is full. This is not an error of the input: finished work stays valid."""
 
 
 @contextmanager
 def disk_errors(output: Path, kept: Callable[[], Path | None] = lambda: None) -> Iterator[None]:
-    """Turn what the disk refuses into one line.
+    """Report a write that the disk refuses in one line.
 
     Args:
         output: The folder that is being written.
-        kept: Tells where finished work lies to go on from, ``None`` where there is none.
+        kept: Returns the folder of finished work to resume from, ``None`` if none exists.
 
     Yields:
         Nothing.
@@ -164,21 +164,23 @@ def disk_errors(output: Path, kept: Callable[[], Path | None] = lambda: None) ->
         UserError: The folder can't be written.
     """
 
-    def again() -> str:
+    def resume() -> str:
         folder = kept()
-        return "" if folder is None else f"; what is done is kept in {folder}, the same command goes on from there"
+        return "" if folder is None else f"; finished work is kept in {folder}, run the same command to resume"
 
     try:
         yield
     except (OSError, pl.exceptions.ComputeError) as error:
-        # Polars and pyarrow tell the number in the text only.
+        # Polars and pyarrow give the error number only in the text.
         number = getattr(error, "errno", None)
         if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "No space left" in str(error):
             raise OutOfRoomError(
-                f"{output}: no space is left on the device; free some or name another output{again()}"
+                f"{output}: no space left on the device; free some or name another output{resume()}"
             ) from error
         if number in (errno.EMFILE, errno.ENFILE):
-            raise OutOfRoomError(f"{output}: {os.strerror(number)}; raise the limit with ulimit -n{again()}") from error
+            raise OutOfRoomError(
+                f"{output}: {os.strerror(number)}; raise the limit with ulimit -n{resume()}"
+            ) from error
         if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
             raise UserError(
                 f"{output}: the folder can't be written ({os.strerror(number)}); name another output"
@@ -187,5 +189,5 @@ def disk_errors(output: Path, kept: Callable[[], Path | None] = lambda: None) ->
     except (duckdb.IOException, duckdb.OutOfMemoryException) as error:
         reason = str(error).splitlines()[0]
         raise OutOfRoomError(
-            f"{output}: DuckDB could not go on ({reason}); free disk, or give more --memory{again()}"
+            f"{output}: DuckDB had to stop ({reason}); free disk, or give more --memory{resume()}"
         ) from error

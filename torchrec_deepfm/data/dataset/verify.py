@@ -1,4 +1,4 @@
-"""Does a prepared folder still hold what was written?"""
+"""Check a prepared folder against its checksums."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,23 +16,23 @@ def verify(folder: Path, report: Callable[[str], None] | None = None) -> int:
 
     Args:
         folder: The folder.
-        report: Called with a line of text now and then.
+        report: Called with a line of progress from time to time.
 
     Returns:
-        How many files were checked.
+        The number of files checked.
 
     Raises:
-        UserError: A file is missing, has other bytes than were written, or is not in the manifest; the message names
+        UserError: A file is missing, differs from what was written, or is not in the manifest; the message names
             the first one and counts the others.
     """
     PreparedData.open(folder)
     files = read_manifest(folder).get("files")
     if not files:
-        raise UserError(f"{folder}: there are no checksums to check against; {_AGAIN}")
+        raise UserError(f"{folder}: the manifest has no checksums; {_AGAIN}")
     faults = []
     known = {MANIFEST, *files}
-    faults += [f"{path}: the manifest does not know this file; remove it" for path in _strangers(folder, known)]
-    with Phase("verify", sum(entry["bytes"] for entry in files.values()) / 1e6, tell=report) as phase:
+    faults += [f"{path}: the manifest does not list this file; remove it" for path in _unlisted(folder, known)]
+    with Phase("verify", sum(entry["bytes"] for entry in files.values()) / 1e6, report=report) as phase:
         for name, entry in files.items():
             try:
                 found = digest(folder / name)
@@ -47,5 +47,5 @@ def verify(folder: Path, report: Callable[[str], None] | None = None) -> int:
     return len(files)
 
 
-def _strangers(folder: Path, known: set[str]) -> list[Path]:
+def _unlisted(folder: Path, known: set[str]) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.name not in known)

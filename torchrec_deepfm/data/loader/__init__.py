@@ -1,1 +1,1 @@
-"""From a prepared folder to batches for TorchRec, split over ranks."""
+"""From a prepared folder to TorchRec batches, split over ranks."""

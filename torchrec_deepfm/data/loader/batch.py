@@ -1,6 +1,6 @@
-"""Rows that were copied out of the files -> a checked batch of TorchRec.
+"""Copied rows -> a checked batch of TorchRec.
 
-Shape letters: B rows of the batch, I numeric columns, F categorical columns, F1 of them with one id a row.
+Shape letters: B rows of the batch, I numeric columns, F categorical columns, F1 of them with one id per row.
 """
 
 from collections.abc import Mapping
@@ -13,18 +13,18 @@ from torchrec.datasets.utils import Batch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_deepfm.data.dataset.prepared import PreparedData
-from torchrec_deepfm.data.loader.row_reader import SplitRows, Taken
+from torchrec_deepfm.data.loader.row_reader import CopiedRows, SplitRows
 from torchrec_deepfm.errors import UserError
 
-_REPAIR = "the folder is damaged or foreign; prepare the data again"
+_REPAIR = "the folder is damaged or was not written by prepare; prepare the data again"
 
 
 class Assembler:
-    """Checks every value of a batch and puts it into tensors.
+    """Checks every value of a batch and builds its tensors.
 
     Args:
         data: The opened folder.
-        source: The split's rows; it tells where a bad value stands.
+        source: The split's rows; it locates a bad value for messages.
         batch_size: B.
     """
 
@@ -35,21 +35,21 @@ class Assembler:
         self._index_per_key = {key: i for i, key in enumerate(self._keys)}
         self._limits = np.array([data.num_embeddings[key] for key in schema.one_hot], np.uint64)[:, None]
         self._limits32 = self._limits.astype(np.uint32)
-        self._modulo = data.foreign is not None and data.foreign.modulo
+        self._modulo = data.external is not None and data.external.modulo
         self._weighted = bool(schema.weighted)
         self._plain = not schema.multi_hot
-        # One id per row and key: these parts are the same in every batch, and TorchRec would else compute them anew.
+        # One id per row and key: these parts are the same in every batch; TorchRec would compute them each time.
         self._lengths = torch.ones(len(self._keys) * batch_size, dtype=torch.int32)
         self._offsets = torch.arange(len(self._keys) * batch_size + 1, dtype=torch.int32)
         self._length_per_key = [batch_size] * len(self._keys)
         self._offset_per_key = [batch_size * i for i in range(len(self._keys) + 1)]
 
-    def batch(self, rows: NDArray[np.int64] | range, taken: Taken) -> Batch:
-        """Make a batch.
+    def batch(self, rows: NDArray[np.int64] | range, copied: CopiedRows) -> Batch:
+        """Build a batch.
 
         Args:
             rows: The B numbers of the rows in the split.
-            taken: Their values.
+            copied: Their values.
 
         Returns:
             As ``Loader.batch`` returns, not pinned.
@@ -57,19 +57,19 @@ class Assembler:
         Raises:
             UserError: An id, number, weight or label is not valid; the message names file, row and column.
         """
-        dense, labels = taken.dense.astype(np.float32, copy=False), taken.labels
-        features = self._features(taken)
+        dense, labels = copied.dense.astype(np.float32, copy=False), copied.labels
+        features = self._features(copied)
         if features is None or not np.isfinite(dense).all() or not _all_labels(labels):
-            self._report(rows, taken)
+            self._report(rows, copied)
         return Batch(
             dense_features=torch.from_numpy(dense),
             sparse_features=features,
             labels=torch.from_numpy(labels.astype(np.int32, copy=False)),
         )
 
-    def _features(self, taken: Taken) -> KeyedJaggedTensor | None:
-        """Put the ids together, key by key; ``None`` if one of them, or a weight, is not valid."""
-        by_key = self._one_hot(taken.sparse)  # [F1, B], as a KeyedJaggedTensor wants it
+    def _features(self, copied: CopiedRows) -> KeyedJaggedTensor | None:
+        """The ids key by key; ``None`` if an id or a weight is not valid."""
+        by_key = self._one_hot(copied.sparse)  # [F1, B], as a KeyedJaggedTensor wants it
         if by_key is None:
             return None
         if self._plain:
@@ -88,7 +88,7 @@ class Assembler:
         values: list[NDArray[np.int32]] = []
         weights: list[NDArray[np.float32]] = []
         for j, key in enumerate(self._keys):
-            bags = taken.bags.get(key)
+            bags = copied.bags.get(key)
             if bags is None:
                 values.append(next(one_hot))
             else:
@@ -121,7 +121,7 @@ class Assembler:
         if self._modulo:
             for ids, limit in zip(by_key, self._limits[:, 0].tolist(), strict=True):
                 ids[:] = self._reduced(ids, limit)
-        # As unsigned numbers, negative ids are large ones: one comparison finds both kinds.
+        # Viewed as unsigned, negative ids are large: one comparison finds both errors.
         wide = by_key.dtype.itemsize == 8
         bad = by_key.view(np.uint64) >= self._limits if wide else by_key.view(np.uint32) >= self._limits32
         if bad.any():
@@ -129,13 +129,13 @@ class Assembler:
         return by_key.astype(np.int32, copy=False)
 
     def _reduced(self, ids: NDArray[Any], num_embeddings: int) -> NDArray[Any]:
-        # The remainder by way of the quotient, which numpy computes ten times as fast; never negative, as with %.
+        # The remainder from the quotient, ten times as fast in numpy; like %, never negative.
         return ids - ids // num_embeddings * num_embeddings if self._modulo else ids
 
-    def _report(self, rows: NDArray[np.int64] | range, taken: Taken) -> NoReturn:
+    def _report(self, rows: NDArray[np.int64] | range, copied: CopiedRows) -> NoReturn:
         """Name the first bad value of a batch."""
         schema, limits = self._data.schema, self._data.num_embeddings
-        where, row, column, value, fault = self._first_fault(taken, limits)
+        where, row, column, value, fault = self._first_fault(copied, limits)
         day, inside = self._source.locate(int(rows[row]))
         arrays = self._source.arrays[day]
         file = {"dense": arrays.dense, "sparse": arrays.sparse, "labels": arrays.labels}.get(where)
@@ -143,35 +143,35 @@ class Assembler:
             bags = arrays.bags[column]
             file = bags.weights if where == "weights" and bags.weights is not None else bags.ids
         assert column in (*schema.numeric, *schema.categorical, schema.label)
-        remedy = _REPAIR if self._data.foreign is None else "mend the file or leave the day out"
+        remedy = _REPAIR if self._data.external is None else "fix the file or remove the day's files"
         raise UserError(f"{file.where}: row {inside}, column {column}: {value} {fault}; {remedy}")
 
-    def _first_fault(self, taken: Taken, limits: Mapping[str, int]) -> tuple[str, int, str, Any, str]:
+    def _first_fault(self, copied: CopiedRows, limits: Mapping[str, int]) -> tuple[str, int, str, Any, str]:
         """(array, row of the batch, column, value, what is wrong) of the first bad value."""
         schema = self._data.schema
-        bad = ~np.isfinite(taken.dense.astype(np.float32, copy=False))
+        bad = ~np.isfinite(copied.dense.astype(np.float32, copy=False))
         if bad.any():
             i, j = np.argwhere(bad)[0].tolist()
-            return "dense", i, schema.numeric[j], taken.dense[i, j], "is no finite number"
+            return "dense", i, schema.numeric[j], copied.dense[i, j], "is not a finite number"
         for j, key in enumerate(schema.one_hot):
-            bad = _outside(self._reduced(taken.sparse[:, j], limits[key]), limits[key])
+            bad = _outside(self._reduced(copied.sparse[:, j], limits[key]), limits[key])
             if bad.any():
                 i = int(np.argmax(bad))
-                return "sparse", i, key, taken.sparse[i, j], f"is no id below {limits[key]} and not negative"
-        for key, bags in taken.bags.items():
+                return "sparse", i, key, copied.sparse[i, j], f"is not an id from 0 to {limits[key] - 1}"
+        for key, bags in copied.bags.items():
             owner = np.repeat(np.arange(len(bags.lengths)), bags.lengths)
             bad = _outside(self._reduced(bags.ids, limits[key]), limits[key])
             if bad.any():
                 k = int(np.argmax(bad))
-                return "ids", int(owner[k]), key, bags.ids[k], f"is no id below {limits[key]} and not negative"
+                return "ids", int(owner[k]), key, bags.ids[k], f"is not an id from 0 to {limits[key] - 1}"
             if bags.weights is not None and not np.isfinite(bags.weights).all():
                 k = int(np.argmin(np.isfinite(bags.weights)))
-                return "weights", int(owner[k]), key, bags.weights[k], "is no finite weight"
-        bad = ~((taken.labels == 0) | (taken.labels == 1))
+                return "weights", int(owner[k]), key, bags.weights[k], "is not a finite weight"
+        bad = ~((copied.labels == 0) | (copied.labels == 1))
         if bad.any():
             i = int(np.argmax(bad))
-            return "labels", i, schema.label, taken.labels[i], "is no label, it must be 0 or 1"
-        raise AssertionError("a batch that is bad as a whole but not in any part")
+            return "labels", i, schema.label, copied.labels[i], "is not a valid label (expected 0 or 1)"
+        raise AssertionError("the batch has a bad value, but no part of it has")
 
 
 def _outside(ids: NDArray[Any], limit: int) -> NDArray[np.bool_]:

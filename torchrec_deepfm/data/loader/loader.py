@@ -1,4 +1,4 @@
-"""The prepared folder -> batches of TorchRec, the rows of each batch shared out over ranks.
+"""The prepared folder -> batches of TorchRec, the rows of each batch split over ranks.
 
 Shape letters: B batch size per rank, W ranks, N rows of the split, I numeric columns.
 """
@@ -25,48 +25,48 @@ STATE_VERSION = 1
 
 @dataclass(kw_only=True)
 class _Run:
-    """One way through an epoch, from where it began."""
+    """One iteration over an epoch, from its start position."""
 
     order: EpochOrder
     epoch: int
-    begin: int  # rows of the epoch's order that were consumed before
-    yielded: int = 0  # batches of this rank since
+    begin: int  # rows of the epoch's order consumed before it
+    yielded: int = 0  # batches of this rank since begin
     window: int = -1  # the window of the order that was last read in
     compared: set[int] = field(default_factory=set)  # windows whose checksums were compared
 
 
 class Loader:
-    r"""Iterates one rank's batches of one split; constant memory, whatever the size of the split.
+    r"""Iterates one rank's batches of one split in constant memory.
 
     An epoch has one global row order (``EpochOrder``). Global batch g is its rows ``[g*W*B, (g+1)*W*B)`` and rank r
-    gets the r-th B of them, so that one rank with batch 2B and two ranks with batch B see the same global batches.
+    gets the r-th B of them: one rank with batch 2B and two ranks with batch B see the same global batches.
 
-    With ``drop_last`` the last, incomplete global batch is left out. Without, it is filled up by rows from the head of
-    the order, because all ranks must take the same number of steps with batches of one size; ``valid_rows`` tells how
+    With ``drop_last`` the last, incomplete global batch is left out. Without, it is padded with rows from the head of
+    the order, because all ranks must take the same number of steps with batches of one size. ``valid_rows`` returns how
     many rows of a batch are real. They come first, and over all ranks each row is real exactly once.
 
-    ``state_dict`` says how far all ranks have come, in rows. ``load_state_dict`` goes on from there, on any number of
-    ranks and with any batch size. Steps are then counted from that row.
+    ``state_dict`` holds the position of all ranks, in rows. ``load_state_dict`` resumes from it, on any number of ranks
+    and with any batch size. Steps are then counted from that row.
 
-    A multi-hot column has a bag of ids in each row, which may be empty. As soon as one column of the schema has
-    weights, all have: the others weigh 1.
+    A multi-hot column has a bag of ids in each row, which may be empty. If one column of the schema has
+    weights, all have: those of the others are 1.
 
     Args:
         data: The opened folder.
         split: ``train``, ``validation`` or ``test``.
-        batch_size: B, rows per rank and step.
+        batch_size: B, rows per rank per step.
         rank: This rank, 0 to W - 1.
         world_size: W, the number of ranks.
-        shuffle: Block shuffle, another one each epoch; else the order of the files.
-        seed: Picks the shuffle.
+        shuffle: Block shuffle, different in each epoch; else the order of the files.
+        seed: Seed of the shuffle.
         drop_last: Leave out the last, incomplete global batch.
-        pin_memory: Put the batches into page-locked memory for faster copies to a GPU.
-        prefetch: Batches that a thread makes ahead of the one that is asked for; 0 for no thread.
+        pin_memory: Store the batches in page-locked memory for faster copies to a GPU.
+        prefetch: Batches that a thread reads ahead; 0 for no thread.
 
     Raises:
         UserError: An option is out of range, there are fewer rows than ranks, nothing is left after ``drop_last``, or
             an array does not fit the manifest. While iterating: an id, number, weight or label is not valid, or a block
-            of rows does not fit its checksum.
+            of rows differs from its checksum.
 
     Example:
         >>> from pathlib import Path
@@ -105,7 +105,7 @@ class Loader:
         self._rows = data.rows(split)
         self._global = world_size * batch_size
         if batch_size < 1:
-            raise UserError(f"--batch-size: {batch_size} is too small; give 1 or more")
+            raise UserError(f"--batch-size: {batch_size} is less than 1; give 1 or more")
         if not 0 <= rank < world_size:
             raise UserError(f"rank {rank} of {world_size} ranks does not exist; give 0 to world_size - 1")
         if seed < 0:
@@ -125,7 +125,7 @@ class Loader:
                 f"{world_size} ranks; lower --batch-size or use fewer ranks"
             )
         if pin_memory and not torch.cuda.is_available():
-            raise UserError("pin_memory: there is no CUDA device; leave the option off")
+            raise UserError("pin_memory: no CUDA device found; leave the option off")
         self._shuffle, self._seed, self._drop_last = shuffle, seed, drop_last
         self._pin_memory, self._prefetch = pin_memory, prefetch
         self._source = SplitRows(data, split)
@@ -138,7 +138,7 @@ class Loader:
 
     @property
     def steps_left(self) -> int:
-        """Steps from where an iteration would start now, row 0 or the loaded position, to the end of the epoch."""
+        """Steps from the start of an iteration, row 0 or the loaded position, to the end of the epoch."""
         return self._steps(self._run.begin)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -146,9 +146,9 @@ class Loader:
         return self.batches()
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch, and with it the shuffle, of the iterations that start from here on.
+        """Set the epoch, and so the shuffle, of the next iterations.
 
-        A loaded position holds for its own epoch; every other one starts at row 0.
+        A loaded position applies to its own epoch; every other epoch starts at row 0.
 
         Args:
             epoch: Not negative.
@@ -162,17 +162,17 @@ class Loader:
             self._run = self._begin_run(epoch=epoch, row=0)
 
     def state_dict(self) -> dict[str, Any]:
-        """Tell how far the ranks have come with the batches that the newest iteration has yielded.
+        """Return the position of the ranks after the batches that the newest iteration has yielded.
 
         Returns:
-            ``version``; ``epoch``; ``row``, rows of the epoch's order that all ranks together have consumed, all N
-            after the last step (what ``drop_last`` leaves out is done too); ``rows``, N; ``seed``; ``shuffle``. It is
-            the same on every rank that has taken as many steps.
+            ``version``; ``epoch``; ``row``, rows of the epoch's order that all ranks together have consumed, N after
+            the last step (including rows that ``drop_last`` leaves out); ``rows``, N; ``seed``; ``shuffle``. It is
+            the same on every rank after the same number of steps.
         """
         return self.position(self._run.yielded)
 
     def position(self, step: int) -> dict[str, Any]:
-        """Tell the same for the moment after some batches of the current epoch, for callers that read ahead.
+        """Return the state after some batches of the current epoch, for callers that read ahead.
 
         Args:
             step: Batches done since row 0 or the loaded position, 0 to ``steps_left``.
@@ -181,7 +181,7 @@ class Loader:
             As ``state_dict``.
 
         Raises:
-            IndexError: There are not so many steps.
+            IndexError: ``step`` is out of range.
         """
         if not 0 <= step <= self.steps_left:
             raise IndexError(f"step {step} of {self.steps_left}")
@@ -196,27 +196,27 @@ class Loader:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where another loader, of any number of ranks and any batch size, has stopped.
+        """Resume from the position of another loader, of any number of ranks and any batch size.
 
-        The iterations that start from here on begin there, until ``set_epoch`` chooses another epoch.
+        The next iterations start there, until ``set_epoch`` sets another epoch.
 
         Args:
             state: What ``state_dict`` or ``position`` returned.
 
         Raises:
-            UserError: The state is damaged, or was taken from another split, seed or order.
+            UserError: The state is damaged, or was copied from another split, seed or order.
         """
         names = ("version", "epoch", "row", "seed", "shuffle", "rows")
         kinds = {name: type(state.get(name)) for name in names}
         if any(kind is not (bool if name == "shuffle" else int) for name, kind in kinds.items()):
-            raise UserError(f"state of the loader: it is damaged, {dict(state)}; start the epoch from its beginning")
+            raise UserError(f"state of the loader: damaged ({dict(state)}); start the epoch from its beginning")
         if state["version"] != STATE_VERSION:
             raise UserError(
                 f"state of the loader: version {state['version']}, this version reads {STATE_VERSION}; "
                 "use the version that wrote it"
             )
-        mine = {"seed": self._seed, "shuffle": self._shuffle, "rows": self._rows}
-        for name, value in mine.items():
+        current = {"seed": self._seed, "shuffle": self._shuffle, "rows": self._rows}
+        for name, value in current.items():
             if state[name] != value:
                 raise UserError(
                     f"state of the loader: {name} was {state[name]}, now it is {value}; "
@@ -230,29 +230,29 @@ class Loader:
         self._run = self._begin_run(epoch=state["epoch"], row=state["row"])
 
     def valid_rows(self, step: int) -> int:
-        """Tell how many rows of this rank's batch are real; the rest, at its end, is filling.
+        """Return how many rows of this rank's batch are real; the rest, at its end, is padding.
 
         Args:
             step: Number of the batch since row 0 or the loaded position, from 0.
 
         Returns:
-            0 to B. It is B for all steps but the last.
+            0 to B; B for all steps except the last.
         """
         return self._valid(self._run, step)
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
-        """Yield this rank's batches of the current epoch from a step on.
+        """Yield this rank's batches of the current epoch, starting at a step.
 
         Args:
-            start: The first step since row 0 or the loaded position, from 0; nothing before it is read.
+            start: The first step since row 0 or the loaded position, from 0; earlier batches are not read.
 
         Yields:
-            As ``batch`` returns. With ``prefetch`` a thread makes them; it ends with the iterator.
+            As ``batch`` returns. With ``prefetch`` a thread reads them; it ends with the iterator.
 
         Raises:
             UserError: An id, number, weight or label is not valid.
         """
-        # An epoch that has begun ends in its own order, and no longer counts once another one has.
+        # A running iteration keeps its order, and no longer sets the position once another one starts.
         run = self._run = self._begin_run(epoch=self._run.epoch, row=self._run.begin, order=self._run.order)
         run.yielded = start
         return self._ahead(run, start) if self._prefetch else self._one_by_one(run, start)
@@ -269,7 +269,7 @@ class Loader:
 
         Raises:
             UserError: An id, number, weight or label is not valid; the message names file, row and column.
-            IndexError: There is no such step.
+            IndexError: ``step`` is out of range.
         """
         if not 0 <= step < self.steps_left:
             raise IndexError(f"step {step} of {self.steps_left}")
@@ -291,25 +291,25 @@ class Loader:
             yield batch
 
     def _ahead(self, run: _Run, start: int) -> Iterator[Batch]:
-        # A new thread would take GPU 0 for its own, and pinning would make a context on it.
+        # A new thread would use GPU 0, and pinning would create a context on it.
         device = torch.cuda.current_device() if self._pin_memory else None
-        # The executor joins its thread when the interpreter ends, and ends it when nobody holds the executor any more.
+        # The executor joins its thread at interpreter exit, and ends it when the executor is no longer referenced.
         executor = ThreadPoolExecutor(
             1, thread_name_prefix="loader", initializer=_use_device, initargs=() if device is None else (device,)
         )
         pending: deque[Future[Batch]] = deque()
         try:
             steps = self._steps(run.begin)
-            coming = start
+            submitted = start
             for step in range(start, steps):
-                while coming < min(step + 1 + self._prefetch, steps):
-                    pending.append(executor.submit(self._batch, run, coming))
-                    coming += 1
+                while submitted < min(step + 1 + self._prefetch, steps):
+                    pending.append(executor.submit(self._batch, run, submitted))
+                    submitted += 1
                 batch = pending.popleft().result()
                 run.yielded = step + 1
                 yield batch
         finally:
-            # Not waited for: the collector may close this iterator in any thread, that of the executor included.
+            # No wait: the garbage collector may close this iterator in any thread, including the executor's.
             executor.shutdown(wait=False, cancel_futures=True)
 
     def _first(self, run: _Run, step: int) -> int:
@@ -320,11 +320,11 @@ class Loader:
 
     def _batch(self, run: _Run, step: int) -> Batch:
         begin, valid = self._first(run, step), self._valid(run, step)
-        self._turn_to(run, min(begin, self._rows - 1))
+        self._enter_window(run, min(begin, self._rows - 1))
         if valid == self._batch_size and not self._shuffle:
             rows: NDArray[np.int64] | range = range(begin, begin + valid)
             self._check(run, begin, begin + valid)
-            taken = self._source.stretch(begin, begin + valid)
+            copied = self._source.stretch(begin, begin + valid)
         else:
             rows = run.order[begin : begin + valid]
             if valid < self._batch_size:
@@ -332,12 +332,12 @@ class Loader:
                 rows = np.concatenate([rows, np.resize(head, self._batch_size - valid)])
                 self._check(run, 0, len(head))
             self._check(run, begin, begin + valid)
-            taken = self._source.take(rows)
-        batch = self._assembler.batch(rows, taken)
+            copied = self._source.take(rows)
+        batch = self._assembler.batch(rows, copied)
         return batch.pin_memory() if self._pin_memory else batch
 
     def _check(self, run: _Run, start: int, stop: int) -> None:
-        """Compare the checksums of what a stretch of the order reads: whole windows, where it is shuffled."""
+        """Compare the checksums of the rows at positions of the order: of whole windows if shuffled."""
         if start < stop and not self._shuffle:
             self._source.check([(start, stop)])
         elif start < stop:
@@ -346,12 +346,12 @@ class Loader:
                     self._source.check(run.order.stretches(window))
                     run.compared.add(window)
 
-    def _turn_to(self, run: _Run, position: int) -> None:
-        """Let go of the pages of the window before, so that memory stays constant, and fetch the next window's."""
+    def _enter_window(self, run: _Run, position: int) -> None:
+        """Release the pages of the previous window, so that memory stays constant, and fetch the next window's."""
         window = run.order.window_at(position)
         if window != run.window:
             self._source.release()
-            if window != run.window + 1:  # nobody has fetched this one
+            if window != run.window + 1:  # it was not fetched ahead
                 self._source.fetch(run.order.stretches(window))
             self._source.fetch(run.order.stretches(window + 1))
             run.window = window

@@ -1,7 +1,7 @@
-"""Copying rows out of the files of a split, wherever its days lie.
+"""Copies rows out of the files of a split.
 
-Shape letters: n rows that are copied, I numeric columns, F1 categorical columns with one id a row, H ids a row of a
-column that has as many in every row, m ids of n bags.
+Shape letters: n rows that are copied, I numeric columns, F1 categorical columns with one id per row, H ids per row of a
+column with the same number in every row, m ids of n bags.
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,7 +19,7 @@ from torchrec_deepfm.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
-class TakenBags:
+class CopiedBags:
     """Copied bags of a multi-hot column.
 
     Args:
@@ -34,7 +34,7 @@ class TakenBags:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Taken:
+class CopiedRows:
     """Copied rows.
 
     Args:
@@ -47,16 +47,16 @@ class Taken:
     dense: NDArray[Any]
     sparse: NDArray[Any]
     labels: NDArray[Any]
-    bags: dict[str, TakenBags]
+    bags: dict[str, CopiedBags]
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Plan:
-    """From which day which rows are copied, and how they are put in order.
+    """Which rows of which day are copied, and their order.
 
     Args:
-        parts: Per day its number and its rows in the files: int64 [n of it], or the first and one past the last.
-        order: int64 [n], the place of each row among the copies; ``None`` if they already lie right.
+        parts: Per day its number and its rows in the files: int64 [its rows], or the first and one past the last.
+        order: int64 [n], the position of each row among the copies; ``None`` if already in order.
     """
 
     parts: list[tuple[int, NDArray[np.int64] | tuple[int, int]]]
@@ -71,7 +71,7 @@ class SplitRows:
         split: Its split.
 
     Raises:
-        UserError: There is no such split, or an array does not fit the manifest.
+        UserError: The split does not exist, or an array does not fit the manifest.
     """
 
     def __init__(self, data: PreparedData, split: str) -> None:
@@ -97,7 +97,7 @@ class SplitRows:
         day = int(np.searchsorted(self._begins, row, side="right")) - 1
         return day, int(row - self._begins[day] + self._first[day])
 
-    def take(self, rows: NDArray[np.int64]) -> Taken:
+    def take(self, rows: NDArray[np.int64]) -> CopiedRows:
         """Copy rows in any order.
 
         Args:
@@ -107,11 +107,11 @@ class SplitRows:
             The rows in that order.
 
         Raises:
-            UserError: Bag borders make no sense, or a file has shrunk.
+            UserError: Bag borders are not valid, or a file has shrunk.
         """
         if len(self.days) == 1:
             return self._copy(_Plan(parts=[(0, rows + self._first[0])], order=None))
-        # One copy a day, the days one after another: much less work than to put each day's rows at their places.
+        # One copy per day, then one reordering: much faster than scattering each day's rows.
         days = (np.searchsorted(self._begins, rows, side="right") - 1).astype(np.uint16)
         by_day = np.argsort(days, kind="stable")
         inside = (rows - self._begins[days] + self._first[days])[by_day]
@@ -121,7 +121,7 @@ class SplitRows:
         order[by_day] = np.arange(len(rows))
         return self._copy(_Plan(parts=list(parts), order=order))
 
-    def stretch(self, start: int, stop: int) -> Taken:
+    def stretch(self, start: int, stop: int) -> CopiedRows:
         """Copy neighbouring rows; faster than ``take``.
 
         Args:
@@ -132,7 +132,7 @@ class SplitRows:
             The rows.
 
         Raises:
-            UserError: Bag borders make no sense, or a file has shrunk.
+            UserError: Bag borders are not valid, or a file has shrunk.
         """
         parts: list[tuple[int, NDArray[np.int64] | tuple[int, int]]] = []
         for day, a, b in self._cut(start, stop):
@@ -140,7 +140,7 @@ class SplitRows:
         return self._copy(_Plan(parts=parts, order=None))
 
     def fetch(self, stretches: Iterable[tuple[int, int]]) -> None:
-        """Have the system read rows from the disk ahead, without waiting for it.
+        """Start reading rows from the disk, without waiting.
 
         Args:
             stretches: First row and one past the last, numbered over all days.
@@ -160,19 +160,19 @@ class SplitRows:
                             part.will_need(c, d)
 
     def check(self, stretches: Iterable[tuple[int, int]]) -> None:
-        """Compare the checksums of the blocks that some rows lie in, each block once.
+        """Compare the checksums of the blocks of some rows, each block once.
 
         Args:
             stretches: First row and one past the last, numbered over all days.
 
         Raises:
-            UserError: A block is not what ``prepare`` wrote.
+            UserError: A block differs from its checksum.
         """
         if self._check is not None:
             self._check.check(stretches)
 
     def release(self) -> None:
-        """Let go of the pages that copying has mapped; see ``MappedRows.release``."""
+        """Release the pages that copying has mapped; see ``MappedRows.release``."""
         for file in self._files:
             file.release()
 
@@ -186,12 +186,12 @@ class SplitRows:
             start = end
             day += 1
 
-    def _copy(self, plan: _Plan) -> Taken:
+    def _copy(self, plan: _Plan) -> CopiedRows:
         arrays = [self.arrays[day] for day, _ in plan.parts]
         for each in arrays:
             for file in each.files():
                 file.check_whole()
-        return Taken(
+        return CopiedRows(
             dense=_rows([each.dense for each in arrays], plan),
             sparse=_rows([each.sparse for each in arrays], plan),
             labels=_rows([each.labels for each in arrays], plan).reshape(-1),
@@ -208,10 +208,10 @@ def _rows(files: Sequence[MappedRows], plan: _Plan) -> NDArray[Any]:
     return joined if plan.order is None else joined.take(plan.order, axis=0)
 
 
-def _bags(bags: Sequence[Bags], plan: _Plan) -> TakenBags:
+def _bags(bags: Sequence[Bags], plan: _Plan) -> CopiedBags:
     if bags[0].offsets is None:
         ids = _rows([each.ids for each in bags], plan)
-        return TakenBags(ids=ids.reshape(-1), lengths=np.full(len(ids), ids.shape[1], np.int64), weights=None)
+        return CopiedBags(ids=ids.reshape(-1), lengths=np.full(len(ids), ids.shape[1], np.int64), weights=None)
     pieces: list[NDArray[Any]] = []
     weights: list[NDArray[np.float32]] = []
     lengths: list[NDArray[np.int64]] = []
@@ -225,22 +225,22 @@ def _bags(bags: Sequence[Bags], plan: _Plan) -> TakenBags:
             if each.weights is not None:
                 weights.append(each.weights.stretch(first, stop))
             continue
-        places = _spread(begins, counts)
-        pieces.append(each.ids.take(places))
+        positions = _spread(begins, counts)
+        pieces.append(each.ids.take(positions))
         if each.weights is not None:
-            weights.append(each.weights.take(places))
+            weights.append(each.weights.take(positions))
     all_lengths, all_ids = np.concatenate(lengths), np.concatenate(pieces)
     all_weights = np.concatenate(weights) if weights else None
     if plan.order is not None:
         ends = np.cumsum(all_lengths)
-        places = _spread((ends - all_lengths)[plan.order], all_lengths[plan.order])
-        all_lengths, all_ids = all_lengths[plan.order], all_ids.take(places)
-        all_weights = None if all_weights is None else all_weights.take(places)
-    return TakenBags(ids=all_ids, lengths=all_lengths, weights=all_weights)
+        positions = _spread((ends - all_lengths)[plan.order], all_lengths[plan.order])
+        all_lengths, all_ids = all_lengths[plan.order], all_ids.take(positions)
+        all_weights = None if all_weights is None else all_weights.take(positions)
+    return CopiedBags(ids=all_ids, lengths=all_lengths, weights=all_weights)
 
 
 def _borders(bags: Bags, rows: NDArray[np.int64] | tuple[int, int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """First id and number of ids of each bag; checked, since they say where to read."""
+    """First id and number of ids of each bag; checked, since they set the range that is read."""
     assert bags.offsets is not None
     if isinstance(rows, tuple):
         borders = bags.offsets.stretch(rows[0], rows[1] + 1)
@@ -259,6 +259,6 @@ def _borders(bags: Bags, rows: NDArray[np.int64] | tuple[int, int]) -> tuple[NDA
 
 
 def _spread(begins: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The places ``begins[i]``, ``begins[i] + 1``, ... of all bags, one bag after another."""
+    """The positions ``begins[i]``, ``begins[i] + 1``, ... of all bags, one bag after another."""
     ends = np.cumsum(lengths)
     return np.repeat(begins - (ends - lengths), lengths) + np.arange(ends[-1] if len(ends) else 0)

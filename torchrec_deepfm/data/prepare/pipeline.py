@@ -105,7 +105,7 @@ class Job:
         )
         self._output, self._memory, self._workers, self._named = output, memory, workers, named
         self._threads = threads
-        self._tell = report if report is not None and workers.is_main else None
+        self._report = report if report is not None and workers.is_main else None
         transforms = numeric.transforms(raw, numeric_transform)
         self._schema = numeric.prepared_schema(raw, transforms)
         self._hash_sizes = hash_sizes(raw, self._schema, num_embeddings) if hash_ids else None
@@ -208,8 +208,8 @@ class Job:
             self._connection.close()
 
     def _say(self, line: str) -> None:
-        if self._tell is not None:
-            self._tell(line)
+        if self._report is not None:
+            self._report(line)
 
     def _guarded(self, work: Callable[[], Any]) -> Any:
         with disk_errors(self._output, self._work.begun):
@@ -300,7 +300,7 @@ class Job:
         weights = [float(unit.bytes) for unit in self._inputs.units]
         mine = self._workers.mine(self._inputs.units, weights)
         size = sum(unit.bytes for unit in mine) / 1e6
-        with Phase("read", size, tell=self._tell) as phase:
+        with Phase("read", size, report=self._report) as phase:
             for unit in mine:
                 before = self._work.record(unit.name)
                 share = 0.0
@@ -339,7 +339,7 @@ class Job:
         ]
         mine = self._workers.mine(columns, [1.0] * len(columns))
         mine = [j for j in mine if not vocabulary_file(self._work.out, j).exists()]
-        with Phase("count", len(mine), tell=self._tell) as phase:
+        with Phase("count", len(mine), report=self._report) as phase:
             for j in mine:
                 count_column(
                     self._connection,
@@ -366,7 +366,7 @@ class Job:
         total = sum(record["stems"][stem]["rows"] for stem, record in mine)
         row_bytes = max(4 * len(self._schema.categorical), _ROW_BYTES)
         block_rows = max(int(self._memory * BLOCK_SHARE / row_bytes), 1)
-        with Phase("encode", total, tell=self._tell) as phase:
+        with Phase("encode", total, report=self._report) as phase:
             for stem, record in mine:
                 if not record["stems"][stem]["rows"]:
                     continue
@@ -413,7 +413,7 @@ class Job:
             sync(self._checksums(name))
             return found
 
-        with Phase("check", len(missing), tell=self._tell) as phase, ThreadPoolExecutor(self._threads) as threads:
+        with Phase("check", len(missing), report=self._report) as phase, ThreadPoolExecutor(self._threads) as threads:
             for name, found in zip(missing, threads.map(take, missing, map(parts, missing)), strict=True):
                 self._work.write_record(f"sum_{name}", found)
                 phase.add(1, 0)

@@ -20,15 +20,15 @@ class Phase:
         name: What is going on.
         total: Units of work in all.
         done: Units that were done before.
-        tell: Called with a line now and then where standard error is no terminal; ``None`` shows nothing at all.
+        report: Called with a line now and then where standard error is no terminal; ``None`` shows nothing at all.
     """
 
-    def __init__(self, name: str, total: float, *, done: float = 0.0, tell: Callable[[str], None] | None) -> None:
-        self._name, self._total, self._done, self._tell = name, max(total, 1e-9), done, tell
+    def __init__(self, name: str, total: float, *, done: float = 0.0, report: Callable[[str], None] | None) -> None:
+        self._name, self._total, self._done, self._report = name, max(total, 1e-9), done, report
         self._rows, self._first = 0, done
         self._started = self._told = time.monotonic()
         self._bar = None
-        if tell is not None and sys.stderr.isatty():
+        if report is not None and sys.stderr.isatty():
             self._bar = tqdm(total=self._total, initial=done, desc=name, unit="", bar_format=_FORMAT, leave=False)
 
     def __enter__(self) -> "Phase":
@@ -49,10 +49,10 @@ class Phase:
         if self._bar is not None:
             self._bar.unit = f"{rate:,.0f} rows/s" if self._rows else ""
             self._bar.update(self._done - self._bar.n)
-        elif self._tell is not None and now - self._told >= EVERY:
+        elif self._report is not None and now - self._told >= EVERY:
             self._told = now
             left = (self._total - self._done) * (now - self._started) / max(self._done - self._first, 1e-9)
-            self._tell(
+            self._report(
                 f"{self._name} {self._done / self._total:.0%}, {rate:,.0f} rows/s, {tqdm.format_interval(left)} left"
             )
 

@@ -365,7 +365,7 @@ def _write(path: Path, text: str) -> None:
 
 def digest_of_data(data: PreparedData) -> str:
     """Return a digest of what a prepared folder holds, wherever it lies and whenever it was made."""
-    if data.foreign is None:
+    if data.external is None:
         manifest = read_manifest(data.folder)
         held = {key: manifest.get(key) for key in ("schema", "num_embeddings", "splits", "files")}
     else:  # a folder of other tools has no checksums
