@@ -192,7 +192,7 @@ def test_a_recipe_and_single_options_on_top() -> None:
         (["recipes", "d2l", "--samples-per-second", "nan"], "--samples-per-second nan: must be greater than 0"),
         (["recipes", "papre"], "--recipe papre: unknown recipe; choose one of paper, d2l, criteo-x1, "),
         (["recipes", "paper", "--data", "nowhere"], "nowhere: "),
-        (["report", "--run", "nowhere"], "--run nowhere: there is no run here"),
+        (["report", "--run", "nowhere"], "--run nowhere: not a run folder"),
         (["prepare", "--output", "x"], "--input: no file is named; name at least one"),
         (["prepare", "--input", "x"], "option --output is missing; python -m torchrec_deepfm prepare --help lists"),
         (

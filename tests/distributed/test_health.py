@@ -10,13 +10,13 @@ def test_the_pace_of_the_steps_decides_how_long_one_may_take(monkeypatch: pytest
     clock = 0.0
     monkeypatch.setattr(health.time, "monotonic", lambda: clock)
     with one_rank():
-        progress = health.Progress(120.0)
+        heartbeat = health.Heartbeat(120.0)
 
     def after(seconds: float, phase: str, step: int) -> float:
         nonlocal clock
         clock += seconds
-        progress.at(phase, step)
-        return progress._allowed()
+        heartbeat.at(phase, step)
+        return heartbeat._allowed()
 
     assert after(500, "training", 1) == 1800, "no step is known yet"
     assert after(1, "reading data", 1) == 1800
@@ -29,20 +29,20 @@ def test_the_pace_of_the_steps_decides_how_long_one_may_take(monkeypatch: pytest
     assert health.longest_wait(4000.0) == 4000
 
 
-def sign(phase: str, step: int) -> dict[str, object]:
+def beat(phase: str, step: int) -> dict[str, object]:
     return {"phase": phase, "step": step}
 
 
 @pytest.mark.parametrize(
-    ("signs", "behind"),
+    ("beats", "behind"),
     [
-        ([sign("training", 9), sign("training", 8)], [1]),
-        ([sign("training", 9), sign("checkpoint", 8), sign("training", 9)], [1]),
-        ([sign("training", 8), sign("checkpoint", 8)], [0]),  # a checkpoint follows upon its step
-        ([sign("training", 8), sign("reading data", 8)], [1]),
-        ([sign("training", 8), sign("training", 8)], []),
-        ([sign("reading data", 8), sign("reading data", 8)], []),
+        ([beat("training", 9), beat("training", 8)], [1]),
+        ([beat("training", 9), beat("checkpoint", 8), beat("training", 9)], [1]),
+        ([beat("training", 8), beat("checkpoint", 8)], [0]),  # a checkpoint follows upon its step
+        ([beat("training", 8), beat("reading data", 8)], [1]),
+        ([beat("training", 8), beat("training", 8)], []),
+        ([beat("reading data", 8), beat("reading data", 8)], []),
     ],
 )
-def test_who_keeps_the_others_waiting(signs: list[dict[str, object]], behind: list[int]) -> None:
-    assert health._behind(signs) == behind
+def test_who_keeps_the_others_waiting(beats: list[dict[str, object]], behind: list[int]) -> None:
+    assert health._behind(beats) == behind

@@ -120,7 +120,7 @@ def after(owner: Any, name: str, call: Callable[..., None]) -> None:
 
 def count(self: Any, *_: Any) -> None:
     global _step, _loop
-    _loop, _step = self, self.point.step + 1
+    _loop, _step = self, self.position.step + 1
     fault("step", _step)
 
 
@@ -131,13 +131,13 @@ def save(self: Any, step: int, *_: Any, **__: Any) -> None:
 
 
 def log(self: Any, *_: Any) -> None:
-    step = self.point.step
+    step = self.position.step
     [batch] = [batch for number, batch in self._watch._batches if number == step]
     with (log_folder() / f"rank_{my_rank()}_{os.getpid()}").open("a") as file:
         ranks = int(os.environ.get("WORLD_SIZE", "1"))
         rows = rows_of(batch.dense_features)
         entry = {"at": time.time(), "step": step, "rank": my_rank(), "ranks": ranks, "rows": rows}
-        entry["epoch"] = self.point.epoch
+        entry["epoch"] = self.position.epoch
         file.write(json.dumps(entry) + "\n")
     time.sleep(float(os.environ.get("FAULTS_SLEEP", "0")))
 
@@ -151,7 +151,7 @@ def step_of(folder: os.PathLike[str] | str) -> int:
 def main() -> None:
     before(loop.Loop, "_step", count)
     after(loop.Loop, "_step", log)
-    before(loop.Loop, "heed", lambda self: fault("evaluation", self.point.step))
+    before(loop.Loop, "check_between_steps", lambda self: fault("evaluation", self.position.step))
     before(manager.Checkpoints, "save", save)
     # The files of this rank are written; the others' may not be.
     after(dcp.Writer, "write_data", lambda self, *_, **__: fault("between ranks", step_of(self.path)))

@@ -66,7 +66,7 @@ def test_ranks_are_killed_and_torchelastic_starts_them_again(
     code, out, err = run(command(data, tmp_path / "run", ranks=2, restarts=4), env)
     assert code == 0, err
     assert all((tmp_path / "log" / f"fault_{number}").exists() for number in range(len(faults)))
-    went_on = [int(step) for step in re.findall(r"going on after step (\d+)", out)]
+    went_on = [int(step) for step in re.findall(r"Resuming from step (\d+)", out)]
     assert len(went_on) == 3
     assert went_on[0] <= 8 < went_on[1] <= 16 < went_on[2] <= 24  # the newest may not have been on disk yet
     assert_as_undisturbed(tmp_path / "run", tmp_path / "log", undisturbed[2])
@@ -84,7 +84,7 @@ def test_a_kill_in_each_phase_of_a_save(data: Path, tmp_path: Path, undisturbed:
     assert complete[-1] == f"step_{newest:08d}"
     code, out, err = run(command(data, tmp_path / "run"), env)
     assert (code, err) == (0, "")
-    assert f"going on after step {newest} of" in out
+    assert f"Resuming from step {newest} of" in out
     assert "not used" not in out
     assert_as_undisturbed(tmp_path / "run", tmp_path / "log", undisturbed[1])
 
@@ -104,7 +104,7 @@ def test_sigterm(data: Path, tmp_path: Path, undisturbed: dict[int, Path], ranks
     assert "Traceback" not in err
     code, out, err = run(command(data, tmp_path / "run", ranks=ranks), environment(tmp_path / "log", [fault]))
     assert (code, err) == (0, "")
-    assert f"going on after step {stopped[1]} of" in out
+    assert f"Resuming from step {stopped[1]} of" in out
     assert_as_undisturbed(tmp_path / "run", tmp_path / "log", undisturbed[ranks])
 
 
@@ -119,7 +119,7 @@ def test_sigterm_during_an_evaluation(data: Path, tmp_path: Path, undisturbed: d
     assert f"stopped by SIGTERM after step {step}, saved in" in err
     code, out, err = run(command(data, tmp_path / "run", options=small), env)
     assert (code, err) == (0, "")
-    assert f"going on after step {step} of" in out
+    assert f"Resuming from step {step} of" in out
     assert_as_undisturbed(tmp_path / "run", tmp_path / "log", undisturbed[1])
 
 
@@ -241,7 +241,7 @@ def test_damaged_checkpoints_are_refused_by_name(
     else:
         assert len(told) == 1
         assert f"step_00000016: {name}" in told[0], told
-    assert "going on after step 15 of" in out
+    assert "Resuming from step 15 of" in out
     assert (code, err) == (0, "")
     assert_as_undisturbed(tmp_path / "run", tmp_path / "log", undisturbed[1])
 
@@ -268,8 +268,8 @@ def test_other_options_over_a_run(data: Path, tmp_path: Path, undisturbed: dict[
     code, out, err = run(command(data, undisturbed[1], options=("--dropout", "0.5")), env)
     assert (code, out) == (2, "")
     assert err == (
-        f"error: --output {undisturbed[1]}: holds a run with --dropout 0.2, not 0.5; give the same options to go on "
-        "with it, or name another folder\n"
+        f"error: --output {undisturbed[1]}: holds a run with --dropout 0.2, not 0.5; give the same options to "
+        "resume it, or name another folder\n"
     )
     code, out, err = run(command(data, undisturbed[1], options=("--resume", "never")), env)
     assert (code, out) == (2, "")
@@ -296,7 +296,7 @@ def test_another_number_of_ranks(
     assert code != 0
     code, out, err = run(command(data, tmp_path / "run", ranks=then, options=without), env)
     assert (code, err) == (0, "")
-    assert re.search(r"going on after step 2[04] of", out)
+    assert re.search(r"Resuming from step 2[04] of", out)
     assert_each_row_once(tmp_path / "log", epochs=2, global_batch=GLOBAL_BATCH)
     other = tmp_path / "other"
     code, _, _ = run(command(data, other, ranks=ranks, options=without), environment(tmp_path / "log_other"))
@@ -317,7 +317,7 @@ def test_a_batch_of_another_size_sees_every_row_once(data: Path, tmp_path: Path)
     assert run(command(data, tmp_path / "run", ranks=2), env)[0] != 0
     code, out, err = run(command(data, tmp_path / "run", options=("--batch-size", "70", "--epochs", "2")), env)
     assert (code, err) == (0, "")
-    assert "going on after step 8 of" in out
+    assert "Resuming from step 8 of" in out
     steps = seen_rows(tmp_path / "log")
     first = [row for step in range(1, 9) for row in steps[step]]
     assert len(first) == 800

@@ -71,7 +71,7 @@ def test_a_host_comes_and_goes(tmp_path: Path) -> None:
     # When a host comes, the ranks are asked to stop (SIGTERM) and save: not a step is done twice.
     joined = next(i for i, w in enumerate(worlds) if w == 2)
     assert max(line["step"] for line in lines[:joined]) == lines[joined]["step"] - 1
-    assert len(re.findall("going on after step", out + second.out)) == 2
+    assert len(re.findall("Resuming from step", out + second.out)) == 2
     # A step that was done again counts as it was done last; then every row has been seen once in each epoch, but for
     # the few at an epoch's end that are no full batch.
     last: dict[int, list[dict[str, Any]]] = {}

@@ -60,7 +60,7 @@ def test_ranks_end_with_torchx_and_with_their_launcher(tmp_path: Path) -> None:
     wait_until(lambda: not old & processes_of(str(run)) - {first.pid}, tmp_path / "first", seconds=60)
     first.wait()
     trains("second")
-    assert "going on after step" in (tmp_path / "second").read_text()
+    assert "Resuming from step" in (tmp_path / "second").read_text()
     second.kill()
     second.wait()
     third = start(LAUNCH, "third")
@@ -68,7 +68,7 @@ def test_ranks_end_with_torchx_and_with_their_launcher(tmp_path: Path) -> None:
     trains("third")
     third.terminate()
     assert third.wait(timeout=120) == 143, (tmp_path / "third").read_text()[-3000:]
-    assert "going on after step" in (tmp_path / "third").read_text()
+    assert "Resuming from step" in (tmp_path / "third").read_text()
 
 
 def test_a_rank_whose_launcher_has_gone_already_does_not_begin() -> None:

@@ -1,5 +1,5 @@
 """What happens around a training: disks, data, memory, ranks that stall, losses that are no numbers. Each ends in one
-line that says where and what to do, and what was saved is still there to go on from."""
+line that says where and what to do, and what was saved is still there to resume from."""
 
 import json
 import math
@@ -74,7 +74,7 @@ def test_a_disk_for_checkpoints_that_refuses(
     (small_disk / "filling").unlink(missing_ok=True)
     code, out, err = run(command(data, tmp_path / "run", options=options), env)
     assert (code, err) == (0, "")
-    assert "going on after step 8" in out
+    assert "Resuming from step 8" in out
     assert_same_run(tmp_path / "run", undisturbed)
     assert_each_row_once(tmp_path / "log", epochs=2, global_batch=GLOBAL_BATCH)
 
@@ -105,13 +105,13 @@ def test_metrics_that_cannot_be_written(data: Path, tmp_path: Path, small_disk: 
     (small_disk / "filling").unlink()
     code, out, err = run(command(data, small_disk / "run", options=options), env)
     assert (code, err) == (0, "")
-    assert "going on after step " in out
+    assert "Resuming from step " in out
     assert [line["step"] for line in records(small_disk / "run") if line["split"] == "validation"] == list(range(1, 41))
 
 
 @CAMPAIGN
 @pytest.mark.parametrize(
-    ("do", "told"), [("shrink", "has changed while it was read"), ("vanish", "has gone while it was")]
+    ("do", "told"), [("shrink", "has changed while it was read"), ("vanish", "has vanished while it was")]
 )
 def test_data_that_shrink_or_vanish(data: Path, tmp_path: Path, undisturbed: Path, do: str, told: str) -> None:
     copy = tmp_path / "data"
@@ -185,7 +185,7 @@ def test_a_loss_that_is_no_number(data: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("do", "how"), [pytest.param("stop", "training, no sign of life", marks=CAMPAIGN), ("busy", "training")]
+    ("do", "how"), [pytest.param("stop", "training, no heartbeat", marks=CAMPAIGN), ("busy", "training")]
 )
 def test_a_rank_that_stalls_is_named_and_started_again(data: Path, tmp_path: Path, do: str, how: str) -> None:
     env = environment(tmp_path / "log", [{"at": "step", "rank": 1, "step": 10, "do": do}], FAULTS_SLEEP="0.3")
@@ -198,7 +198,7 @@ def test_a_rank_that_stalls_is_named_and_started_again(data: Path, tmp_path: Pat
     found = re.match(line + "the ranks start again if --max_restarts allows it", told[0])
     assert found is not None, told[0]
     assert 5 <= int(found[1]) <= 10  # a rank shows each second where it is
-    assert "going on after step 8" in out
+    assert "Resuming from step 8" in out
     assert_each_row_once(tmp_path / "log", epochs=2, global_batch=GLOBAL_BATCH)
 
 
@@ -217,7 +217,7 @@ def test_a_job_that_is_suspended_as_a_whole_has_not_stalled(data: Path, tmp_path
         time.sleep(20 if signum == signal.SIGSTOP else 0)
     code, out, err = job.finish()
     assert (code, err) == (0, "")
-    assert "going on" not in out
+    assert "Resuming" not in out
 
 
 # Evaluations that get worse before they get better again: small batches, high rates.
@@ -300,7 +300,7 @@ def test_data_without_a_validation_split(data: Path, tmp_path: Path) -> None:
     code, _, err = run(command(copy, tmp_path / "other", options=("--patience", "2")), environment(tmp_path / "log"))
     assert code == 2
     assert err == (
-        f"error: --patience: {copy} has no validation split to judge by; leave the option out, or prepare the data "
+        f"error: --patience: {copy} has no validation split; leave the option out, or prepare the data "
         "with --validation\n"
     )
     assert not (tmp_path / "other").exists()
@@ -315,7 +315,7 @@ def test_checkpoints_at_a_url(data: Path, tmp_path: Path, undisturbed: Path) -> 
     shutil.rmtree(tmp_path / "run")  # as on a machine whose own disk is new after each start
     code, out, err = run(command(data, tmp_path / "run", options=options), env)
     assert (code, err) == (0, "")
-    assert re.search(r"going on after step (8|12) of", out)
+    assert re.search(r"Resuming from step (8|12) of", out)
     assert not (tmp_path / "run" / "checkpoints").exists()
     mine, theirs = read_tensors(tmp_path / "run" / "checkpoint"), read_tensors(undisturbed / "checkpoint")
     assert all(torch.equal(value, theirs[name]) for name, value in mine.items())

@@ -54,7 +54,7 @@ def test_a_rank_that_dies_under_torchx(tmp_path: Path) -> None:
         finally:
             job.kill()
     text = (tmp_path / "out").read_text()
-    [step] = re.findall(r"going on after step (\d+) of", text)
+    [step] = re.findall(r"Resuming from step (\d+) of", text)
     assert int(step) >= 20
     summary = json.loads((run / "summary.json").read_text())
     assert (summary["steps"], summary["world_size"]) == (40 * 20, 2)

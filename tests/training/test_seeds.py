@@ -64,7 +64,7 @@ def test_seeds_are_added_to_those_that_are_there(tmp_path: Path, device: torch.d
     with pytest.raises(UserError) as taken:
         train(CONFIG, data, output, device)
     assert str(taken.value) == (
-        f"--output {output}: the folder holds runs of several seeds; go on with them by --seeds, or name another one"
+        f"--output {output}: the folder holds runs of several seeds; resume them with --seeds, or name another one"
     )
     # Each run is the run of its seed alone.
     train(TrainConfig(factor_dim=3, over_arch_layer_sizes=(4,), batch_size=500, seed=5), data, tmp_path / "one", device)

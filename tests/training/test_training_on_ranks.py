@@ -251,5 +251,5 @@ def test_no_run(data: PreparedData, device: torch.device, tmp_path: Path) -> Non
     with pytest.raises(UserError) as raised:
         trainer.evaluate_run(tmp_path, data, "test", device)
     assert str(raised.value) == (
-        f"--run {tmp_path}: there is no run here (no config.json); name the folder that train wrote"
+        f"--run {tmp_path}: not a run folder (no config.json); name the folder that train wrote"
     )

@@ -1,4 +1,4 @@
-"""What a disk refuses, told in one line."""
+"""One-line errors for files that a disk refuses to write or read."""
 
 import errno
 from pathlib import Path
@@ -14,8 +14,8 @@ def refused(where: str | Path, error: OSError, remedy: str = "") -> UserError:
 
     Args:
         where: the file, folder or URL.
-        error: what the system said.
-        remedy: what to do, after a full or read-only disk has been dealt with.
+        error: the system's error.
+        remedy: what to do once the disk is writable.
 
     Returns:
         The error to raise.
@@ -31,15 +31,15 @@ def refused(where: str | Path, error: OSError, remedy: str = "") -> UserError:
         return UserError(f"{where}: not written through a symbolic link ({error.strerror}); remove the link{then}")
     if error.errno in _CLOSED:
         return UserError(f"{where}: writing is not allowed ({error.strerror}); make it writable{then}")
-    return UserError(f"{where}: can't be written ({error.strerror or error}); look after the disk{then}")
+    return UserError(f"{where}: can't be written ({error.strerror or error}); check the disk{then}")
 
 
 def unreadable(where: str | Path, error: OSError) -> UserError:
-    """Explain why a file or folder could not be read, which says nothing about whether it is there.
+    """Explain why a file or folder could not be read; it may exist all the same.
 
     Args:
         where: the file, folder or URL.
-        error: what the system said.
+        error: the system's error.
 
     Returns:
         The error to raise.

@@ -1,4 +1,4 @@
-"""The process group: one process as it stands, or a rank that torchrun or TorchX started."""
+"""The process group: a single process, or a rank that torchrun or TorchX started."""
 
 import os
 import sys
@@ -16,24 +16,24 @@ from torchrec_deepfm.processes import local_world_size
 
 T = TypeVar("T")
 
-_MISTAKE = "torchrec_deepfm/user_error"
+_USER_ERROR = "torchrec_deepfm/user_error"
 
 
 @contextmanager
 def process_group(timeout: float = 1800.0, *, cpu: bool = False) -> Iterator[torch.device]:
-    """Join the process group of this run, or make one of a single process; leave it at the end.
+    """Join the process group of this run, or create one of a single process; leave it at the end.
 
-    NCCL carries CUDA tensors where there is a GPU for every local rank, gloo the rest.
+    NCCL carries CUDA tensors if every local rank has a GPU, gloo everything else.
 
     Args:
         timeout: seconds after which a rank gives up waiting for the others.
-        cpu: leave GPUs alone, however many there are.
+        cpu: use no GPU.
 
     Yields:
         This rank's device, already set as the current one.
 
     Raises:
-        UserError: there are GPUs, but fewer than local ranks; or the user's mistake that stopped another rank.
+        UserError: fewer GPUs than local ranks; or a UserError that stopped another rank.
     """
     device = torch.device("cpu")
     if torch.cuda.is_available() and not cpu:
@@ -51,20 +51,20 @@ def process_group(timeout: float = 1800.0, *, cpu: bool = False) -> Iterator[tor
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
     else:
-        store = torch._C._distributed_c10d.HashStore()  # torch.distributed exports it without saying so
+        store = torch._C._distributed_c10d.HashStore()  # torch.distributed re-exports it, but not for mypy
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
     try:
         with shared_mistakes():
             yield device
-        dist.barrier()  # no rank tears down what another one still talks through
+        dist.barrier()  # no rank closes connections that another one still uses
     finally:
         dist.destroy_process_group()
 
 
 def _stay_on_this_host() -> None:
-    """Let gloo and NCCL listen on the loopback interface only, where all ranks are on one host.
+    """Let gloo and NCCL listen on the loopback interface only if all ranks are on one host.
 
-    Left alone they listen on the interface of the host's name, and take what any address sends them.
+    By default they listen on the interface of the host's name and accept connections from any address.
     """
     if os.environ.get("LOCAL_WORLD_SIZE", "1") == os.environ.get("WORLD_SIZE", "1"):
         loopback = "lo" if sys.platform == "linux" else "lo0"
@@ -73,10 +73,10 @@ def _stay_on_this_host() -> None:
 
 @contextmanager
 def shared_mistakes() -> Iterator[None]:
-    """Let every rank stop over a user's mistake that only one has met, such as a bad value in its rows.
+    """Raise the UserError of one rank, such as a bad value in its rows, on all ranks.
 
-    That rank leaves, and the others lose their connections to it: an error that says nothing, in a traceback. Here it
-    leaves its message in the group's store first, and the others raise that instead.
+    The others only see a lost connection to that rank. So it leaves its message in the group's store, and they raise
+    that instead.
 
     Yields:
         Nothing; call collectives inside.
@@ -88,24 +88,24 @@ def shared_mistakes() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        store.set(_MISTAKE, str(error))
+        store.set(_USER_ERROR, str(error))
         raise
     except Exception as error:
-        told = _told(store)
-        if told is None:
+        message = _peer_error(store)
+        if message is None:
             raise
-        raise UserError(told) from error
+        raise UserError(message) from error
 
 
-def _told(store: torch._C._distributed_c10d.Store) -> str | None:
+def _peer_error(store: torch._C._distributed_c10d.Store) -> str | None:
     try:
-        return store.get(_MISTAKE).decode() if store.check([_MISTAKE]) else None
-    except RuntimeError:  # the store went with the process that held it
+        return store.get(_USER_ERROR).decode() if store.check([_USER_ERROR]) else None
+    except RuntimeError:  # the store ended with the process that held it
         return None
 
 
 def is_main() -> bool:
-    """Whether this is rank 0, the one that talks."""
+    """Whether this is rank 0, the one that prints."""
     return dist.get_rank() == 0
 
 
@@ -120,13 +120,13 @@ def count() -> int:
 
 
 def gather(value: Any) -> list[Any]:
-    """Wait for all ranks; a collective.
+    """Gather a value from each rank; a collective.
 
     Args:
         value: picklable.
 
     Returns:
-        What each rank gave, by rank.
+        The values, by rank.
     """
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, value)
@@ -134,7 +134,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def on_main(work: Callable[[], T]) -> T:
-    """Run ``work`` on rank 0 alone and give its result, or its error, to every rank; a collective.
+    """Run ``work`` on rank 0 alone and return its result, or raise its error, on every rank; a collective.
 
     Args:
         work: its result must be picklable.

@@ -15,21 +15,21 @@ from torchrec_deepfm.files import check_local, regular_file
 from torchrec_deepfm.processes import is_ending
 
 NAME = ".lock"
-# A holder that seems to live may have been killed a moment ago, or asked to stop and not know it yet.
+# A holder that looks alive may just have been killed, or asked to stop and not have noticed.
 SECONDS_FOR_ANY_HOLDER = 5.0
-# After a rank died its successor may come before the kernel, or the server of a network file system, has noticed.
+# A restarted rank may come before the kernel, or a network file system's server, has noticed its predecessor's death.
 SECONDS_FOR_A_PREDECESSOR = 120.0
 
 
 class RunLock:
-    """A lock on a run folder that ends with its process, however that ends.
+    """A lock on a run folder that ends with its process, in whatever way that ends.
 
-    It is ``flock`` on a file in the folder, so no stale lock stays behind a dead process. On NFS (version 4, or 3 with
-    its lock daemon) and on Lustre mounted with ``flock`` it holds between hosts as well; where a file system has no
-    locks at all, the training is refused. A holder that stops or has been killed is waited for, up to two minutes.
+    It is ``flock`` on a file in the folder, so a dead process leaves no stale lock. On NFS (version 4, or 3 with its
+    lock daemon) and on Lustre mounted with ``flock`` it holds between hosts too; on a file system without locks the
+    training is refused. A holder that is stopping or was killed is waited for, up to two minutes.
 
     Args:
-        folder: the run folder; made if it is not there, and removed by ``release`` if it is empty then.
+        folder: the run folder; created if missing, and removed by ``release`` if it is empty then.
 
     Raises:
         UserError: another training holds the lock, or the folder can't be written.
@@ -57,17 +57,17 @@ class RunLock:
             raise UserError(f"--output {folder}: {reason}; name another one") from error
 
     def release(self) -> None:
-        """Give the lock back and remove its file."""
+        """Release the lock and remove its file."""
         if self._file is None:
             return
         with contextlib.suppress(OSError):
-            (self._folder / NAME).unlink()  # while it is held: whoever waits for it then finds that it is gone
+            (self._folder / NAME).unlink()  # while it is held: a process that waits for it then sees it vanish
         self._file.close()
         self._file = None
         self._remove_empty()
 
     def stopping(self) -> None:
-        """Let whoever waits for the lock know that its holder has been asked to stop."""
+        """Record, for those who wait for the lock, that its holder has been asked to stop."""
         if self._file is not None:
             self._write(self._file, stopping=True)
 
@@ -100,9 +100,7 @@ class RunLock:
     def _write(file: IO[str], *, stopping: bool) -> None:
         about = {"pid": os.getpid(), "host": socket.gethostname(), "job": _job(), "stopping": stopping}
         os.ftruncate(file.fileno(), 0)
-        os.write(
-            file.fileno(), json.dumps(about).encode()
-        )  # it appends; in one piece, as a signal may come at any time
+        os.write(file.fileno(), json.dumps(about).encode())  # one write, as a signal may come at any time
 
     def _remove_empty(self) -> None:
         if self._made:
@@ -111,12 +109,12 @@ class RunLock:
 
 
 def _job() -> str:
-    """What names this start of torchrun over all its restarts; empty without torchrun."""
+    """The id of this torchrun start, the same in all its restarts; empty without torchrun."""
     return os.environ.get("TORCHELASTIC_RUN_ID", "")
 
 
 def _soon_gone(owner: dict[str, Any]) -> bool:
-    """Whether the holder of a lock is this very job before it was started again, is stopping, or has been killed."""
+    """Whether the lock's holder is this job before a restart, is stopping, or was killed."""
     if owner.get("job") == _job() != "" or owner.get("stopping"):
         return True
     pid = owner.get("pid")

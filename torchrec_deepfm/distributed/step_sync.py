@@ -1,4 +1,4 @@
-"""What all ranks have to know at the same step: that one was asked to stop, or has met a loss that is no number."""
+"""What all ranks must know at the same step: a request to stop, or a loss that is not finite."""
 
 from datetime import timedelta
 
@@ -9,9 +9,9 @@ _NEVER = 2**62
 
 
 class Control:
-    """One small exchange per step, which nobody waits for: its result is read at the next one.
+    """One small asynchronous exchange per step, whose result is read at the next step.
 
-    So all ranks learn of a request at the same step, one step after the first of them knew.
+    All ranks thus see a request at the same step, one step after the first rank received it.
 
     Args:
         timeout: seconds that ranks wait for each other.
@@ -22,37 +22,37 @@ class Control:
         self._waiting: tuple[dist.Work, torch.Tensor] | None = None
 
     def exchange(self, signum: int, bad_step: int | None) -> tuple[int, int | None]:
-        """Tell the others, and hear what had been told at the last exchange; a collective.
+        """Send this rank's state and return the result of the previous exchange; a collective.
 
         Args:
             signum: the signal that asks this rank to stop, or 0.
-            bad_step: the first step whose loss was no number on this rank, if there is one.
+            bad_step: the first step whose loss was not finite on this rank; None without one.
 
         Returns:
-            The same of all ranks together, as it was at the exchange before this one.
+            The same over all ranks, as of the previous exchange.
         """
-        heard = self._hear()
+        received = self._receive()
         message = torch.tensor([signum, -(_NEVER if bad_step is None else bad_step)])
         work = dist.all_reduce(message, dist.ReduceOp.MAX, group=self._group, async_op=True)
         assert work is not None
         self._waiting = work, message
-        return heard
+        return received
 
     def now(self, signum: int, bad_step: int | None) -> tuple[int, int | None]:
-        """Tell the others and hear at once; a collective.
+        """Send this rank's state and wait for the result; a collective.
 
         Args:
             signum: as for ``exchange``.
             bad_step: as for ``exchange``.
 
         Returns:
-            The same of all ranks together.
+            The same over all ranks.
         """
         signum_before, bad_before = self.exchange(signum, bad_step)
-        signum, bad_step = self._hear()
+        signum, bad_step = self._receive()
         return max(signum, signum_before), bad_before if bad_step is None else bad_step
 
-    def _hear(self) -> tuple[int, int | None]:
+    def _receive(self) -> tuple[int, int | None]:
         if self._waiting is None:
             return 0, None
         (work, message), self._waiting = self._waiting, None

@@ -8,34 +8,34 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-# torchrun hands Ctrl-C on to its ranks, which the terminal has told already: two signals within this many seconds of
-# each other are one press of the key.
+# torchrun forwards Ctrl-C to its ranks, to which the terminal has sent it already: two signals within this many
+# seconds are one press of the key.
 ONE_PRESS_SECONDS = 0.5
 
 
-class Preempted(Exception):  # noqa: N818 - nothing has failed: what was asked for has been done
-    """The training was asked to stop, and did; its state is saved.
+class Preempted(Exception):  # noqa: N818 - not a failure: the training stopped as requested
+    """The training stopped on request; its state is saved.
 
     Args:
-        signum: the signal that asked.
-        told: one line for the user.
+        signum: the signal.
+        message: one line for the user.
     """
 
-    def __init__(self, signum: int, told: str) -> None:
-        super().__init__(told)
+    def __init__(self, signum: int, message: str) -> None:
+        super().__init__(message)
         self.signum = signum
 
     @property
     def exit_code(self) -> int:
-        """128 plus the signal's number, as of a process that the signal ended: 143 for SIGTERM, 130 for Ctrl-C."""
+        """128 plus the signal's number, as a shell reports it: 143 for SIGTERM, 130 for Ctrl-C."""
         return 128 + self.signum
 
 
 class Requests:
-    """Whether somebody has asked this process to stop.
+    """Whether this process has been asked to stop.
 
     Args:
-        noted: called when the first request comes.
+        noted: called at the first request.
     """
 
     def __init__(self, noted: Callable[[], None]) -> None:
@@ -44,7 +44,7 @@ class Requests:
         self._first = 0.0
 
     def handle(self, signum: int, _frame: FrameType | None = None) -> None:
-        """Take note of a signal; leave the process at once on the second Ctrl-C."""
+        """Record a signal; end the process at once on the second Ctrl-C."""
         now = time.monotonic()
         if self.signum and signum == signal.SIGINT and now - self._first > ONE_PRESS_SECONDS:
             os._exit(128 + signum)
@@ -55,16 +55,16 @@ class Requests:
 
 @contextmanager
 def requests_to_stop(noted: Callable[[], None] = lambda: None) -> Iterator[Requests]:
-    """Turn SIGTERM and SIGINT into a request that can be read; outside the main thread this does nothing.
+    """Turn SIGTERM and SIGINT into a request that can be polled; outside the main thread this does nothing.
 
-    The first signal is a request. SIGTERM may come again, schedulers repeat it; a second Ctrl-C ends the process at
-    once, with nothing saved but what is saved already.
+    The first signal is the request. Repeated SIGTERMs change nothing; a second Ctrl-C ends the process at once, without
+    saving.
 
     Args:
-        noted: called when the first request comes.
+        noted: called at the first request.
 
     Yields:
-        The requests; ``signum`` is 0 while there is none.
+        The requests; ``signum`` is 0 until one comes.
     """
     requests = Requests(noted)
     if threading.current_thread() is not threading.main_thread():

@@ -1,4 +1,4 @@
-"""The steps of a training: what happens at each of them, and what it takes to go on from any of them."""
+"""The training loop: steps, records, evaluations, checkpoints, and how to resume from any step."""
 
 import signal
 import time
@@ -17,8 +17,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from torchrec_deepfm.data.loader.loader import Loader
-from torchrec_deepfm.distributed.health import DataFiles, longest_wait
-from torchrec_deepfm.distributed.health import Progress as Signs
+from torchrec_deepfm.distributed.health import DataFiles, Heartbeat, longest_wait
 from torchrec_deepfm.distributed.step_sync import Control
 from torchrec_deepfm.distributed.stop_signals import Preempted, Requests
 from torchrec_deepfm.errors import UserError
@@ -33,13 +32,13 @@ from torchrec_deepfm.training.evaluation import autocast, evaluate
 from torchrec_deepfm.training.metrics import Metrics, NotFiniteError
 from torchrec_deepfm.training.nonfinite import LossWatch, refuse_predictions
 from torchrec_deepfm.training.optimizers import make_optimizer, make_scheduler, set_rates
-from torchrec_deepfm.training.run.formats import RECORD_EVERY, Manifest, TrainingPoint
+from torchrec_deepfm.training.run.formats import RECORD_EVERY, Manifest, TrainingPosition
 from torchrec_deepfm.training.run.progress import Progress
 
 
 @dataclass(frozen=True, kw_only=True)
-class Surroundings:
-    """What a loop works with and does not make itself.
+class LoopContext:
+    """What a ``Loop`` gets from its owner.
 
     Attributes:
         config: the options.
@@ -47,9 +46,9 @@ class Surroundings:
         train: loader of the training split.
         validation: loader of the validation split; None where there is none.
         checkpoints: where to save.
-        about: what every manifest says of the run: options, data, plan, versions.
-        requests: of the user and the scheduler.
-        signs: what the other ranks see of this one.
+        about: what every manifest records of the run: options, data, plan, versions.
+        requests: the user's or the scheduler's request to stop.
+        heartbeat: reports to the other ranks what this one does.
         files: the data files.
         folder: of the run.
         timeout: seconds after which a step may count as stalled.
@@ -62,7 +61,7 @@ class Surroundings:
     checkpoints: Checkpoints
     about: Mapping[str, Any]
     requests: Requests
-    signs: Signs
+    heartbeat: Heartbeat
     files: DataFiles
     folder: Path
     timeout: float
@@ -73,51 +72,51 @@ class Loop:
 
     Args:
         model: the sharded model.
-        surroundings: all else.
+        context: everything else.
 
     Attributes:
-        point: how far it has come.
+        position: how far the training has come.
         tracker: the best evaluation, and patience.
         average: the moving average of the weights; None without.
-        progress: what tells of it; rank 0 sets it once it is known where the training begins.
+        progress: prints and records the training; rank 0 sets it once the first step is known.
     """
 
-    def __init__(self, model: DistributedModelParallel, surroundings: Surroundings) -> None:
-        self._model, self._s = model, surroundings
-        config = surroundings.config
+    def __init__(self, model: DistributedModelParallel, context: LoopContext) -> None:
+        self._model, self._context = model, context
+        config = context.config
         self._config = config
-        self.point = TrainingPoint(dropped=0)
+        self.position = TrainingPosition(dropped=0)
         self.tracker = Tracker(
             metric=config.metric, patience=config.patience, lr_patience=config.lr_patience, lr_factor=config.lr_factor
         )
         self.progress: Progress | None = None
-        self._rows = int(surroundings.train.state_dict()["rows"])
+        self._rows = int(context.train.state_dict()["rows"])
         self._global_batch = config.batch_size * dist.get_world_size()
         self._optimizer = make_optimizer(model, config)
         self._scheduler = make_scheduler(
-            self._optimizer, config, config.epochs * len(surroundings.train), lambda: self.tracker.factor
+            self._optimizer, config, config.epochs * len(context.train), lambda: self.tracker.factor
         )
         self._tensors = TrainingTensors(model, self._optimizer, config.sparse_optimizer)
-        self._own = RankState(model, surroundings.device, config.seed)
+        self._rank_state = RankState(model, context.device, config.seed)
         self.average = MovingAverage(model, config.ema, config.ema_every) if config.ema else None
         self._pipeline: TrainPipelineSparseDist[Batch, tuple[Tensor, Tensor, Tensor]] = TrainPipelineSparseDist(
-            model, self._optimizer, surroundings.device, execute_all_batches=True, custom_model_fwd=self._forward
+            model, self._optimizer, context.device, execute_all_batches=True, custom_model_fwd=self._forward
         )
-        self._control = Control(longest_wait(surroundings.timeout))
-        self._stretch: list[Tensor] = []  # losses since the last record
-        # On a GPU the losses of a stretch are looked at together.
-        self._watch = LossWatch(late=RECORD_EVERY if surroundings.device.type == "cuda" else 0)
+        self._control = Control(longest_wait(context.timeout))
+        self._pending_losses: list[Tensor] = []  # since the last record
+        # On a GPU the pending losses are checked together: reading each would wait for the GPU.
+        self._watch = LossWatch(late=RECORD_EVERY if context.device.type == "cuda" else 0)
         self._started = 0.0
 
     @property
     def total_samples(self) -> int:
         """Samples of the whole training, at today's batch size and number of ranks."""
-        return self._config.epochs * len(self._s.train) * self._global_batch
+        return self._config.epochs * len(self._context.train) * self._global_batch
 
     @property
     def samples(self) -> int:
-        """Samples that stand for how far the training has come, out of ``total_samples``."""
-        return self.point.epoch * len(self._s.train) * self._global_batch + self.point.row
+        """Samples done, out of ``total_samples``, at today's batch size."""
+        return self.position.epoch * len(self._context.train) * self._global_batch + self.position.row
 
     def resume(self, manifest: Manifest) -> tuple[dict[str, Pieces], Callable[[], None]]:
         """Prepare to resume from a checkpoint.
@@ -126,58 +125,58 @@ class Loop:
             manifest: its manifest.
 
         Returns:
-            What to read of it, and what to call once it has been read.
+            The state to read into, and a function to call once it has been read.
 
         Raises:
             ValueError: two values of the manifest contradict each other.
-            UserError: the checkpoint is of other data or another order.
+            UserError: the checkpoint belongs to other data or another order of them.
         """
-        point = manifest.point
-        position = self._position(point)
-        if manifest.position != position:
+        position = manifest.point
+        loader_state = self._loader_state(position)
+        if manifest.position != loader_state:
             raise UserError(
-                f"{self._s.folder}: the checkpoint of step {manifest.step} is at {manifest.position} of the data, "
-                f"these data have {position}; name the data that the run was trained on"
+                f"{self._context.folder}: the checkpoint of step {manifest.step} is at {manifest.position} of its "
+                f"data, but --data has {loader_state}; name the data that the run was trained on"
             )
         manifest.check(self._config, rows=self._rows, widths=self._tensors.widths)
         state, finish = self._tensors.to_read(manifest.columns)
-        own, finish_own = self._own.to_read(
+        rank_state, finish_rank_state = self._rank_state.to_read(
             ranks=manifest.world_size, random_bytes=manifest.random, losses=manifest.losses
         )
         averages, finish_averages = ({}, None) if self.average is None else self.average.to_read(manifest.world_size)
 
-        def go_on() -> None:
+        def restore() -> None:
             finish()
             if finish_averages is not None:
                 finish_averages()
-            self._stretch = finish_own(point.step)
-            self.point = point
+            self._pending_losses = finish_rank_state(position.step)
+            self.position = position
             self.tracker.state = manifest.tracker
-            self._s.train.load_state_dict(position)
-            # The same number, unless batches have another size now: then how far, in today's steps.
+            self._context.train.load_state_dict(loader_state)
+            # The manifest's step, unless the batch size has changed: then the progress in steps of today's size.
             exact, rest = divmod(self.samples, self._global_batch)
             set_rates(self._scheduler, exact if rest == 0 else self.samples / self._global_batch)
 
-        return state | own | averages, go_on
+        return state | rank_state | averages, restore
 
     def run(self) -> None:
         """Train to the end, with the evaluations and checkpoints on the way.
 
         Raises:
-            UserError: the loss is no number, the data have changed, or a disk refuses.
+            UserError: the loss is not finite, the data have changed, or a disk refuses.
             Preempted: the training was asked to stop; its state is saved.
         """
-        point, loader = self.point, self._s.train
-        if not point.evaluated:
+        position, loader = self.position, self._context.train
+        if not position.evaluated:
             self._evaluate()
             self._save()
         self._model.train()
         batches = self._batches()
-        steps, done = (loader.steps_left if point.row else len(loader)), 0
+        steps, done = (loader.steps_left if position.row else len(loader)), 0
         self._started = time.perf_counter()
         trained = False
-        while point.epoch < self._config.epochs and not self.tracker.stopped:
-            if done == steps:  # at once, where what is left of an epoch is less than a batch of today
+        while position.epoch < self._config.epochs and not self.tracker.stopped:
+            if done == steps:  # right after a resume, if the rest of the epoch is less than one batch
                 self._end_epoch()
                 steps, done = len(loader), 0
                 continue
@@ -185,33 +184,33 @@ class Loop:
             trained = True
             done += 1
             ends = done == steps
-            point.row += self._global_batch
+            position.row += self._global_batch
             if ends:
                 self._end_epoch()
                 steps, done = len(loader), 0
-            last = ends and point.epoch == self._config.epochs
+            last = ends and position.epoch == self._config.epochs
             if self.average is not None:
-                self.average.update(point.step, last=last)
+                self.average.update(position.step, last=last)
             self._after(ends, last=last)
-        self.point.seconds += time.perf_counter() - self._started
-        # The silent fallback of a model that cannot be traced: it would train as well, and overlap nothing.
+        self.position.seconds += time.perf_counter() - self._started
+        # TorchRec silently falls back for a model that cannot be traced: it trains too, but overlaps nothing.
         assert not trained or self._pipeline._pipelined_modules, "the sparse arch is not pipelined"
         self._pipeline.detach()
 
     def averaged(self) -> AbstractContextManager[None]:
-        """Let the model have the weights that count: their moving average, where one is kept."""
+        """Swap in the weights to evaluate: their moving average, if one is kept."""
         return nullcontext() if self.average is None else self.average.in_place()
 
-    def heed(self) -> None:
-        """Look after the data, and for requests to stop, where nothing else does: before each step of an evaluation.
+    def check_between_steps(self) -> None:
+        """Check the data files and the requests to stop, before each step of an evaluation; a collective.
 
         Raises:
             UserError: the data have changed.
             Preempted: the training was asked to stop.
         """
-        self._s.signs.at("evaluation", self.point.step)
-        self._s.files.check()
-        signum, _ = self._control.exchange(self._s.requests.signum, None)
+        self._context.heartbeat.at("evaluation", self.position.step)
+        self._context.files.check()
+        signum, _ = self._control.exchange(self._context.requests.signum, None)
         if signum:
             raise Preempted(signum, "")
 
@@ -221,19 +220,19 @@ class Loop:
         Raises:
             UserError: always.
         """
-        refuse_predictions(self.point.step, self._s.folder, self._s.checkpoints)
+        refuse_predictions(self.position.step, self._context.folder, self._context.checkpoints)
 
     def stop(self, signum: int, *, save: bool = True) -> None:
-        """Save the state, unless it is saved, and end.
+        """Save the state, unless this step is saved already, and end the training.
 
         Args:
             signum: the signal that asked for it.
-            save: False where the model holds other weights than those of this step, which is saved.
+            save: False if the model holds restored weights; this step is saved then.
 
         Raises:
             Preempted: always.
         """
-        checkpoints, step = self._s.checkpoints, self.point.step
+        checkpoints, step = self._context.checkpoints, self.position.step
         checkpoints.wait()
         if save and checkpoints.saved != step:
             self._save()
@@ -242,37 +241,39 @@ class Loop:
         name = signal.Signals(signum).name
         where = checkpoints.store.shown(step)
         raise Preempted(
-            signum, f"stopped by {name} after step {step}, saved in {where}; the same command goes on from there"
+            signum, f"stopped by {name} after step {step}, saved in {where}; run the same command to resume"
         )
 
     def _end_epoch(self) -> None:
-        point = self.point
-        if point.dropped is not None:
-            point.dropped += self._rows - point.row
-        point.epoch, point.row = point.epoch + 1, 0
+        position = self.position
+        if position.dropped is not None:
+            position.dropped += self._rows - position.row
+        position.epoch, position.row = position.epoch + 1, 0
 
     def _step(self, batches: Iterator[Batch]) -> None:
-        point = self.point
-        self._s.signs.at("training", point.step + 1)
+        position = self.position
+        self._context.heartbeat.at("training", position.step + 1)
         loss, _, _ = self._pipeline.progress(batches)
         loss = loss.detach()
-        point.step += 1
-        point.samples += self._global_batch
-        self._stretch.append(loss)
-        self._watch.rates(point.step, self._learning_rates())
+        position.step += 1
+        position.samples += self._global_batch
+        self._pending_losses.append(loss)
+        self._watch.rates(position.step, self._learning_rates())
         if loss.device.type == "cpu":
-            self._watch.look_at(point.step, [loss])
+            self._watch.check(position.step, [loss])
         self._scheduler.step()
 
     def _after(self, ends: bool, *, last: bool) -> None:
-        """Everything that follows a step but is no part of it."""
-        point, config = self.point, self._config
-        if point.step % RECORD_EVERY == 0 or last:
+        """Record, evaluate, save and stop after a step, as far as each is due."""
+        position, config = self.position, self._config
+        if position.step % RECORD_EVERY == 0 or last:
             self._record(ends)
-        signum, bad = self._control.exchange(self._s.requests.signum, self._watch.bad_step)
-        due = self._s.validation is not None and (point.step % config.eval_every == 0 if config.eval_every else ends)
-        point.evaluated = not due or last  # the last one comes after the loop
-        self._watch.refuse(bad, self._s.folder, self._s.checkpoints)
+        signum, bad = self._control.exchange(self._context.requests.signum, self._watch.bad_step)
+        due = self._context.validation is not None and (
+            position.step % config.eval_every == 0 if config.eval_every else ends
+        )
+        position.evaluated = not due or last  # the last evaluation comes after the loop
+        self._watch.refuse(bad, self._context.folder, self._context.checkpoints)
         if signum:
             self._pause()
             self.stop(signum)
@@ -281,12 +282,12 @@ class Loop:
             self._pause()
             best = self._evaluate()
             self._started = time.perf_counter()
-        self._s.checkpoints.poll()
+        self._context.checkpoints.poll()
         if (
             best
             or last
             or self.tracker.stopped
-            or (point.step % config.checkpoint_every == 0 if config.checkpoint_every else ends)
+            or (position.step % config.checkpoint_every == 0 if config.checkpoint_every else ends)
         ):
             self._pause()
             self._save()
@@ -294,92 +295,100 @@ class Loop:
 
     def _pause(self) -> None:
         now = time.perf_counter()
-        self.point.seconds += now - self._started
+        self.position.seconds += now - self._started
         self._started = now
 
     def _forward(self, batch: Batch | None) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-        with autocast(self._config.precision, self._s.device):
+        with autocast(self._config.precision, self._context.device):
             return self._model(batch)  # type: ignore[no-any-return]
 
     def _batches(self) -> Iterator[Batch]:
-        """Every epoch's batches in one stream, so that the pipeline need not run dry in between."""
-        step = self.point.step
-        for epoch in range(self.point.epoch, self._config.epochs):
-            if epoch > self.point.epoch or self.point.row == 0:
-                self._s.train.set_epoch(epoch)
-            batches = iter(self._s.train)
+        """The batches of all epochs in one stream, so that the pipeline stays full between epochs."""
+        step = self.position.step
+        for epoch in range(self.position.epoch, self._config.epochs):
+            if epoch > self.position.epoch or self.position.row == 0:
+                self._context.train.set_epoch(epoch)
+            batches = iter(self._context.train)
             while True:
-                self._s.files.check()
-                self._s.signs.at("reading data", self.point.step + 1)
+                self._context.files.check()
+                self._context.heartbeat.at("reading data", self.position.step + 1)
                 batch = next(batches, None)
-                self._s.signs.at("training", self.point.step + 1)
+                self._context.heartbeat.at("training", self.position.step + 1)
                 if batch is None:
                     break
                 step += 1
                 self._watch.batch(step, batch)
                 yield batch
 
-    def _position(self, point: TrainingPoint) -> dict[str, Any]:
-        return self._s.train.state_dict() | {"epoch": point.epoch, "row": point.row}
+    def _loader_state(self, position: TrainingPosition) -> dict[str, Any]:
+        return self._context.train.state_dict() | {"epoch": position.epoch, "row": position.row}
 
     def _save(self) -> None:
-        self._s.signs.at("checkpoint", self.point.step)
-        if self._stretch:
-            self._watch.look_at(self.point.step - len(self._stretch) + 1, self._stretch)
-        signum, bad = self._control.now(self._s.requests.signum, self._watch.bad_step)
-        del signum  # heard again at the next step
-        self._watch.refuse(bad, self._s.folder, self._s.checkpoints)
+        self._context.heartbeat.at("checkpoint", self.position.step)
+        if self._pending_losses:
+            self._watch.check(self.position.step - len(self._pending_losses) + 1, self._pending_losses)
+        signum, bad = self._control.now(self._context.requests.signum, self._watch.bad_step)
+        del signum  # read again at the next step
+        self._watch.refuse(bad, self._context.folder, self._context.checkpoints)
         state = self._tensors.to_save()
         if self.average is not None:
             state |= self.average.to_save()
-        own, counts = self._own.to_save(self._stretch)
+        rank_state, counts = self._rank_state.to_save(self._pending_losses)
         meta = {
-            **self._s.about,
+            **self._context.about,
             **counts,
-            "point": msgspec.to_builtins(self.point),
-            "position": self._position(self.point),
+            "point": msgspec.to_builtins(self.position),
+            "position": self._loader_state(self.position),
             "tracker": msgspec.to_builtins(self.tracker.state),
             "columns": self._tensors.columns,
         }
         best = self.tracker.best_step
-        self._s.checkpoints.save(self.point.step, state | own, meta, keep=() if best is None else (best,))
+        self._context.checkpoints.save(
+            self.position.step, state | rank_state, meta, keep=() if best is None else (best,)
+        )
 
     def _learning_rates(self) -> dict[str, float]:
-        groups = list(self._optimizer.param_groups)  # the fused ones first; without any, all are Adam's
+        groups = list(self._optimizer.param_groups)  # fused groups come first, Adam's last
         return {"sparse": float(groups[0]["lr"]), "dense": float(groups[-1]["lr"])}
 
     def _record(self, ends: bool) -> None:
-        stretch, self._stretch = self._stretch, []
-        self._watch.look_at(self.point.step - len(stretch) + 1, stretch)
-        total = torch.stack([loss.to(self._s.device) for loss in stretch]).mean()
+        losses, self._pending_losses = self._pending_losses, []
+        self._watch.check(self.position.step - len(losses) + 1, losses)
+        total = torch.stack([loss.to(self._context.device) for loss in losses]).mean()
         dist.all_reduce(total)
         if self.progress is not None:
-            point = self.point
+            position = self.position
             self.progress.train(
-                step=point.step,
-                epoch=point.epoch if ends else point.epoch + 1,
+                step=position.step,
+                epoch=position.epoch if ends else position.epoch + 1,
                 loss=total.item() / dist.get_world_size(),
                 lr=self._watch.newest_rates,
                 samples=self.samples,
-                rate=point.samples / (point.seconds + time.perf_counter() - self._started),
+                rate=position.samples / (position.seconds + time.perf_counter() - self._started),
             )
 
     def _evaluate(self) -> bool:
-        """Evaluate on the validation split; say whether it is the best so far."""
-        assert self._s.validation is not None
-        step = self.point.step
-        self._s.signs.at("evaluation", step)
-        self._pipeline.detach()  # batches in flight stay there, and the next step attaches again
+        """Evaluate on the validation split; return whether it is the best so far."""
+        assert self._context.validation is not None
+        step = self.position.step
+        self._context.heartbeat.at("evaluation", step)
+        self._pipeline.detach()  # batches in flight stay; the next step attaches again
         try:
             with self.averaged():
-                metrics = evaluate(self._model, self._s.validation, self._s.device, self._config.precision, self.heed)
+                metrics = evaluate(
+                    self._model,
+                    self._context.validation,
+                    self._context.device,
+                    self._config.precision,
+                    self.check_between_steps,
+                )
         except Preempted as request:
             self.stop(request.signum)
         except NotFiniteError:
             self.refuse_predictions()
         self._model.train()
-        self.point.evaluated = True
-        verdict = self.judge(metrics)
+        self.position.evaluated = True
+        verdict = self.record_validation(metrics)
         if self.progress is not None:
             self.progress.evaluation(step=step, split="validation", metrics=metrics)
             if verdict.drop:
@@ -390,17 +399,17 @@ class Loop:
             set_rates(self._scheduler, self._scheduler.last_epoch)
         return verdict.best
 
-    def judge(self, metrics: Metrics) -> Verdict:
-        """Tell the tracker of an evaluation on the validation split.
+    def record_validation(self, metrics: Metrics) -> Verdict:
+        """Pass an evaluation on the validation split to the tracker.
 
         Returns:
-            Its verdict.
+            Whether it is the best, and whether to stop or to lower the rates.
         """
-        return self.tracker.update(self.point.step, monitored(metrics, self._config.metric))
+        return self.tracker.update(self.position.step, monitored(metrics, self._config.metric))
 
 
 def monitored(metrics: Metrics, metric: Metric) -> float | None:
-    """The value of an evaluation by which it is judged; None where it has none.
+    """The value of ``--metric`` in an evaluation; None if it has none.
 
     Example:
         >>> monitored(Metrics(rows=9, logloss=0.25, auc=0.75, ne=None, calibration=None), "auc-logloss")

@@ -1,4 +1,4 @@
-"""A loss that is not finite: found, and reported with its step, its batch and its learning rates."""
+"""Finds a loss that is not finite and reports its step, its batch and its learning rates."""
 
 import io
 import json
@@ -19,18 +19,18 @@ from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.files import write_bytes
 from torchrec_deepfm.training.checkpoint.manager import Checkpoints, lower_rates
 
-# Batches that are in the pipeline, and not trained on yet, with some to spare.
+# More than the batches that are in the pipeline before their step.
 _AHEAD = 8
 
 
 class LossWatch:
-    """Keeps the last batches and rates until their losses have been looked at.
+    """Keeps the last batches and learning rates until their losses have been checked.
 
     Args:
-        late: steps by which the look may come late.
+        late: steps by which the check may come late.
 
     Attributes:
-        bad_step: the first step whose loss was no number on this rank; None while there is none.
+        bad_step: the first step whose loss was not finite on this rank; None without one.
     """
 
     def __init__(self, *, late: int) -> None:
@@ -39,7 +39,7 @@ class LossWatch:
         self._rates: deque[tuple[int, Mapping[str, float]]] = deque(maxlen=_AHEAD + late)
 
     def batch(self, step: int, batch: Batch) -> None:
-        """Keep the batch of a step that is to come."""
+        """Keep the batch of a coming step."""
         self._batches.append((step, batch))
 
     def rates(self, step: int, rates: Mapping[str, float]) -> None:
@@ -51,12 +51,12 @@ class LossWatch:
         """The learning rates of the last step."""
         return self._rates[-1][1]
 
-    def look_at(self, first_step: int, losses: Sequence[Tensor]) -> None:
-        """Remember the first loss that is no number.
+    def check(self, first_step: int, losses: Sequence[Tensor]) -> None:
+        """Remember the first loss that is not finite.
 
         Args:
             first_step: step of the first loss.
-            losses: of steps in a row.
+            losses: of consecutive steps.
         """
         if self.bad_step is None:
             values = [loss.item() for loss in losses]
@@ -64,15 +64,15 @@ class LossWatch:
             self.bad_step = next(bad, None)
 
     def refuse(self, bad_step: int | None, run: Path, checkpoints: Checkpoints) -> None:
-        """End the training if a loss is no number; a collective.
+        """End the training if a loss is not finite; a collective.
 
         Args:
-            bad_step: of all ranks together.
+            bad_step: the first one over all ranks; None without one.
             run: the run's folder; gets a folder with each rank's batch.
             checkpoints: of the run.
 
         Raises:
-            UserError: there is such a step.
+            UserError: ``bad_step`` is given.
         """
         if bad_step is None:
             return
@@ -93,9 +93,9 @@ class LossWatch:
             about = {"step": bad_step, "lr": rates, "checkpoint": saved, "world_size": dist.get_world_size()}
             record_not_finite(run, about)
         dist.barrier()
-        told = " ".join(f"{name} {rate:g}" for name, rate in rates.items())
+        shown_rates = " ".join(f"{name} {rate:g}" for name, rate in rates.items())
         raise UserError(
-            f"step {bad_step}: the loss is not finite (learning rates: {told}); its batch is saved in {folder}; "
+            f"step {bad_step}: the loss is not finite (learning rates: {shown_rates}); its batch is saved in {folder}; "
             f"{lower_rates(saved)}"
         )
 
@@ -114,7 +114,7 @@ def refuse_predictions(step: int, run: Path, checkpoints: Checkpoints) -> Never:
     checkpoints.wait()
     on_main(lambda: record_not_finite(run, {"step": step, "checkpoint": checkpoints.saved}))
     raise UserError(
-        f"step {step}: the predictions of the evaluation hold a NaN or an infinity; {lower_rates(checkpoints.saved)}"
+        f"step {step}: the predictions of the evaluation contain a NaN or an infinity; {lower_rates(checkpoints.saved)}"
     )
 
 
@@ -123,7 +123,7 @@ def record_not_finite(run: Path, about: Mapping[str, Any]) -> None:
 
     Args:
         run: the run's folder; gets ``nonfinite_step_<step>/about.json``.
-        about: what is known, with ``step``.
+        about: what to record, with ``step``.
 
     Raises:
         UserError: the disk refuses.
@@ -141,7 +141,7 @@ def _folder(run: Path, step: int) -> Path:
 
 
 def _plain(batch: Batch) -> dict[str, Any]:
-    """A batch as plain tensors, which ``torch.load(weights_only=True)`` reads."""
+    """Convert a batch to plain tensors, which ``torch.load(weights_only=True)`` reads."""
     sparse = batch.sparse_features
     weights = sparse.weights_or_none()
     return {

@@ -1,4 +1,4 @@
-"""The same training with several seeds, one after the other, and what their metrics have in common."""
+"""The same training with several seeds, one after the other, and the mean of their metrics."""
 
 import gc
 import statistics
@@ -37,9 +37,8 @@ def train_seeds(
 ) -> Result:
     """Train with the seeds ``config.seed``, ``config.seed`` + 1 and so on; a collective.
 
-    Each run gets a folder ``seed_<seed>`` in ``output``. What is finished there is not trained again, what is not is
-    gone on with; so a larger ``count`` or another first seed later adds to what there is. The summary is of all that is
-    finished there then, whatever this call has trained of it.
+    Each run gets a folder ``seed_<seed>`` in ``output``. Finished runs there are not trained again, unfinished ones
+    resume; so a larger ``count`` or another first seed adds runs. The summary covers every finished run in ``output``.
 
     Args:
         config: model and training options; the first seed.
@@ -48,17 +47,17 @@ def train_seeds(
         device: this rank's device.
         count: how many seeds.
         resume: as in ``train``.
-        checkpoints: folder or URL; each run gets a place of its own below it.
-        plan: as in ``train``, as are the constraints.
-        constraints: see above.
+        checkpoints: folder or URL; each run uses ``seed_<seed>`` below it.
+        plan: as in ``train``.
+        constraints: as in ``train``.
         timeout: as in ``train``.
         say: called on rank 0 with a line for the user.
 
     Returns:
-        The folder and the summary of all runs; ``before`` if none of them was left to do.
+        The folder and the summary of all runs; ``before`` if all were finished already.
 
     Raises:
-        UserError: ``output`` holds something else or runs of other options, or what ``train`` raises.
+        UserError: ``output`` holds something else or runs of other options, or ``train`` raised it.
         Preempted: as in ``train``.
     """
     seeds = range(config.seed, config.seed + count)
@@ -82,7 +81,7 @@ def train_seeds(
         )
         summaries[seed] = result.summary
         before = before and result.before
-        gc.collect()  # the model that has been trained, before the next one is made
+        gc.collect()  # free the trained model before the next one is built
     summary = summarise(dict(sorted(summaries.items())))
     on_main(lambda: run_folder.write_json(output / run_folder.SUMMARY, summary))
     return Result(folder=output, summary=summary, before=before)
@@ -96,7 +95,7 @@ def summarise(summaries: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
 
     Returns:
         ``seeds``; by split the mean of each metric; the same below ``std`` for the standard deviation, that of a sample
-        (n - 1), None for one seed; and below ``runs`` each run's own. A metric that one run lacks is None.
+        (n - 1), None for one seed; and the metrics of each run below ``runs``. A metric that one run lacks is None.
 
     Example:
         >>> runs = {0: {"test": {"auc": 0.7, "rows": 9}}, 1: {"test": {"auc": 0.8, "rows": 9}}}
@@ -134,13 +133,13 @@ def _std(values: Sequence[float | None]) -> float | None:
 
 
 def _check_free(output: Path, resume: Resume) -> None:
-    """Refuse a folder with anything but runs of seeds in it, and one with anything where nothing is to be resumed."""
+    """Refuse a folder with anything except runs of seeds, and with ``never`` one with anything at all."""
     if not output.exists():
         return
     if not output.is_dir():
-        raise UserError(f"--output {output}: there is a file of that name; name a folder")
+        raise UserError(f"--output {output}: this is a file; name a folder")
     runs = {path.name for path in run_folder.seed_folders(output).values()}
-    left = {run_lock.NAME, f"{run_folder.SUMMARY}.partial"}  # the second one by older versions
+    left = {run_lock.NAME, f"{run_folder.SUMMARY}.partial"}  # older versions left the second one
     names = sorted(path.name for path in output.iterdir() if path.name not in left and not is_partial(path.name))
     if (output / "config.json").exists():
         raise UserError(f"--output {output}: the folder holds a single run; name another one for --seeds")
@@ -150,7 +149,7 @@ def _check_free(output: Path, resume: Resume) -> None:
 
 
 def _finished(config: TrainConfig, data: PreparedData, output: Path) -> dict[int, dict[str, Any]]:
-    """The summaries of the runs that are finished in ``output``, by seed; refuse those of other options or data."""
+    """Return the summaries of the finished runs in ``output``, by seed; refuse runs of other options or data."""
     run, found = run_folder.describe(config, data), {}
     for seed, folder in run_folder.seed_folders(output).items():
         if not (folder / "config.json").exists():

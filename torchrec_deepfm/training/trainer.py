@@ -1,4 +1,4 @@
-"""A whole training: loaders, sharded model, loop, evaluations, and the files that they leave."""
+"""A whole training: loaders, sharded model, loop, evaluations, and the files they write."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from torchrec_deepfm.data.dataset.prepared import PreparedData
 from torchrec_deepfm.data.loader.loader import Loader
-from torchrec_deepfm.distributed.health import DataFiles, Progress, explained, longest_wait
+from torchrec_deepfm.distributed.health import DataFiles, Heartbeat, explained, longest_wait
 from torchrec_deepfm.distributed.process_group import is_main, on_main, shared_mistakes
 from torchrec_deepfm.distributed.run_lock import RunLock
 from torchrec_deepfm.distributed.stop_signals import Preempted, Requests, requests_to_stop
@@ -23,7 +23,7 @@ from torchrec_deepfm.training.checkpoint.store import MANIFEST, Damaged
 from torchrec_deepfm.training.checkpoint.tensors import model_state
 from torchrec_deepfm.training.config import TrainConfig
 from torchrec_deepfm.training.evaluation import evaluate
-from torchrec_deepfm.training.loop import Loop, Surroundings
+from torchrec_deepfm.training.loop import Loop, LoopContext
 from torchrec_deepfm.training.metrics import RELIABILITY_BINS, Metrics, NotFiniteError, lift
 from torchrec_deepfm.training.nonfinite import record_not_finite
 from torchrec_deepfm.training.run import folder as run_folder
@@ -41,7 +41,7 @@ class Result:
     Attributes:
         folder: the run's folder.
         summary: the content of ``summary.json``.
-        before: it had been finished before; nothing has been done now.
+        before: it was already finished; this call trained nothing.
     """
 
     folder: Path
@@ -64,19 +64,18 @@ def train(
 ) -> Result:
     """Train a sharded DeepFM and evaluate it; a collective over the current process group.
 
-    Where ``output`` holds a run of the same options and data, it goes on from its newest intact checkpoint.
+    If ``output`` holds a run of the same options and data, it resumes from the newest intact checkpoint.
 
     Args:
         config: model and training options.
         data: the prepared data.
         output: the run's folder.
         device: this rank's device.
-        resume: ``auto`` goes on with a run in ``output``, ``never`` refuses a folder that is not empty.
+        resume: ``auto`` resumes a run in ``output``, ``never`` refuses a folder that is not empty.
         checkpoints: folder or URL of fsspec for the checkpoints; by default in ``output``.
-        plan: file of a plan that says where the tables go. Like ``constraints`` it may change from one start of a run
-            to the next.
+        plan: plan file that places the tables. Like ``constraints`` it may change from one start of a run to the next.
         constraints: rules for the planner, see ``sharding.constraints``.
-        timeout: seconds after which a step may count as stalled, see ``watch.Progress``.
+        timeout: seconds after which a step may count as stalled, see ``health.Heartbeat``.
         say: called on rank 0 with a line for the user.
 
     Returns:
@@ -84,12 +83,12 @@ def train(
 
     Raises:
         UserError: the folder is taken or in use, the data do not fit the options or hold bad values, the tables fit no
-            plan, the plan or a constraint does not fit the tables, a disk refuses, or the loss is no number. What has
-            been saved stays.
+            plan, the plan or a constraint does not fit the tables, a disk refuses, or the loss is not finite. Saved
+            checkpoints stay.
         Preempted: SIGTERM or Ctrl-C asked it to stop; its state is saved.
     """
     run = on_main(lambda: run_folder.describe(config, data))
-    summary = on_main(lambda: _look(output, run, data, resume))
+    summary = on_main(lambda: _check_output(output, run, data, resume))
     if summary is not None:
         on_main(lambda: None if report_is_drawn(output) else _draw(output, say))
         return Result(folder=output, summary=summary, before=True)
@@ -99,7 +98,7 @@ def train(
         nonlocal lock
         made = not output.exists()
         lock = RunLock(output)
-        summary = _look(output, run, data, resume)  # whom it has waited for may have finished the run
+        summary = _check_output(output, run, data, resume)  # the previous holder may have finished it
         return summary, made, run_folder.is_empty(output)
 
     try:
@@ -107,14 +106,14 @@ def train(
         if summary is not None:
             return Result(folder=output, summary=summary, before=True)
         stopping = requests_to_stop(lambda: lock.stopping() if lock else None)
-        with stopping as requests, closing(Progress(timeout)) as signs:
+        with stopping as requests, closing(Heartbeat(timeout)) as heartbeat:
             where = (run, data, output, device, checkpoints, plan, constraints, timeout)
-            training = _Training(*where, say, requests, signs)
+            training = _Training(*where, say, requests, heartbeat)
             try:
                 return training.run(resume)
             except UserError:
                 if empty and training.saved_nothing():
-                    # Every rank does, as rank 0 may be stopped over the loss of its peer before it gets here.
+                    # On every rank: rank 0 may end over a lost peer before it gets here.
                     run_folder.remove_new(output, made=made)
                 raise
     finally:
@@ -122,8 +121,10 @@ def train(
             lock.release()
 
 
-def _look(output: Path, run: run_folder.Run, data: PreparedData, resume: Resume) -> dict[str, Any] | None:
-    """Check that ``output`` can be written to; return the summary of a run that is finished."""
+def _check_output(
+    output: Path, run: run_folder.RunDescription, data: PreparedData, resume: Resume
+) -> dict[str, Any] | None:
+    """Check that ``output`` can be written; return the summary if its run is finished."""
     if resume == "never" or not (output / "config.json").exists():
         run_folder.check_free(output)
         return None
@@ -132,11 +133,11 @@ def _look(output: Path, run: run_folder.Run, data: PreparedData, resume: Resume)
 
 
 class _Training:
-    """One life of a training, from its start or its last checkpoint to its end or the next fault."""
+    """One start of a training: from step 0 or a checkpoint to its end or the next fault."""
 
     def __init__(
         self,
-        run: run_folder.Run,
+        run: run_folder.RunDescription,
         data: PreparedData,
         output: Path,
         device: torch.device,
@@ -146,12 +147,12 @@ class _Training:
         timeout: float,
         say: Callable[[str], None],
         requests: Requests,
-        signs: Progress,
+        heartbeat: Heartbeat,
     ) -> None:
         self._run, self._data, self._output, self._device = run, data, output, device
         self._target = checkpoints or str(output / run_folder.CHECKPOINTS)
         self._plan, self._constraints = plan, constraints
-        self._timeout, self._say, self._requests, self._signs = timeout, say, requests, signs
+        self._timeout, self._say, self._requests, self._heartbeat = timeout, say, requests, heartbeat
         self._checkpoints: Checkpoints | None = None
         self._lowered = ""
 
@@ -189,7 +190,7 @@ class _Training:
         )
         loop = Loop(
             sharded.model,
-            Surroundings(
+            LoopContext(
                 config=config,
                 device=device,
                 train=train_loader,
@@ -197,14 +198,14 @@ class _Training:
                 checkpoints=checkpoints,
                 about=self._about(sharded),
                 requests=self._requests,
-                signs=self._signs,
+                heartbeat=self._heartbeat,
                 files=DataFiles(data.folder),
                 folder=self._output,
                 timeout=self._timeout,
             ),
         )
         try:
-            with shared_mistakes(), explained(self._signs):
+            with shared_mistakes(), explained(self._heartbeat):
                 resumed = self._resume(loop, checkpoints, resume)
                 on_main(checkpoints.store.clean)
                 on_main(lambda: run_folder.write_saved(self._output, self._target, checkpoints.saved))
@@ -215,14 +216,14 @@ class _Training:
                     )
                 )
                 if is_main():
-                    step, samples = loop.point.step, loop.samples
-                    for line in metrics_log.forget_after(self._output, step, evaluated=loop.point.evaluated):
+                    step, samples = loop.position.step, loop.samples
+                    for line in metrics_log.forget_after(self._output, step, evaluated=loop.position.evaluated):
                         self._say(line)
                     loop.progress = progress.Progress(
                         self._output, loop.total_samples, done_step=step, done_samples=samples
                     )
                     if resumed:
-                        self._say(f"going on after step {step} of {self._output}")
+                        self._say(f"Resuming from step {step} of {self._output}")
                     if self._lowered:
                         self._say(f"learning rates after step {step}: {self._lowered}")
                 loop.run()
@@ -247,7 +248,7 @@ class _Training:
         return run_folder.was_not_finite(self._output)
 
     def _resume(self, loop: Loop, checkpoints: Checkpoints, resume: Resume) -> bool:
-        """Go back to the newest intact checkpoint; say whether there was one."""
+        """Restore the newest intact checkpoint; return whether there was one."""
         refusals: list[str] = []
         try:
             for step, manifest in checkpoints.intact(refusals):
@@ -256,7 +257,7 @@ class _Training:
                     there = run_folder.from_file(found)
                     where, may_lower = f"--checkpoints {self._target}", on_main(self._was_not_finite)
                     run_folder.check_same_run(where, there, self._run, self._data, may_lower=may_lower)
-                    state, go_on = loop.resume(found)
+                    state, restore = loop.resume(found)
                 except UserError:
                     raise
                 except ValueError as error:
@@ -268,7 +269,7 @@ class _Training:
                     )
                 reason = checkpoints.read(step, manifest, state)
                 if reason is None:
-                    go_on()
+                    restore()
                     on_main(lambda step=step: checkpoints.store.forget_newer(step))  # type: ignore[misc]
                     self._lowered = run_folder.lowered_rates(there, self._run)
                     return True
@@ -285,12 +286,14 @@ class _Training:
         return False
 
     def _finish(self, loop: Loop, sharded: Sharded, checkpoints: Checkpoints, loaders: Mapping[str, Loader]) -> Result:
-        """The last evaluation, the best weights where they are wanted, the files that say that it is finished."""
+        """Evaluate a last time, restore the best weights if asked for, write the files of a finished run."""
         config = self._run.config
 
         def evaluate_all() -> dict[str, Metrics]:
             return {
-                split: evaluate(sharded.model, loader, self._device, config.precision, loop.heed, RELIABILITY_BINS)
+                split: evaluate(
+                    sharded.model, loader, self._device, config.precision, loop.check_between_steps, RELIABILITY_BINS
+                )
                 for split, loader in loaders.items()
             }
 
@@ -299,9 +302,9 @@ class _Training:
             with loop.averaged():
                 metrics = evaluate_all()
             if "validation" in metrics and not loop.tracker.stopped:
-                loop.judge(metrics["validation"])
+                loop.record_validation(metrics["validation"])
             checkpoints.wait()
-            if config.patience and loop.tracker.best_step not in (None, loop.point.step):
+            if config.patience and loop.tracker.best_step not in (None, loop.position.step):
                 restored = loop.tracker.best_step
                 self._restore_best(loop, sharded, checkpoints, restored)
                 metrics = evaluate_all()
@@ -312,8 +315,8 @@ class _Training:
             loop.refuse_predictions()
         if loop.progress is not None:
             for split, result in metrics.items():
-                loop.progress.evaluation(step=restored or loop.point.step, split=split, metrics=result, tell=False)
-        with loop.averaged() if restored is None else nullcontext():  # the best state is in its place already
+                loop.progress.evaluation(step=restored or loop.position.step, split=split, metrics=result, show=False)
+        with loop.averaged() if restored is None else nullcontext():  # restored weights are the best ones already
             save_model(sharded.model, self._output / run_folder.CHECKPOINT)
         summary = _summary(config, self._data, metrics, loop, restored)
         curves = {split: [dataclasses.asdict(one) for one in result.reliability] for split, result in metrics.items()}
@@ -341,12 +344,12 @@ class _Training:
             reason = checkpoints.read(step, found, weights)
         if reason is not None:
             raise UserError(
-                f"{store.shown(step)}: {reason}; this was the best state, so the training can't end in it: train "
+                f"{store.shown(step)}: {reason}; this was the best state, so the training can't end in it; train "
                 "again, or without --patience"
             )
 
     def saved_nothing(self) -> bool:
-        """Whether this start has left nothing to keep: no checkpoint and no batch of a loss that is not finite."""
+        """Whether this start left nothing to keep: no checkpoint, no record of a loss that is not finite."""
         try:
             steps = self._checkpoints.store.steps() if self._checkpoints is not None else []
             return not steps and not self._was_not_finite()
@@ -355,7 +358,7 @@ class _Training:
 
 
 def _draw(folder: Path, say: Callable[[str], None]) -> None:
-    """The report; the run is finished with it or without."""
+    """Write the report; a failure is reported and does not fail the run."""
     try:
         write_run_report(folder)
     except Exception as error:
@@ -373,18 +376,18 @@ def evaluate_run(folder: Path, data: PreparedData, split: str, device: torch.dev
         device: this rank's device.
 
     Returns:
-        The metrics, with the best reachable AUC and the lift where they are known; also written to
+        The metrics, with the best reachable AUC and the lift if known; also written to
         ``evaluate_<split>.json`` in the run's folder.
 
     Raises:
-        UserError: there is no run, or it does not fit the data.
+        UserError: the folder holds no run, or the run does not fit the data.
     """
     run = run_folder.read(folder)
     _check_fits(run, data, folder)
     loader = _loader(data, split, run.config, shuffle=False, drop_last=False, device=device)
     torch.set_float32_matmul_precision("medium" if run.config.precision == "medium" else "highest")
     is_weighted = bool(data.schema.weighted)
-    # What was trained on GPUs with quantised communication is evaluated on CPU ranks as well.
+    # Quantised communication needs GPUs; a run trained with it can be evaluated on CPU ranks too.
     config = run.config if device.type == "cuda" else dataclasses.replace(run.config, qcomms=("fp32",))
     model = build_model(config, run.num_embeddings, len(run.numeric), device, is_weighted=is_weighted).model
     load_model(model, folder / run_folder.CHECKPOINT)
@@ -394,11 +397,11 @@ def evaluate_run(folder: Path, data: PreparedData, split: str, device: torch.dev
 
 
 def _check_options(config: TrainConfig, data: PreparedData) -> None:
-    """Refuse options that these data do not go with."""
+    """Refuse options that these data do not support."""
     for option in ("patience", "lr_patience"):
         if getattr(config, option) and not data.rows("validation"):
             raise UserError(
-                f"--{option.replace('_', '-')}: {data.folder} has no validation split to judge by; leave the option "
+                f"--{option.replace('_', '-')}: {data.folder} has no validation split; leave the option "
                 "out, or prepare the data with --validation"
             )
     for option in ("touched_embedding_l2", "touched_linear_l2"):
@@ -410,7 +413,7 @@ def _check_options(config: TrainConfig, data: PreparedData) -> None:
             )
 
 
-def _check_fits(run: run_folder.Run, data: PreparedData, folder: Path) -> None:
+def _check_fits(run: run_folder.RunDescription, data: PreparedData, folder: Path) -> None:
     if run.numeric != data.schema.numeric:
         raise UserError(f"--data {data.folder}: numeric columns {data.schema.numeric}, but the run has {run.numeric}")
     for name in sorted(set(run.num_embeddings) | set(data.num_embeddings)):
@@ -456,9 +459,9 @@ def _summary(
         **{split: _with_lift(result, data, split) for split, result in metrics.items()},
         **({} if tracker.best_step is None else {"best": best}),
         **({} if restored is None else {"restored_step": restored}),
-        "samples_per_second": loop.point.samples / max(loop.point.seconds, 1e-9),
-        "train_seconds": loop.point.seconds,
-        "steps": loop.point.step,
+        "samples_per_second": loop.position.samples / max(loop.position.seconds, 1e-9),
+        "train_seconds": loop.position.seconds,
+        "steps": loop.position.step,
         "epochs": config.epochs,
         "batch_size": config.batch_size,
         "world_size": dist.get_world_size(),

@@ -29,7 +29,7 @@ def test_a_run_goes_on_from_memory(tmp_path: Path, device: torch.device, monkeyp
 
     def step_and_stop(self: loop.Loop, batches: object) -> None:
         step(self, batches)  # type: ignore[arg-type]
-        if self.point.step == 10:
+        if self.position.step == 10:
             os.kill(os.getpid(), signal.SIGTERM)
 
     url = f"memory:/{tmp_path}/checkpoints"
@@ -49,7 +49,7 @@ def test_a_run_goes_on_from_memory(tmp_path: Path, device: torch.device, monkeyp
     told: list[str] = []
     train(CONFIG, data, tmp_path / "run", device, checkpoints=url, say=told.append)
     assert told[0].startswith(f"not used: {url}/step_00000011: __0_0.distcp has ")
-    assert told[1] == f"going on after step 9 of {tmp_path / 'run'}"
+    assert told[1] == f"Resuming from step 9 of {tmp_path / 'run'}"
     assert_same_run(tmp_path / "run", tmp_path / "undisturbed")
 
 

@@ -66,7 +66,7 @@ def test_resume_best_weights_and_evaluation(
     step = loop.Loop._step
 
     def stop(self: loop.Loop, batches: Any) -> None:
-        if self.point.step == 7:
+        if self.position.step == 7:
             raise StopError
         step(self, batches)
 

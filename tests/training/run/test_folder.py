@@ -49,7 +49,7 @@ def train_until(step: int, data: PreparedData, folder: Path, device: torch.devic
 
     def fail(self: loop.Loop, batches: Any) -> None:
         original(self, batches)
-        if self.point.step == step:
+        if self.position.step == step:
             raise error
 
     with pytest.MonkeyPatch.context() as patch:
@@ -160,7 +160,7 @@ def test_a_run_of_the_version_before_is_resumed(
         reseal(folder, lambda manifest: manifest["point"].pop("dropped"))
     told: list[str] = []
     train(CONFIG, data, unfinished, device, say=told.append)
-    assert told[0] == f"going on after step 20 of {unfinished}"
+    assert told[0] == f"Resuming from step 20 of {unfinished}"
     assert_same_run(unfinished, templates / "finished")
 
 
@@ -177,7 +177,7 @@ def test_one_manifest_is_missing(data: PreparedData, unfinished: Path, device: t
     told: list[str] = []
     train(CONFIG, data, run, device, say=told.append)
     assert told[0] == f"not used: {run}/checkpoints/step_00000020: checkpoint.json is missing"
-    assert told[1] == f"going on after step 16 of {run}"
+    assert told[1] == f"Resuming from step 16 of {run}"
     assert (run / "checkpoints" / "step_00000020.refused" / ".metadata").exists()
     assert_same_run(run, templates / "finished")
 
@@ -368,7 +368,7 @@ def test_a_forged_checkpoint_is_not_used(data: PreparedData, unfinished: Path, d
     train(CONFIG, data, unfinished, device, say=told.append)
     assert told[:2] == [
         f"not used: {folder}: checkpoint.json: tracker.stopped contradicts the other values",
-        f"going on after step 16 of {unfinished}",
+        f"Resuming from step 16 of {unfinished}",
     ]
 
 
@@ -505,7 +505,7 @@ def test_rates_may_be_lowered_after_a_loss_that_is_not_finite(
     def overflow(self: loop.Loop, batch: Any) -> Any:
         """A loss that is not finite at the higher rate, as of weights that run away."""
         loss, rest = original(self, batch)
-        bad = self.point.step + 1 >= 15 and self._config.dense_lr > 0.015
+        bad = self.position.step + 1 >= 15 and self._config.dense_lr > 0.015
         if not bad:
             return loss, rest
         return loss * math.nan, (rest[0] * (math.nan if seen == "in the loss" else 1), *rest[1:])
@@ -527,7 +527,7 @@ def test_rates_may_be_lowered_after_a_loss_that_is_not_finite(
         told: list[str] = []
         train(lower, data, run, device, say=told.append)
     assert told[:2] == [
-        f"going on after step 12 of {run}",
+        f"Resuming from step 12 of {run}",
         "learning rates after step 12: --dense-lr 0.01 instead of 0.02",
     ]
     assert json.loads((run / "config.json").read_text())["config"]["dense_lr"] == 0.01

@@ -170,7 +170,7 @@ def test_it_shows_what_the_files_say(tmp_path: Path) -> None:
             2,
             "neither",
         ),
-        ({"summary": {**SUMMARY, "restored_step": 40}}, 2, "those of step 40, the best ones"),
+        ({"summary": {**SUMMARY, "restored_step": 40}}, 2, "step 40, the best one"),
         ({"summary": {**SUMMARY, "best": {"metric": "auc", "value": None, "step": None}}}, 2, "Result"),
         ({"metrics": [train(step, 1 / step, step // 9) for step in range(1, 5000)]}, 2, "Learning curves"),
     ],
@@ -184,7 +184,7 @@ def test_odd_runs(tmp_path: Path, files: dict[str, object], pictures: int, text:
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"config": None}, "--run {}: there is no run here (no config.json); name the folder that train wrote"),
+        ({"config": None}, "--run {}: not a run folder (no config.json); name the folder that train wrote"),
         ({"config": "{"}, "{}/config.json: the file is damaged ("),
         ({"config": {**CONFIG, "format_version": 99}}, "{}/config.json: the file is damaged (format_version: "),
         (
@@ -251,7 +251,7 @@ def test_a_report_that_is_there_is_replaced_only_by_a_whole_one(tmp_path: Path) 
         write_run_report(folder)
     assert (folder / "report.html").read_text() == before
     shutil.rmtree(folder)
-    with pytest.raises(UserError, match="there is no run here"):
+    with pytest.raises(UserError, match="not a run folder"):
         write_run_report(folder)
 
 

@@ -1,4 +1,4 @@
-"""The folder of a run: its place, and the JSON files in it."""
+"""The folder of a run: whether it may be used, and the JSON files in it."""
 
 import contextlib
 import hashlib
@@ -32,22 +32,22 @@ SUMMARY = "summary.json"
 T = TypeVar("T")
 _SEED = re.compile("0|[1-9][0-9]*", re.ASCII)
 
-# What a run may be gone on with otherwise than it was begun: none of these changes what is learnt, but for the size of
-# the batches, which changes with the number of ranks anyhow.
+# Options that may change when a run resumes: they do not change what is learnt, except the batch size, which changes
+# with the number of ranks anyway.
 _FREE = ("batch_size", "checkpoint_every", "keep_last")
-# What may be lowered besides, once the loss of a run was not finite: the same rates would meet the same loss again.
+# Options that may be lowered once a loss was not finite: the same rates would lead to the same loss.
 _RATES = ("sparse_lr", "dense_lr")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
-    """What ``config.json`` says of a run: all that it takes to build its model again.
+class RunDescription:
+    """The content of ``config.json``: everything needed to build the model of a run again.
 
     Attributes:
         config: the options.
         num_embeddings: rows of each categorical feature's table, in the order of the fields.
         numeric: names of the numeric features.
-        data_sha256: digest of what the data are; None in runs of versions that did not keep it.
+        data_sha256: digest of the data; None in runs of versions that did not record it.
     """
 
     config: TrainConfig
@@ -56,9 +56,9 @@ class Run:
     data_sha256: str | None = None
 
 
-def describe(config: TrainConfig, data: PreparedData) -> Run:
-    """Return what ``config.json`` is to say of a run on these data."""
-    return Run(
+def describe(config: TrainConfig, data: PreparedData) -> RunDescription:
+    """Describe a run on these data for ``config.json``."""
+    return RunDescription(
         config=config,
         num_embeddings={name: data.num_embeddings[name] for name in data.schema.categorical},
         numeric=data.schema.numeric,
@@ -70,27 +70,27 @@ def check_free(folder: Path) -> None:
     """Check that a run may be written to ``folder``.
 
     Raises:
-        UserError: something is there already.
+        UserError: it is a file, or a folder that is not empty.
     """
     if folder.is_dir() and any(path.name != run_lock.NAME for path in folder.iterdir()):
         if seed_folders(folder):
             raise UserError(
-                f"--output {folder}: the folder holds runs of several seeds; go on with them by --seeds, or name "
+                f"--output {folder}: the folder holds runs of several seeds; resume them with --seeds, or name "
                 "another one"
             )
         what = "already holds a run" if (folder / "config.json").exists() else "is not empty"
         raise UserError(f"--output {folder}: the folder {what}; name another one, or remove it first")
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output {folder}: there is a file of that name; name a folder")
+        raise UserError(f"--output {folder}: this is a file; name a folder")
 
 
 def is_empty(folder: Path) -> bool:
-    """Whether a folder is absent, or has nothing in it except a lock."""
+    """Whether a folder is absent or holds nothing except a lock."""
     return not folder.exists() or all(path.name == run_lock.NAME for path in folder.iterdir())
 
 
 def seed_folders(folder: Path) -> dict[int, Path]:
-    """Return the folders of runs that ``train --seeds`` has made in a folder, by seed in their order."""
+    """Return the folders of runs that ``train --seeds`` made in a folder, by ascending seed."""
     if not folder.is_dir():
         return {}
     found = {path.name.removeprefix("seed_"): path for path in folder.glob("seed_*") if path.is_dir()}
@@ -101,23 +101,23 @@ def check_there(folder: Path) -> None:
     """Check that a folder holds one run.
 
     Raises:
-        UserError: it holds none, or those of several seeds.
+        UserError: it holds no run, or runs of several seeds.
     """
     if (folder / "config.json").is_file():
         return
     runs = [path for path in seed_folders(folder).values() if (path / "config.json").is_file()]
     if runs:
         raise UserError(f"--run {folder}: the folder holds runs of several seeds; name one of them, such as {runs[0]}")
-    raise UserError(f"--run {folder}: there is no run here (no config.json); name the folder that train wrote")
+    raise UserError(f"--run {folder}: not a run folder (no config.json); name the folder that train wrote")
 
 
-def check_same(folder: Path, run: Run, data: PreparedData) -> None:
-    """Check that the run in ``folder`` is the one that is asked for, so that it can be gone on with.
+def check_same(folder: Path, run: RunDescription, data: PreparedData) -> None:
+    """Check that the run in ``folder`` has the options and data asked for, so that it can resume.
 
     Args:
         folder: the run's folder, with a ``config.json``.
-        run: what is asked for.
-        data: the data named.
+        run: the run asked for.
+        data: its data.
 
     Raises:
         UserError: the run has other options or other data.
@@ -131,8 +131,8 @@ def was_not_finite(folder: Path) -> bool:
     return any(folder.glob("nonfinite_step_*"))
 
 
-def lowered_rates(there: Run, run: Run) -> str:
-    """List the learning rates that differ between two runs that ``check_same_run`` lets pass; empty if none does."""
+def lowered_rates(there: RunDescription, run: RunDescription) -> str:
+    """List the learning rates that differ between two runs that ``check_same_run`` accepts; empty if none does."""
     changes = [
         f"--{name.replace('_', '-')} {getattr(run.config, name)} instead of {getattr(there.config, name)}"
         for name in _RATES
@@ -141,14 +141,16 @@ def lowered_rates(there: Run, run: Run) -> str:
     return ", ".join(changes)
 
 
-def check_same_run(where: str, there: Run, run: Run, data: PreparedData, *, may_lower: bool = False) -> None:
+def check_same_run(
+    where: str, there: RunDescription, run: RunDescription, data: PreparedData, *, may_lower: bool = False
+) -> None:
     """Check that two runs are the same; see ``check_same``.
 
     Args:
-        where: where the first one is, for messages.
-        there: the run that exists.
-        run: the run that is asked for.
-        data: the data named.
+        where: place of the existing run, for messages.
+        there: the existing run.
+        run: the run asked for.
+        data: its data.
         may_lower: learning rates lower than those of the first run are allowed.
 
     Raises:
@@ -160,8 +162,8 @@ def check_same_run(where: str, there: Run, run: Run, data: PreparedData, *, may_
             continue
         name = f"--{option.name.replace('_', '-')}"
         raise UserError(
-            f"{where}: holds a run with {name} {_typed(old)}, not {_typed(new)}; give the same options to go on "
-            "with it, or name another folder"
+            f"{where}: holds a run with {name} {_as_typed(old)}, not {_as_typed(new)}; give the same options to "
+            "resume it, or name another folder"
         )
     same_data = there.data_sha256 in (None, run.data_sha256)
     if not same_data or there.numeric != run.numeric or dict(there.num_embeddings) != dict(run.num_embeddings):
@@ -171,8 +173,8 @@ def check_same_run(where: str, there: Run, run: Run, data: PreparedData, *, may_
         )
 
 
-def create(folder: Path, run: Run, plan: PlanFile, *, data: Path, world_size: int) -> None:
-    """Make the folder, or continue in it, and write ``config.json`` and ``plan.json``.
+def create(folder: Path, run: RunDescription, plan: PlanFile, *, data: Path, world_size: int) -> None:
+    """Create the folder if missing, and write ``config.json`` and ``plan.json``.
 
     Raises:
         UserError: the folder cannot be made or written.
@@ -192,19 +194,19 @@ def create(folder: Path, run: Run, plan: PlanFile, *, data: Path, world_size: in
     except OSError as error:
         raise UserError(f"--output {folder}: the folder can't be made ({error.strerror}); name another one") from error
     for path in folder.iterdir():
-        if is_partial(path.name):  # this training holds the lock, so whoever wrote it was killed
+        if is_partial(path.name):  # this training holds the lock, so its writer was killed
             path.unlink(missing_ok=True)
     write_json(folder / CONFIG, config)
     _write(folder / PLAN, plan_json(plan))
 
 
 def write_saved(folder: Path, target: str, step: int | None) -> None:
-    """Record where the newest checkpoint of a run is, so that its loss is noticed.
+    """Record the place of the newest checkpoint of a run, so that its loss is noticed.
 
     Args:
         folder: the run's folder.
         target: folder or URL of the checkpoints.
-        step: of the newest one; None while there is none.
+        step: of the newest checkpoint; None before the first.
 
     Raises:
         UserError: the disk refuses.
@@ -213,9 +215,9 @@ def write_saved(folder: Path, target: str, step: int | None) -> None:
 
 
 def check_nothing_lost(folder: Path, target: str) -> str | None:
-    """Check that a run without any checkpoint in sight never had one, before it starts from step 0.
+    """Check that a run without checkpoints never had one, before it starts from step 0.
 
-    What ``metrics.jsonl`` has of the steps before is set aside.
+    Its ``metrics.jsonl`` is set aside.
 
     Args:
         folder: the run's folder; may be absent or empty.
@@ -225,40 +227,40 @@ def check_nothing_lost(folder: Path, target: str) -> str | None:
         A line for the user about what was set aside; None if nothing was.
 
     Raises:
-        UserError: the run has saved checkpoints or has ended, and these are gone.
+        UserError: the run had saved checkpoints or was finished, and these are gone.
     """
-    anew = "name another --output to train from the start"
-    saved = read_file(folder / SAVED, SavedFile, f"restore it, or {anew}")
+    from_start = "name another --output to train from the start"
+    saved = read_file(folder / SAVED, SavedFile, f"restore it, or {from_start}")
     if saved is not None and saved[1].step is not None:
         where = saved[1].checkpoints
         raise UserError(
             f"--output {folder}: the checkpoint of step {saved[1].step} was saved in {where}, and "
-            f"{'it' if target == where else target} holds none now; restore or mount it, or {anew}"
+            f"{'it' if target == where else target} holds none now; restore or mount it, or {from_start}"
         )
     if (folder / CHECKPOINT).exists():
         raise UserError(
             f"--output {folder}: holds the weights of a finished training ({CHECKPOINT}), but {SUMMARY} and the "
-            f"checkpoints are gone; evaluate --run {folder} still reads them, or {anew}"
+            f"checkpoints are gone; evaluate --run {folder} still reads them, or {from_start}"
         )
     path = folder / metrics_log.NAME
     log = metrics_log.read(path)
     if log is None or not (log.records or log.damaged):
         return None
-    if saved is None:  # of a version that did not write it
+    if saved is None:  # a run of a version without saved.json
         raise UserError(
             f"--output {folder}: {path.name} has records of steps, but there is no checkpoint in {target}; restore or "
-            f"mount it, or {anew}"
+            f"mount it, or {from_start}"
         )
     aside = metrics_log.set_aside(path)
     return f"no checkpoint was saved yet: starting from step 0; the records so far are kept in {aside.name}"
 
 
 def remove_new(folder: Path, *, made: bool) -> None:
-    """Remove what a start wrote into a folder that was absent or empty before it, and nothing else.
+    """Remove only the files that a start wrote into a folder that was absent or empty before.
 
     Args:
         folder: the run's folder.
-        made: this start made the folder itself.
+        made: whether this start created the folder.
     """
     names = (CONFIG, PLAN, SAVED, metrics_log.NAME, run_lock.NAME)
     for path in [*(folder / name for name in names), *folder.glob("tensorboard/events.out.tfevents.*")]:
@@ -269,7 +271,7 @@ def remove_new(folder: Path, *, made: bool) -> None:
             empty.rmdir()
 
 
-def read(folder: Path, remedy: str = "train again") -> Run:
+def read(folder: Path, remedy: str = "train again") -> RunDescription:
     """Read ``config.json`` of a run.
 
     Args:
@@ -283,7 +285,7 @@ def read(folder: Path, remedy: str = "train again") -> Run:
 
 
 def read_config(folder: Path, remedy: str) -> RunFile:
-    """Read ``config.json`` as it is; see ``read``."""
+    """Read ``config.json`` as a file structure; see ``read``."""
     path = folder / CONFIG
     found = read_file(path, RunFile, remedy)
     if found is None:
@@ -300,7 +302,7 @@ def read_summary(
     folder: Path,
     remedy: str = "restore it, or remove it and run the same command, which needs the checkpoints to finish again",
 ) -> dict[str, Any] | None:
-    """Read ``summary.json`` of a run; None where it is not finished.
+    """Read ``summary.json`` of a run; None if the run is not finished.
 
     Raises:
         UserError: it is damaged.
@@ -309,13 +311,13 @@ def read_summary(
     return None if found is None else found[0]
 
 
-def from_file(raw: RunFile) -> Run:
-    """Take a run out of ``config.json`` or a checkpoint's manifest.
+def from_file(raw: RunFile) -> RunDescription:
+    """Convert ``config.json`` or a checkpoint's manifest to a description.
 
     Raises:
         ValueError: an option is unknown or out of its range.
     """
-    return Run(
+    return RunDescription(
         config=raw.train_config(),
         num_embeddings=raw.num_embeddings,
         numeric=tuple(raw.numeric),
@@ -332,7 +334,7 @@ def read_file(path: Path, kind: type[T], remedy: str) -> tuple[dict[str, Any], T
         remedy: what to do if it is damaged, for messages.
 
     Returns:
-        The content as it is, and typed; None where the file is missing.
+        The raw content and the typed one; None if the file is missing.
 
     Raises:
         UserError: it can't be read, or a value has another type or is out of its range.
@@ -348,7 +350,7 @@ def read_file(path: Path, kind: type[T], remedy: str) -> tuple[dict[str, Any], T
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file that is there whole or not at all.
+    """Write a JSON file atomically.
 
     Raises:
         UserError: the disk refuses.
@@ -364,11 +366,11 @@ def _write(path: Path, text: str) -> None:
 
 
 def digest_of_data(data: PreparedData) -> str:
-    """Return a digest of what a prepared folder holds, wherever it lies and whenever it was made."""
+    """Return a digest of the content of a prepared folder, independent of its path and time."""
     if data.external is None:
         manifest = read_manifest(data.folder)
         held = {key: manifest.get(key) for key in ("schema", "num_embeddings", "splits", "files")}
-    else:  # a folder of other tools has no checksums
+    else:  # a folder written by other tools has no checksums
         held = {
             "num_embeddings": dict(data.num_embeddings),
             "splits": {split: [asdict(day) for day in days] for split, days in data.splits.items()},
@@ -383,7 +385,7 @@ def digest_of_schema(data: PreparedData) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of what a run depends on, and a word about the machine."""
+    """Return the versions of the packages that a run depends on, and the machine's CPU."""
     found = {"python": platform.python_version(), "machine": platform.machine(), "cpus": str(os.cpu_count())}
     for name in ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "torchx", "torchrec_deepfm"):
         try:
@@ -393,5 +395,5 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _typed(value: Any) -> str:
+def _as_typed(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -30,7 +30,7 @@ Digest = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 
 
 class RunFile(Struct, kw_only=True):
-    """``config.json``, and the part of a checkpoint's manifest that says the same."""
+    """``config.json``, and the same part of a checkpoint's manifest."""
 
     format_version: Literal[1]
     config: dict[str, Any]
@@ -45,11 +45,11 @@ class RunFile(Struct, kw_only=True):
         """Return the options.
 
         Raises:
-            ValueError: this version does not know an option, or its value is not allowed.
+            ValueError: an option is unknown, or its value is not allowed.
         """
         unknown = sorted(set(self.config) - {field.name for field in fields(TrainConfig)})
         if unknown:
-            raise ValueError(f"config.{unknown[0]}: this version has no such option")
+            raise ValueError(f"config.{unknown[0]}: unknown option")
         try:
             return TrainConfig(**self.config)
         except UserError as error:
@@ -69,7 +69,7 @@ class Evaluation(Struct, kw_only=True):
 
 
 class Best(Struct, kw_only=True):
-    """The best evaluation on the way."""
+    """The best evaluation of a training."""
 
     metric: str
     value: float | None
@@ -77,7 +77,7 @@ class Best(Struct, kw_only=True):
 
 
 class SummaryFile(Struct, kw_only=True):
-    """``summary.json`` of a run, which says that it is finished."""
+    """``summary.json`` of a finished run."""
 
     samples_per_second: Seconds
     train_seconds: Seconds
@@ -116,15 +116,15 @@ class SavedFile(Struct, kw_only=True):
     step: Count | None
 
 
-class TrainingPoint(Struct, kw_only=True, forbid_unknown_fields=True):
+class TrainingPosition(Struct, kw_only=True, forbid_unknown_fields=True):
     """How far a training has come.
 
     Attributes:
         step: optimizer steps done.
         epoch: the current epoch, from 0; the number of epochs at the end.
-        row: rows of the current epoch's order that all ranks together have seen.
+        row: rows of the current epoch that all ranks together have seen.
         samples: samples seen by all ranks since the start.
-        dropped: rows at the ends of epochs that were less than a global batch, and left out; None in a checkpoint of a
+        dropped: rows left out at the ends of epochs, as they were less than a global batch; None in a checkpoint of a
             version that did not count them.
         seconds: spent on training, without evaluations.
         evaluated: False if the evaluation that is due after this step has not been done.
@@ -140,21 +140,21 @@ class TrainingPoint(Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class Manifest(RunFile, kw_only=True):
-    """What ``checkpoint.json`` says about a training, besides the files of the checkpoint.
+    """The content of ``checkpoint.json`` about a training, without the list of files.
 
     Attributes:
         step: of the checkpoint.
         point: how far the training has come.
         position: of the loader.
         tracker: of the best evaluation.
-        columns: at which columns the shards of each table began.
+        columns: the first columns of the shards of each table.
         random: bytes of each rank's random state.
         losses: steps since the last record.
     """
 
     step: Count
     world_size: Ranks
-    point: TrainingPoint
+    point: TrainingPosition
     position: dict[str, int | bool]
     tracker: TrackerState
     columns: dict[str, Annotated[list[Count], Meta(min_length=1)]]
@@ -164,7 +164,7 @@ class Manifest(RunFile, kw_only=True):
     schema_sha256: Digest
 
     def check(self, config: TrainConfig, *, rows: int, widths: Mapping[str, int]) -> None:
-        """Compare the values with each other and with the training that is to resume from them.
+        """Compare the values with each other and with the training that resumes from them.
 
         Args:
             config: the options of the training.
@@ -201,20 +201,20 @@ class Manifest(RunFile, kw_only=True):
 
 
 def convert(value: Any, kind: type[T]) -> T:
-    """Check values of JSON.
+    """Check a JSON value against a type.
 
     Args:
         value: what ``json.loads`` returned.
-        kind: the type that they should have.
+        kind: the expected type.
 
     Returns:
         The typed value.
 
     Raises:
-        ValueError: one has another type or is out of its range; the message names it.
+        ValueError: a value has another type or is out of its range; the message names it.
 
     Example:
-        >>> convert({"step": 3, "seconds": None}, TrainingPoint)
+        >>> convert({"step": 3, "seconds": None}, TrainingPosition)
         Traceback (most recent call last):
         ValueError: seconds: expected `float`, got `null`
     """
@@ -234,7 +234,7 @@ def read_json(path: Path, kind: type[T]) -> tuple[dict[str, Any], T]:
         kind: the type of its content.
 
     Returns:
-        The content as it is, and typed.
+        The raw content and the typed one.
 
     Raises:
         OSError: it can't be read, or is not a regular file.

@@ -1,4 +1,4 @@
-"""``metrics.jsonl``: a JSON object per line, of a piece of the training or of an evaluation. No torch."""
+"""``metrics.jsonl``: a JSON object per line, for some steps of the training or for an evaluation. No torch."""
 
 import json
 import os
@@ -17,7 +17,7 @@ _LINE_LIMIT: Final = 2**20  # bytes
 
 
 class Record(Struct, kw_only=True):
-    """A line; it has more metrics, by name."""
+    """A line; other metrics may follow, by name."""
 
     step: Count
     split: str
@@ -33,8 +33,7 @@ class Log:
     Attributes:
         records: the records.
         lines: the lines that hold them, each with its end.
-        damaged: numbers, from 1, of lines that are not records. Half of a last line is none: the process was killed
-            while it wrote it.
+        damaged: numbers, from 1, of lines that are not records; without a cut last line, which a killed process left.
     """
 
     records: list[dict[str, Any]]
@@ -86,14 +85,14 @@ def read(path: Path) -> Log | None:
 
 
 def forget_after(folder: Path, step: int, *, evaluated: bool) -> list[str]:
-    """Remove the records that a training which resumes will write again.
+    """Remove the records that a resumed training writes again.
 
     A file with damaged lines is set aside first.
 
     Args:
         folder: the run's folder.
         step: the step to resume from.
-        evaluated: whether the evaluation after this very step was done before.
+        evaluated: whether the evaluation after this step is done already.
 
     Returns:
         Lines for the user about records that are lost.
@@ -101,14 +100,14 @@ def forget_after(folder: Path, step: int, *, evaluated: bool) -> list[str]:
     Raises:
         UserError: the file can't be read or written.
     """
-    path, told = folder / NAME, []
+    path, notes = folder / NAME, []
     log = read(path)
     if log is None:
         return [f"{path} is missing: the curves up to step {step} are lost"] if step else []
     if log.damaged:
         aside = set_aside(path)
         lines = f"{path}, line {log.damaged[0]}: not a record (lines of that kind: {len(log.damaged)})"
-        told = [f"{lines}; they are left out, and the file is kept as {aside.name}"]
+        notes = [f"{lines}; they are left out, and the file is kept as {aside.name}"]
     kept = [
         line
         for record, line in zip(log.records, log.lines, strict=True)
@@ -118,7 +117,7 @@ def forget_after(folder: Path, step: int, *, evaluated: bool) -> list[str]:
         write_bytes(path, b"".join(kept))
     except OSError as error:
         raise refused(path, error, "run the same command again") from error
-    return told
+    return notes
 
 
 def set_aside(path: Path) -> Path:

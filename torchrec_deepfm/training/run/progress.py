@@ -1,4 +1,4 @@
-"""What a run says while it goes: a bar or plain lines, ``metrics.jsonl``, TensorBoard. Rank 0 only."""
+"""The progress of a run: a bar or plain lines, ``metrics.jsonl``, TensorBoard. Rank 0 only."""
 
 import contextlib
 import json
@@ -21,15 +21,15 @@ SECONDS_BETWEEN_LINES = 5.0
 
 
 class Progress:
-    """Tells of a training, on the screen and in the run's folder.
+    """Reports a training, on the screen and in the run's folder.
 
-    On a terminal a bar shows samples/s and the running loss; elsewhere a plain line every few seconds does.
+    On a terminal a bar shows samples/s and the running loss; elsewhere a plain line does, every few seconds.
 
     Args:
         folder: the run's folder; gets ``metrics.jsonl`` and ``tensorboard/``.
         total_samples: of the whole training.
-        done_step: steps that are done already, where a training goes on.
-        done_samples: samples of these.
+        done_step: steps done before, if the training resumes.
+        done_samples: samples of these steps.
 
     Raises:
         UserError: the files can't be written.
@@ -39,7 +39,7 @@ class Progress:
         self._path = folder / metrics_log.NAME
         with self._writing():
             self._file = metrics_log.open_log(folder)
-            # What TensorBoard has of later steps is of a life that the checkpoint does not know of.
+            # Steps after the checkpoint are done again: TensorBoard drops its records of them.
             self._tensorboard = SummaryWriter(
                 str(folder / "tensorboard"), purge_step=done_step + 1 if done_step else None
             )
@@ -61,18 +61,18 @@ class Progress:
         """Close the files and the bar."""
         if self._bar is not None:
             self._bar.close()
-        with contextlib.suppress(OSError):  # a full disk has been told of already
+        with contextlib.suppress(OSError):  # a full disk has been reported already
             self._tensorboard.close()
         with contextlib.suppress(OSError):
             self._file.close()
 
     def train(self, *, step: int, epoch: int, loss: float, lr: Mapping[str, float], samples: int, rate: float) -> None:
-        """Record a stretch of training.
+        """Record the steps since the last record.
 
         Args:
             step: steps done.
             epoch: the epoch of this step, from 1.
-            loss: mean loss over the samples of the stretch, on all ranks.
+            loss: mean loss over their samples, on all ranks.
             lr: learning rates by name.
             samples: samples done, on all ranks.
             rate: samples per second of the training so far.
@@ -92,14 +92,14 @@ class Progress:
             self.say(f"epoch {epoch}  {done:4.0%}  loss {loss:.4f}  {rate:,.0f} samples/s  {left:,.0f} s left")
         self._seen = samples
 
-    def evaluation(self, *, step: int, split: str, metrics: Metrics, tell: bool = True) -> None:
+    def evaluation(self, *, step: int, split: str, metrics: Metrics, show: bool = True) -> None:
         """Record an evaluation.
 
         Args:
             step: steps done.
             split: the split evaluated.
             metrics: the result.
-            tell: whether to print it as well.
+            show: whether to print it as well.
         """
         values = metrics.to_json()
         with self._writing():
@@ -107,7 +107,7 @@ class Progress:
             for name, value in values.items():
                 if value is not None:
                     self._tensorboard.add_scalar(f"{split}/{name}", value, step)
-        if not tell:
+        if not show:
             return
         shown = "  ".join(f"{name} {value:.5f}" for name, value in values.items() if isinstance(value, float))
         self.say(f"step {step}  {split}: {shown}")
@@ -123,7 +123,7 @@ class Progress:
     def _writing(self) -> Iterator[None]:
         try:
             yield
-        except OSError as error:  # TensorBoard's own thread keeps what it meets for the next call
+        except OSError as error:  # TensorBoard's thread raises its errors in the next call
             raise refused(self._path.parent, error, "run the same command again") from error
 
     def _write(self, split: str, step: int, values: Mapping[str, object]) -> None:

@@ -1,7 +1,7 @@
-"""A run's own report, ``report.html``: what came out, how it was learnt, how far the predictions can be trusted.
+"""A run's report, ``report.html``: metrics, learning curves, calibration, options and plan.
 
-It is made of the JSON files in the run's folder and of nothing else, so it can be drawn again at any time, also while
-the training goes on. It loads no torch.
+It is drawn from the JSON files in the run's folder alone, so it can be drawn again at any time, also while the training
+runs. It loads no torch.
 """
 
 import json
@@ -26,7 +26,7 @@ REPORT = "report.html"
 CALIBRATION = "calibration.json"
 _SPLITS = ("validation", "test")
 _NO_REPORT = "no report can be made of this run"
-# What values of the wrong kind or size end in, here, in matplotlib or in the page.
+# Raised here, in matplotlib or in the page for values of the wrong kind or size.
 _DAMAGED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
 
 
@@ -35,13 +35,13 @@ def write_run_report(folder: Path) -> Path:
 
     Args:
         folder: the run's folder, with ``config.json``; ``metrics.jsonl``, ``summary.json``, ``plan.json`` and
-            ``calibration.json`` are used as far as they are there.
+            ``calibration.json`` are used if present.
 
     Returns:
         The page's path.
 
     Raises:
-        UserError: there is no run, a file of it is damaged, or the page can't be written.
+        UserError: the folder holds no run, a file of it is damaged, or the page can't be written.
     """
     config = run_folder.read_config(folder, _NO_REPORT)
     summary = run_folder.read_summary(folder, _NO_REPORT)
@@ -67,13 +67,13 @@ def write_run_report(folder: Path) -> Path:
     except _DAMAGED as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(
-            f"{folder}: no report can be made of these files ({reason:.300}); they are of another version, or damaged"
+            f"{folder}: no report can be made of these files ({reason:.300}); they have another version, or are damaged"
         ) from error
     return path
 
 
 def report_is_drawn(folder: Path) -> bool:
-    """Whether the report of a finished run exists, and was drawn after its end.
+    """Whether the report of a finished run exists and was drawn after its end.
 
     Args:
         folder: the run's folder, with ``summary.json``.
@@ -104,7 +104,7 @@ def calibration_error(bins: Sequence[Mapping[str, float]]) -> float | None:
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
-    """The lines that are whole; the last one of a training that continues may not be."""
+    """The complete lines; the last one of a running training may be cut."""
     log = metrics_log.read(path)
     if log is None:
         return []
@@ -137,13 +137,14 @@ def _result(
             for split in splits
         ]
         five = dict.fromkeys(["AUC", "log loss", "NE", "calibration", "ECE"], ".5f")
-        lift = {"best reachable AUC": ".5f", "share of its lift": ".2%"} if known else {}
+        lift = {"best reachable AUC": ".5f", "share of the best possible lift": ".1%"} if known else {}
         blocks.append(PageTable([*head, *lift], rows, formats=five | lift))
         blocks.append(
             Paragraph(
-                "NE is the log loss over the entropy of the click rate: below 1 the model knows more than the base "
-                "rate. Calibration is the mean prediction over the click rate. ECE is the expected calibration error, "
-                "the mean distance of the two over the bins below. A dash: the split has one class only."
+                "NE is the log loss divided by the entropy of the click rate; below 1 the model is better than the "
+                "base rate. Calibration is the mean prediction divided by the click rate. ECE, the expected "
+                "calibration error, is the mean distance of the two over the bins below. A dash: the split has one "
+                "class only."
             )
         )
     else:
@@ -152,14 +153,14 @@ def _result(
     terms = {
         "steps": summary.get("steps"),
         "epochs": summary.get("epochs"),
-        "samples a step": f"{summary['world_size']} x {summary['batch_size']:,}",
+        "samples per step": f"{summary['world_size']} x {summary['batch_size']:,}",
         "training": f"{summary['train_seconds']:,.1f} s",
         "samples/s": f"{summary['samples_per_second']:,.0f}",
     }
     if best.get("value") is not None:
         terms["best evaluation"] = f"step {best['step']:,}: {best['metric']} {best['value']:.5f}"
     if "restored_step" in summary:
-        terms["weights kept"] = f"those of step {summary['restored_step']:,}, the best ones"
+        terms["weights kept"] = f"step {summary['restored_step']:,}, the best one"
     return Section("Result", *blocks, Terms(terms), Data("summary", summary))
 
 
@@ -171,15 +172,15 @@ def _learning(records: Sequence[Mapping[str, Any]], summary: Mapping[str, Any] |
     train = [record for record in records if record["split"] == "train"]
     evaluations = [record for record in records if record["split"] in _SPLITS]
     loss = thinned(points(train, "loss"))
-    told = [f"The training loss goes from {loss[0][1]:.4f} to {loss[-1][1]:.4f}."] if loss else []
+    sentences = [f"The training loss goes from {loss[0][1]:.4f} to {loss[-1][1]:.4f}."] if loss else []
     for split in _SPLITS:
         auc = points([record for record in evaluations if record["split"] == split], "auc")
-        told += [f"The {split} AUC ends at {auc[-1][1]:.4f}."] if auc else []
+        sentences += [f"The {split} AUC ends at {auc[-1][1]:.4f}."] if auc else []
     caption = "The training loss is a mean over the steps since the last record"
-    caption += ", with dropout at work, and so above what evaluations see." if dropout else "."
+    caption += ", with dropout, and so above the loss of evaluations." if dropout else "."
     return Section(
         "Learning curves",
-        Picture(figure, alt=" ".join(told) or "Learning curves.", caption=caption),
+        Picture(figure, alt=" ".join(sentences) or "Learning curves.", caption=caption),
         Data("curves", {"train_loss": loss, "evaluations": evaluations}),
     )
 
@@ -188,13 +189,10 @@ def _calibration(calibration: Mapping[str, Any]) -> Section:
     splits = {split: bins for split, bins in calibration.get("splits", {}).items() if split in _SPLITS and bins}
     figure = reliability_curves(splits)
     if figure is None:
-        return Section(
-            "Calibration", Paragraph("There is no reliability curve: nothing has been evaluated at the end.")
-        )
+        return Section("Calibration", Paragraph("No reliability curve: the run has no final evaluation."))
     caption = (
-        "Samples are put into bins of equally many, by their predicted probability; equal predictions stay together. "
-        "Points below the dashed line: the model promises more clicks than there are. The bars at the points are "
-        "Wilson's intervals of 95%."
+        "Samples are sorted by predicted probability into bins of equal size; equal predictions share a bin. "
+        "Below the dashed line the model predicts too many clicks. The bars are Wilson's 95% intervals."
     )
     errors = [f"{split}: expected calibration error {calibration_error(bins):.4f}" for split, bins in splits.items()]
     rows = [
@@ -222,7 +220,7 @@ def _options(config: RunFile) -> Section:
         ]
         for name, value in config.config.items()
     ]
-    changed = sorted(rows, key=lambda row: row[2] == "")  # those that differ first
+    changed = sorted(rows, key=lambda row: row[2] == "")  # changed options first
     return Section("Options", PageTable(["option", "value", "default, where it differs"], changed))
 
 
@@ -267,4 +265,4 @@ def _words(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     text = " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-    return text.encode("utf-8", "replace").decode()  # the folder of the data may have a name that is no UTF-8
+    return text.encode("utf-8", "replace").decode()  # the data's path may not be valid UTF-8
