@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torchrec_deepfm.data.dataset.prepared import PreparedData
 from torchrec_deepfm.data.prepare.prepare import prepare
 from torchrec_deepfm.data.schema import Schema
-from torchrec_deepfm.training.checkpoint.dcp import Cut, LoadPlanner, Pieces, Reader, load_metadata
+from torchrec_deepfm.training.checkpoint.dcp import Cut, LoadPlanner, Reader, TensorCuts, load_metadata
 
 SCHEMA = Schema(label="label", numeric=("row", "noise"), categorical=("user", "item", "shop"))
 ROWS = 2000
@@ -48,7 +48,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     state = {}
     for name, entry in saved.state_dict_metadata.items():
         memory = torch.empty(entry.size, dtype=entry.properties.dtype)  # type: ignore[union-attr]
-        state[name] = Pieces(tuple(memory.size()), [Cut((0,) * memory.dim(), memory)])
+        state[name] = TensorCuts(tuple(memory.size()), [Cut((0,) * memory.dim(), memory)])
     load(dict(state), storage_reader=Reader(str(folder), local=True, files=files), planner=LoadPlanner(), no_dist=True)
     return {name: pieces.cuts[0].tensor for name, pieces in state.items()}
 

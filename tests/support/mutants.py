@@ -128,7 +128,7 @@ CHECKPOINT: Final = [
         "cuts.append(Cut(cut.offsets, cut.tensor))",
         "test_in_memory.py",
     ),
-    Mutant("_Unpickler(io.BytesIO(content)).load()", "pickle.loads(content)", "test_security.py"),
+    Mutant("_MetadataUnpickler(io.BytesIO(content)).load()", "pickle.loads(content)", "test_security.py"),
 ]
 MUTANTS: Final = {"model": MODEL, "data": DATA, "sharding": SHARDING, "training": TRAINING, "checkpoint": CHECKPOINT}
 

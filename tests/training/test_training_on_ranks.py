@@ -207,7 +207,7 @@ def test_a_run_without_a_checkpoint(two: Path, data: PreparedData, device: torch
     with pytest.raises(UserError) as raised:
         trainer.evaluate_run(tmp_path / "copy", data, "test", device)
     checkpoint = tmp_path / "copy" / "checkpoint"
-    assert str(raised.value) == f"{checkpoint}: there is no checkpoint; did the training reach its end?"
+    assert str(raised.value) == f"{checkpoint}: no final weights; finish the training with the same train command first"
 
 
 def test_a_damaged_checkpoint_on_two_ranks(told: list[dict[str, Any]], folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""An exponential moving average of the weights, of fused and sharded tables too."""
+"""An exponential moving average of all weights, including fused and sharded tables."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
-from torchrec_deepfm.training.checkpoint.dcp import Cut, Pieces, writing
+from torchrec_deepfm.training.checkpoint.dcp import Cut, TensorCuts, writing
 from torchrec_deepfm.training.checkpoint.tensors import (
     averaged,
     local_buffers,
@@ -19,7 +19,7 @@ from torchrec_deepfm.training.checkpoint.tensors import (
     read_rank_rows,
 )
 
-# Numbers that change places at a time, so that a large shard needs no second copy of itself.
+# Numbers swapped at a time, so that a large shard needs no second copy of itself.
 _CHUNK = 2**24
 
 
@@ -28,7 +28,7 @@ def decay_at(step: int, decay: float) -> float:
 
     Args:
         step: steps done, from 1.
-        decay: what it rises to.
+        decay: the limit that it rises to.
 
     Returns:
         min(decay, (1 + t) / (10 + t)), t steps before this one.
@@ -41,53 +41,52 @@ def decay_at(step: int, decay: float) -> float:
 
 
 class MovingAverage:
-    r"""Keeps a moving average of everything in a model that is floating-point, each rank of what it holds.
+    r"""Keeps a moving average of all floating-point weights and buffers; each rank averages its own shards.
 
     .. math:: \bar\theta_t = d_t^n \bar\theta_{t-n} + (1 - d_t^n) \theta_t, \quad d_t = \min(d, t / (t + 9))
 
-    at every n-th step t. That is the average over all steps for what has not changed in between, as most rows of a
-    large table; for the rest it is that of every n-th state. The last update, at the end, may come after
-    fewer steps than n, and takes their number for n. Running statistics of batch normalisation are averaged like the
-    weights.
+    at every n-th step t. For values that have not changed in between, such as most rows of a large table, this equals
+    the average over all steps; for the others it averages every n-th state. The last update may come after fewer than
+    n steps and uses that number as n. Running statistics of batch normalisation are averaged like the weights.
 
     (``torch.optim.swa_utils.AveragedModel`` copies the module, and a sharded model can't be copied: it has process
     groups and kernels that own their memory. The averaging itself is torch's.)
 
     Args:
-        model: the sharded model; none of its tables behind a cache.
+        model: the sharded model, without cached tables.
         decay: d, in (0, 1).
         every: n.
     """
 
     def __init__(self, model: DistributedModelParallel, decay: float, every: int = 1) -> None:
         self._model, self._decay, self._every = model, decay, every
-        # Buffers are the same tensors for as long as the model lives, and so are the shards of the tables.
+        # Buffers and shards stay the same tensors as long as the model lives.
         self._weights = {
-            name: pieces
-            for name, pieces in model_state(model).items()
-            if all(cut.tensor.is_floating_point() for cut in pieces.cuts)
+            name: tensor_cuts
+            for name, tensor_cuts in model_state(model).items()
+            if all(cut.tensor.is_floating_point() for cut in tensor_cuts.cuts)
         }
         self._average = {
             name.replace("model.", "average.", 1): dataclasses.replace(
-                pieces, cuts=[Cut(cut.offsets, cut.tensor.detach().clone()) for cut in pieces.cuts]
+                tensor_cuts, cuts=[Cut(cut.offsets, cut.tensor.detach().clone()) for cut in tensor_cuts.cuts]
             )
-            for name, pieces in self._weights.items()
+            for name, tensor_cuts in self._weights.items()
         }
         self._pairs = [
             (cut.tensor.detach(), mine.tensor)
-            for pieces, average in zip(self._weights.values(), self._average.values(), strict=True)
-            for cut, mine in zip(pieces.cuts, average.cuts, strict=True)
+            for tensor_cuts, average in zip(self._weights.values(), self._average.values(), strict=True)
+            for cut, mine in zip(tensor_cuts.cuts, average.cuts, strict=True)
         ]
         self._buffers = {
             f"average.{name}": self._average[f"average.{name}"].cuts[0].tensor for name in local_buffers(model)
         }
 
     def update(self, step: int, *, last: bool = False) -> None:
-        """Take in the weights after a step, where an update is due.
+        """Update the average after a step, if an update is due.
 
         Args:
             step: steps done.
-            last: this is the end of the training, for which one is always due.
+            last: whether the training ends here, where an update is always due.
         """
         since = step % self._every
         if since and not last:
@@ -98,7 +97,7 @@ class MovingAverage:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Let the model have the average as its weights for a while.
+        """Swap the average into the model inside, and the weights back afterwards.
 
         Yields:
             Nothing; evaluate or save inside, do not train.
@@ -109,25 +108,25 @@ class MovingAverage:
         finally:
             self._swap()
 
-    def to_save(self) -> dict[str, Pieces]:
-        """Return what this rank has to save besides the model's own; a collective.
+    def to_save(self) -> dict[str, TensorCuts]:
+        """Return the averages that this rank saves; a collective.
 
         Returns:
-            ``average.<parameter>``, as ``model.<parameter>`` in ``state.py``, and what each rank has of its own.
+            ``average.<parameter>``, like ``model.<parameter>`` in ``tensors.py``, and the buffers of each rank.
         """
         state = dict(self._average)
         for name, value in averaged(self._buffers).items():
-            state[name] = Pieces(tuple(value.size()), [Cut((0,) * value.dim(), value)])
+            state[name] = TensorCuts(tuple(value.size()), [Cut((0,) * value.dim(), value)])
         return owned(state) | dict(rank_rows(name, value) for name, value in self._buffers.items())
 
-    def to_read(self, world_size: int) -> tuple[dict[str, Pieces], Callable[[], None]]:
-        """Return what this rank wants of a checkpoint.
+    def to_read(self, world_size: int) -> tuple[dict[str, TensorCuts], Callable[[], None]]:
+        """Return the averages that this rank reads from a checkpoint.
 
         Args:
-            world_size: how many ranks saved it.
+            world_size: number of ranks that saved it.
 
         Returns:
-            The state to read into, and what is to be called once it has been read.
+            The state to read into, and a function to call once it has been read.
         """
         state, own = dict(self._average), {}
         for name, buffer in self._buffers.items():
@@ -140,9 +139,9 @@ class MovingAverage:
 
         return state, finish
 
-    def as_weights(self) -> dict[str, Pieces]:
-        """Return what to read of a checkpoint for the model to have the average that was saved as its weights."""
-        return {name.replace("model.", "average.", 1): pieces for name, pieces in self._weights.items()}
+    def as_weights(self) -> dict[str, TensorCuts]:
+        """Return the state that reads the saved average into the weights of the model."""
+        return {name.replace("model.", "average.", 1): tensor_cuts for name, tensor_cuts in self._weights.items()}
 
     @torch.no_grad()
     def _swap(self) -> None:

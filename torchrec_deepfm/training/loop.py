@@ -21,7 +21,7 @@ from torchrec_deepfm.distributed.health import DataFiles, Heartbeat, longest_wai
 from torchrec_deepfm.distributed.step_sync import Control
 from torchrec_deepfm.distributed.stop_signals import Preempted, Requests
 from torchrec_deepfm.errors import UserError
-from torchrec_deepfm.training.checkpoint.dcp import Pieces
+from torchrec_deepfm.training.checkpoint.dcp import TensorCuts
 from torchrec_deepfm.training.checkpoint.manager import Checkpoints
 from torchrec_deepfm.training.checkpoint.rank_state import RankState
 from torchrec_deepfm.training.checkpoint.tensors import TrainingTensors
@@ -118,7 +118,7 @@ class Loop:
         """Samples done, out of ``total_samples``, at today's batch size."""
         return self.position.epoch * len(self._context.train) * self._global_batch + self.position.row
 
-    def resume(self, manifest: Manifest) -> tuple[dict[str, Pieces], Callable[[], None]]:
+    def resume(self, manifest: Manifest) -> tuple[dict[str, TensorCuts], Callable[[], None]]:
         """Prepare to resume from a checkpoint.
 
         Args:

@@ -114,7 +114,7 @@ def refuse_predictions(step: int, run: Path, checkpoints: Checkpoints) -> Never:
     checkpoints.wait()
     on_main(lambda: record_not_finite(run, {"step": step, "checkpoint": checkpoints.saved}))
     raise UserError(
-        f"step {step}: the predictions of the evaluation contain a NaN or an infinity; {lower_rates(checkpoints.saved)}"
+        f"step {step}: the predictions of the evaluation hold a NaN or an infinity; {lower_rates(checkpoints.saved)}"
     )
 
 

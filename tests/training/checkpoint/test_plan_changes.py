@@ -20,7 +20,7 @@ from tests.support.ranks import CPU, run_ranks
 from tests.support.samples import batches_of_rank, draw, read_state, to_batch
 from torchrec_deepfm.distributed.process_group import on_main
 from torchrec_deepfm.training.build import build_model
-from torchrec_deepfm.training.checkpoint.dcp import Pieces
+from torchrec_deepfm.training.checkpoint.dcp import TensorCuts
 from torchrec_deepfm.training.checkpoint.manager import Checkpoints
 from torchrec_deepfm.training.checkpoint.tensors import TrainingTensors
 from torchrec_deepfm.training.config import TrainConfig
@@ -82,7 +82,7 @@ class Trained:
         with self.average.in_place():
             return read_state(self.model)
 
-    def to_save(self) -> dict[str, Pieces]:
+    def to_save(self) -> dict[str, TensorCuts]:
         return self.tensors.to_save() | self.average.to_save()
 
     def logits(self) -> list[float]:

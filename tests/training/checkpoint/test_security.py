@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.metadata import (
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.files import seal
 from torchrec_deepfm.training.checkpoint import dcp
-from torchrec_deepfm.training.checkpoint.dcp import Cut, Pieces, load_metadata
+from torchrec_deepfm.training.checkpoint.dcp import Cut, TensorCuts, load_metadata
 from torchrec_deepfm.training.checkpoint.manager import Checkpoints, load_model
 
 
@@ -40,8 +40,8 @@ class Exploit:
         return os.system, (self._command,)
 
 
-def state(memory: torch.Tensor) -> dict[str, Pieces]:
-    return {"weight": Pieces(tuple(memory.size()), [Cut((0,) * memory.dim(), memory)])}
+def state(memory: torch.Tensor) -> dict[str, TensorCuts]:
+    return {"weight": TensorCuts(tuple(memory.size()), [Cut((0,) * memory.dim(), memory)])}
 
 
 @pytest.fixture
@@ -143,7 +143,7 @@ def test_a_path_that_leaves_the_folder(folder: Path, path: str) -> None:
         return metadata
 
     change_metadata(folder, lead_away)
-    assert f"refers to {path!r}, which is no file of its folder" in (read(folder) or "")
+    assert f"refers to {path!r}, which is not a file of its folder" in (read(folder) or "")
 
 
 def test_code_in_a_shard(folder: Path, tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ def test_a_manifest_cannot_name_a_file_elsewhere(tmp_path: Path, name: str) -> N
     manifest["files"][name] = manifest["files"].pop("a.distcp")
     del manifest["sha256"]
     (Path(store.path(5)) / MANIFEST).write_bytes(seal(manifest))
-    with pytest.raises(Damaged, match="which is no file of its folder"):
+    with pytest.raises(Damaged, match="which is not a file of its folder"):
         store.manifest(5)
 
 

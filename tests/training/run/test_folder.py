@@ -21,7 +21,7 @@ from torchrec_deepfm.data.dataset.prepared import PreparedData
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.files import seal
 from torchrec_deepfm.training import loop
-from torchrec_deepfm.training.checkpoint.dcp import Cut, Pieces
+from torchrec_deepfm.training.checkpoint.dcp import Cut, TensorCuts
 from torchrec_deepfm.training.checkpoint.manager import Checkpoints
 from torchrec_deepfm.training.config import TrainConfig
 from torchrec_deepfm.training.run.formats import Manifest, convert
@@ -236,7 +236,7 @@ def test_no_message_promises_a_checkpoint_that_is_not_there(tmp_path: Path, devi
     (tmp_path / "checkpoints").mkdir()
     checkpoints = Checkpoints(str(tmp_path / "checkpoints"), keep_last=1)
     memory = torch.zeros(3)
-    state = {"weight": Pieces((3,), [Cut((0,), memory)])}
+    state = {"weight": TensorCuts((3,), [Cut((0,), memory)])}
 
     def save(step: int) -> str:
         checkpoints.save(step, state, {})

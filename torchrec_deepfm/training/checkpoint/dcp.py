@@ -1,11 +1,11 @@
-"""torch.distributed.checkpoint without its pickles: what it writes and reads here, and what it may load.
+"""torch.distributed.checkpoint (DCP) without its pickles.
 
-A state is a dictionary of ``Pieces``: a tensor's global size and the cuts of it that this rank holds, or wants. Writing
-and reading are resharded by torch.distributed.checkpoint itself, whatever cuts wrote and whatever cuts read.
+A state is a dictionary of ``TensorCuts``: a tensor's global size and the cuts of it that this rank holds, or
+wants. DCP itself reshards between any cuts that wrote and any cuts that read.
 
 Its stock reader unpickles ``.metadata`` with ``pickle.load`` and objects with ``torch.load(weights_only=False)``:
-either runs any code that the file names. Here the first goes through an unpickler that knows the few classes of such a
-file and no others, and there are no objects: everything that is no tensor stands in the JSON manifest.
+either runs any code that the file names. Here ``.metadata`` goes through an unpickler that accepts only the few classes
+of such a file, and there are no objects: everything except tensors is in the JSON manifest.
 """
 
 import hashlib
@@ -45,8 +45,8 @@ class Cut:
     """A part of a tensor.
 
     Attributes:
-        offsets: where it begins in the whole, one number per dimension.
-        tensor: its values; a view of the model's where the model is to be read or written.
+        offsets: where it begins in the whole tensor, one number per dimension.
+        tensor: its values; a view of the model's memory if the model is read or written.
     """
 
     offsets: tuple[int, ...]
@@ -54,13 +54,13 @@ class Cut:
 
 
 @dataclass(frozen=True)
-class Pieces:
+class TensorCuts:
     """A tensor of which this rank holds some cuts, or none.
 
     Attributes:
-        size: of the whole.
-        cuts: this rank's.
-        written: to be called after their values were written; see ``writing``.
+        size: of the whole tensor.
+        cuts: those of this rank.
+        written: called after their values were written; see ``writing``.
     """
 
     size: tuple[int, ...]
@@ -68,12 +68,12 @@ class Pieces:
     written: Callable[[], None] | None = field(default=None, compare=False)
 
 
-State = Mapping[str, Pieces]
+State = Mapping[str, TensorCuts]
 
 
 @contextmanager
 def writing(state: State) -> Iterator[None]:
-    """Write the values of a state inside; whoever keeps copies of them is told afterwards, also after an error.
+    """Write the values of a state inside; then call each ``written``, also after an error, so that caches are purged.
 
     Args:
         state: the state.
@@ -84,24 +84,24 @@ def writing(state: State) -> Iterator[None]:
     try:
         yield
     finally:
-        for written in {pieces.written for pieces in state.values()} - {None}:
+        for written in {tensor_cuts.written for tensor_cuts in state.values()} - {None}:
             assert written is not None
             written()
 
 
-class Stager(AsyncStager):
-    """Copies a state into memory of its own, which it keeps for the next time.
+class CpuStager(AsyncStager):
+    """Copies a state to CPU memory, which it keeps for the next save.
 
     Attributes:
         staged: the last copy.
     """
 
     def __init__(self) -> None:
-        self.staged: dict[str, Pieces] = {}
+        self.staged: dict[str, TensorCuts] = {}
         self._buffers: dict[tuple[str, tuple[int, ...]], Tensor] = {}
 
-    def stage(self, state_dict: State) -> dict[str, Pieces]:
-        """Copy the state; what the training does afterwards does not change the copy.
+    def stage(self, state_dict: State) -> dict[str, TensorCuts]:
+        """Copy the state; later training steps do not change the copy.
 
         Args:
             state_dict: the state.
@@ -110,9 +110,9 @@ class Stager(AsyncStager):
             The same state in this stager's memory, on the CPU.
         """
         staged, used = {}, {}
-        for name, pieces in state_dict.items():
+        for name, tensor_cuts in state_dict.items():
             cuts = []
-            for cut in pieces.cuts:
+            for cut in tensor_cuts.cuts:
                 key = (name, cut.offsets)
                 buffer = self._buffers.get(key)
                 if buffer is None or buffer.shape != cut.tensor.shape or buffer.dtype != cut.tensor.dtype:
@@ -121,7 +121,7 @@ class Stager(AsyncStager):
                 buffer.copy_(cut.tensor.detach(), non_blocking=cut.tensor.is_cuda)
                 used[key] = buffer
                 cuts.append(Cut(cut.offsets, buffer))
-            staged[name] = Pieces(pieces.size, cuts)
+            staged[name] = TensorCuts(tensor_cuts.size, cuts)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self._buffers, self.staged = used, staged
@@ -131,12 +131,12 @@ class Stager(AsyncStager):
         """Do nothing: ``stage`` has copied everything when it returns."""
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         self._buffers, self.staged = {}, {}
 
 
 class SavePlanner(DefaultSavePlanner):
-    """Writes the cuts of ``Pieces``."""
+    """Writes the cuts of ``TensorCuts``."""
 
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -151,54 +151,54 @@ class SavePlanner(DefaultSavePlanner):
                     tensor_data=TensorWriteData(
                         chunk=ChunkStorageMetadata(torch.Size(cut.offsets), cut.tensor.size()),
                         properties=TensorProperties(dtype=cut.tensor.dtype),
-                        size=torch.Size(pieces.size),
+                        size=torch.Size(tensor_cuts.size),
                     ),
                 )
-                for name, pieces in self.state_dict.items()
-                for cut in pieces.cuts
+                for name, tensor_cuts in self.state_dict.items()
+                for cut in tensor_cuts.cuts
             ]
         )
         return self.plan
 
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
-        """Give the values of a cut."""
+        """Return the values of a cut."""
         offsets = tuple(write_item.index.offset or ())
-        pieces: Pieces = self.state_dict[write_item.index.fqn]
-        return next(cut.tensor for cut in pieces.cuts if cut.offsets == offsets).detach()
+        tensor_cuts: TensorCuts = self.state_dict[write_item.index.fqn]
+        return next(cut.tensor for cut in tensor_cuts.cuts if cut.offsets == offsets).detach()
 
 
 class LoadPlanner(DefaultLoadPlanner):
-    """Reads the cuts of ``Pieces``, wherever the saved cuts had their borders."""
+    """Reads the cuts of ``TensorCuts``, whatever the borders of the saved cuts."""
 
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
 
     def set_up_planner(self, state_dict: Any, metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
-        """Keep what is wanted and what there is."""
+        """Keep the state to read and the metadata."""
         self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator
 
     def create_local_plan(self) -> LoadPlan:
-        """Find the saved cuts that make up the wanted ones.
+        """Find the saved cuts that overlap the wanted ones.
 
         Raises:
             ValueError: a tensor was not saved, or has another size.
         """
         assert self.metadata is not None
         items: list[ReadItem] = []
-        for name, pieces in self.state_dict.items():
+        for name, tensor_cuts in self.state_dict.items():
             saved = self.metadata.state_dict_metadata.get(name)
             if not isinstance(saved, TensorStorageMetadata):
                 raise ValueError(f"{name} was not saved")
-            if tuple(saved.size) != tuple(pieces.size):
+            if tuple(saved.size) != tuple(tensor_cuts.size):
                 raise ValueError(
-                    f"Size mismatch between saved {saved.size} and current: {torch.Size(pieces.size)} for {name}"
+                    f"Size mismatch between saved {saved.size} and current: {torch.Size(tensor_cuts.size)} for {name}"
                 )
-            chunks = [ChunkStorageMetadata(torch.Size(cut.offsets), cut.tensor.size()) for cut in pieces.cuts]
+            chunks = [ChunkStorageMetadata(torch.Size(cut.offsets), cut.tensor.size()) for cut in tensor_cuts.cuts]
             items += create_read_items_for_chunk_list(name, saved, chunks)
         return LoadPlan(items)
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        """Refuse: there are no pickled objects in our checkpoints.
+        """Refuse pickled objects: these checkpoints hold none.
 
         Raises:
             pickle.UnpicklingError: always.
@@ -206,20 +206,14 @@ class LoadPlanner(DefaultLoadPlanner):
         raise pickle.UnpicklingError(f"{read_item.dest_index.fqn} is a pickled object; none is ever loaded")
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        """Give the memory that a cut is to be read into."""
+        """Return the memory to read a cut into."""
         assert index.index is not None
-        cut: Cut = self.state_dict[index.fqn].cuts[index.index]  # by number: two cuts may begin at one place
+        cut: Cut = self.state_dict[index.fqn].cuts[index.index]  # by number: two cuts may have the same offsets
         return cut.tensor
 
 
-def tensor_size(saved: Metadata, name: str) -> tuple[int, ...] | None:
-    """Return the size of a saved tensor; None if there is no such tensor."""
-    entry = saved.state_dict_metadata.get(name)
-    return tuple(entry.size) if isinstance(entry, TensorStorageMetadata) else None
-
-
 class Writer(filesystem.FileSystemWriter):
-    """DCP's writer, on a local folder or a URL of fsspec, that takes the checksums while it writes.
+    """DCP's writer, on a local folder or an fsspec URL, that computes checksums while it writes.
 
     Args:
         path: the folder, or with ``local=False`` the URL.
@@ -237,12 +231,12 @@ class Writer(filesystem.FileSystemWriter):
         self.fs = _Digesting(inner, self.digests, local=local)  # type: ignore[assignment]
 
     def storage_meta(self) -> StorageMeta:
-        """Say nothing about where this is: a checkpoint may be moved."""
+        """Leave out the path: a checkpoint may be moved."""
         return StorageMeta(save_id=self.save_id)
 
 
 class Reader(filesystem.FileSystemReader):
-    """DCP's reader, on a local folder or a URL of fsspec, that runs no code out of files.
+    """DCP's reader, on a local folder or an fsspec URL, that runs no code from files.
 
     Args:
         path: the folder, or with ``local=False`` the URL.
@@ -258,13 +252,13 @@ class Reader(filesystem.FileSystemReader):
         self._found: Metadata | None = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Read ``.metadata`` without running what may be in it, once.
+        """Read ``.metadata`` once, without running code that it may name.
 
         Returns:
             The metadata, every path in which is one of ``files``.
 
         Raises:
-            pickle.UnpicklingError: the file holds anything else than the metadata of tensors.
+            pickle.UnpicklingError: the file holds anything except the metadata of tensors.
             OSError: it can't be read.
         """
         if self._found is not None:
@@ -290,22 +284,24 @@ def load_metadata(content: bytes, files: frozenset[str]) -> Metadata:
         The metadata.
 
     Raises:
-        pickle.UnpicklingError: it names a class or function that no metadata needs, is no metadata, or refers to a file
-            outside its folder.
+        pickle.UnpicklingError: it names a class or function that metadata do not need, is not DCP metadata, or refers
+            to a file outside its folder.
     """
     try:
-        found = _Unpickler(io.BytesIO(content)).load()
+        found = _MetadataUnpickler(io.BytesIO(content)).load()
     except pickle.UnpicklingError:
         raise
     except Exception as error:  # broken pickles raise nearly anything
-        raise pickle.UnpicklingError(f"{METADATA} is no metadata ({type(error).__name__})") from error
+        raise pickle.UnpicklingError(f"{METADATA} is not a metadata file ({type(error).__name__})") from error
     if not isinstance(found, Metadata) or not isinstance(found.storage_data, dict):
-        raise pickle.UnpicklingError(f"{METADATA} is no metadata of a checkpoint")
+        raise pickle.UnpicklingError(f"{METADATA} is not the metadata of a checkpoint")
     for index, info in found.storage_data.items():
         if not isinstance(index, MetadataIndex) or not isinstance(info, filesystem._StorageInfo):
-            raise pickle.UnpicklingError(f"{METADATA} is no metadata of a checkpoint")
+            raise pickle.UnpicklingError(f"{METADATA} is not the metadata of a checkpoint")
         if info.relative_path not in files:
-            raise pickle.UnpicklingError(f"{METADATA} refers to {info.relative_path!r}, which is no file of its folder")
+            raise pickle.UnpicklingError(
+                f"{METADATA} refers to {info.relative_path!r}, which is not a file of its folder"
+            )
         if getattr(info, "transform_descriptors", None):
             raise pickle.UnpicklingError(f"{METADATA} asks for transformations")
     return found
@@ -331,7 +327,7 @@ _CLASSES: dict[tuple[str, str], Any] = {
 
 
 def _member(cls: Any, name: Any) -> metadata._MEM_FORMAT_ENCODING:
-    """Stands for ``getattr``, by which Python 3.11.0 to 3.11.3 pickle the members of an Enum, and does nothing else."""
+    """Replace ``getattr``, with which Python 3.11.0 to 3.11.3 pickle members of an Enum; refuse every other use."""
     if cls is not metadata._MEM_FORMAT_ENCODING or name not in metadata._MEM_FORMAT_ENCODING.__members__:
         raise pickle.UnpicklingError(f"{METADATA} asks for an attribute {name!r}, which no metadata needs")
     return metadata._MEM_FORMAT_ENCODING[name]
@@ -340,8 +336,8 @@ def _member(cls: Any, name: Any) -> metadata._MEM_FORMAT_ENCODING:
 _CLASSES["builtins", "getattr"] = _member
 
 
-class _Unpickler(pickle.Unpickler):
-    """Knows the classes that DCP's metadata is made of; none of them runs code that a file could choose."""
+class _MetadataUnpickler(pickle.Unpickler):
+    """Accepts only the classes of DCP's metadata; none of them runs code that a file could choose."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and name in _DTYPES:
@@ -356,7 +352,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 class _Digesting:
-    """A file system of DCP whose new files have their checksums taken as they are written."""
+    """A file system of DCP that computes the checksums of new files as they are written."""
 
     def __init__(self, inner: Any, digests: dict[str, dict[str, Any]], *, local: bool) -> None:
         self._inner, self._digests, self._local = inner, digests, local
@@ -402,4 +398,4 @@ class _DigestingStream:
         return getattr(self._stream, name)
 
 
-__all__ = ["Cut", "LoadPlanner", "Pieces", "Reader", "SavePlanner", "Stager", "State", "Writer", "load_metadata"]
+__all__ = ["CpuStager", "Cut", "LoadPlanner", "Reader", "SavePlanner", "State", "TensorCuts", "Writer", "load_metadata"]

@@ -1,6 +1,6 @@
 """Checkpoints by torch.distributed.checkpoint: any plan on any number of ranks reads them.
 
-``Checkpoints`` keeps those of a running training, ``save_model`` and ``load_model`` the weights of a finished one.
+``Checkpoints`` saves a running training; ``save_model`` and ``load_model`` handle the weights of a finished one.
 """
 
 import contextlib
@@ -22,12 +22,12 @@ from torchrec_deepfm.distributed.process_group import is_main, on_main
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.training.checkpoint.dcp import (
     METADATA,
+    CpuStager,
     LoadPlanner,
-    Pieces,
     Reader,
     SavePlanner,
-    Stager,
     State,
+    TensorCuts,
     Writer,
     writing,
 )
@@ -41,15 +41,15 @@ class Checkpoints:
     """The checkpoints of a run; every method is a collective.
 
     Args:
-        target: a folder or a URL of fsspec.
-        keep_last: how many of the newest to keep.
+        target: a folder or an fsspec URL.
+        keep_last: number of newest checkpoints to keep.
         timeout: seconds that ranks wait for each other.
-        committed: called on rank 0 with the step of each checkpoint that has become visible.
-        not_finite: called on rank 0 with a step that is not saved and the name of its weight that is not finite.
+        committed: called on rank 0 with the step of each committed checkpoint.
+        not_finite: called on rank 0 with a step that is not saved and the name of a weight that is not finite.
 
     Attributes:
-        store: where they lie.
-        saved: the newest step that is known to be saved.
+        store: the place of the checkpoints.
+        saved: the newest step known to be saved.
     """
 
     def __init__(
@@ -65,25 +65,25 @@ class Checkpoints:
         self._committed, self._not_finite = committed, not_finite
         self.saved: int | None = None
         self._keep_last = keep_last
-        # Saving talks in a thread of its own, while the training talks through the other groups.
+        # Saves run in a thread and need their own group: the training uses the others at the same time.
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._stager = Stager()
+        self._stager = CpuStager()
         self._pending: Future[int] | None = None
 
     def save(self, step: int, state: State, meta: Mapping[str, Any], *, keep: Collection[int] = ()) -> None:
-        """Save a state: copy it now, write it while the training goes on.
+        """Save a state: copy it now, write it while the training continues.
 
-        Waits for the save before it, if that is still being written.
+        Waits for the previous save first.
 
         Args:
             step: steps done.
             state: this rank's cuts.
-            meta: what the manifest is to say besides; read on rank 0.
-            keep: steps whose checkpoints are to stay besides the newest ones.
+            meta: further content of the manifest; read on rank 0.
+            keep: steps whose checkpoints to keep besides the newest ones.
 
         Raises:
-            UserError: the save before this one has failed.
+            UserError: the previous save has failed.
         """
         self.wait()
         writer = Writer(self.store.begin(step), local=self.store.local)
@@ -98,7 +98,7 @@ class Checkpoints:
         self._pending = self._pool.submit(self._finish, written, writer, step, dict(meta), frozenset(keep))
 
     def poll(self) -> None:
-        """Raise what a save has failed over, if one has; this alone is no collective and does not wait.
+        """Raise the error of a finished save, if it failed; not a collective, and does not wait.
 
         Raises:
             UserError: the disk refused, or a weight is NaN or infinite.
@@ -117,17 +117,17 @@ class Checkpoints:
             self.saved = pending.result()
 
     def close(self) -> None:
-        """Wait for a save that is being written, whatever comes of it, and give the memory back."""
+        """Wait for a running save, ignore its errors, and free the memory."""
         with contextlib.suppress(Exception):
             self.wait()
         self._pool.shutdown(wait=True)
         self._stager.close()
 
     def intact(self, refusals: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Walk over the checkpoints that are whole, the newest first.
+        """Iterate over the intact checkpoints, the newest first.
 
         Args:
-            refusals: gets a line for each that is not.
+            refusals: gets a line for each damaged one.
 
         Yields:
             The step and the manifest.
@@ -147,10 +147,10 @@ class Checkpoints:
         Args:
             step: its step.
             manifest: its manifest.
-            state: what this rank wants of it, and where to.
+            state: the cuts to read into.
 
         Returns:
-            Why it can't be read; None if it has been.
+            Why it can't be read; None on success.
         """
         try:
             _load(self.store, step, manifest["files"], state)
@@ -162,21 +162,21 @@ class Checkpoints:
     def _finish(
         self, written: "Future[Any]", writer: Writer, step: int, meta: dict[str, Any], keep: frozenset[int]
     ) -> int:
-        """After this rank's files: wait for all ranks', write the manifest, make the checkpoint visible."""
+        """Wait until the files of all ranks are written, write the manifest, make the checkpoint visible."""
         try:
             written.result()
         except _FAILED as error:
             if is_main():
                 self.store.abandon(step)
-            raise _explained(error, self.store.shown(step), self._again) from error
+            raise _as_user_error(error, self.store.shown(step), self._again) from error
         wrong = all_finite(self._stager.staged)
-        everyones: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyones, (writer.digests, wrong), group=self._group)
-        wrong = next((name for _, name in everyones if name is not None), None)
+        from_ranks: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(from_ranks, (writer.digests, wrong), group=self._group)
+        wrong = next((name for _, name in from_ranks if name is not None), None)
         outcome: list[UserError | None] = [None]
         if is_main():
             if wrong is None:
-                files = {name: entry for digests, _ in everyones for name, entry in sorted(digests.items())}
+                files = {name: entry for digests, _ in from_ranks for name, entry in sorted(digests.items())}
                 outcome = [self._commit(step, files, meta, keep)]
             else:
                 self.store.abandon(step)
@@ -214,30 +214,30 @@ class Checkpoints:
 
     @property
     def _again(self) -> str:
-        """What to do after a save that failed."""
+        """The remedy after a failed save."""
         return _AGAIN if self.saved is None else f"{_AGAIN} to resume from the checkpoint of step {self.saved}"
 
 
 def lower_rates(saved: int | None) -> str:
-    """Say what the user can do about a loss or a weight that is not finite.
+    """Return the remedy for a loss or a weight that is not finite.
 
     Args:
-        saved: the newest step that is saved; None if there is none.
+        saved: the newest saved step; None without one.
     """
     again = "start again from step 0" if saved is None else f"resume from the checkpoint of step {saved}"
     return f"run the same command with a lower --sparse-lr or --dense-lr to {again}"
 
 
 def verify_together(store: Store, step: int, files: Mapping[str, Any]) -> str | None:
-    """Compare a checkpoint's files with its manifest, each rank its share of them; a collective.
+    """Compare a checkpoint's files with its manifest, each rank a share of them; a collective.
 
     Args:
-        store: where it lies.
+        store: the place of the checkpoint.
         step: its step.
         files: of its manifest.
 
     Returns:
-        What is wrong with it, the same on every rank; None if nothing is.
+        The damage, the same on every rank; None if intact.
 
     Raises:
         UserError: a file can't be read on some rank.
@@ -248,11 +248,11 @@ def verify_together(store: Store, step: int, files: Mapping[str, Any]) -> str | 
         store.verify(step, {name: files[name] for name in share})
     except (Damaged, UserError) as error:
         found = error
-    return _of_any_rank(found)
+    return _error_of_any_rank(found)
 
 
-def _of_any_rank(error: Exception | None) -> str | None:
-    """What has stopped any rank, the same on all; a collective. A UserError is raised."""
+def _error_of_any_rank(error: Exception | None) -> str | None:
+    """Return the first error of any rank, the same on all; raise a UserError. A collective."""
     errors: list[Exception | None] = [None] * dist.get_world_size()
     dist.all_gather_object(errors, error)
     found = sorted((each for each in errors if each is not None), key=lambda each: not isinstance(each, UserError))
@@ -268,7 +268,7 @@ def save_model(model: DistributedModelParallel, folder: Path) -> None:
 
     Args:
         model: the sharded model.
-        folder: where to; what is there is replaced.
+        folder: the target; an existing one is replaced.
 
     Raises:
         UserError: the disk refused.
@@ -282,10 +282,10 @@ def save_model(model: DistributedModelParallel, folder: Path) -> None:
         with averaged_buffers(model):
             save(owned(model_state(model)), storage_writer=writer, planner=SavePlanner())
     except _FAILED as error:
-        raise _explained(error, str(folder), _AGAIN) from error
-    everyones: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyones, writer.digests)
-    files = {name: entry for digests in everyones for name, entry in sorted(digests.items())}
+        raise _as_user_error(error, str(folder), _AGAIN) from error
+    from_ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(from_ranks, writer.digests)
+    files = {name: entry for digests in from_ranks for name, entry in sorted(digests.items())}
 
     def commit() -> None:
         try:
@@ -297,17 +297,17 @@ def save_model(model: DistributedModelParallel, folder: Path) -> None:
 
 
 def load_model(model: DistributedModelParallel, folder: Path) -> None:
-    """Read the weights into a model that may be sharded otherwise, over other ranks; a collective.
+    """Read the weights into a model with any plan, on any number of ranks; a collective.
 
     Args:
         model: a model of the same tables and layers.
-        folder: what ``save_model`` wrote.
+        folder: a folder that ``save_model`` wrote.
 
     Raises:
-        UserError: the folder is missing, damaged or of another model.
+        UserError: the folder is missing, damaged or belongs to another model.
     """
     if not on_main(folder.is_dir):
-        raise UserError(f"{folder}: there is no checkpoint; did the training reach its end?")
+        raise UserError(f"{folder}: no final weights; finish the training with the same train command first")
     store = _Single(folder)
     manifest, reason = on_main(lambda: _read_manifest(store, 0))
     if reason is None:
@@ -322,7 +322,7 @@ def load_model(model: DistributedModelParallel, folder: Path) -> None:
 
 
 class _Single(Store):
-    """A folder that is one checkpoint, and not one of many."""
+    """A folder that holds a single checkpoint."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(str(folder.parent))
@@ -335,21 +335,21 @@ class _Single(Store):
         return str(self._folder)
 
     def set_aside(self, step: int) -> None:
-        self.remove(step)  # the same weights, of a run that was killed before its summary
+        self.remove(step)  # the same weights, saved by a run that was killed before its summary
 
 
-# CheckpointException is no Exception. What DCP raises inside a rank it wraps in one, on every rank.
+# CheckpointException is a BaseException. DCP wraps an error of any rank in one, on every rank.
 _FAILED = (CheckpointException, Exception)
 _UNREADABLE = (CheckpointException, Damaged, OSError, RuntimeError, ValueError)
 
 
 def _reason(error: BaseException, where: str) -> str:
-    """What is wrong with a checkpoint, in one sentence; torch reports it with the tracebacks of all ranks.
+    """Describe the damage of a checkpoint in one sentence; torch reports the tracebacks of all ranks.
 
     Raises:
-        UserError: nothing is known to be wrong with it, since it can't be read.
+        UserError: it can't be read, which is not a proof of damage.
     """
-    cause = _first(error)
+    cause = _first_cause(error)
     if isinstance(cause, UserError):
         raise cause
     if isinstance(cause, OSError):
@@ -360,18 +360,18 @@ def _reason(error: BaseException, where: str) -> str:
     return f"{type(cause).__name__}: {sentence}"
 
 
-def _load(store: Store, step: int, files: Mapping[str, Any], state: Mapping[str, Pieces]) -> None:
+def _load(store: Store, step: int, files: Mapping[str, Any], state: Mapping[str, TensorCuts]) -> None:
     if METADATA not in files:
         raise Damaged(f"{MANIFEST} does not name {METADATA}")
     reader = Reader(store.where(step), local=store.local, files=list(files))
     found: Exception | None = None
     try:
-        reader.read_metadata()  # before DCP does it, which logs what is wrong as tracebacks
+        reader.read_metadata()  # before DCP does it, which logs errors as tracebacks
     except pickle.UnpicklingError as error:
         found = Damaged(str(error))
     except OSError as error:
         found = unreadable(f"{store.shown(step)}/{METADATA}", error)
-    reason = _of_any_rank(found)
+    reason = _error_of_any_rank(found)
     if reason is not None:
         raise Damaged(reason)
     with writing(state):
@@ -385,15 +385,15 @@ def _read_manifest(store: Store, step: int) -> tuple[dict[str, Any], str | None]
         return {}, str(error)
 
 
-def _first(error: BaseException) -> BaseException:
-    """What lies under a CheckpointException: what one rank met."""
+def _first_cause(error: BaseException) -> BaseException:
+    """Return the error of a rank that a CheckpointException wraps."""
     if isinstance(error, CheckpointException) and error.failures:
         causes = [failure[0] for failure in error.failures.values()]
         return next((cause for cause in causes if isinstance(cause, OSError)), causes[0])
     return error
 
 
-def _explained(error: BaseException, where: str, again: str) -> BaseException:
-    """A user's line for what a disk refused; other errors as they are."""
-    cause = _first(error)
+def _as_user_error(error: BaseException, where: str, again: str) -> BaseException:
+    """Convert an error of the disk to a UserError; return other errors unchanged."""
+    cause = _first_cause(error)
     return refused(where, cause, again) if isinstance(cause, OSError) else error

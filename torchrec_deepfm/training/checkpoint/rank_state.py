@@ -1,4 +1,4 @@
-"""What each rank has of its own between two steps: random numbers, losses not yet recorded, batch statistics."""
+"""The state that differs between ranks: random numbers, losses not yet recorded, batch statistics."""
 
 from collections.abc import Callable, Sequence
 
@@ -7,12 +7,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
-from torchrec_deepfm.training.checkpoint.dcp import Pieces
+from torchrec_deepfm.training.checkpoint.dcp import TensorCuts
 from torchrec_deepfm.training.checkpoint.tensors import local_buffers, rank_rows, read_rank_rows
 
 
 class RankState:
-    """Saves and reads it, for this rank.
+    """Saves and reads the state of this rank.
 
     Args:
         model: the sharded model.
@@ -23,14 +23,14 @@ class RankState:
     def __init__(self, model: DistributedModelParallel, device: torch.device, seed: int) -> None:
         self._model, self._device, self._seed = model, device, seed
 
-    def to_save(self, losses: Sequence[Tensor]) -> tuple[dict[str, Pieces], dict[str, int]]:
-        """Return what this rank has to save.
+    def to_save(self, losses: Sequence[Tensor]) -> tuple[dict[str, TensorCuts], dict[str, int]]:
+        """Return the state that this rank saves.
 
         Args:
-            losses: since the last record, each a scalar; as many on every rank.
+            losses: since the last record, each a scalar; the same number on every rank.
 
         Returns:
-            Its rows, and what the manifest is to say for ``to_read``.
+            Its rows, and the counts that the manifest records for ``to_read``.
         """
         random = _random_state(self._device)
         rows = {
@@ -43,17 +43,17 @@ class RankState:
 
     def to_read(
         self, *, ranks: int, random_bytes: int, losses: int
-    ) -> tuple[dict[str, Pieces], Callable[[int], list[Tensor]]]:
-        """Return what this rank wants of a checkpoint.
+    ) -> tuple[dict[str, TensorCuts], Callable[[int], list[Tensor]]]:
+        """Return the state that this rank reads from a checkpoint.
 
         Args:
-            ranks: how many ranks saved it.
+            ranks: number of ranks that saved it.
             random_bytes: length of each rank's random state.
-            losses: how many losses each rank saved.
+            losses: number of losses that each rank saved.
 
         Returns:
-            The state to read into; and what to call with the step once it has been read, which gives the losses. On
-            another number of ranks than saved it, these are the mean over the ranks, and the random numbers new ones.
+            The state to read into, and a function to call with the step once it has been read, which returns the
+            losses. If the number of ranks has changed, these are means over the ranks, and random numbers start anew.
         """
         state, own = {}, {}
         key, state[key], random = read_rank_rows("random", ranks, [random_bytes], torch.uint8)
@@ -62,7 +62,7 @@ class RankState:
         for name, buffer in buffers.items():
             key, state[key], own[name] = read_rank_rows(f"model.{name}", ranks, buffer.shape, buffer.dtype)
 
-        def go_on(step: int) -> list[Tensor]:
+        def restore(step: int) -> list[Tensor]:
             rank = dist.get_rank()
             if ranks != dist.get_world_size():
                 torch.manual_seed(self._seed + 1 + rank + 1_000_003 * step)
@@ -72,7 +72,7 @@ class RankState:
                 buffers[name].copy_(values[rank])
             return list(read[rank].unbind())
 
-        return state, go_on
+        return state, restore
 
 
 def _random_state(device: torch.device) -> Tensor:

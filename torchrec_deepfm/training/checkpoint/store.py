@@ -1,16 +1,16 @@
-"""Where the checkpoints of a run lie: folders below a path or URL, each complete or invisible, each with checksums.
+"""The checkpoints of a run: folders below a path or URL, each complete or invisible, each with checksums.
 
     step_00000120/            a complete checkpoint
         checkpoint.json       its manifest: step, position, plan, versions, and every other file's size and SHA-256
         .metadata, *.distcp   written by torch.distributed.checkpoint
     step_00000140.partial/    one that is being written
 
-On a local file system a folder is written beside its place and renamed, so a folder without a manifest has lost it: it
-counts as a damaged checkpoint. Object stores know no renaming; there the manifest is written last, and a folder without
-one is a save that was cut off.
+On a local file system a folder is written beside its place and renamed, so a folder without a manifest counts as a
+damaged checkpoint. Object stores cannot rename; there the manifest is written last, and a folder without one is an
+interrupted save.
 
 Only FileNotFoundError means that something is absent. Any other error of a file system (EIO, ESTALE, EACCES, a lost
-network) says nothing about what is there: it ends the command, and nothing is removed.
+network) proves nothing: it ends the command, and nothing is removed.
 """
 
 import contextlib
@@ -38,8 +38,8 @@ _NOT_A_FILE = (IsADirectoryError, NotADirectoryError, NotRegularError)
 _HEX = re.compile(r"[0-9a-f]{64}")
 
 
-class Damaged(Exception):  # noqa: N818 - it is the checkpoint that is
-    """A checkpoint is not what its manifest says; the text names the file."""
+class Damaged(Exception):  # noqa: N818 - it describes the checkpoint
+    """A checkpoint does not match its manifest; the text names the file."""
 
 
 def unseal(content: bytes) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def unseal(content: bytes) -> dict[str, Any]:
         The manifest.
 
     Raises:
-        Damaged: it is not a JSON object, or not the one that was sealed.
+        Damaged: it is not a JSON object, or its checksum differs.
     """
     try:
         manifest = json.loads(content.decode("utf-8"), parse_constant=_not_finite)
@@ -66,14 +66,14 @@ def unseal(content: bytes) -> dict[str, Any]:
 
 
 def _not_finite(name: str) -> None:
-    raise ValueError(f"{name} is not a number of JSON")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 class Store:
     """The checkpoints below one path or URL.
 
     Args:
-        target: a folder, or a URL of fsspec (``s3://bucket/run``); need not exist yet.
+        target: a folder or an fsspec URL (``s3://bucket/run``); need not exist yet.
 
     Attributes:
         target: as given.
@@ -84,28 +84,28 @@ class Store:
         self.target = target
         try:
             self._fs, self._root = url_to_fs(target)
-        except (ValueError, ImportError) as error:  # no such protocol, or its package is not installed
+        except (ValueError, ImportError) as error:  # unknown protocol, or its package is not installed
             raise UserError(
-                f"--checkpoints {target}: {str(error).splitlines()[0]}; name a path or URL of fsspec"
+                f"--checkpoints {target}: {str(error).splitlines()[0]}; name a path or an fsspec URL"
             ) from error
         self.local = isinstance(self._fs, LocalFileSystem)
 
     def steps(self) -> list[int]:
-        """Return the steps of all checkpoints, the newest first; on a local file system also of those that are damaged.
+        """Return the steps of all checkpoints, the newest first; on a local file system also of damaged ones.
 
         Raises:
-            UserError: the place can't be read.
+            UserError: the folder or URL can't be read.
         """
         found = [_NAME.fullmatch(name) for name in self._names()]
         steps = sorted((int(match[1]) for match in found if match), reverse=True)
         return steps if self.local else [step for step in steps if self._is_there(f"{self.path(step)}/{MANIFEST}")]
 
     def path(self, step: int) -> str:
-        """Return where the checkpoint of a step lies, as fsspec's file system wants it."""
+        """Return the path of a step's checkpoint for fsspec's file system."""
         return f"{self._root}/step_{step:08d}"
 
     def shown(self, step: int) -> str:
-        """Return where the checkpoint of a step lies, as the user named it."""
+        """Return the path of a step's checkpoint for messages, below ``target``."""
         return f"{self.target.rstrip('/')}/step_{step:08d}"
 
     def begin(self, step: int) -> str:
@@ -118,10 +118,10 @@ class Store:
         return self.path(step) if self.local else str(self._fs.unstrip_protocol(self.path(step)))
 
     def clean(self) -> None:
-        """Remove what broken saves and removals have left. Call it before the first save, on one rank.
+        """Remove the remains of interrupted saves and removals. Call it before the first save, on one rank.
 
         Raises:
-            UserError: the place can't be read.
+            UserError: the folder or URL can't be read.
         """
         for name in self._names():
             head, _, tail = name.partition(".")
@@ -137,12 +137,12 @@ class Store:
                     self._discard(f"{self._root}/{name}")
 
     def commit(self, step: int, files: Mapping[str, Mapping[str, Any]], meta: Mapping[str, Any]) -> None:
-        """Make a checkpoint visible, all of whose other files are written.
+        """Make a checkpoint visible once all its other files are written.
 
         Args:
             step: its step.
             files: ``bytes`` and ``sha256`` by name.
-            meta: what else the manifest says.
+            meta: further content of the manifest.
         """
         content = seal({"format_version": FORMAT_VERSION, "step": step, **meta, "files": dict(files)})
         if not self.local:
@@ -152,7 +152,7 @@ class Store:
         partial, final = Path(f"{self.path(step)}.partial"), Path(self.path(step))
         write_bytes(partial / MANIFEST, content)
         _sync_folder(partial)
-        if os.path.lexists(final):  # of this very step, written before a resume from an older one
+        if os.path.lexists(final):  # of the same step, written before a resume from an older one
             self.set_aside(step)
         partial.rename(final)
         _sync_folder(final.parent)
@@ -163,7 +163,7 @@ class Store:
             self._discard(f"{self.path(step)}.partial" if self.local else self.path(step))
 
     def remove(self, step: int) -> None:
-        """Remove a checkpoint; interrupted halfway, it is not a checkpoint any more."""
+        """Remove a checkpoint; if interrupted, its remains do not count as a checkpoint."""
         if self.local:
             gone = f"{self.path(step)}.deleted"
             self._discard(gone)
@@ -183,7 +183,7 @@ class Store:
         self._fs.mv(path, aside, recursive=True)
 
     def forget_newer(self, step: int) -> None:
-        """Set aside all checkpoints newer than the one to resume from: none of them is intact."""
+        """Set aside all checkpoints newer than the one to resume from; all of them are damaged."""
         for newer in self.steps():
             if newer > step:
                 self.set_aside(newer)
@@ -192,8 +192,8 @@ class Store:
         """Remove all but the newest checkpoints.
 
         Args:
-            keep_last: how many to keep.
-            also: steps to keep besides.
+            keep_last: number of newest ones to keep.
+            also: further steps to keep.
         """
         steps = self.steps()
         for step in steps[keep_last:]:
@@ -210,7 +210,7 @@ class Store:
             The manifest; ``files`` holds plain names, sizes and digests.
 
         Raises:
-            Damaged: it is missing, or not a manifest of this checkpoint.
+            Damaged: it is missing, or not the manifest of this checkpoint.
             UserError: it can't be read.
         """
         with self._reading(step, MANIFEST) as file:
@@ -227,7 +227,7 @@ class Store:
             raise Damaged(f"{MANIFEST} names no files")
         for name, entry in files.items():
             if not _FILE.fullmatch(name) or ".." in name:
-                raise Damaged(f"{MANIFEST} names {name!r}, which is no file of its folder")
+                raise Damaged(f"{MANIFEST} names {name!r}, which is not a file of its folder")
             if not isinstance(entry, dict) or type(entry.get("bytes")) is not int:
                 raise Damaged(f"{MANIFEST} has no size of {name}")
             if not isinstance(entry.get("sha256"), str) or not _HEX.fullmatch(entry["sha256"]):
@@ -235,7 +235,7 @@ class Store:
         return manifest
 
     def verify(self, step: int, files: Mapping[str, Mapping[str, Any]]) -> None:
-        """Read files of a checkpoint and compare them with what the manifest says.
+        """Read files of a checkpoint and compare them with the manifest.
 
         Args:
             step: its step.
@@ -257,19 +257,19 @@ class Store:
                 raise Damaged(f"{name} is not what was written (its checksum differs)")
 
     def _names(self) -> list[str]:
-        """The names of what lies at the root; none where there is no root."""
+        """The names at the root; none if the root does not exist."""
         self._fs.invalidate_cache()
         try:
-            with _answering(self.target):
+            with _report_io_errors(self.target):
                 entries = self._fs.ls(self._root, detail=False)
         except FileNotFoundError:
             return []
         return [str(entry).rstrip("/").rpartition("/")[2] for entry in entries]
 
     def _is_there(self, path: str) -> bool:
-        """Whether something has this path; fsspec's own ``exists`` takes every error for a no."""
+        """Whether a path exists; fsspec's own ``exists`` returns False on every error."""
         try:
-            with _answering(path):
+            with _report_io_errors(path):
                 self._fs.info(path)
         except (FileNotFoundError, NotADirectoryError):
             return False
@@ -281,7 +281,7 @@ class Store:
         path = f"{self.path(step)}/{name}"
         try:
             with (
-                _answering(f"{self.shown(step)}/{name}"),
+                _report_io_errors(f"{self.shown(step)}/{name}"),
                 open(path, "rb", opener=regular_file) if self.local else self._fs.open(path, "rb") as file,
             ):
                 yield file
@@ -291,7 +291,7 @@ class Store:
             raise Damaged(f"{name} is not a regular file") from error
 
     def _discard(self, path: str) -> None:
-        """Remove a folder with all that is in it, or a link to one alone."""
+        """Remove a folder with its content; of a link, only the link."""
         if self.local and Path(path).is_symlink():
             Path(path).unlink()
             return
@@ -300,8 +300,8 @@ class Store:
 
 
 @contextlib.contextmanager
-def _answering(where: str) -> Iterator[None]:
-    """Let only an error that says so mean that there is no such file; turn any other one into one line."""
+def _report_io_errors(where: str) -> Iterator[None]:
+    """Pass on errors of a missing or irregular file; turn any other one into a UserError."""
     try:
         yield
     except (FileNotFoundError, *_NOT_A_FILE):
@@ -314,7 +314,7 @@ def _sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
-    except OSError:  # some network file systems do not sync folders; the data themselves are synced
+    except OSError:  # some network file systems cannot sync folders; the files themselves are synced
         pass
     finally:
         os.close(descriptor)

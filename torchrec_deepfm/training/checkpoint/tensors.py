@@ -1,17 +1,17 @@
-"""The tensors of a training by name: weights, optimizer values, and what each rank has of its own.
+"""The tensors of a training by name: weights, optimizer values, and values of single ranks.
 
-Names and meanings do not depend on the plan, so that any plan on any number of ranks reads what any other has written:
+Names and meanings do not depend on the plan, so any plan on any number of ranks reads what another one wrote:
 
     model.<parameter>                  weights and buffers
     optimizer.<table>.sum              Adagrad's sum of squares; for rowwise Adagrad [rows, C], see below
     optimizer.<parameter>.exp_avg      Adam's; also .exp_avg_sq and .step
-    ranks.<name>                       [ranks, ...]: a row per rank, such as its random numbers' state
+    ranks.<name>                       [ranks, ...]: a row per rank, such as its random state
 
 Rowwise Adagrad keeps one number per row and column shard: the sum over the steps of the mean of the squared gradient,
-over the shard's columns. A table in C column shards thus has C numbers a row. They are saved as such, with the columns
-at which the shards begin (``columns`` in the manifest). Where a plan with other borders reads them, a shard's number is
-the mean of those it overlaps, weighted by the columns in common. Merging shards is exact that way; a shard that is
-split gives each part its own number, since what the parts had apart was never kept.
+over the shard's columns. A table in C column shards thus has C numbers per row. They are saved as such, with the
+first columns of the shards (``columns`` in the manifest). If a plan with other borders reads them, a shard's number is
+the mean of those it overlaps, weighted by the common columns. That is exact for merged shards; a shard that is split
+passes its number to each part, since the sums of the parts were never kept.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,24 +29,24 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 
 from torchrec_deepfm.sharding.inputs.sharding_types import SparseOptimizer
 from torchrec_deepfm.sharding.runtime.init_tables import local_shards, purge_row_caches
-from torchrec_deepfm.training.checkpoint.dcp import Cut, Pieces
+from torchrec_deepfm.training.checkpoint.dcp import Cut, TensorCuts
 
 Columns = Mapping[str, Sequence[int]]
 
 
-def model_state(model: DistributedModelParallel) -> dict[str, Pieces]:
+def model_state(model: DistributedModelParallel) -> dict[str, TensorCuts]:
     """Name the weights and buffers of a model.
 
     Args:
         model: the sharded model.
 
     Returns:
-        Views of its memory: reading into them, inside ``writing``, changes the model. What every rank holds is listed
-        on rank 0 alone where it is to be saved; see ``owned``.
+        Views of its memory: reading into them, inside ``writing``, changes the model. To save it, pass it through
+        ``owned`` first.
     """
     state, written = {}, partial(purge_row_caches, model)
     for name, value in model.state_dict().items():
-        kind = _Sharded if hasattr(value, "local_shards") else Pieces
+        kind = _Sharded if hasattr(value, "local_shards") else TensorCuts
         cuts = [
             Cut((row, column) if shard.dim() == 2 else (0,) * shard.dim(), shard)
             for shard, row, column in local_shards(value)
@@ -56,7 +56,7 @@ def model_state(model: DistributedModelParallel) -> dict[str, Pieces]:
 
 
 def local_buffers(model: DistributedModelParallel) -> dict[str, Tensor]:
-    """Return what each rank has of its own in the model: the running statistics of batch normalisation.
+    """Return the buffers that differ between ranks: the running statistics of batch normalisation.
 
     Args:
         model: the sharded model.
@@ -73,10 +73,10 @@ def local_buffers(model: DistributedModelParallel) -> dict[str, Tensor]:
 
 
 def averaged(buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the mean over the ranks of ``local_buffers``; a collective.
+    """Return the mean of ``local_buffers`` over the ranks; a collective.
 
     Args:
-        buffers: this rank's.
+        buffers: those of this rank.
 
     Returns:
         Copies by name, the same on every rank.
@@ -91,7 +91,7 @@ def averaged(buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @contextmanager
 def averaged_buffers(model: DistributedModelParallel) -> Iterator[None]:
-    """Let all ranks have the same statistics for a while, the mean of theirs; a collective.
+    """Give all ranks the mean of their batch statistics inside, and restore their own afterwards; a collective.
 
     Args:
         model: the sharded model.
@@ -110,27 +110,30 @@ def averaged_buffers(model: DistributedModelParallel) -> Iterator[None]:
             buffers[name].copy_(value)
 
 
-def owned(state: Mapping[str, Pieces]) -> dict[str, Pieces]:
-    """Leave out what rank 0 saves for all.
+def owned(state: Mapping[str, TensorCuts]) -> dict[str, TensorCuts]:
+    """Leave out the replicated tensors, which rank 0 saves for all.
 
     Args:
         state: of ``model_state`` or ``optimizer_state``.
 
     Returns:
-        The same names; on rank 0 all cuts, on the others only those that are parts of a tensor, or of a sharded table.
+        The same names; on rank 0 all cuts, on the others only those of sharded tensors.
     """
     if dist.get_rank() == 0:
         return dict(state)
-    return {name: pieces if isinstance(pieces, _Sharded) else Pieces(pieces.size) for name, pieces in state.items()}
+    return {
+        name: tensor_cuts if isinstance(tensor_cuts, _Sharded) else TensorCuts(tensor_cuts.size)
+        for name, tensor_cuts in state.items()
+    }
 
 
 @dataclass(frozen=True)
-class _Sharded(Pieces):
-    """Pieces that no two ranks share."""
+class _Sharded(TensorCuts):
+    """Cuts that no two ranks share."""
 
 
 def table_columns(model: DistributedModelParallel) -> dict[str, list[int]]:
-    """Return at which columns the shards of each table begin, ``[0]`` for a table that is not cut by columns."""
+    """Return the first columns of the shards of each table, ``[0]`` for a table that is not split by columns."""
     columns = {}
     for name, value in model.state_dict().items():
         if _is_table(name):
@@ -140,15 +143,15 @@ def table_columns(model: DistributedModelParallel) -> dict[str, list[int]]:
 
 
 class TrainingTensors:
-    """The weights and optimizer values of a training, to save them or to read them.
+    """The weights and optimizer values of a training, to save or to read.
 
     Args:
         model: the sharded model.
         optimizer: of ``make_optimizer``, for that model.
-        sparse_optimizer: which one trains the tables.
+        sparse_optimizer: the optimizer of the tables.
 
     Attributes:
-        columns: at which columns the shards of each table begin.
+        columns: the first columns of the shards of each table.
         widths: columns of each table.
     """
 
@@ -156,16 +159,16 @@ class TrainingTensors:
         self, model: DistributedModelParallel, optimizer: CombinedOptimizer, sparse_optimizer: SparseOptimizer
     ) -> None:
         self._model, self._optimizer = model, optimizer
-        # Whether the tables' optimizer keeps one number per row, not one per weight; None if it keeps none.
+        # Whether the tables' optimizer keeps a number per row (True) or per weight (False); None if it keeps none.
         self._rowwise = {"rowwise_adagrad": True, "adagrad": False, "sgd": None, "adam": None}[sparse_optimizer]
         self.columns = table_columns(model)
         self.widths = {name: int(value.size(1)) for name, value in model.state_dict().items() if _is_table(name)}
 
-    def to_save(self) -> dict[str, Pieces]:
-        """Return what this rank has to save; a collective."""
+    def to_save(self) -> dict[str, TensorCuts]:
+        """Return the state that this rank saves; a collective."""
         state = model_state(self._model)
         for name, value in averaged(local_buffers(self._model)).items():
-            state[f"model.{name}"] = Pieces(tuple(value.size()), [Cut((0,) * value.dim(), value)])
+            state[f"model.{name}"] = TensorCuts(tuple(value.size()), [Cut((0,) * value.dim(), value)])
         for name, rows, width, moments in self._fused():
             if not self._rowwise:
                 cuts = [Cut((row, column), moment) for moment, row, column, _ in moments]
@@ -175,24 +178,26 @@ class TrainingTensors:
             cuts = [Cut((row, begins.index(column)), moment.view(-1, 1)) for moment, row, column, _ in moments]
             state[f"optimizer.{name}.sum"] = _Sharded((rows, len(begins)), cuts)
         for name, kind, value in self._eager():
-            state[f"optimizer.{name}.{kind}"] = Pieces(tuple(value.size()), [Cut((0,) * value.dim(), value)])
+            state[f"optimizer.{name}.{kind}"] = TensorCuts(tuple(value.size()), [Cut((0,) * value.dim(), value)])
         return owned(state)
 
-    def to_read(self, columns: Columns) -> tuple[dict[str, Pieces], Callable[[], None]]:
-        """Return what this rank wants of a checkpoint.
+    def to_read(self, columns: Columns) -> tuple[dict[str, TensorCuts], Callable[[], None]]:
+        """Return the state that this rank reads from a checkpoint.
 
         Args:
-            columns: at which columns the shards of each table began that were saved.
+            columns: the first columns of the saved shards of each table.
 
         Returns:
-            The state to read into, and what is to be called once it has been read.
+            The state to read into, and a function to call once it has been read.
         """
         state = model_state(self._model)
         rest: list[Callable[[], None]] = []
         for name, rows, width, moments in self._fused():
             key, begins = f"optimizer.{name}.sum", list(columns[name])
             if not self._rowwise:
-                state[key] = Pieces((rows, width), [Cut((row, column), moment) for moment, row, column, _ in moments])
+                state[key] = TensorCuts(
+                    (rows, width), [Cut((row, column), moment) for moment, row, column, _ in moments]
+                )
                 continue
             cuts = []
             for moment, row, column, count in moments:
@@ -204,7 +209,7 @@ class TrainingTensors:
                 read = torch.empty(len(moment), len(overlaps))
                 cuts.append(Cut((row, first), read))
                 rest.append(_merge(moment, read, list(overlaps.values())))
-            state[key] = Pieces((rows, len(begins)), cuts)
+            state[key] = TensorCuts((rows, len(begins)), cuts)
         parameters = self._optimizer.params
         for name, kind, value in self._eager():
             key, parameter = f"optimizer.{name}.{kind}", parameters[name]
@@ -213,10 +218,10 @@ class TrainingTensors:
                 read = torch.empty(len(value), len(begins), dtype=value.dtype)
                 width = int(parameter.shape[1])
                 widths = [end - begin for begin, end in zip(begins, [*begins[1:], width], strict=True)]
-                state[key] = Pieces(tuple(read.size()), [Cut((0, 0), read)])
+                state[key] = TensorCuts(tuple(read.size()), [Cut((0, 0), read)])
                 rest.append(_merge(value, read, widths))
             else:
-                state[key] = Pieces(tuple(value.size()), [Cut((0,) * value.dim(), value)])
+                state[key] = TensorCuts(tuple(value.size()), [Cut((0,) * value.dim(), value)])
 
         def finish() -> None:
             for call in rest:
@@ -236,14 +241,14 @@ class TrainingTensors:
             sums = next(iter(states[name].values())).local_shards() if shards else []
             moments = [
                 (shard.tensor, row, column, tensor.shape[1])
-                for shard, (tensor, row, column) in zip(sums, shards, strict=True)  # TorchRec keeps one order for both
+                for shard, (tensor, row, column) in zip(sums, shards, strict=True)  # TorchRec keeps both in one order
             ]
             assert all(len(moment) == len(tensor) for (moment, *_), (tensor, *_) in zip(moments, shards, strict=True))
             rows, width = (int(each) for each in weight.size())
             yield name, rows, width, moments
 
     def _eager(self) -> Iterator[tuple[str, str, Tensor]]:
-        """Values of the optimizers that are not fused, alike on all ranks: parameter, kind, values."""
+        """Values of the optimizers that are not fused, equal on all ranks: parameter, kind, values."""
         for _, keyed in self._optimizer.optimizers:
             if isinstance(keyed, KeyedOptimizerWrapper):
                 inner = keyed._optimizer
@@ -252,7 +257,7 @@ class TrainingTensors:
 
 
 def optimizer_values(optimizer: torch.optim.Optimizer, parameter: Any) -> Iterator[tuple[str, Tensor]]:
-    """Walk over an optimizer's values of one parameter, making them first where no step has yet.
+    """Iterate over an optimizer's values of one parameter, creating them if no step has done so.
 
     Args:
         optimizer: Adam, Adagrad, RowWiseAdagrad or SGD.
@@ -276,7 +281,7 @@ def _is_table(name: str) -> bool:
 
 
 def _overlaps(borders: Sequence[int], column: int, count: int) -> dict[int, int]:
-    """Columns in common with ``[column, column + count)``, by the number of the saved shard."""
+    """Count the columns in ``[column, column + count)`` of each saved shard, by its number."""
     common = {
         number: min(end, column + count) - max(begin, column) for number, (begin, end) in enumerate(pairwise(borders))
     }
@@ -291,12 +296,12 @@ def _merge(moment: Tensor, read: Tensor, widths: Sequence[int]) -> Callable[[], 
     return merge
 
 
-def rank_rows(name: str, mine: Tensor) -> tuple[str, Pieces]:
-    """Name a tensor of which every rank has one of its own, of one shape.
+def rank_rows(name: str, mine: Tensor) -> tuple[str, TensorCuts]:
+    """Name a tensor that differs between ranks but has the same shape on all.
 
     Args:
         name: the name.
-        mine: this rank's.
+        mine: the tensor of this rank.
 
     Returns:
         Its key, and the row of this rank.
@@ -305,26 +310,28 @@ def rank_rows(name: str, mine: Tensor) -> tuple[str, Pieces]:
     return f"ranks.{name}", _Sharded(size, [Cut((dist.get_rank(), *(0,) * mine.dim()), mine.unsqueeze(0))])
 
 
-def read_rank_rows(name: str, world_size: int, shape: Sequence[int], dtype: torch.dtype) -> tuple[str, Pieces, Tensor]:
-    """Ask for what all ranks have saved under ``rank_rows``.
+def read_rank_rows(
+    name: str, world_size: int, shape: Sequence[int], dtype: torch.dtype
+) -> tuple[str, TensorCuts, Tensor]:
+    """Request the tensors that all ranks saved with ``rank_rows``.
 
     Args:
         name: the name.
-        world_size: how many ranks saved.
+        world_size: number of ranks that saved.
         shape: of each rank's tensor.
-        dtype: of it.
+        dtype: of each rank's tensor.
 
     Returns:
-        Its key, the pieces to read into, and their memory [world_size, *shape].
+        Its key, the cuts to read into, and their memory [world_size, *shape].
     """
     memory = torch.empty(world_size, *shape, dtype=dtype)
-    return f"ranks.{name}", Pieces(tuple(memory.size()), [Cut((0,) * memory.dim(), memory)]), memory
+    return f"ranks.{name}", TensorCuts(tuple(memory.size()), [Cut((0,) * memory.dim(), memory)]), memory
 
 
-def all_finite(tensors: Mapping[str, Pieces]) -> str | None:
+def all_finite(tensors: Mapping[str, TensorCuts]) -> str | None:
     """Return the name of a tensor with a NaN or an infinity in it; None if there is none."""
-    for name, pieces in tensors.items():
-        for cut in pieces.cuts:
+    for name, tensor_cuts in tensors.items():
+        for cut in tensor_cuts.cuts:
             if cut.tensor.is_floating_point() and not bool(torch.isfinite(cut.tensor).all()):
                 return name
     return None
