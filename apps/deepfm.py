@@ -34,7 +34,7 @@ def train(
     rdzv_port: int = 29500,
     max_restarts: int = 3,
 ) -> specs.AppDef:
-    """Trains a sharded DeepFM, by default on a small synthetic set that it makes itself.
+    """Trains a sharded DeepFM, by default on a small synthetic set that it generates.
 
     Args:
         args: options of `python -m torchrec_deepfm train`, after `--`
@@ -132,13 +132,13 @@ def prepare(
         args: options of `python -m torchrec_deepfm prepare`, after `--`
         j: {hosts}x{ranks per host}; a rank works on a file at a time
         cpu: CPU cores per host (local schedulers ignore it)
-        gpu: GPUs per host, which it has no use for
+        gpu: GPUs per host (not used)
         memMB: memory per host in MB (local schedulers ignore it)
         h: a named resource of TorchX, instead of cpu, gpu and memMB
         image: the image with torchrec_deepfm in it (local_cwd runs what is installed here)
         name: the job's name
         env: environment variables of the ranks (ENV1=v1,ENV2=v2)
-        max_retries: how often the scheduler may start the job again; it goes on where it stood
+        max_retries: how often the scheduler may start the job again; it resumes
         rdzv_port: port on the first host where several hosts meet; another one for each job there (one host uses none)
         max_restarts: how often torchelastic may start the ranks again
     """
@@ -169,7 +169,7 @@ def plan(
     env: Optional[Dict[str, str]] = None,
     max_retries: int = 0,
 ) -> specs.AppDef:
-    """Plans where tables go on hardware that need not be there, in one process.
+    """Plans the placement of tables on any described hardware, in one process.
 
     Args:
         args: options of `python -m torchrec_deepfm plan`, after `--`
@@ -246,8 +246,8 @@ def _on_ranks(command: str, args: tuple[str, ...], max_restarts: int, **options:
     """One role of `dist.ddp` whose ranks run a command of torchrec_deepfm."""
     app = ddp(command, *args, m="torchrec_deepfm", **options)
     (role,) = app.roles
-    role.name = command  # it heads every line of output: "train/0" tells more than "torchrec_deepfm/0"
-    # torchrun itself, behind a front that reports the failure of a rank in one line (torchrec_deepfm/launch.py).
+    role.name = command  # the prefix of every output line: "train/0", not "torchrec_deepfm/0"
+    # torchrun, behind a launcher that reports the failure of a rank in one line (torchrec_deepfm/launch.py).
     front = f"python -m torchrec_deepfm.launch --max_restarts {max_restarts} "
     role.args = [arg.replace("torchrun ", front, 1) for arg in role.args]
     return app

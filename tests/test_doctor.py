@@ -114,7 +114,7 @@ def test_what_fits_is_left_alone(installed: dict[str, str], probe: Probe) -> Non
         (
             {**CPU, "torchrec": "1.6.1"},
             ON_CPU,
-            f"torchrec 1.6.1 does not go with torch 2.13.0+cpu: {PIP} install --no-deps 'torchrec==1.8.*'",
+            f"torchrec 1.6.1 does not fit torch 2.13.0+cpu: {PIP} install --no-deps 'torchrec==1.8.*'",
         ),
         (
             without(CPU, "torchrec"),
@@ -149,7 +149,9 @@ def test_this_installation_is_fine() -> None:
 
 
 def test_a_problem_is_printed_and_counts() -> None:
-    report = doctor.Report(versions={"python": "3.11.7", "torch": "-"}, problems=("torch is not installed: pip ...",))
+    report = doctor.Diagnosis(
+        versions={"python": "3.11.7", "torch": "-"}, problems=("torch is not installed: pip ...",)
+    )
     assert str(report) == "python  3.11.7\ntorch   -\nproblem: torch is not installed: pip ..."
     assert report.exit_code == 2
 

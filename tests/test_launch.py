@@ -38,7 +38,7 @@ def test_of_a_crash_the_rank_tells_the_cause(tmp_path: Path) -> None:
     assert run.returncode == 1
     assert run.stderr.splitlines()[-2:] == [
         "RuntimeError: boom",
-        "error: rank 1 ended with exit code 1; its output above says why",
+        "error: rank 1 ended with exit code 1; see its output above",
     ]
 
 

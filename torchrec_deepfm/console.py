@@ -1,4 +1,4 @@
-"""What a command prints: lines, the summary of a training, and not the known noise of the stack below."""
+"""The output of the commands: lines and summaries, without known warnings of the libraries."""
 
 import logging
 import os
@@ -10,7 +10,7 @@ from typing import Any
 
 from torchrec_deepfm.processes import local_world_size
 
-# Known and harmless, each by its message; whatever else the stack says is worth reading.
+# Known and harmless warnings, by message; all others are shown.
 _WARNINGS = (
     r"Please use DTensor instead and we are deprecating ShardedTensor",  # TorchRec's state_dict holds the latter
     r"`broadcast_buffers` is deprecated",  # TorchRec passes it to DistributedDataParallel
@@ -23,26 +23,26 @@ _WARNINGS = (
 _LOGGED: dict[str, str | tuple[str, ...]] = {
     "root": "Sharding spec not found for",  # data_parallel tables have none
     "torchrec.distributed.utils": "Sharding Type is data_parallel, caching params will be ignored",
-    # What it takes for a host, and the process groups in and between hosts, of table_row_wise and grid_shard.
+    # Of table_row_wise and grid_shard: the size of a host, and the process groups in and between hosts.
     "torchrec.distributed.comm": ("TORCHREC_RESOLVED_POD_SIZE not set", "[Connection] "),
-    "torch.fx._symbolic_trace": "is_fx_tracing will return true for both",  # TorchRec asks it while it pipelines
-    # Raised again where the batch is wanted, and told there.
+    "torch.fx._symbolic_trace": "is_fx_tracing will return true for both",  # TorchRec calls it while it pipelines
+    # Raised again, and reported, where the batch is used.
     "torchrec.distributed.train_pipeline.utils": "DataLoadingThread: Non-retriable exception in data loading: UserE",
-    # Of the report's pictures, where the home can't be written to, or the first time ever.
+    # Of the report's figures: at the first start, or if the home folder is not writable.
     "matplotlib": ("mkdir -p failed for path", "Matplotlib created a temporary cache directory"),
     "matplotlib.font_manager": "Matplotlib is building the font cache",
 }
 
 
 def say(line: str) -> None:
-    """Print to standard output at once, also where that is a pipe."""
+    """Print a line to standard output and flush it, also into a pipe."""
     encoding = sys.stdout.encoding or "utf-8"
     sys.stdout.write(f"{line}\n".encode(encoding, "backslashreplace").decode(encoding))  # such as odd file names
     sys.stdout.flush()
 
 
 def threads() -> int:
-    """Return how many CPU cores this process may use: its share of them, where there are several ranks on the host."""
+    """Return how many CPU cores this process may use: its share, if there are several ranks on the host."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(cores // local_world_size(), 1)
 
@@ -60,13 +60,13 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 
 def metrics_table(splits: Mapping[str, Mapping[str, Any]]) -> str:
-    """Lay out the metrics of some splits.
+    """Format the metrics of some splits.
 
     Args:
         splits: metrics by split, as in ``summary.json``.
 
     Returns:
-        Lines: a head and one per split; and one per split whose optimum is known.
+        Lines: a header, one per split, and one more per split whose best reachable AUC is known.
     """
     columns = ("auc", "logloss", "ne", "calibration", "rows")
     lines = [f"{'':<12}" + "".join(f"{column:>13}" for column in columns)]
@@ -77,13 +77,13 @@ def metrics_table(splits: Mapping[str, Mapping[str, Any]]) -> str:
         if "lift" in metrics:
             lines.append(
                 f"best reachable {split} AUC {metrics['best_reachable_auc']:.5f}: "
-                f"{metrics['lift']:.2%} of its lift over chance reached"
+                f"{metrics['lift']:.1%} of the best possible lift"
             )
     return "\n".join(lines)
 
 
 def training_summary(summary: Mapping[str, Any], folder: Path) -> str:
-    """Lay out the end of a training.
+    """Format the summary of a training.
 
     Args:
         summary: the content of ``summary.json``.
@@ -103,7 +103,7 @@ def training_summary(summary: Mapping[str, Any], folder: Path) -> str:
 
 
 def seeds_summary(summary: Mapping[str, Any], folder: Path) -> str:
-    """Lay out what runs with several seeds have in common.
+    """Format the means of runs with several seeds.
 
     Args:
         summary: of ``train_seeds``.

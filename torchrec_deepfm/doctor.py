@@ -1,10 +1,10 @@
-"""Do the installed torch, FBGEMM and TorchRec fit together, and do they run?
+"""Checks that the installed torch, FBGEMM and TorchRec fit together and run.
 
-These three are built against each other, pip does not know it, and a mismatch shows as a missing library, a missing
-operator or a crash. `check` reads the versions, compares them, and then imports the three in a process of its own (a
-library built for another torch may take its process down) and runs one operator of FBGEMM.
+The three are built against each other, which pip does not check: a mismatch shows as a missing library, a missing
+operator or a crash. `check` compares the versions, then imports the three in a separate process (a library built for
+another torch may crash it) and runs one operator of FBGEMM.
 
-This module is standard library only: it has to work where nothing else does.
+Standard library only: this module has to work with a broken installation.
 """
 
 import json
@@ -24,7 +24,7 @@ DISTRIBUTIONS = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "torchx", 
 OLDEST_TORCH = (2, 11)
 TIMEOUT_SECONDS = 180
 
-# One JSON line a stage, so that the stage which is missing at the end is the one that failed.
+# One JSON line per stage: the first missing one has failed.
 _PROBE = """
 import json, warnings
 warnings.simplefilter("ignore")
@@ -45,14 +45,14 @@ _STAGES = ("torch", "fbgemm_gpu", "torchrec")
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """What happened when torch, FBGEMM and TorchRec were imported in a process of their own.
+    """The result of importing torch, FBGEMM and TorchRec in a separate process.
 
     Attributes:
         reached: the stages that were passed, of "torch", "fbgemm_gpu" (its operator ran too) and "torchrec".
         torch_version: torch's full version with its build, such as "2.13.0+cpu"; empty if torch did not load.
         cuda: the CUDA version that torch is built for; None for a CPU build.
         gpus: how many GPUs torch sees.
-        error: the last line of what the failing stage said; empty if all were passed.
+        error: the last line of the failing stage's output; empty if all were passed.
     """
 
     reached: tuple[str, ...] = ()
@@ -63,12 +63,12 @@ class Probe:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
-    """What `check` found.
+class Diagnosis:
+    """The result of `check`.
 
     Attributes:
-        versions: by name, for all that matters here; "-" for what is not installed.
-        problems: each in one line that says what to install. Empty if all is well.
+        versions: by name of the package; "-" if it is not installed.
+        problems: one line each, with the command that fixes it. Empty if there are none.
     """
 
     versions: Mapping[str, str]
@@ -76,7 +76,7 @@ class Report:
 
     @property
     def exit_code(self) -> int:
-        """0 if all is well, otherwise 2."""
+        """0 without problems, otherwise 2."""
         return 2 if self.problems else 0
 
     def __str__(self) -> str:
@@ -89,7 +89,7 @@ class Report:
         return "\n".join(lines)
 
 
-def check() -> Report:
+def check() -> Diagnosis:
     """Examines this Python's packages.
 
     Returns:
@@ -106,7 +106,7 @@ def check() -> Report:
     versions |= {name: installed.get(name, "-") for name in DISTRIBUTIONS}
     if probe.torch_version:
         versions["torch"] = f"{probe.torch_version} ({build})"
-    return Report(versions=versions, problems=tuple(find_problems(installed, probe)))
+    return Diagnosis(versions=versions, problems=tuple(find_problems(installed, probe)))
 
 
 def find_problems(installed: Mapping[str, str], probe: Probe) -> list[str]:
@@ -116,10 +116,10 @@ def find_problems(installed: Mapping[str, str], probe: Probe) -> list[str]:
 
     Args:
         installed: version by distribution name, of those of `DISTRIBUTIONS` that are installed.
-        probe: what importing them showed.
+        probe: the result of importing them.
 
     Returns:
-        One line per problem, each with its remedy; the first is the one to mend first.
+        One line per problem, each with its remedy; fix the first one first.
 
     Example:
         >>> fine = Probe(reached=("torch", "fbgemm_gpu", "torchrec"), torch_version="2.13.0+cpu")
@@ -142,12 +142,12 @@ def find_problems(installed: Mapping[str, str], probe: Probe) -> list[str]:
     problems = _fbgemm_problems(installed, probe, minor)
 
     torchrec = installed.get("torchrec")
-    install_torchrec = _pip("install", "--no-deps", f"torchrec{pin}")  # its dependencies pull the CUDA FBGEMM
+    install_torchrec = _pip("install", "--no-deps", f"torchrec{pin}")  # its dependencies would install the CUDA FBGEMM
     if torchrec is None:
         if "torchrec" not in probe.reached:
             problems.append(f"torchrec is not installed: {install_torchrec}")
     elif minor and _numbers(torchrec) != _numbers(minor):
-        problems.append(f"torchrec {torchrec} does not go with torch {installed['torch']}: {install_torchrec}")
+        problems.append(f"torchrec {torchrec} does not fit torch {installed['torch']}: {install_torchrec}")
     elif not problems and "torchrec" not in probe.reached:
         problems.append(f"torchrec {torchrec} does not load ({probe.error}): {_pip('install', _needs('torchrec'))}")
 
@@ -169,7 +169,7 @@ def _fbgemm_problems(installed: Mapping[str, str], probe: Probe, minor: str | No
     if len(present) == 2:
         return [f"fbgemm-gpu and fbgemm-gpu-cpu are both installed and overwrite each other: {replace}"]
     if not present:
-        # A nightly or an own build goes by another name, and is fine if it runs.
+        # A nightly or a custom build has another name, and is fine if it runs.
         runs = "fbgemm_gpu" in probe.reached
         return [] if runs else [f"FBGEMM is not installed: {_pip('install', '--no-deps', spec)}"]
     (name,) = present
@@ -189,7 +189,7 @@ def run_probe() -> Probe:
     """Imports torch, FBGEMM and TorchRec and runs an operator, in a process of its own.
 
     Returns:
-        How far it came. A crash or a hang of that process is an `error` here.
+        The stages reached. A crash or a hang of the process becomes its `error`.
     """
     try:
         process = subprocess.run(  # noqa: S603 (our own program, no input)
@@ -249,6 +249,6 @@ def _pip(*words: str) -> str:
 
 
 if __name__ == "__main__":
-    report = check()
-    sys.stdout.write(f"{report}\n")
-    sys.exit(report.exit_code)
+    diagnosis = check()
+    sys.stdout.write(f"{diagnosis}\n")
+    sys.exit(diagnosis.exit_code)

@@ -1,11 +1,11 @@
-"""torchrun, with the failure of a rank told in one line.
+"""torchrun, with the failure of a rank reported in one line.
 
-`torchrun` starts the ranks and does it well. When a rank fails it ends in its own traceback and a box of some thirty
-lines, under which the one line that the user needs is lost. This front runs the same `torch.distributed.run`, and:
+When a rank fails, `torchrun` prints its own traceback and a box of some thirty lines, which hide the one line that the
+user needs. This launcher runs the same `torch.distributed.run`, and:
 
-- a rank that stops over a `UserError` hands its message up (`exit_with`), and it is printed once, as the last line;
-- of any other failure the rank's own output tells the cause, so only one line follows it that says which rank;
-- every rank gets its share of this machine's threads, where torchrun gives each exactly one and a warning;
+- a `UserError` of a rank is passed up (`exit_with`) and printed once, as the last line;
+- after any other failure, which the rank's own output explains, one line names the rank;
+- every rank gets its share of this machine's threads, where torchrun gives each one thread and a warning;
 - ranks are killed when this process is, and under `torchx run -s local_cwd` it stops them when torchx is killed;
 - a job on one host listens on the loopback address only, whatever the rendezvous options say (`rendezvous.py`).
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 USER_ERROR_EXIT_CODE = 2
 
-# When the launcher started, for the ranks: it outlives them, and a rank that is started again looks for its run there.
+# Start time of the launcher, for the ranks: a restarted rank finds its run by it.
 STARTED = "TORCHREC_DEEPFM_STARTED"
 
 # Exit codes of ranks that were asked to stop, and have saved their state: 128 + SIGINT, 128 + SIGTERM.
@@ -40,23 +40,23 @@ _STOPPED = (130, 143)
 
 _HINTS = {
     "SIGKILL": "; often the machine ran out of memory",
-    "SIGBUS": "; often a data file has shrunk, or its disk has gone, while it was read",
+    "SIGBUS": "; often a data file has shrunk, or its disk was lost, while it was read",
 }
 
 
 def exit_with(error: UserError) -> NoReturn:
-    """Ends this process over a user's mistake: one line on standard error and exit code 2.
+    """Ends this process after a `UserError`: one line on standard error and exit code 2.
 
     The line also goes into torchelastic's error file, where there is one. As a rank below this launcher it goes only
     there: the launcher prints it, so that the user reads it once and not once per rank.
 
     Args:
-        error: what to tell the user.
+        error: the error to report.
 
     Raises:
         SystemExit: always, with code 2.
     """
-    line = " ".join(str(error).splitlines())  # a name from a file may have lines of its own
+    line = " ".join(str(error).splitlines())  # a name from a file may contain line breaks
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if error_file:
         reply = {
@@ -73,13 +73,13 @@ def exit_with(error: UserError) -> NoReturn:
 
 
 def explain(failed: "ChildFailedError") -> tuple[str, int]:
-    """Says in one line why the ranks stopped.
+    """Explains in one line why the ranks stopped.
 
     Args:
-        failed: what torchelastic raised.
+        failed: the error of torchelastic.
 
     Returns:
-        The line, and the exit code to end with: 2 for a user's mistake, 130 or 143 for a rank that was asked to stop, 1
+        The line, and the exit code to end with: 2 for a `UserError`, 130 or 143 for a rank that was asked to stop, 1
         for anything else.
     """
     for failure in failed.failures.values():
@@ -88,12 +88,12 @@ def explain(failed: "ChildFailedError") -> tuple[str, int]:
     rank, failure = failed.get_first_failure()
     if failure.exitcode in _STOPPED:
         name = signal.Signals(failure.exitcode - 128).name
-        return f"rank {rank} was stopped by {name}; what it had to save is saved", failure.exitcode
+        return f"rank {rank} was stopped by {name}; its state is saved", failure.exitcode
     if failure.exitcode < 0:
         name = signal.Signals(-failure.exitcode).name
         hint = _HINTS.get(name, "")
         return f"rank {rank} was killed by {name}{hint}", 1
-    return f"rank {rank} ended with exit code {failure.exitcode}; its output above says why", 1
+    return f"rank {rank} ended with exit code {failure.exitcode}; see its output above", 1
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
         argv: the arguments of torchrun; those of this process if left out.
 
     Raises:
-        SystemExit: with code 2 over a user's mistake in a rank, with 1 if a rank failed otherwise, with 128 + n if
+        SystemExit: with code 2 after a `UserError` in a rank, with 1 if a rank failed otherwise, with 128 + n if
             signal n stopped it.
     """
     end_with_parent(os.environ.pop(UNDER_TORCHX, None), signal.SIGTERM)
@@ -122,11 +122,11 @@ def _launch(argv: list[str] | None) -> None:
 
     from torchrec_deepfm import rendezvous
 
-    # These log which rank is stopped, which one failed, error files and signals. Our line says it all.
+    # These log stopped and failed ranks, error files and signals, which the one line replaces.
     for name in ("multiprocessing.api", "multiprocessing.errors.error_handler", "agent.server.api"):
         logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
     parser = run.get_args_parser()
-    parser.allow_abbrev = False  # else it takes the command's own --run for a short form of its --run-path, and stops
+    parser.allow_abbrev = False  # or it reads the command's --run as an abbreviation of its own --run-path
     options = parser.parse_args(argv)
     ranks = run.determine_local_world_size(options.nproc_per_node)
     choose_threads(ranks)
@@ -151,12 +151,12 @@ def _launch(argv: list[str] | None) -> None:
         line, code = explain(failed)
         sys.stderr.write(f"error: {line}\n")
         sys.exit(code)
-    except SignalException as stop:  # by now the ranks have been stopped
+    except SignalException as stop:  # the ranks are stopped by now
         sys.exit(128 + stop.sigval)
 
 
 def _restart_no_mistakes() -> None:
-    """Let torchelastic start no ranks again that stopped over a user's mistake: they would stop over it again."""
+    """Disable restarts after a `UserError`: the ranks would raise it again."""
     from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 

@@ -1,7 +1,7 @@
 """`torchx run FILE.py`, short for `torchx run FILE.py:COMPONENT`.
 
-TorchX wants to be told the function in the file. This replaces its `run` command (entry point group
-`torchx.cli.cmds`) by one that fills in the file's own default, and hands everything else to TorchX unchanged.
+TorchX requires the name of the function in the file. This replaces its `run` command (entry point group
+`torchx.cli.cmds`) with one that fills in the file's default, and passes everything else to TorchX unchanged.
 The default is the string that the file assigns to `DEFAULT_COMPONENT`, or else the only component in it.
 """
 
@@ -53,12 +53,12 @@ class Run(CmdRun):
         except KeyboardInterrupt:  # before the scheduler takes signals
             sys.stderr.write("Interrupted\n")
             sys.exit(128 + signal.SIGINT)
-        except local_scheduler.SignalException as stop:  # Ctrl-C; by now the scheduler has stopped its processes
+        except local_scheduler.SignalException as stop:  # Ctrl-C; the scheduler has stopped its processes by now
             sys.exit(128 + stop.sigval)
         except SystemExit as stop:
             if last_words.seen:
                 sys.exit(2)
-            if stop.code == 2 and len(words) > 1 and "--" not in words:  # from argparse, which has said what
+            if stop.code == 2 and len(words) > 1 and "--" not in words:  # from argparse, which has printed the reason
                 sys.stderr.write(f"Options of the command itself come after `--`: torchx run {words[0]} -- OPTIONS\n")
             raise
         finally:
@@ -66,7 +66,7 @@ class Run(CmdRun):
 
 
 class _LastWords(logging.Filter):
-    """Turns the status of a job that stopped over a user's mistake into the one line that says which."""
+    """Replaces the status of a job that stopped after a `UserError` by its message."""
 
     seen = False
 
@@ -83,7 +83,7 @@ def _user_error(reply: str) -> str | None:
     try:
         message = json.loads(reply)["message"]
         return str(message["message"]) if message["errorCode"] == 2 else None
-    except (ValueError, KeyError, TypeError):  # no such file, or one of another make
+    except (ValueError, KeyError, TypeError):  # no error file, or one in another format
         return None
 
 
@@ -91,13 +91,13 @@ def with_component(words: list[str]) -> list[str]:
     """Completes the file in a command line of `torchx run` to `file.py:component`.
 
     Args:
-        words: what stands after the options of `torchx run`: a component and its arguments, or arguments alone.
+        words: what follows the options of `torchx run`: a component and its arguments, or arguments alone.
 
     Returns:
-        The same words, the first completed if it names a file; names such as `dist.ddp` are left alone.
+        The same words, the first completed if it names a file; names such as `dist.ddp` stay unchanged.
 
     Raises:
-        UserError: if there is no such file or no such component in it, or the file does not say which is meant.
+        UserError: the file or its component does not exist, or the file has several components and no default.
 
     Example:
         >>> with_component(["dist.ddp", "-j", "1x2"])
@@ -115,7 +115,7 @@ def with_component(words: list[str]) -> list[str]:
 def one_word_per_repeat(words: list[str]) -> list[str]:
     """Writes options of the command that come more than once as ``--option=value``.
 
-    TorchX refuses repeated options, even those after ``--``, which are none of its own; so written it lets them pass.
+    TorchX refuses repeated options, even those of the command, after ``--``; in this form it accepts them.
 
     Args:
         words: a component and its arguments.
@@ -152,7 +152,7 @@ def _component(file: Path, name: str | None) -> str:
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror}); name a file of TorchX components") from error
     except (SyntaxError, ValueError) as error:
-        raise UserError(f"{file}: is no Python file ({error})") from error
+        raise UserError(f"{file}: not a Python file ({error}); name a file of TorchX components") from error
     components = [
         node.name
         for node in module.body
@@ -197,13 +197,13 @@ def _prefer_own_environment() -> None:
 
 
 def _keep_last_lines() -> None:
-    """Lets the local schedulers show all that a job says.
+    """Lets the local schedulers show the last lines of a job.
 
-    In TorchX 0.7 two threads find out that a job has ended, and only the first waits until the rest of its output has
-    been copied to where the second reads it. What a job says just before it ends is then lost, now and then.
+    In TorchX 0.7 two threads notice the end of a job, and only the first waits until its output has been copied to
+    where the second reads it. So the last lines are sometimes lost.
     """
     tee = getattr(local_scheduler, "Tee", None)
-    if tee is None:  # another TorchX, built differently
+    if tee is None:  # another version of TorchX
         return
     close = tee.close
 

@@ -108,7 +108,7 @@ def test_a_recipe_of_ones_own(tmp_path: Path) -> None:
     assert "--factor-dim              20" in recipe_text(f"{path}:wider")
     with pytest.raises(UserError) as without_data:
         recipe_text(f"{path}:wider", ranks=2)
-    assert str(without_data.value) == f"--ranks: name --data too; {path}:wider has no data set of its own"
+    assert str(without_data.value) == f"--ranks: needs --data as well, as {path}:wider has no published data"
     (tmp_path / "syntax.py").write_text("def a(:\n")
     for name, message in {
         f"{path}:gone": "has no 'gone'; name a function that returns a TrainConfig",
@@ -134,7 +134,7 @@ def test_a_recipe_of_ones_own(tmp_path: Path) -> None:
 def test_nothing_to_work_out_for(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["recipes", "paper", *words])
-    assert f"{words[0]}: name --data too; paper has no data set of its own\n" in capsys.readouterr().err
+    assert f"{words[0]}: needs --data as well, as paper has no published data\n" in capsys.readouterr().err
     cli.main(["recipes", "criteo-x1", *words])
 
 

@@ -1,4 +1,4 @@
-"""The pictures of a run's report: learning curves and reliability, drawn by matplotlib. Loads no torch."""
+"""The figures of a run's report: learning curves and reliability, by matplotlib. Loads no torch."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,9 +9,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Points of the training loss that are drawn; neighbours are averaged where there are more.
+# Most points drawn of the training loss; neighbours are averaged if there are more.
 MOST_POINTS = 1000
-# Of Okabe and Ito: told apart with any colour vision, and in grey.
+# The palette of Okabe and Ito: distinct with any colour vision, and in grey.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#6B7280"
 _COLOURS = {"train": BLUE, "validation": ORANGE, "test": GREEN}
 _MARKERS = {"validation": "o", "test": "D"}
@@ -24,10 +24,10 @@ def learning_curves(records: Records, best_step: int | None) -> "Figure | None":
 
     Args:
         records: of ``metrics.jsonl``: ``step``, ``split``, ``loss``, and ``auc`` of evaluations or ``lr`` of training.
-        best_step: the step of the best evaluation, to be marked.
+        best_step: the step of the best evaluation, to mark.
 
     Returns:
-        One panel each for what was recorded; None where no loss is a number.
+        A panel per recorded quantity; None if no loss is finite.
     """
     train = [record for record in records if record["split"] == "train"]
     losses = {
@@ -44,7 +44,7 @@ def learning_curves(records: Records, best_step: int | None) -> "Figure | None":
     panels = [("log loss", losses), *([("AUC", aucs)] if any(aucs.values()) else [])]
     if any(len({rate for _, rate in curve}) > 1 for curve in rates.values()):
         panels.append(("learning rate", rates))
-    from matplotlib.figure import Figure  # takes its time: only where something is drawn
+    from matplotlib.figure import Figure  # slow to import: only if something is drawn
 
     figure = Figure(figsize=(9, 0.6 + 2.5 * len(panels)), layout="constrained")
     axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
@@ -73,7 +73,7 @@ def reliability_curves(splits: Mapping[str, Sequence[Mapping[str, float]]]) -> "
         splits: bins by split, as ``calibration.json`` has them; ``rows``, ``predicted`` and ``observed`` are used.
 
     Returns:
-        The picture, with a bar per bin of its samples below; None where there are no bins.
+        The figure, with the samples per bin below; None without bins.
     """
     splits = {split: bins for split, bins in splits.items() if bins}
     if not splits:
@@ -106,14 +106,14 @@ def reliability_curves(splits: Mapping[str, Sequence[Mapping[str, float]]]) -> "
 
 
 def points(records: Records, name: str) -> list[tuple[int, float]]:
-    """Pick a curve out of records.
+    """Extract a curve from records.
 
     Args:
         records: with ``step``.
         name: of the value.
 
     Returns:
-        (step, value) where the value is a finite number.
+        (step, value) of each finite value.
 
     Example:
         >>> points([{"step": 1, "auc": 0.7}, {"step": 2, "auc": None}, {"step": 3, "auc": float("nan")}], "auc")
@@ -124,14 +124,14 @@ def points(records: Records, name: str) -> list[tuple[int, float]]:
 
 
 def thinned(curve: Sequence[tuple[int, float]], most: int = MOST_POINTS) -> list[tuple[int, float]]:
-    """Average neighbours of a curve, where it has more points than can be told apart.
+    """Average neighbours of a curve with more points than can be distinguished.
 
     Args:
         curve: (step, value) by step.
-        most: points to be left at most.
+        most: largest number of points to keep.
 
     Returns:
-        The last step of each stretch with its mean.
+        The last step and the mean of each group of neighbours.
 
     Example:
         >>> thinned([(1, 0.5), (2, 0.25), (3, 1.0)], most=2)
@@ -143,7 +143,7 @@ def thinned(curve: Sequence[tuple[int, float]], most: int = MOST_POINTS) -> list
 
 
 def wilson(share: float, rows: float) -> tuple[float, float]:
-    """Return Wilson's interval of 95% for a share of so many samples (Wilson, 1927).
+    """Return Wilson's 95% interval for a share of ``rows`` samples (Wilson, 1927).
 
     Example:
         >>> [round(bound, 4) for bound in wilson(0.0, 100)]
@@ -152,11 +152,13 @@ def wilson(share: float, rows: float) -> tuple[float, float]:
     z = 1.959963984540054
     middle = (share + z * z / (2 * rows)) / (1 + z * z / rows)
     half = z / (1 + z * z / rows) * math.sqrt(share * (1 - share) / rows + z * z / (4 * rows * rows))
-    return min(max(0.0, middle - half), share), max(min(1.0, middle + half), share)  # whatever rounding does
+    return min(max(0.0, middle - half), share), max(
+        min(1.0, middle + half), share
+    )  # rounding must not exclude the share
 
 
 def _last_per_step(records: Records, split: str) -> list[Mapping[str, Any]]:
-    """Evaluations by step; the best state is evaluated again at the end, under its step."""
+    """The last evaluation of each step; the best state is evaluated again at the end, under its step."""
     found = {record["step"]: record for record in records if record["split"] == split}
     return [found[step] for step in sorted(found)]
 
@@ -176,7 +178,7 @@ def _line(axis: "Axes", name: str, curve: Sequence[tuple[int, float]]) -> None:
 
 
 def _epochs(axis: "Axes", train: Records) -> None:
-    """A faint line where an epoch ends, unless there are too many to tell apart."""
+    """Draw a faint line at the end of each epoch, unless there are too many."""
     ends: dict[int, int] = {}
     for record in train:
         if isinstance(record.get("epoch"), int):
@@ -187,7 +189,7 @@ def _epochs(axis: "Axes", train: Records) -> None:
 
 
 def _cut_off_the_start(axis: "Axes", losses: Sequence[float], others: Sequence[Sequence[tuple[int, float]]]) -> None:
-    """The first steps may lose so much more than the rest that nothing else could be seen."""
+    """Limit the axis: the loss of the first steps may be so high that the rest looks flat."""
     if len(losses) < 20:
         return
     shown = max([quantiles(losses, n=50)[-1], *(loss for curve in others for _, loss in curve)])
@@ -197,7 +199,7 @@ def _cut_off_the_start(axis: "Axes", losses: Sequence[float], others: Sequence[S
 
 
 def _orders_of_magnitude(axis: "Axes", rates: Sequence[float]) -> None:
-    """The rate of the tables and that of the rest may be far apart, and both may drop far."""
+    """Use a logarithmic axis if the rates differ by more than a factor of ten."""
     positive = [rate for rate in rates if rate > 0]
     if positive and max(positive) > 10 * min(positive):
         axis.set_yscale("log")

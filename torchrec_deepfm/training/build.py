@@ -44,8 +44,8 @@ class Sharded:
 
     Attributes:
         model: the model.
-        plan: as TorchRec has it.
-        plan_file: as a file holds it.
+        plan: in TorchRec's form.
+        plan_file: in the form of a plan file.
     """
 
     model: DistributedModelParallel
@@ -65,7 +65,7 @@ def build_model(
 ) -> Sharded:
     """Build ``DeepFMTrain`` sharded over the current process group; a collective.
 
-    The weights depend on the seed and the tables alone, not on the plan or the number of ranks.
+    The initial weights depend only on the seed and the tables, not on the plan or the number of ranks.
 
     Args:
         config: model, optimizer of the tables, seed.
@@ -73,22 +73,22 @@ def build_model(
         dense_in_features: I.
         device: this rank's device.
         is_weighted: whether the batches carry weights, for all ids or for none (``bool(data.schema.weighted)``).
-        constraints: for the planner, by table; or rules, see ``sharding.constraints``.
-        plan: a plan that fits, or the file of a plan, as rank 0 sees it, to use instead of the planner.
+        constraints: for the planner, by table; or rules, see ``sharding.inputs.constraints``.
+        plan: a fitting plan, or a plan file that rank 0 reads, to use instead of the planner.
 
     Returns:
         The sharded model with its plan.
 
     Raises:
-        UserError: the tables fit no plan, the plan does not fit, a constraint or a model option is bad, or an
-            option does not go with the tables' optimizer.
+        UserError: no plan fits the tables, the given plan does not fit, a constraint or a model option is invalid, or
+            an option contradicts the tables' optimizer.
     """
     if plan is not None and constraints:
-        raise UserError("--plan and --constraint: a plan says of every table where it goes; leave one of them out")
+        raise UserError("--plan and --constraint: a plan already places every table; leave one of them out")
     sharder = make_sharder(device, *config.qcomms_both)
     tables = embedding_tables(num_embeddings, config.factor_dim, init_std=config.init_std)
     ebc = EmbeddingBagCollection(tables=tables, device=torch.device("meta"), is_weighted=is_weighted)
-    torch.manual_seed(config.seed)  # the dense part, alike on every rank
+    torch.manual_seed(config.seed)  # the dense part is equal on every rank
     deepfm = DeepFM(
         ebc,
         dense_in_features,
@@ -155,19 +155,19 @@ def build_model(
 
 
 def _check_penalties(config: TrainConfig, fused: Sequence[str]) -> None:
-    """Refuse penalties on whole tables where a kernel sees the rows of the batch only."""
+    """Refuse penalties on whole tables with a fused optimizer, which sees only the rows of the batch."""
     for option in ("embedding_l2", "linear_l2"):
         if getattr(config, option) and fused:
             name = option.replace("_", "-")
             raise UserError(
                 f"--{name} {getattr(config, option)}: this penalty is on whole tables, but {config.sparse_optimizer}, "
-                f"which trains {fused[0]}, sees the rows of each batch only; add --sparse-optimizer adam, or take "
+                f"which trains {fused[0]}, sees only the rows of each batch; add --sparse-optimizer adam, or take "
                 f"--touched-{name}"
             )
 
 
 def _check_plan(config: TrainConfig, plan: ShardingPlan, replicated: AbstractSet[str]) -> None:
-    """Refuse a plan that shards what an optimizer wants whole, or hides from the moving average what it averages."""
+    """Refuse a plan that shards a replicated table, or caches a table that ``--ema`` averages."""
     for module in plan.plan.values():
         for name, sharding in module.items():  # type: ignore[attr-defined]
             if name in replicated and sharding.sharding_type != ShardingType.DATA_PARALLEL.value:

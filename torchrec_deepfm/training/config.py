@@ -1,4 +1,4 @@
-"""What a training run can be told; ``recipes.py`` has the values that belong together. Standard library only."""
+"""The options of a training; ``recipes.py`` has named sets of them. Standard library only."""
 
 import functools
 import math
@@ -34,7 +34,7 @@ class TrainConfig:
     """Model and training options. The defaults are the paper's where the paper has one.
 
     Raises:
-        UserError: a value is of another type or out of its range; the message names the option.
+        UserError: a value has another type or is out of its range; the message names the option.
     """
 
     factor_dim: int = 10
@@ -112,8 +112,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Check the types, and the ranges that the model does not check itself."""
-        for option, hint in _hints().items():  # the command line has checked them, a file by hand has not
-            object.__setattr__(self, option, _taken(option, getattr(self, option), hint))
+        for option, hint in _hints().items():  # values of files and recipes are unchecked
+            object.__setattr__(self, option, _coerce(option, getattr(self, option), hint))
         for option in ("epochs", "batch_size", "factor_dim", "keep_last", "ema_every"):
             if getattr(self, option) < 1:
                 raise UserError(f"--{option.replace('_', '-')} {getattr(self, option)}: must be at least 1")
@@ -128,7 +128,7 @@ class TrainConfig:
         for option in _PENALTIES:
             if not 0.0 <= getattr(self, option) < math.inf:
                 raise UserError(
-                    f"--{option.replace('_', '-')} {getattr(self, option)}: must be 0, for none, or greater, and finite"
+                    f"--{option.replace('_', '-')} {getattr(self, option)}: must be 0 (off) or greater, and finite"
                 )
         for option, choices in _CHOICES.items():
             if getattr(self, option) not in choices:
@@ -143,7 +143,7 @@ class TrainConfig:
                 "gradients, or one for each"
             )
         if not 0.0 < self.lr_factor < 1.0:
-            raise UserError(f"--lr-factor {self.lr_factor}: what the rates drop by lies between 0 and 1")
+            raise UserError(f"--lr-factor {self.lr_factor}: the factor of the rates must lie between 0 and 1")
         if not 0.0 <= self.dropout < 1.0:
             raise UserError(f"--dropout {self.dropout}: the probability of dropping a unit lies in [0, 1)")
         if min(self.warmup, self.decay) < 0.0 or not self.warmup + self.decay <= 1.0:
@@ -154,7 +154,7 @@ class TrainConfig:
     def _check_ema_every(self) -> None:
         every, what = self.ema_every, f"--ema-every {self.ema_every}"
         if every > 1 and not self.ema:
-            raise UserError(f"{what}: there is no moving average to update; add --ema, such as 0.99, or leave it out")
+            raise UserError(f"{what}: needs a moving average; add --ema, such as 0.99, or leave the option out")
         if every > 1 and every * (1.0 - self.ema) >= 1.0 - 1e-9:  # 10 * (1 - 0.9) is a little less than 1
             raise UserError(
                 f"{what}: the average of --ema {self.ema} reaches back {1.0 / (1.0 - self.ema):.4g} steps; take fewer "
@@ -176,8 +176,8 @@ def _hints() -> Mapping[str, Any]:
     return get_type_hints(TrainConfig)
 
 
-def _taken(option: str, value: Any, hint: Any) -> Any:
-    """Return an option's value as its type has it: a list as a tuple, numpy's numbers as Python's."""
+def _coerce(option: str, value: Any, hint: Any) -> Any:
+    """Convert an option's value to its type: a list to a tuple, numpy's numbers to Python's."""
     try:
         if hint is int and isinstance(value, Integral) and not isinstance(value, bool):
             return int(value)
@@ -187,14 +187,14 @@ def _taken(option: str, value: Any, hint: Any) -> Any:
         if wanted is not None and isinstance(value, wanted):
             return value
         if get_origin(hint) is tuple and isinstance(value, list | tuple):
-            return tuple(_taken(option, one, get_args(hint)[0]) for one in value)
-    except OverflowError:  # an integer beyond every float
+            return tuple(_coerce(option, one, get_args(hint)[0]) for one in value)
+    except OverflowError:  # an integer too large for a float
         pass
-    shown = " ".join(repr(value).split())  # an array has lines
-    raise UserError(f"--{option.replace('_', '-')} {shown:.60}: must be {_described(hint)}")
+    shown = " ".join(repr(value).split())  # the repr of an array has several lines
+    raise UserError(f"--{option.replace('_', '-')} {shown:.60}: must be {_describe_type(hint)}")
 
 
-def _described(hint: Any) -> str:
+def _describe_type(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return f"one of {', '.join(get_args(hint))}"
     if get_origin(hint) is tuple:

@@ -1,4 +1,4 @@
-"""When to stop, and when to lower the rates: decided by a metric of the validation split. No torch."""
+"""Decides from a validation metric when to stop and when to lower the learning rates. No torch."""
 
 import math
 from dataclasses import dataclass
@@ -11,11 +11,11 @@ from torchrec_deepfm.training.config import Metric, TrainConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What follows from one evaluation.
+    """The consequences of one evaluation.
 
     Attributes:
         best: this is the best evaluation so far.
-        stop: the training is to end.
+        stop: whether to end the training.
         drop: the learning rates have just been lowered.
     """
 
@@ -25,7 +25,7 @@ class Verdict:
 
 
 class TrackerState(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
-    """What a checkpoint says about a ``Tracker``."""
+    """The state of a ``Tracker`` in a checkpoint."""
 
     best_value: Annotated[float, Meta(ge=-1e300, le=1e300)] | None
     best_step: Annotated[int, Meta(ge=0)] | None
@@ -42,7 +42,7 @@ class TrackerState(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True
             step: steps done.
 
         Raises:
-            ValueError: two of them contradict each other; the message names one.
+            ValueError: two values contradict each other; the message names one.
         """
         drops = round(math.log(self.factor) / math.log(config.lr_factor))
         for name, wrong in {
@@ -58,16 +58,16 @@ class TrackerState(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True
 
 
 class Tracker:
-    """Keeps the best evaluation and counts those since that are no better.
+    """Keeps the best evaluation and counts the later ones without an improvement.
 
-    An evaluation is better if its metric is strictly higher (auc, auc-logloss) or lower (logloss). One that has no
-    value, such as the AUC of a split with one class, or that is NaN, is no better.
+    An evaluation is better if its metric is strictly higher (auc, auc-logloss) or lower (logloss). One without
+    a value, such as the AUC of a split with one class, or with a NaN, is not better.
 
     Args:
-        metric: which value to look at.
+        metric: the metric to compare.
         patience: evaluations in a row without a better one after which to stop; 0 never stops.
         lr_patience: the same for lowering the rates; 0 never lowers them. Counts again from each drop.
-        lr_factor: what the rates are multiplied by.
+        lr_factor: factor of the rates at each drop.
 
     Attributes:
         best_value: the best value so far; None before the first.
@@ -93,14 +93,14 @@ class Tracker:
         self._bad_since_drop = 0
 
     def update(self, step: int, value: float | None) -> Verdict:
-        """Take in an evaluation.
+        """Add an evaluation.
 
         Args:
             step: steps done.
             value: of the metric; None where it has none.
 
         Returns:
-            What follows.
+            The consequences.
         """
         if self._better(value):
             self.best_value, self.best_step = value, step
@@ -117,7 +117,7 @@ class Tracker:
 
     @property
     def state(self) -> TrackerState:
-        """What a checkpoint has to say; assign one to continue from it."""
+        """The state for a checkpoint; assign one to resume from it."""
         return TrackerState(
             best_value=self.best_value,
             best_step=self.best_step,

@@ -36,7 +36,7 @@ def evaluate(
         loader: this rank's part of the split, ``drop_last=False``.
         device: this rank's device.
         precision: as in ``TrainConfig``.
-        before_step: called before each step, on every rank as often; what it raises ends the evaluation.
+        before_step: called before each step, equally often on every rank; its exceptions end the evaluation.
         bins: most bins of the reliability curve; 0 for none.
 
     Returns:
@@ -44,7 +44,7 @@ def evaluate(
     """
     model.eval()
     logits, labels = [torch.empty(0)], [torch.empty(0)]
-    # Evaluation takes no optimizer, whatever the signature says.
+    # Evaluation needs no optimizer, although the signature asks for one.
     pipeline: EvalPipelineSparseDist[Batch, tuple[Tensor, Tensor, Tensor]] = EvalPipelineSparseDist(
         model,
         None,  # type: ignore[arg-type]
@@ -55,7 +55,7 @@ def evaluate(
         for step in range(len(loader)):
             before_step()
             _, batch_logits, batch_labels = pipeline.progress(batches)
-            valid = loader.valid_rows(step)  # the rest is padding, so that every rank has the same batches
+            valid = loader.valid_rows(step)  # the rest is padding: every rank has the same number of batches
             logits.append(batch_logits[:valid].float().cpu())
             labels.append(batch_labels[:valid].float().cpu())
     pipeline.detach()

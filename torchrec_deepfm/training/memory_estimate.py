@@ -1,4 +1,4 @@
-"""How much memory, disk and time a training will take, worked out from its options. Standard library only."""
+"""Estimates the memory, disk space and steps of a training from its options. Standard library only."""
 
 import itertools
 import math
@@ -6,22 +6,22 @@ from dataclasses import dataclass
 
 from torchrec_deepfm.training.config import TrainConfig
 
-_FLOAT = 4  # bytes of a float32, in which all weights and states are kept
+_FLOAT = 4  # bytes of a float32, the type of all weights and states
 
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """What a training needs. Bytes count whole tables, over all ranks together, unless they are said to be per rank.
+    """The size of a training. Bytes cover all ranks together, unless they are per rank.
 
     Attributes:
         row_width: numbers in a packed row, padding included.
         table_bytes: the tables.
-        table_state_bytes: what their optimizer keeps.
+        table_state_bytes: the state of their optimizer.
         average_bytes: the moving average of all weights; 0 without one.
-        dense_parameters: weights of what is no table.
-        rank_bytes: tables, states and averages on each rank, if the planner shares the tables out evenly: the least
-            that a rank needs. Batches, activations, buffers of the collectives and the libraries come on top.
-        checkpoint_bytes: one checkpoint to go on from.
+        dense_parameters: weights outside of the tables.
+        rank_bytes: tables, states and averages per rank, if the planner distributes the tables evenly. Batches,
+            activations, buffers of the collectives and the libraries come on top.
+        checkpoint_bytes: one checkpoint.
         steps: steps of the whole training, if nothing stops it early.
     """
 
@@ -38,9 +38,9 @@ class Size:
 def size_of(
     config: TrainConfig, *, table_rows: int, fields: int, numeric: int, train_rows: int, ranks: int = 1
 ) -> Size:
-    """Work out what a training needs.
+    """Estimate the size of a training.
 
-    Tables that ``data_parallel_rows`` would replicate are counted as if they were not: they are small.
+    Tables that ``data_parallel_rows`` replicates count as sharded: they are small.
 
     Args:
         config: the options.
@@ -48,10 +48,10 @@ def size_of(
         fields: categorical and numeric fields.
         numeric: the numeric ones.
         train_rows: training samples.
-        ranks: on how many ranks.
+        ranks: number of ranks.
 
     Returns:
-        What it needs.
+        The size.
 
     Example:
         >>> size = size_of(TrainConfig(), table_rows=1000, fields=39, numeric=13, train_rows=10_000, ranks=2)
@@ -67,7 +67,7 @@ def size_of(
     # Running statistics of batch normalisation are averaged too.
     averaged_dense = dense + (2 * sum(config.over_arch_layer_sizes) if _has_batch_norm(config) else 0)
     averages = (tables + averaged_dense * _FLOAT) if config.ema else 0
-    # Adam keeps two moments of every dense weight; a gradient is there for each of them, fused tables have none.
+    # Per dense weight: itself, Adam's two moments and a gradient; fused tables have no gradient.
     dense_bytes = dense * _FLOAT * 4 + (tables if replicated else 0)
     share = 1 if replicated else ranks
     average_tables = tables if config.ema else 0
@@ -89,7 +89,7 @@ def _has_batch_norm(config: TrainConfig) -> bool:
 
 
 def dense_parameters(config: TrainConfig, *, fields: int, numeric: int) -> int:
-    """Count the weights of what is no table: MLP, batch normalisation, rows of the numeric fields, bias.
+    """Count the weights outside of the tables: MLP, batch normalisation, rows of the numeric fields, bias.
 
     Args:
         config: the options.
@@ -97,9 +97,9 @@ def dense_parameters(config: TrainConfig, *, fields: int, numeric: int) -> int:
         numeric: the numeric ones.
 
     Returns:
-        How many numbers are trained.
+        The number of trained values.
     """
-    count = 1 + numeric * (config.factor_dim + 1)  # no kernel reads these rows, so they have no padding
+    count = 1 + numeric * (config.factor_dim + 1)  # these rows have no padding: no kernel reads them
     if "deep" in config.terms:
         sizes = [fields * config.factor_dim, *config.over_arch_layer_sizes]
         for inputs, outputs in itertools.pairwise(sizes):

@@ -1,7 +1,7 @@
-"""Quality of a set of predictions: exact over all of them, wherever the ranks hold them.
+"""Exact metrics of the predictions of all ranks.
 
-TorchRec's own AUC looks at its last window (10M samples by default). Here every logit is kept until the end (4 bytes a
-sample and rank) and gathered on rank 0, so that AUC, with its ties, is that of the whole set.
+TorchRec's AUC covers a window (10M samples by default). Here every logit is kept until the end (4 bytes per sample) and
+gathered on rank 0, so that the AUC, with its ties, is that of the whole set.
 """
 
 import math
@@ -21,7 +21,7 @@ class NotFiniteError(UserError):
     """Predictions that are NaN or infinite."""
 
 
-# Of the curve that a finished training keeps.
+# Bins of the reliability curve in calibration.json.
 RELIABILITY_BINS = 20
 
 
@@ -32,7 +32,7 @@ class ReliabilityBin:
     Attributes:
         low: smallest prediction among them.
         high: largest one.
-        rows: how many there are.
+        rows: number of samples.
         predicted: their mean prediction.
         observed: the share of clicks among them; the same as ``predicted`` where the model is calibrated.
     """
@@ -51,11 +51,11 @@ class Metrics:
     Attributes:
         rows: samples evaluated.
         logloss: mean binary cross entropy, in nats.
-        auc: area under the ROC curve, ties counted half; None where there is but one class.
+        auc: area under the ROC curve, ties counted half; None if there is only one class.
         ne: normalised entropy, logloss over the entropy of the set's own click rate (He et al., 2014); below 1 the
-            model knows more than the base rate. None where there is but one class.
+            model is better than the base rate. None if there is only one class.
         calibration: mean predicted click probability over the click rate; None without clicks.
-        reliability: the reliability curve, where it was asked for; not part of ``to_json``.
+        reliability: the reliability curve, if requested; not part of ``to_json``.
     """
 
     rows: int
@@ -71,7 +71,7 @@ class Metrics:
 
 
 def compute_metrics(logits: NDArray[np.float32], labels: NDArray[np.float32], bins: int = 0) -> Metrics:
-    """Compute the metrics of predictions that lie in one process, in float64.
+    """Compute the metrics of the predictions of one process, in float64.
 
     Args:
         logits: [N], N > 0.
@@ -92,7 +92,7 @@ def compute_metrics(logits: NDArray[np.float32], labels: NDArray[np.float32], bi
     if 0.0 < rate < 1.0:
         auc = float(roc_auc_score(y, z))
         ne = logloss / -(rate * math.log(rate) + (1.0 - rate) * math.log1p(-rate))
-    predicted = 0.5 + 0.5 * np.tanh(0.5 * z)  # expit by tanh: no overflow at either end
+    predicted = 0.5 + 0.5 * np.tanh(0.5 * z)  # sigmoid by tanh cannot overflow
     if rate > 0.0:
         calibration = float(np.mean(predicted)) / rate
     curve = reliability(predicted, y, bins) if bins else ()
@@ -104,8 +104,8 @@ def reliability(predicted: NDArray[np.float64], labels: NDArray[np.float64], bin
 
     Click rates are low and predictions crowd there, so bins of equal width would put nearly all samples into one. The
     edges are quantiles of the predictions, as in ``sklearn.calibration.calibration_curve(strategy="quantile")``. Equal
-    predictions are never parted, so there may be fewer bins and their sizes may differ; the order of the samples, and
-    with it the ranks that held them, has no part in it.
+    predictions share a bin, so there may be fewer bins and their sizes may differ; the result does not depend on the
+    order of the samples or on the ranks that held them.
 
     Args:
         predicted: [N] click probabilities, N > 0; a NaN makes the curve empty.
@@ -143,7 +143,7 @@ def reliability(predicted: NDArray[np.float64], labels: NDArray[np.float64], bin
 
 
 def gather_metrics(logits: Tensor, labels: Tensor, bins: int = 0) -> Metrics:
-    """Compute the metrics of predictions that lie on all ranks; a collective.
+    """Compute the metrics of the predictions of all ranks; a collective.
 
     Args:
         logits: [N_r], this rank's logits on the CPU; N_r may differ between the ranks and may be 0.
@@ -168,7 +168,7 @@ def gather_metrics(logits: Tensor, labels: Tensor, bins: int = 0) -> Metrics:
         result = [compute_metrics(rows[:, 0], rows[:, 1], bins) if np.isfinite(rows[:, 0]).all() else None]
     dist.broadcast_object_list(result, src=0)
     if result[0] is None:
-        raise NotFiniteError("the predictions hold a NaN or an infinity, so these weights are of no use; train again")
+        raise NotFiniteError("the predictions hold a NaN or an infinity, so these weights cannot be used; train again")
     return result[0]
 
 

@@ -1,4 +1,4 @@
-"""Optimizers: the tables' fused into the backward pass, Adam for the rest, one schedule over both."""
+"""Optimizers: that of the tables, fused into the backward pass; Adam for the rest; one schedule over both."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -19,23 +19,22 @@ from torchrec_deepfm.training.regularisers import before_step, is_table
 def fuse_sparse_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> None:
     """Mark table parameters to be updated in their backward pass; sharding then fuses the optimizer into the kernel.
 
-    Call it before sharding, on the unsharded tables, and not on those that are to be data_parallel.
+    Call it before sharding, on the unsharded tables, except those that become data_parallel.
 
     Args:
         parameters: the tables' weights.
-        config: which optimizer and rate.
+        config: the optimizer and its rate.
     """
     optimizer_class, options = SPARSE_OPTIMIZERS[config.sparse_optimizer]
-    # A fresh dictionary: apply_optimizer_in_backward changes the one that it is given.
+    # A fresh dictionary: apply_optimizer_in_backward modifies its argument.
     apply_optimizer_in_backward(optimizer_class, parameters, {"lr": config.sparse_lr, **options})
 
 
 def make_optimizer(model: DistributedModelParallel, config: TrainConfig) -> CombinedOptimizer:
     """Combine the fused optimizer of the sharded tables with Adam for every other parameter.
 
-    A table of more than ``data_parallel_rows`` rows that the plan replicates all the same is trained by the tables'
-    optimizer as well, not fused; so are all of them where that is Adam. Penalties and the limit on the gradient's norm
-    come before the step.
+    A table of more than ``data_parallel_rows`` rows that a plan replicates also has the tables' optimizer, not fused;
+    so have all tables if that is Adam. Penalties and gradient clipping come before the step.
 
     Args:
         model: the sharded model.
@@ -45,7 +44,7 @@ def make_optimizer(model: DistributedModelParallel, config: TrainConfig) -> Comb
         One keyed optimizer over both.
     """
     rest = dict(in_backward_optimizer_filter(model.named_parameters()))
-    # A plan may replicate a table that ``data_parallel_rows`` does not: who trains a table must not depend on the plan.
+    # A plan may replicate other tables than ``data_parallel_rows``: a table's optimizer must not depend on the plan.
     tables = {
         name: weight for name, weight in rest.items() if is_table(name) and len(weight) > config.data_parallel_rows
     }
@@ -103,8 +102,8 @@ def make_scheduler(
 ) -> LambdaLR:
     """Drive the learning rates of all parameter groups, fused ones included, by ``schedule``.
 
-    The fused kernels take their rate from the groups in ``zero_grad``, which the pipeline calls before each forward
-    pass, so that no step lags behind.
+    The fused kernels read their rate from the groups in ``zero_grad``, which the pipeline calls before each forward
+    pass, so no step lags behind.
 
     Args:
         optimizer: of ``make_optimizer``.
@@ -124,7 +123,7 @@ def set_rates(scheduler: LambdaLR, step: float) -> None:
 
     Args:
         scheduler: of ``make_scheduler``.
-        step: steps done; a fraction where the length of a step has changed on the way.
+        step: steps done; a fraction if the batch size has changed.
     """
     scheduler.last_epoch = step  # type: ignore[assignment]
     for group, base, factor in zip(

@@ -1,4 +1,4 @@
-"""What the command ``recipes`` prints. Standard library only."""
+"""The output of the command ``recipes``. Standard library only."""
 
 import inspect
 import re
@@ -15,10 +15,10 @@ _PROG = "python -m torchrec_deepfm"
 
 
 def recipes_table() -> str:
-    """Lay out all recipes.
+    """Format all recipes.
 
     Returns:
-        A line each: name, what it is, and how its data are prepared, where they are published ones.
+        A line per recipe: name and summary; and the command that prepares its published data, if any.
     """
     lines = []
     for name in RECIPES:
@@ -27,7 +27,7 @@ def recipes_table() -> str:
             lines.append(f"{'':<17}  {_PROG} {DATA[name].prepare}")
     lines += [
         "",
-        f"{_PROG} recipes NAME tells where its values come from, and what it takes; train --recipe NAME uses it.",
+        f"{_PROG} recipes NAME prints its source, options, commands and size; train --recipe NAME uses it.",
         "Your own: train --recipe FILE.py:FUNCTION, where the function returns a TrainConfig (docs/recipes.md).",
     ]
     return "\n".join(lines)
@@ -36,24 +36,24 @@ def recipes_table() -> str:
 def recipe_text(
     name: str, data: DataSet | None = None, *, ranks: int | None = None, samples_per_second: float | None = None
 ) -> str:
-    """Tell all of one recipe.
+    """Describe one recipe.
 
     Args:
-        name: as ``recipe`` takes it.
-        data: what it is to be trained on; by default the published data that it is for, if any.
-        ranks: on how many ranks; by default as many as the data set says.
-        samples_per_second: speed of the training, to work out its time.
+        name: as in ``recipe``.
+        data: the training data; by default the published data of the recipe, if any.
+        ranks: number of ranks; by default that of the data set.
+        samples_per_second: speed of the training, to estimate its time.
 
     Returns:
-        Its source, the options that differ from the defaults, its commands, and what a training takes.
+        Its source, the options that differ from the defaults, its commands, and the size of a training.
 
     Raises:
-        UserError: there is no such recipe, or no data to work out for.
+        UserError: the recipe is unknown, or an estimate needs data and none is given.
     """
     config = recipe(name)
     for option, value in {"--ranks": ranks, "--samples-per-second": samples_per_second}.items():
         if value is not None and data is None and name not in DATA:
-            raise UserError(f"{option}: name --data too; {name} has no data set of its own")
+            raise UserError(f"{option}: needs --data as well, as {name} has no published data")
     blocks = []
     if name in RECIPES:
         blocks.append(f"{name}: {inspect.getdoc(RECIPES[name])}".replace("``", ""))
@@ -99,7 +99,7 @@ def _size(config: TrainConfig, data: DataSet, ranks: int, samples_per_second: fl
         "memory per rank": f"{format_bytes(size.rank_bytes)} for these"
         + (", as every rank has all tables" if replicated and ranks > 1 else "")
         + "; libraries, batches and activations come on top",
-        "a checkpoint": f"{format_bytes(size.checkpoint_bytes)}; up to {config.keep_last + 2} are there at a time",
+        "a checkpoint": f"{format_bytes(size.checkpoint_bytes)}; up to {config.keep_last + 2} exist at a time",
         "steps": f"{size.steps:,} of {batch:,} samples"
         + (f", in {config.epochs} epochs" if config.epochs > 1 else "")
         + (", or fewer: it stops early" if config.patience else ""),

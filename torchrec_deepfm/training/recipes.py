@@ -1,8 +1,8 @@
-"""The named recipes: settings that belong together, and where each value comes from. Standard library only.
+"""The named recipes: sets of options and the source of each value. Standard library only.
 
 A recipe is a function that returns a ``TrainConfig``. The command line takes one by name (``train --recipe paper``) and
-any field of it as an option on top (``--dropout 0.2``); ``python -m torchrec_deepfm recipes`` lists them. Your own is a
-few lines in a file of yours, ``mine.py``, which ``train --recipe mine.py:wider`` takes:
+any field of it as an option on top (``--dropout 0.2``); ``python -m torchrec_deepfm recipes`` lists them. Write
+your own in a Python file, such as ``mine.py``, for ``train --recipe mine.py:wider``:
 
     from dataclasses import replace
     from torchrec_deepfm.training.recipes import criteo_x1
@@ -27,13 +27,13 @@ def paper() -> TrainConfig:
 
     arXiv 1703.04247, section 3.1: latent vectors of 10, three hidden layers of 400, ReLU, dropout 0.5, Adam. The paper
     names no batch size, rate or number of epochs. Here Adam at 1e-3 trains the dense part and row-wise Adagrad the
-    tables, since the kernels for large tables have no Adam on CPU; 2,048 samples a step and rank.
+    tables, since the kernels for large tables have no Adam on CPU; 2,048 samples per step and rank.
     """
     return TrainConfig()
 
 
 def d2l() -> TrainConfig:
-    """The DeepFM of Dive into Deep Learning, which many have met first.
+    """The DeepFM of the textbook Dive into Deep Learning.
 
     Section "Deep Factorization Machines" of d2l.ai (chapter_recommender-systems/deepfm.md): 10 factors, an MLP of
     30-20-10, dropout 0.1, Adam at 0.01 on everything, batches of 2,048, 30 epochs, no regulariser. Its data are a small
@@ -52,10 +52,10 @@ def d2l() -> TrainConfig:
 
 
 def _fuxictr(**values: object) -> TrainConfig:
-    """What FuxiCTR 1.0 and 1.1 do in every run of BARS, beside the values of the run.
+    """The settings that FuxiCTR 1.0 and 1.1 use in every run of BARS.
 
-    fuxictr/pytorch/models/base_model.py: Adam at 1e-3 on everything; rates x 0.1 after each evaluation that is no
-    better, an end after ``patience`` of them, the best weights kept; gradients clipped at a norm of 10; embeddings
+    fuxictr/pytorch/models/base_model.py: Adam at 1e-3 on everything; rates x 0.1 after each evaluation without
+    improvement, an end after ``patience`` of them, the best weights kept; gradients clipped at a norm of 10; embeddings
     drawn with a deviation of 1e-4; ``embedding_regularizer`` is lambda / 2 ||.||^2 of whole tables and of the
     first-order weights, which are embeddings of width 1 there. 100 epochs are more than any run needs.
     """
@@ -78,7 +78,7 @@ def criteo_x1() -> TrainConfig:
 
     reczoo/BARS, ranking/ctr/DeepFM/DeepFM_criteo_x1, experiment DeepFM_criteo_x1_001_4b788fed (mean of five runs
     0.813812 / 0.438033): dimension 10, 400-400-400 with batch normalisation, dropout 0.1, regulariser 1e-5, batches of
-    4,096, judged by AUC. The log of its first run ends after 15 epochs. Adam at 1e-3, the plateau rule, clipping and
+    4,096, evaluated by AUC. The log of its first run ends after 15 epochs. Adam at 1e-3, the plateau rule, clipping and
     initial values are FuxiCTR's (v1.1.0).
     """
     return _fuxictr(
@@ -98,7 +98,7 @@ def criteo_x4() -> TrainConfig:
 
     reczoo/BARS, ranking/ctr/DeepFM/DeepFM_criteo_x4_001, experiment DeepFM_criteo_x4_024_626165ea (0.814332 /
     0.437584): dimension 16, five layers of 1,000, no batch normalisation, dropout 0.2, regulariser 1e-5, batches of
-    10,000, judged by AUC less log loss. Its log ends after 10 epochs. The rest is FuxiCTR's (v1.0.2), as in
+    10,000, evaluated by AUC minus log loss. Its log ends after 10 epochs. The rest is FuxiCTR's (v1.0.2), as in
     ``criteo-x1``.
     """
     return _fuxictr(
@@ -117,9 +117,9 @@ def frappe_x1() -> TrainConfig:
 
     BARS' DeepFM (reczoo/BARS, DeepFM_frappe_x1_001_4ae3a56e: test AUC 0.9842, log loss 0.1482) has dimension 10,
     400-400-400 with batch normalisation, dropout 0.2, regulariser 0.05, batches of 4,096, Adam at 1e-3. From there, by
-    experiment on the validation split alone (docs/results.md): a moving average of the weights, at a rate that is never
-    cut, and judged by it; dimension 40, which pairs of user and item need; and 0.02, which takes a dozen epochs to
-    where 0.05 is after 30. Other dimensions, dropouts, rates and batch sizes were no better.
+    experiment on the validation split alone (docs/results.md): a moving average of the weights at a constant rate, and
+    evaluations with it; dimension 40, for the pairs of user and item; and a regulariser of 0.02, which needs a dozen
+    epochs where 0.05 needs 30. Other dimensions, dropouts, rates and batch sizes gave no improvement.
     """
     return TrainConfig(
         factor_dim=40,
@@ -143,13 +143,13 @@ def criteo_terabyte() -> TrainConfig:
     """DeepFM at the size and the schedule of MLPerf's DLRM-DCNv2: 204 million rows of 128 numbers, one epoch.
 
     mlcommons/training, recommendation_v2/torchrec_dlrm (README): Adagrad at 0.005 with neither warm-up nor decay, one
-    epoch, 65,536 samples a step on 8 ranks, rows of 128, over arch 1024-1024-512-256, an evaluation each twentieth of
+    epoch, 65,536 samples per step on 8 ranks, rows of 128, over arch 1024-1024-512-256, an evaluation each twentieth of
     the epoch. A packed row of 128 holds a latent vector of 127 and the first-order weight. MLPerf's 26 table sizes come
     with ``prepare --schema criteo-terabyte --hash``.
 
-    Not as there: Adam at 1e-3 trains what is no table, where MLPerf uses Adagrad for all; one value per field and
-    not MLPerf's made-up multi-hot lists; and an FM instead of a DCN. The README's target is an AUC of 0.8030; nobody
-    has published DeepFM's. On other than 8 ranks give ``--batch-size`` so that the step keeps its size.
+    Different from MLPerf: Adam at 1e-3 trains everything except the tables, where MLPerf uses Adagrad for all; one
+    value per field, not MLPerf's synthetic multi-hot lists; and an FM instead of a DCN. The README's target is an AUC
+    of 0.8030; nobody has published DeepFM's. On other than 8 ranks give ``--batch-size`` to keep the size of the step.
     """
     return TrainConfig(
         factor_dim=127,
@@ -166,7 +166,7 @@ def criteo_terabyte() -> TrainConfig:
 
 
 def smoke() -> TrainConfig:
-    """A few seconds on anything: it checks an installation, not quality.
+    """A run of a few seconds that checks an installation, not quality.
 
     A small MLP, small batches, one epoch; chosen for speed.
     """
@@ -174,7 +174,7 @@ def smoke() -> TrainConfig:
 
 
 def synthetic() -> TrainConfig:
-    """What ``make train`` runs: the synthetic set, whose best reachable AUC is known.
+    """The recipe of ``make train``: the synthetic set, whose best reachable AUC is known.
 
     Found by experiment on that set (docs/results.md), learnt within a few minutes. Criteo-like data want a wider MLP;
     start from ``paper`` there.
@@ -271,7 +271,7 @@ DATA: dict[str, DataSet] = {
 
 
 def recipe(name: str) -> TrainConfig:
-    """Look up a named recipe, or take one of the user's own.
+    """Look up a named recipe, or load one from a file.
 
     Args:
         name: one of ``RECIPES``; or ``path/to/file.py:function``, whose file is executed as Python.
@@ -280,7 +280,7 @@ def recipe(name: str) -> TrainConfig:
         Its configuration.
 
     Raises:
-        UserError: there is no such recipe, or the user's own gives no ``TrainConfig``.
+        UserError: the recipe is unknown, or its function does not return a ``TrainConfig``.
 
     Example:
         >>> recipe("paper").over_arch_layer_sizes
@@ -288,18 +288,18 @@ def recipe(name: str) -> TrainConfig:
     """
     path, colon, function = name.rpartition(":")
     if colon and path.endswith(".py"):
-        return _own(name, Path(path), function)
+        return _load_recipe_file(name, Path(path), function)
     if name not in RECIPES:
         raise UserError(f"--recipe {name}: unknown recipe; choose {one_of(RECIPES, name)}, or give FILE.py:FUNCTION")
     return RECIPES[name]()
 
 
 def one_line(name: str) -> str:
-    """Return what a named recipe is, in one line."""
+    """Return the summary of a named recipe, in one line."""
     return (inspect.getdoc(RECIPES[name]) or "").partition("\n")[0].replace("``", "")
 
 
-def _own(name: str, path: Path, function: str) -> TrainConfig:
+def _load_recipe_file(name: str, path: Path, function: str) -> TrainConfig:
     if not path.is_file():
         raise UserError(f"--recipe {name}: no file {path}; name a Python file and a function in it")
     spec = importlib.util.spec_from_file_location("own_recipe", path)
@@ -312,12 +312,12 @@ def _own(name: str, path: Path, function: str) -> TrainConfig:
         made = make() if callable(make) else None
     except UserError as error:
         raise UserError(f"--recipe {name}: {error}") from error
-    except (Exception, SystemExit) as error:  # of the user's code, whatever it is
+    except (Exception, SystemExit) as error:  # anything that the user's code raises
         what = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"--recipe {name}: the file could not be run ({what}); correct it") from error
     if make is None:
         raise UserError(f"--recipe {name}: {path} has no {function!r}; name a function that returns a TrainConfig")
-    if type(made) is not TrainConfig:  # a subclass may have fields that are no options
+    if type(made) is not TrainConfig:  # a subclass may have fields that are not options
         shown = " ".join(repr(made).split())
         raise UserError(f"--recipe {name}: {function} returns {shown:.60}; it must return a TrainConfig")
     return made

@@ -1,4 +1,4 @@
-"""L2 penalties, whole and of what a batch looks up, and the limit on the gradient's norm.
+"""L2 penalties, of whole tables and of the rows that a batch looks up, and gradient clipping.
 
 Shapes: B samples on this rank, S categorical features, K factor_dim, R = K + 1 columns of a packed row ``[v (K) | w]``.
 """
@@ -14,22 +14,21 @@ from torchrec_deepfm.training.config import TrainConfig
 
 
 def penalise_looked_up_rows(sparse_arch: SparseArch, config: TrainConfig, device: torch.device) -> None:
-    r"""Let each look-up of a row pull it towards zero, whatever optimizer trains its table, fused or not.
+    r"""Penalise each look-up of a row, with any optimizer, fused or not.
 
-    The backward pass gets the gradient of a penalty on top of the loss, per sample as the loss is:
+    The backward pass adds the gradient of a penalty per sample:
 
     .. math:: \frac1B \sum_b \sum_s \frac{\lambda_v}{2} \lVert v_{bs} \rVert^2 + \frac{\lambda_w}{2} w_{bs}^2
 
-    A row that n of the B samples look up so gets n/B times lambda times itself, and one that none does is left alone.
-    The bags must hold one id each: of several only the sum is known here, and its penalty is not that of the rows.
+    A row that n of the B samples look up gets n/B times lambda times itself, other rows nothing. Each bag must hold one
+    id: of several only the sum is known here, and its penalty is not that of the rows.
 
-    (FBGEMM's own ``weight_decay`` is no way to do it: its row-wise Adagrad has one on GPUs, and its CPU kernels take
-    the option and ignore it.)
+    (FBGEMM's ``weight_decay`` cannot replace it: row-wise Adagrad supports it on GPUs, and the CPU kernels ignore it.)
 
     Args:
-        sparse_arch: looks the rows up; gets a hook.
+        sparse_arch: the module that looks the rows up; gets a hook.
         config: ``touched_embedding_l2`` and ``touched_linear_l2``.
-        device: where the rows come to.
+        device: of the rows.
     """
     if not config.touched_embedding_l2 and not config.touched_linear_l2:
         return
@@ -37,7 +36,9 @@ def penalise_looked_up_rows(sparse_arch: SparseArch, config: TrainConfig, device
     penalties = torch.tensor(columns, device=device)
 
     def pull(module: nn.Module, inputs: Any, rows: Tensor) -> None:  # [B, S, R]
-        if not isinstance(rows, Tensor) or not rows.requires_grad:  # TorchRec traces the model; or it evaluates
+        if (
+            not isinstance(rows, Tensor) or not rows.requires_grad
+        ):  # while TorchRec traces the model, or in an evaluation
             return
         values, share = rows.detach(), 1.0 / max(len(rows), 1)
         rows.register_hook(  # type: ignore[no-untyped-call]
@@ -48,17 +49,17 @@ def penalise_looked_up_rows(sparse_arch: SparseArch, config: TrainConfig, device
 
 
 def before_step(parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> Callable[..., None] | None:
-    """Make what is to happen to the gradients between the backward pass and the optimizers' step.
+    """Build the hook that changes the gradients between the backward pass and the optimizers' step.
 
-    First each penalty lambda/2 ||weight||^2 adds lambda * weight, then the gradients' common norm is limited. Gradients
-    are averaged over the ranks by then, so both are the same on any number of ranks.
+    Each penalty lambda/2 ||weight||^2 adds lambda * weight, then the common norm of the gradients is clipped. Gradients
+    are averaged over the ranks before, so both are the same on any number of ranks.
 
     Args:
-        parameters: all that are not fused, by name.
+        parameters: those that are not fused, by name.
         config: ``embedding_l2``, ``linear_l2``, ``over_arch_l2`` and ``clip_norm``.
 
     Returns:
-        A hook for ``Optimizer.register_step_pre_hook``; None where there is nothing to do.
+        A hook for ``Optimizer.register_step_pre_hook``; None if no option needs it.
     """
     penalised = list(_penalised(parameters, config))
     weights = list(parameters.values())
@@ -90,5 +91,5 @@ def _penalised(parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> I
 
 
 def is_table(name: str) -> bool:
-    """Whether a parameter of this name is a table."""
+    """Whether this is the name of a table's weights."""
     return ".embedding_bags." in name and name.endswith(".weight")

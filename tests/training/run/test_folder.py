@@ -410,7 +410,7 @@ def test_a_summary_that_says_nothing(data: PreparedData, finished: Path, device:
         (lambda value: value.update(format_version=99), "the file is damaged (format_version: invalid enum value 99)"),
         (
             lambda value: value["config"].update(speed=3),
-            "does not fit this version (config.speed: this version has no ",
+            "does not fit this version (config.speed: unknown option",
         ),
         (lambda value: value["config"].update(epochs="2"), "does not fit this version (config: --epochs '2': "),
         (lambda value: value.update(num_embeddings={"user": -3}), "the file is damaged (num_embeddings[...]: expected"),

@@ -1,4 +1,4 @@
-"""The data to run on when none is named: a synthetic set, made and prepared once."""
+"""The default data of ``train``: a synthetic set, generated and prepared once."""
 
 import shutil
 from collections.abc import Callable
@@ -14,7 +14,7 @@ SEED: Final = 0
 
 
 def sample_data(root: Path, report: Callable[[str], None], *, rows: int = ROWS) -> PreparedData:
-    """Open the sample below ``root``, making it first where it is not there.
+    """Open the sample below ``root``, generating it first if it is missing.
 
     Args:
         root: the folder that holds it: ``raw/`` (Criteo-format text) and ``prepared/``.
@@ -32,7 +32,7 @@ def sample_data(root: Path, report: Callable[[str], None], *, rows: int = ROWS) 
         return PreparedData.open(prepared)
     if raw.exists():  # left by a start that was interrupted between the two
         shutil.rmtree(raw)
-    report(f"no --data named: making {rows:,} rows of synthetic click logs in {root}")
+    report(f"No --data given: generating {rows:,} rows of synthetic click logs in {root}")
     generate(raw, rows=rows, seed=SEED)
     return prepare(
         [raw / "day_0.tsv"], prepared, validation=[raw / "validation.tsv"], test=[raw / "test.tsv"], report=report
