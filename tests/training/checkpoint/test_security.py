@@ -218,7 +218,7 @@ class _Attribute:
 
 def test_getattr_in_metadata_gives_members_of_one_enum_and_nothing_else():
     def read(*arguments):
-        return dcp._Unpickler(io.BytesIO(pickle.dumps(_Attribute(*arguments)))).load()
+        return dcp._MetadataUnpickler(io.BytesIO(pickle.dumps(_Attribute(*arguments)))).load()
 
     formats = torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING
     assert read(formats, "TORCH_CONTIGUOUS_FORMAT") is formats.TORCH_CONTIGUOUS_FORMAT
