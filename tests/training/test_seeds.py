@@ -74,7 +74,7 @@ def test_seeds_are_added_to_those_that_are_there(tmp_path: Path, device: torch.d
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda folder: folder.write_text(""), "this is a file; name a folder"),
+        (lambda folder: folder.write_text(""), "a file has this name; name a folder"),
         (
             lambda folder: (folder.mkdir(), (folder / "config.json").touch()),
             "the folder holds a single run; name another one for --seeds",

@@ -137,7 +137,7 @@ def _check_free(output: Path, resume: Resume) -> None:
     if not output.exists():
         return
     if not output.is_dir():
-        raise UserError(f"--output {output}: this is a file; name a folder")
+        raise UserError(f"--output {output}: a file has this name; name a folder")
     runs = {path.name for path in run_folder.seed_folders(output).values()}
     left = {run_lock.NAME, f"{run_folder.SUMMARY}.partial"}  # older versions left the second one
     names = sorted(path.name for path in output.iterdir() if path.name not in left and not is_partial(path.name))

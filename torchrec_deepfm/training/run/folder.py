@@ -81,7 +81,7 @@ def check_free(folder: Path) -> None:
         what = "already holds a run" if (folder / "config.json").exists() else "is not empty"
         raise UserError(f"--output {folder}: the folder {what}; name another one, or remove it first")
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output {folder}: this is a file; name a folder")
+        raise UserError(f"--output {folder}: a file has this name; name a folder")
 
 
 def is_empty(folder: Path) -> bool:
