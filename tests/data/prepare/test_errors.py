@@ -37,24 +37,24 @@ BAD_LINES = {
     "seven columns": (b"1\t5\t-2\tab\t\t0F\t1", " has 7 columns, expected 6"),
     "seven columns, the last empty": (b"1\t5\t-2\tab\t\t0F\t", " has 7 columns, expected 6"),
     "spaces": (b"1 5 -2 ab cd 0F", " has 1 columns, expected 6"),
-    "label 2": (b"2\t5\t-2\tab\t\t0F", ", column y: '2' is no label, it must be 0 or 1"),
-    "label text": (b"yes\t5\t-2\tab\t\t0F", ", column y: 'yes' is no label"),
+    "label 2": (b"2\t5\t-2\tab\t\t0F", ", column y: '2' is not a valid label, it must be 0 or 1"),
+    "label text": (b"yes\t5\t-2\tab\t\t0F", ", column y: 'yes' is not a valid label"),
     "no label": (b"\t5\t-2\tab\t\t0F", ", column y: the label is missing, it must be 0 or 1"),
-    "decimal": (b"1\t5\t1.5\tab\t\t0F", ", column n2: '1.5' is no integer"),
-    "exponent": (b"1\t1e3\t5\tab\t\t0F", ", column n1: '1e3' is no integer"),
-    "underscore": (b"1\t1_0\t5\tab\t\t0F", ", column n1: '1_0' is no integer"),
-    "blank number": (b"1\t 5\t5\tab\t\t0F", ", column n1: ' 5' is no integer"),
+    "decimal": (b"1\t5\t1.5\tab\t\t0F", ", column n2: '1.5' is not an integer"),
+    "exponent": (b"1\t1e3\t5\tab\t\t0F", ", column n1: '1e3' is not an integer"),
+    "underscore": (b"1\t1_0\t5\tab\t\t0F", ", column n1: '1_0' is not an integer"),
+    "blank number": (b"1\t 5\t5\tab\t\t0F", ", column n1: ' 5' is not an integer"),
     "400 digits": (b"1\t5\t" + b"9" * 400 + b"\tab\t\t0F", f", column n2: '{'9' * 40}...' is too large for a number"),
-    "no hex": (b"1\t5\t-2\txyz\t\t0F", ", column c1: 'xyz' is no hexadecimal number of at most 8 digits"),
-    "9 hex digits": (b"1\t5\t-2\tab\t123456789\t0F", ", column c2: '123456789' is no hexadecimal number"),
-    "hex with underscore": (b"1\t5\t-2\ta_b\t\t0F", ", column c1: 'a_b' is no hexadecimal number"),
-    "quoted": (b'1\t5\t-2\t"ab"\t\t0F', ", column c1: '\"ab\"' is no hexadecimal number"),
-    "utf-8": ("1\t5\t-2\té\t\t0F".encode(), ", column c1: 'é' is no hexadecimal number"),
-    "latin-1": (b"1\t5\t-2\t\xe9\t\t0F", ", column c1: '\\udce9' is no hexadecimal number"),
-    "latin-1 number": (b"1\t\xe9\t-2\tab\t\t0F", ", column n1: '\\udce9' is no integer"),
-    "zero byte": (b"1\t5\t-2\ta\x00\t\t0F", ", column c1: 'a\\x00' is no hexadecimal number"),
-    "a header": (b"y\tn1\tn2\tc1\tc2\tc3", ", column y: 'y' is no label"),
-    "3 MB in one field": (b"1\t5\t-2\t" + b"a" * 3_000_000 + b"\t\t", f", column c1: '{'a' * 40}...' is no hexadec"),
+    "no hex": (b"1\t5\t-2\txyz\t\t0F", ", column c1: 'xyz' is not a hexadecimal number of at most 8 digits"),
+    "9 hex digits": (b"1\t5\t-2\tab\t123456789\t0F", ", column c2: '123456789' is not a hexadecimal number"),
+    "hex with underscore": (b"1\t5\t-2\ta_b\t\t0F", ", column c1: 'a_b' is not a hexadecimal number"),
+    "quoted": (b'1\t5\t-2\t"ab"\t\t0F', ", column c1: '\"ab\"' is not a hexadecimal number"),
+    "utf-8": ("1\t5\t-2\té\t\t0F".encode(), ", column c1: 'é' is not a hexadecimal number"),
+    "latin-1": (b"1\t5\t-2\t\xe9\t\t0F", ", column c1: '\\udce9' is not a hexadecimal number"),
+    "latin-1 number": (b"1\t\xe9\t-2\tab\t\t0F", ", column n1: '\\udce9' is not an integer"),
+    "zero byte": (b"1\t5\t-2\ta\x00\t\t0F", ", column c1: 'a\\x00' is not a hexadecimal number"),
+    "a header": (b"y\tn1\tn2\tc1\tc2\tc3", ", column y: 'y' is not a valid label"),
+    "3 MB in one field": (b"1\t5\t-2\t" + b"a" * 3_000_000 + b"\t\t", f", column c1: '{'a' * 40}...' is not a hexadec"),
 }
 
 
@@ -94,7 +94,7 @@ def test_bad_line_in_the_test_file_names_that_file(tmp_path):
     valid = tmp_path / "v.tsv"
     valid.write_bytes(GOOD)
     message = refused(tmp_path, [train], tmp_path / "out", validation=[valid], test=[bad], schema=SMALL)
-    assert message == f"{bad}: line 1, column y: '3' is no label, it must be 0 or 1" + REPAIR
+    assert message == f"{bad}: line 1, column y: '3' is not a valid label, it must be 0 or 1" + REPAIR
 
 
 TOLERATED = {
@@ -249,7 +249,7 @@ def test_output_that_is_taken(tmp_path, path):
     assert message == f"{out}: the output folder is not empty; name another one or remove it"
     assert (out / "mine").read_text() == "keep"
     message = refused(tmp_path, [path], path, schema=SMALL)
-    assert message == f"{path}: the output exists and is no folder; name another one"
+    assert message == f"{path}: the output exists and is not a folder; name another one"
     (out / "mine").unlink()
     assert prepare([path], out, schema=SMALL).rows("train") > 0  # an empty folder is free
     message = refused(tmp_path, [path], path / "out", schema=SMALL)

@@ -18,10 +18,13 @@ from torchrec_deepfm.errors import UserError
 @pytest.mark.parametrize(
     ("columns", "expected"),
     [
-        ({"y": [0, 2]}, "row 2, column 'y': 2 is no label, it must be 0 or 1; repair or remove the row"),
-        ({"y": [0.5, 1]}, "row 1, column 'y': 0.5 is no label, it must be 0 or 1; repair or remove the row"),
+        ({"y": [0, 2]}, "row 2, column 'y': 2 is not a valid label, it must be 0 or 1; repair or remove the row"),
+        ({"y": [0.5, 1]}, "row 1, column 'y': 0.5 is not a valid label, it must be 0 or 1; repair or remove the row"),
         ({"y": [1, None]}, "row 2, column 'y': the label is missing, it must be 0 or 1; repair or remove the row"),
-        ({"y": [math.nan, 1]}, "row 1, column 'y': nan is no label, it must be 0 or 1; repair or remove the row"),
+        (
+            {"y": [math.nan, 1]},
+            "row 1, column 'y': nan is not a valid label, it must be 0 or 1; repair or remove the row",
+        ),
         ({"y": ["0", "1"]}, "column 'y': it holds text, a label is a boolean or a number 0 or 1; convert it"),
         ({"n": [1.0, -math.inf]}, "row 2, column 'n': -inf is not finite; repair or remove the row"),
         ({"n": ["1", "2"]}, "column 'n': it holds text, no numbers; list it under categorical"),
@@ -33,7 +36,7 @@ from torchrec_deepfm.errors import UserError
         (
             {"c": [0.5, 1]},
             (
-                "column 'c': it holds decimal numbers, which are no categories; list it under numeric, or set "
+                "column 'c': it holds decimal numbers, which are not categories; list it under numeric, or set "
                 'type = "integer" under [columns.c] if they are whole'
             ),
         ),
@@ -46,7 +49,7 @@ from torchrec_deepfm.errors import UserError
             {"c": pa.array([2**64 - 1, 1], pa.uint64())},
             "row 1, column 'c': 18446744073709551615 is beyond a 64-bit integer; repair or remove the row",
         ),
-        ({"c": [b"a", b"\xff"]}, "row 2, column 'c': b'\\xff' is no UTF-8; repair or remove the row"),
+        ({"c": [b"a", b"\xff"]}, "row 2, column 'c': b'\\xff' is not UTF-8; repair or remove the row"),
         ({"c": [b"\xff" * 99, b"a"]}, None),
     ],
 )
@@ -61,22 +64,22 @@ def test_wrong_columns_of_parquet(tmp_path, columns, expected):
 @pytest.mark.parametrize(
     ("options", "values", "expected"),
     [
-        (Column(type="integer"), [1.0, 2.5], "row 2, column 'c': 2.5 is no integer; repair or remove the row"),
+        (Column(type="integer"), [1.0, 2.5], "row 2, column 'c': 2.5 is not an integer; repair or remove the row"),
         (Column(type="integer"), [2.0**53 + 2], ("row 1, column 'c': 9007199254740994.0 is too large for an exact "
                                                 "integer; repair or remove the row")),
-        (Column(type="integer"), ["7", "7.0"], "row 2, column 'c': '7.0' is no integer; repair or remove the row"),
+        (Column(type="integer"), ["7", "7.0"], "row 2, column 'c': '7.0' is not an integer; repair or remove the row"),
         (Column(type="integer"), ["9" * 19], (f"row 1, column 'c': '{'9' * 19}' is beyond a 64-bit integer; repair or "
                                              "remove the row")),
         (Column(list=True), [1], "column 'c': it holds integers, one a row; remove list = true under [columns.c]"),
         (Column(list=True), ["a"], ("column 'c': it holds text, which must be cut into lists; set separator, such as "
                                    '"|", under [columns.c]')),
-        (Column(list=True), [[0.5]], ("column 'c': it holds lists of decimal numbers, which are no categories; list it "
+        (Column(list=True), [[0.5]], ("column 'c': it holds lists of decimal numbers, which are not categories; list it "  # noqa: E501
                                      'under numeric, or set type = "integer" under [columns.c] if they are whole')),
-        (Column(list=True, type="integer"), [["1"], ["2", "x"]], ("row 2, column 'c': 'x' is no integer; repair or "
+        (Column(list=True, type="integer"), [["1"], ["2", "x"]], ("row 2, column 'c': 'x' is not an integer; repair or "
                                                                  "remove the row")),
-        (Column(list=True), [[b"a"], [], [b"a", b"\xff"]], ("row 3, column 'c': b'\\xff' is no UTF-8; repair or remove "
+        (Column(list=True), [[b"a"], [], [b"a", b"\xff"]], ("row 3, column 'c': b'\\xff' is not UTF-8; repair or remove "  # noqa: E501
                                                            "the row")),
-        (Column(list=True, separator="|"), [b"a|b", None, b"\xff|a"], ("row 3, column 'c': b'\\xff|a' is no UTF-8; "
+        (Column(list=True, separator="|"), [b"a|b", None, b"\xff|a"], ("row 3, column 'c': b'\\xff|a' is not UTF-8; "
                                                                       "repair or remove the row")),
     ],
 )  # fmt: skip
@@ -116,7 +119,7 @@ def test_bad_rows_of_a_table_with_lists_are_left_out(tmp_path):
     assert piece.frame.rows() == [(1, ["a"], [0.5]), (0, None, None)]
     assert [(one.line, one.reason) for one in piece.skipped] == [
         (2, "column 'w': 2 values have 1 weights"),
-        (3, "column 'y': 7 is no label, it must be 0 or 1"),
+        (3, "column 'y': 7 is not a valid label, it must be 0 or 1"),
         (5, "column 'w': a weight inf is not a finite number"),
     ]
 
@@ -124,13 +127,13 @@ def test_bad_rows_of_a_table_with_lists_are_left_out(tmp_path):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("y,n,c\n1,2,a\nx,2,a\n", "row 3, column 'y': 'x' is no label, it must be 0 or 1; repair or remove the row"),
+        ("y,n,c\n1,2,a\nx,2,a\n", "row 3, column 'y': 'x' is not a valid label, it must be 0 or 1; repair or remove the row"),  # noqa: E501
         ("y,n,c\n,2,a\n", "row 2, column 'y': the label is missing, it must be 0 or 1; repair or remove the row"),
         ("y,n,c\n1,1_0,a\n", "row 2, column 'n': '1_0' is no number; repair or remove the row"),
         ("y,n,c\n1,1e999,a\n", "row 2, column 'n': '1e999' is not finite; repair or remove the row"),
         ("y,n,c\n1,2\n", "row 2, the row has 2 cells, the header 3; repair or remove the row"),
-        (b"y,n,c\n1,2,\xff\n", "row 2, column 'c': b'\\xff' is no UTF-8; repair or remove the row"),
-        (b"y,n,\xff\n1,2,a\n", "the header is no UTF-8; save the file as UTF-8"),
+        (b"y,n,c\n1,2,\xff\n", "row 2, column 'c': b'\\xff' is not UTF-8; repair or remove the row"),
+        (b"y,n,\xff\n1,2,a\n", "the header is not UTF-8; save the file as UTF-8"),
         ("y,n,c\n", None),
         ("", "the file is empty; give a CSV whose first row holds the column names"),
         ("1,2,a\n0,2,a\n", ("there is no column 'y'; the file has '1', '2', 'a'; its first row looks like data: add a "

@@ -313,7 +313,7 @@ def test_broken_and_bad_rows_are_left_out_and_listed_wherever_reading_begins(tmp
                     {
                         "many": "the row has 5 cells, the header 3",
                         "few": "the row has 1 cells, the header 3",
-                        "label": f"column 'y': '{number}' is no label, it must be 0 or 1",
+                        "label": f"column 'y': '{number}' is not a valid label, it must be 0 or 1",
                         "number": "column 'n': 'two' is no number",
                     }[kind],
                 )

@@ -1,7 +1,7 @@
 """What a column of a user's table holds, and whether that fits what the schema says of it.
 
 Nothing is guessed row by row: a column's type follows from the types of the file and the schema, and a column that does
-not fit is an error for the whole file. ``cells.py`` reads the values.
+not fit is an error for the whole file. ``columns.py`` reads the values.
 """
 
 from dataclasses import dataclass
@@ -126,7 +126,7 @@ def category_type(kind: Kind, options: Column, name: str, *, csv: bool) -> str |
         raise UserError(f'{where} must be cut into lists; set separator, such as "|", under {at}')
     if kind.scalar == "float" and options.type != "integer":
         raise UserError(
-            f'it holds {kind}, which are no categories; list it under numeric, or set type = "integer" under {at} '
+            f'it holds {kind}, which are not categories; list it under numeric, or set type = "integer" under {at} '
             "if they are whole"
         )
     if options.type is not None or kind.scalar == "nothing":

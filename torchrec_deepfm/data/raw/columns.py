@@ -1,6 +1,6 @@
 """The values of a user's table: from whatever Arrow type they have to the few types of a ``Piece``.
 
-A cell that does not fit is a fault of its row. Columns that do not fit as a whole never come here (``kinds.py``).
+A cell that does not fit is a fault of its row. Columns of a wrong type are refused before (``column_types.py``).
 
 Shape letters: n rows, m list elements in all of them.
 """
@@ -53,7 +53,9 @@ def labels(column: pa.ChunkedArray) -> Values:
     faults = {}
     for row in bad.tolist():
         value = flat.raw(row)
-        faults[row] = f"the label is missing, {_LABEL}" if value is None else f"{_show(value)} is no label, {_LABEL}"
+        faults[row] = (
+            f"the label is missing, {_LABEL}" if value is None else f"{_show(value)} is not a valid label, {_LABEL}"
+        )
     return Values(series=numbers.series.set(~good.fill_null(False), None).cast(pl.UInt8), faults=faults)
 
 
@@ -65,7 +67,7 @@ def numbers(column: pa.ChunkedArray, transform: str | None = None) -> Values:
         transform: What becomes of them, where it is known.
 
     Returns:
-        n values Float64, null for missing and for NaN; what is infinite, text that is no number, and what the transform
+        n values Float64, null for missing and for NaN; what is infinite, non-numeric text, and what the transform
         does not take is a fault.
     """
     flat = _flat(column)
@@ -128,7 +130,7 @@ def lists(
     sources = np.flatnonzero(paired)[np.cumsum(on_ids) - 1] if len(series) else np.zeros(len(kept), np.int64)
     for element in np.flatnonzero(kept & ~np.isfinite(narrow)).tolist():
         value = other.elements.raw(int(sources[element]))
-        what = "is missing" if value is None else f"{_show(value)} is no finite number"
+        what = "is missing" if value is None else f"{_show(value)} is not a finite number"
         wrong.setdefault(int(bags.rows[element]), f"a weight {what}")
     result = bags.rebuilt(pl.Series(narrow), kept, pl.Float32)
     return (
@@ -155,7 +157,7 @@ def scalars(column: pa.ChunkedArray) -> pl.Series:
 
 @dataclass(frozen=True, kw_only=True)
 class _Flat:
-    """Values of one scalar kind; `undecoded` holds those that are no UTF-8, by place."""
+    """Values of one scalar kind; `undecoded` holds those that are not UTF-8, by place."""
 
     kind: str
     array: pa.Array
@@ -262,7 +264,7 @@ def _bags(column: pa.ChunkedArray, separator: str | None) -> _Bags:
     if kind.scalar == "nothing":
         return _Bags(elements=_flat(pa.array([], pa.null())), lengths=np.zeros(len(array), np.int64), missing=missing)
     flat = _flat(array)
-    # Bytes that are no UTF-8 can't be cut: such a cell is a list of itself, a fault of its one element.
+    # Bytes that are not UTF-8 can't be cut: such a cell is a list of itself, a fault of its one element.
     parts = [None if text is None else [text] for text in flat.array.to_pylist()] if flat.undecoded else None
     if parts is None:
         cut = _series(flat.array).str.split(str(separator)).to_arrow()
@@ -297,7 +299,7 @@ def _numbers(flat: _Flat, *, booleans: bool = False) -> Values:
         found = series.cast(pl.Float64)
     infinite = found.is_infinite().fill_null(False)
     bad = infinite | (given & found.is_null())
-    faults = {row: f"{_show(value)} is no UTF-8" for row, value in flat.undecoded.items()}
+    faults = {row: f"{_show(value)} is not UTF-8" for row, value in flat.undecoded.items()}
     for row in np.flatnonzero(bad.to_numpy()).tolist():
         faults[row] = f"{_show(flat.raw(row))} is {'not finite' if infinite[row] else 'no number'}"
     return Values(series=found.set(infinite, None).fill_nan(None), faults=faults)
@@ -305,7 +307,7 @@ def _numbers(flat: _Flat, *, booleans: bool = False) -> Values:
 
 def _categories(flat: _Flat, wanted: str) -> Values:
     series = _series(flat.array)
-    faults = {row: f"{_show(value)} is no UTF-8" for row, value in flat.undecoded.items()}
+    faults = {row: f"{_show(value)} is not UTF-8" for row, value in flat.undecoded.items()}
     if flat.kind == "boolean":
         series = series.cast(pl.Int64)
     if wanted == "string":
@@ -333,7 +335,7 @@ def _integer_fault(value: object) -> str:
     large = isinstance(value, float) and value == value // 1
     if large or (not isinstance(value, float) and digits.isascii() and digits.isdigit()):
         return "is beyond a 64-bit integer" if not large else "is too large for an exact integer"
-    return "is no integer"
+    return "is not an integer"
 
 
 def _show(value: object) -> str:

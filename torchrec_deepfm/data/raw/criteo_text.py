@@ -1,7 +1,7 @@
 """Criteo's text logs -> typed pieces: tab separated, no header; a label, I integers, F categories in hexadecimal.
 
 Polars parses blocks of whole lines. What it takes for granted (signs, spaces, short lines) is checked by counting; a
-block that fails in any way is looked at again line by line, by one regular expression that says what a good line is.
+block that fails in any way is checked again line by line, by one regular expression that says what a good line is.
 So the rule stands in one place, good data are fast, and a bad line is named.
 """
 
@@ -125,7 +125,7 @@ class TextLog:
                     cut = rest.rfind(b"\r", 0, -1) + 1
                 if not cut:
                     raise UserError(
-                        f"{self.path}: a line is longer than {self._piece_bytes:,} bytes; this is no text log of "
+                        f"{self.path}: a line is longer than {self._piece_bytes:,} bytes; not a text log of "
                         f"{len(self._schema.names)} columns"
                     )
                 yield rest[:cut], raw.tell() / max(self.bytes, 1)
@@ -247,7 +247,7 @@ def _parse(text: bytes, schema: Schema) -> pl.DataFrame | None:
     if text.translate(None, _CHARACTERS):
         return None
     if _count(text, _TAB) != tabs * lines:
-        shorter = re.sub(rb"\n{2,}", b"\n", text).lstrip(b"\n")  # blank lines are no rows
+        shorter = re.sub(rb"\n{2,}", b"\n", text).lstrip(b"\n")  # blank lines are not rows
         return _parse(shorter, schema) if len(shorter) < len(text) else None
     integers, categories = range(len(schema.numeric)), range(len(schema.categorical))
     columns: dict[str, type[pl.DataType]] = {"label": pl.String}
@@ -341,12 +341,12 @@ def _describe(row: str, schema: Schema) -> str:
             if not field:
                 return f", column {name}: the label is missing, it must be 0 or 1"
             if field not in ("0", "1"):
-                return f", column {name}: {shown} is no label, it must be 0 or 1"
+                return f", column {name}: {shown} is not a valid label, it must be 0 or 1"
         elif index <= len(schema.numeric):
             if field and not re.fullmatch(_INTEGER, field):
-                return f", column {name}: {shown} is no integer"
+                return f", column {name}: {shown} is not an integer"
             if field and (fault := _number_fault(field, schema.options(name).transform)):
                 return f", column {name}: {shown} {fault}"
         elif field and not re.fullmatch(_HEX, field):
-            return f", column {name}: {shown} is no hexadecimal number of at most 8 digits"
+            return f", column {name}: {shown} is not a hexadecimal number of at most 8 digits"
     raise AssertionError(f"a line that matches in parts but not as a whole: {row!r}")

@@ -1,6 +1,6 @@
 """One Parquet or CSV file: which columns it has, and its rows in batches from any row on.
 
-What the values mean is no matter of this module (``kinds.py``, ``cells.py``).
+The values are interpreted elsewhere (``column_types.py``, ``columns.py``).
 """
 
 import csv
@@ -74,7 +74,7 @@ class ParquetTable:
 
     def __init__(self, file: File) -> None:
         self.file = file
-        with file.open() as opened, _told(file):
+        with file.open() as opened, _one_line_errors(file):
             _check_head(file, opened)
             parquet = pa.parquet.ParquetFile(opened)
             names = parquet.schema_arrow.names
@@ -101,7 +101,7 @@ class ParquetTable:
         while groups and skip >= self._groups[groups[0]]:
             skip -= self._groups[groups.pop(0)]
         row = start
-        with self.file.open() as opened, _told(self.file):
+        with self.file.open() as opened, _one_line_errors(self.file):
             # Buffered instead of pre-fetched: a row group of any size then takes little memory.
             parquet = pa.parquet.ParquetFile(opened, buffer_size=_BUFFER_BYTES, pre_buffer=False)
             # Arrow can't join lists of dictionary values over row groups: then it gets one at a time.
@@ -120,7 +120,7 @@ class ParquetTable:
 class CsvTable:
     """A CSV file whose first row holds the column names; all its cells are text here.
 
-    Rows are counted as a spreadsheet counts them, the header being row 1: blank lines are no rows, and a row whose
+    Rows are counted as a spreadsheet counts them, the header being row 1: blank lines are not rows, and a row whose
     quoted cells hold newlines is one row.
 
     Args:
@@ -148,7 +148,7 @@ class CsvTable:
         if file.bytes == 0:
             raise UserError(f"{file.name}: {_EMPTY}")
         broken: list[Any] = []
-        with file.open() as opened, _told(file):
+        with file.open() as opened, _one_line_errors(file):
             _check_head(file, opened)
             with _reading(self, opened, None, broken) as reader:
                 names = reader.names
@@ -176,7 +176,7 @@ class CsvTable:
         read = wanted if self._last in wanted or self._last in self.twice else [*wanted, self._last]
         broken: list[Any] = []
         row, last = 0, None
-        with self.file.open() as opened, _told(self.file), _reading(self, opened, read, broken) as reader:
+        with self.file.open() as opened, _one_line_errors(self.file), _reading(self, opened, read, broken) as reader:
             for batch in reader:
                 places, rows = _take(broken, row, batch.num_rows)
                 table = pa.Table.from_batches([batch])
@@ -203,7 +203,7 @@ class CsvTable:
 
     def _check_closed(self) -> None:
         """Find a quote that is never closed: it makes one cell of the rest of the file, and no parser complains."""
-        with self.file.open() as opened, _told(self.file):
+        with self.file.open() as opened, _one_line_errors(self.file):
             binary = cast("io.RawIOBase", _unpacked(self.file, opened))
             text = io.TextIOWrapper(io.BufferedReader(binary), encoding="utf-8", errors="replace", newline="")
             try:
@@ -241,7 +241,7 @@ def _reading(table: CsvTable, file: Any, names: list[str] | None, broken: list[A
         broken.append(row)
         return "skip"
 
-    def unraisable(event: Any) -> None:  # or Python prints a traceback of what ``_told`` says in one line
+    def unraisable(event: Any) -> None:  # or Python prints a traceback of what ``_one_line_errors`` says in one line
         if not (isinstance(event.exc_value, UnicodeDecodeError) and getattr(event.object, "__name__", "") == "keep"):
             hook(event)
 
@@ -320,7 +320,7 @@ def open_table(file: File, delimiter: str | None = None) -> ParquetTable | CsvTa
     return ParquetTable(file) if file.suffix in PARQUET else CsvTable(file, delimiter)
 
 
-class _told:  # noqa: N801 (used as a function)
+class _one_line_errors:  # noqa: N801 (used as a function)
     """Turn what pyarrow finds wrong with a file into one line that names it."""
 
     def __init__(self, file: File) -> None:
@@ -334,7 +334,7 @@ class _told:  # noqa: N801 (used as a function)
         if isinstance(error, UserError) or error is None:
             return
         if isinstance(error, UnicodeDecodeError):
-            raise UserError(f"{name}: the header is no UTF-8; save the file as UTF-8") from error
+            raise UserError(f"{name}: the header is not UTF-8; save the file as UTF-8") from error
         # A broken row that is not UTF-8 never reaches the handler, and is an error of the whole file.
         if isinstance(error, pa.ArrowInvalid) and (found := _BROKEN.search(str(error))):
             row, wanted, cells = found.groups()

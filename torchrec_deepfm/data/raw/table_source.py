@@ -1,6 +1,6 @@
 """The user's own table, Parquet or CSV, as sources of pieces (layout ``table`` of a schema).
 
-``address.py`` finds the files, ``tablefile.py`` reads their rows, ``kinds.py`` and ``cells.py`` turn columns into
+``addresses.py`` finds the files, ``table_files.py`` reads rows, ``column_types.py`` and ``columns.py`` make
 values. Here they become ``source.Piece``s whose borders depend on nothing but the rows before them.
 """
 
@@ -99,7 +99,7 @@ class TableSource:
         return Piece(frame=frame, end=row, line=row + self.file.first_row - 1, done=done, skipped=tuple(skipped))
 
     def _steps(self, start: int) -> Iterator[tuple[pa.Table, dict[int, str], float]]:
-        """(Good rows, broken ones by place, share read), always as many rows at once, but for the last ones.
+        """(Good rows, broken ones by place, share read), always as many rows at once, except the last ones.
 
         The batches of a file follow its row groups and blocks, and so depend on where reading began; these do not.
         """
