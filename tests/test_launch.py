@@ -16,7 +16,7 @@ MISTAKE = "from torchrec_deepfm import errors, launch; launch.exit_with(errors.U
 def ranks(tmp_path: Path, program: str, **env: str) -> subprocess.CompletedProcess[str]:
     script = tmp_path / "program.py"
     script.write_text(f"import os, sys, time\nrank = int(os.environ['RANK'])\n{program}\n")
-    return run_module(["torchrec_deepfm.launch", "--nproc_per_node", "2", str(script)], **env)
+    return run_module(["torchrec_deepfm.launch", "--standalone", "--nproc_per_node", "2", str(script)], **env)
 
 
 @pytest.mark.parametrize("program", [MISTAKE, f"if rank == 1:\n    {MISTAKE}\ntime.sleep(60)"], ids=["both", "one"])
@@ -58,7 +58,7 @@ def test_threads_are_shared_out(tmp_path: Path) -> None:
         subprocess.run([sys.executable, *words], capture_output=True, text=True, env=env, check=True)
         for words in (
             ["-c", "import torch; print(torch.get_num_threads())"],
-            ["-m", "torchrec_deepfm.launch", "--nproc_per_node", "2", str(script)],
+            ["-m", "torchrec_deepfm.launch", "--standalone", "--nproc_per_node", "2", str(script)],
         )
     )
     share = str(max(1, int(default.stdout) // 2))

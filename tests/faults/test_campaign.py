@@ -243,7 +243,8 @@ def test_damaged_checkpoints_are_refused_by_name(
         assert f"step_00000016: {name}" in told[0], told
     assert "Resuming from step 15 of" in out
     assert (code, err) == (0, "")
-    assert_as_undisturbed(tmp_path / "run", tmp_path / "log", undisturbed[1])
+    assert_same_run(tmp_path / "run", undisturbed[1])
+    assert_each_row_once(tmp_path / "log", epochs=2, global_batch=GLOBAL_BATCH)
 
 
 @CAMPAIGN

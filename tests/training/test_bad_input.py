@@ -47,8 +47,11 @@ class Patch:
 
 
 def patched(data: PreparedData, copy: Path, patch: Patch, row: int) -> Path:
-    """A copy of the folder with one bad value; its files keep their sizes."""
+    """A copy of the folder with one bad value; its files keep their sizes, and its blocks have no checksums."""
     shutil.copytree(data.folder, copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    del manifest["blocks"]  # as in a folder of before, whose values nothing but the loader has checked
+    (copy / "manifest.json").write_bytes(seal(manifest))
     path = copy / f"{patch.stem}_{patch.ending}.npy"
     array = np.load(path)
     array[row, patch.column] = patch.value
