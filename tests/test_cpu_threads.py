@@ -26,7 +26,8 @@ print(json.dumps({name: os.environ.get(name) for name in names} | {"n": torch.ge
 
 
 def command_line(*front: str, **env: str) -> dict[str, object]:
-    clean = {name: value for name, value in os.environ.items() if "OMP_" not in name and "MKL_" not in name}
+    settings = ("OMP_", "MKL_", "KMP_")  # scikit-learn sets the last where it is imported, as it is in this process
+    clean = {name: value for name, value in os.environ.items() if not any(word in name for word in settings)}
     words = [*front, sys.executable, "-W", "ignore", "-c", PROGRAM]
     done = subprocess.run(words, capture_output=True, text=True, check=True, env=clean | env)
     return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
