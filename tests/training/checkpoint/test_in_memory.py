@@ -13,7 +13,7 @@ from tests.faults.runs import assert_same_run, make_data
 from torchrec_deepfm.distributed.stop_signals import Preempted
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.training import loop
-from torchrec_deepfm.training.checkpoint.dcp import Cut, Pieces, Stager
+from torchrec_deepfm.training.checkpoint.dcp import CpuStager, Cut, TensorCuts
 from torchrec_deepfm.training.config import TrainConfig
 from torchrec_deepfm.training.trainer import train
 
@@ -72,6 +72,6 @@ def test_all_checkpoints_are_damaged(tmp_path: Path, device: torch.device) -> No
 
 def test_what_is_staged_no_longer_changes() -> None:
     weight = torch.tensor([1.0, 2.0])
-    staged = Stager().stage({"weight": Pieces((2,), [Cut((0,), weight)])})
+    staged = CpuStager().stage({"weight": TensorCuts((2,), [Cut((0,), weight)])})
     weight.zero_()
     assert staged["weight"].cuts[0].tensor.tolist() == [1.0, 2.0]
