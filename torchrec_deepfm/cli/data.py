@@ -41,7 +41,7 @@ class Synthetic:
 class Prepare:
     """Turn raw click logs into the prepared folder that training reads.
 
-    Stopped in any way, the same command goes on where it stood.
+    If it is stopped, the same command resumes.
     """
 
     output: Path

@@ -1,4 +1,4 @@
-"""What tyro finds wrong with a command line, told in one line and not in a box."""
+"""tyro's parse errors as one line instead of a box."""
 
 import re
 from collections.abc import Iterator

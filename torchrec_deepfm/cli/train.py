@@ -29,7 +29,7 @@ class Train:
     data: Path | None = None
     """Prepared folder. Without it a small synthetic set is made in data/synthetic, once."""
     output: Path | None = None
-    """Run folder. Where it holds the same run, unfinished, the training goes on. Default: runs/<time>."""
+    """Run folder. An unfinished run of the same options and data resumes. Default: runs/<time>."""
     recipe: str | None = None
     """Named settings, which the command recipes lists, or FILE.py:FUNCTION of your own. Default: paper; without --data,
     synthetic."""
@@ -112,7 +112,7 @@ class Train:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipes:
-    """List the named recipes, or tell where the values of one come from and what a training with it takes."""
+    """List the named recipes, or print the sources of one and the memory and time that it needs."""
 
     name: tyro.conf.Positional[str | None] = None
     """A recipe, or FILE.py:FUNCTION of your own. Without it all are listed."""
@@ -143,7 +143,7 @@ class Recipes:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Draw the report of a run again, or that of one that goes on; train draws it at the end."""
+    """Draw the report of a run again, finished or not; train draws it at the end."""
 
     run_folder: Annotated[Path, tyro.conf.arg(name="run")]
     """Run folder that train wrote."""

@@ -33,7 +33,7 @@ def estimate_bytes(heads: Sequence[tuple[Source, float]], schema: Schema, *, sta
     total = 0.0
     for source, scale in heads:
         rows, values, waiting, done = 0, 0.0, 0, 0.0
-        with suppress(UserError):  # what is wrong with a source is told when it is read
+        with suppress(UserError):  # errors of a source are raised when it is read
             for count, piece in enumerate(source.pieces(start=0, line=0, skip_bad=True)):
                 # Where a file is read in larger blocks than pieces, `done` stands still while a block lasts.
                 if count == _HEAD_PIECES or (count and piece.done > done):

@@ -127,7 +127,7 @@ def find_inputs(
 
 
 def heads(units: Sequence[Unit], schema: Schema, *, piece_bytes: int) -> list[tuple[Source, float]]:
-    """Choose the sources whose heads tell how much room all of them take.
+    """Choose the sources whose heads estimate the disk space of all of them.
 
     Args:
         units: The sources.

@@ -9,7 +9,7 @@
 | fuxictr | as bucketize, but x up to 2 is cut towards 0, and 0 counts as missing | as x = 0 |
 
 ``fuxictr`` is what the benchmark configurations of FuxiCTR do (``datasets/criteo.py`` with ``fill_na: 0``): a missing
-number is filled with 0, and the filler is no word of the vocabulary.
+number is filled with 0, and the filler is not a word of the vocabulary.
 
 Shape letters: n rows, I numeric columns that stay dense.
 """
@@ -142,7 +142,7 @@ def buckets(frame: pl.DataFrame, chosen: Sequence[str]) -> list[pl.Series]:
         bucket[large] = np.floor(np.log(values[large]) ** 2)
         if transform == "fuxictr":
             missing = pl.Series(bucket == 0)
-        # A negative code beyond 63 bits would not fit; there is no telling such codes apart anyway.
+        # A negative code beyond 63 bits would not fit; such codes cannot be distinguished anyway.
         found.append(pl.Series(np.maximum(bucket, -(2.0**62)).astype(np.int64)).set(missing, None))
     return found
 

@@ -1,7 +1,7 @@
 """One ``prepare`` from its options to the finished folder: what follows upon what, and who does it.
 
 Read (``stage.py``), count (``vocabulary.py``), encode (``encode.py``), check, appear. Several processes share each of
-these and agree after each that all went well. ``workfolder.py`` says how a killed one goes on.
+these and agree after each that all went well. ``work_folder.py`` describes how a killed one resumes.
 """
 
 import json
@@ -71,7 +71,7 @@ _Splits = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
 class Job:
-    """One call of ``prepare``, which tells of the arguments."""
+    """One call of ``prepare``, which documents the arguments."""
 
     def __init__(
         self,
@@ -222,9 +222,9 @@ class Job:
             self._guarded(work)
         except UserError as mine:
             error = mine
-        for told in self._workers.gather(error):
-            if told is not None:
-                raise (error or told)
+        for peer_error in self._workers.gather(error):
+            if peer_error is not None:
+                raise (error or peer_error)
 
     def _finished(self) -> PreparedData | None:
         """The output, where this very call has made it already."""

@@ -1,6 +1,6 @@
 """Raw click logs -> the prepared folder, in two passes: count the values, then encode the rows.
 
-``docs/data.md`` tells the rules for ids, splits and bad input.
+``docs/data.md`` has the rules for ids, splits and bad input.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,7 +36,7 @@ def prepare(
 ) -> PreparedData:
     """Turn raw click logs into a prepared folder.
 
-    A call that was stopped, in whatever way, goes on where it stood when it is made again, and ends in the same bytes
+    A call that was stopped, in whatever way, resumes when it is made again, and ends in the same bytes
     as one that was not. A call whose folder is finished returns it.
 
     Args:

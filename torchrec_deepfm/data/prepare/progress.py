@@ -17,10 +17,10 @@ class Phase:
     """One phase of the work, whose end is known.
 
     Args:
-        name: What is going on.
+        name: What is being done.
         total: Units of work in all.
         done: Units that were done before.
-        report: Called with a line now and then where standard error is no terminal; ``None`` shows nothing at all.
+        report: Called with a line now and then where standard error is not a terminal; ``None`` shows nothing at all.
     """
 
     def __init__(self, name: str, total: float, *, done: float = 0.0, report: Callable[[str], None] | None) -> None:
@@ -36,7 +36,7 @@ class Phase:
         return self
 
     def add(self, units: float, rows: int) -> None:
-        """Tell of finished work.
+        """Report finished work.
 
         Args:
             units: How much more is done.

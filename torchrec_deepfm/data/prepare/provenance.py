@@ -65,7 +65,7 @@ def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """Compare two states of a source.
 
     A digest of the whole source decides alone: neither a copy nor ``touch`` makes another source of it. Of a larger one
-    head and tail do not tell whether the middle changed, and so the time of the last change counts too.
+    head and tail do not show whether the middle changed, and so the time of the last change counts too.
 
     Args:
         before: An earlier state; what older versions did not record is not compared.

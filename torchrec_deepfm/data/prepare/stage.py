@@ -30,7 +30,7 @@ from torchrec_deepfm.errors import UserError
 # Of bad rows that were skipped, so many per source are listed; all are counted.
 LISTED: Final = 1000
 
-# Told after every piece: rows of the piece, share of the source that is done.
+# Called after every piece: rows of the piece, share of the source that is done.
 OnPiece = Callable[[int, float], None]
 
 

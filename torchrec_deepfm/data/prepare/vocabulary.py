@@ -51,7 +51,7 @@ def count_column(
     """Count a column's values in the training rows, number those that occur often enough, write the file.
 
     Values are numbered from 1 by falling count, ties by value (numbers by size, text by its UTF-8 bytes); a missing
-    value counts as a value that comes before all others on a tie, unless it is told to be rare.
+    value counts as a value that comes before all others on a tie, unless it is declared rare.
 
     Args:
         connection: An open DuckDB connection.
@@ -103,13 +103,13 @@ def look_up(connection: duckdb.DuckDBPyConnection, values: pl.Series, vocabulary
     Returns:
         int32 [n]; 0 for a value that is not in the vocabulary.
     """
-    if values.null_count() == len(values):  # of whatever type: nothing in it would tell
+    if values.null_count() == len(values):  # of whatever type: nothing in it shows its type
         values = values.cast(pl.read_parquet_schema(vocabulary)["value"])
     if pq.read_metadata(vocabulary).num_rows < SMALL:
         kept = pl.read_parquet(vocabulary, columns=["value"], glob=False, hive_partitioning=False)["value"]
         values = values.cast(kept.dtype) if values.dtype.is_integer() and kept.dtype == pl.Int64 else values
         if values.dtype == kept.dtype:
-            # The file is in the order of the ids: the place in it tells the id.
+            # The file is in the order of the ids: the place in it is the id.
             places = pc.index_in(values.to_arrow(), value_set=kept.to_arrow())
             small: NDArray[np.int32] = pc.add(places.fill_null(-1), pa.scalar(1, pa.int32())).to_numpy()
             return small

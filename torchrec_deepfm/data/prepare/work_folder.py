@@ -1,4 +1,4 @@
-"""The folder that an unfinished ``prepare`` works in, beside its output, and the records that it goes on from.
+"""The folder that an unfinished ``prepare`` works in, beside its output, and the records that it resumes from.
 
 ``.NAME.partial/`` holds ``job.json`` (what is being made), ``out/`` (what will be the output), ``staged/`` (values that
 wait for their vocabulary) and ``records/`` (what is done). A record is written whole or not at all, after what it
@@ -172,7 +172,7 @@ class WorkFolder:
         return self.begun() is not None and sum(path.stat().st_size for path in files) >= WORTH_KEEPING
 
     def remove(self) -> None:
-        """Remove the folder: at once as far as others can see, so that nobody goes on with a half of it."""
+        """Remove the folder: at once as far as others can see, so that nobody resumes from a half of it."""
         removed = self.path.with_name(f"{self.path.name}.removed-{uuid.uuid4().hex}")
         with suppress(OSError):
             self.path.rename(removed)

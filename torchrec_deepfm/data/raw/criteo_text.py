@@ -111,7 +111,7 @@ class TextLog:
             while True:
                 block, ended = self._read(stream, rest)
                 if isinstance(ended, OSError):
-                    # What could be unpacked comes first: a bad line in it is what to tell.
+                    # What could be unpacked comes first: a bad line in it is what to report.
                     if cut := block.rfind(b"\n") + 1:
                         yield block[:cut], raw.tell() / max(self.bytes, 1)
                     raise ended

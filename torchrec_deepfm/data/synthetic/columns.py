@@ -2,7 +2,7 @@
 
 Shape legend: B rows, I = 13 numeric columns, F = 26 categorical columns.
 
-A category is an id here: 0 for missing, then 1, 2, ... by falling frequency; ``category_values`` tells the raw values.
+A category is an id here: 0 for missing, then 1, 2, ... by falling frequency; ``category_values`` gives the raw values.
 """
 
 from typing import Final
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
-# How a missing number is marked in arrays of raw values. It is no value that occurs.
+# How a missing number is marked in arrays of raw values. This value never occurs.
 MISSING_NUMBER: Final = -(2**31)
 
 # One row per numeric column I1 ... I13: share of missing values, log-median and log-spread of the counts, and how far

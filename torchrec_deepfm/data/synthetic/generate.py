@@ -1,7 +1,7 @@
 """Raw click logs in Criteo's format whose best reachable AUC is known, because the clicks come from a known model.
 
 The folder holds ``day_0.tsv`` ... (training), ``validation.tsv``, ``test.tsv`` and ``truth.json``. A line is a label,
-13 integers and 26 categories of 8 hexadecimal digits, separated by tabs, empty where missing. ``truth.json`` tells, per
+13 integers and 26 categories of 8 hexadecimal digits, separated by tabs, empty where missing. ``truth.json`` holds, per
 file, the AUC and the logloss that the true click probabilities reach on the drawn labels. No model can be expected to
 beat them.
 """

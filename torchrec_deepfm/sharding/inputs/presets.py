@@ -23,7 +23,7 @@ def _dgx(
 ) -> Hardware:
     """A node of 8 GPUs: capacities in GiB, bandwidths in GB/s, host memory shared out over the GPUs.
 
-    Data sheets print the capacity of a GPU in GB, but a device tells its driver about as many GiB: 81,559 MiB of an
+    Data sheets print the capacity of a GPU in GB, but a device reports about as many GiB: 81,559 MiB of an
     H100's 80, 143,771 MiB of an H200's 141.
     """
     return Hardware(
