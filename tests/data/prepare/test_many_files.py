@@ -79,6 +79,13 @@ def test_many_files_are_one(tmp_path, monkeypatch, options, split):
     a, b = (content(data.folder) for data in (many, one))
     del a["manifest.json"], b["manifest.json"]
     assert a == b
+    monkeypatch.setattr(inputs, "SHARED_BYTES", 1)
+    monkeypatch.setattr(inputs, "SHARED_BY", 8)  # many groups of files, and still one line
+    lines.clear()
+    prepare([tmp_path / "many"], tmp_path / "c", schema=SCHEMA, split=split, report=lines.append, **options)
+    assert len(list((tmp_path / "c").iterdir())) > len(a)
+    assert lines[0].startswith(f"read 60 files, {tmp_path / 'many'}/part-000.parquet to ")
+    assert sum(line.startswith("read ") for line in lines) == 1
     assert [source["name"] for source in many.made["sources"]["train"]] == [f"part-{i:03d}.parquet" for i in range(60)]
 
 

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -300,6 +301,7 @@ class Job:
         weights = [float(unit.bytes) for unit in self._inputs.units]
         mine = self._workers.mine(self._inputs.units, weights)
         size = sum(unit.bytes for unit in mine) / 1e6
+        many: list[Unit] = []
         with Phase("read", size, report=self._report) as phase:
             for unit in mine:
                 before = self._work.record(unit.name)
@@ -318,10 +320,19 @@ class Job:
                     self._check_unchanged(unit)  # then that is why
                     raise
                 self._check_unchanged(unit)
-                record = self._record(unit)
-                bad = skipped_rows(record)
-                skipped = f", {bad:,} bad ones skipped" if bad else ""
-                self._say(f"read {unit}: {record['rows']:,} rows{skipped}")
+                if len(unit.sources) == 1:
+                    self._say_read(unit)
+                else:
+                    many.append(unit)
+        if many:  # one line, however many groups of files share arrays
+            self._say_read(*many)
+
+    def _say_read(self, *units: Unit) -> None:
+        records = [self._record(unit) for unit in units]
+        bad = sum(map(skipped_rows, records))
+        skipped = f", {bad:,} bad ones skipped" if bad else ""
+        all_sources = replace(units[0], sources=tuple(source for unit in units for source in unit.sources))
+        self._say(f"read {all_sources}: {sum(record['rows'] for record in records):,} rows{skipped}")
 
     def _count(self, units: _Staged) -> None:
         columns = range(len(self._schema.categorical))
