@@ -123,8 +123,8 @@ def test_a_penalty_on_whole_tables_wants_whole_gradients(
     with pytest.raises(UserError) as raised:
         build_model(config, SIZES, 2, device)
     assert str(raised.value) == (
-        f"--{name} 0.1: this penalty is on whole tables, but {sparse_optimizer}, which trains t_big, sees the rows of "
-        f"each batch only; add --sparse-optimizer adam, or take --touched-{name}"
+        f"--{name} 0.1: this penalty is on whole tables, but {sparse_optimizer}, which trains t_big, sees only the "
+        f"rows of each batch; add --sparse-optimizer adam, or take --touched-{name}"
     )
 
 
