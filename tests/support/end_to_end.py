@@ -31,7 +31,9 @@ class Workspace:
     def run(self, command: str, timeout: float = 900.0) -> subprocess.CompletedProcess[str]:
         """Run a line in bash, with the environment on the path and nothing of this test's own settings."""
         environment = {
-            key: value for key, value in os.environ.items() if not key.startswith(("PYTEST", "TORCH", "OMP"))
+            key: value
+            for key, value in os.environ.items()
+            if not key.startswith(("PYTEST", "TORCH", "OMP", "MAKE", "ARGS"))
         }
         environment["PATH"] = f"{self.folder / '.venv' / 'bin'}{os.pathsep}{environment['PATH']}"
         return subprocess.run(
