@@ -19,7 +19,7 @@ BASE = {"errors", "processes", "units", "files", "strict_json", "data.schema"}
 # What each part may import of the package. A module belongs to the longest name here that begins its own; every part
 # may import itself. "" is the package's own __init__.
 ALLOWED = {
-    "": {"model"},  # public names, loaded on first use
+    "": {"inference", "model"},  # public names, loaded on first use
     "errors": set(),
     "units": {"errors"},
     "files": {"errors", "units"},

@@ -53,6 +53,44 @@ class Sharded:
     plan_file: PlanFile
 
 
+def make_deepfm(
+    config: TrainConfig,
+    num_embeddings: Mapping[str, int],
+    dense_in_features: int,
+    dense_device: torch.device,
+    *,
+    is_weighted: bool = False,
+) -> DeepFM:
+    """Make the unsharded model of a configuration, its tables on ``meta``.
+
+    Args:
+        config: model options.
+        num_embeddings: rows of each categorical feature's table, in the order of the fields.
+        dense_in_features: I.
+        dense_device: where everything except the tables lives.
+        is_weighted: whether the batches carry weights.
+
+    Returns:
+        The model with initial weights.
+
+    Raises:
+        UserError: a model option is invalid.
+    """
+    tables = embedding_tables(num_embeddings, config.factor_dim, init_std=config.init_std)
+    return DeepFM(
+        EmbeddingBagCollection(tables=tables, device=torch.device("meta"), is_weighted=is_weighted),
+        dense_in_features,
+        config.over_arch_layer_sizes,
+        config.factor_dim,
+        terms=config.terms,
+        activation=_ACTIVATIONS[config.activation],
+        dropout=config.dropout,
+        batch_norm=config.batch_norm,
+        init_std=config.init_std,
+        dense_device=dense_device,
+    )
+
+
 def build_model(
     config: TrainConfig,
     num_embeddings: Mapping[str, int],
@@ -86,21 +124,10 @@ def build_model(
     if plan is not None and constraints:
         raise UserError("--plan and --constraint: a plan already places every table; leave one of them out")
     sharder = make_sharder(device, *config.qcomms_both)
-    tables = embedding_tables(num_embeddings, config.factor_dim, init_std=config.init_std)
-    ebc = EmbeddingBagCollection(tables=tables, device=torch.device("meta"), is_weighted=is_weighted)
     torch.manual_seed(config.seed)  # the dense part is equal on every rank
-    deepfm = DeepFM(
-        ebc,
-        dense_in_features,
-        config.over_arch_layer_sizes,
-        config.factor_dim,
-        terms=config.terms,
-        activation=_ACTIVATIONS[config.activation],
-        dropout=config.dropout,
-        batch_norm=config.batch_norm,
-        init_std=config.init_std,
-        dense_device=device,
-    )
+    deepfm = make_deepfm(config, num_embeddings, dense_in_features, device, is_weighted=is_weighted)
+    ebc = deepfm.sparse_arch.embedding_bag_collection
+    tables = ebc.embedding_bag_configs()
     penalise_looked_up_rows(deepfm.sparse_arch, config, device)
     whole = config.sparse_optimizer == "adam"
     replicated_by = "--sparse-optimizer adam" if whole else DATA_PARALLEL_ROWS

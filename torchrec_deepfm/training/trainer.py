@@ -171,13 +171,12 @@ class _Training:
             if data.rows(split)
         }
         torch.set_float32_matmul_precision("medium" if config.precision == "medium" else "highest")
-        is_weighted = bool(data.schema.weighted)
         sharded = build_model(
             config,
             self._run.num_embeddings,
             len(self._run.numeric),
             device,
-            is_weighted=is_weighted,
+            is_weighted=self._run.weighted,
             constraints=self._constraints,
             plan=self._plan,
         )
@@ -238,6 +237,7 @@ class _Training:
             "config": dataclasses.asdict(self._run.config),
             "num_embeddings": dict(self._run.num_embeddings),
             "numeric": list(self._run.numeric),
+            "weighted": self._run.weighted,
             "data_sha256": self._run.data_sha256,
             "schema_sha256": run_folder.digest_of_schema(self._data),
             "plan": sharded.plan_file.without_predictions().to_json(),

@@ -273,7 +273,7 @@ def save_model(model: DistributedModelParallel, folder: Path) -> None:
     Raises:
         UserError: the disk refused.
     """
-    store = _Single(folder)
+    store = FinalWeights(folder)
     if is_main():
         store.abandon(0)
     dist.barrier()
@@ -308,7 +308,7 @@ def load_model(model: DistributedModelParallel, folder: Path) -> None:
     """
     if not on_main(folder.is_dir):
         raise UserError(f"{folder}: no final weights; finish the training with the same train command first")
-    store = _Single(folder)
+    store = FinalWeights(folder)
     manifest, reason = on_main(lambda: _read_manifest(store, 0))
     if reason is None:
         reason = verify_together(store, 0, manifest["files"])
@@ -321,21 +321,28 @@ def load_model(model: DistributedModelParallel, folder: Path) -> None:
         raise UserError(f"{folder}: the checkpoint can't be read ({reason}); train again")
 
 
-class _Single(Store):
-    """A folder that holds a single checkpoint."""
+class FinalWeights(Store):
+    """The folder of a finished training's weights: a store with one checkpoint, whose step is 0.
+
+    Args:
+        folder: the folder that ``save_model`` writes.
+    """
 
     def __init__(self, folder: Path) -> None:
         super().__init__(str(folder.parent))
         self._folder = folder
 
     def path(self, step: int) -> str:
+        """Return the folder."""
         return str(self._folder.absolute())
 
     def shown(self, step: int) -> str:
+        """Return the folder, for messages."""
         return str(self._folder)
 
     def set_aside(self, step: int) -> None:
-        self.remove(step)  # the same weights, saved by a run that was killed before its summary
+        """Remove the weights: the same ones, saved by a run that was killed before its summary."""
+        self.remove(step)
 
 
 # CheckpointException is a BaseException. DCP wraps an error of any rank in one, on every rank.
@@ -361,21 +368,51 @@ def _reason(error: BaseException, where: str) -> str:
 
 
 def _load(store: Store, step: int, files: Mapping[str, Any], state: Mapping[str, TensorCuts]) -> None:
-    if METADATA not in files:
-        raise Damaged(f"{MANIFEST} does not name {METADATA}")
-    reader = Reader(store.where(step), local=store.local, files=list(files))
     found: Exception | None = None
     try:
-        reader.read_metadata()  # before DCP does it, which logs errors as tracebacks
-    except pickle.UnpicklingError as error:
-        found = Damaged(str(error))
-    except OSError as error:
-        found = unreadable(f"{store.shown(step)}/{METADATA}", error)
+        reader = _reader(store, step, files)
+    except (Damaged, UserError) as error:
+        found = error
     reason = _error_of_any_rank(found)
     if reason is not None:
         raise Damaged(reason)
     with writing(state):
         load(dict(state), storage_reader=reader, planner=LoadPlanner())
+
+
+def _reader(store: Store, step: int, files: Mapping[str, Any]) -> Reader:
+    if METADATA not in files:
+        raise Damaged(f"{MANIFEST} does not name {METADATA}")
+    reader = Reader(store.where(step), local=store.local, files=list(files))
+    try:
+        reader.read_metadata()  # before DCP does it, which logs errors as tracebacks
+    except pickle.UnpicklingError as error:
+        raise Damaged(str(error)) from error
+    except OSError as error:
+        raise unreadable(f"{store.shown(step)}/{METADATA}", error) from error
+    return reader
+
+
+def read_alone(store: Store, step: int, state: State) -> None:
+    """Read a checkpoint in this process alone; not a collective, and needs no process group.
+
+    Args:
+        store: the place of the checkpoint.
+        step: its step.
+        state: the cuts to read into.
+
+    Raises:
+        UserError: a file can't be read.
+        Damaged: a file is missing or does not match the manifest, or the checkpoint is of another model.
+    """
+    files = store.manifest(step)["files"]
+    store.verify(step, files)
+    reader = _reader(store, step, files)
+    try:
+        with writing(state):
+            load(dict(state), storage_reader=reader, planner=LoadPlanner(), no_dist=True)
+    except _UNREADABLE as error:
+        raise Damaged(_reason(error, store.shown(step))) from error
 
 
 def _read_manifest(store: Store, step: int) -> tuple[dict[str, Any], str | None]:

@@ -47,12 +47,14 @@ class RunDescription:
         config: the options.
         num_embeddings: rows of each categorical feature's table, in the order of the fields.
         numeric: names of the numeric features.
+        weighted: whether the ids carry weights; False in runs of versions that did not record it.
         data_sha256: digest of the data; None in runs of versions that did not record it.
     """
 
     config: TrainConfig
     num_embeddings: Mapping[str, int]
     numeric: tuple[str, ...]
+    weighted: bool = False
     data_sha256: str | None = None
 
 
@@ -62,6 +64,7 @@ def describe(config: TrainConfig, data: PreparedData) -> RunDescription:
         config=config,
         num_embeddings={name: data.num_embeddings[name] for name in data.schema.categorical},
         numeric=data.schema.numeric,
+        weighted=bool(data.schema.weighted),
         data_sha256=digest_of_data(data),
     )
 
@@ -184,6 +187,7 @@ def create(folder: Path, run: RunDescription, plan: PlanFile, *, data: Path, wor
         "config": asdict(run.config),
         "num_embeddings": dict(run.num_embeddings),
         "numeric": list(run.numeric),
+        "weighted": run.weighted,
         "data": str(data),
         "data_sha256": run.data_sha256,
         "world_size": world_size,
@@ -321,6 +325,7 @@ def from_file(raw: RunFile) -> RunDescription:
         config=raw.train_config(),
         num_embeddings=raw.num_embeddings,
         numeric=tuple(raw.numeric),
+        weighted=raw.weighted,
         data_sha256=raw.data_sha256,
     )
 

@@ -36,6 +36,7 @@ class RunFile(Struct, kw_only=True):
     config: dict[str, Any]
     num_embeddings: dict[str, Positive]
     numeric: list[str]
+    weighted: bool = False
     data_sha256: Digest | None = None
     data: str = ""
     world_size: Ranks = 1
