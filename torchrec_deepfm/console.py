@@ -62,11 +62,8 @@ def _is_news(record: logging.LogRecord) -> bool:
 def metrics_table(splits: Mapping[str, Mapping[str, Any]]) -> str:
     """Format the metrics of some splits.
 
-    Args:
-        splits: metrics by split, as in ``summary.json``.
-
-    Returns:
-        Lines: a header, one per split, and one more per split whose best reachable AUC is known.
+    ``splits``: metrics by split, as in ``summary.json``. Returns lines: a header, one per split, and one more per split
+    whose best reachable AUC is known.
     """
     columns = ("auc", "logloss", "ne", "calibration", "rows")
     lines = [f"{'':<12}" + "".join(f"{column:>13}" for column in columns)]
@@ -85,12 +82,7 @@ def metrics_table(splits: Mapping[str, Mapping[str, Any]]) -> str:
 def training_summary(summary: Mapping[str, Any], folder: Path) -> str:
     """Format the summary of a training.
 
-    Args:
-        summary: the content of ``summary.json``.
-        folder: the run's folder.
-
-    Returns:
-        Lines: what was trained, its metrics, and the files written.
+    ``summary``: the content of ``summary.json``. Returns lines: what was trained, its metrics, and the files written.
     """
     head = (
         f"trained {summary['epochs']} epoch(s), {summary['steps']} steps of {summary['world_size']} x "
@@ -105,12 +97,7 @@ def training_summary(summary: Mapping[str, Any], folder: Path) -> str:
 def seeds_summary(summary: Mapping[str, Any], folder: Path) -> str:
     """Format the means of runs with several seeds.
 
-    Args:
-        summary: of ``train_seeds``.
-        folder: of the runs.
-
-    Returns:
-        Lines: the means, and below each its standard deviation.
+    ``summary``: of ``train_seeds``. Returns lines: the means, and below each its standard deviation.
     """
     columns = ("auc", "logloss", "ne", "calibration", "rows")
     lines = [f"{len(summary['seeds'])} seeds".ljust(12) + "".join(f"{column:>13}" for column in columns)]

@@ -92,8 +92,7 @@ class Diagnosis:
 def check() -> Diagnosis:
     """Examines this Python's packages.
 
-    Returns:
-        The versions and the problems; nothing is raised for a broken installation.
+    Returns the versions and the problems; nothing is raised for a broken installation.
 
     Example:
         >>> print(check().problems)
@@ -114,12 +113,8 @@ def find_problems(installed: Mapping[str, str], probe: Probe) -> list[str]:
 
     FBGEMM 1.X is built for torch 2.(X+5), and TorchRec 1.X for FBGEMM 1.X.
 
-    Args:
-        installed: version by distribution name, of those of `DISTRIBUTIONS` that are installed.
-        probe: the result of importing them.
-
-    Returns:
-        One line per problem, each with its remedy; fix the first one first.
+    ``installed``: version by distribution name, of those of `DISTRIBUTIONS` that are installed. Returns one line per
+    problem, each with its remedy; fix the first one first.
 
     Example:
         >>> fine = Probe(reached=("torch", "fbgemm_gpu", "torchrec"), torch_version="2.13.0+cpu")
@@ -188,8 +183,7 @@ def _fbgemm_problems(installed: Mapping[str, str], probe: Probe, minor: str | No
 def run_probe() -> Probe:
     """Imports torch, FBGEMM and TorchRec and runs an operator, in a process of its own.
 
-    Returns:
-        The stages reached. A crash or a hang of the process becomes its `error`.
+    Returns the stages reached. A crash or a hang of the process becomes its `error`.
     """
     try:
         process = subprocess.run(  # noqa: S603 (our own program, no input)

@@ -31,15 +31,6 @@ def check_local(path: Path) -> Path:
 
     Taken as a path, it would create a local folder ``s3:``.
 
-    Args:
-        path: what the user named.
-
-    Returns:
-        The same path.
-
-    Raises:
-        UserError: it is an address.
-
     Example:
         >>> check_local(Path("runs/a")).name
         'a'
@@ -53,17 +44,7 @@ def check_local(path: Path) -> Path:
 def read_text(path: Path, *, most: int, what: str, instead: str) -> str:
     """Read a UTF-8 text file.
 
-    Args:
-        path: the file.
-        most: maximum size in bytes.
-        what: the kind of file, for messages: "schema".
-        instead: the remedy, for messages: "name a TOML file".
-
-    Returns:
-        The text, without a byte order mark.
-
-    Raises:
-        UserError: it can't be read, is larger, or is not UTF-8.
+    ``most``: maximum size in bytes. Returns the text, without a byte order mark.
     """
     try:
         with path.open("rb") as file:
@@ -81,18 +62,7 @@ def read_text(path: Path, *, most: int, what: str, instead: str) -> str:
 
 
 def parse_toml(path: Path, text: str) -> dict[str, Any]:
-    """Parse TOML.
-
-    Args:
-        path: where the text is from, for messages.
-        text: the text; lines may end as on Windows.
-
-    Returns:
-        The top table.
-
-    Raises:
-        UserError: it is not valid TOML.
-    """
+    """Parse TOML."""
     try:
         return tomllib.loads(text.replace("\r\n", "\n"))
     except (ValueError, RecursionError) as error:  # a plain ValueError: a number of thousands of digits
@@ -102,14 +72,8 @@ def parse_toml(path: Path, text: str) -> dict[str, Any]:
 def check_target(option: str, path: Path, *, like: str, inputs: Iterable[Path] = ()) -> None:
     """Check that a file may be written, before the work that produces it.
 
-    Args:
-        option: the option that names it, for messages: "--output".
-        path: the file; an existing one would be replaced.
-        like: an example of a name, for messages.
-        inputs: files that the work also reads or writes, which must not be replaced.
-
-    Raises:
-        UserError: it is a folder or a device, its folder does not exist, or it is one of the inputs.
+    ``option``: the option that names it, for messages: "--output". ``inputs``: files that the work also reads or
+    writes, which must not be replaced.
     """
     check_local(path)
     what = ""
@@ -139,15 +103,8 @@ def regular_file(path: str, flags: int) -> int:
     A symbolic link is read through, but never written through. A FIFO or a device, on which ``open`` alone could block
     forever, is refused.
 
-    Args:
-        path: the file.
-        flags: of ``os.open``.
-
-    Returns:
-        The file descriptor.
-
-    Raises:
-        OSError: it can't be opened, is not a regular file, or is a symbolic link that would be written through.
+    ``flags``: of ``os.open``. Raises ``OSError``: it can't be opened, is not a regular file, or is a symbolic link that
+    would be written through.
     """
     writes, name = flags & (os.O_WRONLY | os.O_RDWR), Path(path).name
     try:
@@ -170,15 +127,7 @@ def regular_file(path: str, flags: int) -> int:
 def read_bytes(path: Path, *, most: int) -> bytes:
     """Read a regular file.
 
-    Args:
-        path: the file.
-        most: maximum size in bytes.
-
-    Returns:
-        The content.
-
-    Raises:
-        OSError: it can't be read, is not a regular file, or is larger.
+    ``most``: maximum size in bytes. Raises ``OSError``: it can't be read, is not a regular file, or is larger.
     """
     with open(path, "rb", opener=regular_file) as file:
         content = file.read(most + 1)
@@ -190,12 +139,8 @@ def read_bytes(path: Path, *, most: int) -> bytes:
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file that appears complete or not at all, even if the machine stops.
 
-    Args:
-        path: the file; an existing one, or a symbolic link of that name, is replaced.
-        content: its content.
-
-    Raises:
-        OSError: it can't be written.
+    ``path``: the file; an existing one, or a symbolic link of that name, is replaced. Raises ``OSError``: it can't be
+    written.
     """
     partial = path.with_name(f".{path.name[:32]}.{secrets.token_hex(8)}.partial")
     try:
@@ -216,11 +161,8 @@ def is_partial(name: str) -> bool:
 def seal(content: Mapping[str, Any]) -> bytes:
     """Serialise a JSON object that ends in its own checksum.
 
-    Args:
-        content: the object; a key ``sha256`` is replaced.
-
-    Returns:
-        JSON whose last key ``sha256`` is the digest of these bytes with 64 zeros in place of the digest.
+    ``content``: the object; a key ``sha256`` is replaced. Returns JSON whose last key ``sha256`` is the digest of these
+    bytes with 64 zeros in place of the digest.
 
     Example:
         >>> len(json.loads(seal({"rows": 3}))["sha256"])
@@ -234,11 +176,7 @@ def seal(content: Mapping[str, Any]) -> bytes:
 def check_seal(content: bytes) -> bool:
     """Check bytes that ``seal`` made against their checksum.
 
-    Args:
-        content: all bytes of the file.
-
-    Returns:
-        False if any of them has changed.
+    ``content``: all bytes of the file. Returns false if any of them has changed.
 
     Example:
         >>> content = seal({"rows": 3})
@@ -255,14 +193,7 @@ def check_seal(content: bytes) -> bool:
 def write_text(path: Path, text: str, *, what: str) -> None:
     """Write a file that the user named; it appears complete or not at all.
 
-    Args:
-        path: the file; an existing one is replaced.
-        text: its content, written in UTF-8.
-        what: the kind of file, for messages: "plan".
-
-    Raises:
-        UserError: it can't be written.
-        UnicodeError: the text holds half of a surrogate pair.
+    Raises ``UnicodeError``: the text holds half of a surrogate pair.
     """
     content = text.encode()
     check_local(path)

@@ -50,11 +50,7 @@ def exit_with(error: UserError) -> NoReturn:
     The line also goes into torchelastic's error file, where there is one. As a rank below this launcher it goes only
     there: the launcher prints it, so that the user reads it once and not once per rank.
 
-    Args:
-        error: the error to report.
-
-    Raises:
-        SystemExit: always, with code 2.
+    Raises ``SystemExit``: always, with code 2.
     """
     line = " ".join(str(error).splitlines())  # a name from a file may contain line breaks
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
@@ -75,12 +71,8 @@ def exit_with(error: UserError) -> NoReturn:
 def explain(failed: "ChildFailedError") -> tuple[str, int]:
     """Explains in one line why the ranks stopped.
 
-    Args:
-        failed: the error of torchelastic.
-
-    Returns:
-        The line, and the exit code to end with: 2 for a `UserError`, 130 or 143 for a rank that was asked to stop, 1
-        for anything else.
+    Returns the line, and the exit code to end with: 2 for a `UserError`, 130 or 143 for a rank that was asked to stop,
+    1 for anything else.
     """
     for failure in failed.failures.values():
         if failure.exitcode == USER_ERROR_EXIT_CODE and isinstance(failure.message, dict):
@@ -99,12 +91,8 @@ def explain(failed: "ChildFailedError") -> tuple[str, int]:
 def main(argv: list[str] | None = None) -> None:
     """Runs `torch.distributed.run` with its own command line.
 
-    Args:
-        argv: the arguments of torchrun; those of this process if left out.
-
-    Raises:
-        SystemExit: with code 2 after a `UserError` in a rank, with 1 if a rank failed otherwise, with 128 + n if
-            signal n stopped it.
+    ``argv``: the arguments of torchrun; those of this process if left out. Raises ``SystemExit``: with code 2 after a
+    `UserError` in a rank, with 1 if a rank failed otherwise, with 128 + n if signal n stopped it.
     """
     end_with_parent(os.environ.pop(UNDER_TORCHX, None), signal.SIGTERM)
     try:

@@ -22,10 +22,8 @@ def local_world_size() -> int:
 def end_with_parent(parent: str | None, signum: int) -> None:
     """Let the kernel send a signal to this process when its parent ends, ``kill -9`` included. Linux only.
 
-    Args:
-        parent: the parent's process id as it has left it in the environment, None if it has not. Nothing is done
-            below another parent, such as a script of the user's in between.
-        signum: the signal.
+    ``parent``: the parent's process id as it has left it in the environment, None if it has not. Nothing is done below
+    another parent, such as a script of the user's in between.
     """
     if parent is None or sys.platform != "linux":
         return

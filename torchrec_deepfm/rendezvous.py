@@ -54,11 +54,7 @@ def harden() -> None:
 
 
 class _OneHost(RendezvousHandler):
-    """The rendezvous of a job on one host: nobody to meet, and a store for the ranks that only this host reaches.
-
-    Args:
-        params: of the job.
-    """
+    """The rendezvous of a job on one host: nobody to meet, and a store for the ranks that only this host reaches."""
 
     def __init__(self, params: RendezvousParameters) -> None:
         self._run_id = params.run_id
@@ -99,14 +95,8 @@ class _OneHost(RendezvousHandler):
 def read_state(state: bytes) -> Any:
     """Unpickle the state of a rendezvous.
 
-    Args:
-        state: what is in the store; anybody who reaches it may have written it.
-
-    Returns:
-        The state.
-
-    Raises:
-        RendezvousStateError: it holds anything else than a rendezvous does. Nothing of it has been run.
+    ``state``: what is in the store; anybody who reaches it may have written it. Raises ``RendezvousStateError``: it
+    holds anything else than a rendezvous does. Nothing of it has been run.
     """
     try:
         found = _Unpickler(io.BytesIO(state)).load()
@@ -131,11 +121,7 @@ class _Unpickler(pickle.Unpickler):
 def refuse_another_program(endpoint: str) -> None:
     """Find out whether what listens at an endpoint is a store: if it is not, torch waits for its answer without end.
 
-    Args:
-        endpoint: host and port of a c10d rendezvous. It is fine if nobody listens there yet.
-
-    Raises:
-        UserError: another program holds the port.
+    ``endpoint``: host and port of a c10d rendezvous. It is fine if nobody listens there yet.
     """
     host, port = parse_rendezvous_endpoint(endpoint, default_port=DEFAULT_PORT)
     try:
@@ -160,11 +146,7 @@ def refuse_another_program(endpoint: str) -> None:
 def explain(error: RendezvousError) -> str:
     """Say in one line why hosts did not find each other.
 
-    Args:
-        error: what torchelastic raised.
-
-    Returns:
-        The reason and what to do.
+    Returns the reason and what to do.
     """
     match error:
         case RendezvousTimeoutError():

@@ -22,19 +22,7 @@ _TYPES: Final = {
 
 
 def parse_json(text: str, *, where: str, remedy: str) -> Any:
-    """Parse JSON strictly: NaN, a key given twice, and text that can't be printed are errors.
-
-    Args:
-        text: the content of a file.
-        where: the file, for messages.
-        remedy: what to do about a damaged file, for messages.
-
-    Returns:
-        Plain values.
-
-    Raises:
-        UserError: the text is damaged.
-    """
+    """Parse JSON strictly: NaN, a key given twice, and text that can't be printed are errors."""
     try:
         return json.loads(text, object_pairs_hook=_object, parse_constant=_refuse_constant)
     except RecursionError as error:
@@ -62,18 +50,7 @@ def _refuse_constant(name: str) -> None:
 def as_type(raw: Any, wanted: type[T], *, where: str, remedy: str) -> T:
     """Check plain values against a dataclass, and the dataclasses inside it.
 
-    Args:
-        raw: values of a JSON or TOML file.
-        wanted: the dataclass.
-        where: the file, for messages.
-        remedy: what to do about a wrong value, for messages.
-
-    Returns:
-        An instance of the dataclass.
-
-    Raises:
-        UserError: a key is missing or unknown, or a value has another type, is out of range, or is refused by the
-            dataclass's own ``__post_init__``.
+    Returns an instance of the dataclass.
 
     Example:
         >>> from torchrec_deepfm.sharding.inputs.tables import Table

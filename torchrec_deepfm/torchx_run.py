@@ -29,12 +29,8 @@ class Run(CmdRun):
     def run(self, args: argparse.Namespace) -> None:
         """Runs a component.
 
-        Args:
-            args: the parsed command line of `torchx run`.
-
-        Raises:
-            SystemExit: with code 2 if the file or the component does not exist or the job stopped over a `UserError`,
-                otherwise as TorchX does it.
+        Raises ``SystemExit``: with code 2 if the file or the component does not exist or the job stopped over a
+        `UserError`, otherwise as TorchX does it.
         """
         _prefer_own_environment()
         if args.scheduler == "local_cwd":
@@ -90,14 +86,8 @@ def _user_error(reply: str) -> str | None:
 def with_component(words: list[str]) -> list[str]:
     """Completes the file in a command line of `torchx run` to `file.py:component`.
 
-    Args:
-        words: what follows the options of `torchx run`: a component and its arguments, or arguments alone.
-
-    Returns:
-        The same words, the first completed if it names a file; names such as `dist.ddp` stay unchanged.
-
-    Raises:
-        UserError: the file or its component does not exist, or the file has several components and no default.
+    ``words``: what follows the options of `torchx run`: a component and its arguments, or arguments alone. Returns the
+    same words, the first completed if it names a file; names such as `dist.ddp` stay unchanged.
 
     Example:
         >>> with_component(["dist.ddp", "-j", "1x2"])
@@ -117,11 +107,7 @@ def one_word_per_repeat(words: list[str]) -> list[str]:
 
     TorchX refuses repeated options, even those of the command, after ``--``; in this form it accepts them.
 
-    Args:
-        words: a component and its arguments.
-
-    Returns:
-        The same words; in what follows the component's ``--``, each value of a repeated option carries its name.
+    Returns the same words; in what follows the component's ``--``, each value of a repeated option carries its name.
 
     Example:
         >>> one_word_per_repeat(["f.py:g", "--", "--seed", "3", "--constraint", "a=b", "c=d", "--constraint", "e=f"])

@@ -11,11 +11,7 @@ _PREFIXES = ("B", "KiB", "MiB", "GiB", "TiB")
 def format_bytes(count: float) -> str:
     """Write an amount of memory with one decimal, in powers of 1024.
 
-    Args:
-        count: bytes.
-
-    Returns:
-        The amount with its unit.
+    ``count``: bytes. Returns the amount with its unit.
 
     Example:
         >>> format_bytes(2048), format_bytes(5 * 2**30)
@@ -31,15 +27,7 @@ def format_bytes(count: float) -> str:
 def parse_bytes(option: str, text: str) -> int:
     """Read an amount of memory.
 
-    Args:
-        option: the option's name, for the message.
-        text: such as ``2GiB``, ``1500MB`` or plain bytes.
-
-    Returns:
-        Bytes.
-
-    Raises:
-        UserError: the text is not an amount of memory.
+    ``text``: such as ``2GiB``, ``1500MB`` or plain bytes.
 
     Example:
         >>> parse_bytes("--memory", "1.5 GiB")
@@ -51,16 +39,8 @@ def parse_bytes(option: str, text: str) -> int:
 def parse_quantity(option: str, text: str, *, like: str) -> float:
     """Read an amount of memory or a bandwidth.
 
-    Args:
-        option: the option's or the key's name, for the message.
-        text: the amount with its unit, or plain bytes.
-        like: an example for the message; one that ends in ``/s`` stands for a bandwidth.
-
-    Returns:
-        Bytes, or bytes per second.
-
-    Raises:
-        UserError: the text is neither, or is more than a float holds.
+    ``text``: the amount with its unit, or plain bytes. ``like``: an example for the message; one that ends in ``/s``
+    stands for a bandwidth. Returns bytes, or bytes per second.
 
     Example:
         >>> parse_quantity("inter_host_bandwidth:", "12.5 GB/s", like="450 GB/s")

@@ -15,10 +15,7 @@ MLPERF_NUM_EMBEDDINGS: Final = (
 class Preset:
     """Defaults of ``prepare`` for a named schema.
 
-    Args:
-        split: How the days are split.
-        num_embeddings: Ids per column when values are hashed.
-        min_count: Values seen less often in training become id 0; ``None`` uses the default of ``prepare``.
+    ``min_count``: values seen less often in training become id 0; ``None`` uses the default of ``prepare``.
     """
 
     split: str | None = None
@@ -38,11 +35,7 @@ _PRESETS: Final = {
 def preset(schema: str) -> Preset:
     """Return the defaults for a schema.
 
-    Args:
-        schema: Its name, or the path of a TOML file.
-
-    Returns:
-        The preset; an empty one for most.
+    Returns the preset; an empty one for most.
 
     Example:
         >>> preset("criteo-terabyte").split

@@ -57,12 +57,11 @@ _SCHEME = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*:")
 class Link:
     """A word that leads somewhere.
 
+    Raises ``ValueError``: the address is of another kind, such as ``javascript:``, or has control characters.
+
     Attributes:
         text: what is shown.
         href: a path relative to the page, a fragment (``#plan``), or an address of ``https``, ``http`` or ``mailto``.
-
-    Raises:
-        ValueError: the address is of another kind, such as ``javascript:``, or has control characters.
     """
 
     text: str
@@ -117,15 +116,14 @@ class Terms:
 class PageTable:
     """A table. Numbers stand to the right, and so does the head of a column that holds nothing else.
 
+    Raises ``ValueError``: a row has another number of values, or ``formats`` names no column.
+
     Attributes:
         head: the columns' names.
         rows: one value per column each.
         caption: what the table shows; above it.
         formats: how the numbers of a column are written, by its name, as ``format()`` takes it (``".5f"``, ``",d"``);
             otherwise whole numbers are grouped by thousands and others have four significant digits.
-
-    Raises:
-        ValueError: a row has another number of values, or ``formats`` names no column.
     """
 
     head: Sequence[str]
@@ -161,15 +159,14 @@ class PageTable:
 class Picture:
     """What matplotlib has drawn.
 
+    Raises ``ValueError``: ``alt`` is empty.
+
     Attributes:
         figure: made by ``matplotlib.figure.Figure(...)``.
         alt: the content of the picture in a sentence, for those who can't see it.
         caption: what it shows; below it.
         kind: ``svg`` stays sharp; ``png`` is smaller where there are many thousands of marks or cells.
         dpi: dots per inch of a ``png``.
-
-    Raises:
-        ValueError: ``alt`` is empty.
     """
 
     figure: "Figure"
@@ -209,12 +206,11 @@ class Picture:
 class Data:
     """Data for programs: in the file as JSON, not shown. ``embedded_data`` reads them back.
 
+    Raises ``ValueError``: the name has other characters.
+
     Attributes:
         name: its name, unique in the page: letters, digits, ``-`` and ``_``.
         value: what ``json`` can write, and numpy's numbers; one that is not finite becomes null, and a tuple a list.
-
-    Raises:
-        ValueError: the name has other characters.
     """
 
     name: str
@@ -255,16 +251,8 @@ class Section:
 def render(title: str, sections: Iterable[Section], *, subtitle: str = "") -> str:
     """Make a page.
 
-    Args:
-        title: the page's title and first heading.
-        sections: its sections, in order. From four on there is a list of them at the top.
-        subtitle: a line below the title.
-
-    Returns:
-        The HTML.
-
-    Raises:
-        ValueError: two ``Data`` have the same name.
+    ``sections``: its sections, in order. From four on there is a list of them at the top. Raises ``ValueError``: two
+    ``Data`` have the same name.
     """
     sections = list(sections)
     names = [block.name for section in sections for block in section.blocks if isinstance(block, Data)]
@@ -282,18 +270,7 @@ def render(title: str, sections: Iterable[Section], *, subtitle: str = "") -> st
 
 
 def write_page(path: Path, title: str, sections: Iterable[Section], *, subtitle: str = "") -> None:
-    """Make a page and write it, whole or not at all. Folders that are missing are made.
-
-    Args:
-        path: the file; one that is there already is replaced.
-        title: as in ``render``.
-        sections: as in ``render``.
-        subtitle: as in ``render``.
-
-    Raises:
-        ValueError: as in ``render``.
-        UserError: the file can't be written, or text in the page is not valid Unicode.
-    """
+    """Write a page, complete or not at all; arguments and errors as in ``render``. Missing folders are created."""
     html = render(title, sections, subtitle=subtitle)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

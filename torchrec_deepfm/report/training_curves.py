@@ -22,12 +22,8 @@ Records = Sequence[Mapping[str, Any]]
 def learning_curves(records: Records, best_step: int | None) -> "Figure | None":
     """Draw loss, AUC and learning rates by step.
 
-    Args:
-        records: of ``metrics.jsonl``: ``step``, ``split``, ``loss``, and ``auc`` of evaluations or ``lr`` of training.
-        best_step: the step of the best evaluation, to mark.
-
-    Returns:
-        A panel per recorded quantity; None if no loss is finite.
+    ``records``: of ``metrics.jsonl``: ``step``, ``split``, ``loss``, and ``auc`` of evaluations or ``lr`` of training.
+    Returns a panel per recorded quantity; None if no loss is finite.
     """
     train = [record for record in records if record["split"] == "train"]
     losses = {
@@ -69,11 +65,8 @@ def learning_curves(records: Records, best_step: int | None) -> "Figure | None":
 def reliability_curves(splits: Mapping[str, Sequence[Mapping[str, float]]]) -> "Figure | None":
     """Draw the share of clicks against the predicted probability, a panel per split.
 
-    Args:
-        splits: bins by split, as ``calibration.json`` has them; ``rows``, ``predicted`` and ``observed`` are used.
-
-    Returns:
-        The figure, with the samples per bin below; None without bins.
+    ``splits``: bins by split, as ``calibration.json`` has them; ``rows``, ``predicted`` and ``observed`` are used.
+    Returns the figure, with the samples per bin below; None without bins.
     """
     splits = {split: bins for split, bins in splits.items() if bins}
     if not splits:
@@ -108,12 +101,7 @@ def reliability_curves(splits: Mapping[str, Sequence[Mapping[str, float]]]) -> "
 def points(records: Records, name: str) -> list[tuple[int, float]]:
     """Extract a curve from records.
 
-    Args:
-        records: with ``step``.
-        name: of the value.
-
-    Returns:
-        (step, value) of each finite value.
+    ``records``: with ``step``. Returns (step, value) of each finite value.
 
     Example:
         >>> points([{"step": 1, "auc": 0.7}, {"step": 2, "auc": None}, {"step": 3, "auc": float("nan")}], "auc")
@@ -126,12 +114,7 @@ def points(records: Records, name: str) -> list[tuple[int, float]]:
 def thinned(curve: Sequence[tuple[int, float]], most: int = MOST_POINTS) -> list[tuple[int, float]]:
     """Average neighbours of a curve with more points than can be distinguished.
 
-    Args:
-        curve: (step, value) by step.
-        most: largest number of points to keep.
-
-    Returns:
-        The last step and the mean of each group of neighbours.
+    Returns the last step and the mean of each group of neighbours.
 
     Example:
         >>> thinned([(1, 0.5), (2, 0.25), (3, 1.0)], most=2)

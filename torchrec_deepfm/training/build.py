@@ -63,18 +63,8 @@ def make_deepfm(
 ) -> DeepFM:
     """Make the unsharded model of a configuration, its tables on ``meta``.
 
-    Args:
-        config: model options.
-        num_embeddings: rows of each categorical feature's table, in the order of the fields.
-        dense_in_features: I.
-        dense_device: where everything except the tables lives.
-        is_weighted: whether the batches carry weights.
-
-    Returns:
-        The model with initial weights.
-
-    Raises:
-        UserError: a model option is invalid.
+    ``num_embeddings``: rows of each categorical feature's table, in the order of the fields. Returns the model with
+    initial weights.
     """
     tables = embedding_tables(num_embeddings, config.factor_dim, init_std=config.init_std)
     return DeepFM(

@@ -37,12 +37,7 @@ class TrackerState(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True
     def check(self, config: TrainConfig, step: int) -> None:
         """Compare the values with each other and with the options.
 
-        Args:
-            config: of the training.
-            step: steps done.
-
-        Raises:
-            ValueError: two values contradict each other; the message names one.
+        Raises ``ValueError``: two values contradict each other; the message names one.
         """
         drops = round(math.log(self.factor) / math.log(config.lr_factor))
         for name, wrong in {
@@ -63,17 +58,15 @@ class Tracker:
     An evaluation is better if its metric is strictly higher (auc, auc-logloss) or lower (logloss). One without
     a value, such as the AUC of a split with one class, or with a NaN, is not better.
 
-    Args:
-        metric: the metric to compare.
-        patience: evaluations in a row without a better one after which to stop; 0 never stops.
-        lr_patience: the same for lowering the rates; 0 never lowers them. Counts again from each drop.
-        lr_factor: factor of the rates at each drop.
+    ``patience``: evaluations in a row without a better one after which to stop; 0 never stops. ``lr_patience``: the
+    same for lowering the rates; 0 never lowers them. Counts again from each drop.
 
     Attributes:
         best_value: the best value so far; None before the first.
         best_step: its step.
         factor: the product of all drops, 1 at the start.
         stopped: whether patience has run out.
+
 
     Example:
         >>> tracker = Tracker(metric="auc", patience=2)
@@ -95,12 +88,7 @@ class Tracker:
     def update(self, step: int, value: float | None) -> Verdict:
         """Add an evaluation.
 
-        Args:
-            step: steps done.
-            value: of the metric; None where it has none.
-
-        Returns:
-            The consequences.
+        ``value``: of the metric; None where it has none.
         """
         if self._better(value):
             self.best_value, self.best_step = value, step

@@ -26,13 +26,6 @@ _CHUNK = 2**24
 def decay_at(step: int, decay: float) -> float:
     """The decay of the average at a step: small at the start, so that the initial weights are soon forgotten.
 
-    Args:
-        step: steps done, from 1.
-        decay: the limit that it rises to.
-
-    Returns:
-        min(decay, (1 + t) / (10 + t)), t steps before this one.
-
     Example:
         >>> [round(decay_at(step, 0.99), 3) for step in (1, 2, 11, 101, 1001)]
         [0.1, 0.182, 0.55, 0.918, 0.99]
@@ -51,11 +44,6 @@ class MovingAverage:
 
     (``torch.optim.swa_utils.AveragedModel`` copies the module, and a sharded model can't be copied: it has process
     groups and kernels that own their memory. The averaging itself is torch's.)
-
-    Args:
-        model: the sharded model, without cached tables.
-        decay: d, in (0, 1).
-        every: n.
     """
 
     def __init__(self, model: DistributedModelParallel, decay: float, every: int = 1) -> None:
@@ -84,9 +72,7 @@ class MovingAverage:
     def update(self, step: int, *, last: bool = False) -> None:
         """Update the average after a step, if an update is due.
 
-        Args:
-            step: steps done.
-            last: whether the training ends here, where an update is always due.
+        ``last``: whether the training ends here, where an update is always due.
         """
         since = step % self._every
         if since and not last:
@@ -99,8 +85,7 @@ class MovingAverage:
     def in_place(self) -> Iterator[None]:
         """Swap the average into the model inside, and the weights back afterwards.
 
-        Yields:
-            Nothing; evaluate or save inside, do not train.
+        Yields nothing; evaluate or save inside, do not train.
         """
         self._swap()
         try:
@@ -120,14 +105,7 @@ class MovingAverage:
         return owned(state) | dict(rank_rows(name, value) for name, value in self._buffers.items())
 
     def to_read(self, world_size: int) -> tuple[dict[str, TensorCuts], Callable[[], None]]:
-        """Return the averages that this rank reads from a checkpoint.
-
-        Args:
-            world_size: number of ranks that saved it.
-
-        Returns:
-            The state to read into, and a function to call once it has been read.
-        """
+        """Return the averages that this rank reads from a checkpoint."""
         state, own = dict(self._average), {}
         for name, buffer in self._buffers.items():
             key, state[key], own[name] = read_rank_rows(name, world_size, buffer.shape, buffer.dtype)

@@ -70,9 +70,7 @@ class LoopContext:
 class Loop:
     """Steps, records, evaluations and checkpoints of one training.
 
-    Args:
-        model: the sharded model.
-        context: everything else.
+    ``context``: everything else.
 
     Attributes:
         position: how far the training has come.
@@ -121,15 +119,8 @@ class Loop:
     def resume(self, manifest: Manifest) -> tuple[dict[str, TensorCuts], Callable[[], None]]:
         """Prepare to resume from a checkpoint.
 
-        Args:
-            manifest: its manifest.
-
-        Returns:
-            The state to read into, and a function to call once it has been read.
-
-        Raises:
-            ValueError: two values of the manifest contradict each other.
-            UserError: the checkpoint belongs to other data or another order of them.
+        Returns the state to read into, and a function to call once it has been read. Raises ``ValueError``: two values
+        of the manifest contradict each other.
         """
         position = manifest.point
         loader_state = self._loader_state(position)
@@ -162,9 +153,7 @@ class Loop:
     def run(self) -> None:
         """Train to the end, with the evaluations and checkpoints on the way.
 
-        Raises:
-            UserError: the loss is not finite, the data have changed, or a disk refuses.
-            Preempted: the training was asked to stop; its state is saved.
+        Raises ``Preempted``: the training was asked to stop; its state is saved.
         """
         position, loader = self.position, self._context.train
         if not position.evaluated:
@@ -402,8 +391,7 @@ class Loop:
     def record_validation(self, metrics: Metrics) -> Verdict:
         """Pass an evaluation on the validation split to the tracker.
 
-        Returns:
-            Whether it is the best, and whether to stop or to lower the rates.
+        Returns whether it is the best, and whether to stop or to lower the rates.
         """
         return self.tracker.update(self.position.step, monitored(metrics, self._config.metric))
 

@@ -42,17 +42,6 @@ def size_of(
 
     Tables that ``data_parallel_rows`` replicates count as sharded: they are small.
 
-    Args:
-        config: the options.
-        table_rows: rows of all tables together.
-        fields: categorical and numeric fields.
-        numeric: the numeric ones.
-        train_rows: training samples.
-        ranks: number of ranks.
-
-    Returns:
-        The size.
-
     Example:
         >>> size = size_of(TrainConfig(), table_rows=1000, fields=39, numeric=13, train_rows=10_000, ranks=2)
         >>> size.row_width, size.table_bytes, size.table_state_bytes, size.steps
@@ -91,13 +80,7 @@ def _has_batch_norm(config: TrainConfig) -> bool:
 def dense_parameters(config: TrainConfig, *, fields: int, numeric: int) -> int:
     """Count the weights outside of the tables: MLP, batch normalisation, rows of the numeric fields, bias.
 
-    Args:
-        config: the options.
-        fields: categorical and numeric fields.
-        numeric: the numeric ones.
-
-    Returns:
-        The number of trained values.
+    Returns the number of trained values.
     """
     count = 1 + numeric * (config.factor_dim + 1)  # these rows have no padding: no kernel reads them
     if "deep" in config.terms:

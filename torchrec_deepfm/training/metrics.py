@@ -107,13 +107,8 @@ def reliability(predicted: NDArray[np.float64], labels: NDArray[np.float64], bin
     predictions share a bin, so there may be fewer bins and their sizes may differ; the result does not depend on the
     order of the samples or on the ranks that held them.
 
-    Args:
-        predicted: [N] click probabilities, N > 0; a NaN makes the curve empty.
-        labels: [N] of 0 and 1.
-        bins: most bins, at least 1.
-
-    Returns:
-        The bins that hold samples, by rising prediction.
+    ``predicted``: [N] click probabilities, N > 0; a NaN makes the curve empty. ``labels``: [N] of 0 and 1. Returns the
+    bins that hold samples, by rising prediction.
 
     Example:
         >>> [one.observed for one in reliability(np.array([0.1, 0.1, 0.6, 0.9]), np.array([0.0, 1, 1, 1]), 2)]

@@ -26,9 +26,6 @@ _AHEAD = 8
 class LossWatch:
     """Keeps the last batches and learning rates until their losses have been checked.
 
-    Args:
-        late: steps by which the check may come late.
-
     Attributes:
         bad_step: the first step whose loss was not finite on this rank; None without one.
     """
@@ -52,12 +49,7 @@ class LossWatch:
         return self._rates[-1][1]
 
     def check(self, first_step: int, losses: Sequence[Tensor]) -> None:
-        """Remember the first loss that is not finite.
-
-        Args:
-            first_step: step of the first loss.
-            losses: of consecutive steps.
-        """
+        """Remember the first loss that is not finite."""
         if self.bad_step is None:
             values = [loss.item() for loss in losses]
             bad = (first_step + i for i, value in enumerate(values) if not math.isfinite(value))
@@ -121,12 +113,7 @@ def refuse_predictions(step: int, run: Path, checkpoints: Checkpoints) -> Never:
 def record_not_finite(run: Path, about: Mapping[str, Any]) -> None:
     """Record that a loss or a weight was not finite, after which a run may be resumed with lower learning rates.
 
-    Args:
-        run: the run's folder; gets ``nonfinite_step_<step>/about.json``.
-        about: what to record, with ``step``.
-
-    Raises:
-        UserError: the disk refuses.
+    ``run``: the run's folder; gets ``nonfinite_step_<step>/about.json``. ``about``: what to record, with ``step``.
     """
     folder = _folder(run, about["step"])
     try:

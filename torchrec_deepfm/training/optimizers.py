@@ -20,10 +20,6 @@ def fuse_sparse_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfi
     """Mark table parameters to be updated in their backward pass; sharding then fuses the optimizer into the kernel.
 
     Call it before sharding, on the unsharded tables, except those that become data_parallel.
-
-    Args:
-        parameters: the tables' weights.
-        config: the optimizer and its rate.
     """
     optimizer_class, options = SPARSE_OPTIMIZERS[config.sparse_optimizer]
     # A fresh dictionary: apply_optimizer_in_backward modifies its argument.
@@ -105,14 +101,8 @@ def make_scheduler(
     The fused kernels read their rate from the groups in ``zero_grad``, which the pipeline calls before each forward
     pass, so no step lags behind.
 
-    Args:
-        optimizer: of ``make_optimizer``.
-        config: the schedule.
-        total_steps: length of the training.
-        plateau: a factor on top of the schedule, read at each step.
-
-    Returns:
-        A scheduler; call its ``step`` after each training step.
+    ``optimizer``: of ``make_optimizer``. ``plateau``: a factor on top of the schedule, read at each step. Returns a
+    scheduler; call its ``step`` after each training step.
     """
     factor = schedule(config, total_steps)
     return LambdaLR(optimizer, lambda step: factor(step) * plateau())
@@ -121,9 +111,7 @@ def make_scheduler(
 def set_rates(scheduler: LambdaLR, step: float) -> None:
     """Set the learning rates of all parameter groups to those of a step.
 
-    Args:
-        scheduler: of ``make_scheduler``.
-        step: steps done; a fraction if the batch size has changed.
+    ``scheduler``: of ``make_scheduler``. ``step``: steps done; a fraction if the batch size has changed.
     """
     scheduler.last_epoch = step  # type: ignore[assignment]
     for group, base, factor in zip(

@@ -17,8 +17,7 @@ _PROG = "python -m torchrec_deepfm"
 def recipes_table() -> str:
     """Format all recipes.
 
-    Returns:
-        A line per recipe: name and summary; and the command that prepares its published data, if any.
+    Returns a line per recipe: name and summary; and the command that prepares its published data, if any.
     """
     lines = []
     for name in RECIPES:
@@ -38,17 +37,9 @@ def recipe_text(
 ) -> str:
     """Describe one recipe.
 
-    Args:
-        name: as in ``recipe``.
-        data: the training data; by default the published data of the recipe, if any.
-        ranks: number of ranks; by default that of the data set.
-        samples_per_second: speed of the training, to estimate its time.
-
-    Returns:
-        Its source, the options that differ from the defaults, its commands, and the size of a training.
-
-    Raises:
-        UserError: the recipe is unknown, or an estimate needs data and none is given.
+    ``name``: as in ``recipe``. ``data``: the training data; by default the published data of the recipe, if any.
+    ``ranks``: number of ranks; by default that of the data set. Returns its source, the options that differ from the
+    defaults, its commands, and the size of a training.
     """
     config = recipe(name)
     for option, value in {"--ranks": ranks, "--samples-per-second": samples_per_second}.items():

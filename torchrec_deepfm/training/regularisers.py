@@ -25,10 +25,7 @@ def penalise_looked_up_rows(sparse_arch: SparseArch, config: TrainConfig, device
 
     (FBGEMM's ``weight_decay`` cannot replace it: row-wise Adagrad supports it on GPUs, and the CPU kernels ignore it.)
 
-    Args:
-        sparse_arch: the module that looks the rows up; gets a hook.
-        config: ``touched_embedding_l2`` and ``touched_linear_l2``.
-        device: of the rows.
+    ``config``: ``touched_embedding_l2`` and ``touched_linear_l2``.
     """
     if not config.touched_embedding_l2 and not config.touched_linear_l2:
         return

@@ -90,12 +90,9 @@ def train_seeds(
 def summarise(summaries: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
     """Take the mean and the standard deviation over runs.
 
-    Args:
-        summaries: the content of each run's ``summary.json``, by seed.
-
-    Returns:
-        ``seeds``; by split the mean of each metric; the same below ``std`` for the standard deviation, that of a sample
-        (n - 1), None for one seed; and the metrics of each run below ``runs``. A metric that one run lacks is None.
+    ``summaries``: the content of each run's ``summary.json``, by seed. Returns ``seeds``; by split the mean of each
+    metric; the same below ``std`` for the standard deviation, that of a sample (n - 1), None for one seed; and the
+    metrics of each run below ``runs``. A metric that one run lacks is None.
 
     Example:
         >>> runs = {0: {"test": {"auc": 0.7, "rows": 9}}, 1: {"test": {"auc": 0.8, "rows": 9}}}

@@ -19,12 +19,9 @@ MAX_NUM_EMBEDDINGS: Final = 2**31 - 1  # ids are int32
 class Day:
     """Consecutive rows, stored in arrays whose file names begin with the same stem.
 
-    Args:
-        stem: The prefix of the file names, such as ``day_0``.
-        start: The first row of the files that belongs to it. Criteo Terabyte's last day is halved into validation and
-            test.
-        rows: The number of rows.
-        positives: How many of them have label 1; ``None`` if unknown.
+    ``stem``: the prefix of the file names, such as ``day_0``. ``start``: the first row of the files that belongs to it.
+    Criteo Terabyte's last day is halved into validation and test. ``positives``: how many of them have label 1;
+    ``None`` if unknown.
     """
 
     stem: str
@@ -37,10 +34,9 @@ class Day:
 class Bags:
     """The ids of a multi-hot column.
 
-    Args:
-        ids: int [M], the bags one after another; or int [N, H], H ids per row.
-        offsets: int64 [N + 1]: row i has the ids from ``offsets[i]`` to ``offsets[i + 1]``. ``None`` with [N, H].
-        weights: float32 [M]; ``None`` where the column has none.
+    ``ids``: int [M], the bags one after another; or int [N, H], H ids per row. ``offsets``: int64 [N + 1]: row i has
+    the ids from ``offsets[i]`` to ``offsets[i + 1]``. ``None`` with [N, H]. ``weights``: float32 [M]; ``None`` where
+    the column has none.
     """
 
     ids: MappedRows
@@ -52,11 +48,8 @@ class Bags:
 class DayArrays:
     """The arrays with the stem of a day. A day's rows are those from ``day.start`` on.
 
-    Args:
-        dense: [N, I] numbers; float32 in folders with a manifest.
-        sparse: [N, F1] ids of the one-hot columns, in the schema's order; int32 in folders with a manifest.
-        labels: [N, 1] or [N]; int32 in folders with a manifest.
-        bags: The multi-hot columns by name.
+    ``dense``: [N, I] numbers; float32 in folders with a manifest. ``sparse``: [N, F1] ids of the one-hot columns, in
+    the schema's order; int32 in folders with a manifest. ``labels``: [N, 1] or [N]; int32 in folders with a manifest.
     """
 
     dense: MappedRows

@@ -26,13 +26,8 @@ HASH: Final = "xxh3_64"
 def borders(days: Sequence[Day], block_rows: int) -> NDArray[np.int64]:
     """Return the borders of the parts of a split.
 
-    Args:
-        days: The days of the split.
-        block_rows: Rows of a block.
-
-    Returns:
-        int64 [P + 1] row numbers over all days: part p has the rows from ``[p]`` to ``[p + 1]``, of one day and of one
-        block.
+    Returns int64 [P + 1] row numbers over all days: part p has the rows from ``[p]`` to ``[p + 1]``, of one day and of
+    one block.
 
     Example:
         >>> borders([Day(stem="day_0", rows=6), Day(stem="day_1", rows=5)], 4).tolist()
@@ -45,12 +40,7 @@ def borders(days: Sequence[Day], block_rows: int) -> NDArray[np.int64]:
 def stem_borders(days: Sequence[Day], block_rows: int) -> list[NDArray[np.int64]]:
     """Return the borders of a split's parts day by day, as rows of each day's files.
 
-    Args:
-        days: The days of the split.
-        block_rows: Rows of a block.
-
-    Returns:
-        For each day int64, from its first row to one past its last.
+    Returns for each day int64, from its first row to one past its last.
 
     Example:
         >>> [rows.tolist() for rows in stem_borders([Day(stem="day_0", rows=6), Day(stem="day_1", rows=5)], 4)]
@@ -69,15 +59,9 @@ def file_checksums(
 ) -> NDArray[np.uint64]:
     """Read an array's file to its end, for the checksums of its parts.
 
-    Args:
-        file: The open file, at the first byte of the array.
-        parts: Borders of the parts, in bytes from that position.
-        overlap: Bytes that a part shares with the next one: an offset ends the bag of one row and begins that of the
-            next.
-        update: Called with everything that is read, in order.
-
-    Returns:
-        uint64 [parts].
+    ``parts``: borders of the parts, in bytes from that position. ``overlap``: bytes that a part shares with the next
+    one: an offset ends the bag of one row and begins that of the next. ``update``: called with everything that is read,
+    in order. Returns uint64 [parts].
     """
     found = np.empty(len(parts) - 1, np.uint64)
     shared = file.read(overlap)
@@ -94,11 +78,7 @@ def file_checksums(
 class BlockCheck:
     """Compares the blocks of a split with their checksums, each once.
 
-    Args:
-        days: The days of the split.
-        arrays: Their arrays.
-        checksums: uint64 [P, A].
-        block_rows: Rows of a block.
+    ``checksums``: uint64 [P, A].
     """
 
     def __init__(
@@ -120,11 +100,7 @@ class BlockCheck:
         It runs in the thread that copies the rows next: comparing brings them into the cache. A separate thread
         costs more, since both threads compete for the interpreter lock.
 
-        Args:
-            stretches: First row and one past the last, numbered over all days.
-
-        Raises:
-            UserError: A block holds other bytes than ``prepare`` wrote.
+        ``stretches``: first row and one past the last, numbered over all days.
         """
         if not self._left:
             return

@@ -38,13 +38,8 @@ _FIX = "fix or replace it"
 class ExternalData:
     """Day files that another tool wrote.
 
-    Args:
-        folder: Where they lie.
-        schema: Columns under TorchRec's names: ``label``, ``int_0`` ..., ``cat_0`` ...
-        rows: Rows of each day by its number, in order.
-        multi_hot: The ids are in ``.npz`` archives.
-        num_embeddings: Ids per categorical column.
-        modulo: Ids are taken modulo ``num_embeddings``.
+    ``schema``: columns under TorchRec's names: ``label``, ``int_0`` ..., ``cat_0`` ... ``multi_hot``: the ids are in
+    ``.npz`` archives. ``modulo``: ids are taken modulo ``num_embeddings``.
     """
 
     folder: Path
@@ -57,8 +52,7 @@ class ExternalData:
     def splits(self) -> tuple[tuple[Day, ...], tuple[Day, ...], tuple[Day, ...]]:
         """Split the days into train, validation and test.
 
-        Returns:
-            All days except the last; the first half of the last, with the odd row; its second half, maybe empty.
+        Returns all days except the last; the first half of the last, with the odd row; its second half, maybe empty.
         """
         *others, last = self.rows
         half = -(-self.rows[last] // 2)
@@ -70,14 +64,7 @@ class ExternalData:
     def arrays(self, stem: str) -> DayArrays:
         """Map the arrays of a day.
 
-        Args:
-            stem: ``day_N``.
-
-        Returns:
-            Its arrays, in the stored types.
-
-        Raises:
-            UserError: A file is missing or has the wrong type or shape.
+        ``stem``: ``day_N``. Returns its arrays, in the stored types.
         """
         return _arrays(self.folder, stem, multi_hot=self.multi_hot)
 
@@ -85,16 +72,7 @@ class ExternalData:
 def open_external(folder: Path, num_embeddings: int | Sequence[int] | None) -> ExternalData:
     """Open a folder of day files.
 
-    Args:
-        folder: The folder; it has no manifest.
-        num_embeddings: As in ``PreparedData.open``.
-
-    Returns:
-        The opened folder.
-
-    Raises:
-        UserError: The folder holds no day files or not all of them, they do not fit each other, or the ids are raw
-            values that are too large for the rows of a table.
+    ``num_embeddings``: as in ``PreparedData.open``.
     """
     days, multi_hot = _find(folder)
     arrays = {day: _arrays(folder, f"day_{day}", multi_hot=multi_hot) for day in days}

@@ -53,14 +53,10 @@ class FileMap:
     A folder may have more files than a process may open, and Python's ``mmap`` keeps a descriptor of each (from 3.13 on
     it need not: ``trackfd=False``). The mapping lasts as long as this object, or an array on its ``view``.
 
-    Args:
-        file: The open file; it may be closed afterwards.
+    Raises ``OSError``: It is empty, or it can't be mapped.
 
     Attributes:
         view: Its bytes.
-
-    Raises:
-        OSError: It is empty, or it can't be mapped.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -101,13 +97,7 @@ class MappedRows:
 
     It can be used where numpy expects an array (``np.asarray``, ``rows[3:5]``).
 
-    Args:
-        path: The file.
-        where: The name for messages: the file, and the array in it if it holds several.
-        memory: The mapping of the whole file.
-        offset: Position of the array's first byte in it.
-        dtype: Type of an element.
-        shape: (N,) or (N, E).
+    ``where``: the name for messages: the file, and the array in it if it holds several.
     """
 
     def __init__(
@@ -155,11 +145,7 @@ class MappedRows:
     def take(self, rows: NDArray[np.int64]) -> NDArray[Any]:
         """Copy rows; more than twice as fast as indexing.
 
-        Args:
-            rows: int64 [n] row numbers, 0 to N - 1.
-
-        Returns:
-            [n] or [n, E].
+        ``rows``: int64 [n] row numbers, 0 to N - 1. Returns [n] or [n, E].
         """
         copied = self._take_from.take(rows, axis=0)
         return copied if self._aligned else copied.view(self.dtype).reshape(len(rows), *self.shape[1:])
@@ -167,12 +153,7 @@ class MappedRows:
     def stretch(self, start: int, stop: int) -> NDArray[Any]:
         """Copy the neighbouring rows ``[start, stop)``.
 
-        Args:
-            start: First row.
-            stop: One past the last row, at most N.
-
-        Returns:
-            [stop - start] or [stop - start, E].
+        Returns [stop - start] or [stop - start, E].
         """
         return self._array[start:stop].copy()
 
@@ -180,9 +161,6 @@ class MappedRows:
         """Check that the file is at least as long as when it was opened.
 
         Reading past its end would kill the process by a signal that Python can't catch.
-
-        Raises:
-            UserError: It is shorter.
         """
         if not self.memory.is_whole():
             raise UserError(f"{self.where}: the file became shorter while it was read; do not change it, start again")
@@ -212,15 +190,7 @@ def _unmap(address: int, length: int, descriptor: int | None) -> None:
 def map_npy(path: Path, remedy: str) -> MappedRows:
     """Map an ``.npy`` file.
 
-    Args:
-        path: The file.
-        remedy: What to do if it can't be used; the end of the message.
-
-    Returns:
-        Its rows.
-
-    Raises:
-        UserError: The file is missing, is not an array of numbers in C order, or is shorter than its header states.
+    ``remedy``: what to do if it can't be used; the end of the message.
     """
     with _opened(path, remedy) as file:
         return _map(path, str(path), file, _memory(path, file, remedy), 0, path.stat().st_size, remedy)
@@ -231,15 +201,8 @@ def map_npz(path: Path, remedy: str) -> Mapping[str, MappedRows]:
 
     A compressed member is refused: it can't be read row by row, and unpacked it could exceed the memory.
 
-    Args:
-        path: The archive.
-        remedy: What to do if it can't be used; the end of the message.
-
-    Returns:
-        The rows of each array by its name in the archive.
-
-    Raises:
-        UserError: The file is missing or not an archive, or a member is compressed or not a C-order array of numbers.
+    ``remedy``: what to do if it can't be used; the end of the message. Returns the rows of each array by its name in
+    the archive.
     """
     with _opened(path, remedy) as file:
         try:

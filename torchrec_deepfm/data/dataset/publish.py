@@ -22,14 +22,7 @@ from torchrec_deepfm.files import check_local
 
 
 def check_free(output: Path) -> None:
-    """Check that an output folder does not exist yet, or is empty.
-
-    Args:
-        output: The folder to be written.
-
-    Raises:
-        UserError: It exists and is not an empty folder, or this is an address and not a local folder.
-    """
+    """Check that an output folder does not exist yet, or is empty."""
     check_local(output)
     if output.is_dir():
         if any(output.iterdir()):
@@ -41,11 +34,7 @@ def check_free(output: Path) -> None:
 def digest(path: Path) -> dict[str, int | str]:
     """Return the manifest entry of a file.
 
-    Args:
-        path: The file.
-
-    Returns:
-        ``bytes`` and ``sha256``.
+    Returns ``bytes`` and ``sha256``.
     """
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
@@ -55,11 +44,8 @@ def digest(path: Path) -> dict[str, int | str]:
 class Parts:
     """Positions of the parts of an array in its file.
 
-    Args:
-        path: The ``.npy`` file.
-        header: Bytes before the array.
-        borders: int64 [parts + 1] bytes from the array's first one on, where a part ends and the next one begins.
-        overlap: Bytes that a part shares with the next one.
+    ``path``: the ``.npy`` file. ``borders``: int64 [parts + 1] bytes from the array's first one on, where a part ends
+    and the next one begins.
     """
 
     path: Path
@@ -71,13 +57,8 @@ class Parts:
 def find_parts(path: Path, rows: NDArray[np.int64]) -> Parts:
     """Find the parts of an array in its file. Not thread-safe: numpy parses the header with ``ast``.
 
-    Args:
-        path: The ``.npy`` file.
-        rows: int64 [parts + 1] rows where a part ends and the next one begins, from 0. An array with
-            one row more than the last border holds offsets, and each part includes the offset after its last row.
-
-    Returns:
-        The parts.
+    ``path``: the ``.npy`` file. ``rows``: int64 [parts + 1] rows where a part ends and the next one begins, from 0. An
+    array with one row more than the last border holds offsets, and each part includes the offset after its last row.
     """
     array = map_npy(path, "prepare the data again")
     row_bytes = array.dtype.itemsize * int(np.prod(array.shape[1:], dtype=np.int64))
@@ -92,11 +73,7 @@ def find_parts(path: Path, rows: NDArray[np.int64]) -> Parts:
 def digest_parts(parts: Parts) -> tuple[dict[str, int | str], NDArray[np.uint64]]:
     """Return the manifest entry of an array's file and the checksums of its parts, reading it once.
 
-    Args:
-        parts: The file's parts.
-
-    Returns:
-        As ``digest``; uint64 [parts].
+    Returns as ``digest``; uint64 [parts].
     """
     sha256 = hashlib.sha256()
     with parts.path.open("rb") as file:
@@ -106,15 +83,7 @@ def digest_parts(parts: Parts) -> tuple[dict[str, int | str], NDArray[np.uint64]
 
 
 def appear(folder: Path, output: Path) -> None:
-    """Give a finished folder its final name.
-
-    Args:
-        folder: The folder, on the same disk.
-        output: Its final name.
-
-    Raises:
-        UserError: The name exists.
-    """
+    """Give a finished folder its final name."""
     check_free(output)
     folder.rename(output.resolve())
 
@@ -123,14 +92,7 @@ def appear(folder: Path, output: Path) -> None:
 def new_folder(output: Path) -> Iterator[Path]:
     """Write into a temporary sibling of ``output``, which is renamed at the end.
 
-    Args:
-        output: The folder to be written.
-
-    Yields:
-        The temporary folder. When the block raises, it is removed and ``output`` stays as it was.
-
-    Raises:
-        UserError: ``output`` exists, or the disk refuses the write.
+    Yields the temporary folder. When the block raises, it is removed and ``output`` stays as it was.
     """
     check_free(output)
     output = output.resolve()
@@ -152,16 +114,8 @@ class OutOfRoomError(UserError):
 def disk_errors(output: Path, kept: Callable[[], Path | None] = lambda: None) -> Iterator[None]:
     """Report a write that the disk refuses in one line.
 
-    Args:
-        output: The folder that is being written.
-        kept: Returns the folder of finished work to resume from, ``None`` if none exists.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        OutOfRoomError: The disk is full, or DuckDB had to stop.
-        UserError: The folder can't be written.
+    ``kept``: returns the folder of finished work to resume from, ``None`` if none exists. Raises ``OutOfRoomError``:
+    The disk is full, or DuckDB had to stop.
     """
 
     def resume() -> str:

@@ -22,10 +22,7 @@ _REPAIR = "the folder is damaged or was not written by prepare; prepare the data
 class Assembler:
     """Checks every value of a batch and builds its tensors.
 
-    Args:
-        data: The opened folder.
-        source: The split's rows; it locates a bad value for messages.
-        batch_size: B.
+    ``source``: the split's rows; it locates a bad value for messages.
     """
 
     def __init__(self, data: PreparedData, source: SplitRows, batch_size: int) -> None:
@@ -47,15 +44,7 @@ class Assembler:
     def batch(self, rows: NDArray[np.int64] | range, copied: CopiedRows) -> Batch:
         """Build a batch.
 
-        Args:
-            rows: The B numbers of the rows in the split.
-            copied: Their values.
-
-        Returns:
-            As ``Loader.batch`` returns, not pinned.
-
-        Raises:
-            UserError: An id, number, weight or label is not valid; the message names file, row and column.
+        Returns as ``Loader.batch`` returns, not pinned.
         """
         dense, labels = copied.dense.astype(np.float32, copy=False), copied.labels
         features = self._features(copied)

@@ -22,11 +22,7 @@ _BLOCKS, _ROWS = 0, 1
 class EpochOrder:
     """A permutation of ``range(rows)``, or the identity, computed on access.
 
-    Args:
-        rows: N, at least 1.
-        shuffle: Permute; else the identity.
-        seed: Not negative.
-        epoch: Not negative.
+    ``shuffle``: permute; else the identity.
 
     Example:
         >>> sorted(EpochOrder(5, shuffle=True, seed=0, epoch=0)[0:5].tolist())
@@ -52,11 +48,7 @@ class EpochOrder:
     def __getitem__(self, positions: slice) -> NDArray[np.int64]:
         """Return the row numbers at positions ``[start, stop)`` of the order.
 
-        Args:
-            positions: A slice with step 1 inside ``range(rows)``.
-
-        Returns:
-            int64 row numbers [stop - start].
+        ``positions``: a slice with step 1 inside ``range(rows)``. Returns int64 row numbers [stop - start].
         """
         start, stop, _ = positions.indices(self._rows)
         if not self._shuffle:
@@ -73,11 +65,7 @@ class EpochOrder:
     def window_at(self, position: int) -> int:
         """Return the window of a position of the order.
 
-        Args:
-            position: 0 to N - 1.
-
-        Returns:
-            The number of the window, from 0. Positions have windows without shuffle, too.
+        Returns the number of the window, from 0. Positions have windows without shuffle, too.
         """
         if not self._shuffle:
             return position // (BLOCK_ROWS * WINDOW_BLOCKS)
@@ -86,12 +74,8 @@ class EpochOrder:
     def stretches(self, window: int) -> list[tuple[int, int]]:
         """Return the rows of a window as ranges of neighbours, to be fetched ahead.
 
-        Args:
-            window: Its number; one past the last is allowed.
-
-        Returns:
-            ``(first row, one past the last)`` of each block, in the order of the split; empty
-            past the last window, and without shuffle (the system itself then reads ahead).
+        Returns ``(first row, one past the last)`` of each block, in the order of the split; empty past the last window,
+        and without shuffle (the system itself then reads ahead).
         """
         if not self._shuffle or window >= len(self._windows) - 1:
             return []

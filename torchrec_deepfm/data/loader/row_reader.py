@@ -22,10 +22,7 @@ from torchrec_deepfm.errors import UserError
 class CopiedBags:
     """Copied bags of a multi-hot column.
 
-    Args:
-        ids: [m], bag after bag.
-        lengths: int64 [n], ids of each bag.
-        weights: float32 [m], or ``None``.
+    ``ids``: [m], bag after bag. ``lengths``: int64 [n], ids of each bag. ``weights``: float32 [m], or ``None``.
     """
 
     ids: NDArray[Any]
@@ -37,11 +34,7 @@ class CopiedBags:
 class CopiedRows:
     """Copied rows.
 
-    Args:
-        dense: [n, I].
-        sparse: [n, F1].
-        labels: [n].
-        bags: The multi-hot columns by name.
+    ``dense``: [n, I]. ``sparse``: [n, F1]. ``labels``: [n].
     """
 
     dense: NDArray[Any]
@@ -54,9 +47,8 @@ class CopiedRows:
 class _Plan:
     """Which rows of which day are copied, and their order.
 
-    Args:
-        parts: Per day its number and its rows in the files: int64 [its rows], or the first and one past the last.
-        order: int64 [n], the position of each row among the copies; ``None`` if already in order.
+    ``parts``: per day its number and its rows in the files: int64 [its rows], or the first and one past the last.
+    ``order``: int64 [n], the position of each row among the copies; ``None`` if already in order.
     """
 
     parts: list[tuple[int, NDArray[np.int64] | tuple[int, int]]]
@@ -64,15 +56,7 @@ class _Plan:
 
 
 class SplitRows:
-    """The rows of a split, numbered over all its days.
-
-    Args:
-        data: The opened folder.
-        split: Its split.
-
-    Raises:
-        UserError: The split does not exist, or an array does not fit the manifest.
-    """
+    """The rows of a split, numbered over all its days."""
 
     def __init__(self, data: PreparedData, split: str) -> None:
         self.days = data.days(split)
@@ -88,11 +72,7 @@ class SplitRows:
     def locate(self, row: int) -> tuple[int, int]:
         """Find a row of the split.
 
-        Args:
-            row: Its number over all days.
-
-        Returns:
-            The number of its day in the split, and the row's number in the day's files.
+        Returns the number of its day in the split, and the row's number in the day's files.
         """
         day = int(np.searchsorted(self._begins, row, side="right")) - 1
         return day, int(row - self._begins[day] + self._first[day])
@@ -100,14 +80,7 @@ class SplitRows:
     def take(self, rows: NDArray[np.int64]) -> CopiedRows:
         """Copy rows in any order.
 
-        Args:
-            rows: int64 [n], numbered over all days.
-
-        Returns:
-            The rows in that order.
-
-        Raises:
-            UserError: Bag borders are not valid, or a file has shrunk.
+        ``rows``: int64 [n], numbered over all days. Returns the rows in that order.
         """
         if len(self.days) == 1:
             return self._copy(_Plan(parts=[(0, rows + self._first[0])], order=None))
@@ -122,18 +95,7 @@ class SplitRows:
         return self._copy(_Plan(parts=list(parts), order=order))
 
     def stretch(self, start: int, stop: int) -> CopiedRows:
-        """Copy neighbouring rows; faster than ``take``.
-
-        Args:
-            start: First row, numbered over all days.
-            stop: One past the last row.
-
-        Returns:
-            The rows.
-
-        Raises:
-            UserError: Bag borders are not valid, or a file has shrunk.
-        """
+        """Copy neighbouring rows; faster than ``take``."""
         parts: list[tuple[int, NDArray[np.int64] | tuple[int, int]]] = []
         for day, a, b in self._cut(start, stop):
             parts.append((day, (a, b)))
@@ -142,8 +104,7 @@ class SplitRows:
     def fetch(self, stretches: Iterable[tuple[int, int]]) -> None:
         """Start reading rows from the disk, without waiting.
 
-        Args:
-            stretches: First row and one past the last, numbered over all days.
+        ``stretches``: first row and one past the last, numbered over all days.
         """
         for start, stop in stretches:
             for day, a, b in self._cut(start, stop):
@@ -162,11 +123,7 @@ class SplitRows:
     def check(self, stretches: Iterable[tuple[int, int]]) -> None:
         """Compare the checksums of the blocks of some rows, each block once.
 
-        Args:
-            stretches: First row and one past the last, numbered over all days.
-
-        Raises:
-            UserError: A block differs from its checksum.
+        ``stretches``: first row and one past the last, numbered over all days.
         """
         if self._check is not None:
             self._check.check(stretches)

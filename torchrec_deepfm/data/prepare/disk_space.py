@@ -21,14 +21,9 @@ _HEAD_PIECES: Final = 16
 def estimate_bytes(heads: Sequence[tuple[Source, float]], schema: Schema, *, staged: bool, log: bool) -> int:
     """Estimate how much disk a ``prepare`` takes at its peak, the work folder included.
 
-    Args:
-        heads: Sources, opened so that their pieces are small, and how many times its own bytes each stands for.
-        schema: The prepared schema.
-        staged: Whether values wait on disk for their vocabulary.
-        log: Whether numbers wait on disk for their minimum.
-
-    Returns:
-        Bytes: 4 for each number, id and label, the staged values and numbers, and a margin.
+    ``heads``: sources, opened so that their pieces are small, and how many times its own bytes each stands for.
+    ``staged``: whether values wait on disk for their vocabulary. Returns bytes: 4 for each number, id and label, the
+    staged values and numbers, and a margin.
     """
     total = 0.0
     for source, scale in heads:
@@ -56,13 +51,7 @@ def estimate_bytes(heads: Sequence[tuple[Source, float]], schema: Schema, *, sta
 def check_room(output: Path, needed: int, work: Path) -> None:
     """Check that the disk of the output has room.
 
-    Args:
-        output: The folder that is to appear.
-        needed: Bytes at the peak.
-        work: The work folder, whose content counts as there already.
-
-    Raises:
-        OutOfRoomError: There is less.
+    ``work``: the work folder, whose content counts as there already. Raises ``OutOfRoomError``: There is less.
     """
     place = output.resolve()
     while not place.exists():

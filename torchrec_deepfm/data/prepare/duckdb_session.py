@@ -10,12 +10,6 @@ import duckdb
 def quoted(path: Path) -> str:
     """Return a path as an SQL literal that names a file to write.
 
-    Args:
-        path: Any path, also one that contains quotes.
-
-    Returns:
-        The quoted literal.
-
     Example:
         >>> quoted(Path("it's"))
         "'it''s'"
@@ -28,12 +22,6 @@ def quoted_source(path: Path) -> str:
 
     Unescaped, DuckDB takes ``*``, ``?`` and ``[`` as a pattern that may match several.
 
-    Args:
-        path: Any path.
-
-    Returns:
-        The quoted literal.
-
     Example:
         >>> quoted_source(Path("day[1].tsv"))
         "'day[[]1].tsv'"
@@ -44,11 +32,7 @@ def quoted_source(path: Path) -> str:
 def parquet(paths: Sequence[Path]) -> str:
     """Return the table function that reads Parquet files, and takes nothing from the names of their folders.
 
-    Args:
-        paths: The files.
-
-    Returns:
-        SQL. By itself DuckDB would turn a folder ``id=5`` into a column ``id``, in the place of ours.
+    Returns SQL. By itself DuckDB would turn a folder ``id=5`` into a column ``id``, in the place of ours.
 
     Example:
         >>> parquet([Path("a.parquet")])
@@ -60,13 +44,7 @@ def parquet(paths: Sequence[Path]) -> str:
 def connect(spill: Path, *, memory: int, threads: int | None) -> duckdb.DuckDBPyConnection:
     """Open an empty database in memory that spills to disk.
 
-    Args:
-        spill: Folder to spill to.
-        memory: Bytes that it may hold.
-        threads: CPU threads; ``None`` for all.
-
-    Returns:
-        The connection.
+    ``threads``: CPU threads; ``None`` for all.
     """
     config: dict[str, str | int] = {
         "memory_limit": f"{memory}B",

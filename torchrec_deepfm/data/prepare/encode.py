@@ -36,17 +36,9 @@ def encode_stem(
 
     A column at a time, so that one vocabulary is in memory and not all.
 
-    Args:
-        connection: An open DuckDB connection.
-        work: The work folder.
-        stem: The stem.
-        staged: Its staged Parquet files, their rows, and the bytes that their values take in memory.
-        schema: The prepared schema.
-        vocabularies: The folder that holds the vocabularies.
-        block_rows: Most rows in memory at once; the more, the less often a vocabulary is read.
-        block_bytes: Most bytes of values in memory at once.
-        threads: Most threads.
-        on_block: Called with the rows of every finished block.
+    ``staged``: its staged Parquet files, their rows, and the bytes that their values take in memory. ``block_rows``:
+    most rows in memory at once; the more, the less often a vocabulary is read. ``block_bytes``: most bytes of values in
+    memory at once. ``on_block``: called with the rows of every finished block.
     """
     name = f"encode_{stem}"
     record: dict[str, Any] = work.record(name) or {"files": 0, "rows": 0, "values": {}}

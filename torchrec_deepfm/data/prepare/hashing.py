@@ -17,10 +17,6 @@ from numpy.typing import NDArray
 class Hashing:
     """Turns values into ids.
 
-    Args:
-        connection: An open DuckDB connection, for the MD5.
-        num_embeddings: Of every categorical column, each at least 2.
-
     Example:
         >>> hashing = Hashing(duckdb.connect(), [10])
         >>> hashing.ids(0, pl.Series([8, 9, -1, None])).tolist()
@@ -34,24 +30,14 @@ class Hashing:
     def ids(self, j: int, values: pl.Series) -> NDArray[np.int32]:
         """Hash the values of one column.
 
-        Args:
-            j: The column's position.
-            values: n values, null for missing.
-
-        Returns:
-            int32 [n].
+        Returns int32 [n].
         """
         return self.block(values.alias(f"c{j}").to_frame(), [j])[:, 0]
 
     def block(self, frame: pl.DataFrame, columns: Sequence[int]) -> NDArray[np.int32]:
         """Hash several columns at once.
 
-        Args:
-            frame: n rows with ``c0`` ...
-            columns: Positions of F1 of them.
-
-        Returns:
-            int32 [n, F1].
+        ``frame``: n rows with ``c0`` ... Returns int32 [n, F1].
         """
         if not columns:
             return np.empty((len(frame), 0), np.int32)

@@ -38,11 +38,9 @@ _DAY: Final = re.compile(r"day_(\d+)(?:\.[^/]*)?")
 class Inputs:
     """What is to be read.
 
-    Args:
-        units: The sources that share arrays, with the stems of their rows.
-        split: How the splits come about: ``files`` or one of ``SPLIT_OPTIONS``.
-        halved: The stem whose rows are validation and test, half each; under ``last-day``.
-        sources: Every source, by split.
+    ``units``: the sources that share arrays, with the stems of their rows. ``split``: how the splits come about:
+    ``files`` or one of ``SPLIT_OPTIONS``. ``halved``: the stem whose rows are validation and test, half each; under
+    ``last-day``.
     """
 
     units: tuple[Unit, ...]
@@ -62,19 +60,9 @@ def find_inputs(
 ) -> Inputs:
     """Open the sources and decide on the splits.
 
-    Args:
-        named: What the user named for ``train``, ``validation`` and ``test``.
-        schema: The columns of the raw data.
-        split: How to split the input; ``None`` for 8:1:1 where no files are named for validation or test.
-        seed: Of the split by lot.
-        piece_bytes: Of text, to a piece; a table has a row for every 256 of them.
-        separate: Each source has arrays of its own, however many there are.
-
-    Returns:
-        The inputs.
-
-    Raises:
-        UserError: A source is missing, named twice or unreadable, a day is missing, or the split does not fit.
+    ``named``: what the user named for ``train``, ``validation`` and ``test``. ``split``: how to split the input;
+    ``None`` for 8:1:1 where no files are named for validation or test. ``piece_bytes``: of text, to a piece; a table
+    has a row for every 256 of them. ``separate``: each source has arrays of its own, however many there are.
     """
     held_out = bool(named["validation"] or named["test"])
     if split is not None and split not in SPLIT_OPTIONS:
@@ -129,14 +117,8 @@ def find_inputs(
 def heads(units: Sequence[Unit], schema: Schema, *, piece_bytes: int) -> list[tuple[Source, float]]:
     """Choose the sources whose heads estimate the disk space of all of them.
 
-    Args:
-        units: The sources.
-        schema: The columns of the raw data.
-        piece_bytes: As for ``find_inputs``.
-
-    Returns:
-        A source that is read in small pieces, and how many times its bytes it stands for: every source that has arrays
-        of its own; the first, middle and last of those that share arrays.
+    ``piece_bytes``: as for ``find_inputs``. Returns a source that is read in small pieces, and how many times its bytes
+    it stands for: every source that has arrays of its own; the first, middle and last of those that share arrays.
     """
     chosen: list[tuple[Source, float]] = []
     for unit in units:

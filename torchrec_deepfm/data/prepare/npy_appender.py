@@ -21,11 +21,8 @@ _HEADER_BYTES: Final = 128
 class GrowingArray:
     """A C-ordered .npy file whose rows arrive in pieces.
 
-    Args:
-        path: The file; made if absent.
-        row: Shape of a row: ``(26,)`` for an array [N, 26], ``()`` for one of [N].
-        dtype: Type of the values.
-        rows: Rows that are good; whatever lies behind them is cut off.
+    ``row``: shape of a row: ``(26,)`` for an array [N, 26], ``()`` for one of [N]. ``rows``: rows that are good;
+    whatever lies behind them is cut off.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -53,8 +50,7 @@ class GrowingArray:
     def append(self, values: NDArray[Any]) -> None:
         """Write rows at the end.
 
-        Args:
-            values: Rows of the right shape and type.
+        ``values``: rows of the right shape and type.
         """
         assert values.dtype == self._dtype, values.dtype
         assert values.shape[1:] == self._row, values.shape
@@ -85,14 +81,7 @@ class GrowingArray:
 def read_rows(path: Path, row: tuple[int, ...], dtype: DTypeLike, *, piece: int = 1 << 18) -> Iterator[NDArray[Any]]:
     """Read a file that ``GrowingArray`` wrote, some rows at a time.
 
-    Args:
-        path: The file.
-        row: Shape of a row.
-        dtype: Type of the values.
-        piece: Rows at a time.
-
-    Yields:
-        Arrays of at most ``piece`` rows.
+    Yields arrays of at most ``piece`` rows.
     """
     width = int(np.prod(row, dtype=np.int64))
     with path.open("rb") as file:

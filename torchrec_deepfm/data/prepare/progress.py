@@ -16,11 +16,7 @@ _FORMAT: Final = "{desc} {percentage:3.0f}%|{bar:24}| {unit} [{elapsed}, {remain
 class Phase:
     """One phase of the work, whose end is known.
 
-    Args:
-        name: What is being done.
-        total: Units of work in all.
-        done: Units that were done before.
-        report: Called with a line now and then where standard error is not a terminal; ``None`` shows nothing at all.
+    ``report``: called with a line now and then where standard error is not a terminal; ``None`` shows nothing at all.
     """
 
     def __init__(self, name: str, total: float, *, done: float = 0.0, report: Callable[[str], None] | None) -> None:
@@ -36,12 +32,7 @@ class Phase:
         return self
 
     def add(self, units: float, rows: int) -> None:
-        """Report finished work.
-
-        Args:
-            units: How much more is done.
-            rows: Rows that went through.
-        """
+        """Report finished work."""
         self._done = min(self._done + units, self._total)
         self._rows += rows
         now = time.monotonic()

@@ -23,15 +23,8 @@ EDGE_BYTES: Final = 1 << 20
 def source_state(source: Source) -> dict[str, int | str]:
     """Return what changes when the bytes of a source do.
 
-    Args:
-        source: The source.
-
-    Returns:
-        ``bytes``; ``etag`` where the file system of an address gives one, which stands for the whole content. Else
-        ``digest``, XXH3 of head and tail, and, unless that covers all of it, ``modified``, the time of the last change.
-
-    Raises:
-        UserError: It can't be read.
+    Returns ``bytes``; ``etag`` where the file system of an address gives one, which stands for the whole content. Else
+    ``digest``, XXH3 of head and tail, and, unless that covers all of it, ``modified``, the time of the last change.
     """
     try:
         if "://" not in source.path and "::" not in source.path:
@@ -67,12 +60,8 @@ def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     A digest of the whole source decides alone: neither a copy nor ``touch`` makes another source of it. Of a larger one
     head and tail do not show whether the middle changed, and so the time of the last change counts too.
 
-    Args:
-        before: An earlier state; what older versions did not record is not compared.
-        now: The state now.
-
-    Returns:
-        What differs, for messages; empty if nothing does.
+    ``before``: an earlier state; what older versions did not record is not compared. Returns what differs, for
+    messages; empty if nothing does.
     """
     if before["bytes"] != now["bytes"]:
         return f"{before['bytes']:,} bytes then, {now['bytes']:,} now"
@@ -88,14 +77,7 @@ def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 def known_optimum(named: Mapping[str, Sequence[str | Path]]) -> dict[str, dict[str, float]]:
     """Read the best reachable metrics that ``synthetic`` leaves beside its files, for splits of one whole file.
 
-    Args:
-        named: The files of each split.
-
-    Returns:
-        ``auc`` and ``logloss`` by split, where they are known.
-
-    Raises:
-        UserError: What ``synthetic`` left is damaged.
+    Returns ``auc`` and ``logloss`` by split, where they are known.
     """
     optimum = {}
     for split, paths in named.items():
@@ -115,11 +97,7 @@ def known_optimum(named: Mapping[str, Sequence[str | Path]]) -> dict[str, dict[s
 
 
 def versions() -> dict[str, Any]:
-    """Return the versions of what makes a prepared folder.
-
-    Returns:
-        Versions by package.
-    """
+    """Return the versions of what makes a prepared folder."""
     found = {}
     for package in ("torchrec_deepfm", "duckdb", "polars", "numpy"):
         with suppress(metadata.PackageNotFoundError):  # a checkout that is on the path but not installed

@@ -17,16 +17,7 @@ def days_of_splits(
 ) -> dict[str, list[dict[str, Any]]]:
     """List the days of each split, as the manifest has them.
 
-    Args:
-        inputs: What was read.
-        records: The finished record of every unit.
-        folder: Where the labels lie.
-
-    Returns:
-        ``stem``, ``start``, ``rows`` and ``positives`` of each day, by split.
-
-    Raises:
-        UserError: A split that there should be has no row.
+    Returns ``stem``, ``start``, ``rows`` and ``positives`` of each day, by split.
     """
     splits: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
     for unit, record in zip(inputs.units, records, strict=True):

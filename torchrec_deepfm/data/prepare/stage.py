@@ -38,10 +38,7 @@ OnPiece = Callable[[int, float], None]
 class Part:
     """Where some of a source's rows go.
 
-    Args:
-        stem: The head of the names of their arrays.
-        split: The split that they belong to.
-        lots: Which lots, of 0 to 9, they drew; ``None``: all rows.
+    ``lots``: which lots, of 0 to 9, they drew; ``None``: all rows.
     """
 
     stem: str
@@ -53,11 +50,8 @@ class Part:
 class Unit:
     """Sources whose rows share arrays, one after another, and where these rows go.
 
-    Args:
-        name: Of its record.
-        sources: The raw rows; one source, or many small files of a table.
-        parts: Where they go.
-        entropy: Seed of the lots; unused where there is one part.
+    ``sources``: the raw rows; one source, or many small files of a table. ``entropy``: seed of the lots; unused where
+    there is one part.
     """
 
     name: str
@@ -78,15 +72,8 @@ class Unit:
     def pieces(self, start: tuple[int, int, int], *, skip_bad: bool) -> Iterator[JoinedPiece]:
         """Read on from the end of a piece.
 
-        Args:
-            start: ``next_start`` of the piece before, or zeros.
-            skip_bad: Leave bad rows out instead of raising.
-
-        Yields:
-            The pieces. Their borders are the same however often reading was resumed.
-
-        Raises:
-            UserError: A source can't be read, or holds a bad row.
+        ``start``: ``next_start`` of the piece before, or zeros. Yields the pieces. Their borders are the same however
+        often reading was resumed.
         """
         if len(self.sources) > 1:
             tables = [source for source in self.sources if isinstance(source, TableSource)]
@@ -107,13 +94,7 @@ class Unit:
 class Stager:
     """What all sources are staged with.
 
-    Args:
-        work: The work folder.
-        raw: The schema of the sources.
-        schema: The schema of the prepared data.
-        transforms: Of the raw numeric columns.
-        hashing: Gives ids at once; ``None`` where a vocabulary will.
-        skip_bad: Leave bad rows out.
+    ``hashing``: gives ids at once; ``None`` where a vocabulary will.
     """
 
     work: WorkFolder
@@ -126,12 +107,7 @@ class Stager:
     def stage(self, unit: Unit, on_piece: OnPiece) -> None:
         """Stage a source to its end, from wherever it stands.
 
-        Args:
-            unit: The source.
-            on_piece: Called after every piece.
-
-        Raises:
-            UserError: The source can't be read, or holds bad rows or none.
+        ``on_piece``: called after every piece.
         """
         record = self.work.record(unit.name) or _nothing(unit)
         if record["finished"]:
@@ -160,12 +136,7 @@ class Stager:
     def staged_files(self, stem: str, record: Mapping[str, Any]) -> list[tuple[Path, int, int]]:
         """List the staged files of a stem.
 
-        Args:
-            stem: The stem.
-            record: The record of its source.
-
-        Returns:
-            Parquet files in row order, each with its rows and the bytes that its values take in memory.
+        Returns parquet files in row order, each with its rows and the bytes that its values take in memory.
         """
         pieces = record["stems"][stem]["pieces"]
         return [(self._staged(stem, number), rows, size) for number, (rows, size) in enumerate(pieces) if rows]
@@ -293,12 +264,6 @@ class Stager:
 def flat(lists: pl.Series) -> pl.Series:
     """Return the values of a list column one after another; an absent or empty list has none.
 
-    Args:
-        lists: A List series.
-
-    Returns:
-        The values.
-
     Example:
         >>> flat(pl.Series([[1, 2], None, [], [3]])).to_list()
         [1, 2, 3]
@@ -307,14 +272,7 @@ def flat(lists: pl.Series) -> pl.Series:
 
 
 def skipped_rows(record: Mapping[str, Any]) -> int:
-    """Count the bad rows that were left out.
-
-    Args:
-        record: The record of a unit.
-
-    Returns:
-        How many.
-    """
+    """Count the bad rows that were left out."""
     return sum(int(skipped["rows"]) for skipped in record["skipped"].values())
 
 

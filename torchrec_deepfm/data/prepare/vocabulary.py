@@ -27,12 +27,8 @@ SMALL: Final = 100_000
 def vocabulary_file(folder: Path, j: int) -> Path:
     """Return the file of a column's vocabulary.
 
-    Args:
-        folder: A prepared folder.
-        j: The column's position in ``schema.categorical``.
-
-    Returns:
-        Its path: columns ``value`` (null for missing), ``id`` INTEGER, ``count`` BIGINT, in the order of ``id``.
+    ``j``: the column's position in ``schema.categorical``. Returns its path: columns ``value`` (null for missing),
+    ``id`` INTEGER, ``count`` BIGINT, in the order of ``id``.
     """
     return folder / VOCABULARY.format(j)
 
@@ -53,15 +49,9 @@ def count_column(
     Values are numbered from 1 by falling count, ties by value (numbers by size, text by its UTF-8 bytes); a missing
     value counts as a value that comes before all others on a tie, unless it is declared rare.
 
-    Args:
-        connection: An open DuckDB connection.
-        staged: Staged Parquet files with the training rows.
-        j: The column's position.
-        is_list: Whether its cells are lists.
-        min_count: Values with fewer occurrences are left out (they become id 0).
-        missing_is_rare: Leave the missing value out too, however often it occurs.
-        drafts: A folder on the same disk for the unfinished file, and what DuckDB leaves when it is killed.
-        target: The file to write, whole or not at all.
+    ``min_count``: values with fewer occurrences are left out (they become id 0). ``missing_is_rare``: leave the missing
+    value out too, however often it occurs. ``drafts``: a folder on the same disk for the unfinished file, and what
+    DuckDB leaves when it is killed.
     """
     rows = parquet(staged)
     values = f"SELECT unnest(c{j}) AS value FROM {rows}" if is_list else f"SELECT c{j} AS value FROM {rows}"  # noqa: S608
@@ -80,28 +70,14 @@ def count_column(
 
 
 def vocabulary_size(folder: Path, j: int) -> int:
-    """Return ``num_embeddings`` of a column with a vocabulary.
-
-    Args:
-        folder: The folder that holds it.
-        j: The column's position.
-
-    Returns:
-        1 + the number of values kept.
-    """
+    """Return ``num_embeddings`` of a column with a vocabulary."""
     return 1 + int(pq.read_metadata(vocabulary_file(folder, j)).num_rows)
 
 
 def look_up(connection: duckdb.DuckDBPyConnection, values: pl.Series, vocabulary: Path) -> NDArray[np.int32]:
     """Turn values into ids.
 
-    Args:
-        connection: An open DuckDB connection.
-        values: n values, null for missing.
-        vocabulary: The file of their column.
-
-    Returns:
-        int32 [n]; 0 for a value that is not in the vocabulary.
+    Returns int32 [n]; 0 for a value that is not in the vocabulary.
     """
     if values.null_count() == len(values):  # of whatever type: nothing in it shows its type
         values = values.cast(pl.read_parquet_schema(vocabulary)["value"])

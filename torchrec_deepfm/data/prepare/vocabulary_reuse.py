@@ -16,16 +16,7 @@ from torchrec_deepfm.errors import UserError
 
 
 class OldVocabulary:
-    """The vocabulary of a finished folder.
-
-    Args:
-        folder: The folder.
-        schema: The prepared schema of the other data.
-        transforms: What becomes of their numbers, by raw column.
-
-    Raises:
-        UserError: There is none, or the columns or the numbers are prepared in another way.
-    """
+    """The vocabulary of a finished folder."""
 
     def __init__(self, folder: Path, schema: Schema, transforms: Mapping[str, str]) -> None:
         data = PreparedData.open(folder)
@@ -63,13 +54,7 @@ class OldVocabulary:
     def copy(self, staged: Sequence[Path], drafts: Path, target: Path) -> None:
         """Copy the files, after a look at their checksums and types.
 
-        Args:
-            staged: Staged Parquet files of the other data.
-            drafts: A folder on the disk of ``target`` for unfinished files.
-            target: The folder to copy to.
-
-        Raises:
-            UserError: A file is damaged, or holds text where the other data hold numbers.
+        ``drafts``: a folder on the disk of ``target`` for unfinished files.
         """
         for j, name in enumerate(self._schema.categorical):
             path = vocabulary_file(self.folder, j)

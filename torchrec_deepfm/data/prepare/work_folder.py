@@ -31,9 +31,6 @@ LOCK_SECONDS: Final = 5.0
 class WorkFolder:
     """Paths and records of one unfinished output.
 
-    Args:
-        output: The folder that is to appear.
-
     Attributes:
         path: The work folder.
         out: What will be renamed to the output.
@@ -54,14 +51,7 @@ class WorkFolder:
     def enter(self, job: Mapping[str, Any]) -> bool:
         """Take the folder for a job: make it, or go on in it.
 
-        Args:
-            job: JSON values that determine the output.
-
-        Returns:
-            Whether there was work in it already.
-
-        Raises:
-            UserError: It can't be made, belongs to another job, or another process works in it.
+        Returns whether there was work in it already.
         """
         self._make()
         # A rank that was killed a moment ago, and is started again, may still be holding them.
@@ -135,30 +125,17 @@ class WorkFolder:
     def record(self, name: str) -> dict[str, Any] | None:
         """Read a record.
 
-        Args:
-            name: Its name.
-
-        Returns:
-            Its content, ``None`` where there is none.
+        Returns its content, ``None`` where there is none.
         """
         path = self._records / f"{name}.json"
         return _read_json(path) if path.exists() else None
 
     def write_record(self, name: str, content: Mapping[str, Any]) -> None:
-        """Write a record, whole or not at all.
-
-        Args:
-            name: Its name.
-            content: JSON values.
-        """
+        """Write a record, whole or not at all."""
         write_bytes(self._records / f"{name}.json", json.dumps(content).encode())
 
     def forget(self, pattern: str) -> None:
-        """Remove records.
-
-        Args:
-            pattern: A glob of their names.
-        """
+        """Remove records."""
         for path in self._records.glob(f"{pattern}.json"):
             path.unlink()
 
@@ -181,11 +158,7 @@ class WorkFolder:
 
 
 def sync(path: Path) -> None:
-    """Bring a written file to the disk itself.
-
-    Args:
-        path: The file.
-    """
+    """Bring a written file to the disk itself."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 

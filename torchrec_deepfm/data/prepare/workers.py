@@ -15,10 +15,8 @@ def _alone(value: Any) -> list[Any]:
 class Workers:
     """One of the processes that work on the same output, in one folder that all of them see.
 
-    Args:
-        rank: Which one this is, 0 to ``count`` - 1.
-        count: How many there are.
-        gather: Waits until all of them have called it, and returns what each one gave, by rank.
+    ``rank``: which one this is, 0 to ``count`` - 1. ``gather``: waits until all of them have called it, and returns
+    what each one gave, by rank.
     """
 
     rank: int = 0
@@ -35,12 +33,7 @@ class Workers:
 
         The heaviest first, each to whoever has least.
 
-        Args:
-            work: What there is to do.
-            weights: How heavy each is.
-
-        Returns:
-            This process's part, in the order of ``work``.
+        Returns this process's part, in the order of ``work``.
 
         Example:
             >>> Workers(rank=1, count=2).mine("abc", [1.0, 5.0, 3.0])

@@ -29,11 +29,8 @@ _KINDS: Final = "a Parquet file (.parquet) or a CSV with a header (.csv, .tsv, a
 class File:
     """One file of a table.
 
-    Args:
-        name: As the user named it; a file of a folder has the folder's name before its own.
-        bytes: Its size as it is stored.
-        path: Where it lies on its file system.
-        filesystem: The fsspec file system, ``None`` for a local path.
+    ``name``: as the user named it; a file of a folder has the folder's name before its own. ``filesystem``: the fsspec
+    file system, ``None`` for a local path.
     """
 
     name: str
@@ -50,11 +47,7 @@ class File:
     def open(self) -> Iterator[Any]:
         """Open the file for reading, as pyarrow takes it; errors while it is open name the file.
 
-        Yields:
-            A seekable binary file.
-
-        Raises:
-            UserError: The file can't be opened or read.
+        Yields a seekable binary file.
         """
         try:
             if self.filesystem is None:
@@ -74,15 +67,8 @@ class File:
 def find_files(named: str) -> list[File]:
     """Find the files of a table.
 
-    Args:
-        named: A local path or an fsspec address, of one file or of a folder of files.
-
-    Returns:
-        One file, or the files of the folder in natural order (``part-2`` before ``part-10``).
-
-    Raises:
-        UserError: There is nothing there, it can't be reached, or it is neither Parquet nor CSV; the message says
-            which package to install where a file system's driver is missing.
+    ``named``: a local path or an fsspec address, of one file or of a folder of files. Returns one file, or the files of
+    the folder in natural order (``part-2`` before ``part-10``).
     """
     files = _find_remote(named) if "://" in named or "::" in named else _find_local(named)
     kinds = {file.suffix in PARQUET for file in files}
@@ -95,12 +81,6 @@ def find_files(named: str) -> list[File]:
 
 def one_line(error: BaseException) -> str:
     r"""Return what an error says, on one line and not too long.
-
-    Args:
-        error: Any exception.
-
-    Returns:
-        Its text, or its type where it has none.
 
     Example:
         >>> one_line(ValueError("two\nlines"))

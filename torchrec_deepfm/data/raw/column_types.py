@@ -19,10 +19,8 @@ TAKEN: Final = ("boolean", "integer", "float", "text", "nothing")
 class Kind:
     """What a column of a file holds.
 
-    Args:
-        scalar: ``boolean``, ``integer``, ``float``, ``text`` or ``nothing`` (all missing); else ``lists`` or the name
-            of a type, none of which is taken.
-        is_list: Whether there is a list of these in each row.
+    ``scalar``: ``boolean``, ``integer``, ``float``, ``text`` or ``nothing`` (all missing); else ``lists`` or the name
+    of a type, none of which is taken.
     """
 
     scalar: str
@@ -37,12 +35,6 @@ class Kind:
 
 def kind_of(arrow: pa.DataType) -> Kind:
     """Say what a column of an Arrow type holds.
-
-    Args:
-        arrow: Any Arrow type.
-
-    Returns:
-        Its kind.
 
     Example:
         >>> kind_of(pa.list_(pa.int16()))
@@ -71,27 +63,13 @@ def kind_of(arrow: pa.DataType) -> Kind:
 
 
 def check_label(kind: Kind) -> None:
-    """Raise unless labels can be read from a column.
-
-    Args:
-        kind: What it holds.
-
-    Raises:
-        UserError: It can't; the message has neither file nor column.
-    """
+    """Raise unless labels can be read from a column."""
     if kind.is_list or kind.scalar not in ("boolean", "integer", "float", "nothing"):
         raise UserError(f"it holds {kind}, a label is a boolean or a number 0 or 1; convert it")
 
 
 def check_number(kind: Kind) -> None:
-    """Raise unless numbers can be read from a column.
-
-    Args:
-        kind: What it holds.
-
-    Raises:
-        UserError: It can't; the message has neither file nor column.
-    """
+    """Raise unless numbers can be read from a column."""
     if kind.is_list or kind.scalar not in ("boolean", "integer", "float", "nothing"):
         remedy = "list it under categorical" if kind.scalar == "text" or kind.is_list else "convert it to a number"
         raise UserError(f"it holds {kind}, no numbers; {remedy}")
@@ -100,17 +78,7 @@ def check_number(kind: Kind) -> None:
 def category_type(kind: Kind, options: Column, name: str, *, csv: bool) -> str | None:
     """Say which type the categories of a column get.
 
-    Args:
-        kind: What the file holds.
-        options: The column's options.
-        name: The column's name, for the remedy.
-        csv: Whether the file is a CSV.
-
-    Returns:
-        ``string`` or ``integer``; ``None`` where the file has nothing but missing values, so that either will do.
-
-    Raises:
-        UserError: No categories can be read from it; the message has neither file nor column.
+    Returns ``string`` or ``integer``; ``None`` where the file has nothing but missing values, so that either will do.
     """
     at = f"[columns.{toml_key(name)}]"
     if kind.scalar == "lists":
@@ -137,12 +105,7 @@ def category_type(kind: Kind, options: Column, name: str, *, csv: bool) -> str |
 def check_weights(kind: Kind, *, cut: bool) -> None:
     """Raise unless the weights of a list can be read from a column.
 
-    Args:
-        kind: What it holds.
-        cut: Whether the list has a separator, so that texts can be cut.
-
-    Raises:
-        UserError: It can't; the message has neither file nor column.
+    ``cut``: whether the list has a separator, so that texts can be cut.
     """
     if kind.scalar == "nothing" or (cut and kind == Kind("text")):
         return
@@ -152,12 +115,6 @@ def check_weights(kind: Kind, *, cut: bool) -> None:
 
 def stored(arrow: pa.DataType) -> pa.DataType:
     """Return the type below extensions, dictionaries and runs.
-
-    Args:
-        arrow: Any Arrow type.
-
-    Returns:
-        The type that the values have without these.
 
     Example:
         >>> stored(pa.dictionary(pa.int8(), pa.string()))

@@ -26,12 +26,7 @@ _TRUTH: Final = {"true": "1", "false": "0"}
 
 @dataclass(frozen=True, kw_only=True)
 class Values:
-    """The values of one column.
-
-    Args:
-        series: n values, null where missing or faulty.
-        faults: What is wrong, by row from 0.
-    """
+    """The values of one column."""
 
     series: pl.Series
     faults: dict[int, str]
@@ -40,11 +35,8 @@ class Values:
 def labels(column: pa.ChunkedArray) -> Values:
     """Read labels.
 
-    Args:
-        column: n cells: booleans, numbers, or the cells of a CSV.
-
-    Returns:
-        n values UInt8; all but 0, 1, true and false are faults, missing ones too.
+    ``column``: n cells: booleans, numbers, or the cells of a CSV. Returns n values UInt8; all but 0, 1, true and false
+    are faults, missing ones too.
     """
     flat = _flat(column)
     numbers = _numbers(flat, booleans=True)
@@ -62,13 +54,8 @@ def labels(column: pa.ChunkedArray) -> Values:
 def numbers(column: pa.ChunkedArray, transform: str | None = None) -> Values:
     """Read numbers.
 
-    Args:
-        column: n cells: booleans, numbers, or the cells of a CSV.
-        transform: What becomes of them, where it is known.
-
-    Returns:
-        n values Float64, null for missing and for NaN; what is infinite, non-numeric text, and what the transform
-        does not take is a fault.
+    ``column``: n cells: booleans, numbers, or the cells of a CSV. Returns n values Float64, null for missing and for
+    NaN; what is infinite, non-numeric text, and what the transform does not take is a fault.
     """
     flat = _flat(column)
     values = _numbers(flat)
@@ -80,12 +67,7 @@ def numbers(column: pa.ChunkedArray, transform: str | None = None) -> Values:
 def categories(column: pa.ChunkedArray, wanted: str) -> Values:
     """Read a categorical column with one value a row.
 
-    Args:
-        column: n cells.
-        wanted: ``string`` or ``integer``.
-
-    Returns:
-        n values, String or Int64.
+    ``wanted``: ``string`` or ``integer``. Returns n values, String or Int64.
     """
     return _categories(_flat(column), wanted)
 
@@ -95,15 +77,9 @@ def lists(
 ) -> tuple[Values, Values | None]:
     """Read a categorical column with a list a row, and the weights of its values.
 
-    Args:
-        column: n lists, or n texts to be cut.
-        wanted: ``string`` or ``integer``.
-        separator: Where texts are cut.
-        weights: n lists of numbers, or n texts to be cut.
-
-    Returns:
-        n lists of String or Int64, without their missing elements; a missing list is null. And n lists Float32 of the
-        weights, as long and missing where the lists are, or ``None`` without weights.
+    ``wanted``: ``string`` or ``integer``. Returns n lists of String or Int64, without their missing elements; a missing
+    list is null. And n lists Float32 of the weights, as long and missing where the lists are, or ``None`` without
+    weights.
     """
     bags = _bags(column, separator)
     values = _categories(bags.elements, wanted)
@@ -142,12 +118,8 @@ def lists(
 def scalars(column: pa.ChunkedArray) -> pl.Series:
     """Return the values of a column as they are, for statistics.
 
-    Args:
-        column: n cells of a kind that is taken and no list.
-
-    Returns:
-        n values: Boolean, an integer type, a float type, or String (decimals without a fraction too); bytes that are
-        no UTF-8 become null.
+    Returns n values: Boolean, an integer type, a float type, or String (decimals without a fraction too); bytes that
+    are no UTF-8 become null.
     """
     return _series(_flat(column).array)
 

@@ -49,13 +49,7 @@ _SHOWN = 40
 class TextLog:
     """One text file in Criteo's format, plain, ``.gz`` or ``.zst``.
 
-    Args:
-        path: The file.
-        schema: Its columns.
-        piece_bytes: Bytes of text in a piece, about; a line must fit.
-
-    Raises:
-        UserError: The file is absent, a folder, or can't be opened.
+    ``piece_bytes``: bytes of text in a piece, about; a line must fit.
     """
 
     def __init__(self, path: Path, schema: Schema, *, piece_bytes: int = PIECE_BYTES) -> None:
@@ -69,16 +63,7 @@ class TextLog:
     def pieces(self, *, start: int, line: int, skip_bad: bool) -> Iterator[Piece]:
         """Read on from byte ``start`` of the text; see ``Source.pieces``.
 
-        Args:
-            start: Where a piece ended, in bytes of uncompressed text.
-            line: Lines before it.
-            skip_bad: Leave bad lines out instead of raising.
-
-        Yields:
-            Pieces of whole lines.
-
-        Raises:
-            UserError: A bad line (the first one is named), or damaged compressed data.
+        ``start``: where a piece ended, in bytes of uncompressed text. Yields pieces of whole lines.
         """
         # One piece and one block ahead: reading and unpacking, parsing, and what the caller does run side by side.
         with _ahead(self._blocks(start)) as blocks, _ahead(self._parsed(blocks, start, line, skip_bad)) as pieces:
@@ -222,12 +207,6 @@ def _count(text: bytes, byte: int) -> int:
 
 def line_pattern(schema: Schema) -> str:
     r"""Return the regular expression that a whole good line matches.
-
-    Args:
-        schema: The columns.
-
-    Returns:
-        A pattern without groups to capture.
 
     Example:
         >>> re.fullmatch(line_pattern(Schema(label="y", numeric=("n",), categorical=("c",))), "1\t-3\tff") is not None

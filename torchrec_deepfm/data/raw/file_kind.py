@@ -33,13 +33,7 @@ def compression(name: str) -> str | None:
 def check_head(name: str, path: str, head: bytes) -> None:
     """Raise where the first bytes of a file contradict its name.
 
-    Args:
-        name: The file as the user named it, for the message.
-        path: Its path, whose end says what it should be.
-        head: Its first ``HEAD_BYTES`` bytes, fewer where it is shorter.
-
-    Raises:
-        UserError: It is another kind of file; the message names it and what to do.
+    ``head``: its first ``HEAD_BYTES`` bytes, fewer where it is shorter.
     """
     suffix = PurePath(path.lower()).suffix.replace(".pq", ".parquet")
     for magic, (kind, remedy) in _OTHERS.items():
@@ -57,12 +51,7 @@ def check_head(name: str, path: str, head: bytes) -> None:
 def explain_damage(suffix: str, error: BaseException) -> str:
     """Say what is wrong with compressed data that pyarrow could not unpack although their first bytes are good.
 
-    Args:
-        suffix: ``.gz`` or ``.zst``.
-        error: What pyarrow raised.
-
-    Returns:
-        What is wrong and what to do.
+    ``suffix``: ``.gz`` or ``.zst``. Returns what is wrong and what to do.
     """
     # Several members or frames may follow each other. What zlib and Zstandard say of the head of the next one:
     if any(text in str(error) for text in ("incorrect header check", "unknown compression method", "Unknown frame")):

@@ -14,12 +14,7 @@ import polars as pl
 
 @dataclass(frozen=True, kw_only=True)
 class Skipped:
-    """A bad row that was left out.
-
-    Args:
-        line: Its number in the source, from 1.
-        reason: What is wrong with it.
-    """
+    """A bad row that was left out."""
 
     line: int
     reason: str
@@ -62,16 +57,8 @@ class Source(Protocol):
     def pieces(self, *, start: int, line: int, skip_bad: bool) -> Iterator[Piece]:
         """Read on from the end of a piece.
 
-        Args:
-            start: ``end`` of the piece before, or 0.
-            line: ``line`` of the piece before, or 0.
-            skip_bad: Leave bad rows out instead of raising.
-
-        Yields:
-            The pieces. Their borders are the same however often reading was resumed.
-
-        Raises:
-            UserError: The source can't be read, or holds a bad row.
+        ``start``: ``end`` of the piece before, or 0. ``line``: ``line`` of the piece before, or 0. Yields the pieces.
+        Their borders are the same however often reading was resumed.
         """
         ...
 

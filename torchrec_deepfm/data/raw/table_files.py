@@ -55,18 +55,12 @@ class Batch:
 class ParquetTable:
     """A Parquet file.
 
-    Args:
-        file: Where it lies.
-
     Attributes:
         file: Where it lies.
         fields: Arrow type by column name.
         twice: Names that several columns have.
         rows: Number of rows.
         first_row: Number that messages give to the first row.
-
-    Raises:
-        UserError: The file can't be read.
     """
 
     first_row = 1
@@ -87,15 +81,7 @@ class ParquetTable:
     def batches(self, names: Sequence[str], start: int = 0) -> Iterator[Batch]:
         """Read on from a row.
 
-        Args:
-            names: The wanted columns.
-            start: Rows to leave out at the beginning.
-
-        Yields:
-            Batches; their sizes depend on the row groups.
-
-        Raises:
-            UserError: The file can't be read.
+        Yields batches; their sizes depend on the row groups.
         """
         groups, skip = list(range(len(self._groups))), start
         while groups and skip >= self._groups[groups[0]]:
@@ -123,9 +109,7 @@ class CsvTable:
     Rows are counted as a spreadsheet counts them, the header being row 1: blank lines are not rows, and a row whose
     quoted cells hold newlines is one row.
 
-    Args:
-        file: Where it lies.
-        delimiter: Between the cells; ``None`` takes it from the file's name.
+    ``delimiter``: between the cells; ``None`` takes it from the file's name.
 
     Attributes:
         file: Where it lies.
@@ -133,9 +117,6 @@ class CsvTable:
         twice: Names that several columns have.
         rows: ``None``: a CSV must be read to be counted.
         first_row: Number that messages give to the first row.
-
-    Raises:
-        UserError: The file can't be read, or has no header.
     """
 
     first_row = 2
@@ -161,15 +142,8 @@ class CsvTable:
     def batches(self, names: Sequence[str], start: int = 0) -> Iterator[Batch]:
         """Read on from a row; what lies before it is parsed again, as no place in a CSV can be reached directly.
 
-        Args:
-            names: The wanted columns.
-            start: Rows to leave out at the beginning, broken ones included.
-
-        Yields:
-            Batches of binary columns (the cells' bytes, null for an empty cell).
-
-        Raises:
-            UserError: The file can't be read.
+        ``start``: rows to leave out at the beginning, broken ones included. Yields batches of binary columns (the
+        cells' bytes, null for an empty cell).
         """
         wanted = list(names)
         # The last column shows whether the end of the file is inside of a quoted cell.
@@ -224,11 +198,8 @@ def _reading(table: CsvTable, file: Any, names: list[str] | None, broken: list[A
     Arrow parses ahead in threads of its own. They release the handler of invalid rows, and a Python file, some time
     after the reader is gone; a thread that does so while the interpreter ends aborts the process. So wait for it.
 
-    Args:
-        table: The file, for its name and delimiter.
-        file: The same file, opened.
-        names: Columns to read as bytes; ``None`` for all, to see the header.
-        broken: Gets the rows that have too few or too many cells.
+    ``names``: columns to read as bytes; ``None`` for all, to see the header. ``broken``: gets the rows that have too
+    few or too many cells.
     """
     waiting: list[threading.Event] = []
 
@@ -307,15 +278,8 @@ def _unpacked(file: File, opened: Any) -> Any:
 def open_table(file: File, delimiter: str | None = None) -> ParquetTable | CsvTable:
     """Open one file of a table.
 
-    Args:
-        file: A Parquet or CSV file.
-        delimiter: Between the cells of a CSV; ``None`` takes it from the file's name.
-
-    Returns:
-        The file, its columns known.
-
-    Raises:
-        UserError: The file can't be read.
+    ``delimiter``: between the cells of a CSV; ``None`` takes it from the file's name. Returns the file, its columns
+    known.
     """
     return ParquetTable(file) if file.suffix in PARQUET else CsvTable(file, delimiter)
 
@@ -370,13 +334,8 @@ def _has_inner_dictionary(arrow: pa.DataType) -> bool:
 def _take(broken: list[Any], first: int, good: int) -> tuple[dict[int, str], int]:
     """Take the broken rows that lie among the next `good` rows; -1 takes all. Row 1 is the header.
 
-    Args:
-        broken: What the parser left out, in order. It reads ahead, so some may belong to a later batch.
-        first: Rows before the batch.
-        good: Rows that the parser kept.
-
-    Returns:
-        What is wrong at each broken place of the batch, and the batch's number of rows, broken ones included.
+    ``broken``: what the parser left out, in order. It reads ahead, so some may belong to a later batch. Returns what is
+    wrong at each broken place of the batch, and the batch's number of rows, broken ones included.
     """
     places: dict[int, str] = {}
     while broken and (good < 0 or broken[0].number - 2 - first < good + len(places)):

@@ -33,11 +33,7 @@ _DELIMITERS: Final = (";", "\t", ",", "|")
 class TableSource:
     """One file of a table; see ``source.Source``.
 
-    Args:
-        file: The opened file.
-        schema: The columns.
-        types: ``string`` or ``integer`` per categorical column, ``None`` where the file has only missing values.
-        piece_rows: Most rows of a piece.
+    ``types``: ``string`` or ``integer`` per categorical column, ``None`` where the file has only missing values.
     """
 
     file: ParquetTable | CsvTable
@@ -58,16 +54,9 @@ class TableSource:
     def pieces(self, *, start: int = 0, line: int = 0, skip_bad: bool = False) -> Iterator[Piece]:
         """Read on from the end of a piece.
 
-        Args:
-            start: ``end`` of the piece before, or 0: rows of the table, bad ones included.
-            line: Not needed here: a row's number follows from ``start``.
-            skip_bad: Leave bad rows out instead of raising.
-
-        Yields:
-            The pieces. Their borders are the same however often reading was resumed.
-
-        Raises:
-            UserError: The file can't be read, or holds a bad row; the message names the first one and its column.
+        ``start``: ``end`` of the piece before, or 0: rows of the table, bad ones included. ``line``: not needed here: a
+        row's number follows from ``start``. Yields the pieces. Their borders are the same however often reading was
+        resumed.
         """
         del line
         frames: list[pl.DataFrame] = []
@@ -196,16 +185,8 @@ def joined_pieces(
 ) -> Iterator[JoinedPiece]:
     """Read files of a table as if they were one, since a small file alone costs more than its rows.
 
-    Args:
-        sources: The files, after ``unify``.
-        start: ``next_start`` of the piece before, or zeros.
-        skip_bad: Leave bad rows out instead of raising.
-
-    Yields:
-        The pieces. Their borders are the same however often reading was resumed.
-
-    Raises:
-        UserError: A file can't be read, or holds a bad row; the message names the first one and its column.
+    ``sources``: the files, after ``unify``. ``start``: ``next_start`` of the piece before, or zeros. Yields the pieces.
+    Their borders are the same however often reading was resumed.
     """
     begin, row, _ = start
     total = max(sum(source.bytes for source in sources), 1)
@@ -249,14 +230,7 @@ def joined_pieces(
 def unify(sources: Sequence[TableSource]) -> list[TableSource]:
     """Give each categorical column one type over several files, also of several ``open_tables``.
 
-    Args:
-        sources: Files with the same schema.
-
-    Returns:
-        The same sources; a column that has only missing values in one file gets its type from the others.
-
-    Raises:
-        UserError: A column holds integers in one file and text in another.
+    Returns the same sources; a column that has only missing values in one file gets its type from the others.
     """
     known: dict[str, tuple[str, str]] = {}
     for source in sources:
@@ -282,14 +256,8 @@ def _word(kind: str) -> str:
 def missing_column(table: ParquetTable | CsvTable, name: str, *, role: str = "", remedy: str = _REMEDY) -> UserError:
     """Say that a file has no such column.
 
-    Args:
-        table: The opened file.
-        name: The column that was looked for.
-        role: What it is for, where that is not plain from its name: "the weights of column 'b'".
-        remedy: What to do.
-
-    Returns:
-        The error to raise, with the closest name that is there.
+    ``role``: what it is for, where that is not plain from its name: "the weights of column 'b'". Returns the error to
+    raise, with the closest name that is there.
     """
     names = list(table.fields)
     lower = {other.casefold(): other for other in names}
@@ -307,11 +275,7 @@ def missing_column(table: ParquetTable | CsvTable, name: str, *, role: str = "",
 def delimiter_in(header: str) -> str | None:
     """Find what parts the names of a header that was read as one name.
 
-    Args:
-        header: The whole first row.
-
-    Returns:
-        The delimiter, ``None`` where it is one name.
+    Returns the delimiter, ``None`` where it is one name.
 
     Example:
         >>> delimiter_in("click;user"), delimiter_in("click")

@@ -73,11 +73,7 @@ CATEGORICAL_COLUMNS: Final = len(_CATEGORICAL)
 def category_values(column: int) -> NDArray[np.uint32]:
     """Return the raw 32-bit values of a categorical column, which stand in the text as 8 hexadecimal digits.
 
-    Args:
-        column: 0 for C1 ... 25 for C26.
-
-    Returns:
-        [1 + distinct values]: the value of each id, all different. Entry 0 (missing) stands for no value.
+    Returns [1 + distinct values]: the value of each id, all different. Entry 0 (missing) stands for no value.
     """
     # MurmurHash3's last step, which maps 32 bits one to one.
     value = np.arange(1 + _CATEGORICAL[column][0], dtype=np.uint32) + np.uint32((column + 1) << 24)
@@ -92,12 +88,7 @@ def category_values(column: int) -> NDArray[np.uint32]:
 def draw_rows(generator: np.random.Generator, rows: int) -> tuple[Integers, Integers]:
     """Draw the features of some rows; all columns are independent.
 
-    Args:
-        generator: The source of chance.
-        rows: B.
-
-    Returns:
-        numbers [B, I], ``MISSING_NUMBER`` where missing, and ids [B, F], 0 where missing.
+    Returns numbers [B, I], ``MISSING_NUMBER`` where missing, and ids [B, F], 0 where missing.
     """
     numbers = np.empty((rows, len(_NUMERIC)), dtype=np.int64)
     for column, (missing, median, spread, below_zero) in enumerate(_NUMERIC):
@@ -114,11 +105,7 @@ def draw_rows(generator: np.random.Generator, rows: int) -> tuple[Integers, Inte
 def shares(column: int) -> Floats:
     """Return how often each category occurs.
 
-    Args:
-        column: 0 for C1 ... 25 for C26.
-
-    Returns:
-        [1 + distinct values]: probabilities, the missing value's first. The others follow Zipf's law.
+    Returns [1 + distinct values]: probabilities, the missing value's first. The others follow Zipf's law.
 
     Example:
         >>> shares(8).round(3).tolist()  # C9: three values, never missing

@@ -16,16 +16,8 @@ SEED: Final = 0
 def sample_data(root: Path, report: Callable[[str], None], *, rows: int = ROWS) -> PreparedData:
     """Open the sample below ``root``, generating it first if it is missing.
 
-    Args:
-        root: the folder that holds it: ``raw/`` (Criteo-format text) and ``prepared/``.
-        report: called with a line of text per finished step.
-        rows: training rows.
-
-    Returns:
-        The prepared data.
-
-    Raises:
-        UserError: the folder can't be written.
+    ``root``: the folder that holds it: ``raw/`` (Criteo-format text) and ``prepared/``. ``report``: called with a line
+    of text per finished step.
     """
     raw, prepared = root / "raw", root / "prepared"
     if prepared.exists():

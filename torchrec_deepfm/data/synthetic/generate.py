@@ -43,11 +43,8 @@ _DIGITS: Final = 6
 class SyntheticFile:
     """What is known about one written file.
 
-    Args:
-        rows: Number of lines.
-        positives: Lines with label 1.
-        auc: AUC of the true click probabilities on the drawn labels; None when the labels are all equal.
-        logloss: Their mean logloss, in nats.
+    ``auc``: AUC of the true click probabilities on the drawn labels; None when the labels are all equal. ``logloss``:
+    their mean logloss, in nats.
     """
 
     rows: int
@@ -60,12 +57,7 @@ class SyntheticFile:
 class SyntheticData:
     """What ``generate`` wrote.
 
-    Args:
-        folder: Where the files lie.
-        seed: The seed they were drawn from.
-        rows: Training rows, over all days.
-        click_rate: The click rate that was asked for.
-        files: What is known about each file, by its name, training days first.
+    ``files``: what is known about each file, by its name, training days first.
     """
 
     folder: Path
@@ -90,11 +82,7 @@ class SyntheticData:
         return self.folder / "test.tsv"
 
     def summary(self) -> str:
-        """Return the lines that the command prints.
-
-        Returns:
-            One line per file and one with the best reachable test AUC.
-        """
+        """Return the lines that the command prints."""
         lines = [f"synthetic click logs in {self.folder} (seed {self.seed})"]
         width = max(len(name) for name in self.files)
         for name, file in self.files.items():

@@ -46,13 +46,9 @@ _CALIBRATION_ROWS: Final = 131_072
 class Truth:
     """The parameters of the model that the clicks are drawn from.
 
-    Args:
-        bias: The constant term.
-        numeric: [I, K + 1]: a row [v | w] for each numeric field.
-        categorical: F arrays [1 + distinct values, K + 1] of rows [v | w]; row 0 is the missing value.
-        hidden_weight: A, [I + F, K, H]; numeric fields come first.
-        hidden_bias: a, [H].
-        output_weight: c, [H].
+    ``numeric``: [I, K + 1]: a row [v | w] for each numeric field. ``categorical``: f arrays [1 + distinct values, K +
+    1] of rows [v | w]; row 0 is the missing value. ``hidden_weight``: a, [I + F, K, H]; numeric fields come first.
+    ``hidden_bias``: a, [H]. ``output_weight``: c, [H].
 
     Example:
         >>> truth = draw_truth(seed=0, click_rate=0.25)
@@ -71,12 +67,8 @@ class Truth:
     def logit(self, numbers: Integers, ids: Integers) -> Floats:
         """Return the true log-odds of a click.
 
-        Args:
-            numbers: [B, I] raw integers, ``MISSING_NUMBER`` where missing.
-            ids: [B, F] categories, 0 where missing.
-
-        Returns:
-            [B] logits.
+        ``numbers``: [B, I] raw integers, ``MISSING_NUMBER`` where missing. ``ids``: [B, F] categories, 0 where missing.
+        Returns [B] logits.
         """
         first, pairs, hidden = _terms(self.numeric, self.categorical, self.hidden_weight, numbers, ids)
         logit = self.bias + first + pairs
@@ -88,12 +80,7 @@ class Truth:
 def draw_truth(*, seed: int, click_rate: float) -> Truth:
     """Draw the model and set its scales.
 
-    Args:
-        seed: The same seed gives the same model.
-        click_rate: The mean click probability, set by the bias alone.
-
-    Returns:
-        The model.
+    ``click_rate``: the mean click probability, set by the bias alone.
     """
     generator = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(0,)))
     numeric = np.concatenate(
@@ -214,11 +201,7 @@ def _bias(logit: Floats, click_rate: float) -> float:
 def probability(logit: Floats) -> Floats:
     """Return sigmoid(logit) without overflow.
 
-    Args:
-        logit: Any shape.
-
-    Returns:
-        The same shape.
+    ``logit``: any shape.
 
     Example:
         >>> probability(np.array([-1000.0, 0.0, 1000.0])).tolist()

@@ -73,14 +73,7 @@ State = Mapping[str, TensorCuts]
 
 @contextmanager
 def writing(state: State) -> Iterator[None]:
-    """Write the values of a state inside; then call each ``written``, also after an error, so that caches are purged.
-
-    Args:
-        state: the state.
-
-    Yields:
-        Nothing.
-    """
+    """Fill in a state inside; then call each ``written``, also after an error, so that caches are purged."""
     try:
         yield
     finally:
@@ -103,11 +96,7 @@ class CpuStager(AsyncStager):
     def stage(self, state_dict: State) -> dict[str, TensorCuts]:
         """Copy the state; later training steps do not change the copy.
 
-        Args:
-            state_dict: the state.
-
-        Returns:
-            The same state in this stager's memory, on the CPU.
+        Returns the same state in this stager's memory, on the CPU.
         """
         staged, used = {}, {}
         for name, tensor_cuts in state_dict.items():
@@ -180,8 +169,7 @@ class LoadPlanner(DefaultLoadPlanner):
     def create_local_plan(self) -> LoadPlan:
         """Find the saved cuts that overlap the wanted ones.
 
-        Raises:
-            ValueError: a tensor was not saved, or has another size.
+        Raises ``ValueError``: a tensor was not saved, or has another size.
         """
         assert self.metadata is not None
         items: list[ReadItem] = []
@@ -200,8 +188,7 @@ class LoadPlanner(DefaultLoadPlanner):
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         """Refuse pickled objects: these checkpoints hold none.
 
-        Raises:
-            pickle.UnpicklingError: always.
+        Raises ``pickle.UnpicklingError``: always.
         """
         raise pickle.UnpicklingError(f"{read_item.dest_index.fqn} is a pickled object; none is ever loaded")
 
@@ -215,9 +202,8 @@ class LoadPlanner(DefaultLoadPlanner):
 class Writer(filesystem.FileSystemWriter):
     """DCP's writer, on a local folder or an fsspec URL, that computes checksums while it writes.
 
-    Args:
-        path: the folder, or with ``local=False`` the URL.
-        local: whether the path is a folder of this machine's file system.
+    ``path``: the folder, or with ``local=False`` the URL. ``local``: whether the path is a folder of this machine's
+    file system.
 
     Attributes:
         digests: ``bytes`` and ``sha256`` by name of every file that this rank has written.
@@ -238,10 +224,8 @@ class Writer(filesystem.FileSystemWriter):
 class Reader(filesystem.FileSystemReader):
     """DCP's reader, on a local folder or an fsspec URL, that runs no code from files.
 
-    Args:
-        path: the folder, or with ``local=False`` the URL.
-        local: whether the path is a folder of this machine's file system.
-        files: the names of the files that may be read.
+    ``path``: the folder, or with ``local=False`` the URL. ``local``: whether the path is a folder of this machine's
+    file system.
     """
 
     def __init__(self, path: str, *, local: bool, files: Sequence[str]) -> None:
@@ -254,12 +238,8 @@ class Reader(filesystem.FileSystemReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Read ``.metadata`` once, without running code that it may name.
 
-        Returns:
-            The metadata, every path in which is one of ``files``.
-
-        Raises:
-            pickle.UnpicklingError: the file holds anything except the metadata of tensors.
-            OSError: it can't be read.
+        Returns the metadata, every path in which is one of ``files``. Raises ``pickle.UnpicklingError``: the file holds
+        anything except the metadata of tensors. Raises ``OSError``: it can't be read.
         """
         if self._found is not None:
             return self._found
@@ -276,16 +256,8 @@ class Reader(filesystem.FileSystemReader):
 def load_metadata(content: bytes, files: frozenset[str]) -> Metadata:
     """Unpickle DCP's metadata, and nothing else.
 
-    Args:
-        content: of ``.metadata``.
-        files: the names that it may refer to.
-
-    Returns:
-        The metadata.
-
-    Raises:
-        pickle.UnpicklingError: it names a class or function that metadata do not need, is not DCP metadata, or refers
-            to a file outside its folder.
+    ``content``: of ``.metadata``. Raises ``pickle.UnpicklingError``: it names a class or function that metadata do not
+    need, is not DCP metadata, or refers to a file outside its folder.
     """
     try:
         found = _MetadataUnpickler(io.BytesIO(content)).load()

@@ -76,14 +76,7 @@ class Checkpoints:
 
         Waits for the previous save first.
 
-        Args:
-            step: steps done.
-            state: this rank's cuts.
-            meta: further content of the manifest; read on rank 0.
-            keep: steps whose checkpoints to keep besides the newest ones.
-
-        Raises:
-            UserError: the previous save has failed.
+        ``keep``: steps whose checkpoints to keep besides the newest ones.
         """
         self.wait()
         writer = Writer(self.store.begin(step), local=self.store.local)
@@ -107,11 +100,7 @@ class Checkpoints:
             self.wait()
 
     def wait(self) -> None:
-        """Wait until everything is saved.
-
-        Raises:
-            UserError: the disk refused, or a weight is NaN or infinite.
-        """
+        """Wait until everything is saved."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
             self.saved = pending.result()
@@ -126,11 +115,7 @@ class Checkpoints:
     def intact(self, refusals: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
         """Iterate over the intact checkpoints, the newest first.
 
-        Args:
-            refusals: gets a line for each damaged one.
-
-        Yields:
-            The step and the manifest.
+        Yields the step and the manifest.
         """
         for step in on_main(self.store.steps):
             manifest, reason = on_main(lambda step=step: _read_manifest(self.store, step))  # type: ignore[misc]
@@ -144,13 +129,7 @@ class Checkpoints:
     def read(self, step: int, manifest: Mapping[str, Any], state: State) -> str | None:
         """Read a checkpoint.
 
-        Args:
-            step: its step.
-            manifest: its manifest.
-            state: the cuts to read into.
-
-        Returns:
-            Why it can't be read; None on success.
+        Returns why it can't be read; None on success.
         """
         try:
             _load(self.store, step, manifest["files"], state)
@@ -221,8 +200,7 @@ class Checkpoints:
 def lower_rates(saved: int | None) -> str:
     """Return the remedy for a loss or a weight that is not finite.
 
-    Args:
-        saved: the newest saved step; None without one.
+    ``saved``: the newest saved step; None without one.
     """
     again = "start again from step 0" if saved is None else f"resume from the checkpoint of step {saved}"
     return f"run the same command with a lower --sparse-lr or --dense-lr to {again}"
@@ -324,8 +302,7 @@ def load_model(model: DistributedModelParallel, folder: Path) -> None:
 class FinalWeights(Store):
     """The folder of a finished training's weights: a store with one checkpoint, whose step is 0.
 
-    Args:
-        folder: the folder that ``save_model`` writes.
+    ``folder``: the folder that ``save_model`` writes.
     """
 
     def __init__(self, folder: Path) -> None:

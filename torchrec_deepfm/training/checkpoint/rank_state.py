@@ -12,13 +12,7 @@ from torchrec_deepfm.training.checkpoint.tensors import local_buffers, rank_rows
 
 
 class RankState:
-    """Saves and reads the state of this rank.
-
-    Args:
-        model: the sharded model.
-        device: this rank's device.
-        seed: of the run.
-    """
+    """Saves and reads the state of this rank."""
 
     def __init__(self, model: DistributedModelParallel, device: torch.device, seed: int) -> None:
         self._model, self._device, self._seed = model, device, seed
@@ -46,14 +40,8 @@ class RankState:
     ) -> tuple[dict[str, TensorCuts], Callable[[int], list[Tensor]]]:
         """Return the state that this rank reads from a checkpoint.
 
-        Args:
-            ranks: number of ranks that saved it.
-            random_bytes: length of each rank's random state.
-            losses: number of losses that each rank saved.
-
-        Returns:
-            The state to read into, and a function to call with the step once it has been read, which returns the
-            losses. If the number of ranks has changed, these are means over the ranks, and random numbers start anew.
+        Returns the state to read into, and a function to call with the step once it has been read, which returns the
+        losses. If the number of ranks has changed, these are means over the ranks, and random numbers start anew.
         """
         state, own = {}, {}
         key, state[key], random = read_rank_rows("random", ranks, [random_bytes], torch.uint8)

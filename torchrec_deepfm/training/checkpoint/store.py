@@ -45,14 +45,7 @@ class Damaged(Exception):  # noqa: N818 - it describes the checkpoint
 def unseal(content: bytes) -> dict[str, Any]:
     """Parse a manifest that ``seal`` wrote.
 
-    Args:
-        content: the file's bytes.
-
-    Returns:
-        The manifest.
-
-    Raises:
-        Damaged: it is not a JSON object, or its checksum differs.
+    ``content``: the file's bytes. Raises ``Damaged``: it is not a JSON object, or its checksum differs.
     """
     try:
         manifest = json.loads(content.decode("utf-8"), parse_constant=_not_finite)
@@ -72,8 +65,7 @@ def _not_finite(name: str) -> None:
 class Store:
     """The checkpoints below one path or URL.
 
-    Args:
-        target: a folder or an fsspec URL (``s3://bucket/run``); need not exist yet.
+    ``target``: a folder or an fsspec URL (``s3://bucket/run``); need not exist yet.
 
     Attributes:
         target: as given.
@@ -91,11 +83,7 @@ class Store:
         self.local = isinstance(self._fs, LocalFileSystem)
 
     def steps(self) -> list[int]:
-        """Return the steps of all checkpoints, the newest first; on a local file system also of damaged ones.
-
-        Raises:
-            UserError: the folder or URL can't be read.
-        """
+        """Return the steps of all checkpoints, the newest first; on a local file system also of damaged ones."""
         found = [_NAME.fullmatch(name) for name in self._names()]
         steps = sorted((int(match[1]) for match in found if match), reverse=True)
         return steps if self.local else [step for step in steps if self._is_there(f"{self.path(step)}/{MANIFEST}")]
@@ -118,11 +106,7 @@ class Store:
         return self.path(step) if self.local else str(self._fs.unstrip_protocol(self.path(step)))
 
     def clean(self) -> None:
-        """Remove the remains of interrupted saves and removals. Call it before the first save, on one rank.
-
-        Raises:
-            UserError: the folder or URL can't be read.
-        """
+        """Remove the remains of interrupted saves and removals. Call it before the first save, on one rank."""
         for name in self._names():
             head, _, tail = name.partition(".")
             match = _NAME.fullmatch(head)
@@ -139,10 +123,7 @@ class Store:
     def commit(self, step: int, files: Mapping[str, Mapping[str, Any]], meta: Mapping[str, Any]) -> None:
         """Make a checkpoint visible once all its other files are written.
 
-        Args:
-            step: its step.
-            files: ``bytes`` and ``sha256`` by name.
-            meta: further content of the manifest.
+        ``files``: ``bytes`` and ``sha256`` by name.
         """
         content = seal({"format_version": FORMAT_VERSION, "step": step, **meta, "files": dict(files)})
         if not self.local:
@@ -189,12 +170,7 @@ class Store:
                 self.set_aside(newer)
 
     def retain(self, keep_last: int, also: Collection[int]) -> None:
-        """Remove all but the newest checkpoints.
-
-        Args:
-            keep_last: number of newest ones to keep.
-            also: further steps to keep.
-        """
+        """Remove all but the newest checkpoints."""
         steps = self.steps()
         for step in steps[keep_last:]:
             if step not in also:
@@ -203,15 +179,8 @@ class Store:
     def manifest(self, step: int) -> dict[str, Any]:
         """Read and check the manifest of a checkpoint.
 
-        Args:
-            step: its step.
-
-        Returns:
-            The manifest; ``files`` holds plain names, sizes and digests.
-
-        Raises:
-            Damaged: it is missing, or not the manifest of this checkpoint.
-            UserError: it can't be read.
+        Returns the manifest; ``files`` holds plain names, sizes and digests. Raises ``Damaged``: it is missing, or not
+        the manifest of this checkpoint.
         """
         with self._reading(step, MANIFEST) as file:
             content = file.read(MANIFEST_LIMIT + 1)

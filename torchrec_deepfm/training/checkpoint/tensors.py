@@ -37,12 +37,8 @@ Columns = Mapping[str, Sequence[int]]
 def model_state(model: DistributedModelParallel) -> dict[str, TensorCuts]:
     """Name the weights and buffers of a model.
 
-    Args:
-        model: the sharded model.
-
-    Returns:
-        Views of its memory: reading into them, inside ``writing``, changes the model. To save it, pass it through
-        ``owned`` first.
+    Returns views of its memory: reading into them, inside ``writing``, changes the model. To save it, pass it through
+    ``owned`` first.
     """
     state, written = {}, partial(purge_row_caches, model)
     for name, value in model.state_dict().items():
@@ -113,11 +109,8 @@ def averaged_buffers(model: DistributedModelParallel) -> Iterator[None]:
 def owned(state: Mapping[str, TensorCuts]) -> dict[str, TensorCuts]:
     """Leave out the replicated tensors, which rank 0 saves for all.
 
-    Args:
-        state: of ``model_state`` or ``optimizer_state``.
-
-    Returns:
-        The same names; on rank 0 all cuts, on the others only those of sharded tensors.
+    ``state``: of ``model_state`` or ``optimizer_state``. Returns the same names; on rank 0 all cuts, on the others only
+    those of sharded tensors.
     """
     if dist.get_rank() == 0:
         return dict(state)
@@ -145,10 +138,7 @@ def table_columns(model: DistributedModelParallel) -> dict[str, list[int]]:
 class TrainingTensors:
     """The weights and optimizer values of a training, to save or to read.
 
-    Args:
-        model: the sharded model.
-        optimizer: of ``make_optimizer``, for that model.
-        sparse_optimizer: the optimizer of the tables.
+    ``optimizer``: of ``make_optimizer``, for that model.
 
     Attributes:
         columns: the first columns of the shards of each table.
@@ -184,11 +174,7 @@ class TrainingTensors:
     def to_read(self, columns: Columns) -> tuple[dict[str, TensorCuts], Callable[[], None]]:
         """Return the state that this rank reads from a checkpoint.
 
-        Args:
-            columns: the first columns of the saved shards of each table.
-
-        Returns:
-            The state to read into, and a function to call once it has been read.
+        ``columns``: the first columns of the saved shards of each table.
         """
         state = model_state(self._model)
         rest: list[Callable[[], None]] = []
@@ -259,12 +245,7 @@ class TrainingTensors:
 def optimizer_values(optimizer: torch.optim.Optimizer, parameter: Any) -> Iterator[tuple[str, Tensor]]:
     """Iterate over an optimizer's values of one parameter, creating them if no step has done so.
 
-    Args:
-        optimizer: Adam, Adagrad, RowWiseAdagrad or SGD.
-        parameter: one of its parameters.
-
-    Yields:
-        The name and the memory of each value.
+    Yields the name and the memory of each value.
     """
     values = optimizer.state[parameter]
     if isinstance(optimizer, torch.optim.Adam) and not values:
@@ -299,12 +280,7 @@ def _merge(moment: Tensor, read: Tensor, widths: Sequence[int]) -> Callable[[], 
 def rank_rows(name: str, mine: Tensor) -> tuple[str, TensorCuts]:
     """Name a tensor that differs between ranks but has the same shape on all.
 
-    Args:
-        name: the name.
-        mine: the tensor of this rank.
-
-    Returns:
-        Its key, and the row of this rank.
+    Returns its key, and the row of this rank.
     """
     size = (dist.get_world_size(), *mine.shape)
     return f"ranks.{name}", _Sharded(size, [Cut((dist.get_rank(), *(0,) * mine.dim()), mine.unsqueeze(0))])

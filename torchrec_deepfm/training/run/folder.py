@@ -70,11 +70,7 @@ def describe(config: TrainConfig, data: PreparedData) -> RunDescription:
 
 
 def check_free(folder: Path) -> None:
-    """Check that a run may be written to ``folder``.
-
-    Raises:
-        UserError: it is a file, or a folder that is not empty.
-    """
+    """Check that a run may be written to ``folder``."""
     if folder.is_dir() and any(path.name != run_lock.NAME for path in folder.iterdir()):
         if seed_folders(folder):
             raise UserError(
@@ -101,11 +97,7 @@ def seed_folders(folder: Path) -> dict[int, Path]:
 
 
 def check_there(folder: Path) -> None:
-    """Check that a folder holds one run.
-
-    Raises:
-        UserError: it holds no run, or runs of several seeds.
-    """
+    """Check that a folder holds one run."""
     if (folder / "config.json").is_file():
         return
     runs = [path for path in seed_folders(folder).values() if (path / "config.json").is_file()]
@@ -117,13 +109,7 @@ def check_there(folder: Path) -> None:
 def check_same(folder: Path, run: RunDescription, data: PreparedData) -> None:
     """Check that the run in ``folder`` has the options and data asked for, so that it can resume.
 
-    Args:
-        folder: the run's folder, with a ``config.json``.
-        run: the run asked for.
-        data: its data.
-
-    Raises:
-        UserError: the run has other options or other data.
+    ``folder``: the run's folder, with a ``config.json``.
     """
     there = read(folder, "name another --output, or remove the folder")
     check_same_run(f"--output {folder}", there, run, data, may_lower=was_not_finite(folder))
@@ -149,15 +135,7 @@ def check_same_run(
 ) -> None:
     """Check that two runs are the same; see ``check_same``.
 
-    Args:
-        where: place of the existing run, for messages.
-        there: the existing run.
-        run: the run asked for.
-        data: its data.
-        may_lower: learning rates lower than those of the first run are allowed.
-
-    Raises:
-        UserError: they differ in an option or their data.
+    ``may_lower``: learning rates lower than those of the first run are allowed.
     """
     for option in fields(TrainConfig):
         old, new = getattr(there.config, option.name), getattr(run.config, option.name)
@@ -177,11 +155,7 @@ def check_same_run(
 
 
 def create(folder: Path, run: RunDescription, plan: PlanFile, *, data: Path, world_size: int) -> None:
-    """Create the folder if missing, and write ``config.json`` and ``plan.json``.
-
-    Raises:
-        UserError: the folder cannot be made or written.
-    """
+    """Create the folder if missing, and write ``config.json`` and ``plan.json``."""
     config = {
         "format_version": 1,
         "config": asdict(run.config),
@@ -207,13 +181,7 @@ def create(folder: Path, run: RunDescription, plan: PlanFile, *, data: Path, wor
 def write_saved(folder: Path, target: str, step: int | None) -> None:
     """Record the place of the newest checkpoint of a run, so that its loss is noticed.
 
-    Args:
-        folder: the run's folder.
-        target: folder or URL of the checkpoints.
-        step: of the newest checkpoint; None before the first.
-
-    Raises:
-        UserError: the disk refuses.
+    ``step``: of the newest checkpoint; None before the first.
     """
     write_json(folder / SAVED, {"format_version": 1, "checkpoints": target, "step": step})
 
@@ -223,15 +191,8 @@ def check_nothing_lost(folder: Path, target: str) -> str | None:
 
     Its ``metrics.jsonl`` is set aside.
 
-    Args:
-        folder: the run's folder; may be absent or empty.
-        target: folder or URL where its checkpoints should be.
-
-    Returns:
-        A line for the user about what was set aside; None if nothing was.
-
-    Raises:
-        UserError: the run had saved checkpoints or was finished, and these are gone.
+    ``folder``: the run's folder; may be absent or empty. Returns a line for the user about what was set aside; None if
+    nothing was.
     """
     from_start = "name another --output to train from the start"
     saved = read_file(folder / SAVED, SavedFile, f"restore it, or {from_start}")
@@ -260,12 +221,7 @@ def check_nothing_lost(folder: Path, target: str) -> str | None:
 
 
 def remove_new(folder: Path, *, made: bool) -> None:
-    """Remove only the files that a start wrote into a folder that was absent or empty before.
-
-    Args:
-        folder: the run's folder.
-        made: whether this start created the folder.
-    """
+    """Remove only the files that a start wrote into a folder that was absent or empty before."""
     names = (CONFIG, PLAN, SAVED, metrics_log.NAME, run_lock.NAME)
     for path in [*(folder / name for name in names), *folder.glob("tensorboard/events.out.tfevents.*")]:
         with contextlib.suppress(OSError):
@@ -276,15 +232,7 @@ def remove_new(folder: Path, *, made: bool) -> None:
 
 
 def read(folder: Path, remedy: str = "train again") -> RunDescription:
-    """Read ``config.json`` of a run.
-
-    Args:
-        folder: the run's folder.
-        remedy: what to do if it is damaged, for messages.
-
-    Raises:
-        UserError: it is missing, damaged or of another version.
-    """
+    """Read ``config.json`` of a run."""
     return from_file(read_config(folder, remedy))
 
 
@@ -306,11 +254,7 @@ def read_summary(
     folder: Path,
     remedy: str = "restore it, or remove it and run the same command, which needs the checkpoints to finish again",
 ) -> dict[str, Any] | None:
-    """Read ``summary.json`` of a run; None if the run is not finished.
-
-    Raises:
-        UserError: it is damaged.
-    """
+    """Read ``summary.json`` of a run; None if the run is not finished."""
     found = read_file(folder / SUMMARY, SummaryFile, remedy)
     return None if found is None else found[0]
 
@@ -318,8 +262,7 @@ def read_summary(
 def from_file(raw: RunFile) -> RunDescription:
     """Convert ``config.json`` or a checkpoint's manifest to a description.
 
-    Raises:
-        ValueError: an option is unknown or out of its range.
+    Raises ``ValueError``: an option is unknown or out of its range.
     """
     return RunDescription(
         config=raw.train_config(),
@@ -333,16 +276,7 @@ def from_file(raw: RunFile) -> RunDescription:
 def read_file(path: Path, kind: type[T], remedy: str) -> tuple[dict[str, Any], T] | None:
     """Read a JSON file of a run.
 
-    Args:
-        path: the file.
-        kind: the type of its content.
-        remedy: what to do if it is damaged, for messages.
-
-    Returns:
-        The raw content and the typed one; None if the file is missing.
-
-    Raises:
-        UserError: it can't be read, or a value has another type or is out of its range.
+    Returns the raw content and the typed one; None if the file is missing.
     """
     try:
         return formats.read_json(path, kind)
@@ -355,11 +289,7 @@ def read_file(path: Path, kind: type[T], remedy: str) -> tuple[dict[str, Any], T
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file atomically.
-
-    Raises:
-        UserError: the disk refuses.
-    """
+    """Write a JSON file atomically."""
     _write(path, json.dumps(value, indent=2) + "\n")
 
 

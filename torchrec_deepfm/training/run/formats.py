@@ -45,8 +45,7 @@ class RunFile(Struct, kw_only=True):
     def train_config(self) -> TrainConfig:
         """Return the options.
 
-        Raises:
-            ValueError: an option is unknown, or its value is not allowed.
+        Raises ``ValueError``: an option is unknown, or its value is not allowed.
         """
         unknown = sorted(set(self.config) - {field.name for field in fields(TrainConfig)})
         if unknown:
@@ -167,13 +166,7 @@ class Manifest(RunFile, kw_only=True):
     def check(self, config: TrainConfig, *, rows: int, widths: Mapping[str, int]) -> None:
         """Compare the values with each other and with the training that resumes from them.
 
-        Args:
-            config: the options of the training.
-            rows: of the training split.
-            widths: columns of each table.
-
-        Raises:
-            ValueError: two values contradict each other; the message names one of them.
+        Raises ``ValueError``: two values contradict each other; the message names one of them.
         """
         point = self.point
         done = point.epoch * rows + point.row
@@ -204,15 +197,8 @@ class Manifest(RunFile, kw_only=True):
 def convert(value: Any, kind: type[T]) -> T:
     """Check a JSON value against a type.
 
-    Args:
-        value: what ``json.loads`` returned.
-        kind: the expected type.
-
-    Returns:
-        The typed value.
-
-    Raises:
-        ValueError: a value has another type or is out of its range; the message names it.
+    ``value``: what ``json.loads`` returned. Raises ``ValueError``: a value has another type or is out of its range; the
+    message names it.
 
     Example:
         >>> convert({"step": 3, "seconds": None}, TrainingPosition)
@@ -230,16 +216,8 @@ def convert(value: Any, kind: type[T]) -> T:
 def read_json(path: Path, kind: type[T]) -> tuple[dict[str, Any], T]:
     """Read a JSON file of a run.
 
-    Args:
-        path: the file.
-        kind: the type of its content.
-
-    Returns:
-        The raw content and the typed one.
-
-    Raises:
-        OSError: it can't be read, or is not a regular file.
-        ValueError: it is not JSON of this type; the message names the value.
+    Returns the raw content and the typed one. Raises ``OSError``: it can't be read, or is not a regular file. Raises
+    ``ValueError``: it is not JSON of this type; the message names the value.
     """
     try:
         value = json.loads(read_bytes(path, most=JSON_LIMIT).decode("utf-8"))

@@ -44,8 +44,7 @@ class Log:
 def open_log(folder: Path) -> IO[str]:
     """Open the file of a run to append lines to it.
 
-    Raises:
-        OSError: it can't be written, or is a link.
+    Raises ``OSError``: it can't be written, or is a link.
     """
     return open(folder / NAME, "a", encoding="utf-8", buffering=1, opener=regular_file)
 
@@ -53,14 +52,7 @@ def open_log(folder: Path) -> IO[str]:
 def read(path: Path) -> Log | None:
     """Read the file.
 
-    Args:
-        path: the file.
-
-    Returns:
-        Its content; None if it is missing.
-
-    Raises:
-        UserError: it can't be read, or is not a regular file.
+    Returns its content; None if it is missing.
     """
     log = Log(records=[], lines=[], damaged=[])
     try:
@@ -89,16 +81,8 @@ def forget_after(folder: Path, step: int, *, evaluated: bool) -> list[str]:
 
     A file with damaged lines is set aside first.
 
-    Args:
-        folder: the run's folder.
-        step: the step to resume from.
-        evaluated: whether the evaluation after this step is done already.
-
-    Returns:
-        Lines for the user about records that are lost.
-
-    Raises:
-        UserError: the file can't be read or written.
+    ``evaluated``: whether the evaluation after this step is done already. Returns lines for the user about records that
+    are lost.
     """
     path, notes = folder / NAME, []
     log = read(path)
@@ -121,14 +105,7 @@ def forget_after(folder: Path, step: int, *, evaluated: bool) -> list[str]:
 
 
 def set_aside(path: Path) -> Path:
-    """Rename a file to the first free one of ``NAME.1``, ``NAME.2`` and so on.
-
-    Returns:
-        Its new path.
-
-    Raises:
-        UserError: the disk refuses.
-    """
+    """Rename a file to the first free one of ``NAME.1``, ``NAME.2`` and so on."""
     number = 1
     while os.path.lexists(aside := path.with_name(f"{path.name}.{number}")):
         number += 1

@@ -25,14 +25,7 @@ class Progress:
 
     On a terminal a bar shows samples/s and the running loss; elsewhere a plain line does, every few seconds.
 
-    Args:
-        folder: the run's folder; gets ``metrics.jsonl`` and ``tensorboard/``.
-        total_samples: of the whole training.
-        done_step: steps done before, if the training resumes.
-        done_samples: samples of these steps.
-
-    Raises:
-        UserError: the files can't be written.
+    ``folder``: the run's folder; gets ``metrics.jsonl`` and ``tensorboard/``.
     """
 
     def __init__(self, folder: Path, total_samples: int, *, done_step: int = 0, done_samples: int = 0) -> None:
@@ -93,14 +86,7 @@ class Progress:
         self._seen = samples
 
     def evaluation(self, *, step: int, split: str, metrics: Metrics, show: bool = True) -> None:
-        """Record an evaluation.
-
-        Args:
-            step: steps done.
-            split: the split evaluated.
-            metrics: the result.
-            show: whether to print it as well.
-        """
+        """Record an evaluation."""
         values = metrics.to_json()
         with self._writing():
             self._write(split, step, {"loss": metrics.logloss, **values})

@@ -33,15 +33,8 @@ _DAMAGED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError,
 def write_run_report(folder: Path) -> Path:
     """Write ``report.html`` into the folder of a run, finished or not.
 
-    Args:
-        folder: the run's folder, with ``config.json``; ``metrics.jsonl``, ``summary.json``, ``plan.json`` and
-            ``calibration.json`` are used if present.
-
-    Returns:
-        The page's path.
-
-    Raises:
-        UserError: the folder holds no run, a file of it is damaged, or the page can't be written.
+    ``folder``: the run's folder, with ``config.json``; ``metrics.jsonl``, ``summary.json``, ``plan.json`` and
+    ``calibration.json`` are used if present.
     """
     config = run_folder.read_config(folder, _NO_REPORT)
     summary = run_folder.read_summary(folder, _NO_REPORT)
@@ -75,8 +68,7 @@ def write_run_report(folder: Path) -> Path:
 def report_is_drawn(folder: Path) -> bool:
     """Whether the report of a finished run exists and was drawn after its end.
 
-    Args:
-        folder: the run's folder, with ``summary.json``.
+    ``folder``: the run's folder, with ``summary.json``.
     """
     try:
         drawn = (folder / REPORT).stat().st_mtime_ns
@@ -88,11 +80,7 @@ def report_is_drawn(folder: Path) -> bool:
 def calibration_error(bins: Sequence[Mapping[str, float]]) -> float | None:
     """Return the expected calibration error: the mean distance of prediction and click rate, weighted by samples.
 
-    Args:
-        bins: with ``rows``, ``predicted`` and ``observed``.
-
-    Returns:
-        The error; None without bins.
+    ``bins``: with ``rows``, ``predicted`` and ``observed``. Returns the error; None without bins.
 
     Example:
         >>> bins = [{"rows": 3, "predicted": 0.25, "observed": 0.5}, {"rows": 1, "predicted": 1, "observed": 1}]
