@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from torchrec_deepfm.distributed.cpu_memory import keep_freed_memory
 from torchrec_deepfm.distributed.disk_errors import refused
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.processes import local_world_size
@@ -46,6 +47,8 @@ def process_group(timeout: float = 1800.0, *, cpu: bool = False) -> Iterator[tor
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
     _stay_on_this_host()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:

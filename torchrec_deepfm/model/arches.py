@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, get_embedding_names_by_table
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
@@ -23,11 +23,11 @@ class SparseArch(nn.Module):
     """Looks up the packed rows of the categorical features.
 
     Args:
-        embedding_bag_collection: tables of packed rows, pooled by sum; make them with ``embedding_tables``.
+        embedding_bag_collection: tables of packed rows, pooled by sum or mean; make them with ``embedding_tables``.
         factor_dim: K.
 
     Raises:
-        UserError: the tables' widths differ or do not fit ``factor_dim``, or a table is not pooled by sum.
+        UserError: the tables' widths differ or do not fit ``factor_dim``.
 
     Example:
         >>> from torchrec_deepfm import embedding_tables
@@ -57,35 +57,50 @@ class SparseArch(nn.Module):
         """Look up and pool.
 
         Args:
-            sparse_features: bags of ids, with the features of the tables as keys, in any order; with weights where the
-                collection is weighted.
+            sparse_features: bags of ids, with the features of the tables among the keys, in any order; with weights
+                where the collection is weighted.
 
         Returns:
-            [B, S, R]: ``[sum x v | sum x w]`` of each feature's bag, in the order of the tables' features. An empty bag
-            gives zeros.
+            [B, S, R]: ``[sum x v | sum x w]`` of each feature's bag, in the order of the tables' features; x is 1/n in
+            a bag of n that is pooled by mean. An empty bag gives zeros.
 
         Raises:
-            UserError: the batch has features that no table holds, or lacks some that a table wants; it has weights and
-                the collection is not weighted, or the other way round; or, where the ids lie in host memory, an id is
-                negative or past the end of its table. (On a GPU that look would stall the stream: there FBGEMM's fused
-                kernels check the bounds, and the loader has checked before.)
+            UserError: the batch lacks a feature of a table; it has weights and the collection is not weighted, or the
+                other way round; or, where the ids lie in host memory, an id is negative or past the end of its table.
+                (On a GPU that check would stall the stream: there FBGEMM's fused kernels check the bounds, and the
+                loader has checked before.)
         """
-        if isinstance(sparse_features, KeyedJaggedTensor):  # and no fx proxy: under tracing there are no keys yet
-            _check_keys(sparse_features.keys(), self.sparse_feature_names)
-            _check_weights(sparse_features, self._is_weighted)
-            if not torch.compiler.is_compiling() and sparse_features.values().is_cpu:
-                # FBGEMM's dense kernel, that of data_parallel tables, would read past the end without a word.
-                _check_ids(sparse_features, self._num_embeddings)
-            if sparse_features.stride() == 0 and isinstance(self.embedding_bag_collection, EmbeddingBagCollection):
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]  # noqa: SIM102  TorchScript skips this form only
+            # Under symbolic tracing it is a proxy, without keys.
+            if isinstance(sparse_features, KeyedJaggedTensor):
+                self._check(sparse_features)
                 # The unsharded collection cannot split an empty batch. A sharded one can, and must run: each rank
                 # takes part in its collectives.
-                values = sparse_features.values()
-                return torch.zeros(0, len(self._embedding_names), self._read_columns, device=values.device)
+                if sparse_features.stride() == 0 and isinstance(self.embedding_bag_collection, EmbeddingBagCollection):
+                    device = sparse_features.values().device
+                    return torch.zeros(0, len(self._embedding_names), self._read_columns, device=device)
         pooled: KeyedTensor = self.embedding_bag_collection(sparse_features)
-        # One split: its backward pass is one concatenation, where a slice per key would each write the full width.
-        by_name = pooled.to_dict()
-        rows_BSD = torch.stack([by_name[name] for name in self._embedding_names], dim=1)
+        rows_BSD = _rows_by_name(pooled, self._embedding_names)
         return rows_BSD[:, :, : self._read_columns] if self._padded else rows_BSD
+
+    @torch.jit.unused
+    def _check(self, sparse_features: KeyedJaggedTensor) -> None:
+        _check_keys(sparse_features.keys(), self.sparse_feature_names)
+        _check_weights(sparse_features, self._is_weighted)
+        if not torch.compiler.is_compiling() and sparse_features.values().is_cpu:
+            # FBGEMM's dense kernel, that of data_parallel tables, would read past the end without a word.
+            _check_ids(sparse_features, self._num_embeddings)
+
+
+@torch.fx.wrap  # a leaf for symbolic tracing: the order of the keys is known at the call only
+def _rows_by_name(pooled: KeyedTensor, names: list[str]) -> Tensor:
+    """The pooled rows [B, S, D] in the order of ``names``."""
+    if pooled.keys() == names:  # no copy
+        values = pooled.values()
+        return values.view(values.shape[0], len(names), values.shape[1] // len(names))
+    # One split: its backward pass is one concatenation, where a slice per key would each write the full width.
+    by_name = pooled.to_dict()
+    return torch.stack([by_name[name] for name in names], dim=1)
 
 
 class DenseArch(nn.Module):
@@ -160,7 +175,8 @@ class OverArch(nn.Module):
     """The deep side: an MLP that ends in one logit (equations 3 and 4 of the paper).
 
     Each hidden layer is Linear, BatchNorm1d (if asked for), activation, dropout. The last Linear has no bias: the model
-    has one global bias.
+    has one global bias. Under autocast the last Linear stays in the type of its weights: a logit in bfloat16 has 8
+    significant bits, and thousands of samples would share one value.
 
     Args:
         in_features: F * K.
@@ -203,7 +219,7 @@ class OverArch(nn.Module):
             if dropout > 0.0:
                 layers.append(nn.Dropout(dropout))
             width = size
-        layers.append(nn.Linear(width, 1, bias=False, device=device))
+        layers.append(_LogitLinear(width, 1, bias=False, device=device))
         self.layers = nn.Sequential(*layers)
 
     def forward(self, features: Tensor) -> Tensor:
@@ -217,6 +233,24 @@ class OverArch(nn.Module):
         """
         logits: Tensor = self.layers(features)
         return logits
+
+
+class _LogitLinear(nn.Linear):
+    """The last layer, in the type of its weights whatever the autocast."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return nn.functional.linear(features, self.weight)
+        return _linear_without_autocast(features, self.weight)
+
+
+@torch.fx.wrap
+def _linear_without_autocast(features: Tensor, weight: Tensor) -> Tensor:
+    device_type = features.device.type
+    if not torch.amp.is_autocast_available(device_type):
+        return nn.functional.linear(features, weight)
+    with torch.autocast(device_type, enabled=False):
+        return nn.functional.linear(features.to(weight.dtype), weight)
 
 
 def _check_tables(configs: Sequence[EmbeddingBagConfig], factor_dim: int) -> None:
@@ -233,22 +267,12 @@ def _check_tables(configs: Sequence[EmbeddingBagConfig], factor_dim: int) -> Non
                 f"table {config.name!r} is {config.embedding_dim} wide, but factor_dim={factor_dim} wants "
                 f"{expected} columns [v ({factor_dim}) | w (1) | padding]: use embedding_tables()"
             )
-        if config.pooling is not PoolingType.SUM:
-            raise UserError(
-                f"table {config.name!r} is pooled by {config.pooling.name}: a DeepFM pools by SUM; "
-                "for a mean, weigh each id by 1/n"
-            )
 
 
 def _check_keys(keys: Sequence[str], wanted: Sequence[str]) -> None:
     missing = sorted(set(wanted) - set(keys))
     if missing:
         raise UserError(f"feature {missing[0]!r} of the tables is not in the batch, whose keys are {list(keys)}")
-    unknown = sorted(set(keys) - set(wanted))
-    if unknown:
-        raise UserError(
-            f"feature {unknown[0]!r} of the batch is in no table; add a table for it or leave it out of the batch"
-        )
 
 
 def _check_weights(sparse_features: KeyedJaggedTensor, is_weighted: bool) -> None:
@@ -263,7 +287,7 @@ def _check_ids(sparse_features: KeyedJaggedTensor, num_embeddings: Mapping[str, 
     values = sparse_features.values()
     ends = sparse_features.offset_per_key()
     for key, start, end in zip(sparse_features.keys(), ends, ends[1:], strict=False):
-        if start == end:
+        if start == end or key not in num_embeddings:
             continue
         low, high = (int(bound) for bound in values[start:end].aminmax())
         if low < 0 or high >= num_embeddings[key]:

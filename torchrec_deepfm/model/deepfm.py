@@ -108,10 +108,12 @@ class DeepFM(nn.Module):
             [B, 1] logits. The click probability is their sigmoid.
 
         Raises:
-            UserError: ``dense_features`` is not [B, I], or the keys do not match the tables' features.
+            UserError: ``dense_features`` is not [B, I], or the batch lacks a feature of the tables.
         """
-        if isinstance(dense_features, Tensor):
-            _check_dense(dense_features, self.dense_in_features)
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]  # noqa: SIM102  TorchScript skips this form only
+            # Under symbolic tracing it is a proxy, without a shape.
+            if isinstance(dense_features, Tensor):
+                _check_dense(dense_features, self.dense_in_features)
         rows_BFR: Tensor = self.sparse_arch(sparse_features)
         if self.dense_arch is not None:
             rows_BFR = torch.cat([self.dense_arch(dense_features), rows_BFR], dim=1)
@@ -124,6 +126,16 @@ class DeepFM(nn.Module):
             # Under autocast the MLP speaks bfloat16; the sum of the terms stays in the type of the rows.
             logits_B1 = logits_B1 + self.over_arch(factors_BFK.flatten(1)).to(logits_B1.dtype)
         return logits_B1
+
+    def compile_dense_path(self, **options: Any) -> None:
+        """Compile everything after the look-ups in place, as ``torch.nn.Module.compile`` does.
+
+        Args:
+            options: of ``torch.compile``.
+        """
+        for arch in (self.dense_arch, self.inter_arch, self.over_arch):
+            if arch is not None:
+                arch.compile(**options)
 
 
 class DeepFMTrain(nn.Module):

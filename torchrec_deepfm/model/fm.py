@@ -7,6 +7,8 @@ the FM and the deep part; ``w`` its first-order weight. Fused embedding kernels 
 the rest is padding: never read, and zero. One look-up (and, sharded, one all-to-all) then serves all three terms.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -68,8 +70,10 @@ class FactorizationMachine(nn.Module):
     .. math:: \sum_{i<j} \langle v_i, v_j \rangle = \tfrac12 \sum_k \Big[ (\sum_i v_{ik})^2 - \sum_i v_{ik}^2 \Big]
 
     The two sums nearly cancel where the vectors point every way: in float32 the relative error of a single sample then
-    reaches 2e-3. So they are taken in float64, whatever the input's type and also under autocast; the products of
-    float32 numbers are exact there, and docs/results.md has what it costs.
+    reaches 2e-3. So they are taken in float64, where the products of float32 numbers are exact, unless the matrix
+    products beside them are rounded far more coarsely: under autocast, and where
+    ``torch.get_float32_matmul_precision()`` is not ``highest``, they are taken in float32. docs/performance.md has what
+    each costs.
 
     Example:
         >>> fm = FactorizationMachine()
@@ -86,7 +90,52 @@ class FactorizationMachine(nn.Module):
         Returns:
             [B, 1], float32 (float64 where the input is).
         """
-        factors_BFK = factors.double()
-        sum_BK = factors_BFK.sum(dim=1)
-        pairs_B = 0.5 * ((sum_BK * sum_BK).sum(dim=1) - (factors_BFK * factors_BFK).sum(dim=(1, 2)))
-        return pairs_B.to(torch.promote_types(factors.dtype, torch.float32)).unsqueeze(1)
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]  # noqa: SIM108  TorchScript skips this form only
+            pairs_B1 = _sum_of_pairs(factors, torch.float64)
+        else:
+            pairs_B1 = _second_order(factors)
+        return pairs_B1.to(torch.promote_types(factors.dtype, torch.float32))
+
+
+def _sum_of_pairs(factors: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rendle's identity in ``dtype``: [B, F, K] to [B, 1]."""
+    factors_BFK = factors.to(dtype)
+    sum_BK = factors_BFK.sum(dim=1)
+    squares_B = (factors_BFK * factors_BFK).sum(dim=[1, 2])
+    return 0.5 * ((sum_BK * sum_BK).sum(dim=1) - squares_B).unsqueeze(1)
+
+
+@torch.fx.wrap  # a leaf for symbolic tracing: the mode is that of the call, not of the trace
+def _second_order(factors: Tensor) -> Tensor:
+    if _products_are_rounded(factors.device.type):
+        pairs_B1: Tensor = _FloatPairs.apply(factors)  # type: ignore[no-untyped-call]
+        return pairs_B1
+    return _sum_of_pairs(factors, torch.float64)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _products_are_rounded(device_type: str) -> bool:
+    """Whether matrix products have fewer digits than float32 in the present mode."""
+    if torch.get_float32_matmul_precision() != "highest":
+        return True
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+class _FloatPairs(torch.autograd.Function):
+    """The identity in at least float32. Autograd would keep and revisit every intermediate of the size of the input."""
+
+    @staticmethod
+    def forward(ctx: Any, factors: Tensor) -> Tensor:
+        ctx.save_for_backward(factors)
+        dtype = torch.promote_types(factors.dtype, torch.float32)
+        sum_BK = factors.sum(dim=1, dtype=dtype)
+        norm_B = torch.linalg.vector_norm(factors, dim=(1, 2), dtype=dtype)
+        pairs_B1: Tensor = 0.5 * ((sum_BK * sum_BK).sum(dim=1) - norm_B * norm_B).unsqueeze(1)
+        return pairs_B1
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (factors,) = ctx.saved_tensors
+        others_BFK = factors.sum(dim=1, keepdim=True, dtype=gradient.dtype) - factors
+        gradient_BFK: Tensor = (others_BFK * gradient.unsqueeze(2)).to(factors.dtype)
+        return gradient_BFK
