@@ -8,7 +8,7 @@ import torch.distributed as dist
 from tests.faults.runs import make_data
 from tests.support.ranks import CPU, run_ranks
 from torchrec_deepfm.data.dataset.prepared import PreparedData
-from torchrec_deepfm.training.config import TrainConfig
+from torchrec_deepfm.training.config import RunOptions, TrainConfig
 from torchrec_deepfm.training.trainer import train
 
 CONFIG = TrainConfig(
@@ -20,7 +20,7 @@ CONFIG = TrainConfig(
 def train_sharded(data: Path, output: Path) -> int:
     """By columns, by rows, and replicated."""
     constraints = ("t_user=column_wise:min_partition=4", "t_item=row_wise")
-    train(CONFIG, PreparedData.open(data), output, CPU, constraints=constraints)
+    train(CONFIG, PreparedData.open(data), output, CPU, RunOptions(constraints=constraints))
     return dist.get_rank()
 
 

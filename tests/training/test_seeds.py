@@ -12,7 +12,7 @@ import torch
 from tests.faults.runs import make_data, result
 from torchrec_deepfm.console import seeds_summary
 from torchrec_deepfm.errors import UserError
-from torchrec_deepfm.training.config import TrainConfig
+from torchrec_deepfm.training.config import RunOptions, TrainConfig
 from torchrec_deepfm.training.seeds import summarise, train_seeds
 from torchrec_deepfm.training.trainer import evaluate_run, train
 
@@ -104,7 +104,9 @@ def test_a_folder_with_something_else(tmp_path: Path, device: torch.device, make
 def test_resume_never_wants_an_empty_folder(tmp_path: Path, device: torch.device) -> None:
     (tmp_path / "runs" / "seed_4").mkdir(parents=True)
     with pytest.raises(UserError, match=r"the folder is not empty \(seed_4\); name another one$"):
-        train_seeds(CONFIG, make_data(tmp_path / "data"), tmp_path / "runs", device, count=2, resume="never")
+        train_seeds(
+            CONFIG, make_data(tmp_path / "data"), tmp_path / "runs", device, RunOptions(resume="never"), count=2
+        )
 
 
 def test_a_metric_that_a_run_lacks() -> None:

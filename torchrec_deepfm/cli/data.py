@@ -1,17 +1,15 @@
 """Commands that make, prepare and check data: ``synthetic``, ``schema``, ``prepare``, ``verify``."""
 
-import dataclasses
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
 from torchrec_deepfm import console
-from torchrec_deepfm.errors import UserError
-from torchrec_deepfm.units import parse_bytes
+from torchrec_deepfm.data.prepare.options import PrepareOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,34 +53,11 @@ class Prepare:
     schema: str = "criteo-kaggle"
     """Which columns the files have: criteo-kaggle, criteo-terabyte; criteo-x1, criteo-x4, frappe-x1 (CSV files of
     reczoo's data sets, prepared as FuxiCTR does); or the TOML file of a table."""
-    split: str | None = None
-    """How to split the input: 8:1:1, 9:1 (no validation), last-day (halved: validation, test), or none. Default: 8:1:1;
-    for criteo-terabyte last-day."""
-    numeric: str | None = None
-    """What becomes of numbers: log1p, log (as TorchRec's script), bucketize (extra categories), fuxictr (the same as
-    FuxiCTR makes them), or none. Default: what the schema says; else log1p for Criteo, none for a table."""
-    missing: Literal["value", "rare"] | None = None
-    """A missing category is a value of its own, or has id 0 as rare ones do. Default: what the schema says; else
-    value. With --hash it always has id 0."""
-    min_count: int | None = None
-    """Values seen less often in training share id 0; not with --hash. Default: 10; for criteo-x1 and frappe-x1 1."""
-    hash: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Hash values to ids instead of keeping a vocabulary."""
-    num_embeddings: tuple[int, ...] = ()
-    """With --hash: ids per column, one number for all or one each. Default: 40 million; criteo-terabyte: MLPerf's."""
-    vocabulary: Path | None = None
-    """Prepared folder whose vocabulary is applied instead of counting one."""
-    on_bad_row: Literal["error", "skip"] = "error"
-    """Stop at a bad row, or leave it out and list it in the manifest."""
-    memory: str = "2GiB"
-    """Memory to stay below, per process."""
-    seed: int = 0
-    """Seed of the split by row."""
+    options: Annotated[PrepareOptions, tyro.conf.arg(name="")] = PrepareOptions()
+    """What becomes of the rows."""
 
     def run(self) -> None:
         """Run the command."""
-        if self.hash and self.missing == "value":
-            raise UserError("--missing value: hashing gives a missing category id 0; leave --hash or --missing out")
         cores = console.threads()
         os.environ["POLARS_MAX_THREADS"] = str(cores)  # read when polars is loaded
         from torchrec_deepfm.data.criteo_defaults import preset
@@ -90,10 +65,9 @@ class Prepare:
         from torchrec_deepfm.data.prepare.workers import Workers
         from torchrec_deepfm.data.schema import load_schema
 
-        chosen, schema = preset(self.schema), load_schema(self.schema)
-        if self.missing is not None:
-            schema = dataclasses.replace(schema, missing=self.missing)
-        held_out = self.validation or self.test
+        schema, options = load_schema(self.schema), replace(self.options, threads=cores)
+        unset = preset(self.schema, hash=options.hash, held_out=bool(self.validation or self.test))
+        options = replace(options, **{name: value for name, value in unset.items() if not getattr(options, name)})
 
         def run(workers: Workers) -> None:
             prepare(
@@ -102,16 +76,7 @@ class Prepare:
                 validation=self.validation,
                 test=self.test,
                 schema=schema,
-                min_count=chosen.min_count if self.min_count is None and not self.hash else self.min_count,
-                hash=self.hash,
-                num_embeddings=self.num_embeddings or (chosen.num_embeddings if self.hash else None),
-                vocabulary=self.vocabulary,
-                numeric_transform=self.numeric,
-                split=self.split if self.split is not None or held_out else chosen.split,
-                seed=self.seed,
-                on_bad_row=self.on_bad_row,
-                memory=parse_bytes("--memory", self.memory),
-                threads=cores,
+                options=options,
                 workers=workers,
                 report=console.say,
             )

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tyro
 
@@ -131,12 +132,19 @@ def parse(argv: Sequence[str]) -> Command:
             COMMANDS[name], args=options, prog=f"{PROG} {name}", default=default, config=(tyro.conf.OmitArgPrefixes,)
         )
     assert isinstance(command, Command)
-    for option in dataclasses.fields(command):  # an option that takes addresses too is text, and not a Path
-        value = getattr(command, option.name)
-        for path in value if isinstance(value, tuple) else (value,):
-            if isinstance(path, Path):
-                check_local(path)
+    _check_paths(command)
     return command
+
+
+def _check_paths(options: Any) -> None:
+    """Refuse an address where only a local path works: an option that takes both is text, and not a Path."""
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        for one in value if isinstance(value, tuple) else (value,):
+            if isinstance(one, Path):
+                check_local(one)
+            elif dataclasses.is_dataclass(one):
+                _check_paths(one)
 
 
 def _value_of(option: str, options: Sequence[str]) -> str | None:

@@ -4,7 +4,7 @@ import itertools
 import math
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ import tyro
 from torchrec_deepfm import console
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.launch import STARTED
-from torchrec_deepfm.training.config import TrainConfig
+from torchrec_deepfm.training.config import RunOptions, TrainConfig
 
 if TYPE_CHECKING:
     from torchrec_deepfm.data.dataset.prepared import PreparedData
@@ -33,28 +33,19 @@ class Train:
     recipe: str | None = None
     """Named settings, which the command recipes lists, or FILE.py:FUNCTION of your own. Default: paper; without --data,
     synthetic."""
-    resume: Literal["auto", "never"] = "auto"
-    """auto: go on from the newest intact checkpoint in the run folder; never: refuse a folder that is not empty."""
-    checkpoints: str | None = None
-    """Folder, or URL such as s3://bucket/run, for the checkpoints. Default: in the run folder."""
-    plan: Path | None = None
-    """File of a plan that says where the tables go: of plan, or the plan.json of a run."""
     constraint: Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction] = ()
     """What the planner may do with a table: C1=row_wise, 't_C*=column_wise:min_partition=8', '>1e6=row_wise'."""
-    timeout: int = 120
-    """Seconds after which a rank without a sign of life has stalled, or a step that also takes 20 times the slowest so
-    far. Start, evaluations and checkpoints have half an hour."""
     seeds: int = 1
     """Train with so many seeds, from --seed on, into folders seed_0, seed_1, ... of the run folder."""
     num_embeddings: tuple[int, ...] = ()
     """For a folder that another tool wrote: take ids modulo this, one number for all columns or one each."""
-    config: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
+    options: Annotated[RunOptions, tyro.conf.arg(name="")] = RunOptions()
+    """How this start runs."""
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")] = TrainConfig()
     """Model and training options."""
 
     def __post_init__(self) -> None:
         """Check what the library does not check itself."""
-        if self.timeout < 1:
-            raise UserError(f"--timeout {self.timeout}: must be at least 1")
         if self.seeds < 1:
             raise UserError(f"--seeds {self.seeds}: must be at least 1")
 
@@ -77,7 +68,7 @@ class Train:
         from torchrec_deepfm.training.trainer import train
 
         how = partial(train_seeds, count=self.seeds) if self.seeds > 1 else train
-        with ranks.process_group(longest_wait(self.timeout)) as device:
+        with ranks.process_group(longest_wait(self.options.timeout)) as device:
             if self.data is None:
                 sample = Path("data") / "synthetic"
                 folder = ranks.on_main(lambda: sample_data(sample, console.say).folder)
@@ -87,18 +78,8 @@ class Train:
             # The launcher's start, and not this rank's, which may be one of many restarts.
             started = os.environ.get(STARTED) or f"{datetime.now(UTC):%Y%m%d-%H%M%S}"
             output = self.output or ranks.on_main(lambda: Path("runs") / started)
-            result = how(
-                self.config,
-                data,
-                output,
-                device,
-                resume=self.resume,
-                checkpoints=self.checkpoints,
-                plan=self.plan,
-                constraints=tuple(itertools.chain.from_iterable(self.constraint)),
-                timeout=self.timeout,
-                say=console.say,
-            )
+            options = replace(self.options, constraints=tuple(itertools.chain.from_iterable(self.constraint)))
+            result = how(self.config, data, output, device, options, say=console.say)
             if ranks.is_main():
                 if result.before:
                     console.say(f"{result.folder}: this training is finished, there is nothing left to do")

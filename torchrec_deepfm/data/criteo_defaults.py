@@ -1,7 +1,6 @@
 """Usual options of ``prepare`` for the published data sets."""
 
-from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 # Rows of the 26 tables in MLPerf's DLRM: the values of each column, taken modulo 40 million where there are more.
 # Source: mlcommons/training, recommendation/torchrec_dlrm, and the same list in FBGEMM's and TorchRec's benchmarks.
@@ -11,34 +10,29 @@ MLPERF_NUM_EMBEDDINGS: Final = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True, kw_only=True)
-class Preset:
-    """Defaults of ``prepare`` for a named schema.
-
-    ``min_count``: values seen less often in training become id 0; ``None`` uses the default of ``prepare``.
-    """
-
-    split: str | None = None
-    num_embeddings: tuple[int, ...] | None = None
-    min_count: int | None = None
+# min_categr_count of BARS' configurations: 1 (DeepFM_criteo_x1, DeepFM_frappe_x1), 10 (DeepFM_criteo_x4_001).
+_MIN_COUNTS: Final = {"criteo-x1": 1, "criteo-x4": 10, "frappe-x1": 1}
 
 
-_PRESETS: Final = {
-    "criteo-terabyte": Preset(split="last-day", num_embeddings=MLPERF_NUM_EMBEDDINGS),
-    # min_categr_count of BARS' configurations: 1 (DeepFM_criteo_x1, DeepFM_frappe_x1), 10 (DeepFM_criteo_x4_001).
-    "criteo-x1": Preset(min_count=1),
-    "criteo-x4": Preset(min_count=10),
-    "frappe-x1": Preset(min_count=1),
-}
+def preset(schema: str, *, hash: bool, held_out: bool) -> dict[str, Any]:  # noqa: A002 (the option's name)
+    """Return the options of ``prepare`` that are customary for a schema, where they apply.
 
+    Args:
+        schema: Its name, or the path of a TOML file.
+        hash: Whether values are hashed.
+        held_out: Whether files are given for validation or test.
 
-def preset(schema: str) -> Preset:
-    """Return the defaults for a schema.
-
-    Returns the preset; an empty one for most.
+    Returns:
+        Values by field of ``PrepareOptions``; none for most schemas.
 
     Example:
-        >>> preset("criteo-terabyte").split
-        'last-day'
+        >>> preset("criteo-terabyte", hash=False, held_out=False)
+        {'split': 'last-day'}
     """
-    return _PRESETS.get(schema, Preset())
+    found: dict[str, Any] = {}
+    if schema == "criteo-terabyte":
+        found = {"num_embeddings": MLPERF_NUM_EMBEDDINGS} if hash else {}
+        found |= {} if held_out else {"split": "last-day"}
+    elif schema in _MIN_COUNTS and not hash:
+        found = {"min_count": _MIN_COUNTS[schema]}
+    return found

@@ -1,11 +1,14 @@
-"""The options of a training; ``recipes.py`` has named sets of them. Standard library only."""
+"""The options of a training; ``recipes.py`` has named sets of them."""
 
 import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+import tyro
 
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.sharding.inputs.sharding_types import Qcomms, SparseOptimizer
@@ -169,6 +172,34 @@ class TrainConfig:
     def qcomms_both(self) -> tuple[Qcomms, Qcomms]:
         """Precision of pooled rows, and of their gradients."""
         return self.qcomms[0], self.qcomms[-1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """How one start of a training runs. None of it is part of the model, so it may change from one start to the next.
+
+    Raises:
+        UserError: a value is out of its range; the message names the option.
+    """
+
+    resume: Literal["auto", "never"] = "auto"
+    """auto: resume from the newest intact checkpoint in the run folder; never: refuse a folder that is not empty."""
+    checkpoints: str | None = None
+    """Folder, or URL such as s3://bucket/run, for the checkpoints. Default: in the run folder."""
+    plan: Path | None = None
+    """File of a plan that says where the tables go: of the command plan, or the plan.json of a run."""
+    constraints: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
+    """What the planner may do with a table, see ``sharding.inputs.constraints``."""
+    timeout: int = 120
+    """Seconds after which a rank without a sign of life has stalled, or a step that also takes 20 times the slowest so
+    far. Start, evaluations and checkpoints have half an hour."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if self.resume not in ("auto", "never"):
+            raise UserError(f"--resume {self.resume}: choose auto or never")
+        if self.timeout < 1:
+            raise UserError(f"--timeout {self.timeout}: must be at least 1")
 
 
 @functools.cache

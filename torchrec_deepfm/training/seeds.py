@@ -14,9 +14,9 @@ from torchrec_deepfm.distributed import run_lock
 from torchrec_deepfm.distributed.process_group import is_main, on_main
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.files import is_partial
-from torchrec_deepfm.training.config import TrainConfig
+from torchrec_deepfm.training.config import RunOptions, TrainConfig
 from torchrec_deepfm.training.run import folder as run_folder
-from torchrec_deepfm.training.trainer import Result, Resume, train
+from torchrec_deepfm.training.trainer import Result, train
 
 _SPLITS = ("validation", "test")
 
@@ -26,13 +26,9 @@ def train_seeds(
     data: PreparedData,
     output: Path,
     device: torch.device,
+    options: RunOptions = RunOptions(),
     *,
     count: int,
-    resume: Resume = "auto",
-    checkpoints: str | None = None,
-    plan: Path | None = None,
-    constraints: Sequence[str] = (),
-    timeout: float = 120.0,
     say: Callable[[str], None] = lambda line: None,
 ) -> Result:
     """Train with the seeds ``config.seed``, ``config.seed`` + 1 and so on; a collective.
@@ -45,12 +41,8 @@ def train_seeds(
         data: the prepared data.
         output: folder of the runs; gets a ``summary.json``, see ``summarise``.
         device: this rank's device.
+        options: as in ``train``; each run uses ``seed_<seed>`` below ``checkpoints``.
         count: how many seeds.
-        resume: as in ``train``.
-        checkpoints: folder or URL; each run uses ``seed_<seed>`` below it.
-        plan: as in ``train``.
-        constraints: as in ``train``.
-        timeout: as in ``train``.
         say: called on rank 0 with a line for the user.
 
     Returns:
@@ -61,24 +53,16 @@ def train_seeds(
         Preempted: as in ``train``.
     """
     seeds = range(config.seed, config.seed + count)
-    on_main(lambda: _check_free(output, resume))
+    on_main(lambda: _check_free(output, options))
     summaries = on_main(lambda: _finished(config, data, output))
     before = True
     for seed in seeds:
         if is_main():
             say(f"seed {seed}, {seed - config.seed + 1} of {count}: {output / f'seed_{seed}'}")
-        result = train(
-            replace(config, seed=seed),
-            data,
-            output / f"seed_{seed}",
-            device,
-            resume=resume,
-            checkpoints=None if checkpoints is None else f"{checkpoints.rstrip('/')}/seed_{seed}",
-            plan=plan,
-            constraints=constraints,
-            timeout=timeout,
-            say=say,
-        )
+        one = options
+        if options.checkpoints is not None:
+            one = replace(options, checkpoints=f"{options.checkpoints.rstrip('/')}/seed_{seed}")
+        result = train(replace(config, seed=seed), data, output / f"seed_{seed}", device, one, say=say)
         summaries[seed] = result.summary
         before = before and result.before
         gc.collect()  # free the trained model before the next one is built
@@ -129,7 +113,7 @@ def _std(values: Sequence[float | None]) -> float | None:
     return statistics.stdev(found) if len(found) == len(values) > 1 else None
 
 
-def _check_free(output: Path, resume: Resume) -> None:
+def _check_free(output: Path, options: RunOptions) -> None:
     """Refuse a folder with anything except runs of seeds, and with ``never`` one with anything at all."""
     if not output.exists():
         return
@@ -141,7 +125,7 @@ def _check_free(output: Path, resume: Resume) -> None:
     if (output / "config.json").exists():
         raise UserError(f"--output {output}: the folder holds a single run; name another one for --seeds")
     foreign = [name for name in names if name not in runs and name != run_folder.SUMMARY]
-    if foreign or (names and resume == "never"):
+    if foreign or (names and options.resume == "never"):
         raise UserError(f"--output {output}: the folder is not empty ({(foreign or names)[0]}); name another one")
 
 

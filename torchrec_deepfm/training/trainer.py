@@ -1,11 +1,11 @@
 """A whole training: loaders, sharded model, loop, evaluations, and the files they write."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,7 @@ from torchrec_deepfm.training.build import Sharded, build_model
 from torchrec_deepfm.training.checkpoint.manager import Checkpoints, load_model, save_model, verify_together
 from torchrec_deepfm.training.checkpoint.store import MANIFEST, Damaged
 from torchrec_deepfm.training.checkpoint.tensors import model_state
-from torchrec_deepfm.training.config import TrainConfig
+from torchrec_deepfm.training.config import RunOptions, TrainConfig
 from torchrec_deepfm.training.evaluation import evaluate
 from torchrec_deepfm.training.loop import Loop, LoopContext
 from torchrec_deepfm.training.metrics import RELIABILITY_BINS, Metrics, NotFiniteError, lift
@@ -30,8 +30,6 @@ from torchrec_deepfm.training.run import folder as run_folder
 from torchrec_deepfm.training.run import metrics_log, progress
 from torchrec_deepfm.training.run.formats import Manifest, convert
 from torchrec_deepfm.training.run.report import CALIBRATION, report_is_drawn, write_run_report
-
-Resume = Literal["auto", "never"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,12 +52,8 @@ def train(
     data: PreparedData,
     output: Path,
     device: torch.device,
+    options: RunOptions = RunOptions(),
     *,
-    resume: Resume = "auto",
-    checkpoints: str | None = None,
-    plan: Path | None = None,
-    constraints: Sequence[str] = (),
-    timeout: float = 120.0,
     say: Callable[[str], None] = lambda line: None,
 ) -> Result:
     """Train a sharded DeepFM and evaluate it; a collective over the current process group.
@@ -71,11 +65,7 @@ def train(
         data: the prepared data.
         output: the run's folder.
         device: this rank's device.
-        resume: ``auto`` resumes a run in ``output``, ``never`` refuses a folder that is not empty.
-        checkpoints: folder or URL of fsspec for the checkpoints; by default in ``output``.
-        plan: plan file that places the tables. Like ``constraints`` it may change from one start of a run to the next.
-        constraints: rules for the planner, see ``sharding.constraints``.
-        timeout: seconds after which a step may count as stalled, see ``health.Heartbeat``.
+        options: how this start runs.
         say: called on rank 0 with a line for the user.
 
     Returns:
@@ -88,7 +78,7 @@ def train(
         Preempted: SIGTERM or Ctrl-C asked it to stop; its state is saved.
     """
     run = on_main(lambda: run_folder.describe(config, data))
-    summary = on_main(lambda: _check_output(output, run, data, resume))
+    summary = on_main(lambda: _check_output(output, run, data, options))
     if summary is not None:
         on_main(lambda: None if report_is_drawn(output) else _draw(output, say))
         return Result(folder=output, summary=summary, before=True)
@@ -98,7 +88,7 @@ def train(
         nonlocal lock
         made = not output.exists()
         lock = RunLock(output)
-        summary = _check_output(output, run, data, resume)  # the previous holder may have finished it
+        summary = _check_output(output, run, data, options)  # the previous holder may have finished it
         return summary, made, run_folder.is_empty(output)
 
     try:
@@ -106,11 +96,10 @@ def train(
         if summary is not None:
             return Result(folder=output, summary=summary, before=True)
         stopping = requests_to_stop(lambda: lock.stopping() if lock else None)
-        with stopping as requests, closing(Heartbeat(timeout)) as heartbeat:
-            where = (run, data, output, device, checkpoints, plan, constraints, timeout)
-            training = _Training(*where, say, requests, heartbeat)
+        with stopping as requests, closing(Heartbeat(options.timeout)) as heartbeat:
+            training = _Training(run, data, output, device, options, say, requests, heartbeat)
             try:
-                return training.run(resume)
+                return training.run()
             except UserError:
                 if empty and training.saved_nothing():
                     # On every rank: rank 0 may end over a lost peer before it gets here.
@@ -122,10 +111,10 @@ def train(
 
 
 def _check_output(
-    output: Path, run: run_folder.RunDescription, data: PreparedData, resume: Resume
+    output: Path, run: run_folder.RunDescription, data: PreparedData, options: RunOptions
 ) -> dict[str, Any] | None:
     """Check that ``output`` can be written; return the summary if its run is finished."""
-    if resume == "never" or not (output / "config.json").exists():
+    if options.resume == "never" or not (output / "config.json").exists():
         run_folder.check_free(output)
         return None
     run_folder.check_same(output, run, data)
@@ -141,22 +130,18 @@ class _Training:
         data: PreparedData,
         output: Path,
         device: torch.device,
-        checkpoints: str | None,
-        plan: Path | None,
-        constraints: Sequence[str],
-        timeout: float,
+        options: RunOptions,
         say: Callable[[str], None],
         requests: Requests,
         heartbeat: Heartbeat,
     ) -> None:
         self._run, self._data, self._output, self._device = run, data, output, device
-        self._target = checkpoints or str(output / run_folder.CHECKPOINTS)
-        self._plan, self._constraints = plan, constraints
-        self._timeout, self._say, self._requests, self._heartbeat = timeout, say, requests, heartbeat
+        self._target = options.checkpoints or str(output / run_folder.CHECKPOINTS)
+        self._options, self._say, self._requests, self._heartbeat = options, say, requests, heartbeat
         self._checkpoints: Checkpoints | None = None
         self._lowered = ""
 
-    def run(self, resume: Resume) -> Result:
+    def run(self) -> Result:
         config, data, device = self._run.config, self._data, self._device
         _check_options(config, data)
         train_loader = _loader(data, "train", config, shuffle=True, drop_last=True, device=device)
@@ -177,13 +162,13 @@ class _Training:
             len(self._run.numeric),
             device,
             is_weighted=self._run.weighted,
-            constraints=self._constraints,
-            plan=self._plan,
+            constraints=self._options.constraints,
+            plan=self._options.plan,
         )
         checkpoints = self._checkpoints = Checkpoints(
             self._target,
             keep_last=config.keep_last,
-            timeout=longest_wait(self._timeout),
+            timeout=longest_wait(self._options.timeout),
             committed=lambda step: run_folder.write_saved(self._output, self._target, step),
             not_finite=lambda step, name: record_not_finite(self._output, {"step": step, "weight": name}),
         )
@@ -200,12 +185,12 @@ class _Training:
                 heartbeat=self._heartbeat,
                 files=DataFiles(data.folder),
                 folder=self._output,
-                timeout=self._timeout,
+                timeout=self._options.timeout,
             ),
         )
         try:
             with shared_mistakes(), explained(self._heartbeat):
-                resumed = self._resume(loop, checkpoints, resume)
+                resumed = self._resume(loop, checkpoints)
                 on_main(checkpoints.store.clean)
                 on_main(lambda: run_folder.write_saved(self._output, self._target, checkpoints.saved))
                 world_size = dist.get_world_size()
@@ -247,7 +232,7 @@ class _Training:
     def _was_not_finite(self) -> bool:
         return run_folder.was_not_finite(self._output)
 
-    def _resume(self, loop: Loop, checkpoints: Checkpoints, resume: Resume) -> bool:
+    def _resume(self, loop: Loop, checkpoints: Checkpoints) -> bool:
         """Restore the newest intact checkpoint; return whether there was one."""
         refusals: list[str] = []
         try:
@@ -263,7 +248,7 @@ class _Training:
                 except ValueError as error:
                     refusals.append(f"{checkpoints.store.shown(step)}: {MANIFEST}: {error}")
                     continue
-                if resume == "never":
+                if self._options.resume == "never":
                     raise UserError(
                         f"--checkpoints {self._target}: holds checkpoints already; name another place, or remove them"
                     )

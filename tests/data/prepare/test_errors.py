@@ -173,11 +173,11 @@ def test_options(tmp_path, path):
     out, other = tmp_path / "out", tmp_path / "other.tsv"
     other.write_bytes(GOOD)
     assert refused(tmp_path, [], out) == "--input: no file is named; name at least one"
-    assert refused(tmp_path, [path], out, min_count=0) == "--min-count: 0 is too small; give 1 or more"
+    assert refused(tmp_path, [path], out, min_count=0) == "--min-count 0: must be at least 1"
     assert refused(tmp_path, [path], out, hash=True, num_embeddings=1) == (
         "--num-embeddings: 1 is out of range; give 2 to 2147483647"
     )
-    assert refused(tmp_path, [path], out, seed=-1) == "--seed: -1 is negative; give 0 or more"
+    assert refused(tmp_path, [path], out, seed=-1) == "--seed -1: must not be negative"
     twice = tmp_path / "." / "day.tsv"
     assert refused(tmp_path, [path, twice], out) == f"{twice}: the same file is named twice; name each file once"
     again = f"{path}: the same file is named twice; name each file once"
@@ -188,9 +188,9 @@ def test_more_options(tmp_path, path):
     path.write_bytes(GOOD)
     out = tmp_path / "out"
     tests = {
-        "--memory: 512 MiB are too little; give 1GiB or more": {"memory": 512 << 20},
-        "--threads: 0 is too small; give 1 or more": {"threads": 0},
-        "--split 7:3: there is no such split; choose one of 8:1:1, 9:1, last-day, none": {"split": "7:3"},
+        "--memory 512MiB: too little; give 1GiB or more": {"memory": "512MiB"},
+        "--threads 0: must be at least 1": {"threads": 0},
+        "--split 7:3: choose one of 8:1:1, 9:1, last-day, none": {"split": "7:3"},
         "--split last-day: one file is named; name two or more, or choose --split 8:1:1": {"split": "last-day"},
         "--numeric cube: there is no such transform; choose one of log1p, log, bucketize, fuxictr, none": {
             "numeric_transform": "cube"
@@ -204,7 +204,7 @@ def test_more_options(tmp_path, path):
         "--num-embeddings: a vocabulary has as many ids as it counts; add --hash, or leave it out": {
             "num_embeddings": 9
         },
-        "--on-bad-row ignore: choose error or skip": {"on_bad_row": "ignore"},
+        "--on-bad-row ignore: choose one of error, skip": {"on_bad_row": "ignore"},
     }
     for message, options in tests.items():
         assert refused(tmp_path, [path], out, schema=SMALL, **options) == message

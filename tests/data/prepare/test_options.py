@@ -18,7 +18,7 @@ from torchrec_deepfm.cli import main as cli
 from torchrec_deepfm.data.criteo_defaults import MLPERF_NUM_EMBEDDINGS
 from torchrec_deepfm.data.dataset.prepared import SPLITS, PreparedData
 from torchrec_deepfm.data.prepare import pipeline as module
-from torchrec_deepfm.data.prepare.options import MEMORY
+from torchrec_deepfm.data.prepare.options import PrepareOptions
 from torchrec_deepfm.data.prepare.prepare import prepare
 from torchrec_deepfm.data.schema import CRITEO_KAGGLE, CRITEO_X4, Schema
 from torchrec_deepfm.errors import UserError
@@ -349,7 +349,7 @@ _endings = st.sampled_from([b"\n", b"\r\n"])
 @given(lines=st.lists(st.tuples(_line, _endings), min_size=1, max_size=25), piece=st.sampled_from([3000, 100_000]))
 def test_bad_rows_are_skipped_and_listed(tmp_path_factory, lines, piece):
     folder = tmp_path_factory.mktemp("skip")
-    always = b"1\t5\t-2\tab\t\t0F\n"
+    always = b"1\t5\t-2\tab\t\t0000000F\n"  # longer than what decides the kind of the file
     text = always + b"".join(line + ending for line, ending in lines)
     (path,) = write(folder, a=text)
     numbered = [(2 + i, line) for i, (line, _) in enumerate(lines) if line]
@@ -385,7 +385,7 @@ def test_many_bad_rows_are_counted_and_the_first_listed(tmp_path):
 
 
 def test_a_line_longer_than_a_piece(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "PIECE_SHARE", 100 / MEMORY)
+    monkeypatch.setattr(module, "PIECE_SHARE", 100 / PrepareOptions().memory_bytes)
     (path,) = write(tmp_path, a=b"1\t" + b"0" * 200 + b"\t\t\t\t\n")
     with pytest.raises(UserError, match="a line is longer than 100 bytes"):
         prepare([path], tmp_path / "out", schema=SMALL, split="none")

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tests.support.raw_oracle import SMALL, parse, random_text, splits_of, vocabularies
 from torchrec_deepfm.data.dataset.prepared import SPLITS, PreparedData
 from torchrec_deepfm.data.prepare import pipeline as module
-from torchrec_deepfm.data.prepare.options import MEMORY
+from torchrec_deepfm.data.prepare.options import PrepareOptions
 from torchrec_deepfm.data.prepare.prepare import prepare
 from torchrec_deepfm.data.schema import CRITEO_KAGGLE
 
@@ -76,9 +76,9 @@ def check(data: PreparedData, stems, *, min_count=None, buckets=None):
 
 
 def small_pieces(monkeypatch, piece_bytes=2000, block_rows=50):
-    monkeypatch.setattr(module, "PIECE_SHARE", piece_bytes / MEMORY)
+    monkeypatch.setattr(module, "PIECE_SHARE", piece_bytes / PrepareOptions().memory_bytes)
     monkeypatch.setattr(module, "_ROW_BYTES", 1)
-    monkeypatch.setattr(module, "BLOCK_SHARE", 4 * 3 * block_rows / MEMORY)
+    monkeypatch.setattr(module, "BLOCK_SHARE", 4 * 3 * block_rows / PrepareOptions().memory_bytes)
 
 
 def write(folder: Path, **texts: bytes) -> list[Path]:

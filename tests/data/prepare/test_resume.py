@@ -23,7 +23,7 @@ from torchrec_deepfm.cli import main as cli
 from torchrec_deepfm.data.dataset.publish import disk_errors
 from torchrec_deepfm.data.prepare import pipeline as module
 from torchrec_deepfm.data.prepare import stage
-from torchrec_deepfm.data.prepare.options import MEMORY
+from torchrec_deepfm.data.prepare.options import PrepareOptions
 from torchrec_deepfm.data.prepare.prepare import prepare
 from torchrec_deepfm.data.prepare.provenance import difference
 from torchrec_deepfm.data.prepare.work_folder import WorkFolder
@@ -404,7 +404,7 @@ def test_what_does_not_fit_in_memory_is_spilled(tmp_path, monkeypatch):
     paths = write(tmp_path, a=text)
     options = {"schema": SMALL, "min_count": 1, "split": "none", "threads": 1}
     whole = content(prepare(paths, tmp_path / "whole", **options).folder)
-    monkeypatch.setattr(module, "DUCKDB_SHARE", (20 << 20) / MEMORY)
+    monkeypatch.setattr(module, "DUCKDB_SHARE", (20 << 20) / PrepareOptions().memory_bytes)
     assert content(prepare(paths, tmp_path / "spilled", **options).folder) == whole
     # That it had to: without a place to spill to, it can't go on, and keeps what is done.
     monkeypatch.setattr(WorkFolder, "share", lambda _: None)

@@ -17,7 +17,7 @@ from torchrec_deepfm.data.loader.loader import Loader
 from torchrec_deepfm.data.prepare import pipeline as module
 from torchrec_deepfm.data.prepare import stage
 from torchrec_deepfm.data.prepare.inputs import BYTES_OF_A_ROW
-from torchrec_deepfm.data.prepare.options import MEMORY
+from torchrec_deepfm.data.prepare.options import PrepareOptions
 from torchrec_deepfm.data.prepare.prepare import prepare
 from torchrec_deepfm.data.schema import Column, Schema, read_schema
 from torchrec_deepfm.errors import UserError
@@ -105,9 +105,9 @@ def ids_of(train, hashed):
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(module, "PIECE_SHARE", 60 * BYTES_OF_A_ROW / MEMORY)
+    monkeypatch.setattr(module, "PIECE_SHARE", 60 * BYTES_OF_A_ROW / PrepareOptions().memory_bytes)
     monkeypatch.setattr(module, "_ROW_BYTES", 1)
-    monkeypatch.setattr(module, "BLOCK_SHARE", 4 * 4 * 100 / MEMORY)
+    monkeypatch.setattr(module, "BLOCK_SHARE", 4 * 4 * 100 / PrepareOptions().memory_bytes)
 
 
 @pytest.mark.parametrize("hashed", [False, True], ids=["vocabulary", "hash"])

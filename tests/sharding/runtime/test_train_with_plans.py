@@ -14,14 +14,15 @@ from torchrec_deepfm.data.dataset.prepared import PreparedData
 from torchrec_deepfm.distributed.process_group import on_main
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.sharding.plan.io import load_plan
+from torchrec_deepfm.training.config import RunOptions
 from torchrec_deepfm.training.recipes import smoke
 from torchrec_deepfm.training.trainer import train
 
 CONFIG = smoke()
-RULES = [
+RULES = (
     "C*=column_wise", "C3=row_wise", "C4=table_row_wise", "C5=grid_shard:min_partition=4", "C6=table_column_wise",
     "C7=table_wise", "C8=data_parallel",
-]  # fmt: skip
+)  # fmt: skip
 
 
 FOR_ONE = "--plan {}: made for 1 rank(s), but there are 2; start 1 (-j), or make a plan for 2"
@@ -30,24 +31,25 @@ FOR_ONE = "--plan {}: made for 1 rank(s), but there are 2; start 1 (-j), or make
 def refusal(folder: str, **options: Any) -> str:
     """What this rank is told; a run that is refused leaves nothing behind."""
     output = Path(folder) / "refused"
+    config = options.pop("config", CONFIG)
     with pytest.raises(UserError) as raised:
-        train(options.pop("config", CONFIG), PreparedData.open(Path(folder) / "data"), output, CPU, **options)
+        train(config, PreparedData.open(Path(folder) / "data"), output, CPU, RunOptions(**options))
     dist.barrier()
     return f"{raised.value}{' and leaves its folder' if output.exists() else ''}"
 
 
 def everything(folder: str) -> dict[str, Any]:
     home, data = Path(folder), PreparedData.open(Path(folder) / "data")
-    train(CONFIG, data, home / "by rules", CPU, constraints=RULES)
-    train(CONFIG, data, home / "by plan", CPU, plan=home / "by rules" / "plan.json")
+    train(CONFIG, data, home / "by rules", CPU, RunOptions(constraints=RULES))
+    train(CONFIG, data, home / "by plan", CPU, RunOptions(plan=home / "by rules" / "plan.json"))
     train(CONFIG, data, home / "by planner", CPU)
     on_main(lambda: unfinished(home / "by rules", home / "gone on with"))
-    train(CONFIG, data, home / "gone on with", CPU, plan=home / "by planner" / "plan.json")
+    train(CONFIG, data, home / "gone on with", CPU, RunOptions(plan=home / "by planner" / "plan.json"))
     return {
         "one rank": refusal(folder, plan=home / "one rank.json"),
         "absent": refusal(folder, plan=home / "absent.json"),
         "both": refusal(folder, plan=home / "by rules" / "plan.json", constraints=RULES),
-        "rule": refusal(folder, constraints=["C99*=row_wise"]),
+        "rule": refusal(folder, constraints=("C99*=row_wise",)),
         "qcomms": refusal(folder, config=replace(CONFIG, qcomms=("bf16",))),
     }
 

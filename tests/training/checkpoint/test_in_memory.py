@@ -14,7 +14,7 @@ from torchrec_deepfm.distributed.stop_signals import Preempted
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.training import loop
 from torchrec_deepfm.training.checkpoint.dcp import CpuStager, Cut, TensorCuts
-from torchrec_deepfm.training.config import TrainConfig
+from torchrec_deepfm.training.config import RunOptions, TrainConfig
 from torchrec_deepfm.training.trainer import train
 
 CONFIG = TrainConfig(
@@ -37,7 +37,7 @@ def test_a_run_goes_on_from_memory(tmp_path: Path, device: torch.device, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(loop.Loop, "_step", step_and_stop)
         with pytest.raises(Preempted, match=r"^stopped by SIGTERM after step 11, saved in memory:/.*/step_00000011; "):
-            train(CONFIG, data, tmp_path / "run", device, checkpoints=url)
+            train(CONFIG, data, tmp_path / "run", device, RunOptions(checkpoints=url))
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     memory = fsspec.filesystem("memory")
     assert sorted(path.rpartition("_")[2] for path in memory.ls(f"{tmp_path}/checkpoints", detail=False)) == [
@@ -48,7 +48,7 @@ def test_a_run_goes_on_from_memory(tmp_path: Path, device: torch.device, monkeyp
     path = f"{tmp_path}/checkpoints/step_00000011/__0_0.distcp"
     memory.pipe_file(path, memory.cat_file(path)[:-1])
     told: list[str] = []
-    train(CONFIG, data, tmp_path / "run", device, checkpoints=url, say=told.append)
+    train(CONFIG, data, tmp_path / "run", device, RunOptions(checkpoints=url), say=told.append)
     assert told[0].startswith(f"not used: {url}/step_00000011: __0_0.distcp has ")
     assert told[1] == f"Resuming from step 9 of {tmp_path / 'run'}"
     assert_same_run(tmp_path / "run", tmp_path / "undisturbed")
@@ -57,13 +57,13 @@ def test_a_run_goes_on_from_memory(tmp_path: Path, device: torch.device, monkeyp
 def test_all_checkpoints_are_damaged(tmp_path: Path, device: torch.device) -> None:
     data = make_data(tmp_path / "data")
     url = f"memory:/{tmp_path}/checkpoints"
-    train(CONFIG, data, tmp_path / "run", device, checkpoints=url)
+    train(CONFIG, data, tmp_path / "run", device, RunOptions(checkpoints=url))
     memory = fsspec.filesystem("memory")
     for path in memory.glob(f"{tmp_path}/checkpoints/*/.metadata"):
         memory.rm_file(path)
     (tmp_path / "run" / "summary.json").unlink()
     with pytest.raises(UserError) as raised:
-        train(CONFIG, data, tmp_path / "run", device, checkpoints=url)
+        train(CONFIG, data, tmp_path / "run", device, RunOptions(checkpoints=url))
     assert str(raised.value).endswith(
         ".metadata is missing; no checkpoint is intact: name another --output to train from the start"
     )

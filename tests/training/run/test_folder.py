@@ -23,7 +23,7 @@ from torchrec_deepfm.files import seal
 from torchrec_deepfm.training import loop
 from torchrec_deepfm.training.checkpoint.dcp import Cut, TensorCuts
 from torchrec_deepfm.training.checkpoint.manager import Checkpoints
-from torchrec_deepfm.training.config import TrainConfig
+from torchrec_deepfm.training.config import RunOptions, TrainConfig
 from torchrec_deepfm.training.run.formats import Manifest, convert
 from torchrec_deepfm.training.trainer import train
 
@@ -101,7 +101,7 @@ def refusal(data: PreparedData, run: Path, device: torch.device, config: TrainCo
     """Why ``train`` refuses; it is one line, and every file is as it was."""
     before = content(run)
     with pytest.raises(UserError) as raised:
-        train(config, data, run, device, **options)
+        train(config, data, run, device, RunOptions(**options))
     assert content(run) == before
     assert "\n" not in str(raised.value)
     return str(raised.value)

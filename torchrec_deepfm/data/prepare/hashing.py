@@ -7,11 +7,21 @@ Shape letters: n rows, F1 columns.
 """
 
 from collections.abc import Sequence
+from typing import Final
 
 import duckdb
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
+
+from torchrec_deepfm.data.dataset.prepared import MAX_NUM_EMBEDDINGS
+from torchrec_deepfm.data.schema import Schema
+from torchrec_deepfm.errors import UserError
+
+# MLPerf's cap on the ids of a column.
+HASH_EMBEDDINGS: Final = 40_000_000
+# For bucketized numbers: floor(log(x)^2) stays below 999 up to x = 5e13.
+BUCKET_EMBEDDINGS: Final = 1000
 
 
 class Hashing:
@@ -60,3 +70,36 @@ class Hashing:
         numbers, missing = np.zeros(len(text), np.uint64), np.ones(len(text), np.bool_)
         numbers[found["row"]], missing[found["row"]] = found["hash"], False
         return pl.Series(text.name, numbers).set(pl.Series(missing), None)
+
+
+def hash_sizes(raw: Schema, schema: Schema, num_embeddings: Sequence[int]) -> list[int]:
+    """Settle how many ids each column has when values are hashed.
+
+    Args:
+        raw: The schema of the raw data.
+        schema: The prepared schema: bucketized numbers come first among its categorical columns.
+        num_embeddings: None, one for all, or one for each categorical column, of the raw or of the prepared schema.
+
+    Returns:
+        One number for each categorical column of the prepared schema.
+
+    Raises:
+        UserError: There are too many or too few numbers, or one is out of range.
+    """
+    names, buckets = schema.categorical, len(schema.categorical) - len(raw.categorical)
+    each = list(num_embeddings)
+    if not each:
+        each = [BUCKET_EMBEDDINGS] * buckets + [HASH_EMBEDDINGS] * len(raw.categorical)
+    elif len(each) == 1:
+        each *= len(names)
+    elif len(each) == len(raw.categorical):
+        each = [BUCKET_EMBEDDINGS] * buckets + each
+    if len(each) != len(names):
+        raise UserError(
+            f"--num-embeddings: {len(each)} numbers for {len(names)} categorical columns; give one for all, or one each"
+        )
+    each = [schema.options(name).num_embeddings or size for name, size in zip(names, each, strict=True)]
+    for size in each:
+        if not 2 <= size <= MAX_NUM_EMBEDDINGS:
+            raise UserError(f"--num-embeddings: {size} is out of range; give 2 to {MAX_NUM_EMBEDDINGS}")
+    return each

@@ -23,7 +23,6 @@ SPLITS_BY_LOT: Final = {
 }
 LAST_DAY: Final = "last-day"
 NONE: Final = "none"
-SPLIT_OPTIONS: Final = (*SPLITS_BY_LOT, LAST_DAY, NONE)
 # Up to so many files of a split have arrays of their own. Of more, neighbours share arrays.
 SEPARATE: Final = 16
 SHARED_BYTES: Final = 64 << 20
@@ -38,9 +37,17 @@ _DAY: Final = re.compile(r"day_(\d+)(?:\.[^/]*)?")
 class Inputs:
     """What is to be read.
 
+    <<<<<<< HEAD
     ``units``: the sources that share arrays, with the stems of their rows. ``split``: how the splits come about:
     ``files`` or one of ``SPLIT_OPTIONS``. ``halved``: the stem whose rows are validation and test, half each; under
     ``last-day``.
+    =======
+    Args:
+        units: The sources that share arrays, with the stems of their rows.
+        split: How the splits come about: ``files`` or an ``options.Split``.
+        halved: The stem whose rows are validation and test, half each; under ``last-day``.
+        sources: Every source, by split.
+    >>>>>>> e9aa82f (PrepareOptions and RunOptions: an option is one field and its use)
     """
 
     units: tuple[Unit, ...]
@@ -65,8 +72,6 @@ def find_inputs(
     has a row for every 256 of them. ``separate``: each source has arrays of its own, however many there are.
     """
     held_out = bool(named["validation"] or named["test"])
-    if split is not None and split not in SPLIT_OPTIONS:
-        raise UserError(f"--split {split}: there is no such split; choose one of {', '.join(SPLIT_OPTIONS)}")
     if held_out and split not in (None, NONE):
         raise UserError(f"--split {split}: --validation and --test say the split already; leave one of the two out")
     way = "files" if held_out else split or "8:1:1"

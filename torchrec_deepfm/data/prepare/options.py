@@ -1,101 +1,82 @@
-"""The options of ``prepare`` that need no file to be judged: their ranges, and what they mean for each column."""
+"""The options of ``prepare`` and their ranges."""
 
-from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Annotated, Any, Final, Literal, get_args
 
-from torchrec_deepfm.data.dataset.prepared import MAX_NUM_EMBEDDINGS
-from torchrec_deepfm.data.schema import Schema
-from torchrec_deepfm.errors import UserError
+import tyro
 
-MEMORY: Final = 2 << 30
+from torchrec_deepfm.errors import UserError, one_of
+from torchrec_deepfm.units import parse_bytes
+
 MIN_MEMORY: Final = 1 << 30
 MIN_COUNT: Final = 10
-# MLPerf's cap on the ids of a column.
-HASH_EMBEDDINGS: Final = 40_000_000
-# For bucketized numbers: floor(log(x)^2) stays below 999 up to x = 5e13.
-BUCKET_EMBEDDINGS: Final = 1000
+
+Split = Literal["8:1:1", "9:1", "last-day", "none"]
+Missing = Literal["value", "rare"]
+OnBadRow = Literal["error", "skip"]
 
 
-def check_options(
-    named: Mapping[str, Sequence[str | Path]],
-    *,
-    min_count: int | None,
-    hash_ids: bool,
-    num_embeddings: int | Sequence[int] | None,
-    vocabulary: Path | None,
-    seed: int,
-    on_bad_row: str,
-    memory: int,
-    threads: int | None,
-) -> None:
-    """Check what ``prepare`` was given, as far as that goes without looking at a file.
-
-    Args:
-        named: The files of each split.
-        min_count: See ``prepare``, as for the others.
-        hash_ids: Its ``hash``.
-        num_embeddings: Its own.
-        vocabulary: Its own.
-        seed: Its own.
-        on_bad_row: Its own.
-        memory: Its own.
-        threads: Its own.
+@dataclass(frozen=True, kw_only=True)
+class PrepareOptions:
+    """What ``prepare`` makes of the files. None and () stand for the default of the schema, see each option.
 
     Raises:
-        UserError: One is out of range, or two do not go together.
+        UserError: a value is out of its range, or two do not go together; the message names the option.
     """
-    if not any(named.values()):
-        raise UserError("--input: no file is named; name at least one")
-    if min_count is not None and min_count < 1:
-        raise UserError(f"--min-count: {min_count} is too small; give 1 or more")
-    if seed < 0:
-        raise UserError(f"--seed: {seed} is negative; give 0 or more")
-    if memory < MIN_MEMORY:
-        raise UserError(f"--memory: {memory / 2**20:,.0f} MiB are too little; give 1GiB or more")
-    if threads is not None and threads < 1:
-        raise UserError(f"--threads: {threads} is too small; give 1 or more")
-    if on_bad_row not in ("error", "skip"):
-        raise UserError(f"--on-bad-row {on_bad_row}: choose error or skip")
-    if hash_ids and vocabulary is not None:
-        raise UserError("--vocabulary: hashing has none; leave --hash or --vocabulary out")
-    if hash_ids and min_count is not None:
-        raise UserError("--min-count: hashing counts nothing; leave --hash or --min-count out")
-    if num_embeddings is not None and not hash_ids:
-        raise UserError("--num-embeddings: a vocabulary has as many ids as it counts; add --hash, or leave it out")
-    if not named["train"] and not hash_ids and vocabulary is None:
-        raise UserError("--input: no file is named; name at least one, or a --vocabulary for the others")
 
+    split: Split | None = None
+    """How to split the input where no files are given for validation and test: 8:1:1, 9:1 (no validation), last-day
+    (halved: validation, test), or none. Default: 8:1:1; for criteo-terabyte last-day."""
+    numeric_transform: Annotated[str | None, tyro.conf.arg(name="numeric")] = None
+    """What becomes of numbers: log1p, log (as TorchRec's script), bucketize (extra categories), fuxictr (the same as
+    FuxiCTR makes them), or none. Default: what the schema says; else log1p for Criteo, none for a table."""
+    missing: Missing | None = None
+    """A missing category is a value of its own, or has id 0 as rare ones do. Default: what the schema says; else
+    value. With --hash it always has id 0."""
+    min_count: int | None = None
+    """Values seen less often in training share id 0; not with --hash. Default: 10; for criteo-x1 and frappe-x1 1."""
+    hash: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Hash values to ids instead of keeping a vocabulary."""
+    num_embeddings: tuple[int, ...] = ()
+    """With --hash: ids per column, one number for all or one each. Default: 40 million; criteo-terabyte: MLPerf's."""
+    vocabulary: Path | None = None
+    """Prepared folder whose vocabulary is applied instead of counting one."""
+    on_bad_row: OnBadRow = "error"
+    """Stop at a bad row, or leave it out and list it in the manifest."""
+    memory: str = "2GiB"
+    """Memory to stay below, per process."""
+    seed: int = 0
+    """Seed of the split by row."""
+    threads: Annotated[int | None, tyro.conf.Suppress] = None
+    """CPU threads. Default: all; the command line takes those that this process may use."""
 
-def hash_sizes(raw: Schema, schema: Schema, num_embeddings: int | Sequence[int] | None) -> list[int]:
-    """Settle how many ids each column has when values are hashed.
+    def __post_init__(self) -> None:
+        """Check the ranges, and which options go together."""
+        sizes: Any = self.num_embeddings
+        object.__setattr__(self, "num_embeddings", (sizes,) if isinstance(sizes, int) else tuple(sizes))
+        for name, choices in (("split", Split), ("missing", Missing), ("on_bad_row", OnBadRow)):
+            value = getattr(self, name)
+            if value is not None and value not in get_args(choices):
+                raise UserError(f"--{name.replace('_', '-')} {value}: choose {one_of(get_args(choices), value)}")
+        if self.min_count is not None and self.min_count < 1:
+            raise UserError(f"--min-count {self.min_count}: must be at least 1")
+        if self.threads is not None and self.threads < 1:
+            raise UserError(f"--threads {self.threads}: must be at least 1")
+        if self.seed < 0:
+            raise UserError(f"--seed {self.seed}: must not be negative")
+        if self.memory_bytes < MIN_MEMORY:
+            raise UserError(f"--memory {self.memory}: too little; give 1GiB or more")
+        if self.hash and self.vocabulary is not None:
+            raise UserError("--vocabulary: hashing has none; leave --hash or --vocabulary out")
+        if self.hash and self.min_count is not None:
+            raise UserError("--min-count: hashing counts nothing; leave --hash or --min-count out")
+        if self.hash and self.missing == "value":
+            raise UserError("--missing value: hashing gives a missing category id 0; leave --hash or --missing out")
+        if self.num_embeddings and not self.hash:
+            raise UserError("--num-embeddings: a vocabulary has as many ids as it counts; add --hash, or leave it out")
 
-    Args:
-        raw: The schema of the raw data.
-        schema: The prepared schema: bucketized numbers come first among its categorical columns.
-        num_embeddings: One number for all, or one for each categorical column, of the raw or of the prepared schema.
-
-    Returns:
-        One number for each categorical column of the prepared schema.
-
-    Raises:
-        UserError: There are too many or too few numbers, or one is out of range.
-    """
-    names, buckets = schema.categorical, len(schema.categorical) - len(raw.categorical)
-    if num_embeddings is None:
-        each = [BUCKET_EMBEDDINGS] * buckets + [HASH_EMBEDDINGS] * len(raw.categorical)
-    else:
-        each = [num_embeddings] if isinstance(num_embeddings, int) else list(num_embeddings)
-        if len(each) == 1:
-            each *= len(names)
-        elif len(each) == len(raw.categorical):
-            each = [BUCKET_EMBEDDINGS] * buckets + each
-    if len(each) != len(names):
-        raise UserError(
-            f"--num-embeddings: {len(each)} numbers for {len(names)} categorical columns; give one for all, or one each"
-        )
-    each = [schema.options(name).num_embeddings or size for name, size in zip(names, each, strict=True)]
-    for size in each:
-        if not 2 <= size <= MAX_NUM_EMBEDDINGS:
-            raise UserError(f"--num-embeddings: {size} is out of range; give 2 to {MAX_NUM_EMBEDDINGS}")
-    return each
+    @property
+    def memory_bytes(self) -> int:
+        """``memory`` in bytes."""
+        return parse_bytes("--memory", self.memory)

@@ -42,8 +42,8 @@ from torchrec_deepfm.data.prepare import numeric
 from torchrec_deepfm.data.prepare.disk_space import check_room, estimate_bytes
 from torchrec_deepfm.data.prepare.duckdb_session import connect
 from torchrec_deepfm.data.prepare.encode import encode_stem
-from torchrec_deepfm.data.prepare.hashing import Hashing
-from torchrec_deepfm.data.prepare.options import MIN_COUNT, check_options, hash_sizes
+from torchrec_deepfm.data.prepare.hashing import Hashing, hash_sizes
+from torchrec_deepfm.data.prepare.options import MIN_COUNT, PrepareOptions
 from torchrec_deepfm.data.prepare.progress import Phase
 from torchrec_deepfm.data.prepare.provenance import difference, known_optimum, source_state, versions
 from torchrec_deepfm.data.prepare.splits import days_of_splits
@@ -76,70 +76,59 @@ class Job:
 
     def __init__(
         self,
-        *,
-        output: Path,
         named: Mapping[str, Sequence[str | Path]],
+        output: Path,
         raw: Schema,
-        min_count: int | None,
-        hash_ids: bool,
-        num_embeddings: int | Sequence[int] | None,
-        vocabulary: Path | None,
-        numeric_transform: str | None,
-        split: str | None,
-        seed: int,
-        on_bad_row: str,
-        memory: int,
-        threads: int | None,
+        options: PrepareOptions,
         workers: Workers,
         report: Callable[[str], None] | None,
     ) -> None:
-        check_options(
-            named,
-            min_count=min_count,
-            hash_ids=hash_ids,
-            num_embeddings=num_embeddings,
-            vocabulary=vocabulary,
-            seed=seed,
-            on_bad_row=on_bad_row,
-            memory=memory,
-            threads=threads,
-        )
-        self._output, self._memory, self._workers, self._named = output, memory, workers, named
-        self._threads = threads
+        if not any(named.values()):
+            raise UserError("--input: no file is named; name at least one")
+        if not named["train"] and not options.hash and options.vocabulary is None:
+            raise UserError("--input: no file is named; name at least one, or a --vocabulary for the others")
+        self._output, self._options, self._workers, self._named = output, options, workers, named
         self._report = report if report is not None and workers.is_main else None
-        transforms = numeric.transforms(raw, numeric_transform)
+        transforms = numeric.transforms(raw, options.numeric_transform)
         self._schema = numeric.prepared_schema(raw, transforms)
-        self._hash_sizes = hash_sizes(raw, self._schema, num_embeddings) if hash_ids else None
-        common = MIN_COUNT if min_count is None else min_count
+        self._hash_sizes = hash_sizes(raw, self._schema, options.num_embeddings) if options.hash else None
+        common = MIN_COUNT if options.min_count is None else options.min_count
         self._min_counts = [self._schema.options(name).min_count or common for name in self._schema.categorical]
         by_column = dict(zip(raw.numeric, transforms, strict=True))
-        self._old = None if vocabulary is None else OldVocabulary(vocabulary, self._schema, by_column)
+        self._old = None
+        if options.vocabulary is not None:
+            self._old = OldVocabulary(options.vocabulary, self._schema, by_column)
         # The logarithm's shift is the minimum of a file, so that sources which shared arrays would change it.
         separate = "log" in transforms
-        self._reading, piece = numeric.settled(raw, transforms), int(memory * PIECE_SHARE)
+        self._reading, memory = numeric.settled(raw, transforms), options.memory_bytes
         self._inputs = found.find_inputs(
-            named, self._reading, split=split, seed=seed, piece_bytes=piece, separate=separate
+            named,
+            self._reading,
+            split=options.split,
+            seed=options.seed,
+            piece_bytes=int(memory * PIECE_SHARE),
+            separate=separate,
         )
         self._work = WorkFolder(output)
-        self._connection = connect(self._work.spill, memory=int(memory * DUCKDB_SHARE), threads=threads)
+        self._connection = connect(self._work.spill, memory=int(memory * DUCKDB_SHARE), threads=options.threads)
         self._stager = Stager(
             work=self._work,
             raw=raw,
             schema=self._schema,
             transforms=transforms,
             hashing=None if self._hash_sizes is None else Hashing(self._connection, self._hash_sizes),
-            skip_bad=on_bad_row == "skip",
+            skip_bad=options.on_bad_row == "skip",
         )
-        counts = not hash_ids and self._old is None
+        counts = not options.hash and self._old is None
         self._made = {
-            "mode": "hash" if hash_ids else "vocabulary",
+            "mode": "hash" if options.hash else "vocabulary",
             "min_count": common if counts else None,
             "num_embeddings": self._hash_sizes,
             "vocabulary": None if self._old is None else self._old.digests,
             "numeric": by_column,
             "split": self._inputs.split,
-            "seed": seed if self._inputs.split in found.SPLITS_BY_LOT else None,
-            "on_bad_row": on_bad_row,
+            "seed": options.seed if self._inputs.split in found.SPLITS_BY_LOT else None,
+            "on_bad_row": options.on_bad_row,
             "raw_schema": raw.to_json(),
             "sources": {part: [_name(one) for one in sources] for part, sources in self._inputs.sources.items()},
             "versions": versions(),
@@ -376,7 +365,7 @@ class Job:
         mine = self._workers.mine(stems, weights)
         total = sum(record["stems"][stem]["rows"] for stem, record in mine)
         row_bytes = max(4 * len(self._schema.categorical), _ROW_BYTES)
-        block_rows = max(int(self._memory * BLOCK_SHARE / row_bytes), 1)
+        block_rows = max(int(self._options.memory_bytes * BLOCK_SHARE / row_bytes), 1)
         with Phase("encode", total, report=self._report) as phase:
             for stem, record in mine:
                 if not record["stems"][stem]["rows"]:
@@ -389,8 +378,8 @@ class Job:
                     self._schema,
                     self._work.out,
                     block_rows=block_rows,
-                    block_bytes=int(self._memory * VALUES_SHARE),
-                    threads=self._threads,
+                    block_bytes=int(self._options.memory_bytes * VALUES_SHARE),
+                    threads=self._options.threads,
                     on_block=lambda rows: phase.add(rows, rows),
                 )
 
@@ -424,7 +413,10 @@ class Job:
             sync(self._checksums(name))
             return found
 
-        with Phase("check", len(missing), report=self._report) as phase, ThreadPoolExecutor(self._threads) as threads:
+        with (
+            Phase("check", len(missing), report=self._report) as phase,
+            ThreadPoolExecutor(self._options.threads) as threads,
+        ):
             for name, found in zip(missing, threads.map(take, missing, map(parts, missing)), strict=True):
                 self._work.write_record(f"sum_{name}", found)
                 phase.add(1, 0)

@@ -4,11 +4,12 @@
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 from torchrec_deepfm.data.dataset.prepared import PreparedData
-from torchrec_deepfm.data.prepare.options import MEMORY
+from torchrec_deepfm.data.prepare.options import PrepareOptions
 from torchrec_deepfm.data.prepare.pipeline import Job
 from torchrec_deepfm.data.prepare.workers import Workers
 from torchrec_deepfm.data.schema import CRITEO_KAGGLE, Schema
@@ -21,18 +22,10 @@ def prepare(
     validation: Sequence[str | Path] = (),
     test: Sequence[str | Path] = (),
     schema: Schema = CRITEO_KAGGLE,
-    min_count: int | None = None,
-    hash: bool = False,  # noqa: A002 (the option's name on the command line)
-    num_embeddings: int | Sequence[int] | None = None,
-    vocabulary: Path | None = None,
-    numeric_transform: str | None = None,
-    split: str | None = None,
-    seed: int = 0,
-    on_bad_row: Literal["error", "skip"] = "error",
-    memory: int = MEMORY,
-    threads: int | None = None,
+    options: PrepareOptions = PrepareOptions(),
     workers: Workers | None = None,
     report: Callable[[str], None] | None = None,
+    **fields: Any,
 ) -> PreparedData:
     """Turn raw click logs into a prepared folder.
 
@@ -46,21 +39,10 @@ def prepare(
         validation: Validation files. Without these and ``test``, the rows of ``inputs`` are split.
         test: Test files.
         schema: The columns of all files.
-        min_count: Vocabulary mode: values with fewer training occurrences become id 0. 10
-            by default.
-        hash: Use hashing instead of a vocabulary.
-        num_embeddings: Hashing mode: ids per categorical column, id 0 among them; one number for all, or one each.
-            40 million by default.
-        vocabulary: A prepared folder whose vocabulary is applied instead of counting one.
-        numeric_transform: ``log1p``, ``log``, ``bucketize`` or ``none`` for columns whose schema does not say; log1p in
-            Criteo's layout and none in a table by default.
-        split: ``8:1:1`` (default), ``9:1``, ``last-day`` or ``none``, where ``validation`` and ``test`` are not given.
-        seed: Picks the split by lot.
-        on_bad_row: Stop at a bad row, or leave it out and list it in the manifest.
-        memory: Bytes that the process may take, about.
-        threads: CPU threads of DuckDB; ``None`` for all.
+        options: What becomes of them.
         workers: This process's place among those that share the work; alone by default.
         report: Called with one line of text per finished step.
+        **fields: Fields of ``PrepareOptions``, such as ``min_count=1``, which override ``options``.
 
     Returns:
         The opened folder.
@@ -69,21 +51,8 @@ def prepare(
         UserError: An option or a file is wrong, a split would be empty, or the disk is full. Nothing that was there
             before is touched.
     """
-    job = Job(
-        output=output,
-        named={"train": list(inputs), "validation": list(validation), "test": list(test)},
-        raw=schema,
-        min_count=min_count,
-        hash_ids=hash,
-        num_embeddings=num_embeddings,
-        vocabulary=vocabulary,
-        numeric_transform=numeric_transform,
-        split=split,
-        seed=seed,
-        on_bad_row=on_bad_row,
-        memory=memory,
-        threads=threads,
-        workers=workers or Workers(),
-        report=report,
-    )
-    return job.run()
+    options = replace(options, **fields)
+    if options.missing is not None:
+        schema = replace(schema, missing=options.missing)
+    named = {"train": list(inputs), "validation": list(validation), "test": list(test)}
+    return Job(named, output, schema, options, workers or Workers(), report).run()
