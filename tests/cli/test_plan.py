@@ -136,7 +136,7 @@ GOOD = {"--tables": "criteo-terabyte", "--hardware": "h100", "--ranks": "16", "-
         ({"--ranks": "9" * 30}, f"--ranks {'9' * 30}: must be at most 65,536"),
         ({"--batch-size": "9" * 30}, f"--batch-size {'9' * 30}: must be at most 2,147,483,647"),
         ({"--ranks": "0"}, "--ranks 0: must be at least 1"),
-        ({"--ranks": None}, "--ranks is missing; plan needs --tables, --hardware, --ranks and --output"),
+        ({"--ranks": None}, "option --ranks is missing; python -m torchrec_deepfm plan --help lists the options"),
         ({"--hardware": "h10"}, "hardware 'h10': no such preset; choose one of a100-40,"),
         ({"--hardware": "bad.toml"}, "bad.toml: hbm_bytes: expected a whole number >= 1, not -5; correct it"),
         ({"--tables": "criteo"}, "tables 'criteo': neither criteo-terabyte nor a file nor a prepared folder"),
@@ -202,10 +202,13 @@ def test_bad_input_gets_one_line_and_leaves_nothing(
         (["show", "absent.json"], "absent.json: there is no such file"),
         (["show", "absent.json", "--ranks", "8"], "unknown option --ranks"),
         (["diff", "a.json", "b.json", "--report", "x.html"], "unknown option --report"),
-        (["--ranks", "8", "show", "absent.json"], "plan show and plan diff read existing plans; leave out the options"),
-        (["--search", "stok"], "option --search: 'stok' is not valid; choose one of balanced, torchrec"),
-        ([], "--tables is missing; plan needs --tables, --hardware, --ranks and --output"),
-        (["--tables", "x", "--ranks", "8"], "--hardware is missing"),
+        (["--ranks", "8", "show", "absent.json"], "unknown option show"),
+        (
+            ["--tables", "x", "--hardware", "h100", "--ranks", "2", "--output", "y", "--search", "stok"],
+            "option --search: 'stok' is not valid; choose one of balanced, torchrec",
+        ),
+        ([], "option --tables is missing; python -m torchrec_deepfm plan --help lists the options"),
+        (["--tables", "x", "--ranks", "8"], "option --hardware is missing"),
     ],
 )
 def test_wrong_words_get_one_line(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
@@ -108,11 +108,9 @@ class Verify:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SchemaCommand:
-    """Write a first schema for a table of your own, to edit."""
+class InferSchema:
+    """Write a first schema for a table of your own from its columns, to edit."""
 
-    action: tyro.conf.Positional[Literal["infer"]]
-    """infer: look at the table's columns."""
     file: tyro.conf.Positional[str]
     """Parquet or CSV file, a folder of them, or an fsspec address."""
     label: str | None = None

@@ -33,9 +33,9 @@ class ExperimentCommand:
     output: Path
     """Folder to write: results.json, plans/, report.html. Must be empty or absent."""
     plans: tuple[Path, ...] = ()
-    """PlanSet as files."""
+    """Plans as files."""
     rules: tuple[str, ...] = ()
-    """PlanSet as constraints, one text each: "C1=row_wise *=table_wise". TorchRec's planner chooses the rest."""
+    """Plans as constraints, one text each: "C1=row_wise *=table_wise". TorchRec's planner chooses the rest."""
     sweep: tyro.conf.FlagCreatePairsOff[bool] = False
     """The sweep beside --plans and --rules; it is the default without them: every type, mixes, both planners."""
     ranks: int | None = None

@@ -6,9 +6,10 @@ as it stands, and ``train`` and ``evaluate`` as a rank when torchrun or TorchX s
 
 import dataclasses
 import errno
-import itertools
 import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,16 +18,16 @@ from typing import Any
 import tyro
 
 from torchrec_deepfm import console
-from torchrec_deepfm.cli.data import Prepare, SchemaCommand, Synthetic, Verify
+from torchrec_deepfm.cli.data import InferSchema, Prepare, Synthetic, Verify
 from torchrec_deepfm.cli.experiment import CalibrateCommand, ExperimentCommand
+from torchrec_deepfm.cli.options import REGISTRY
 from torchrec_deepfm.cli.parse_errors import one_line_errors
-from torchrec_deepfm.cli.plan import PlanCommand
+from torchrec_deepfm.cli.plan import DiffPlans, PlanCommand, ShowPlan
 from torchrec_deepfm.cli.train import Evaluate, Recipes, Report, Train
 from torchrec_deepfm.distributed.stop_signals import Preempted
 from torchrec_deepfm.errors import UserError, one_of, shown
 from torchrec_deepfm.files import check_local
 from torchrec_deepfm.launch import exit_with
-from torchrec_deepfm.training.recipes import recipe
 
 PROG = "python -m torchrec_deepfm"
 
@@ -44,23 +45,9 @@ class Doctor:
         sys.exit(report.exit_code)
 
 
-Command = (
-    Synthetic
-    | Prepare
-    | Verify
-    | SchemaCommand
-    | Recipes
-    | Train
-    | Report
-    | Evaluate
-    | PlanCommand
-    | ExperimentCommand
-    | CalibrateCommand
-    | Doctor
-)
-COMMANDS: dict[str, type[Command]] = {
+COMMANDS: dict[str, type[Any]] = {
     "synthetic": Synthetic,
-    "schema": SchemaCommand,
+    "schema infer": InferSchema,
     "prepare": Prepare,
     "verify": Verify,
     "recipes": Recipes,
@@ -68,6 +55,8 @@ COMMANDS: dict[str, type[Command]] = {
     "report": Report,
     "evaluate": Evaluate,
     "plan": PlanCommand,
+    "plan show": ShowPlan,
+    "plan diff": DiffPlans,
     "experiment": ExperimentCommand,
     "calibrate": CalibrateCommand,
     "doctor": Doctor,
@@ -98,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(request.exit_code)
 
 
-def parse(argv: Sequence[str]) -> Command:
+def parse(argv: Sequence[str]) -> Any:
     """Parse a command line.
 
     Args:
@@ -112,28 +101,39 @@ def parse(argv: Sequence[str]) -> Command:
             where only a local path works.
         SystemExit: after ``--help``.
     """
-    name, *options = argv or [""]
+    length = 2 if " ".join(argv[:2]) in COMMANDS else 1
+    name, options = " ".join(argv[:length]), argv[length:]
     if name in ("-h", "--help"):
-        tyro.extras.subcommand_cli_from_dict(
-            dict(COMMANDS),
-            prog=PROG,
-            description="DeepFM on TorchRec: make data, prepare, train, evaluate.",
-            args=[name],
-        )
+        print(_overview())
+        sys.exit(0)
     if name not in COMMANDS:
         raise UserError(f"{f'{name}: unknown' if name else 'no'} command; choose {one_of(COMMANDS, name)}")
-    default: Command | None = None
-    if name == "train":
-        # The named recipe is the default of the options, and so the help shows its values.
-        named = _value_of("--recipe", options)
-        default = Train(config=recipe(named or ("paper" if _value_of("--data", options) else "synthetic")))
     with one_line_errors(f"{PROG} {name}"):
         command = tyro.cli(
-            COMMANDS[name], args=options, prog=f"{PROG} {name}", default=default, config=(tyro.conf.OmitArgPrefixes,)
+            COMMANDS[name],
+            args=options,
+            prog=f"{PROG} {name}",
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone, tyro.conf.PositionalMetavarFromFieldName),
+            registry=REGISTRY,
         )
-    assert isinstance(command, Command)
     _check_paths(command)
     return command
+
+
+def _filled(text: str, indent: int = 0) -> str:
+    width = shutil.get_terminal_size().columns
+    return "\n".join(textwrap.fill(line, width, subsequent_indent=" " * indent) for line in text.splitlines())
+
+
+def _overview() -> str:
+    commands = (f"  {name:<14} {str(command.__doc__).splitlines()[0]}" for name, command in COMMANDS.items())
+    return f"""usage: {PROG} COMMAND [OPTIONS]
+
+DeepFM on TorchRec: make data, prepare, train, evaluate.
+
+{_filled(chr(10).join(commands), indent=17)}
+
+{PROG} COMMAND --help lists the options of a command."""
 
 
 def _check_paths(options: Any) -> None:
@@ -145,12 +145,3 @@ def _check_paths(options: Any) -> None:
                 check_local(one)
             elif dataclasses.is_dataclass(one):
                 _check_paths(one)
-
-
-def _value_of(option: str, options: Sequence[str]) -> str | None:
-    for word, following in itertools.zip_longest(options, options[1:], fillvalue=""):
-        if word == option:
-            return following
-        if word.startswith(f"{option}="):
-            return word.partition("=")[2]
-    return None

@@ -43,7 +43,8 @@ def _explain(event: tyro_errors.ParseErrorEvent) -> str | None:
             return f"unknown option {event.unrecognized_tokens[0]}"
         return f"option {_name(event.missing_arguments[0].arg)} is missing"
     if isinstance(event, tyro_errors.InvalidChoice):
-        return f"option {_name(event.argument)} takes no {event.value!r}; choose one of {', '.join(event.choices)}"
+        choices = sorted(set(event.choices) - {"None"})
+        return f"option {_name(event.argument)} takes no {event.value!r}; choose one of {', '.join(choices)}"
     if isinstance(event, tyro_errors.BadValue):
         return f"option {_name(event.argument)} lacks a value"
     if isinstance(event, tyro_errors.InstantiationFailure):

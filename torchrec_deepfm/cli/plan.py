@@ -3,7 +3,7 @@
 import itertools
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, get_args
 
@@ -76,21 +76,15 @@ class DiffPlans:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanCommand:
-    """Plan where tables go on hardware that need not be there.
+    """Plan where tables go on hardware that need not be there. See also plan show and plan diff."""
 
-    plan --tables ... --hardware ... --ranks N --output plan.json, plan show FILE, plan diff FILE FILE.
-    """
-
-    action: (
-        Annotated[ShowPlan, tyro.conf.subcommand("show")] | Annotated[DiffPlans, tyro.conf.subcommand("diff")] | None
-    ) = None
-    tables: str | None = None
+    tables: str
     """criteo-terabyte, a TOML, JSON or CSV file of tables, or a prepared folder."""
-    hardware: str | None = None
+    hardware: str
     """a100-40, a100-80, h100, h200, b200, cpu, torchrec (TorchRec's default bandwidths), or a TOML file."""
-    ranks: int | None = None
+    ranks: int
     """Ranks (GPUs) of this hardware."""
-    output: Path | None = None
+    output: Path
     """File of the plan, which train --plan takes."""
     dim: int | None = None
     """Width of every table, instead of the one in --tables."""
@@ -98,7 +92,9 @@ class PlanCommand:
     """Samples per rank and step."""
     search: SearchOption = "balanced"
     """balanced, or torchrec: TorchRec's own planner."""
-    constraint: Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction] = ()
+    constraint: Annotated[
+        tuple[tuple[str, ...], ...], tyro.conf.arg(metavar="RULE [RULE ...]"), tyro.conf.UseAppendAction
+    ] = ()
     """How a table may be sharded: C1=row_wise, 't_C*=column_wise:min_partition=8', '>1e6=row_wise'."""
     optimizer: FusedOptimizer = "rowwise_adagrad"
     """Optimizer of the tables, whose state takes memory."""
@@ -112,21 +108,10 @@ class PlanCommand:
         console.quiet()
         if os.environ.get("RANK", "0") != "0":  # a plan is made once, however many ranks were started
             return
-        if self.action is None:
-            self._plan()
-        elif replace(self, action=None) != PlanCommand():
-            raise UserError("plan show and plan diff read existing plans; leave out the options before show or diff")
-        else:
-            self.action.run()
-
-    def _plan(self) -> None:
         from torchrec_deepfm.sharding.inputs.hardware import MAX_BATCH_SIZE, MAX_RANKS, RESERVED
         from torchrec_deepfm.sharding.inputs.hardware_toml import read_hardware
         from torchrec_deepfm.sharding.inputs.tables import read_tables
 
-        if self.tables is None or self.hardware is None or self.ranks is None or self.output is None:
-            missing = [name for name in ("tables", "hardware", "ranks", "output") if getattr(self, name) is None]
-            raise UserError(f"--{missing[0]} is missing; plan needs --tables, --hardware, --ranks and --output")
         for option, value, most in (("ranks", self.ranks, MAX_RANKS), ("batch-size", self.batch_size, MAX_BATCH_SIZE)):
             if not 1 <= value <= most:
                 raise UserError(f"--{option} {value}: must be at {'least 1' if value < 1 else f'most {most:,}'}")

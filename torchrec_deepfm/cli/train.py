@@ -1,21 +1,31 @@
 """Commands that train and look at runs: ``train``, ``recipes``, ``report``, ``evaluate``."""
 
-import itertools
 import math
 import os
 import sys
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from torchrec_deepfm import console
+from torchrec_deepfm.cli.options import Unset, given
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.launch import STARTED
-from torchrec_deepfm.training.config import RunOptions, TrainConfig
+from torchrec_deepfm.training.config import (
+    CheckpointConfig,
+    EvaluationConfig,
+    ModelConfig,
+    OptimizationConfig,
+    PlannerConfig,
+    RegularizationConfig,
+    RunOptions,
+    TrainConfig,
+)
+from torchrec_deepfm.training.recipes import recipe
 
 if TYPE_CHECKING:
     from torchrec_deepfm.data.dataset.prepared import PreparedData
@@ -24,7 +34,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """Train a sharded DeepFM, evaluate it, and write a run folder."""
+    """Train a sharded DeepFM, evaluate it, and write a run folder.
+
+    The defaults below are those of the paper. The recipe has its own, and an option that is given overrides either.
+    """
 
     data: Path | None = None
     """Prepared folder. Without it a small synthetic set is made in data/synthetic, once."""
@@ -33,21 +46,30 @@ class Train:
     recipe: str | None = None
     """Named settings, which the command recipes lists, or FILE.py:FUNCTION of your own. Default: paper; without --data,
     synthetic."""
-    constraint: Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction] = ()
-    """What the planner may do with a table: C1=row_wise, 't_C*=column_wise:min_partition=8', '>1e6=row_wise'."""
     seeds: int = 1
     """Train with so many seeds, from --seed on, into folders seed_0, seed_1, ... of the run folder."""
     num_embeddings: tuple[int, ...] = ()
     """For a folder that another tool wrote: take ids modulo this, one number for all columns or one each."""
-    options: Annotated[RunOptions, tyro.conf.arg(name="")] = RunOptions()
-    """How this start runs."""
-    config: Annotated[TrainConfig, tyro.conf.arg(name="")] = TrainConfig()
-    """Model and training options."""
+    model: Annotated[Any, Unset(ModelConfig)]
+    optimization: Annotated[Any, Unset(OptimizationConfig)]
+    regularization: Annotated[Any, Unset(RegularizationConfig)]
+    evaluation: Annotated[Any, Unset(EvaluationConfig)]
+    checkpoint: Annotated[Any, Unset(CheckpointConfig)]
+    planner: Annotated[Any, Unset(PlannerConfig)]
+    options: Annotated[RunOptions, tyro.conf.arg(name="run")] = RunOptions()
 
     def __post_init__(self) -> None:
-        """Check what the library does not check itself."""
+        """Check what the library does not check itself, and that the options fit the recipe."""
+        assert self.config
         if self.seeds < 1:
             raise UserError(f"--seeds {self.seeds}: must be at least 1")
+
+    @cached_property
+    def config(self) -> TrainConfig:
+        """The recipe's values, overridden by the options that are given."""
+        groups = (self.model, self.optimization, self.regularization, self.evaluation, self.checkpoint, self.planner)
+        named = recipe(self.recipe or ("synthetic" if self.data is None else "paper"))
+        return replace(named, **{name: value for group in groups for name, value in given(group).items()})
 
     def run(self) -> None:
         """Run the command."""
@@ -78,8 +100,7 @@ class Train:
             # The launcher's start, and not this rank's, which may be one of many restarts.
             started = os.environ.get(STARTED) or f"{datetime.now(UTC):%Y%m%d-%H%M%S}"
             output = self.output or ranks.on_main(lambda: Path("runs") / started)
-            options = replace(self.options, constraints=tuple(itertools.chain.from_iterable(self.constraint)))
-            result = how(self.config, data, output, device, options, say=console.say)
+            result = how(self.config, data, output, device, self.options, say=console.say)
             if ranks.is_main():
                 if result.before:
                     console.say(f"{result.folder}: this training is finished, there is nothing left to do")

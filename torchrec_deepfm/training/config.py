@@ -33,12 +33,8 @@ _PENALTIES = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """Model and training options. The defaults are the paper's where the paper has one.
-
-    Raises:
-        UserError: a value has another type or is out of its range; the message names the option.
-    """
+class ModelConfig:
+    """What is trained."""
 
     factor_dim: int = 10
     """K, the width of the latent vectors."""
@@ -55,6 +51,11 @@ class TrainConfig:
     init_std: float = 0.01
     """Standard deviation of the latent vectors at the start."""
 
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizationConfig:
+    """How it is trained."""
+
     epochs: int = 1
     """Passes over the training split."""
     batch_size: int = 2048
@@ -66,14 +67,23 @@ class TrainConfig:
     """Learning rate of the tables."""
     dense_lr: float = 1e-3
     """Learning rate of everything else, and of data_parallel tables: Adam."""
-    data_parallel_rows: int = 0
-    """Tables of at most so many rows are replicated on every rank and trained by Adam."""
     warmup: float = 0.0
     """Share of the steps during which the learning rates rise linearly from zero."""
     decay: float = 0.0
     """Share of the steps, the last ones, during which the learning rates fall to zero."""
     decay_power: float = 2.0
     """Power of the polynomial by which they fall."""
+    clip_norm: float = 0.0
+    """Largest norm of the gradient of everything that is not fused, all together; 0: no limit."""
+    precision: Precision = "float32"
+    """float32; float32 with bfloat16 matrix products inside (medium); or bfloat16 autocast of the MLP."""
+    seed: int = 0
+    """Seed of the initial weights, the dropout and the order of the samples."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegularizationConfig:
+    """Penalties, and the moving average of the weights."""
 
     embedding_l2: float = 0.0
     """L2 penalty of the latent vectors, whole tables at each step: lambda/2 ||v||^2. Wants --sparse-optimizer adam."""
@@ -85,25 +95,18 @@ class TrainConfig:
     """The same of the first-order weights."""
     over_arch_l2: float = 0.0
     """L2 penalty of the MLP's weights, not of its biases and batch normalisation."""
-    clip_norm: float = 0.0
-    """Largest norm of the gradient of everything that is not fused, all together; 0: no limit."""
     ema: float = 0.0
     """Decay of the moving average of the weights, with which to evaluate and to end, in [0, 1); 0: none."""
     ema_every: int = 1
     """Steps between two updates of the moving average, fewer than the 1 / (1 - d) over which it averages."""
-    precision: Precision = "float32"
-    """float32; float32 with bfloat16 matrix products inside (medium); or bfloat16 autocast of the MLP."""
-    qcomms: tuple[Qcomms, ...] = ("fp32",)
-    """How pooled rows and their gradients travel between GPUs: one precision for both, or one each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """When to evaluate, and what follows from it."""
+
     eval_every: int = 0
     """Steps between evaluations on the validation split; 0: after each epoch."""
-    seed: int = 0
-    """Seed of the initial weights, the dropout and the order of the samples."""
-
-    checkpoint_every: int = 0
-    """Steps between checkpoints; 0: after each epoch."""
-    keep_last: int = 2
-    """Checkpoints to keep, besides the one of the best evaluation."""
     metric: Metric = "auc"
     """Metric of the validation split that says which evaluation is the best; auc-logloss is their difference."""
     patience: int = 0
@@ -112,6 +115,37 @@ class TrainConfig:
     """Evaluations in a row without a better one after which the learning rates drop; 0: never."""
     lr_factor: float = 0.1
     """What the learning rates are multiplied by then, in (0, 1)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When to save, and how much to keep."""
+
+    checkpoint_every: int = 0
+    """Steps between checkpoints; 0: after each epoch."""
+    keep_last: int = 2
+    """Checkpoints to keep, besides the one of the best evaluation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannerConfig:
+    """What limits where the tables go, and how their rows travel."""
+
+    data_parallel_rows: int = 0
+    """Tables of at most so many rows are replicated on every rank and trained by Adam."""
+    qcomms: tuple[Qcomms, ...] = ("fp32",)
+    """How pooled rows and their gradients travel between GPUs: one precision for both, or one each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(
+    PlannerConfig, CheckpointConfig, EvaluationConfig, RegularizationConfig, OptimizationConfig, ModelConfig
+):
+    """Model and training options. The defaults are the paper's where the paper has one.
+
+    Raises:
+        UserError: a value has another type or is out of its range; the message names the option.
+    """
 
     def __post_init__(self) -> None:
         """Check the types, and the ranges that the model does not check itself."""
@@ -188,8 +222,12 @@ class RunOptions:
     """Folder, or URL such as s3://bucket/run, for the checkpoints. Default: in the run folder."""
     plan: Path | None = None
     """File of a plan that says where the tables go: of the command plan, or the plan.json of a run."""
-    constraints: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
-    """What the planner may do with a table, see ``sharding.inputs.constraints``."""
+    constraints: Annotated[
+        tuple[str | tuple[str, ...], ...],
+        tyro.conf.arg(name="constraint", metavar="RULE [RULE ...]"),
+        tyro.conf.UseAppendAction,
+    ] = ()
+    """What the planner may do with a table: C1=row_wise, 't_C*=column_wise:min_partition=8', '>1e6=row_wise'."""
     timeout: int = 120
     """Seconds after which a rank without a sign of life has stalled, or a step that also takes 20 times the slowest so
     far. Start, evaluations and checkpoints have half an hour."""
@@ -200,6 +238,11 @@ class RunOptions:
             raise UserError(f"--resume {self.resume}: choose auto or never")
         if self.timeout < 1:
             raise UserError(f"--timeout {self.timeout}: must be at least 1")
+
+    @property
+    def rules(self) -> tuple[str, ...]:
+        """All constraints, of every ``--constraint``."""
+        return tuple(rule for one in self.constraints for rule in ((one,) if isinstance(one, str) else one))
 
 
 @functools.cache

@@ -162,7 +162,7 @@ class _Training:
             len(self._run.numeric),
             device,
             is_weighted=self._run.weighted,
-            constraints=self._options.constraints,
+            constraints=self._options.rules,
             plan=self._options.plan,
         )
         checkpoints = self._checkpoints = Checkpoints(

@@ -32,8 +32,8 @@ class PrepareOptions:
     """What becomes of numbers: log1p, log (as TorchRec's script), bucketize (extra categories), fuxictr (the same as
     FuxiCTR makes them), or none. Default: what the schema says; else log1p for Criteo, none for a table."""
     missing: Missing | None = None
-    """A missing category is a value of its own, or has id 0 as rare ones do. Default: what the schema says; else
-    value. With --hash it always has id 0."""
+    """A missing category is a value of its own, or has id 0 as rare ones do. With --hash it always has
+    id 0. Default: what the schema says; else value."""
     min_count: int | None = None
     """Values seen less often in training share id 0; not with --hash. Default: 10; for criteo-x1 and frappe-x1 1."""
     hash: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
