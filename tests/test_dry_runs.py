@@ -28,7 +28,7 @@ def documented(name: str) -> list[str]:
 
 
 def train(folder: Path, name: str, *options: str) -> dict[str, Any]:
-    run(folder, "train", "--recipe", name, "--data", DATA[name].folder, "--output", "run", *options)
+    run(folder, "train", "--recipe", name, "--data", DATA[name].folder, "--output", "run", "--max-ne", "inf", *options)
     assert (folder / "run" / "report.html").exists()
     config = json.loads((folder / "run" / "config.json").read_text())["config"]
     changed = {word.removeprefix("--").replace("-", "_") for word in options if word.startswith("--")}

@@ -82,7 +82,8 @@ def metrics_table(splits: Mapping[str, Mapping[str, Any]]) -> str:
 def training_summary(summary: Mapping[str, Any], folder: Path) -> str:
     """Format the summary of a training.
 
-    ``summary``: the content of ``summary.json``. Returns lines: what was trained, its metrics, and the files written.
+    ``summary``: the content of ``summary.json``. Returns lines: what was trained, its metrics, the files
+    written, and warnings.
     """
     head = (
         f"trained {summary['epochs']} epoch(s), {summary['steps']} steps of {summary['world_size']} x "
@@ -91,7 +92,7 @@ def training_summary(summary: Mapping[str, Any], folder: Path) -> str:
     )
     table = metrics_table(splits(summary))
     files = ", ".join(sorted(path.name + ("/" if path.is_dir() else "") for path in folder.iterdir()))
-    return f"{head}\n{table}\nwrote {folder}{os.sep}: {files}"
+    return "\n".join([head, table, f"wrote {folder}{os.sep}: {files}", *_warnings(summary)])
 
 
 def seeds_summary(summary: Mapping[str, Any], folder: Path) -> str:
@@ -106,12 +107,18 @@ def seeds_summary(summary: Mapping[str, Any], folder: Path) -> str:
         lines.append(f"{split:<12}" + "".join(f"{_number(means[column]):>13}" for column in columns))
         shown = ("-" if std.get(column) is None else f"{std[column]:.5f}" for column in columns[:-1])
         lines.append(f"{'  +-':<12}" + "".join(f"{text:>13}" for text in shown))
-    return "\n".join([*lines, f"wrote {folder / 'summary.json'}; the runs are in {folder}{os.sep}seed_*"])
+    return "\n".join(
+        [*lines, f"wrote {folder / 'summary.json'}; the runs are in {folder}{os.sep}seed_*", *_warnings(summary)]
+    )
 
 
 def splits(summary: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """Take the metrics by split out of the content of ``summary.json``."""
     return {split: summary[split] for split in ("validation", "test") if split in summary}
+
+
+def _warnings(summary: Mapping[str, Any]) -> list[str]:
+    return [f"warning: {line}" for line in summary.get("warnings", ())]
 
 
 def _number(value: float | int | None) -> str:

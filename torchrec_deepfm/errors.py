@@ -2,14 +2,26 @@
 
 import difflib
 from collections.abc import Iterable
+from typing import ClassVar
 
 
 class UserError(ValueError):
     """A mistake in the input, in one line: what, where, and what to do.
 
     The command line prints the message alone and exits with code 2; in a library call it is an ordinary ``ValueError``.
-    Anything else that is raised is a defect of ours and keeps its traceback.
+    Anything else that is raised is a defect of this package and keeps its traceback.
+
+    Attributes:
+        exit_code: of the command line.
     """
+
+    exit_code: ClassVar[int] = 2
+
+
+class WorseThanConstantError(UserError):
+    """A training has ended, and its model is worse than a constant prediction. The run is complete; exit code 3."""
+
+    exit_code = 3
 
 
 def shown(value: object, most: int = 60) -> str:

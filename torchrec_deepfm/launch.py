@@ -24,13 +24,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from torchrec_deepfm.cpu_threads import choose_threads
-from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.errors import UserError, WorseThanConstantError
 from torchrec_deepfm.processes import UNDER_LAUNCHER, UNDER_TORCHX, end_with_parent
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-USER_ERROR_EXIT_CODE = 2
+USER_ERROR_EXIT_CODES = (UserError.exit_code, WorseThanConstantError.exit_code)
 
 # Start time of the launcher, for the ranks: a restarted rank finds its run by it.
 STARTED = "TORCHREC_DEEPFM_STARTED"
@@ -45,12 +45,12 @@ _HINTS = {
 
 
 def exit_with(error: UserError) -> NoReturn:
-    """Ends this process after a `UserError`: one line on standard error and exit code 2.
+    """Ends this process after a `UserError`: one line on standard error and the error's exit code.
 
     The line also goes into torchelastic's error file, where there is one. As a rank below this launcher it goes only
     there: the launcher prints it, so that the user reads it once and not once per rank.
 
-    Raises ``SystemExit``: always, with code 2.
+    Raises ``SystemExit``: always, with ``error.exit_code``.
     """
     line = " ".join(str(error).splitlines())  # a name from a file may contain line breaks
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
@@ -58,25 +58,25 @@ def exit_with(error: UserError) -> NoReturn:
         reply = {
             "message": {
                 "message": line,
-                "errorCode": USER_ERROR_EXIT_CODE,
+                "errorCode": error.exit_code,
                 "extraInfo": {"timestamp": str(int(time.time()))},
             }
         }
         Path(error_file).write_text(json.dumps(reply), encoding="utf-8")
     if not error_file or os.environ.get(UNDER_LAUNCHER) in (None, str(os.getpid())):
         sys.stderr.write(f"error: {line}\n")
-    sys.exit(USER_ERROR_EXIT_CODE)
+    sys.exit(error.exit_code)
 
 
 def explain(failed: "ChildFailedError") -> tuple[str, int]:
     """Explains in one line why the ranks stopped.
 
-    Returns the line, and the exit code to end with: 2 for a `UserError`, 130 or 143 for a rank that was asked to stop,
-    1 for anything else.
+    Returns the line, and the exit code to end with: 2 or 3 for a `UserError`, 130 or 143 for a rank that was asked to
+    stop, 1 for anything else.
     """
     for failure in failed.failures.values():
-        if failure.exitcode == USER_ERROR_EXIT_CODE and isinstance(failure.message, dict):
-            return str(failure.message["message"]), USER_ERROR_EXIT_CODE
+        if failure.exitcode in USER_ERROR_EXIT_CODES and isinstance(failure.message, dict):
+            return str(failure.message["message"]), failure.exitcode
     rank, failure = failed.get_first_failure()
     if failure.exitcode in _STOPPED:
         name = signal.Signals(failure.exitcode - 128).name
@@ -91,8 +91,8 @@ def explain(failed: "ChildFailedError") -> tuple[str, int]:
 def main(argv: list[str] | None = None) -> None:
     """Runs `torch.distributed.run` with its own command line.
 
-    ``argv``: the arguments of torchrun; those of this process if left out. Raises ``SystemExit``: with code 2 after a
-    `UserError` in a rank, with 1 if a rank failed otherwise, with 128 + n if signal n stopped it.
+    ``argv``: the arguments of torchrun; those of this process if left out. Raises ``SystemExit``: with code 2 or 3
+    after a `UserError` in a rank, with 1 if a rank failed otherwise, with 128 + n if signal n stopped it.
     """
     end_with_parent(os.environ.pop(UNDER_TORCHX, None), signal.SIGTERM)
     try:
@@ -152,7 +152,7 @@ def _restart_no_mistakes() -> None:
 
     def monitor_and_give_up(self: LocalElasticAgent, worker_group: WorkerGroup) -> RunResult:
         result: RunResult = monitor(self, worker_group)
-        if any(failure.exitcode == USER_ERROR_EXIT_CODE for failure in result.failures.values()):
+        if any(failure.exitcode in USER_ERROR_EXIT_CODES for failure in result.failures.values()):
             self._remaining_restarts = 0
         return result
 

@@ -20,6 +20,7 @@ from torchx.schedulers import local_scheduler
 from torchx.specs import AppStatus
 
 from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.launch import USER_ERROR_EXIT_CODES
 from torchrec_deepfm.processes import UNDER_TORCHX
 
 
@@ -29,8 +30,8 @@ class Run(CmdRun):
     def run(self, args: argparse.Namespace) -> None:
         """Runs a component.
 
-        Raises ``SystemExit``: with code 2 if the file or the component does not exist or the job stopped over a
-        `UserError`, otherwise as TorchX does it.
+        Raises ``SystemExit``: with code 2 if the file or the component does not exist, with the exit code of the
+        `UserError` that stopped the job, otherwise as TorchX does it.
         """
         _prefer_own_environment()
         if args.scheduler == "local_cwd":
@@ -52,8 +53,8 @@ class Run(CmdRun):
         except local_scheduler.SignalException as stop:  # Ctrl-C; the scheduler has stopped its processes by now
             sys.exit(128 + stop.sigval)
         except SystemExit as stop:
-            if last_words.seen:
-                sys.exit(2)
+            if last_words.code is not None:
+                sys.exit(last_words.code)
             if stop.code == 2 and len(words) > 1 and "--" not in words:  # from argparse, which has printed the reason
                 sys.stderr.write(f"Options of the command itself come after `--`: torchx run {words[0]} -- OPTIONS\n")
             raise
@@ -64,23 +65,24 @@ class Run(CmdRun):
 class _LastWords(logging.Filter):
     """Replaces the status of a job that stopped after a `UserError` by its message."""
 
-    seen = False
+    code: int | None = None
 
     def filter(self, record: logging.LogRecord) -> bool:
         if isinstance(record.msg, AppStatus):
-            line = _user_error(record.msg.structured_error_msg)
+            line, code = _user_error(record.msg.structured_error_msg)
             if line is not None:
-                record.msg, self.seen = line, True
+                record.msg, self.code = line, code
         return True
 
 
-def _user_error(reply: str) -> str | None:
-    """The message in torchelastic's error file, if `launch.exit_with` wrote it."""
+def _user_error(reply: str) -> tuple[str | None, int]:
+    """The message and the exit code in torchelastic's error file, if `launch.exit_with` wrote it."""
     try:
         message = json.loads(reply)["message"]
-        return str(message["message"]) if message["errorCode"] == 2 else None
+        code = message["errorCode"]
+        return (str(message["message"]), code) if code in USER_ERROR_EXIT_CODES else (None, 1)
     except (ValueError, KeyError, TypeError):  # no error file, or one in another format
-        return None
+        return None, 1
 
 
 def with_component(words: list[str]) -> list[str]:

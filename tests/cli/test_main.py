@@ -73,6 +73,7 @@ OPTIONS = {
         "ema",
         "ema-every",
         "seeds",
+        "max-ne",
         "precision",
         "eval-every",
         "seed",

@@ -48,6 +48,8 @@ class Train:
     synthetic."""
     seeds: int = 1
     """Train with so many seeds, from --seed on, into folders seed_0, seed_1, ... of the run folder."""
+    max_ne: float = 1.0
+    """Largest final normalised entropy of a split; above it the exit code is 3. A constant prediction has 1."""
     num_embeddings: tuple[int, ...] = ()
     """For a folder that another tool wrote: take ids modulo this, one number for all columns or one each."""
     model: Annotated[Any, Unset(ModelConfig)]
@@ -63,6 +65,8 @@ class Train:
         assert self.config
         if self.seeds < 1:
             raise UserError(f"--seeds {self.seeds}: must be at least 1")
+        if not self.max_ne > 0:
+            raise UserError(f"--max-ne {self.max_ne}: must be greater than 0")
 
     @cached_property
     def config(self) -> TrainConfig:
@@ -86,6 +90,7 @@ class Train:
         from torchrec_deepfm.data.synthetic.demo import sample_data
         from torchrec_deepfm.distributed import process_group as ranks
         from torchrec_deepfm.distributed.health import longest_wait
+        from torchrec_deepfm.training.quality import refuse_worse
         from torchrec_deepfm.training.seeds import train_seeds
         from torchrec_deepfm.training.trainer import train
 
@@ -110,6 +115,7 @@ class Train:
                     console.say(console.metrics_table(console.splits(result.summary)))
                 else:
                     console.say(console.training_summary(result.summary, result.folder))
+            ranks.on_main(lambda: refuse_worse(result.summary, str(result.folder), self.max_ne))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -75,8 +75,8 @@ def summarise(summaries: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
     """Take the mean and the standard deviation over runs.
 
     ``summaries``: the content of each run's ``summary.json``, by seed. Returns ``seeds``; by split the mean of each
-    metric; the same below ``std`` for the standard deviation, that of a sample (n - 1), None for one seed; and the
-    metrics of each run below ``runs``. A metric that one run lacks is None.
+    metric; the same below ``std`` for the standard deviation, that of a sample (n - 1), None for one seed; the
+    metrics of each run below ``runs``; and ``warnings``, with their seeds. A metric that one run lacks is None.
 
     Example:
         >>> runs = {0: {"test": {"auc": 0.7, "rows": 9}}, 1: {"test": {"auc": 0.8, "rows": 9}}}
@@ -98,6 +98,7 @@ def summarise(summaries: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
             for split, metrics in by_metric.items()
         },
         "runs": {f"seed_{seed}": run for seed, run in zip(summaries, runs, strict=True)},
+        "warnings": [f"seed {seed}: {line}" for seed, run in summaries.items() for line in run.get("warnings", ())],
     }
 
 

@@ -26,6 +26,7 @@ from torchrec_deepfm.training.evaluation import evaluate
 from torchrec_deepfm.training.loop import Loop, LoopContext
 from torchrec_deepfm.training.metrics import RELIABILITY_BINS, Metrics, NotFiniteError, lift
 from torchrec_deepfm.training.nonfinite import record_not_finite
+from torchrec_deepfm.training.quality import click_rate, first_loss_warnings, input_warnings, result_warnings
 from torchrec_deepfm.training.run import folder as run_folder
 from torchrec_deepfm.training.run import metrics_log, progress
 from torchrec_deepfm.training.run.formats import Manifest, convert
@@ -204,8 +205,14 @@ class _Training:
                     for line in metrics_log.forget_after(self._output, step, evaluated=loop.position.evaluated):
                         self._say(line)
                     loop.progress = progress.Progress(
-                        self._output, loop.total_samples, done_step=step, done_samples=samples
+                        self._output,
+                        loop.total_samples,
+                        done_step=step,
+                        done_samples=samples,
+                        click_rate=click_rate(data),
                     )
+                    for line in input_warnings(data):
+                        self._say(f"warning: {line}")
                     if resumed:
                         self._say(f"Resuming from step {step} of {self._output}")
                     if self._lowered:
@@ -304,12 +311,22 @@ class _Training:
         with loop.averaged() if restored is None else nullcontext():  # restored weights are the best ones already
             save_model(sharded.model, self._output / run_folder.CHECKPOINT)
         summary = _summary(config, self._data, metrics, loop, restored)
+        summary["warnings"] = on_main(lambda: self._warnings(summary))
         curves = {split: [dataclasses.asdict(one) for one in result.reliability] for split, result in metrics.items()}
         calibration = {"format_version": 1, "splits": curves}
         on_main(lambda: run_folder.write_json(self._output / CALIBRATION, calibration))
         on_main(lambda: run_folder.write_json(self._output / run_folder.SUMMARY, summary))
         on_main(lambda: _draw(self._output, self._say))
         return Result(folder=self._output, summary=summary)
+
+    def _warnings(self, summary: Mapping[str, Any]) -> list[str]:
+        log = metrics_log.read(self._output / metrics_log.NAME)
+        first = next((one for one in log.records if one["split"] == "train"), None) if log else None
+        return [
+            *input_warnings(self._data),
+            *(first_loss_warnings(first["step"], first["loss"], click_rate(self._data)) if first else []),
+            *result_warnings(summary),
+        ]
 
     def _restore_best(self, loop: Loop, sharded: Sharded, checkpoints: Checkpoints, step: int | None) -> None:
         assert step is not None

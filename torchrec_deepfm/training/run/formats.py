@@ -89,6 +89,7 @@ class SummaryFile(Struct, kw_only=True):
     test: Evaluation | None = None
     best: Best | None = None
     restored_step: Count | None = None
+    warnings: list[str] = []
 
 
 class Bin(Struct, kw_only=True):

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from torchrec_deepfm import console
 from torchrec_deepfm.distributed.disk_errors import refused
 from torchrec_deepfm.training.metrics import Metrics
+from torchrec_deepfm.training.quality import first_loss_warnings
 from torchrec_deepfm.training.run import metrics_log
 
 SECONDS_BETWEEN_LINES = 5.0
@@ -25,10 +26,18 @@ class Progress:
 
     On a terminal a bar shows samples/s and the running loss; elsewhere a plain line does, every few seconds.
 
-    ``folder``: the run's folder; gets ``metrics.jsonl`` and ``tensorboard/``.
+    ``folder``: the run's folder; gets ``metrics.jsonl`` and ``tensorboard/``. ``click_rate``: of the training split.
     """
 
-    def __init__(self, folder: Path, total_samples: int, *, done_step: int = 0, done_samples: int = 0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        total_samples: int,
+        *,
+        done_step: int = 0,
+        done_samples: int = 0,
+        click_rate: float | None = None,
+    ) -> None:
         self._path = folder / metrics_log.NAME
         with self._writing():
             self._file = metrics_log.open_log(folder)
@@ -38,6 +47,7 @@ class Progress:
             )
         self._total = total_samples
         self._seen = done_samples
+        self._begins, self._click_rate = done_step == 0, click_rate
         self._last_line = time.monotonic()
         self._bar: tqdm[Never] | None = None
         if sys.stderr.isatty():
@@ -76,6 +86,10 @@ class Progress:
             self._tensorboard.add_scalar("train/samples_per_second", rate, step)
             for name, value in lr.items():
                 self._tensorboard.add_scalar(f"lr/{name}", value, step)
+        if self._begins:
+            self._begins = False
+            for line in first_loss_warnings(step, loss, self._click_rate):
+                self.say(f"warning: {line}")
         if self._bar is not None:
             self._bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
             self._bar.update(samples - self._seen)

@@ -1,0 +1,162 @@
+"""Whether a training makes sense: the scale of its inputs, its first losses, its final normalised entropy."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from torchrec_deepfm.data.dataset.prepared import PreparedData
+from torchrec_deepfm.data.loader.row_reader import SplitRows
+from torchrec_deepfm.errors import WorseThanConstantError
+
+_SPLITS: Final = ("validation", "test")
+# A sample of the training rows: so many blocks of neighbouring rows, spread evenly.
+_BLOCKS, _BLOCK_ROWS = 64, 1024
+# Root mean squares within this range train well; the FM multiplies two inputs, so 10 times as large is 100 times.
+_SMALL, _LARGE = 0.01, 10.0
+_LARGEST: Final = 1000.0
+# An untrained model predicts 0.5 and has the loss log(2) whatever the click rate; losses well above that come from
+# inputs or learning rates.
+_FIRST_LOSS: Final = 2.0 * math.log(2.0)
+_NAMED: Final = 3  # columns that a warning lists
+
+
+def binary_entropy(rate: float) -> float:
+    """Entropy in nats of labels with this click rate: the loss of the best constant prediction.
+
+    Example:
+        >>> round(binary_entropy(0.25), 4), binary_entropy(0.0)
+        (0.5623, 0.0)
+    """
+    return -sum(p * math.log(p) for p in (rate, 1.0 - rate) if p > 0.0)
+
+
+def click_rate(data: PreparedData) -> float | None:
+    """Click rate of the training split; None in a folder that does not record it."""
+    days = data.days("train")
+    positives = [day.positives for day in days if day.positives is not None]
+    rows = data.rows("train")
+    return sum(positives) / rows if rows and len(positives) == len(days) else None
+
+
+def input_warnings(data: PreparedData) -> list[str]:
+    """Check the scale of the numeric columns in a sample of the training rows.
+
+    Args:
+        data: the prepared data.
+
+    Returns:
+        At most one line, which names the columns far from unit scale.
+
+    Raises:
+        UserError: an array does not fit the manifest.
+    """
+    names = data.schema.numeric
+    if not names:
+        return []
+    rows = data.rows("train")
+    source = SplitRows(data, "train")
+    starts = sorted({int(start) for start in np.linspace(0, max(rows - _BLOCK_ROWS, 0), _BLOCKS)})
+    blocks = [source.stretch(start, min(start + _BLOCK_ROWS, rows)).dense for start in starts]
+    source.release()
+    return scale_warnings(names, np.concatenate(blocks))
+
+
+def scale_warnings(names: Sequence[str], dense: NDArray[Any]) -> list[str]:
+    """Name the columns that are far from unit scale.
+
+    A column is far if its root mean square is above 10 or below 0.01, or its largest value above 1,000. Columns of
+    zeros and values that are not finite are left to others.
+
+    Args:
+        names: of the I columns.
+        dense: [n, I].
+
+    Returns:
+        At most one line.
+
+    Example:
+        >>> scale_warnings(["age", "timestamp"], np.array([[0.5, 8e8], [-1.0, 9e8]]))[0][:86]
+        "numeric column 'timestamp' is far from unit scale (root mean square 8.5e+08, largest 9"
+    """
+    values = np.abs(dense.astype(np.float64))
+    values[~np.isfinite(values)] = 0.0
+    square, largest = np.sqrt(np.mean(values**2, axis=0)), values.max(axis=0)
+    far = (largest > 0.0) & ((square > _LARGE) | (square < _SMALL) | (largest > _LARGEST))
+    found = [
+        f"{names[i]!r} is far from unit scale (root mean square {square[i]:.2g}, largest {largest[i]:.2g})"
+        for i in np.flatnonzero(far)[np.argsort(-largest[far])].tolist()
+    ]
+    if not found:
+        return []
+    more = f", and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+    remedy = "set a transform for it in the schema, such as log1p, and prepare again"
+    return [f"numeric column {', '.join(found[:_NAMED])}{more}; {remedy}"]
+
+
+def first_loss_warnings(step: int, loss: float, rate: float | None) -> list[str]:
+    """Check the mean loss of the first steps.
+
+    Args:
+        step: the number of these steps.
+        loss: their mean loss.
+        rate: the click rate of the training split; None if unknown.
+
+    Returns:
+        At most one line: if the loss is above 2 log(2), twice that of a model that always predicts 0.5.
+
+    Example:
+        >>> first_loss_warnings(20, 0.7, 0.03)
+        []
+        >>> first_loss_warnings(20, 4290.0, 0.17)[0][:81]
+        'the mean loss of the first 20 steps is 4.29e+03, 9,410 times the entropy of the c'
+    """
+    if loss <= _FIRST_LOSS:
+        return []
+    entropy = binary_entropy(rate) if rate else 0.0
+    against = f", {loss / entropy:,.3g} times the entropy of the click rate ({entropy:.3g})" if entropy else ""
+    return [f"the mean loss of the first {step} steps is {loss:.3g}{against}; scale the inputs, or lower --lr"]
+
+
+def result_warnings(summary: Mapping[str, Any], max_ne: float = 1.0) -> list[str]:
+    """Check the final normalised entropies of a run.
+
+    Args:
+        summary: the content of its ``summary.json``.
+        max_ne: the largest NE to accept. The best constant prediction has 1.
+
+    Returns:
+        A line per split whose NE is larger.
+
+    Example:
+        >>> result_warnings({"test": {"ne": 1.25, "auc": 0.5}})
+        ['test: ne 1.25000 is above 1: the model is worse than a constant prediction of the click rate']
+    """
+    found = []
+    for split in _SPLITS:
+        ne = summary.get(split, {}).get("ne")
+        if ne is not None and ne > max_ne:
+            what = ": the model is worse than a constant prediction of the click rate" if max_ne == 1.0 else ""
+            found.append(f"{split}: ne {ne:.5f} is above {max_ne:g}{what}")
+    return found
+
+
+def refuse_worse(summary: Mapping[str, Any], run: str, max_ne: float) -> None:
+    """End a finished training with an error if its model is worse than required.
+
+    Args:
+        summary: the content of ``summary.json``, of one run or of several seeds.
+        run: the run's folder, for the message.
+        max_ne: as in ``result_warnings``.
+
+    Raises:
+        WorseThanConstantError: the final NE of a split, of any seed, is above ``max_ne``.
+    """
+    for name, result in {"": summary, **summary.get("runs", {})}.items():
+        for line in result_warnings(result, max_ne):
+            raise WorseThanConstantError(
+                f"{run}{'/' if name else ''}{name}: {line}; the run is kept. Check the label and the numeric columns' "
+                "transforms, or train longer; --max-ne inf accepts any model"
+            )
