@@ -91,8 +91,21 @@ def training_summary(summary: Mapping[str, Any], folder: Path) -> str:
         f"({summary['samples_per_second']:,.0f} samples/s)"
     )
     table = metrics_table(splits(summary))
+    table += _other_weights(summary.get("weights"))
     files = ", ".join(sorted(path.name + ("/" if path.is_dir() else "") for path in folder.iterdir()))
     return "\n".join([head, table, f"wrote {folder}{os.sep}: {files}", *_warnings(summary)])
+
+
+def _other_weights(weights: Mapping[str, Any] | None) -> str:
+    """A line about the weights that are kept beside the run's own; empty where there are none."""
+    if weights is None or weights.get("best") in (None, weights["last"]):
+        return ""
+    own, other = weights["own"], {"best": "last", "last": "best"}[weights["own"]]
+    figures = ", ".join(f"{split} AUC {_number(one['auc'])}" for split, one in splits(weights[other]).items())
+    return (
+        f"\nthese are the {own} weights, of step {weights[own]['step']}; the {other} ones, of step "
+        f"{weights[other]['step']}, are in {weights[other]['folder']}{os.sep}: {figures}"
+    )
 
 
 def seeds_summary(summary: Mapping[str, Any], folder: Path) -> str:

@@ -92,16 +92,29 @@ def differences(run: Path, other: Path, *, relative: float = 0.0, absolute: floa
             found.append("metrics.jsonl differs")
         if result(run) != result(other):
             found.append("summary.json differs")
-    weights, others = read_tensors(run / "checkpoint"), read_tensors(other / "checkpoint")
+    folders, theirs_too = (_kept(run), _kept(other))
+    if folders != theirs_too:
+        found.append(f"other weights are kept: {sorted(folders ^ theirs_too)}")
+    for folder in sorted(folders & theirs_too):
+        found += _weights_that_differ(run / folder, other / folder, absolute)
+    return found
+
+
+def _kept(run: Path) -> set[str]:
+    return {path.name for path in run.glob("checkpoint*") if path.name != "checkpoints"}
+
+
+def _weights_that_differ(run: Path, other: Path, absolute: float) -> list[str]:
+    weights, others, found = read_tensors(run), read_tensors(other), []
     if weights.keys() != others.keys():
-        found.append(f"weights of other names: {sorted(weights.keys() ^ others.keys())}")
+        found.append(f"{run.name} has weights of other names: {sorted(weights.keys() ^ others.keys())}")
     for name in sorted(weights.keys() & others.keys()):
         if absolute:
             same = bool(((weights[name] - others[name]).abs() <= absolute).all())
         else:
             same = torch.equal(weights[name], others[name])
         if not same:
-            found.append(f"weight {name} differs")
+            found.append(f"{run.name}: weight {name} differs")
     return found
 
 

@@ -207,7 +207,10 @@ def test_a_run_without_a_checkpoint(two: Path, data: PreparedData, device: torch
     with pytest.raises(UserError) as raised:
         trainer.evaluate_run(tmp_path / "copy", data, "test", device)
     checkpoint = tmp_path / "copy" / "checkpoint"
-    assert str(raised.value) == f"{checkpoint}: no final weights; finish the training with the same train command first"
+    assert str(raised.value) == (
+        f"{checkpoint}: no final weights; finish the training with the same train command, or choose a checkpoint, "
+        "such as last"
+    )
 
 
 def test_a_damaged_checkpoint_on_two_ranks(told: list[dict[str, Any]], folder: Path) -> None:

@@ -172,8 +172,10 @@ class Evaluate:
     """Run folder that train wrote."""
     data: Path
     """Prepared folder."""
-    split: Literal["validation", "test"] = "test"
+    split: Literal["train", "validation", "test"] = "test"
     """Split to evaluate."""
+    checkpoint: str | None = None
+    """Which weights: best, last or a number of steps. Default: the run's own, those of summary.json."""
     num_embeddings: tuple[int, ...] = ()
     """For a folder that another tool wrote: as in train."""
 
@@ -184,7 +186,8 @@ class Evaluate:
         from torchrec_deepfm.training.trainer import evaluate_run
 
         with ranks.process_group() as device:
-            values = evaluate_run(self.run_folder, _open(self.data, self.num_embeddings), self.split, device)
+            data = _open(self.data, self.num_embeddings)
+            values = evaluate_run(self.run_folder, data, self.split, device, self.checkpoint)
             if ranks.is_main():
                 console.say(console.metrics_table({self.split: values}))
 

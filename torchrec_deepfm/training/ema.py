@@ -117,10 +117,6 @@ class MovingAverage:
 
         return state, finish
 
-    def as_weights(self) -> dict[str, TensorCuts]:
-        """Return the state that reads the saved average into the weights of the model."""
-        return {name.replace("model.", "average.", 1): tensor_cuts for name, tensor_cuts in self._weights.items()}
-
     @torch.no_grad()
     def _swap(self) -> None:
         with writing(self._weights):

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from contextlib import closing, nullcontext
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,8 @@ from torchrec_deepfm.distributed.run_lock import RunLock
 from torchrec_deepfm.distributed.stop_signals import Preempted, Requests, requests_to_stop
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.training.build import Sharded, build_model
-from torchrec_deepfm.training.checkpoint.manager import Checkpoints, load_model, save_model, verify_together
-from torchrec_deepfm.training.checkpoint.store import MANIFEST, Damaged
-from torchrec_deepfm.training.checkpoint.tensors import model_state
+from torchrec_deepfm.training.checkpoint.manager import Checkpoints, load_model, save_model, try_load_model
+from torchrec_deepfm.training.checkpoint.store import MANIFEST
 from torchrec_deepfm.training.config import RunOptions, TrainConfig
 from torchrec_deepfm.training.evaluation import evaluate
 from torchrec_deepfm.training.loop import Loop, LoopContext
@@ -31,6 +30,7 @@ from torchrec_deepfm.training.run import folder as run_folder
 from torchrec_deepfm.training.run import metrics_log, progress
 from torchrec_deepfm.training.run.formats import Manifest, convert
 from torchrec_deepfm.training.run.report import CALIBRATION, report_is_drawn, write_run_report
+from torchrec_deepfm.training.run.weights import Weights, Which, find_weights, folder_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,8 +278,8 @@ class _Training:
         return False
 
     def _finish(self, loop: Loop, sharded: Sharded, checkpoints: Checkpoints, loaders: Mapping[str, Loader]) -> Result:
-        """Evaluate a last time, restore the best weights if asked for, write the files of a finished run."""
-        config = self._run.config
+        """Evaluate and save the last and the best weights, write the files of a finished run."""
+        config, step = self._run.config, loop.position.step
 
         def evaluate_all() -> dict[str, Metrics]:
             return {
@@ -289,30 +289,45 @@ class _Training:
                 for split, loader in loaders.items()
             }
 
-        restored = None
+        own: Which = "last"
+        best, saved = None, False
         try:
             with loop.averaged():
-                metrics = evaluate_all()
-            if "validation" in metrics and not loop.tracker.stopped:
-                loop.record_validation(metrics["validation"])
+                metrics = {"last": evaluate_all()}
+            if "validation" in metrics["last"] and not loop.tracker.stopped:
+                loop.record_validation(metrics["last"]["validation"])
             checkpoints.wait()
-            if config.patience and loop.tracker.best_step not in (None, loop.position.step):
-                restored = loop.tracker.best_step
-                self._restore_best(loop, sharded, checkpoints, restored)
-                metrics = evaluate_all()
+            best = loop.tracker.best_step
+            if best is not None and best != step:
+                own = "best" if config.patience else "last"
+                with loop.averaged():
+                    save_model(sharded.model, self._output / folder_of("last", own))
+                saved = True
+                if self._restore(loop, sharded, checkpoints, best, needed=own == "best"):
+                    metrics["best"] = evaluate_all()
         except Preempted as request:
-            loop.stop(request.signum, save=restored is None)
+            loop.stop(request.signum, save=not saved)
             raise
         except NotFiniteError:
             loop.refuse_predictions()
+        if "best" in metrics:
+            save_model(sharded.model, self._output / folder_of("best", own))
+        elif not saved:
+            with loop.averaged():
+                save_model(sharded.model, self._output / folder_of("last", own))
         if loop.progress is not None:
-            for split, result in metrics.items():
-                loop.progress.evaluation(step=restored or loop.position.step, split=split, metrics=result, show=False)
-        with loop.averaged() if restored is None else nullcontext():  # restored weights are the best ones already
-            save_model(sharded.model, self._output / run_folder.CHECKPOINT)
-        summary = _summary(config, self._data, metrics, loop, restored)
+            at = best if own == "best" and best is not None else step
+            for split, result in metrics[own].items():
+                loop.progress.evaluation(step=at, split=split, metrics=result, show=False)
+        figures = {
+            which: {split: _with_lift(result, self._data, split) for split, result in results.items()}
+            for which, results in metrics.items()
+        }
+        summary = _summary(config, figures, loop, own)
         summary["warnings"] = on_main(lambda: self._warnings(summary))
-        curves = {split: [dataclasses.asdict(one) for one in result.reliability] for split, result in metrics.items()}
+        curves = {
+            split: [dataclasses.asdict(one) for one in result.reliability] for split, result in metrics[own].items()
+        }
         calibration = {"format_version": 1, "splits": curves}
         on_main(lambda: run_folder.write_json(self._output / CALIBRATION, calibration))
         on_main(lambda: run_folder.write_json(self._output / run_folder.SUMMARY, summary))
@@ -328,27 +343,20 @@ class _Training:
             *result_warnings(summary),
         ]
 
-    def _restore_best(self, loop: Loop, sharded: Sharded, checkpoints: Checkpoints, step: int | None) -> None:
-        assert step is not None
-        store = checkpoints.store
-
-        def manifest() -> tuple[dict[str, Any], str | None]:
-            try:
-                return store.manifest(step), None
-            except Damaged as error:
-                return {}, str(error)
-
-        found, reason = on_main(manifest)
+    def _restore(self, loop: Loop, sharded: Sharded, checkpoints: Checkpoints, step: int, *, needed: bool) -> bool:
+        """Read the best weights back; return whether they could be read."""
+        weights = Weights(store=checkpoints.store, key=step, step=step, averaged=loop.average is not None)
+        reason = try_load_model(sharded.model, weights)
         if reason is None:
-            reason = verify_together(store, step, found["files"])
-        if reason is None:
-            weights = model_state(sharded.model) if loop.average is None else loop.average.as_weights()
-            reason = checkpoints.read(step, found, weights)
-        if reason is not None:
+            return True
+        if needed:
             raise UserError(
-                f"{store.shown(step)}: {reason}; this was the best state, so the training can't end in it; train "
+                f"{weights.shown}: {reason}; this was the best state, so the training can't end in it; train "
                 "again, or without --patience"
             )
+        if is_main():
+            self._say(f"{weights.shown}: {reason}; the best weights can't be kept, only the last ones")
+        return False
 
     def saved_nothing(self) -> bool:
         """Whether this start left nothing to keep: no checkpoint, no record of a loss that is not finite."""
@@ -368,7 +376,9 @@ def _draw(folder: Path, say: Callable[[str], None]) -> None:
         say(f"the report could not be drawn ({reason}); python -m torchrec_deepfm report tries again")
 
 
-def evaluate_run(folder: Path, data: PreparedData, split: str, device: torch.device) -> dict[str, Any]:
+def evaluate_run(
+    folder: Path, data: PreparedData, split: str, device: torch.device, checkpoint: str | int | None = None
+) -> dict[str, Any]:
     """Evaluate a trained run on a split, on any number of ranks; a collective.
 
     Args:
@@ -376,6 +386,7 @@ def evaluate_run(folder: Path, data: PreparedData, split: str, device: torch.dev
         data: prepared data with the columns and ids of the run.
         split: the split to evaluate.
         device: this rank's device.
+        checkpoint: which weights, see ``find_weights``; by default the run's own.
 
     Returns:
         The metrics, with the best reachable AUC and the lift if known; also written to
@@ -386,15 +397,17 @@ def evaluate_run(folder: Path, data: PreparedData, split: str, device: torch.dev
     """
     run = run_folder.read(folder)
     _check_fits(run, data, folder)
+    weights = on_main(lambda: find_weights(folder, checkpoint))
     loader = _loader(data, split, run.config, shuffle=False, drop_last=False, device=device)
     torch.set_float32_matmul_precision("medium" if run.config.precision == "medium" else "highest")
     is_weighted = bool(data.schema.weighted)
     # Quantised communication needs GPUs; a run trained with it can be evaluated on CPU ranks too.
     config = run.config if device.type == "cuda" else dataclasses.replace(run.config, qcomms=("fp32",))
     model = build_model(config, run.num_embeddings, len(run.numeric), device, is_weighted=is_weighted).model
-    load_model(model, folder / run_folder.CHECKPOINT)
+    load_model(model, weights)
     values = _with_lift(evaluate(model, loader, device, run.config.precision), data, split)
-    on_main(lambda: run_folder.write_json(folder / f"evaluate_{split}.json", values))
+    name = f"evaluate_{split}.json" if checkpoint is None else f"evaluate_{split}_{checkpoint}.json"
+    on_main(lambda: run_folder.write_json(folder / name, values))
     return values
 
 
@@ -452,18 +465,26 @@ def _with_lift(metrics: Metrics, data: PreparedData, split: str) -> dict[str, An
     return values
 
 
-def _summary(
-    config: TrainConfig, data: PreparedData, metrics: dict[str, Metrics], loop: Loop, restored: int | None
-) -> dict[str, Any]:
-    tracker = loop.tracker
+def _summary(config: TrainConfig, figures: Mapping[str, Mapping[str, Any]], loop: Loop, own: Which) -> dict[str, Any]:
+    """The content of ``summary.json``; ``figures`` by weights and split, the best only if they are not the last."""
+    tracker, step = loop.tracker, loop.position.step
     best = {"metric": config.metric, "value": tracker.best_value, "step": tracker.best_step}
+    weights: dict[str, Any] = {
+        "own": own,
+        "last": {"step": step, "folder": folder_of("last", own), **figures["last"]},
+    }
+    if "best" in figures:
+        weights["best"] = {"step": tracker.best_step, "folder": folder_of("best", own), **figures["best"]}
+    elif tracker.best_step == step:
+        weights["best"] = weights["last"]
     return {
-        **{split: _with_lift(result, data, split) for split, result in metrics.items()},
+        **figures[own],
         **({} if tracker.best_step is None else {"best": best}),
-        **({} if restored is None else {"restored_step": restored}),
+        **({"restored_step": tracker.best_step} if own == "best" else {}),
+        "weights": weights,
         "samples_per_second": loop.position.samples / max(loop.position.seconds, 1e-9),
         "train_seconds": loop.position.seconds,
-        "steps": loop.position.step,
+        "steps": step,
         "epochs": config.epochs,
         "batch_size": config.batch_size,
         "world_size": dist.get_world_size(),

@@ -67,6 +67,11 @@ SUMMARY: dict[str, Any] = {
     "batch_size": 64,
     "world_size": 2,
 }
+WEIGHTS: dict[str, Any] = {
+    "own": "best",
+    "best": {"step": 40, "folder": "checkpoint", **{split: SUMMARY[split] for split in ("validation", "test")}},
+    "last": {"step": 60, "folder": "checkpoint_last", **{split: SUMMARY[split] for split in ("validation", "test")}},
+}
 BINS = [
     {"low": 0.0625, "high": 0.125, "rows": 25, "predicted": 0.1, "observed": 0.12},
     {"low": 0.25, "high": 0.5, "rows": 25, "predicted": 0.4, "observed": 0.36},
@@ -171,6 +176,8 @@ def test_it_shows_what_the_files_say(tmp_path: Path) -> None:
             "neither",
         ),
         ({"summary": {**SUMMARY, "restored_step": 40}}, 2, "step 40, the best one"),
+        ({"summary": {**SUMMARY, "weights": WEIGHTS}}, 2, "best, the run's own"),
+        ({"summary": {**SUMMARY, "weights": WEIGHTS}}, 2, "checkpoint_last"),
         ({"summary": {**SUMMARY, "best": {"metric": "auc", "value": None, "step": None}}}, 2, "Result"),
         ({"metrics": [train(step, 1 / step, step // 9) for step in range(1, 5000)]}, 2, "Learning curves"),
     ],

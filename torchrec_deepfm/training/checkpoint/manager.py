@@ -31,8 +31,9 @@ from torchrec_deepfm.training.checkpoint.dcp import (
     Writer,
     writing,
 )
-from torchrec_deepfm.training.checkpoint.store import MANIFEST, Damaged, Store
-from torchrec_deepfm.training.checkpoint.tensors import all_finite, averaged_buffers, model_state, owned
+from torchrec_deepfm.training.checkpoint.store import MANIFEST, Damaged, FinalWeights, Store
+from torchrec_deepfm.training.checkpoint.tensors import all_finite, average_state, averaged_buffers, model_state, owned
+from torchrec_deepfm.training.run.weights import Weights
 
 _AGAIN = "run the same command again"
 
@@ -131,12 +132,10 @@ class Checkpoints:
 
         Returns why it can't be read; None on success.
         """
-        try:
-            _load(self.store, step, manifest["files"], state)
-        except _UNREADABLE as error:
-            return _reason(error, self.store.shown(step))
-        self.saved = step
-        return None
+        reason = _try_load(self.store, step, manifest["files"], state)
+        if reason is None:
+            self.saved = step
+        return reason
 
     def _finish(
         self, written: "Future[Any]", writer: Writer, step: int, meta: dict[str, Any], keep: frozenset[int]
@@ -274,52 +273,31 @@ def save_model(model: DistributedModelParallel, folder: Path) -> None:
     on_main(commit)
 
 
-def load_model(model: DistributedModelParallel, folder: Path) -> None:
-    """Read the weights into a model with any plan, on any number of ranks; a collective.
+def load_model(model: DistributedModelParallel, weights: Weights) -> None:
+    """Read weights into a model with any plan, on any number of ranks; a collective.
 
     Args:
         model: a model of the same tables and layers.
-        folder: a folder that ``save_model`` wrote.
+        weights: of ``find_weights``.
 
     Raises:
         UserError: the folder is missing, damaged or belongs to another model.
     """
-    if not on_main(folder.is_dir):
-        raise UserError(f"{folder}: no final weights; finish the training with the same train command first")
-    store = FinalWeights(folder)
-    manifest, reason = on_main(lambda: _read_manifest(store, 0))
-    if reason is None:
-        reason = verify_together(store, 0, manifest["files"])
-    if reason is None:
-        try:
-            _load(store, 0, manifest["files"], model_state(model))
-        except _UNREADABLE as error:
-            reason = _reason(error, str(folder))
+    reason = try_load_model(model, weights)
     if reason is not None:
-        raise UserError(f"{folder}: the checkpoint can't be read ({reason}); train again")
+        raise UserError(f"{weights.shown}: the checkpoint can't be read ({reason}); train again")
 
 
-class FinalWeights(Store):
-    """The folder of a finished training's weights: a store with one checkpoint, whose step is 0.
-
-    ``folder``: the folder that ``save_model`` writes.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(str(folder.parent))
-        self._folder = folder
-
-    def path(self, step: int) -> str:
-        """Return the folder."""
-        return str(self._folder.absolute())
-
-    def shown(self, step: int) -> str:
-        """Return the folder, for messages."""
-        return str(self._folder)
-
-    def set_aside(self, step: int) -> None:
-        """Remove the weights: the same ones, saved by a run that was killed before its summary."""
-        self.remove(step)
+def try_load_model(model: DistributedModelParallel, weights: Weights) -> str | None:
+    """Read weights into a model as ``load_model`` does; return the damage instead of raising an error for it."""
+    store, key = weights.store, weights.key
+    manifest, reason = on_main(lambda: _read_manifest(store, key))
+    if reason is None:
+        reason = verify_together(store, key, manifest["files"])
+    if reason is not None:
+        return reason
+    state = model_state(model)
+    return _try_load(store, key, manifest["files"], average_state(state) if weights.averaged else state)
 
 
 # CheckpointException is a BaseException. DCP wraps an error of any rank in one, on every rank.
@@ -342,6 +320,14 @@ def _reason(error: BaseException, where: str) -> str:
         return str(cause)
     sentence = (str(cause).strip().splitlines() or [""])[0].split(". ")[0].rstrip(".")
     return f"{type(cause).__name__}: {sentence}"
+
+
+def _try_load(store: Store, step: int, files: Mapping[str, Any], state: Mapping[str, TensorCuts]) -> str | None:
+    try:
+        _load(store, step, files, state)
+    except _UNREADABLE as error:
+        return _reason(error, store.shown(step))
+    return None
 
 
 def _load(store: Store, step: int, files: Mapping[str, Any], state: Mapping[str, TensorCuts]) -> None:

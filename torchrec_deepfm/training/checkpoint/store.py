@@ -268,6 +268,26 @@ class Store:
             self._fs.rm(path, recursive=True)
 
 
+class FinalWeights(Store):
+    """The folder of weights that a finished training keeps: a store with one checkpoint, whose step is 0."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(str(folder.parent))
+        self._folder = folder
+
+    def path(self, step: int) -> str:
+        """Return the path of the folder."""
+        return str(self._folder.absolute())
+
+    def shown(self, step: int) -> str:
+        """Return the path of the folder for messages."""
+        return str(self._folder)
+
+    def set_aside(self, step: int) -> None:
+        """Remove the folder: it holds the same weights, saved by a run that was killed before its summary."""
+        self.remove(step)
+
+
 @contextlib.contextmanager
 def _report_io_errors(where: str) -> Iterator[None]:
     """Pass on errors of a missing or irregular file; turn any other one into a UserError."""

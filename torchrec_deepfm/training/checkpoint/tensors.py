@@ -3,6 +3,7 @@
 Names and meanings do not depend on the plan, so any plan on any number of ranks reads what another one wrote:
 
     model.<parameter>                  weights and buffers
+    average.<parameter>                their moving average, if one is kept
     optimizer.<table>.sum              Adagrad's sum of squares; for rowwise Adagrad [rows, C], see below
     optimizer.<parameter>.exp_avg      Adam's; also .exp_avg_sq and .step
     ranks.<name>                       [ranks, ...]: a row per rank, such as its random state
@@ -49,6 +50,23 @@ def model_state(model: DistributedModelParallel) -> dict[str, TensorCuts]:
         ]
         state[f"model.{name}"] = kind(tuple(value.size()), cuts, written)
     return state
+
+
+def average_state(state: Mapping[str, TensorCuts]) -> dict[str, TensorCuts]:
+    """Rename the weights of a model to those of its moving average in a checkpoint.
+
+    Args:
+        state: of ``model_state``.
+
+    Returns:
+        The same cuts under ``average.<parameter>``; integers, which are not averaged, keep their names.
+    """
+    return {
+        name.replace("model.", "average.", 1)
+        if all(cut.tensor.is_floating_point() for cut in tensor_cuts.cuts)
+        else name: tensor_cuts
+        for name, tensor_cuts in state.items()
+    }
 
 
 def local_buffers(model: DistributedModelParallel) -> dict[str, Tensor]:

@@ -76,6 +76,23 @@ class Best(Struct, kw_only=True):
     step: Count | None
 
 
+class KeptWeights(Struct, kw_only=True):
+    """Weights that a finished run keeps, and their figures; see ``weights.py``."""
+
+    step: Count
+    folder: Literal["checkpoint", "checkpoint_best", "checkpoint_last"] | None = None
+    validation: Evaluation | None = None
+    test: Evaluation | None = None
+
+
+class RunWeights(Struct, kw_only=True):
+    """The best and the last weights of a run, and which are its own; the best are None without a validation."""
+
+    own: Literal["best", "last"]
+    last: KeptWeights
+    best: KeptWeights | None = None
+
+
 class SummaryFile(Struct, kw_only=True):
     """``summary.json`` of a finished run."""
 
@@ -90,6 +107,7 @@ class SummaryFile(Struct, kw_only=True):
     best: Best | None = None
     restored_step: Count | None = None
     warnings: list[str] = []
+    weights: RunWeights | None = None
 
 
 class Bin(Struct, kw_only=True):

@@ -137,6 +137,7 @@ def _result(
         )
     else:
         blocks.append(Paragraph("The data have neither a validation nor a test split, so nothing was evaluated."))
+    blocks += _weights(summary.get("weights"))
     best = summary.get("best") or {}
     terms = {
         "steps": summary.get("steps"),
@@ -150,6 +151,28 @@ def _result(
     if "restored_step" in summary:
         terms["weights kept"] = f"step {summary['restored_step']:,}, the best one"
     return Section("Result", *blocks, Terms(terms), Data("summary", summary))
+
+
+def _weights(weights: Mapping[str, Any] | None) -> list[Block]:
+    """The best and the last weights, where these differ."""
+    if weights is None or weights.get("best") in (None, weights["last"]):
+        return []
+    names = {"AUC": "auc", "log loss": "logloss"}
+    splits = [split for split in _SPLITS if split in weights["last"]]
+    rows = [
+        [
+            f"{which}, the run's own" if which == weights["own"] else which,
+            weights[which]["step"],
+            weights[which]["folder"],
+            *(weights[which][split][name] for split in splits for name in names.values()),
+        ]
+        for which in ("best", "last")
+    ]
+    figures = [f"{split} {name}" for split in splits for name in names]
+    caption = "The weights that are kept. The table above, predict and export use the run's own."
+    return [
+        PageTable(["weights", "step", "folder", *figures], rows, caption=caption, formats=dict.fromkeys(figures, ".5f"))
+    ]
 
 
 def _learning(records: Sequence[Mapping[str, Any]], summary: Mapping[str, Any] | None, *, dropout: bool) -> Section:
