@@ -90,7 +90,7 @@ OPTIONS = {
         "lr-patience",
         "lr-factor",
     },
-    "evaluate": {"run", "data", "split", "num-embeddings"},
+    "evaluate": {"checkpoint", "run", "data", "split", "num-embeddings"},
     "plan": {
         "tables",
         "hardware",

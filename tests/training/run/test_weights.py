@@ -115,9 +115,7 @@ def test_best_weights_that_are_lost_cost_only_the_best(
     shutil.rmtree(run / "checkpoint_best")
     (run / "checkpoints" / f"step_{found['best']['step']:08d}" / ".metadata").unlink()
     said: list[str] = []
-    again = train(
-        TrainConfig(**{**CONFIG.__dict__, "keep_last": 9}), data, run, device, RunOptions(say=said.append)
-    ).summary
+    again = train(TrainConfig(**{**CONFIG.__dict__, "keep_last": 9}), data, run, device, say=said.append).summary
     assert any("the best weights can't be kept, only the last ones" in line for line in said)
     assert again["weights"] == {"own": "last", "last": found["weights"]["last"]}
     with pytest.raises(UserError, match=r"--checkpoint best: .* keeps no best weights"):
