@@ -125,7 +125,7 @@ def test_best_weights_that_are_lost_cost_only_the_best(
 @pytest.mark.parametrize(
     ("checkpoint", "message"),
     [
-        ("newest", "--checkpoint newest: choose one of best, last, or the number of a step"),
+        ("old", "--checkpoint old: choose one of best, last, or the number of a step"),
         ("-3", "--checkpoint -3: choose one of best, last, or the number of a step"),
         (3, "--checkpoint 3: no such checkpoint; {}/checkpoints has steps 19, 38, 57, 76"),
     ],
