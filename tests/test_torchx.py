@@ -53,7 +53,7 @@ def test_an_option_of_the_command_may_come_more_than_once() -> None:
     assert words is not None
     command = parse(["train", *shlex.split(words[1])])
     assert isinstance(command, Train)
-    assert [rule for group in command.constraint for rule in group] == [rules[1], *rules[3:]]
+    assert command.options.rules == (rules[1], *rules[3:])
     assert command.config.seed == 3
 
 

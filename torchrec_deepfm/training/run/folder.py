@@ -149,7 +149,7 @@ def check_same_run(
     same_data = there.data_sha256 in (None, run.data_sha256)
     if not same_data or there.numeric != run.numeric or dict(there.num_embeddings) != dict(run.num_embeddings):
         raise UserError(
-            f"--data {data.folder}: {where.removeprefix('--output ')} holds a run on other data; name the data that it "
+            f"--data {data.folder}: {where} holds a run on other data; name the data that it "
             "was trained on, or another folder"
         )
 
