@@ -12,10 +12,21 @@ class UserError(ValueError):
     Anything else that is raised is a defect of this package and keeps its traceback.
 
     Attributes:
+        what: what is wrong; the whole line where the others are empty.
+        where: the file, key or option; a caller that knows it better raises the error again with its own.
+        remedy: what to do.
         exit_code: of the command line.
     """
 
     exit_code: ClassVar[int] = 2
+
+    def __init__(self, what: str, *, where: object = "", remedy: str = "") -> None:
+        super().__init__(what)
+        self.what, self.where, self.remedy = what, str(where), remedy
+
+    def __str__(self) -> str:
+        """The line."""
+        return (f"{self.where}: " if self.where else "") + self.what + (f"; {self.remedy}" if self.remedy else "")
 
 
 class WorseThanConstantError(UserError):

@@ -61,7 +61,7 @@ def as_type(raw: Any, wanted: type[T], *, where: str, remedy: str) -> T:
     try:
         found = msgspec.convert(raw, wanted)
     except msgspec.ValidationError as error:
-        raise UserError(f"{where}: {_explain(str(error), raw, wanted)}; {remedy}") from error
+        raise UserError(_explain(str(error), raw, wanted), where=where, remedy=remedy) from error
     _refuse_unknown(raw, found, where)
     return found
 
@@ -127,7 +127,7 @@ def _refuse_unknown(raw: Any, found: Any, where: str, place: str = "") -> None:
         for key, value in raw.items():
             if key not in known:
                 what = f"unknown key {key!r}; choose {one_of(known, key)}"
-                raise UserError(f"{where}: {place.lstrip('.')}{': ' if place else ''}{what}")
+                raise UserError(f"{place.lstrip('.')}{': ' if place else ''}{what}", where=where)
             _refuse_unknown(value, getattr(found, key), where, f"{place}.{key}")
     elif isinstance(raw, list) and isinstance(found, tuple):
         for number, (value, each) in enumerate(zip(raw, found, strict=True)):

@@ -118,20 +118,22 @@ class Schema:
     def __post_init__(self) -> None:
         """Check the names, then the options against them."""
         if not self.categorical:
-            raise UserError("schema: no categorical column; name at least one under 'categorical'")
+            raise UserError("no categorical column; name at least one under 'categorical'", where="schema")
         seen: set[str] = set()
         for name in self.names:
             if not isinstance(name, str) or not name:
-                raise UserError(f"schema: {name!r} is not a valid column name; give every column a non-empty name")
+                raise UserError(
+                    f"{name!r} is not a valid column name; give every column a non-empty name", where="schema"
+                )
             if name in seen:
-                raise UserError(f"schema: column {name!r} appears twice; give every column a different name")
+                raise UserError(f"column {name!r} appears twice; give every column a different name", where="schema")
             seen.add(name)
         try:
             _check_choice("layout", self.layout, LAYOUTS)
             _check_choice("numeric_transform", self.numeric_transform, TRANSFORMS)
             _check_choice("missing", self.missing, MISSING)
         except UserError as error:
-            raise UserError(f"schema: {error}") from error
+            raise UserError(error.what, where="schema") from error
         if self.delimiter is not None and (
             not isinstance(self.delimiter, str)
             or len(self.delimiter) != 1
@@ -139,7 +141,8 @@ class Schema:
             or self.delimiter in '"\r\n'
         ):
             raise UserError(
-                f"schema: delimiter: {self.delimiter!r} is not valid; give one ASCII character, not a quote or newline"
+                f"delimiter: {self.delimiter!r} is not valid; give one ASCII character, not a quote or newline",
+                where="schema",
             )
         # A copy, so that the caller's mapping may change.
         object.__setattr__(self, "columns", dict(self.columns))
@@ -147,28 +150,36 @@ class Schema:
             self._check_column(name, column)
 
     def _check_column(self, name: str, column: Column) -> None:
-        where = f"schema: columns.{toml_key(name)}"
+        place = f"columns.{toml_key(name)}"
         if name not in self.names:
             weights = [other for other, options in self.columns.items() if options.weights == name]
             hint = f"; put options of the list at {weights[0]!r}" if weights else did_you_mean(name, self.names)
-            raise UserError(f"{where}: {name!r} is not among label, numeric and categorical; name it there{hint}")
+            raise UserError(
+                f"{place}: {name!r} is not among label, numeric and categorical; name it there{hint}", where="schema"
+            )
         given = column.to_json()
         if name not in self.categorical:
             for key in ("list", *_LIST_ONLY, "type", "min_count", "num_embeddings"):
                 if key in given:
-                    raise UserError(f"{where}.{key}: only valid for a categorical column; remove it")
+                    raise UserError(f"{place}.{key}: only valid for a categorical column; remove it", where="schema")
         if name not in self.numeric and "transform" in given:
-            raise UserError(f"{where}.transform: only valid for a numeric column; remove it")
+            raise UserError(f"{place}.transform: only valid for a numeric column; remove it", where="schema")
         if self.layout == "criteo":
             for key in ("list", "type"):
                 if key in given:
-                    raise UserError(f'{where}.{key}: not valid for Criteo\'s text; set layout = "table"')
+                    raise UserError(
+                        f'{place}.{key}: not valid for Criteo\'s text; set layout = "table"', where="schema"
+                    )
         if column.weights in self.names:
-            raise UserError(f"{where}.weights: {column.weights!r} is also listed as a column; remove it there")
+            raise UserError(
+                f"{place}.weights: {column.weights!r} is also listed as a column; remove it there", where="schema"
+            )
         if column.weights is not None:
             lists = [other for other, options in self.columns.items() if options.weights == column.weights]
             if len(lists) > 1:
-                raise UserError(f"{where}.weights: {column.weights!r} serves {len(lists)} lists; give each its own")
+                raise UserError(
+                    f"{place}.weights: {column.weights!r} serves {len(lists)} lists; give each its own", where="schema"
+                )
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -255,22 +266,24 @@ class Schema:
 def _build(value: Mapping[str, Any], *, layout: str) -> Schema:
     """A schema from parsed JSON or TOML; messages begin with ``schema: KEY: ``."""
     if not isinstance(value, Mapping):
-        raise UserError("schema: not a table of keys; give label, numeric and categorical")
+        raise UserError("not a table of keys; give label, numeric and categorical", where="schema")
     known = tuple(Schema.__dataclass_fields__)
     for key in value:
         if key not in known:
-            raise UserError(f"schema: {toml_key(key)}: unknown key; choose {one_of(known, key)}")
+            raise UserError(f"{toml_key(key)}: unknown key; choose {one_of(known, key)}", where="schema")
     for key in ("label", "numeric", "categorical"):
         if key not in value:
-            raise UserError(f"schema: {key!r} is missing; give label, numeric and categorical")
+            raise UserError(f"{key!r} is missing; give label, numeric and categorical", where="schema")
     if not isinstance(value["label"], str):
-        raise UserError(f"schema: label: {value['label']!r} is not a valid column name; give a text")
+        raise UserError(f"label: {value['label']!r} is not a valid column name; give a text", where="schema")
     for key in ("numeric", "categorical"):
         if not isinstance(value[key], list) or not all(isinstance(name, str) for name in value[key]):
-            raise UserError(f"schema: {key}: numeric and categorical must be lists of column names; give text in [ ]")
+            raise UserError(
+                f"{key}: numeric and categorical must be lists of column names; give text in [ ]", where="schema"
+            )
     tables = value.get("columns", {})
     if not isinstance(tables, Mapping):
-        raise UserError("schema: columns: not a table; write [columns.NAME] and the options below it")
+        raise UserError("columns: not a table; write [columns.NAME] and the options below it", where="schema")
     columns = {name: _column(name, options) for name, options in tables.items()}
     rest = {key: value[key] for key in ("layout", "numeric_transform", "delimiter", "missing") if key in value}
     return Schema(
@@ -284,17 +297,19 @@ def _build(value: Mapping[str, Any], *, layout: str) -> Schema:
 
 def _column(name: str, options: object) -> Column:
     if not isinstance(options, Mapping):
-        raise UserError(f"schema: columns.{toml_key(name)}: not a table; write [columns.NAME] and the options below it")
+        raise UserError(
+            f"columns.{toml_key(name)}: not a table; write [columns.NAME] and the options below it", where="schema"
+        )
     known = tuple(Column.__dataclass_fields__)
     for key in options:
         if key not in known:
             raise UserError(
-                f"schema: columns.{toml_key(name)}.{toml_key(key)}: unknown option; choose {one_of(known, key)}"
+                f"columns.{toml_key(name)}.{toml_key(key)}: unknown option; choose {one_of(known, key)}", where="schema"
             )
     try:
         return Column(**options)
     except UserError as error:
-        raise UserError(f"schema: columns.{toml_key(name)}.{error}") from error
+        raise UserError(f"columns.{toml_key(name)}.{error}", where="schema") from error
 
 
 def _check_choice(key: str, value: object, choices: tuple[str, ...]) -> None:
@@ -417,7 +432,7 @@ def read_schema(path: Path | str) -> Schema:
     try:
         return _build(value, layout="table")
     except UserError as error:
-        raise UserError(f"{path}: {str(error).removeprefix('schema: ')}") from error
+        raise UserError(error.what, where=path) from error
 
 
 def load_schema(name_or_path: str) -> Schema:

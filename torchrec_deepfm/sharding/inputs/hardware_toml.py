@@ -54,7 +54,7 @@ def read_hardware(name_or_toml: str) -> Hardware:
     try:
         return as_type(_completed({"name": path.stem, **given}), Hardware, where=str(path), remedy=_REMEDY)
     except UserError as error:
-        raise error if str(error).startswith(str(path)) else UserError(f"{path}: {error}") from error
+        raise UserError(error.what, where=path, remedy=error.remedy) from error
 
 
 def write_hardware(hardware: Hardware, path: Path) -> None:
