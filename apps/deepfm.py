@@ -112,6 +112,51 @@ def evaluate(
     )
 
 
+def predict(
+    *args: str,
+    j: str = "1x1",
+    cpu: int = 2,
+    gpu: int = 0,
+    memMB: int = 8192,
+    h: Optional[str] = None,
+    image: str = torchx.IMAGE,
+    name: str = "deepfm-predict",
+    env: Optional[Dict[str, str]] = None,
+    max_retries: int = 0,
+    rdzv_port: int = 29500,
+) -> specs.AppDef:
+    """Predicts the click probabilities of files of raw rows; several ranks take turns with pieces of them.
+
+    Args:
+        args: options of `python -m torchrec_deepfm predict`, after `--`
+        j: {hosts}x{ranks per host}; on CPUs as many ranks as pay
+        cpu: CPU cores per host (local schedulers ignore it)
+        gpu: GPUs per host (not used)
+        memMB: memory per host in MB (local schedulers ignore it)
+        h: a named resource of TorchX, instead of cpu, gpu and memMB
+        image: the image with torchrec_deepfm in it (local_cwd runs what is installed here)
+        name: the job's name
+        env: environment variables of the ranks (ENV1=v1,ENV2=v2)
+        max_retries: how often the scheduler may start the job again; it resumes
+        rdzv_port: port on the first host where several hosts meet; another one for each job there (one host uses none)
+    """
+    return _on_ranks(
+        "predict",
+        args,
+        0,
+        j=j,
+        cpu=cpu,
+        gpu=gpu,
+        memMB=memMB,
+        h=h,
+        image=image,
+        name=name,
+        env=env,
+        max_retries=max_retries,
+        rdzv_port=rdzv_port,
+    )
+
+
 def prepare(
     *args: str,
     j: str = "1x1",

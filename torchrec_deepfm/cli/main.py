@@ -20,6 +20,7 @@ import tyro
 from torchrec_deepfm import console
 from torchrec_deepfm.cli.data import InferSchema, Prepare, Synthetic, Verify
 from torchrec_deepfm.cli.experiment import CalibrateCommand, ExperimentCommand
+from torchrec_deepfm.cli.infer import Predict
 from torchrec_deepfm.cli.options import REGISTRY
 from torchrec_deepfm.cli.parse_errors import one_line_errors
 from torchrec_deepfm.cli.plan import DiffPlans, PlanCommand, ShowPlan
@@ -54,6 +55,7 @@ COMMANDS: dict[str, type[Any]] = {
     "train": Train,
     "report": Report,
     "evaluate": Evaluate,
+    "predict": Predict,
     "plan": PlanCommand,
     "plan show": ShowPlan,
     "plan diff": DiffPlans,

@@ -197,7 +197,7 @@ class _Training:
                 world_size = dist.get_world_size()
                 on_main(
                     lambda: run_folder.create(
-                        self._output, self._run, sharded.plan_file, data=data.folder, world_size=world_size
+                        self._output, self._run, sharded.plan_file, data=data, world_size=world_size
                     )
                 )
                 if is_main():

@@ -4,6 +4,7 @@ Shape letters: B rows of the batch, I numeric columns, F categorical columns, F1
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import numpy as np
@@ -13,7 +14,8 @@ from torchrec.datasets.utils import Batch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_deepfm.data.dataset.prepared import PreparedData
-from torchrec_deepfm.data.loader.row_reader import CopiedRows, SplitRows
+from torchrec_deepfm.data.loader.row_reader import CopiedBags, CopiedRows, SplitRows
+from torchrec_deepfm.data.schema import Schema
 from torchrec_deepfm.errors import UserError
 
 _REPAIR = "the folder is damaged or was not written by prepare; prepare the data again"
@@ -33,7 +35,6 @@ class Assembler:
         self._limits = np.array([data.num_embeddings[key] for key in schema.one_hot], np.uint64)[:, None]
         self._limits32 = self._limits.astype(np.uint32)
         self._modulo = data.external is not None and data.external.modulo
-        self._weighted = bool(schema.weighted)
         self._plain = not schema.multi_hot
         # One id per row and key: these parts are the same in every batch; TorchRec would compute them each time.
         self._lengths = torch.ones(len(self._keys) * batch_size, dtype=torch.int32)
@@ -72,37 +73,15 @@ class Assembler:
                 offset_per_key=self._offset_per_key,
                 index_per_key=self._index_per_key,
             )
-        one_hot = iter(by_key)
-        lengths = np.ones((len(self._keys), self._batch_size), np.int32)
-        values: list[NDArray[np.int32]] = []
-        weights: list[NDArray[np.float32]] = []
-        for j, key in enumerate(self._keys):
-            bags = copied.bags.get(key)
-            if bags is None:
-                values.append(next(one_hot))
-            else:
-                lengths[j] = bags.lengths
-                ids = self._reduced(bags.ids, self._data.num_embeddings[key])
-                if _outside(ids, self._data.num_embeddings[key]).any():
-                    return None
-                values.append(ids.astype(np.int32, copy=False))
-            if self._weighted:
-                given = None if bags is None else bags.weights
-                weights.append(np.ones(len(values[-1]), np.float32) if given is None else given)
-                if given is not None and not np.isfinite(given).all():
-                    return None
-        sizes = [len(ids) for ids in values]
-        return KeyedJaggedTensor(
-            keys=self._keys,
-            values=torch.from_numpy(np.concatenate(values)),
-            weights=torch.from_numpy(np.concatenate(weights)) if self._weighted else None,
-            lengths=torch.from_numpy(lengths.reshape(-1)),
-            offsets=torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)),
-            stride=self._batch_size,
-            length_per_key=sizes,
-            offset_per_key=[0, *np.cumsum(sizes).tolist()],
-            index_per_key=self._index_per_key,
-        )
+        bags = {}
+        for key, given in copied.bags.items():
+            ids = self._reduced(given.ids, self._data.num_embeddings[key])
+            if _outside(ids, self._data.num_embeddings[key]).any():
+                return None
+            if given.weights is not None and not np.isfinite(given.weights).all():
+                return None
+            bags[key] = replace(given, ids=ids.astype(np.int32, copy=False))
+        return key_jagged(self._data.schema, by_key, bags, self._batch_size)
 
     def _one_hot(self, sparse: NDArray[Any]) -> NDArray[np.int32] | None:
         """[B, F1] -> int32 [F1, B], or ``None`` if an id is not valid."""
@@ -161,6 +140,46 @@ class Assembler:
             i = int(np.argmax(bad))
             return "labels", i, schema.label, copied.labels[i], "is not a valid label (expected 0 or 1)"
         raise AssertionError("the batch has a bad value, but no part of it has")
+
+
+def key_jagged(
+    schema: Schema, by_key: NDArray[np.int32], bags: Mapping[str, CopiedBags], rows: int
+) -> KeyedJaggedTensor:
+    """Put the ids of all columns into one tensor.
+
+    Args:
+        schema: The prepared columns.
+        by_key: int32 [F1, B], the ids of the one-hot columns.
+        bags: The multi-hot columns by name.
+        rows: B.
+
+    Returns:
+        B bags per column, with weights if any column has some; then an id without one weighs 1.
+    """
+    one_hot, keys = iter(by_key), list(schema.categorical)
+    lengths = np.ones((len(keys), rows), np.int32)
+    values: list[NDArray[np.int32]] = []
+    weights: list[NDArray[np.float32]] = []
+    for j, key in enumerate(keys):
+        given = bags.get(key)
+        if given is not None:
+            lengths[j] = given.lengths
+        values.append(next(one_hot) if given is None else given.ids)
+        if schema.weighted:
+            weighed = None if given is None else given.weights
+            weights.append(np.ones(len(values[-1]), np.float32) if weighed is None else weighed)
+    sizes = [len(ids) for ids in values]
+    return KeyedJaggedTensor(
+        keys=keys,
+        values=torch.from_numpy(np.concatenate(values)),
+        weights=torch.from_numpy(np.concatenate(weights)) if schema.weighted else None,
+        lengths=torch.from_numpy(lengths.reshape(-1)),
+        offsets=torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)),
+        stride=rows,
+        length_per_key=sizes,
+        offset_per_key=[0, *np.cumsum(sizes).tolist()],
+        index_per_key={key: i for i, key in enumerate(keys)},
+    )
 
 
 def _outside(ids: NDArray[Any], limit: int) -> NDArray[np.bool_]:

@@ -53,6 +53,7 @@ from torchrec_deepfm.data.prepare.vocabulary_reuse import OldVocabulary
 from torchrec_deepfm.data.prepare.work_folder import WorkFolder, sync
 from torchrec_deepfm.data.prepare.workers import Workers
 from torchrec_deepfm.data.raw.source import Source
+from torchrec_deepfm.data.raw.table_source import TableSource
 from torchrec_deepfm.data.schema import Schema
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.files import seal, write_bytes
@@ -113,7 +114,6 @@ class Job:
         self._connection = connect(self._work.spill, memory=int(memory * DUCKDB_SHARE), threads=options.threads)
         self._stager = Stager(
             work=self._work,
-            raw=raw,
             schema=self._schema,
             transforms=transforms,
             hashing=None if self._hash_sizes is None else Hashing(self._connection, self._hash_sizes),
@@ -446,6 +446,19 @@ class Job:
             states |= {id(source): state for source, state in zip(unit.sources, record["sources"], strict=True)}
         return {part: [states[id(one)] for one in sources] for part, sources in self._inputs.sources.items()}
 
+    def _encoding(self, units: _Staged) -> dict[str, Any]:
+        """What new rows need beside schema and vocabularies: types of categories, and the shift of the logarithm."""
+        tables = [one for part in self._inputs.sources.values() for one in part if isinstance(one, TableSource)]
+        training = [
+            record["minimum"]
+            for unit, record in units
+            if any(part.split == "train" and part.stem != self._inputs.halved for part in unit.parts)
+        ]
+        return {
+            "types": dict(zip(tables[0].schema.categorical, tables[0].types, strict=True)) if tables else None,
+            "minimum": min((least for least in training if least is not None), default=None),
+        }
+
     def _finish(self, units: _Staged, splits: _Splits) -> PreparedData:
         names = self._schema.categorical
         sizes = self._hash_sizes or [vocabulary_size(self._work.out, j) for j in range(len(names))]
@@ -465,6 +478,7 @@ class Job:
             "files": dict(sorted(sums.items())),
             "blocks": {"rows": epoch_order.BLOCK_ROWS, "hash": HASH},
             "made": {**self._made, "sources": self._recorded_sources()},
+            "encoding": self._encoding(units),
             "optimum": known_optimum({part: self._named[part] for part in ("validation", "test")}),
             "skipped": [
                 {"name": _name(unit.sources[int(place)]), **skipped}

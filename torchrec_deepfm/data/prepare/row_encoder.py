@@ -1,51 +1,125 @@
-"""New rows into the numbers and ids of a prepared folder: what a prediction needs, label or not.
+"""New rows into the numbers and ids of a prepared folder, by the code of ``prepare``.
 
-Shape letters: n rows, I numeric columns, F1 categorical columns with one id a row.
+A folder ``encoder/`` holds all that this takes, so that the prepared folder may be deleted: ``encoder.json`` and the
+vocabularies, unless values are hashed.
+
+Shape letters: n rows, I numeric columns, F1 categorical columns with one id per row.
 """
 
+import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
 
 import duckdb
+import msgspec
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from torchrec_deepfm.data.dataset.prepared import PreparedData
+from torchrec_deepfm.data.dataset.prepared import PreparedData, read_manifest
+from torchrec_deepfm.data.dataset.publish import digest, new_folder
+from torchrec_deepfm.data.loader.row_reader import CopiedBags
 from torchrec_deepfm.data.prepare import numeric
 from torchrec_deepfm.data.prepare.hashing import Hashing
-from torchrec_deepfm.data.prepare.stage import flat
-from torchrec_deepfm.data.prepare.vocabulary import look_up, vocabulary_file
+from torchrec_deepfm.data.prepare.row_columns import categorical_columns, list_values
+from torchrec_deepfm.data.prepare.vocabulary import Vocabulary, vocabulary_file
+from torchrec_deepfm.data.raw.frames import as_arrow
+from torchrec_deepfm.data.raw.table_frame import HEX, category_types, table_frame
 from torchrec_deepfm.data.schema import Schema
 from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.files import check_seal, read_bytes, seal, write_bytes
+from torchrec_deepfm.strict_json import as_type, parse_json
+
+ENCODER: Final = "encoder.json"
+FORMAT_VERSION: Final = 1
+_MAX_BYTES: Final = 64 << 20
+_Count = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Encoded:
-    """Encoded rows.
+class EncodedRows:
+    """Encoded rows: what the loader reads for the same rows after ``prepare``.
 
     Args:
         dense: float32 [n, I].
-        sparse: int32 [n, F1], the one-hot columns in the schema's order.
-        bags: Of each list column, its ids, int32, and their number in every row, int32 [n].
+        sparse: int32 [n, F1], the one-hot columns in the order of ``schema.one_hot``.
+        bags: Of each list column, its ids (int32), their number in every row (int64 [n]) and their weights.
+        bad: What is wrong with rows that were skipped, by place from 0 among all rows given; they are not among the n.
     """
 
     dense: NDArray[np.float32]
     sparse: NDArray[np.int32]
-    bags: Mapping[str, tuple[NDArray[np.int32], NDArray[np.int32]]]
+    bags: Mapping[str, CopiedBags]
+    bad: Mapping[int, str]
+
+    def __len__(self) -> int:
+        """Return n."""
+        return len(self.dense)
+
+    def slice(self, start: int, stop: int) -> "EncodedRows":
+        """Take neighbouring rows.
+
+        Args:
+            start: The first row.
+            stop: One past the last.
+
+        Returns:
+            Views of these rows; ``bad`` is empty.
+        """
+        bags = {}
+        for name, one in self.bags.items():
+            first, last = int(one.lengths[:start].sum()), int(one.lengths[:stop].sum())
+            weights = None if one.weights is None else one.weights[first:last]
+            bags[name] = CopiedBags(ids=one.ids[first:last], lengths=one.lengths[start:stop], weights=weights)
+        return EncodedRows(dense=self.dense[start:stop], sparse=self.sparse[start:stop], bags=bags, bad={})
 
 
-class Encoder:
-    r"""Treats new rows as ``prepare`` treated those of a folder.
+@dataclass(frozen=True, kw_only=True)
+class EncoderFile:
+    """The content of ``encoder.json``.
 
     Args:
-        data: The folder.
+        format_version: Of the file.
+        schema: The prepared schema.
+        raw_schema: The schema of raw rows.
+        num_embeddings: Ids per categorical column of the prepared schema.
+        hashed: Whether values are hashed; else there is a vocabulary per column.
+        transforms: What becomes of the numbers, by raw numeric column.
+        types: Type of the values per raw categorical column; ``None`` in folders of versions that did not record them.
+        minimum: Smallest number of the training rows, for the transform ``log``.
+        files: ``bytes`` and ``sha256`` of each vocabulary.
+    """
+
+    format_version: Literal[1]
+    schema: dict[str, Any]
+    raw_schema: dict[str, Any]
+    num_embeddings: dict[str, _Count]
+    hashed: bool
+    transforms: dict[str, str]
+    types: dict[str, Literal["string", "integer"] | None] | None
+    minimum: int | None
+    files: dict[str, dict[str, int | str]]
+
+
+class RowEncoder:
+    r"""Treats new rows as ``prepare`` treated those of a folder. Vocabularies are read once, when it is opened.
+
+    Args:
+        folder: The folder that ``save`` wrote.
+
+    Attributes:
+        schema: Columns of encoded rows.
+        raw_schema: Columns of raw rows.
+        num_embeddings: Ids per categorical column of ``schema``.
+        sha256: Digest of the encoder, vocabularies included: the same for the same data.
 
     Raises:
-        UserError: Its numbers can't be had row by row, or it was not made by ``prepare``.
+        UserError: The folder is missing or damaged, or does not record what is needed to encode rows.
 
     Example:
-        >>> from pathlib import Path
         >>> from tempfile import TemporaryDirectory
         >>> from torchrec_deepfm.data.prepare.prepare import prepare
         >>> schema = Schema(label="click", numeric=("price",), categorical=("user",))
@@ -53,77 +127,227 @@ class Encoder:
         ...     raw = Path(folder, "log.tsv")
         ...     _ = raw.write_text("1\t5\tab\n0\t\tcd\n1\t2\tab\n")
         ...     data = prepare([raw], Path(folder, "data"), schema=schema, min_count=1, split="none")
-        ...     encoded = Encoder(data).encode(pl.DataFrame({"price": [5, None], "user": ["ab", "ffff"]}))
-        >>> encoded.dense.shape, encoded.sparse.tolist()
+        ...     RowEncoder.save(data, Path(folder, "encoder"))
+        ...     encoder = RowEncoder.open(Path(folder, "encoder"))
+        >>> rows = encoder.encode([{"price": 5, "user": "ab"}, {"price": None, "user": "ffff"}])
+        >>> rows.dense.shape, rows.sparse.tolist()
         ((2, 1), [[1], [0]])
     """
 
-    def __init__(self, data: PreparedData) -> None:
-        made = data.made
-        if "raw_schema" not in made:
-            raise UserError(f"{data.folder}: this folder does not tell how it was made; prepare the data again")
-        self._data, self._raw = data, Schema.from_json(made["raw_schema"])
-        self._transforms = tuple(made["numeric"][name] for name in self._raw.numeric)
-        if "log" in self._transforms:
+    def __init__(self, folder: Path) -> None:
+        content = _read(folder)
+        file, self.sha256 = _parse(folder, content), json.loads(content)["sha256"]
+        where = folder / ENCODER
+        try:
+            self.schema, self.raw_schema = Schema.from_json(file.schema), Schema.from_json(file.raw_schema)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
+        self.num_embeddings: Mapping[str, int] = file.num_embeddings
+        names = self.schema.categorical
+        if set(names) != set(file.num_embeddings) or set(self.raw_schema.numeric) != set(file.transforms):
+            raise UserError(f"{where}: its keys name different columns; {_AGAIN}")
+        self._transforms = tuple(file.transforms[name] for name in self.raw_schema.numeric)
+        self._reading = numeric.settled(self.raw_schema, self._transforms)
+        if "log" in self._transforms and file.minimum is None:
             raise UserError(
-                f"{data.folder}: its numbers were shifted by the smallest one of their file (--numeric log), which new "
-                "rows do not have; prepare it with another --numeric"
+                f"{where}: the smallest number of the training rows, which --numeric log shifts by, was not recorded "
+                "by an earlier version; prepare and train again"
             )
-        self._connection = duckdb.connect()
-        sizes = made["num_embeddings"]
-        self._hashing = None if sizes is None else Hashing(self._connection, sizes)
+        self._minimum = file.minimum or 0
+        self._hashing: Hashing | None = None
+        self._vocabularies: list[Vocabulary] = []
+        if file.hashed:
+            self._hashing = Hashing(duckdb.connect(), [file.num_embeddings[name] for name in names])
+        else:
+            self._vocabularies = [self._vocabulary(folder, j, file) for j in range(len(names))]
+        self._types = self._value_types(where, file.types)
 
-    def encode(self, rows: pl.DataFrame) -> Encoded:
-        """Encode rows.
+    @classmethod
+    def open(cls, folder: Path | str) -> "RowEncoder":
+        """Read the folder that ``save`` wrote; see the class."""
+        return cls(Path(folder))
+
+    @staticmethod
+    def sha256_of(folder: Path) -> str:
+        """Read the digest of an encoder without its vocabularies.
 
         Args:
-            rows: n rows with the raw columns by name; a label is not looked at. Criteo's categories are hexadecimal
-                text or the numbers it stands for; those of a table have the types that it had. Null is missing.
+            folder: The folder that ``save`` wrote.
 
         Returns:
-            What the loader would read for these rows.
+            Its ``sha256``.
 
         Raises:
-            UserError: A column is absent or of the wrong type.
+            UserError: ``encoder.json`` is missing or damaged.
         """
-        frame = {}
-        for j, name in enumerate(self._raw.numeric):
-            frame[f"n{j}"] = self._column(rows, name).cast(pl.Float64)
-        for j, name in enumerate(self._raw.categorical):
-            column = self._column(rows, name)
-            if self._raw.layout == "criteo" and column.dtype == pl.String:
-                try:
-                    column = column.replace("", None).str.to_integer(base=16, dtype=pl.UInt32)
-                except pl.exceptions.PolarsError as error:
-                    raise UserError(f"column {name!r}: not all values are hexadecimal numbers ({error})") from error
-            frame[f"c{j}"] = column
-        raw = pl.DataFrame(frame)
-        for j, (name, transform) in enumerate(zip(self._raw.numeric, self._transforms, strict=True)):
-            for row in np.flatnonzero(numeric.unfit(raw[f"n{j}"], transform))[:1].tolist():
-                raise UserError(f"row {row + 1}, column {name!r}: {raw[f'n{j}'][row]} {numeric.UNFIT[transform]}")
+        return str(json.loads(_read(folder))["sha256"])
+
+    @staticmethod
+    def save(data: PreparedData, folder: Path) -> None:
+        """Write what encodes new rows as those of a prepared folder; it appears whole or not at all.
+
+        Args:
+            data: The prepared folder.
+            folder: The folder to write.
+
+        Raises:
+            UserError: ``prepare`` did not make the data, a vocabulary is damaged, or the disk refuses.
+        """
+        if "raw_schema" not in data.made:
+            raise UserError(f"{data.folder}: the folder does not record its raw columns; make it with prepare")
+        manifest = read_manifest(data.folder)
+        encoding = manifest.get("encoding", {})
+        hashed = data.made["mode"] == "hash"
+        names = [] if hashed else [vocabulary_file(data.folder, j).name for j in range(len(data.schema.categorical))]
+        content = {
+            "format_version": FORMAT_VERSION,
+            "schema": data.schema.to_json(),
+            "raw_schema": data.made["raw_schema"],
+            "num_embeddings": dict(data.num_embeddings),
+            "hashed": hashed,
+            "transforms": data.made["numeric"],
+            "types": encoding.get("types"),
+            "minimum": encoding.get("minimum"),
+            "files": {name: manifest["files"][name] for name in names},
+        }
+        with new_folder(folder) as partial:
+            for name in names:
+                shutil.copyfile(data.folder / name, partial / name)
+                if digest(partial / name) != manifest["files"][name]:
+                    raise UserError(
+                        f"{data.folder / name}: the file is damaged (its checksum differs); prepare the data again"
+                    )
+            write_bytes(partial / ENCODER, seal(content))
+
+    def encode(self, frame: Any, *, on_bad_row: Literal["error", "skip"] = "error") -> EncodedRows:
+        """Encode rows in memory.
+
+        Args:
+            frame: A pandas or polars DataFrame, an Arrow table, or a list of dicts, with the raw columns by name; a
+                label is not read. None, NaN and null are missing. A category is text or an integer as in training, in
+                Criteo's layout hexadecimal text or the integer that it stands for.
+            on_bad_row: Stop at a row that does not fit, or leave it out and list it in ``bad``.
+
+        Returns:
+            The rows.
+
+        Raises:
+            UserError: A column is absent or of a wrong type, or a row has a value that does not fit; the message names
+                row, counted from 1, and column.
+        """
+        table = as_arrow(frame, self.raw_schema.columns_read[1:])
+        fields = dict(zip(table.schema.names, table.schema.types, strict=True))
+        types = category_types(fields, self._reading, types=self._types, labelled=False)
+        raw, bad = table_frame(table, self._reading, types, labelled=False)
+        if bad and on_bad_row == "error":
+            row = min(bad)
+            raise UserError(f"row {row + 1}, {bad[row]}; correct it, or skip such rows (on_bad_row='skip')")
+        return self.encode_piece(raw, bad)
+
+    def encode_piece(self, raw: pl.DataFrame, bad: Mapping[int, str] | None = None) -> EncodedRows:
+        """Encode rows that a source has read; see ``raw.source.Piece``.
+
+        Args:
+            raw: n rows.
+            bad: What is wrong with others that are not among them.
+
+        Returns:
+            The rows.
+        """
         dense = numeric.dense(raw, self._transforms)
-        assert dense.dtype == np.float32
-        columns = [*numeric.buckets(raw, self._transforms), *(raw[f"c{j}"] for j in range(len(self._raw.categorical)))]
-        sparse, bags = [], {}
-        for j, (name, column) in enumerate(zip(self._data.schema.categorical, columns, strict=True)):
-            if name in self._data.schema.multi_hot:
-                bags[name] = self._ids(j, flat(column)), column.list.len().fill_null(0).to_numpy().astype(np.int32)
-            else:
-                sparse.append(self._ids(j, column))
-        ids = np.stack(sparse, axis=1) if sparse else np.empty((len(rows), 0), np.int32)
-        return Encoded(dense=dense.astype(np.float32), sparse=ids, bags=bags)
+        if dense.dtype == np.int32:
+            # A number below the smallest one of the training rows has no logarithm: it counts as that one.
+            dense = numeric.shifted_log(np.maximum(dense, self._minimum).astype(np.int32), self._minimum)
+        columns = categorical_columns(raw, self._transforms)
+        one_hot, bags = [], {}
+        for j, name in enumerate(self.schema.categorical):
+            if name not in self.schema.multi_hot:
+                one_hot.append(j)
+                continue
+            lists = list_values(columns, j)
+            bags[name] = CopiedBags(ids=self._ids(j, lists.values), lengths=lists.lengths, weights=lists.weights)
+        if self._hashing is not None:
+            sparse = self._hashing.block(columns, one_hot)
+        else:
+            ids = {str(j): self._ids(j, columns[f"c{j}"]) for j in one_hot}
+            sparse = np.ascontiguousarray(pl.DataFrame(ids).to_numpy(order="c")) if ids else _none(len(raw))
+        return EncodedRows(dense=dense.astype(np.float32, copy=False), sparse=sparse, bags=bags, bad=bad or {})
+
+    @property
+    def reading(self) -> Schema:
+        """The raw schema with every transform named, as sources of raw rows take it."""
+        return self._reading
+
+    @property
+    def types(self) -> tuple[str | None, ...]:
+        """Type of the values per raw categorical column: ``string``, ``integer`` or ``hex``."""
+        return self._types
 
     def _ids(self, j: int, values: pl.Series) -> NDArray[np.int32]:
-        if self._hashing is not None:
-            return self._hashing.ids(j, values)
-        path = vocabulary_file(self._data.folder, j)
-        kept = pl.read_parquet_schema(path)["value"]
-        if (kept == pl.String) != (values.dtype == pl.String) and values.null_count() < len(values):
-            name = self._data.schema.categorical[j]
-            raise UserError(f"column {name!r}: the values are {values.dtype}, those of {path} are {kept}; give these")
-        return look_up(self._connection, values, path)
+        return self._vocabularies[j].ids(values) if self._hashing is None else self._hashing.ids(j, values)
 
-    def _column(self, rows: pl.DataFrame, name: str) -> pl.Series:
-        if name not in rows.columns:
-            raise UserError(f"column {name!r} is absent; the rows have {', '.join(rows.columns)}")
-        return rows[name]
+    def _vocabulary(self, folder: Path, j: int, file: EncoderFile) -> Vocabulary:
+        path, name = vocabulary_file(folder, j), self.schema.categorical[j]
+        try:
+            found = digest(path)
+        except OSError as error:
+            raise UserError(f"{path}: the vocabulary can't be read ({error.strerror}); {_AGAIN}") from error
+        if found != file.files.get(path.name):
+            raise UserError(
+                f"{path}: the vocabulary of column {name!r} is damaged or of another run (its checksum differs); "
+                f"{_AGAIN}"
+            )
+        vocabulary = Vocabulary.read(path)
+        if len(vocabulary) + 1 != file.num_embeddings[name]:
+            raise UserError(f"{path}: holds {len(vocabulary)} values, not {file.num_embeddings[name] - 1}; {_AGAIN}")
+        return vocabulary
+
+    def _value_types(self, where: Path, recorded: Mapping[str, str | None] | None) -> tuple[str | None, ...]:
+        raw = self.raw_schema
+        types: list[str | None] = []
+        if raw.layout == "criteo":
+            return (HEX,) * len(raw.categorical)
+        first = len(self.schema.categorical) - len(raw.categorical)  # before them are the bucketized numbers
+        for j, name in enumerate(raw.categorical):
+            if self._vocabularies:
+                types.append("string" if self._vocabularies[first + j].dtype == pl.String else "integer")
+            elif recorded is not None:
+                types.append(recorded.get(name))
+            elif raw.options(name).type is not None:
+                types.append(raw.options(name).type)
+            else:
+                raise UserError(
+                    f"{where}: an earlier version did not record whether column {name!r} held text or integers, which "
+                    "hashing depends on; prepare and train again"
+                )
+        return tuple(types)
+
+
+_AGAIN: Final = "restore the folder, or train again"
+
+
+def _none(rows: int) -> NDArray[np.int32]:
+    return np.empty((rows, 0), np.int32)
+
+
+def _read(folder: Path) -> bytes:
+    path = folder / ENCODER
+    try:
+        content = read_bytes(path, most=_MAX_BYTES)
+    except OSError as error:
+        raise UserError(f"{path}: the encoder of raw rows can't be read ({error.strerror}); {_AGAIN}") from error
+    if not check_seal(content):
+        raise UserError(f"{path}: the file is damaged (its checksum does not fit); {_AGAIN}")
+    return content
+
+
+def _parse(folder: Path, content: bytes) -> EncoderFile:
+    where = str(folder / ENCODER)
+    raw = parse_json(content.decode(), where=where, remedy=_AGAIN)
+    raw.pop("sha256")
+    version = raw.get("format_version")
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{where}: format_version is {version!r}, this version reads {FORMAT_VERSION}; use the one that wrote it"
+        )
+    return as_type(raw, EncoderFile, where=where, remedy=_AGAIN)

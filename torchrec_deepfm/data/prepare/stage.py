@@ -21,6 +21,7 @@ from torchrec_deepfm.data.dataset.prepared import DENSE, LABELS, SPARSE
 from torchrec_deepfm.data.prepare import numeric
 from torchrec_deepfm.data.prepare.hashing import Hashing
 from torchrec_deepfm.data.prepare.npy_appender import GrowingArray, read_rows
+from torchrec_deepfm.data.prepare.row_columns import categorical_columns, list_values
 from torchrec_deepfm.data.prepare.work_folder import WorkFolder, sync
 from torchrec_deepfm.data.raw.source import JoinedPiece, Source
 from torchrec_deepfm.data.raw.table_source import TableSource, joined_pieces
@@ -98,7 +99,6 @@ class Stager:
     """
 
     work: WorkFolder
-    raw: Schema
     schema: Schema
     transforms: tuple[str, ...]
     hashing: Hashing | None
@@ -191,7 +191,7 @@ class Stager:
         frame = piece.frame
         labels = frame["label"].to_numpy().astype(np.int32)[:, None]
         dense = numeric.dense(frame, self.transforms)
-        categories = self._categories(frame)
+        categories = categorical_columns(frame, self.transforms)
         if "log" in self.transforms and dense.size:
             least = int(dense.min())
             record["minimum"] = least if record["minimum"] is None else min(record["minimum"], least)
@@ -213,34 +213,21 @@ class Stager:
             if len(skipped["first"]) < LISTED:
                 skipped["first"].append({"line": bad.line, "reason": bad.reason})
 
-    def _categories(self, frame: pl.DataFrame) -> pl.DataFrame:
-        """The prepared schema's categorical columns ``c0`` ..., with the weights ``w{j}`` of lists."""
-        extra = numeric.buckets(frame, self.transforms)
-        columns = [series.alias(f"c{j}") for j, series in enumerate(extra)]
-        for j in range(len(self.raw.categorical)):
-            columns.append(frame[f"c{j}"].alias(f"c{len(extra) + j}"))
-            if f"w{j}" in frame.columns:
-                columns.append(frame[f"w{j}"].alias(f"w{len(extra) + j}"))
-        return pl.DataFrame(columns)
-
     def _add_categories(
         self, stem: str, frame: pl.DataFrame, arrays: dict[str, GrowingArray], counts: dict[str, Any], piece: int
     ) -> None:
         one_hot = []
         for j, name in enumerate(self.schema.categorical):
-            column = frame[f"c{j}"]
             if name not in self.schema.multi_hot:
                 one_hot.append(j)
                 continue
-            lengths = column.list.len().fill_null(0).to_numpy().astype(np.int64)
-            before = counts["values"].get(str(j), 0)
-            offsets = before + np.cumsum(lengths)
-            arrays[f"_offsets_{j}.npy"].append(offsets)
-            counts["values"][str(j)] = before + int(lengths.sum())
+            bags, before = list_values(frame, j), counts["values"].get(str(j), 0)
+            arrays[f"_offsets_{j}.npy"].append(before + np.cumsum(bags.lengths))
+            counts["values"][str(j)] = before + len(bags.values)
             if self.hashing is not None:
-                arrays[f"_ids_{j}.npy"].append(self.hashing.ids(j, flat(column)))
-            if name in self.schema.weighted:
-                arrays[f"_weights_{j}.npy"].append(flat(frame[f"w{j}"]).to_numpy().astype(np.float32))
+                arrays[f"_ids_{j}.npy"].append(self.hashing.ids(j, bags.values))
+            if bags.weights is not None:
+                arrays[f"_weights_{j}.npy"].append(bags.weights)
         if self.hashing is not None:
             arrays[SPARSE].append(self.hashing.block(frame, one_hot))
             return
@@ -259,16 +246,6 @@ class Stager:
                 for rows in read_rows(raw, columns, np.int32):
                     logs.append(numeric.shifted_log(rows, record["minimum"] or 0))
                 logs.flush()
-
-
-def flat(lists: pl.Series) -> pl.Series:
-    """Return the values of a list column one after another; an absent or empty list has none.
-
-    Example:
-        >>> flat(pl.Series([[1, 2], None, [], [3]])).to_list()
-        [1, 2, 3]
-    """
-    return lists.filter(lists.list.len().fill_null(0) > 0).explode()
 
 
 def skipped_rows(record: Mapping[str, Any]) -> int:

@@ -5,6 +5,7 @@ counts and joins, since it does both beyond memory.
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Final
 
@@ -22,6 +23,7 @@ from torchrec_deepfm.data.prepare.work_folder import sync
 VOCABULARY: Final = "vocabulary_{}.parquet"
 # Up to so many ids, a table of Arrow's is faster than a join of DuckDB's, and need not be put in order again.
 SMALL: Final = 100_000
+_FEW: Final = 256
 
 
 def vocabulary_file(folder: Path, j: int) -> Path:
@@ -74,21 +76,92 @@ def vocabulary_size(folder: Path, j: int) -> int:
     return 1 + int(pq.read_metadata(vocabulary_file(folder, j)).num_rows)
 
 
+class Vocabulary:
+    """The vocabulary of a column, held in memory.
+
+    Args:
+        values: Its values, null for missing; the first one has id 1.
+
+    Example:
+        >>> Vocabulary(pl.Series([7, None, 3])).ids(pl.Series([3, 4, None])).tolist()
+        [3, 0, 2]
+    """
+
+    def __init__(self, values: pl.Series) -> None:
+        self._values = values
+
+    @classmethod
+    def read(cls, path: Path) -> "Vocabulary":
+        """Read the file of a vocabulary, whose rows are in the order of the ids."""
+        return cls(pl.read_parquet(path, columns=["value"], glob=False, hive_partitioning=False)["value"])
+
+    def __len__(self) -> int:
+        """Return the number of values."""
+        return len(self._values)
+
+    @property
+    def dtype(self) -> pl.DataType:
+        """Type of the values."""
+        return self._values.dtype
+
+    def ids(self, values: pl.Series) -> NDArray[np.int32]:
+        """Turn values into ids.
+
+        Args:
+            values: n values of the vocabulary's type, or other integers where it holds integers; null for missing.
+
+        Returns:
+            int32 [n]; 0 for a value that is not in the vocabulary.
+        """
+        if values.dtype != self.dtype:
+            if values.null_count() == len(values):  # of whatever type: nothing in it shows its type
+                values = values.cast(self.dtype)
+            elif self.dtype != pl.Int64:
+                return self._wide.ids(values)
+            else:
+                values = values.cast(pl.Int64)
+        if len(values) > len(self._values):
+            # Arrow makes a hash table of the vocabulary in each call, which pays off for many values.
+            places = pc.index_in(values.to_arrow(), value_set=self._values.to_arrow())
+            found: NDArray[np.int32] = pc.add(places.fill_null(-1), pa.scalar(1, pa.int32())).to_numpy()
+            return found
+        sorted_values, ids, missing = self._sorted
+        if not len(sorted_values):
+            return np.where(values.is_null().to_numpy(), missing, 0).astype(np.int32)
+        if len(values) <= _FEW and values.dtype.is_integer():  # Polars wakes its threads for every call
+            at = np.searchsorted(sorted_values.to_numpy(), values.fill_null(0).to_numpy())
+        else:
+            given = values.fill_null("" if values.dtype == pl.String else 0)
+            at = np.asarray(sorted_values.search_sorted(given).to_numpy())
+        at = np.minimum(at, len(sorted_values) - 1)
+        hits = (sorted_values.gather(at) == values).fill_null(False).to_numpy()
+        known = np.where(hits, ids[at], 0)
+        return np.where(values.is_null().to_numpy(), missing, known).astype(np.int32)
+
+    @cached_property
+    def _wide(self) -> "Vocabulary":
+        """The same integers in 64 bits, for values of another type."""
+        assert self.dtype.is_integer(), self.dtype
+        return Vocabulary(self._values.cast(pl.Int64))
+
+    @cached_property
+    def _sorted(self) -> tuple[pl.Series, NDArray[np.int32], int]:
+        """The values but null in ascending order, their ids, and the id of null."""
+        numbered = pl.DataFrame({"value": self._values}).with_row_index("id", offset=1)
+        missing = numbered.filter(pl.col("value").is_null())["id"].to_list()
+        known = numbered.filter(pl.col("value").is_not_null()).sort("value")
+        return known["value"], known["id"].cast(pl.Int32).to_numpy(), int(missing[0]) if missing else 0
+
+
 def look_up(connection: duckdb.DuckDBPyConnection, values: pl.Series, vocabulary: Path) -> NDArray[np.int32]:
-    """Turn values into ids.
+    """Turn values into ids by a vocabulary of any size.
 
     Returns int32 [n]; 0 for a value that is not in the vocabulary.
     """
+    if pq.read_metadata(vocabulary).num_rows < SMALL:
+        return Vocabulary.read(vocabulary).ids(values)
     if values.null_count() == len(values):  # of whatever type: nothing in it shows its type
         values = values.cast(pl.read_parquet_schema(vocabulary)["value"])
-    if pq.read_metadata(vocabulary).num_rows < SMALL:
-        kept = pl.read_parquet(vocabulary, columns=["value"], glob=False, hive_partitioning=False)["value"]
-        values = values.cast(kept.dtype) if values.dtype.is_integer() and kept.dtype == pl.Int64 else values
-        if values.dtype == kept.dtype:
-            # The file is in the order of the ids: the place in it is the id.
-            places = pc.index_in(values.to_arrow(), value_set=kept.to_arrow())
-            small: NDArray[np.int32] = pc.add(places.fill_null(-1), pa.scalar(1, pa.int32())).to_numpy()
-            return small
     looked_up = pl.DataFrame({"value": values}).with_row_index("row")
     connection.register("looked_up", looked_up.to_arrow())
     found = connection.execute(f"""

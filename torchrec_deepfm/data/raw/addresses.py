@@ -118,10 +118,52 @@ def _find_local(named: str) -> list[File]:
     return [File(name=named, bytes=size, path=str(path))]
 
 
-def _find_remote(named: str) -> list[File]:
+def find_text(named: str) -> File:
+    """Find a text file of any name.
+
+    Args:
+        named: A local path or an fsspec address.
+
+    Returns:
+        The file; a local one may not exist.
+
+    Raises:
+        UserError: There is nothing at the address, it can't be reached, or it is a folder.
+    """
+    if "://" not in named and "::" not in named:
+        path = Path(named)
+        return File(name=named, bytes=path.stat().st_size if path.is_file() else 0, path=named)
+    filesystem, path_there = _connect(named)
+    try:
+        info = filesystem.info(path_there)
+    except FileNotFoundError as error:
+        raise UserError(f"{named}: there is nothing at this address; check it") from error
+    except Exception as error:  # of each driver's own kind, as in _find_remote
+        raise UserError(f"{named}: it can't be reached ({one_line(error)}); check address and credentials") from error
+    if info["type"] == "directory":
+        raise UserError(f"{named}: this is a folder; name the files in it")
+    return File(name=named, bytes=int(info["size"] or 0), path=path_there, filesystem=filesystem)
+
+
+def is_table(named: str, *, tsv: bool = True) -> bool:
+    """Whether a name is that of a Parquet file or CSV.
+
+    Args:
+        named: A path or an address.
+        tsv: Whether tab separated files are CSVs too; Criteo's text has the same ending.
+
+    Returns:
+        True for a table with named columns.
+    """
+    suffix = _suffix(named)
+    return bool(suffix) and (tsv or not suffix.startswith(".tsv"))
+
+
+def _connect(named: str) -> tuple[Any, str]:
     protocol = named.partition("::")[0].partition("://")[0]
     try:
         filesystem, path = fsspec.core.url_to_fs(named)
+        return filesystem, str(path)
     except ImportError as error:
         driver = getattr(error.__cause__, "name", None) or known_implementations[protocol]["class"]
         package = driver.partition(".")[0]
@@ -139,6 +181,10 @@ def _find_remote(named: str) -> list[File]:
             "set JAVA_HOME and HADOOP_HOME, or copy the file to a disk" if java else "check address and credentials"
         )
         raise UserError(f"{named}: {protocol}:// can't be opened ({one_line(error)}); {remedy}") from error
+
+
+def _find_remote(named: str) -> list[File]:
+    filesystem, path = _connect(named)
     try:
         info = filesystem.info(path)
         if info["type"] == "directory":

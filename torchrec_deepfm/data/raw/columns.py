@@ -21,6 +21,7 @@ _SHOWN: Final = 40
 _LABEL: Final = "it must be 0 or 1"
 # Above this, not every whole number is a float64 of its own, so two ids could have become one.
 _EXACT: Final = 2.0**53
+_HEX: Final = "^[0-9a-fA-F]{1,8}$"
 _TRUTH: Final = {"true": "1", "false": "0"}
 
 
@@ -67,7 +68,7 @@ def numbers(column: pa.ChunkedArray, transform: str | None = None) -> Values:
 def categories(column: pa.ChunkedArray, wanted: str) -> Values:
     """Read a categorical column with one value a row.
 
-    ``wanted``: ``string`` or ``integer``. Returns n values, String or Int64.
+    ``wanted``: ``string``, ``integer`` or ``hex``. Returns n values, String, Int64 or UInt32.
     """
     return _categories(_flat(column), wanted)
 
@@ -113,6 +114,40 @@ def lists(
         Values(series=bags.rebuilt(values.series, kept, dtype), faults=faults),
         Values(series=result, faults=wrong | unequal),
     )
+
+
+def from_hex(texts: pl.Series) -> pl.Series:
+    """Read hexadecimal numbers of at most 8 digits.
+
+    Args:
+        texts: n valid texts, null for missing.
+
+    Returns:
+        UInt32 [n].
+
+    Example:
+        >>> from_hex(pl.Series(["ff", None])).to_list()
+        [255, None]
+    """
+    return texts.str.to_integer(base=16, dtype=pl.UInt32)
+
+
+def texts(column: pa.ChunkedArray) -> pa.Array:
+    """Return the cells of a CSV as text; bytes that are not UTF-8 become replacement characters.
+
+    Args:
+        column: n cells.
+
+    Returns:
+        n texts, null where empty.
+    """
+    flat = _flat(column)
+    if not flat.undecoded:
+        return flat.array
+    cells = flat.array.to_pylist()
+    for place, raw in flat.undecoded.items():
+        cells[place] = raw.decode(errors="replace")
+    return pa.array(cells, pa.large_string())
 
 
 def scalars(column: pa.ChunkedArray) -> pl.Series:
@@ -284,6 +319,17 @@ def _categories(flat: _Flat, wanted: str) -> Values:
         series = series.cast(pl.Int64)
     if wanted == "string":
         return Values(series=series.cast(pl.String), faults=faults)
+    if wanted == "hex" and flat.kind in ("text", "digits"):
+        valid = series.str.contains(_HEX)
+        for row in np.flatnonzero((~valid & (series != "")).fill_null(False).to_numpy()).tolist():
+            faults[row] = f"{_show(series[row])} is not a hexadecimal number of at most 8 digits"
+        return Values(series=from_hex(series.set(~valid.fill_null(False), None)), faults=faults)
+    if wanted == "hex":
+        values = _categories(flat, "integer")
+        codes = values.series.cast(pl.UInt32, strict=False)
+        for row in np.flatnonzero((codes.is_null() & values.series.is_not_null()).to_numpy()).tolist():
+            faults[row] = f"{_show(flat.raw(row))} is not an integer of 32 bits, which a hexadecimal category is"
+        return Values(series=codes, faults=values.faults | faults)
     given = ~series.is_null()
     if flat.kind in ("text", "digits"):
         stripped = series.str.strip_chars(" ")

@@ -6,7 +6,7 @@ So the rule stands in one place, good data are fast, and a bad line is named.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,10 +17,11 @@ import polars as pl
 import pyarrow as pa
 
 from torchrec_deepfm.data.prepare import numeric
+from torchrec_deepfm.data.raw.addresses import File, find_text, one_line
 from torchrec_deepfm.data.raw.file_kind import COMPRESSIONS, HEAD_BYTES, check_head, compression, explain_damage
 from torchrec_deepfm.data.raw.source import Piece, Skipped
 from torchrec_deepfm.data.schema import Schema
-from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.errors import UserError, one_of
 
 T = TypeVar("T")
 
@@ -49,16 +50,36 @@ _SHOWN = 40
 class TextLog:
     """One text file in Criteo's format, plain, ``.gz`` or ``.zst``.
 
-    ``piece_bytes``: bytes of text in a piece, about; a line must fit.
+    Args:
+        path: The file: a local path, or where ``find_text`` found it.
+        schema: Its columns.
+        piece_bytes: Bytes of text in a piece, about; a line must fit.
+        labelled: Whether lines begin with the label; ``None`` looks at the first line.
+        keep: Columns that pieces carry along; categories in 8 hexadecimal digits.
+
+    Raises:
+        UserError: The file is absent, a folder, or can't be opened, or a column to keep is not in it.
     """
 
-    def __init__(self, path: Path, schema: Schema, *, piece_bytes: int = PIECE_BYTES) -> None:
-        _check_readable(path)
-        self.path = str(path)
-        self.bytes = path.stat().st_size
-        self._file = path
+    def __init__(
+        self,
+        path: Path | File,
+        schema: Schema,
+        *,
+        piece_bytes: int = PIECE_BYTES,
+        labelled: bool | None = True,
+        keep: Sequence[str] = (),
+    ) -> None:
+        self._file = path if isinstance(path, File) else find_text(str(path))
+        _check_readable(self._file)
+        self.path, self.bytes = self._file.name, self._file.bytes
         self._schema = schema
         self._piece_bytes = piece_bytes
+        self._labelled = self._has_labels() if labelled is None else labelled
+        self._keep, names = tuple(keep), _names(schema, labelled=self._labelled)
+        for name in self._keep:
+            if name not in names:
+                raise UserError(f"{self.path}: there is no column {name!r}; choose {one_of(names, name)}")
 
     def pieces(self, *, start: int, line: int, skip_bad: bool) -> Iterator[Piece]:
         """Read on from byte ``start`` of the text; see ``Source.pieces``.
@@ -85,7 +106,7 @@ class TextLog:
     def _blocks(self, start: int) -> Iterator[tuple[bytes, float]]:
         """Cut the text from ``start`` on into blocks of whole lines."""
         codec = compression(self.path)
-        with pa.OSFile(str(self._file), "rb") as raw:
+        with _opened(self._file) as raw:
             if codec is None:
                 stream = raw
                 stream.seek(start)
@@ -137,31 +158,62 @@ class TextLog:
         if b"\r" in text:
             text = text.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         lines = _count(text, _NEWLINE) + (not text.endswith(b"\n") and bool(text))
-        frame = _parse(text, self._schema)
+        frame = _parse(text, self._schema, labelled=self._labelled)
         if frame is not None and self._unfit(frame):
             frame = None
         skipped: tuple[Skipped, ...] = ()
         if frame is None:
             good, skipped = self._sort_out(text, line, skip_bad)
-            frame = _parse_slowly(good, self._schema)
-        return Piece(frame=frame, end=start + size, line=line + lines, done=done, skipped=skipped)
+            frame = _parse_slowly(good, self._schema, labelled=self._labelled)
+        kept = self._kept(frame, skipped) if self._keep else None
+        return Piece(frame=frame, end=start + size, line=line + lines, done=done, skipped=skipped, kept=kept)
+
+    def _kept(self, frame: pl.DataFrame, skipped: Sequence[Skipped]) -> pa.Table:
+        schema, columns = self._schema, {}
+        for name in dict.fromkeys(self._keep):
+            if name == schema.label:
+                columns[name] = frame["label"]
+            elif name in schema.numeric:
+                columns[name] = frame[f"n{schema.numeric.index(name)}"].cast(pl.Float64)
+            else:
+                codes = frame[f"c{schema.categorical.index(name)}"].to_list()
+                columns[name] = pl.Series([None if code is None else f"{code:08x}" for code in codes], dtype=pl.String)
+        kept = pl.DataFrame(columns).to_arrow()
+        if not skipped:
+            return kept
+        bad, good = {one.place for one in skipped}, iter(range(len(frame)))
+        places = [None if place in bad else next(good) for place in range(len(frame) + len(bad))]
+        return kept.take(pa.array(places, pa.int64()))
+
+    def _has_labels(self) -> bool:
+        """Whether the first line has a cell for the label; a line of any other length is an error that names it."""
+        codec = compression(self.path)
+        try:
+            with _opened(self._file) as raw:
+                head = (raw if codec is None else pa.CompressedInputStream(raw, codec)).read(_READ_BYTES)
+        except OSError as error:
+            raise UserError(self._unreadable(error, 0)) from error
+        first = re.split(rb"[\r\n]", head.removeprefix(_BYTE_ORDER_MARK).lstrip(b"\r\n"), maxsplit=1)[0]
+        return bool(first.count(b"\t") != len(self._schema.names) - 2)
 
     def _sort_out(self, text: bytes, line: int, skip_bad: bool) -> tuple[list[bytes], tuple[Skipped, ...]]:
         """Part the good lines from the bad ones; raise over the first bad one unless they are to be skipped."""
-        pattern = re.compile(line_pattern(self._schema).encode())
-        good, skipped = [], []
+        pattern = re.compile(line_pattern(self._schema, labelled=self._labelled).encode())
+        good: list[bytes] = []
+        skipped: list[Skipped] = []
         for number, row in enumerate(text.split(b"\n"), start=line + 1):
             if not row:
                 continue
             if pattern.fullmatch(row) and not self._has_unfit(row):
                 good.append(row)
                 continue
-            fault = _describe(row.decode("utf-8", "surrogateescape"), self._schema)
+            fault = _describe(row.decode("utf-8", "surrogateescape"), self._schema, labelled=self._labelled)
             if not skip_bad:
                 header = number == 1 and row.partition(b"\t")[0].strip(b"0123456789")
                 remedy = f"if this is a table with a header, {_NEEDS_SCHEMA}" if header else _REPAIR
                 raise UserError(f"{self.path}: line {number}{fault}; {remedy}")
-            skipped.append(Skipped(line=number, reason=fault.lstrip(", ")))
+            place = len(good) + len(skipped)
+            skipped.append(Skipped(line=number, reason=fault.lstrip(", "), place=place))
         return good, tuple(skipped)
 
     def _unfit(self, frame: pl.DataFrame) -> bool:
@@ -171,14 +223,14 @@ class TextLog:
         )
 
     def _has_unfit(self, row: bytes) -> bool:
-        fields = row.split(b"\t")[1 : 1 + len(self._schema.numeric)]
+        fields = row.split(b"\t")[self._labelled : self._labelled + len(self._schema.numeric)]
         return any(
             _number_fault(field.decode("ascii"), self._schema.options(name).transform)
             for field, name in zip(fields, self._schema.numeric, strict=True)
         )
 
     def _unreadable(self, error: OSError, line: int) -> str:
-        suffix = self._file.suffix.lower()
+        suffix = Path(self._file.path).suffix.lower()
         if suffix in COMPRESSIONS:
             return f"{self.path}: after line {line}, {explain_damage(suffix, error)}"
         return f"{self.path}: the file can't be read after line {line} ({error}); check the disk"
@@ -205,44 +257,54 @@ def _count(text: bytes, byte: int) -> int:
     return sum(int(np.count_nonzero(array[i : i + _CACHED] == byte)) for i in range(0, len(array), _CACHED))
 
 
-def line_pattern(schema: Schema) -> str:
+def _names(schema: Schema, *, labelled: bool) -> tuple[str, ...]:
+    return schema.names if labelled else schema.names[1:]
+
+
+def line_pattern(schema: Schema, *, labelled: bool = True) -> str:
     r"""Return the regular expression that a whole good line matches.
 
     Example:
         >>> re.fullmatch(line_pattern(Schema(label="y", numeric=("n",), categorical=("c",))), "1\t-3\tff") is not None
         True
     """
-    return rf"[01](?:\t(?:{_INTEGER})?){{{len(schema.numeric)}}}(?:\t(?:{_HEX})?){{{len(schema.categorical)}}}"
+    cells = rf"(?:\t(?:{_INTEGER})?){{{len(schema.numeric)}}}(?:\t(?:{_HEX})?){{{len(schema.categorical)}}}"
+    if labelled:
+        return f"[01]{cells}"
+    # Without the label in front, the first cell has no tab before it.
+    first = _INTEGER if schema.numeric else _HEX
+    rest = (max(len(schema.numeric) - 1, 0), len(schema.categorical) - (not schema.numeric))
+    return rf"(?:{first})?(?:\t(?:{_INTEGER})?){{{rest[0]}}}(?:\t(?:{_HEX})?){{{rest[1]}}}"
 
 
-def _parse(text: bytes, schema: Schema) -> pl.DataFrame | None:
+def _parse(text: bytes, schema: Schema, *, labelled: bool) -> pl.DataFrame | None:
     """Parse a block of good lines; ``None`` where anything is out of the ordinary."""
     if not text:
         return None
     lines = _count(text, _NEWLINE) + (not text.endswith(b"\n"))
     # Together these leave nothing for Polars to be lenient about. It refuses a line that is too long, so that the
     # right number of tabs over all lines means the right number in each.
-    tabs = len(schema.names) - 1
+    tabs = len(_names(schema, labelled=labelled)) - 1
     if text.translate(None, _CHARACTERS):
         return None
     if _count(text, _TAB) != tabs * lines:
         shorter = re.sub(rb"\n{2,}", b"\n", text).lstrip(b"\n")  # blank lines are not rows
-        return _parse(shorter, schema) if len(shorter) < len(text) else None
+        return _parse(shorter, schema, labelled=labelled) if len(shorter) < len(text) else None
     integers, categories = range(len(schema.numeric)), range(len(schema.categorical))
-    columns: dict[str, type[pl.DataType]] = {"label": pl.String}
+    columns: dict[str, type[pl.DataType]] = {"label": pl.String} if labelled else {}
     columns |= {f"n{j}": pl.Int64 for j in integers} | {f"c{j}": pl.String for j in categories}
     try:
         frame = pl.read_csv(text, separator="\t", has_header=False, quote_char=None, schema=columns)
         if len(frame) != lines:
             return None
         checks = frame.select(
-            pl.col("label").is_in(["0", "1"]).all() & pl.col("label").is_not_null().all(),
+            *([pl.col("label").is_in(["0", "1"]).all() & pl.col("label").is_not_null().all()] if labelled else []),
             *((pl.col(f"c{j}").str.len_bytes().max() <= _HEX_DIGITS).fill_null(True) for j in categories),
         )
         if not all(checks.row(0)):
             return None
         return frame.select(
-            pl.col("label").cast(pl.UInt8),
+            *([pl.col("label").cast(pl.UInt8)] if labelled else []),
             *(pl.col(f"n{j}") for j in integers),
             *(_from_hex(j) for j in categories),
         )
@@ -250,13 +312,15 @@ def _parse(text: bytes, schema: Schema) -> pl.DataFrame | None:
         return None
 
 
-def _parse_slowly(lines: list[bytes], schema: Schema) -> pl.DataFrame:
+def _parse_slowly(lines: list[bytes], schema: Schema, *, labelled: bool) -> pl.DataFrame:
     """Parse lines that are known to be good, with integers beyond 64 bits among them."""
     rows = [line.decode("ascii").split("\t") for line in lines]
-    columns = list(zip(*rows, strict=True)) if rows else [()] * len(schema.names)
-    first = 1 + len(schema.numeric)
-    named: dict[str, pl.Series] = {"label": pl.Series(columns[0], dtype=pl.String).cast(pl.UInt8)}
-    for j, values in enumerate(columns[1:first]):
+    columns = list(zip(*rows, strict=True)) if rows else [()] * len(_names(schema, labelled=labelled))
+    first = labelled + len(schema.numeric)
+    named: dict[str, pl.Series] = {}
+    if labelled:
+        named["label"] = pl.Series(columns[0], dtype=pl.String).cast(pl.UInt8)
+    for j, values in enumerate(columns[labelled:first]):
         # Longer than any finite float64: leading zeros, which int() has a limit for.
         numbers = [(int(value) if len(value) < _LONG else float(value)) if value else None for value in values]
         exact = all(n is None or (isinstance(n, int) and -(2**63) <= n < 2**63) for n in numbers)
@@ -281,19 +345,27 @@ def _skip(stream: pa.NativeFile, count: int) -> None:
         count -= read
 
 
-def _check_readable(path: Path) -> None:
-    if path.is_dir():
+def _opened(file: File) -> pa.NativeFile:
+    if file.filesystem is None:
+        return pa.OSFile(file.path, "rb")
+    return pa.PythonFile(file.filesystem.open(file.path, "rb"), mode="r")
+
+
+def _check_readable(file: File) -> None:
+    path = file.name
+    if file.filesystem is None and Path(path).is_dir():
         raise UserError(f"{path}: this is a folder; name the files in it")
     try:
-        with path.open("rb") as file:
-            head = file.read(HEAD_BYTES)
+        with _opened(file) as opened:
+            head = opened.read(HEAD_BYTES)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file; check the path") from error
     except OSError as error:
-        raise UserError(f"{path}: the file can't be read ({error.strerror}); check its permissions") from error
+        what = error.strerror or one_line(error)
+        raise UserError(f"{path}: the file can't be read ({what}); check its permissions") from error
     if head.startswith(b"PAR1"):
         raise UserError(f"{path}: this is a Parquet file, and not {_TEXT}; {_NEEDS_SCHEMA}")
-    check_head(str(path), str(path), head)
+    check_head(path, file.path, head)
 
 
 def _number_fault(field: str, transform: str | None) -> str:
@@ -306,15 +378,14 @@ def _number_fault(field: str, transform: str | None) -> str:
     return numeric.UNFIT[str(transform)] if numeric.unfit(pl.Series([number]), transform).any() else ""
 
 
-def _describe(row: str, schema: Schema) -> str:
+def _describe(row: str, schema: Schema, *, labelled: bool) -> str:
     """Say what is wrong with a bad line, to go after its number."""
     fields = row.split("\t")
-    if len(fields) != len(schema.names):
-        return (
-            f" has {len(fields)} columns, expected {len(schema.names)} (label, {len(schema.numeric)} numbers, "
-            f"{len(schema.categorical)} categories, tab separated)"
-        )
-    for index, (name, field) in enumerate(zip(schema.names, fields, strict=True)):
+    names = _names(schema, labelled=labelled)
+    if len(fields) != len(names):
+        what = f"{len(schema.numeric)} numbers, {len(schema.categorical)} categories, tab separated"
+        return f" has {len(fields)} columns, expected {len(names)} ({'label, ' if labelled else ''}{what})"
+    for index, (name, field) in enumerate(zip(names, fields, strict=True), not labelled):
         shown = repr(field if len(field) <= _SHOWN else field[:_SHOWN] + "...")
         if index == 0:
             if not field:

@@ -10,14 +10,16 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import polars as pl
+import pyarrow as pa
 
 
 @dataclass(frozen=True, kw_only=True)
 class Skipped:
-    """A bad row that was left out."""
+    """A bad row that was left out; ``place`` counts all rows of its piece from 0, bad ones included."""
 
     line: int
     reason: str
+    place: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +34,7 @@ class Piece:
         line: Lines or rows read up to ``end``.
         done: Share of the source read up to ``end``, 0 to 1.
         skipped: Bad rows of this piece that were left out.
+        kept: Columns that the source was asked to carry along, of all rows of the piece, bad ones included.
     """
 
     frame: pl.DataFrame
@@ -39,6 +42,7 @@ class Piece:
     line: int
     done: float
     skipped: tuple[Skipped, ...] = ()
+    kept: pa.Table | None = None
 
 
 class Source(Protocol):

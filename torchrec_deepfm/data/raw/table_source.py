@@ -1,7 +1,7 @@
 """The user's own table, Parquet or CSV, as sources of pieces (layout ``table`` of a schema).
 
-``addresses.py`` finds the files, ``table_files.py`` reads rows, ``column_types.py`` and ``columns.py`` make
-values. Here they become ``source.Piece``s whose borders depend on nothing but the rows before them.
+``addresses.py`` finds the files, ``table_files.py`` reads rows, ``table_frame.py`` makes values of them. Here they
+become ``source.Piece``s whose borders depend on nothing but the rows before them.
 """
 
 import difflib
@@ -9,15 +9,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from torchrec_deepfm.data.raw import column_types
 from torchrec_deepfm.data.raw import columns as cells
 from torchrec_deepfm.data.raw.addresses import find_files
 from torchrec_deepfm.data.raw.source import JoinedPiece, Piece, Skipped
 from torchrec_deepfm.data.raw.table_files import BATCH_ROWS, CsvTable, ParquetTable, open_table
+from torchrec_deepfm.data.raw.table_frame import category_types, table_frame
 from torchrec_deepfm.data.schema import Schema, toml_key, toml_text
 from torchrec_deepfm.errors import UserError
 
@@ -34,12 +33,15 @@ class TableSource:
     """One file of a table; see ``source.Source``.
 
     ``types``: ``string`` or ``integer`` per categorical column, ``None`` where the file has only missing values.
+    ``keep``: columns that pieces carry along unchanged, without a label where not ``labelled``.
     """
 
     file: ParquetTable | CsvTable
     schema: Schema
     types: tuple[str | None, ...]
     piece_rows: int
+    labelled: bool = True
+    keep: tuple[str, ...] = ()
 
     @property
     def path(self) -> str:
@@ -60,22 +62,27 @@ class TableSource:
         """
         del line
         frames: list[pl.DataFrame] = []
+        kept: list[pa.Table] = []
         skipped: list[Skipped] = []
-        row, size, done = start, 0, 0.0
+        row, begin, size, done = start, start, 0, 0.0
         for table, broken, done in self._steps(start):
             first = row + self.file.first_row
             frame, faults = self._frame(table, broken)
             if faults and not skip_bad:
                 place = min(faults)
                 raise UserError(f"{self.path}: row {first + place}, {faults[place]}; repair or remove the row")
-            skipped += [Skipped(line=first + place, reason=faults[place]) for place in sorted(faults)]
+            skipped += [
+                Skipped(line=first + place, reason=faults[place], place=row - begin + place) for place in sorted(faults)
+            ]
+            if (columns := self._kept(table, broken)) is not None:
+                kept.append(columns)
             row, size = row + table.num_rows + len(broken), size + _memory(frame)
             frames.append(frame)
             if len(frames) == self._cut[1] or size >= _PIECE_BYTES:
-                yield self._piece(frames, skipped, row, done)
-                frames, skipped, size = [], [], 0
+                yield self._piece(frames, kept, skipped, row, done)
+                frames, kept, skipped, size, begin = [], [], [], 0, row
         if frames:
-            yield self._piece(frames, skipped, row, 1.0)
+            yield self._piece(frames, kept, skipped, row, 1.0)
 
     @property
     def _cut(self) -> tuple[int, int]:
@@ -83,9 +90,17 @@ class TableSource:
         steps = -(-self.piece_rows // BATCH_ROWS)
         return self.piece_rows // steps, steps
 
-    def _piece(self, frames: list[pl.DataFrame], skipped: list[Skipped], row: int, done: float) -> Piece:
-        frame = pl.concat(frames, rechunk=True)
-        return Piece(frame=frame, end=row, line=row + self.file.first_row - 1, done=done, skipped=tuple(skipped))
+    def _piece(
+        self, frames: list[pl.DataFrame], kept: list[pa.Table], skipped: list[Skipped], row: int, done: float
+    ) -> Piece:
+        return Piece(
+            frame=pl.concat(frames, rechunk=True),
+            end=row,
+            line=row + self.file.first_row - 1,
+            done=done,
+            skipped=tuple(skipped),
+            kept=pa.concat_tables(kept) if kept else None,
+        )
 
     def _steps(self, start: int) -> Iterator[tuple[pa.Table, dict[int, str], float]]:
         """(Good rows, broken ones by place, share read), always as many rows at once, except the last ones.
@@ -96,7 +111,8 @@ class TableSource:
         tables: list[pa.Table] = []
         places: dict[int, str] = {}
         held = 0
-        for batch in self.file.batches(self.schema.columns_read, start):
+        wanted = dict.fromkeys([*_columns_read(self.schema, labelled=self.labelled), *self.keep])
+        for batch in self.file.batches(list(wanted), start):
             at = used = 0  # rows of the batch, and rows of its table, that are handed on
             while batch.rows - at:
                 count = min(batch.rows - at, step - held)
@@ -112,47 +128,45 @@ class TableSource:
 
     def _frame(self, table: pa.Table, broken: dict[int, str]) -> tuple[pl.DataFrame, dict[int, str]]:
         """The frame of a step's good rows, and what is wrong with the others by place among all of them."""
-        schema = self.schema
-        columns: dict[str, pl.Series] = {}
-        faults: dict[int, str] = {}
-
-        def add(key: str, name: str, values: cells.Values) -> None:
-            columns[key] = values.series
-            for row, what in values.faults.items():
-                faults.setdefault(row, f"column {name!r}: {what}")
-
-        add("label", schema.label, cells.labels(table.column(schema.label)))
-        for j, name in enumerate(schema.numeric):
-            add(f"n{j}", name, cells.numbers(table.column(name), schema.options(name).transform))
-        for j, (name, wanted) in enumerate(zip(schema.categorical, self.types, strict=True)):
-            options, column = schema.options(name), table.column(name)
-            if not options.list:
-                add(f"c{j}", name, cells.categories(column, wanted or "string"))
-                continue
-            weights = None if options.weights is None else table.column(options.weights)
-            values, weighed = cells.lists(column, wanted or "string", options.separator, weights)
-            add(f"c{j}", name, values)
-            if weighed is not None:
-                add(f"w{j}", str(options.weights), weighed)
-        frame = pl.DataFrame(columns)
-        if faults:
-            good = np.ones(frame.height, bool)
-            good[list(faults)] = False
-            frame = frame.filter(pl.Series(good))
+        frame, faults = table_frame(table, self.schema, self.types, labelled=self.labelled)
         if not broken:
             return frame, faults
         # Places in the table -> places among all rows of the step.
         places = [place for place in range(table.num_rows + len(broken)) if place not in broken]
         return frame, {places[place]: what for place, what in faults.items()} | broken
 
+    def _kept(self, table: pa.Table, broken: dict[int, str]) -> pa.Table | None:
+        """The columns to keep of all rows of a step; a broken row has none of their values."""
+        if not self.keep:
+            return None
+        kept = table.select(list(dict.fromkeys(self.keep)))
+        if self.file.is_text:
+            kept = pa.table({name: cells.texts(kept.column(name)) for name in kept.column_names})
+        if not broken:
+            return kept
+        good = iter(range(table.num_rows))
+        rows = table.num_rows + len(broken)
+        return kept.take(pa.array([None if place in broken else next(good) for place in range(rows)], pa.int64()))
 
-def open_tables(named: str, schema: Schema, *, piece_rows: int = 262_144) -> list[TableSource]:
+
+def open_tables(
+    named: str,
+    schema: Schema,
+    *,
+    piece_rows: int = 262_144,
+    types: Sequence[str | None] | None = None,
+    labelled: bool = True,
+    keep: Sequence[str] = (),
+) -> list[TableSource]:
     r"""Open the files of a table and check that they have the columns of the schema.
 
     Args:
         named: A local path or an fsspec address of one Parquet or CSV file, or of a folder of such files.
         schema: The columns.
         piece_rows: Most rows of a piece.
+        types: Types that the categories had in training; ``None`` derives them from the files.
+        labelled: Whether to read the label; without, a file needs none.
+        keep: Columns that pieces carry along unchanged.
 
     Returns:
         A source per file, in natural order of their names; files of a folder that hold no row are left out.
@@ -177,7 +191,8 @@ def open_tables(named: str, schema: Schema, *, piece_rows: int = 262_144) -> lis
     filled = [table for table in tables if not table.is_empty]
     if not filled:
         raise UserError(f"{named}: there is no row in it; give a table with data or leave it out")
-    return unify([_source(table, schema, piece_rows) for table in filled])
+    sources = [_source(table, schema, piece_rows, types, labelled, tuple(keep)) for table in filled]
+    return sources if types is not None else unify(sources)
 
 
 def joined_pieces(
@@ -293,32 +308,31 @@ def is_number(name: str) -> bool:
     return True
 
 
-def _source(table: ParquetTable | CsvTable, schema: Schema, piece_rows: int) -> TableSource:
-    for name in schema.columns_read:
+def _columns_read(schema: Schema, *, labelled: bool) -> tuple[str, ...]:
+    return schema.columns_read if labelled else schema.columns_read[1:]
+
+
+def _source(
+    table: ParquetTable | CsvTable,
+    schema: Schema,
+    piece_rows: int,
+    types: Sequence[str | None] | None,
+    labelled: bool,
+    keep: tuple[str, ...],
+) -> TableSource:
+    wanted = _columns_read(schema, labelled=labelled)
+    for name in (*wanted, *keep):
         if name not in table.fields:
             owners = [other for other in schema.weighted if schema.options(other).weights == name]
-            raise missing_column(table, name, role=f"the weights of column {owners[0]!r}" if owners else "")
+            role = f"the weights of column {owners[0]!r}" if owners else ""
+            raise missing_column(table, name, role=role, **({} if name in wanted else {"remedy": "correct --keep"}))
         if name in table.twice:
             raise UserError(f"{table.file.name}: column {name!r} appears twice; give every column a name of its own")
-    types: list[str | None] = []
-    lists = [schema.options(name) for name in schema.weighted]
-    cut = {options.weights: options.separator is not None for options in lists}
-    for name in schema.columns_read:
-        kind = column_types.kind_of(table.fields[name])
-        try:
-            if name in schema.categorical:
-                types.append(column_types.category_type(kind, schema.options(name), name, csv=table.is_text))
-            elif table.is_text:
-                continue  # what a cell holds is seen when it is read
-            elif name == schema.label:
-                column_types.check_label(kind)
-            elif name in schema.numeric:
-                column_types.check_number(kind)
-            else:
-                column_types.check_weights(kind, cut=cut[name])
-        except UserError as error:
-            raise UserError(f"{table.file.name}: column {name!r}: {error}") from error
-    return TableSource(file=table, schema=schema, types=tuple(types), piece_rows=piece_rows)
+    try:
+        found = category_types(table.fields, schema, types=types, labelled=labelled, is_text=table.is_text)
+    except UserError as error:
+        raise UserError(f"{table.file.name}: {error}") from error
+    return TableSource(file=table, schema=schema, types=found, piece_rows=piece_rows, labelled=labelled, keep=keep)
 
 
 def _memory(frame: pl.DataFrame) -> int:

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
@@ -26,6 +27,7 @@ from torchrec_deepfm.training.run.formats import RunFile, SavedFile, SummaryFile
 CHECKPOINT = "checkpoint"
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.json"
+ENCODER = "encoder"
 PLAN = "plan.json"
 SAVED = "saved.json"
 SUMMARY = "summary.json"
@@ -154,19 +156,8 @@ def check_same_run(
         )
 
 
-def create(folder: Path, run: RunDescription, plan: PlanFile, *, data: Path, world_size: int) -> None:
-    """Create the folder if missing, and write ``config.json`` and ``plan.json``."""
-    config = {
-        "format_version": 1,
-        "config": asdict(run.config),
-        "num_embeddings": dict(run.num_embeddings),
-        "numeric": list(run.numeric),
-        "weighted": run.weighted,
-        "data": str(data),
-        "data_sha256": run.data_sha256,
-        "world_size": world_size,
-        "versions": versions(),
-    }
+def create(folder: Path, run: RunDescription, plan: PlanFile, *, data: PreparedData, world_size: int) -> None:
+    """Create the folder if missing, and write ``config.json``, ``plan.json`` and what encodes new rows."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -174,8 +165,33 @@ def create(folder: Path, run: RunDescription, plan: PlanFile, *, data: Path, wor
     for path in folder.iterdir():
         if is_partial(path.name):  # this training holds the lock, so its writer was killed
             path.unlink(missing_ok=True)
+    config = {
+        "format_version": 1,
+        "config": asdict(run.config),
+        "num_embeddings": dict(run.num_embeddings),
+        "numeric": list(run.numeric),
+        "weighted": run.weighted,
+        "data": str(data.folder),
+        "data_sha256": run.data_sha256,
+        "encoder_sha256": _keep_encoder(folder, data),
+        "world_size": world_size,
+        "versions": versions(),
+    }
     write_json(folder / CONFIG, config)
     _write(folder / PLAN, plan_json(plan))
+
+
+def _keep_encoder(folder: Path, data: PreparedData) -> str | None:
+    """Copy into a run what encodes new rows, unless another tool prepared the data; return its digest."""
+    from torchrec_deepfm.data.prepare.row_encoder import RowEncoder  # loads DuckDB, which reading a run does not need
+
+    for killed in folder.glob(f".{ENCODER}.*.partial"):
+        shutil.rmtree(killed, ignore_errors=True)
+    if "raw_schema" not in data.made:
+        return None
+    if not (folder / ENCODER).exists():
+        RowEncoder.save(data, folder / ENCODER)
+    return RowEncoder.sha256_of(folder / ENCODER)
 
 
 def write_saved(folder: Path, target: str, step: int | None) -> None:
@@ -226,6 +242,7 @@ def remove_new(folder: Path, *, made: bool) -> None:
     for path in [*(folder / name for name in names), *folder.glob("tensorboard/events.out.tfevents.*")]:
         with contextlib.suppress(OSError):
             path.unlink()
+    shutil.rmtree(folder / ENCODER, ignore_errors=True)
     for empty in (folder / "tensorboard", folder / CHECKPOINTS, *([folder] if made else [])):
         with contextlib.suppress(OSError):
             empty.rmdir()

@@ -38,6 +38,7 @@ class RunFile(Struct, kw_only=True):
     numeric: list[str]
     weighted: bool = False
     data_sha256: Digest | None = None
+    encoder_sha256: Digest | None = None
     data: str = ""
     world_size: Ranks = 1
     versions: dict[str, str] = {}

@@ -1,0 +1,85 @@
+"""Commands that use a trained model: ``predict``."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from torchrec_deepfm import console
+from torchrec_deepfm.errors import UserError
+
+if TYPE_CHECKING:
+    from torchrec_deepfm.data.prepare.workers import Workers
+    from torchrec_deepfm.inference.load import Predictor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predict:
+    """Predict the click probability of every row of some files; if it is stopped, the same command resumes."""
+
+    input: tuple[str, ...]
+    """Raw rows with or without labels: Criteo's text, CSV or Parquet; paths, folders or addresses such as s3://..."""
+    output: Path
+    """Parquet file to write: column probability, in the order of the rows."""
+    run_folder: Annotated[Path | None, tyro.conf.arg(name="run")] = None
+    """Run folder that train wrote."""
+    package: Path | None = None
+    """Folder that export wrote, instead of a run."""
+    checkpoint: str | None = None
+    """Of a run: best, last or a step. Default: the weights that its summary measures."""
+    data: Path | None = None
+    """Prepared folder of a run that keeps no encoder, as earlier versions trained it."""
+    keep: tuple[str, ...] = ()
+    """Columns of the input to carry along."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """Stop at a row that does not fit, or give it a null."""
+
+    def run(self) -> None:
+        """Run the command."""
+        predictor = _load(self.run_folder, self.package, self.checkpoint, self.data)
+        from torchrec_deepfm.inference.predict import predict_files
+
+        with _workers() as ranks:
+            found = predict_files(
+                predictor,
+                self.input,
+                self.output,
+                keep=self.keep,
+                on_bad_row=self.on_bad_row,
+                ranks=ranks,
+                report=console.say if ranks.is_main else None,
+            )
+        if ranks.is_main:
+            bad = f", {found.bad:,} bad ones without a probability" if found.bad else ""
+            before = "is finished already: " if found.before else ""
+            console.say(f"{self.output}: {before}{found.rows:,} rows{bad}")
+
+
+def _load(run: Path | None, package: Path | None, checkpoint: str | None, data: Path | None) -> "Predictor":
+    if (run is None) == (package is None):
+        raise UserError("--run, --package: name one of the two")
+    console.quiet()
+    os.environ["POLARS_MAX_THREADS"] = str(console.threads())  # read when polars is loaded
+    from torchrec_deepfm.inference.load import PACKAGE, load
+
+    if package is not None and not (package / PACKAGE).exists():
+        raise UserError(f"--package {package}: not a package (no {PACKAGE}); name the folder that export wrote")
+    return load(run or package or Path(), checkpoint, data=data)
+
+
+@contextmanager
+def _workers() -> Iterator["Workers"]:
+    """This process alone, or as one of several ranks."""
+    from torchrec_deepfm.data.prepare.workers import Workers
+
+    if "RANK" not in os.environ:
+        yield Workers()
+        return
+    from torchrec_deepfm.distributed import process_group as ranks
+
+    with ranks.process_group(timeout=24 * 3600.0, cpu=True):
+        yield Workers(rank=ranks.rank(), count=ranks.count(), gather=ranks.gather)

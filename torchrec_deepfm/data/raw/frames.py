@@ -1,0 +1,100 @@
+"""Rows in memory, however a person holds them, as an Arrow table.
+
+Shape letters: n rows.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from torchrec_deepfm.errors import UserError, did_you_mean, shown
+
+_TAKEN: Final = "a pandas or polars DataFrame, an Arrow table, or a list of dicts"
+_FEW: Final = 8
+
+
+def as_arrow(frame: Any, names: Sequence[str]) -> pa.Table:
+    """Take columns out of rows in memory.
+
+    Args:
+        frame: n rows: a pandas or polars DataFrame, an Arrow table or record batch, or a list of dicts.
+        names: The wanted columns.
+
+    Returns:
+        n rows with these columns; NaN is null.
+
+    Raises:
+        UserError: It is another kind of object, a column or a key is absent, or a column mixes types.
+
+    Example:
+        >>> as_arrow([{"user": "anna", "age": 3}, {"user": None, "age": 4}], ["user"]).to_pylist()
+        [{'user': 'anna'}, {'user': None}]
+    """
+    if isinstance(frame, pl.LazyFrame):
+        frame = frame.collect()
+    if isinstance(frame, pl.DataFrame):
+        _check_names(frame.columns, names)
+        table = frame.select(names).to_arrow()
+    elif isinstance(frame, pa.RecordBatch | pa.Table):
+        _check_names(frame.schema.names, names)
+        twice = [name for name in names if frame.schema.names.count(name) > 1]
+        if twice:
+            raise UserError(f"column {twice[0]!r} appears twice; give every column a name of its own")
+        table = pa.table({name: frame.column(name) for name in names})
+    elif type(frame).__module__.partition(".")[0] == "pandas" and hasattr(frame, "columns"):
+        columns = [str(name) for name in frame.columns]
+        _check_names(columns, names)
+        table = pa.table({name: _array(name, frame.iloc[:, columns.index(name)]) for name in names})
+    elif isinstance(frame, Sequence) and not isinstance(frame, str | bytes):
+        for row, values in enumerate(frame, 1):
+            if not isinstance(values, Mapping):
+                raise UserError(f"row {row}: {shown(values)} is not a dict; give {_TAKEN}")
+            for name in names:
+                if name not in values:
+                    hint = did_you_mean(name, [str(key) for key in values])
+                    raise UserError(f"row {row}: column {name!r} is absent{hint}; give it, or None where it is missing")
+        table = pa.table({name: _array(name, [values[name] for values in frame]) for name in names})
+    else:
+        raise UserError(f"rows of type {type(frame).__name__} can't be read; give {_TAKEN}")
+    return pa.table({name: _without_nan(table.column(name)) for name in names})
+
+
+def _check_names(there: Sequence[str], names: Sequence[str]) -> None:
+    for name in names:
+        if name not in there:
+            listed = ", ".join(there[:_FEW]) + (", ..." if len(there) > _FEW else "")
+            raise UserError(
+                f"column {name!r} is absent{did_you_mean(name, there)}; the rows have {listed or 'no column'}"
+            )
+
+
+def _array(name: str, values: Any) -> pa.Array:
+    """An Arrow array of Python's or pandas' values."""
+    try:
+        return pa.array(values, from_pandas=True)
+    except (pa.ArrowException, OverflowError, ValueError, TypeError):
+        given = [None if value is None or value is np.nan else value for value in values]
+    if all(value is None or (isinstance(value, int | str) and not isinstance(value, bool)) for value in given):
+        return pa.array([None if value is None else str(value) for value in given], pa.string())
+    first = next(value for value in given if value is not None)
+    for row, value in enumerate(given, 1):
+        try:
+            pa.array([first, value], from_pandas=True)
+        except (pa.ArrowException, OverflowError, ValueError, TypeError) as error:
+            raise UserError(
+                f"row {row}, column {name!r}: {shown(value)} does not go with {shown(first)} before it; give one type"
+            ) from error
+    raise UserError(f"column {name!r}: its values have no common type; give one type")
+
+
+def _without_nan(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Missing text often comes as a column of nothing but NaN, whose type then says nothing."""
+    if pa.types.is_floating(column.type) and len(column):
+        missing = pc.or_kleene(pc.is_null(column), pc.is_nan(column.cast(pa.float64())))
+        if pc.all(pc.fill_null(missing, True)).as_py():
+            return pa.chunked_array([pa.nulls(len(column))])
+    return column

@@ -1,0 +1,154 @@
+"""Predictions from Python: ``load`` a run or a package, ``predict`` rows.
+
+Shape letters: n rows.
+"""
+
+import hashlib
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from torchrec_deepfm.data.dataset.prepared import PreparedData
+from torchrec_deepfm.data.prepare.row_encoder import EncodedRows, RowEncoder
+from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.inference.scorer import ModelScorer
+from torchrec_deepfm.inference.weights import load_model
+from torchrec_deepfm.training.run import folder as run_folder
+
+PACKAGE: Final = "package.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predictor:
+    """A trained model with what turns raw rows into its inputs.
+
+    Args:
+        path: The run or package that it comes from.
+        encoder: Encodes rows.
+        score: Gives the click probabilities of encoded rows, float32 [n]; a ``ModelScorer`` for a run.
+        sha256: Digest that tells trained models apart.
+    """
+
+    path: Path
+    sha256: str
+    encoder: RowEncoder
+    score: Callable[[EncodedRows], NDArray[np.float32]]
+
+    def predict(self, frame: Any, *, on_bad_row: Literal["error", "skip"] = "error") -> NDArray[np.float32]:
+        """Predict the click probabilities of rows.
+
+        Args:
+            frame: A pandas or polars DataFrame, an Arrow table, or a list of dicts, with the raw columns by name; no
+                label is needed. None, NaN and null are missing values.
+            on_bad_row: Stop at a row that does not fit, or give it NaN.
+
+        Returns:
+            float32 [n], in the order of the rows.
+
+        Raises:
+            UserError: A column is absent or of a wrong type, or a value does not fit; the message names row and column.
+        """
+        rows = self.encoder.encode(frame, on_bad_row=on_bad_row)
+        return spread(self.score(rows), rows.bad)
+
+
+def load(
+    run_or_package: Path | str, checkpoint: str | int | None = None, *, data: Path | str | None = None
+) -> Predictor:
+    """Load a trained model for predictions: no process group, memory for one copy of the tables.
+
+    Args:
+        run_or_package: Folder that ``train`` or ``export`` wrote.
+        checkpoint: Of a run, as for ``load_model``: ``None`` for its own weights, ``"best"``, ``"last"`` or a step.
+        data: The prepared folder of a run that an earlier version trained, which kept no copy of the encoder.
+
+    Returns:
+        The predictor.
+
+    Raises:
+        UserError: The folder holds neither, is damaged, or its parts are of different runs.
+    """
+    path = Path(run_or_package)
+    if (path / PACKAGE).exists():
+        if checkpoint is not None or data is not None:
+            option = "checkpoint" if checkpoint is not None else "data"
+            raise UserError(f"{path}: this is a package, which has weights and encoder of its own; leave {option} out")
+        package = importlib.import_module("torchrec_deepfm.inference.package")  # loads what a run does not need
+        encoder, score = package.open_package(path)
+        return Predictor(path=path, sha256=_digest(path / PACKAGE), encoder=encoder, score=score)
+    run = run_folder.read(path)
+    encoder = _encoder_of(path, None if data is None else Path(data))
+    if dict(run.num_embeddings) != dict(encoder.num_embeddings) or run.numeric != encoder.schema.numeric:
+        raise UserError(f"{path / run_folder.ENCODER}: encodes other columns than the model has; {_RESTORE}")
+    # The figures of a finished training are its own, the seconds that it took among them.
+    files = [path / name for name in (run_folder.CONFIG, run_folder.SUMMARY, run_folder.SAVED)]
+    return Predictor(
+        path=path,
+        sha256=_digest(*files, more=str(checkpoint)),
+        encoder=encoder,
+        score=ModelScorer(load_model(path, checkpoint), encoder.schema, run.config.precision),
+    )
+
+
+_RESTORE: Final = "restore the folder, or train again"
+
+
+def _encoder_of(run: Path, data: Path | None) -> RowEncoder:
+    """Open the encoder of a run, or that of the data of a run of an earlier version."""
+    described = run_folder.read_config(run, "train again")
+    folder = run / run_folder.ENCODER
+    if data is not None:
+        prepared = PreparedData.open(data)
+        if described.data_sha256 not in (None, run_folder.digest_of_data(prepared)):
+            raise UserError(f"--data {data}: {run} was trained on other data; name {described.data}")
+        with TemporaryDirectory() as name:
+            RowEncoder.save(prepared, Path(name, run_folder.ENCODER))
+            return RowEncoder.open(Path(name, run_folder.ENCODER))
+    if not folder.is_dir():
+        if described.encoder_sha256 is not None:
+            raise UserError(f"{folder}: the folder is missing; {_RESTORE}")
+        there = Path(described.data)
+        raise UserError(
+            f"--run {run}: keeps no encoder of raw rows (an earlier version trained it, or another tool prepared its "
+            + (f"data); name its prepared data: --data {there}" if there.is_dir() else "data); prepare and train again")
+        )
+    encoder = RowEncoder.open(folder)
+    if described.encoder_sha256 not in (None, encoder.sha256):
+        raise UserError(f"{folder}: the encoder is of another run; {_RESTORE}")
+    return encoder
+
+
+def _digest(*files: Path, more: str = "") -> str:
+    found = hashlib.sha256(more.encode())
+    for file in files:
+        found.update(file.read_bytes() if file.exists() else b"")
+    return found.hexdigest()
+
+
+def spread(values: NDArray[Any], bad: Any) -> NDArray[Any]:
+    """Put values of good rows in their places among all rows; NaN stands at the others.
+
+    Args:
+        values: One for every good row.
+        bad: Places of the others.
+
+    Returns:
+        The values of all rows.
+
+    Example:
+        >>> spread(np.float32([0.25, 0.5]), [1]).tolist()
+        [0.25, nan, 0.5]
+    """
+    if not bad:
+        return values
+    everywhere = np.full(len(values) + len(bad), np.nan, values.dtype)
+    good = np.ones(len(everywhere), np.bool_)
+    good[list(bad)] = False
+    everywhere[good] = values
+    return everywhere

@@ -1,0 +1,297 @@
+"""Files of raw rows into a Parquet file of click probabilities, a piece at a time.
+
+A piece is read, encoded, scored and written as a part in ``.NAME.partial/`` beside the output; in the end the parts
+become one file. Borders of pieces depend on the input alone, so that a call that was stopped resumes after its last
+part, and any number of ranks, which take turns with the pieces, ends in the same bytes.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from torchrec_deepfm.data.prepare.progress import Phase
+from torchrec_deepfm.data.prepare.provenance import source_state
+from torchrec_deepfm.data.prepare.workers import Workers
+from torchrec_deepfm.data.raw.addresses import find_text, is_table
+from torchrec_deepfm.data.raw.criteo_text import TextLog
+from torchrec_deepfm.data.raw.source import Piece, Source
+from torchrec_deepfm.data.raw.table_source import open_tables
+from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.files import check_local, check_target, write_bytes
+from torchrec_deepfm.inference.load import Predictor, spread
+from torchrec_deepfm.inference.scorer import ModelScorer, sigmoid
+
+T = TypeVar("T")
+
+PROBABILITY: Final = "probability"
+_JOB: Final = b"torchrec_deepfm.job"
+_NEXT: Final = b"torchrec_deepfm.next"
+_PIECE_BYTES: Final = 1 << 26
+_PIECE_ROWS: Final = 262_144
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predicted:
+    """What ``predict_files`` wrote.
+
+    Args:
+        rows: Rows of the output.
+        bad: Those of them that were skipped and have no probability.
+        before: It was finished already; this call wrote nothing.
+    """
+
+    rows: int
+    bad: int
+    before: bool = False
+
+
+def open_sources(
+    predictor: Predictor, inputs: Sequence[str], *, labelled: bool = False, keep: Sequence[str] = ()
+) -> list[Source]:
+    """Open files of raw rows.
+
+    Args:
+        predictor: Whose encoder knows the columns.
+        inputs: Paths or fsspec addresses of Parquet and CSV files or folders of them, or of Criteo's text where the
+            model was trained on it.
+        labelled: Whether to read labels; Criteo's text may have one in any case.
+        keep: Columns to carry along.
+
+    Returns:
+        One source per file.
+
+    Raises:
+        UserError: A file can't be read or lacks a column.
+    """
+    encoder = predictor.encoder
+    sources: list[Source] = []
+    if not inputs:
+        raise UserError("--input: no file is named; name at least one")
+    for named in inputs:
+        criteo = encoder.raw_schema.layout == "criteo"
+        if criteo and not is_table(named, tsv=False) and not Path(named).is_dir():
+            text = find_text(named)
+            sources.append(
+                TextLog(text, encoder.reading, piece_bytes=_PIECE_BYTES, labelled=True if labelled else None, keep=keep)
+            )
+            continue
+        sources += open_tables(
+            named, encoder.reading, piece_rows=_PIECE_ROWS, types=encoder.types, labelled=labelled, keep=keep
+        )
+    return sources
+
+
+def predict_files(
+    predictor: Predictor,
+    inputs: Sequence[str],
+    output: Path,
+    *,
+    keep: Sequence[str] = (),
+    on_bad_row: Literal["error", "skip"] = "error",
+    ranks: Workers | None = None,
+    report: Callable[[str], None] | None = None,
+) -> Predicted:
+    """Predict the click probability of every row of some files.
+
+    Args:
+        predictor: The model; the same on every rank.
+        inputs: As for ``open_sources``.
+        output: Parquet file to write: float64 column ``probability`` in the order of the rows, after the columns to
+            keep. It appears whole or not at all.
+        keep: Columns of the input to carry along.
+        on_bad_row: Stop at a row that does not fit, or give it a null.
+        ranks: This process's place among those that share the work; alone by default.
+        report: Called with a line now and then.
+
+    Returns:
+        What was written, on every rank.
+
+    Raises:
+        UserError: A file, row or column does not fit, or the output can't be written.
+    """
+    ranks = ranks or Workers()
+    if PROBABILITY in keep:
+        raise UserError(f"--keep {PROBABILITY}: the output has a column of this name already; rename it in the input")
+    sources = open_sources(predictor, inputs, keep=keep)
+    job = {
+        "model": predictor.sha256,
+        "encoder": predictor.encoder.sha256,
+        "sources": [{"name": source.path, **source_state(source)} for source in sources],
+        "keep": list(keep),
+        "on_bad_row": on_bad_row,
+    }
+    parts = _Parts(output, json.dumps(job))
+    before = _agreed(ranks, lambda: parts.enter([Path(one) for one in inputs if "://" not in one]))
+    if before is not None:
+        return before
+    try:
+        with Phase("predict", sum(source.bytes for source in sources) / 1e6, report=report) as phase:
+            for number, source, piece in _pieces(sources, parts.finished(), skip_bad=on_bad_row == "skip"):
+                mine = number % ranks.count == ranks.rank and not parts.path(number).exists()
+                if mine:
+                    parts.write(number, _scored(predictor, piece), (source, piece.end, piece.line))
+                phase.add(0, len(piece.frame))
+    except UserError as error:
+        failed: UserError | None = error
+    else:
+        failed = None
+    for other in ranks.gather(failed):
+        if other is not None:
+            _agreed(ranks, parts.leave)
+            raise failed or other
+    return _agreed(ranks, parts.join)
+
+
+def _agreed(ranks: Workers, work: Callable[[], T]) -> T:
+    """Do something on the first rank; return its result, or raise its error, on all."""
+    outcome: T | UserError | None = None
+    if ranks.is_main:
+        try:
+            outcome = work()
+        except UserError as error:
+            outcome = error
+    agreed = ranks.gather(outcome)[0]
+    if isinstance(agreed, UserError):
+        raise agreed
+    return agreed  # type: ignore[no-any-return]
+
+
+def _pieces(
+    sources: Sequence[Source], finished: tuple[int, tuple[int, int, int]], *, skip_bad: bool
+) -> Iterator[tuple[int, int, Piece]]:
+    """(Number of the piece, place of its source, the piece), from the first unfinished one on."""
+    number, (first, end, line) = finished
+    for place, source in enumerate(sources[first:], first):
+        for piece in source.pieces(start=end, line=line, skip_bad=skip_bad):
+            yield number, place, piece
+            number += 1
+        end = line = 0
+
+
+def _scored(predictor: Predictor, piece: Piece) -> pa.Table:
+    rows = predictor.encoder.encode_piece(piece.frame)
+    score = predictor.score
+    probabilities: NDArray[Any] = sigmoid(score.logits(rows)) if isinstance(score, ModelScorer) else score(rows)
+    if not np.isfinite(probabilities).all():
+        raise UserError(f"{predictor.path}: a prediction is not finite, so these weights can't be used; train again")
+    everywhere = spread(probabilities.astype(np.float64), [one.place for one in piece.skipped])
+    column = pa.array(everywhere, pa.float64(), from_pandas=True)
+    kept = {} if piece.kept is None else {name: piece.kept.column(name) for name in piece.kept.column_names}
+    return pa.table(kept | {PROBABILITY: column})
+
+
+class _Parts:
+    """The finished pieces of an unfinished output."""
+
+    def __init__(self, output: Path, job: str) -> None:
+        self._output, self._job = output, job
+        self._folder = output.with_name(f".{output.name}.partial")
+        self._resumed = False
+
+    def path(self, number: int) -> Path:
+        return self._folder / f"part_{number:06d}.parquet"
+
+    def enter(self, inputs: Sequence[Path]) -> Predicted | None:
+        """Make the folder, or resume in it; return the result if this very call has finished before."""
+        check_local(self._output)
+        check_target("--output", self._output, like="predictions.parquet", inputs=inputs)
+        if self._output.exists():
+            return self._finished_before()
+        job = self._folder / "job.json"
+        try:
+            self._folder.mkdir(exist_ok=True)
+            self._resumed = job.exists()
+            if self._resumed and job.read_text() != self._job:
+                raise UserError(
+                    f"{self._folder}: an unfinished predict of {self._output.name} has another model, input or option; "
+                    "run that one again, or remove this folder"
+                )
+            write_bytes(job, self._job.encode())
+        except OSError as error:
+            raise _refused(self._output, error) from error
+        return None
+
+    def _finished_before(self) -> Predicted:
+        try:
+            found = pq.read_metadata(self._output)
+        except (OSError, pa.ArrowInvalid):
+            found = None
+        about: Mapping[bytes, bytes] = (found.metadata if found is not None else None) or {}
+        if found is None or about.get(_JOB) != self._job.encode():
+            raise UserError(f"--output {self._output}: the file exists; name another one, or remove it")
+        return Predicted(rows=found.num_rows, bad=int(about[b"bad"]), before=True)
+
+    def finished(self) -> tuple[int, tuple[int, int, int]]:
+        """How many pieces are finished without a gap, and where the next one starts."""
+        number = 0
+        while self.path(number).exists():
+            number += 1
+        if not number:
+            return 0, (0, 0, 0)
+        place, end, line = json.loads(pq.read_metadata(self.path(number - 1)).metadata[_NEXT])
+        return number, (place, end, line)
+
+    def write(self, number: int, table: pa.Table, after: tuple[int, int, int]) -> None:
+        """Write a part, whole or not at all."""
+        draft = self._folder / f"draft_{number:06d}"
+        try:
+            pq.write_table(table.replace_schema_metadata({_NEXT: json.dumps(after)}), draft)
+            draft.replace(self.path(number))
+        except OSError as error:
+            raise _refused(self._output, error) from error
+
+    def leave(self) -> None:
+        """Remove the folder after an error, unless an earlier call has left work in it."""
+        if not self._resumed:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def join(self) -> Predicted:
+        """Make one file of all parts."""
+        count, _ = self.finished()
+        paths = [self.path(number) for number in range(count)]
+        schema = pq.read_schema(paths[0]).remove_metadata()
+        bad = sum(pq.read_table(path, columns=[PROBABILITY])[PROBABILITY].null_count for path in paths)
+        whole, rows = self._folder / "whole", 0
+        try:
+            about = {_JOB: self._job.encode(), b"bad": str(bad).encode()}
+            with pq.ParquetWriter(whole, schema.with_metadata(about)) as writer:
+                for path in paths:
+                    table = _alike(pq.read_table(path).replace_schema_metadata(None), schema, self._output)
+                    writer.write_table(table)
+                    rows += len(table)
+            whole.replace(self._output)
+            shutil.rmtree(self._folder, ignore_errors=True)
+        except OSError as error:
+            raise _refused(self._output, error) from error
+        return Predicted(rows=rows, bad=bad)
+
+
+def _alike(table: pa.Table, schema: pa.Schema, output: Path) -> pa.Table:
+    """A table with the types of the first one: files of one data set may differ in them."""
+    columns = []
+    for field in schema:
+        column = table.column(field.name)
+        try:
+            columns.append(column if column.type == field.type else pc.cast(column, field.type))
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            raise UserError(
+                f"--output {output}: column {field.name!r} holds {field.type} in the first file and {column.type} in "
+                "another one; leave it out of --keep, or predict the files one by one"
+            ) from error
+    return pa.table(columns, schema=schema)
+
+
+def _refused(output: Path, error: OSError) -> UserError:
+    return UserError(
+        f"--output {output}: the file can't be written ({error.strerror or error}); free the disk and run the same "
+        "command again, or name another one"
+    )

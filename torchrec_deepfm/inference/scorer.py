@@ -1,0 +1,71 @@
+"""Encoded rows through the unsharded model of a run.
+
+Shape letters: n rows, B rows of a batch, I numeric columns.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from torchrec_deepfm.data.loader.batch import key_jagged
+from torchrec_deepfm.data.prepare.row_encoder import EncodedRows
+from torchrec_deepfm.data.schema import Schema
+from torchrec_deepfm.model.deepfm import DeepFM
+from torchrec_deepfm.training.evaluation import autocast
+
+BATCH_ROWS = 8192
+_CPU = torch.device("cpu")
+
+
+class ModelScorer:
+    """Scores rows in batches, as ``evaluate`` does.
+
+    Args:
+        model: In eval mode, on the CPU.
+        schema: The columns of encoded rows.
+        precision: As in ``TrainConfig``.
+    """
+
+    def __init__(self, model: DeepFM, schema: Schema, precision: str = "float32") -> None:
+        self.model, self.schema, self._precision = model, schema, precision
+
+    def __call__(self, rows: EncodedRows) -> NDArray[np.float32]:
+        """Return the click probabilities, float32 [n]."""
+        return sigmoid(self.logits(rows)).astype(np.float32)
+
+    def logits(self, rows: EncodedRows) -> NDArray[np.float32]:
+        """Return the logits, float32 [n]."""
+        logits = np.empty(len(rows), np.float32)
+        for start, stop, dense, sparse in self.batches(rows):
+            with self.computing():
+                logits[start:stop] = self.model(dense, sparse).float().squeeze(1).numpy()
+        return logits
+
+    def batches(self, rows: EncodedRows) -> Iterator[tuple[int, int, Tensor, KeyedJaggedTensor]]:
+        """Yield the first row and one past the last, and the model's inputs, of at most ``BATCH_ROWS`` rows."""
+        for start in range(0, len(rows), BATCH_ROWS):
+            part = rows.slice(start, min(start + BATCH_ROWS, len(rows)))
+            by_key = np.ascontiguousarray(part.sparse.T)
+            sparse = key_jagged(self.schema, by_key, part.bags, len(part))
+            yield start, start + len(part), torch.from_numpy(np.ascontiguousarray(part.dense)), sparse
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """The precision of the run, which other work in this process does not see."""
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("medium" if self._precision == "medium" else "highest")
+        try:
+            with torch.inference_mode(), autocast(self._precision, _CPU):
+                yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+
+def sigmoid(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Return probabilities in float64, where different logits stay different."""
+    return 0.5 + 0.5 * np.tanh(0.5 * logits.astype(np.float64))
