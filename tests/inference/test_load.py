@@ -110,7 +110,7 @@ def test_wrong_folders(run: Path, run_data: PreparedData, frame: pl.DataFrame, t
     shutil.rmtree(own / "encoder")
     refused(r"encoder: the folder is missing", own)
     config(own, encoder_sha256=None)  # as an earlier version wrote it
-    refused(f"keeps no encoder of raw rows, .* name its prepared data: --data {run_data.folder}$", own)
+    refused(f"keeps no encoder of raw rows .* name its prepared data: --data {run_data.folder}$", own)
     expected = torchrec_deepfm.load(run).predict(frame).tolist()
     assert torchrec_deepfm.load(own, data=run_data.folder).predict(frame).tolist() == expected
     config(own, encoder_sha256=None, data="gone")
