@@ -41,11 +41,12 @@ ALLOWED = {
     "training": BASE | {"processes", "console", "report", "model", "data", "sharding", "distributed"},
     "experiment": BASE
     | {"processes", "launch", "console", "report", "model", "data", "sharding", "distributed", "training"},
+    "evaluation": BASE | {"processes", "console", "report", "model", "data", "sharding", "distributed", "training"},
     "inference": BASE | {"processes", "console", "report", "model", "data", "sharding", "distributed", "training"},
     "cli": BASE
     | {
         "console", "processes", "doctor", "launch", "report", "model", "data", "sharding", "distributed", "training",
-        "experiment", "inference",
+        "evaluation", "experiment", "inference",
     },
     "__main__": {"cli", "cpu_threads", "interrupt", "processes"},
 }  # fmt: skip

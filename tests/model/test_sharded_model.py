@@ -26,9 +26,11 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 from tests.support.ranks import CPU, run_ranks
 from tests.support.samples import batches_of_rank, draw, read_state, to_batch, write_state
 from torchrec_deepfm import DeepFM, DeepFMTrain, embedding_tables
+from torchrec_deepfm.distributed.process_group import on_main
 from torchrec_deepfm.sharding.runtime.init_tables import BLOCK_ROWS, initialize_tables
 from torchrec_deepfm.training.config import TrainConfig
-from torchrec_deepfm.training.metrics import Metrics, compute_metrics, gather_metrics
+from torchrec_deepfm.training.evaluation import gather_predictions
+from torchrec_deepfm.training.metrics import Metrics, compute_metrics
 from torchrec_deepfm.training.optimizers import fuse_sparse_optimizer
 
 K = 5  # rows of 8 columns [v (5) | w | padding (2)]: the second column shard begins inside v
@@ -125,7 +127,8 @@ def gathered(counts: list[int]) -> Metrics:
     logits, labels = predictions(sum(counts))
     first = sum(counts[: dist.get_rank()])
     mine = slice(first, first + counts[dist.get_rank()])
-    return gather_metrics(logits[mine], labels[mine], bins=7)
+    found = gather_predictions(logits[mine], labels[mine], batch_size=100)
+    return on_main(lambda: compute_metrics(found.logits, found.labels, bins=7) if found else None)  # type: ignore[return-value]
 
 
 def everything() -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tests.faults.runs import make_data, read_tensors
+from tests.support.evaluations import evaluated
 from tests.support.samples import draw, read_state, to_batch
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.sharding.estimate import memory_by_rank
@@ -23,7 +24,7 @@ from torchrec_deepfm.training.config import TrainConfig
 from torchrec_deepfm.training.ema import MovingAverage
 from torchrec_deepfm.training.memory_estimate import size_of
 from torchrec_deepfm.training.optimizers import make_optimizer
-from torchrec_deepfm.training.trainer import evaluate_run, train
+from torchrec_deepfm.training.trainer import train
 
 SIZES = {"big": 40, "small": 6}
 CONFIG = TrainConfig(
@@ -136,7 +137,7 @@ def test_what_counts_is_the_average(
         assert not torch.equal(raw[name], value), name
     assert summary["validation"]["auc"] == history[ended_in]["auc"]
     for split in ("validation", "test"):
-        assert evaluate_run(tmp_path / "run", data, split, device) == summary[split]
+        assert evaluated(tmp_path / "run", data, split, device) == summary[split]
 
 
 def test_the_end_does_not_lag(data: Any, tmp_path: Path, device: torch.device) -> None:

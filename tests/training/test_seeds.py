@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from tests.faults.runs import make_data, result
+from tests.support.evaluations import evaluated
 from torchrec_deepfm.console import seeds_summary
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.training.config import RunOptions, TrainConfig
 from torchrec_deepfm.training.seeds import summarise, train_seeds
-from torchrec_deepfm.training.trainer import evaluate_run, train
+from torchrec_deepfm.training.trainer import train
 
 CONFIG = TrainConfig(factor_dim=3, over_arch_layer_sizes=(4,), batch_size=500, seed=4)
 
@@ -57,7 +58,7 @@ def test_seeds_are_added_to_those_that_are_there(tmp_path: Path, device: torch.d
     assert str(others.value).startswith(f"--output {output / 'seed_4'}: holds a run with --dropout 0.5, not 0.25; ")
     # Such a folder is no run.
     with pytest.raises(UserError) as no_run:
-        evaluate_run(output, data, "test", device)
+        evaluated(output, data, "test", device)
     assert str(no_run.value) == (
         f"--run {output}: the folder holds runs of several seeds; name one of them, such as {output / 'seed_4'}"
     )

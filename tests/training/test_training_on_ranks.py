@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.evaluations import evaluated
 from tests.support.ranks import CPU, one_rank, run_ranks
 from torchrec_deepfm.data.dataset.prepared import PreparedData
 from torchrec_deepfm.errors import UserError
@@ -34,12 +35,12 @@ def train(folder: Path, output: Path, world_size: int) -> dict[str, Any]:
 def train_and_evaluate(folder: Path, output: Path, damaged: Path) -> dict[str, Any]:
     summary = train(folder, output, 2)
     data = PreparedData.open(folder)
-    evaluated = {split: trainer.evaluate_run(output, data, split, CPU) for split in ("validation", "test")}
+    evaluated = {split: evaluated(output, data, split, CPU) for split in ("validation", "test")}
     if torch.distributed.get_rank() == 0:
         damage(output, damaged, "cut")
     torch.distributed.barrier()
     try:
-        trainer.evaluate_run(damaged, data, "test", CPU)
+        evaluated(damaged, data, "test", CPU)
         refusal = "none"
     except UserError as error:
         refusal = str(error)
@@ -172,7 +173,7 @@ def test_evaluation_says_what_the_training_said(told: list[dict[str, Any]], two:
 
 @pytest.mark.parametrize("split", ["validation", "test"])
 def test_one_rank_reads_what_two_wrote(two: Path, data: PreparedData, device: torch.device, split: str) -> None:
-    values = trainer.evaluate_run(two, data, split, device)
+    values = evaluated(two, data, split, device)
     assert values == pytest.approx(read(two / "summary.json")[split], rel=1e-5)
     assert read(two / f"evaluate_{split}.json") == values
 
@@ -193,7 +194,7 @@ def test_a_damaged_checkpoint(
 ) -> None:
     damage(two, tmp_path / "copy", how)
     with pytest.raises(UserError) as raised:
-        trainer.evaluate_run(tmp_path / "copy", data, "test", device)
+        evaluated(tmp_path / "copy", data, "test", device)
     message = str(raised.value)
     assert message.startswith(f"{tmp_path / 'copy' / 'checkpoint'}: the checkpoint can't be read (")
     assert message.endswith("); train again")
@@ -205,7 +206,7 @@ def test_a_damaged_checkpoint(
 def test_a_run_without_a_checkpoint(two: Path, data: PreparedData, device: torch.device, tmp_path: Path) -> None:
     damage(two, tmp_path / "copy", "no checkpoint")
     with pytest.raises(UserError) as raised:
-        trainer.evaluate_run(tmp_path / "copy", data, "test", device)
+        evaluated(tmp_path / "copy", data, "test", device)
     checkpoint = tmp_path / "copy" / "checkpoint"
     assert str(raised.value) == (
         f"{checkpoint}: no final weights; finish the training with the same train command, or choose a checkpoint, "
@@ -231,7 +232,7 @@ def test_data_with_other_ids(two: Path, data: PreparedData, device: torch.device
     mine = data.num_embeddings["C3"]
     other = changed(data, tmp_path / "other", lambda manifest: manifest["num_embeddings"].update(C3=mine + 1))
     with pytest.raises(UserError) as raised:
-        trainer.evaluate_run(two, other, "test", device)
+        evaluated(two, other, "test", device)
     assert str(raised.value) == (
         f"--data {tmp_path / 'other'}: column 'C3' has {mine + 1} ids, but {two} was trained on {mine}; "
         "name the data that it was trained on, or data prepared with the same vocabulary"
@@ -244,7 +245,7 @@ def test_data_with_other_numbers(two: Path, data: PreparedData, device: torch.de
 
     other = changed(data, tmp_path / "other", rename)
     with pytest.raises(UserError) as raised:
-        trainer.evaluate_run(two, other, "test", device)
+        evaluated(two, other, "test", device)
     message = str(raised.value)
     assert message.startswith(f"--data {tmp_path / 'other'}: numeric columns ('price', ")
     assert message.endswith("'I13')")
@@ -252,7 +253,7 @@ def test_data_with_other_numbers(two: Path, data: PreparedData, device: torch.de
 
 def test_no_run(data: PreparedData, device: torch.device, tmp_path: Path) -> None:
     with pytest.raises(UserError) as raised:
-        trainer.evaluate_run(tmp_path, data, "test", device)
+        evaluated(tmp_path, data, "test", device)
     assert str(raised.value) == (
         f"--run {tmp_path}: not a run folder (no config.json); name the folder that train wrote"
     )

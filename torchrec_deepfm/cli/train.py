@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from torchrec_deepfm import console
 from torchrec_deepfm.cli.options import Unset, given
 from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.evaluation.options import EvaluateOptions
 from torchrec_deepfm.launch import STARTED
 from torchrec_deepfm.training.config import (
     CheckpointConfig,
@@ -166,30 +167,29 @@ class Report:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    """Evaluate a trained run on a split of a prepared folder."""
+    """Evaluate a trained run, or compare two, on labelled rows."""
 
     run_folder: Annotated[Path, tyro.conf.arg(name="run")]
     """Run folder that train wrote."""
     data: Path
     """Prepared folder."""
-    split: Literal["train", "validation", "test"] = "test"
-    """Split to evaluate."""
-    checkpoint: str | None = None
-    """Which weights: best, last or a number of steps. Default: the run's own, those of summary.json."""
     num_embeddings: tuple[int, ...] = ()
     """For a folder that another tool wrote: as in train."""
+    options: Annotated[EvaluateOptions, tyro.conf.arg(name="")] = EvaluateOptions()
+    """What to evaluate."""
 
     def run(self) -> None:
         """Run the command."""
         console.quiet()
         from torchrec_deepfm.distributed import process_group as ranks
-        from torchrec_deepfm.training.trainer import evaluate_run
+        from torchrec_deepfm.evaluation.evaluate import evaluate_run
+        from torchrec_deepfm.evaluation.text import evaluation_text
 
         with ranks.process_group() as device:
             data = _open(self.data, self.num_embeddings)
-            values = evaluate_run(self.run_folder, data, self.split, device, self.checkpoint)
+            result = evaluate_run(self.run_folder, data, device, self.options)
             if ranks.is_main():
-                console.say(console.metrics_table({self.split: values}))
+                console.say(evaluation_text(result))
 
 
 def _data_set(folder: Path) -> "DataSet":

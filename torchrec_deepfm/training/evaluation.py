@@ -1,17 +1,63 @@
 """Evaluation of a sharded model over a whole split."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Protocol
 
+import numpy as np
 import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 from torchrec.datasets.utils import Batch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import EvalPipelineSparseDist
 
-from torchrec_deepfm.data.loader.loader import Loader
+from torchrec_deepfm.distributed.process_group import on_main
 from torchrec_deepfm.training.checkpoint.tensors import averaged_buffers
-from torchrec_deepfm.training.metrics import Metrics, gather_metrics
+from torchrec_deepfm.training.metrics import Metrics, NotFiniteError, compute_metrics
+
+
+class Batches(Protocol):
+    """One rank's batches: those of all ranks in turn are the rows in order."""
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of each batch, padding included."""
+        ...
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield the batches, as many on every rank."""
+        ...
+
+    def valid_rows(self, step: int) -> int:
+        """Real rows of a batch that was yielded; they come first, the rest is padding."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predictions:
+    """The predictions of all ranks, in the order of the rows.
+
+    Attributes:
+        logits: [N].
+        labels: [N] of 0 and 1.
+    """
+
+    logits: NDArray[np.float32]
+    labels: NDArray[np.float32]
+
+    def check_finite(self) -> None:
+        """Check that every logit is a number.
+
+        Raises:
+            NotFiniteError: a logit is NaN or infinite.
+        """
+        if not np.isfinite(self.logits).all():
+            raise NotFiniteError(
+                "the predictions hold a NaN or an infinity, so these weights cannot be used; train again"
+            )
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
@@ -23,24 +69,56 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[obj
 
 def evaluate(
     model: DistributedModelParallel,
-    loader: Loader,
+    batches: Batches,
     device: torch.device,
     precision: str,
     before_step: Callable[[], None] = lambda: None,
     bins: int = 0,
 ) -> Metrics:
-    """Run the model over every row that the loaders of all ranks yield; a collective.
+    """Compute the metrics of a model; a collective.
 
     Args:
-        model: ``DeepFMTrain``, sharded, not attached to another pipeline. Left in eval mode.
-        loader: this rank's part of the split, ``drop_last=False``.
+        model: as for ``predict``.
+        batches: as for ``predict``.
         device: this rank's device.
         precision: as in ``TrainConfig``.
-        before_step: called before each step, equally often on every rank; its exceptions end the evaluation.
+        before_step: as for ``predict``.
         bins: most bins of the reliability curve; 0 for none.
 
     Returns:
-        The exact metrics of the whole split, the same on every rank.
+        The exact metrics of all rows, the same on every rank.
+
+    Raises:
+        NotFiniteError: a logit is NaN or infinite.
+    """
+    found = predict(model, batches, device, precision, before_step)
+
+    def work() -> Metrics:
+        assert found is not None
+        found.check_finite()
+        return compute_metrics(found.logits, found.labels, bins)
+
+    return on_main(work)
+
+
+def predict(
+    model: DistributedModelParallel,
+    batches: Batches,
+    device: torch.device,
+    precision: str,
+    before_step: Callable[[], None] = lambda: None,
+) -> Predictions | None:
+    """Run a model over every row that the batches of all ranks hold; a collective.
+
+    Args:
+        model: ``DeepFMTrain``, sharded, not attached to another pipeline. Left in eval mode.
+        batches: of this rank; a ``Loader`` without shuffle and ``drop_last``.
+        device: this rank's device.
+        precision: as in ``TrainConfig``.
+        before_step: called before each step, equally often on every rank; its exceptions end the evaluation.
+
+    Returns:
+        The predictions on rank 0, None on the others.
     """
     model.eval()
     logits, labels = [torch.empty(0)], [torch.empty(0)]
@@ -50,13 +128,46 @@ def evaluate(
         None,  # type: ignore[arg-type]
         device,
     )
-    batches = iter(loader)
+    iterator = iter(batches)
     with torch.no_grad(), autocast(precision, device), averaged_buffers(model):
-        for step in range(len(loader)):
+        step = 0
+        while True:
             before_step()
-            _, batch_logits, batch_labels = pipeline.progress(batches)
-            valid = loader.valid_rows(step)  # the rest is padding: every rank has the same number of batches
+            try:
+                _, batch_logits, batch_labels = pipeline.progress(iterator)
+            except StopIteration:
+                break
+            valid = batches.valid_rows(step)
             logits.append(batch_logits[:valid].float().cpu())
             labels.append(batch_labels[:valid].float().cpu())
+            step += 1
     pipeline.detach()
-    return gather_metrics(torch.cat(logits), torch.cat(labels), bins)
+    return gather_predictions(torch.cat(logits), torch.cat(labels), batches.batch_size)
+
+
+def gather_predictions(logits: Tensor, labels: Tensor, batch_size: int) -> Predictions | None:
+    """Put the predictions of all ranks into the order of the rows; a collective.
+
+    Args:
+        logits: [N_r], this rank's logits on the CPU; N_r may differ between the ranks and may be 0.
+        labels: [N_r], their labels.
+        batch_size: rows of each batch but the last: rank r has rows ``[r B, (r + 1) B)`` of every ``W B`` rows.
+
+    Returns:
+        The predictions on rank 0, None on the others.
+    """
+    counts = [0] * dist.get_world_size()
+    dist.all_gather_object(counts, len(logits))
+    mine = torch.zeros(max(counts), 2)
+    mine[: len(logits)] = torch.stack([logits.float(), labels.float()], dim=1)
+    gathered = [torch.empty_like(mine) for _ in counts] if dist.get_rank() == 0 else None
+    dist.gather(mine, gathered, dst=0)
+    if gathered is None:
+        return None
+    places = []
+    for rank, count in enumerate(counts):
+        step, place = np.divmod(np.arange(count), batch_size)
+        places.append((step * len(counts) + rank) * batch_size + place)
+    rows = torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)]).numpy()
+    rows = rows[np.argsort(np.concatenate(places))]
+    return Predictions(logits=rows[:, 0].copy(), labels=rows[:, 1].copy())

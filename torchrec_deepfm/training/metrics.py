@@ -1,18 +1,15 @@
-"""Exact metrics of the predictions of all ranks.
+"""Exact metrics of predictions.
 
-TorchRec's AUC covers a window (10M samples by default). Here every logit is kept until the end (4 bytes per sample) and
-gathered on rank 0, so that the AUC, with its ties, is that of the whole set.
+TorchRec's AUC covers a window (10M samples by default). Here every logit is kept until the end (4 bytes per sample), so
+that the AUC, with its ties, is that of the whole set.
 """
 
 import math
 from dataclasses import asdict, dataclass
 
 import numpy as np
-import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
-from torch import Tensor
 
 from torchrec_deepfm.errors import UserError
 
@@ -135,36 +132,6 @@ def reliability(predicted: NDArray[np.float64], labels: NDArray[np.float64], bin
         for i in range(bins)
         if rows[i]
     )
-
-
-def gather_metrics(logits: Tensor, labels: Tensor, bins: int = 0) -> Metrics:
-    """Compute the metrics of the predictions of all ranks; a collective.
-
-    Args:
-        logits: [N_r], this rank's logits on the CPU; N_r may differ between the ranks and may be 0.
-        labels: [N_r], their labels.
-        bins: most bins of the reliability curve; 0 for none.
-
-    Returns:
-        The metrics of the whole set, the same object on every rank.
-
-    Raises:
-        NotFiniteError: a logit is NaN or infinite.
-    """
-    counts = [0] * dist.get_world_size()
-    dist.all_gather_object(counts, len(logits))
-    mine = torch.zeros(max(counts), 2)
-    mine[: len(logits)] = torch.stack([logits.float(), labels.float()], dim=1)
-    gathered = [torch.empty_like(mine) for _ in counts] if dist.get_rank() == 0 else None
-    dist.gather(mine, gathered, dst=0)
-    result: list[Metrics | None] = [None]
-    if gathered is not None:
-        rows = torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)]).numpy()
-        result = [compute_metrics(rows[:, 0], rows[:, 1], bins) if np.isfinite(rows[:, 0]).all() else None]
-    dist.broadcast_object_list(result, src=0)
-    if result[0] is None:
-        raise NotFiniteError("the predictions hold a NaN or an infinity, so these weights cannot be used; train again")
-    return result[0]
 
 
 def lift(auc: float, best_auc: float) -> float:

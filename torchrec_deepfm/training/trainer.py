@@ -18,7 +18,7 @@ from torchrec_deepfm.distributed.run_lock import RunLock
 from torchrec_deepfm.distributed.stop_signals import Preempted, Requests, requests_to_stop
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.training.build import Sharded, build_model
-from torchrec_deepfm.training.checkpoint.manager import Checkpoints, load_model, save_model, try_load_model
+from torchrec_deepfm.training.checkpoint.manager import Checkpoints, save_model, try_load_model
 from torchrec_deepfm.training.checkpoint.store import MANIFEST
 from torchrec_deepfm.training.config import RunOptions, TrainConfig
 from torchrec_deepfm.training.evaluation import evaluate
@@ -30,7 +30,7 @@ from torchrec_deepfm.training.run import folder as run_folder
 from torchrec_deepfm.training.run import metrics_log, progress
 from torchrec_deepfm.training.run.formats import Manifest, convert
 from torchrec_deepfm.training.run.report import CALIBRATION, report_is_drawn, write_run_report
-from torchrec_deepfm.training.run.weights import Weights, Which, find_weights, folder_of
+from torchrec_deepfm.training.run.weights import Weights, Which, folder_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -376,41 +376,6 @@ def _draw(folder: Path, say: Callable[[str], None]) -> None:
         say(f"the report could not be drawn ({reason}); python -m torchrec_deepfm report tries again")
 
 
-def evaluate_run(
-    folder: Path, data: PreparedData, split: str, device: torch.device, checkpoint: str | int | None = None
-) -> dict[str, Any]:
-    """Evaluate a trained run on a split, on any number of ranks; a collective.
-
-    Args:
-        folder: the run's folder.
-        data: prepared data with the columns and ids of the run.
-        split: the split to evaluate.
-        device: this rank's device.
-        checkpoint: which weights, see ``find_weights``; by default the run's own.
-
-    Returns:
-        The metrics, with the best reachable AUC and the lift if known; also written to
-        ``evaluate_<split>.json`` in the run's folder.
-
-    Raises:
-        UserError: the folder holds no run, or the run does not fit the data.
-    """
-    run = run_folder.read(folder)
-    _check_fits(run, data, folder)
-    weights = on_main(lambda: find_weights(folder, checkpoint))
-    loader = _loader(data, split, run.config, shuffle=False, drop_last=False, device=device)
-    torch.set_float32_matmul_precision("medium" if run.config.precision == "medium" else "highest")
-    is_weighted = bool(data.schema.weighted)
-    # Quantised communication needs GPUs; a run trained with it can be evaluated on CPU ranks too.
-    config = run.config if device.type == "cuda" else dataclasses.replace(run.config, qcomms=("fp32",))
-    model = build_model(config, run.num_embeddings, len(run.numeric), device, is_weighted=is_weighted).model
-    load_model(model, weights)
-    values = _with_lift(evaluate(model, loader, device, run.config.precision), data, split)
-    name = f"evaluate_{split}.json" if checkpoint is None else f"evaluate_{split}_{checkpoint}.json"
-    on_main(lambda: run_folder.write_json(folder / name, values))
-    return values
-
-
 def _check_options(config: TrainConfig, data: PreparedData) -> None:
     """Refuse options that these data do not support."""
     for option in ("patience", "lr_patience"):
@@ -425,18 +390,6 @@ def _check_options(config: TrainConfig, data: PreparedData) -> None:
             raise UserError(
                 f"--{name}: column {data.schema.multi_hot[0]!r} of {data.folder} holds lists, whose rows are summed "
                 f"before this penalty sees them; take --{name.removeprefix('touched-')} with --sparse-optimizer adam"
-            )
-
-
-def _check_fits(run: run_folder.RunDescription, data: PreparedData, folder: Path) -> None:
-    if run.numeric != data.schema.numeric:
-        raise UserError(f"--data {data.folder}: numeric columns {data.schema.numeric}, but the run has {run.numeric}")
-    for name in sorted(set(run.num_embeddings) | set(data.num_embeddings)):
-        mine, theirs = run.num_embeddings.get(name), data.num_embeddings.get(name)
-        if mine != theirs:
-            raise UserError(
-                f"--data {data.folder}: column {name!r} has {theirs} ids, but {folder} was trained on {mine}; "
-                "name the data that it was trained on, or data prepared with the same vocabulary"
             )
 
 

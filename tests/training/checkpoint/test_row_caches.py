@@ -14,12 +14,13 @@ from torch import Tensor
 from torchrec.distributed.batched_embedding_kernel import BatchedFusedEmbeddingBag
 
 from tests.faults.runs import make_data, read_tensors
+from tests.support.evaluations import evaluated
 from torchrec_deepfm.data.dataset.prepared import PreparedData
 from torchrec_deepfm.training import loop
 from torchrec_deepfm.training.build import build_model
 from torchrec_deepfm.training.config import TrainConfig
 from torchrec_deepfm.training.ema import MovingAverage
-from torchrec_deepfm.training.trainer import evaluate_run, train
+from torchrec_deepfm.training.trainer import train
 
 CONFIG = TrainConfig(
     factor_dim=3, over_arch_layer_sizes=(4,), batch_size=100, epochs=4, checkpoint_every=5, eval_every=5, keep_last=9,
@@ -85,7 +86,7 @@ def test_resume_best_weights_and_evaluation(
     assert "restored_step" in summary, "the best step is the last one, so nothing is tested"
     assert_tables(cached, read_tensors(run / "checkpoints" / f"step_{summary['restored_step']:08d}"))
     cached.clear()
-    evaluate_run(run, data, "test", device)
+    evaluated(run, data, "test", device)
     assert_tables(cached, read_tensors(run / "checkpoint"))
 
 

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from tests.faults.runs import read_tensors
+from tests.support.evaluations import evaluated
 from tests.support.ranks import one_rank
 from torchrec_deepfm.data.dataset.prepared import PreparedData
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.training.config import TrainConfig
 from torchrec_deepfm.training.run.weights import find_weights
-from torchrec_deepfm.training.trainer import evaluate_run, train
+from torchrec_deepfm.training.trainer import train
 
 # Rates at which the validation AUC falls from some epoch on, so that the best is not the last.
 CONFIG = TrainConfig(
@@ -85,14 +86,14 @@ def test_the_figures_are_those_of_the_summary(
     shutil.copytree(runs[own], run)
     found = summary(run)
     for checkpoint, weights in ((None, own), ("best", "best"), ("last", "last")):
-        assert evaluate_run(run, data, "test", device, checkpoint) == found["weights"][weights]["test"]
+        assert evaluated(run, data, "test", device, checkpoint) == found["weights"][weights]["test"]
     del found["weights"]  # as in a run of an earlier version, which kept its own weights only
     (run / "summary.json").write_text(json.dumps(found))
     for which in ("best", "last"):
         kept = summary(runs[own])["weights"][which]
         folder = run / "checkpoint" if which == own else run / "checkpoints" / f"step_{kept['step']:08d}"
         assert find_weights(run, which).shown == find_weights(run, kept["step"]).shown == str(folder)
-        assert evaluate_run(run, data, "test", device, str(kept["step"])) == kept["test"]
+        assert evaluated(run, data, "test", device, str(kept["step"])) == kept["test"]
 
 
 def test_no_second_copy_where_the_best_is_the_last(data: PreparedData, device: torch.device, tmp_path: Path) -> None:

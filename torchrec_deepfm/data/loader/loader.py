@@ -132,6 +132,11 @@ class Loader:
         self._assembler = Assembler(data, self._source, batch_size)
         self._run = self._begin_run(epoch=0, row=0)
 
+    @property
+    def batch_size(self) -> int:
+        """B."""
+        return self._batch_size
+
     def __len__(self) -> int:
         """Return the number of steps of a whole epoch, the same on every rank."""
         return self._steps(0)

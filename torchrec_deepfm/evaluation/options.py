@@ -1,0 +1,61 @@
+"""The options of ``evaluate``. Standard library only."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from torchrec_deepfm.errors import UserError
+
+Split = Literal["train", "validation", "test"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions:
+    """What is evaluated, and how.
+
+    Raises:
+        UserError: a value is out of its range; the message names the option.
+    """
+
+    split: Split = "test"
+    """Split of a prepared folder."""
+    checkpoint: str | None = None
+    """Which weights: best, last or a number of steps. Default: the run's own, those of summary.json."""
+    by: tuple[str, ...] = ()
+    """Columns whose values are evaluated one by one: categorical ones with one id per row."""
+    slices: int = 20
+    """Values listed of each such column, the most frequent ones; the others are taken together."""
+    by_user: str | None = None
+    """Column with the user of a row, for GAUC, NDCG@k, recall@k and MAP@k."""
+    k: tuple[int, ...] = (10,)
+    """Values of k."""
+    bootstrap: int = 0
+    """Resamples for confidence intervals, such as 1000: of rows, and of users for the metrics by user; 0: none."""
+    confidence: float = 0.95
+    """Share of the resamples inside an interval."""
+    seed: int = 0
+    """Seed of the resamples."""
+    compare: Path | None = None
+    """Another run, evaluated on the same rows: the differences are those of this run minus that one, and paired."""
+    compare_checkpoint: str | None = None
+    """Which weights of the other run, as --checkpoint."""
+    output: Path | None = None
+    """JSON file for the result. Default: evaluate_<split>.json in the run folder; --checkpoint adds to the name."""
+    overwrite: bool = False
+    """Replace that file if it holds another evaluation."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if self.bootstrap < 0 or self.bootstrap == 1:
+            raise UserError(f"--bootstrap {self.bootstrap}: give 0 for no intervals, or at least 2, such as 1000")
+        if not 0.0 < self.confidence < 1.0 or math.isnan(self.confidence):
+            raise UserError(f"--confidence {self.confidence}: must lie between 0 and 1, such as 0.95")
+        if self.seed < 0:
+            raise UserError(f"--seed {self.seed}: must not be negative")
+        if self.slices < 1:
+            raise UserError(f"--slices {self.slices}: must be at least 1")
+        if not self.k or min(self.k) < 1:
+            raise UserError(f"--k {' '.join(map(str, self.k))}: must be at least 1")
+        if self.compare is None and self.compare_checkpoint is not None:
+            raise UserError("--compare-checkpoint: name the other run with --compare")

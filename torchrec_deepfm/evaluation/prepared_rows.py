@@ -1,0 +1,104 @@
+"""The rows of a split of a prepared folder, to be evaluated.
+
+Shape letters: N rows.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from torchrec_deepfm.data.dataset.prepared import PreparedData
+from torchrec_deepfm.data.loader.loader import Loader
+from torchrec_deepfm.data.loader.row_reader import SplitRows
+from torchrec_deepfm.errors import UserError, one_of
+from torchrec_deepfm.evaluation.figures import Keys
+from torchrec_deepfm.training.run import folder as run_folder
+
+_PIECE = 2**20  # rows
+
+
+class PreparedRows:
+    """A split of a prepared folder.
+
+    Args:
+        data: the opened folder.
+        split: its split.
+
+    Attributes:
+        name: of the rows, for tables and file names.
+        optimum: the best reachable ``auc`` of synthetic data, if known.
+    """
+
+    def __init__(self, data: PreparedData, split: str) -> None:
+        self._data, self._split = data, split
+        self.name = split
+        self.optimum = data.optimum.get(split)
+
+    def check(self, run: run_folder.RunDescription, folder: Path) -> None:
+        """Check that a run was trained on such columns and ids.
+
+        Raises:
+            UserError: it was not.
+        """
+        data = self._data
+        if run.numeric != data.schema.numeric:
+            raise UserError(
+                f"--data {data.folder}: numeric columns {data.schema.numeric}, but {folder} has {run.numeric}"
+            )
+        for name in sorted(set(run.num_embeddings) | set(data.num_embeddings)):
+            mine, theirs = run.num_embeddings.get(name), data.num_embeddings.get(name)
+            if mine != theirs:
+                raise UserError(
+                    f"--data {data.folder}: column {name!r} has {theirs} ids, but {folder} was trained on {mine}; "
+                    "name the data that it was trained on, or data prepared with the same vocabulary"
+                )
+
+    def describe(self) -> dict[str, Any]:
+        """What the result file records of the rows."""
+        return {
+            "folder": str(self._data.folder),
+            "split": self._split,
+            "sha256": run_folder.digest_of_data(self._data),
+        }
+
+    def loader(self, batch_size: int, device: torch.device) -> Loader:
+        """This rank's batches, in the order of the rows."""
+        return Loader(
+            self._data,
+            self._split,
+            batch_size=batch_size,
+            rank=dist.get_rank(),
+            world_size=dist.get_world_size(),
+            pin_memory=device.type == "cuda",
+        )
+
+    def check_column(self, option: str, name: str) -> None:
+        """Check that a column can group the rows.
+
+        Raises:
+            UserError: it is not a categorical column with one id per row.
+        """
+        schema = self._data.schema
+        if name in schema.multi_hot:
+            raise UserError(f"{option} {name}: the column holds lists of ids; choose {one_of(schema.one_hot, None)}")
+        if name not in schema.one_hot:
+            kind = "the column is numeric" if name in schema.numeric else f"{self._data.folder} has no such column"
+            raise UserError(f"{option} {name}: {kind}; choose {one_of(schema.one_hot, name)}")
+
+    def column(self, name: str) -> Keys:
+        """Read the ids of a column. Id 0 of ``prepare`` stands for missing and rare values, so it is missing here."""
+        data, rows = self._data, SplitRows(self._data, self._split)
+        j, found = data.schema.one_hot.index(name), np.empty(data.rows(self._split), np.int64)
+        for start in range(0, len(found), _PIECE):
+            stop = min(start + _PIECE, len(found))
+            rows.check([(start, stop)])
+            found[start:stop] = rows.stretch(start, stop).sparse[:, j]
+            rows.release()
+        if data.external is None:
+            found[found == 0] = -1
+        elif data.external.modulo:
+            found %= data.num_embeddings[name]
+        return Keys(codes=found)
