@@ -80,7 +80,7 @@ def evaluate(
     max_retries: int = 0,
     rdzv_port: int = 29500,
 ) -> specs.AppDef:
-    """Evaluates a trained run on the validation or test split of a prepared folder.
+    """Evaluates a trained run, or compares two, on a split of a prepared folder: metrics, users, slices, intervals.
 
     Args:
         args: options of `python -m torchrec_deepfm evaluate`, after `--`
