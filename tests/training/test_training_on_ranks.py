@@ -35,7 +35,7 @@ def train(folder: Path, output: Path, world_size: int) -> dict[str, Any]:
 def train_and_evaluate(folder: Path, output: Path, damaged: Path) -> dict[str, Any]:
     summary = train(folder, output, 2)
     data = PreparedData.open(folder)
-    evaluated = {split: evaluated(output, data, split, CPU) for split in ("validation", "test")}
+    figures = {split: evaluated(output, data, split, CPU) for split in ("validation", "test")}
     if torch.distributed.get_rank() == 0:
         damage(output, damaged, "cut")
     torch.distributed.barrier()
@@ -44,7 +44,7 @@ def train_and_evaluate(folder: Path, output: Path, damaged: Path) -> dict[str, A
         refusal = "none"
     except UserError as error:
         refusal = str(error)
-    return {"summary": summary, "evaluated": evaluated, "refusal": refusal}
+    return {"summary": summary, "evaluated": figures, "refusal": refusal}
 
 
 def damage(run: Path, copy: Path, how: str) -> None:
