@@ -41,7 +41,8 @@ ALLOWED = {
     "training": BASE | {"processes", "console", "report", "model", "data", "sharding", "distributed"},
     "experiment": BASE
     | {"processes", "launch", "console", "report", "model", "data", "sharding", "distributed", "training"},
-    "evaluation": BASE | {"processes", "console", "report", "model", "data", "sharding", "distributed", "training"},
+    "evaluation": BASE
+    | {"processes", "console", "report", "model", "data", "sharding", "distributed", "training", "inference"},
     "inference": BASE | {"processes", "console", "report", "model", "data", "sharding", "distributed", "training"},
     "cli": BASE
     | {

@@ -93,6 +93,7 @@ OPTIONS = {
     "evaluate": {
         "run",
         "data",
+        "input",
         "num-embeddings",
         "split",
         "checkpoint",
@@ -248,7 +249,7 @@ def test_a_recipe_and_single_options_on_top() -> None:
         (["verify"], "option folder is missing"),
         (["prepare", "--input", "a", "--output", "x", "--mincount", "3"], "unknown option --mincount"),
         (["synthetic", "--output"], "option --output lacks a value"),
-        (["evaluate", "--run", "x"], "option --data is missing"),
+        (["evaluate", "--run", "x"], "--data, --input: give one of the two, a prepared folder or raw files"),
         (["evaluate", "--run", "x", "--data", "y", "--split", "z"], "option --split takes no 'z'; choose one of"),
     ],
 )

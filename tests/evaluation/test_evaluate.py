@@ -48,8 +48,19 @@ def scattered(rows: int, batch_size: int) -> tuple[list[float], list[float]] | N
     return None if found is None else (found.logits.tolist(), found.labels.tolist())
 
 
+def evaluate_raw(data: Path, folder: Path, output: Path) -> dict[str, Any]:
+    options = EvaluateOptions(**SHARED, compare=folder / "run_1", output=output)  # type: ignore[arg-type]
+    return evaluate_run(folder / "run_0", raw_files(data), CPU, options)
+
+
+def raw_files(data: Path) -> list[str]:
+    """What the test split was prepared from."""
+    return sorted(str(path) for path in (data.parent / "raw").glob("test*.tsv"))
+
+
 def on_two_ranks(data: Path, folder: Path) -> dict[str, Any]:
     return {
+        "raw": evaluate_raw(data, folder, folder / "raw_two.json"),
         "result": evaluate_on_ranks(data, folder, folder / "two.json"),
         "scattered": {(rows, size): scattered(rows, size) for rows in (3, 8, 29) for size in (1, 4, 10)},
     }
@@ -158,6 +169,58 @@ def test_two_ranks_equal_one(one: dict[str, Any], two: list[dict[str, Any]]) -> 
 
     assert figures(two[0]["result"]) == figures(two[1]["result"])
     assert figures(two[0]["result"]) == figures(one)
+
+
+@pytest.fixture(scope="module")
+def raw(runs: Path, data: PreparedData, one: dict[str, Any]) -> dict[str, Any]:
+    return run_ranks(evaluate_raw, 1, data.folder, runs, runs / "raw_one.json")[0]
+
+
+def test_raw_files_give_the_figures_of_the_prepared_split(
+    raw: dict[str, Any], one: dict[str, Any], two: list[dict[str, Any]]
+) -> None:
+    names = ("rows", "auc", "logloss", "ne", "calibration")
+    assert [raw[name] for name in names] == [one[name] for name in names]  # to the last bit
+    assert raw["compare"]["metrics"]["auc"] == one["compare"]["metrics"]["auc"]
+    assert raw["intervals"]["auc"] == one["intervals"]["auc"]
+    assert {name: value for name, value in raw.items() if name != "file"} == {
+        name: value for name, value in two[0]["raw"].items() if name != "file"
+    }
+
+
+def test_columns_of_raw_files_hold_their_values(raw: dict[str, Any], data: PreparedData, rows: dict[str, Any]) -> None:
+    lines = [line.split("\t") for path in raw_files(data.folder) for line in Path(path).read_text().splitlines()]
+    places = {name: 13 + int(name[1:]) for name in (USER, COUNTRY)}
+    users = [line[places[USER]] for line in lines]
+    numbers = {value: number for number, value in enumerate(sorted(set(users)))}
+    listed = [
+        (numbers[user], logit, label)
+        for user, logit, label in zip(users, rows[0].tolist(), rows["labels"].tolist(), strict=True)
+        if user
+    ]
+    assert raw["by_user"] == pytest.approx(by_loops(listed, 1) | by_loops(listed, 5), abs=1e-6)
+    countries = [line[places[COUNTRY]] for line in lines]
+    found = raw["slices"][COUNTRY]
+    assert sum(each["rows"] for each in found) == len(lines)
+    assert all(each["rows"] == countries.count(each["value"] or "") for each in found if "others" not in each)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("1\t2\n", "bad.tsv: line 1"),
+        ("", "bad.tsv"),
+    ],
+)
+def test_bad_raw_files(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, message: str) -> None:
+    (tmp_path / "bad.tsv").write_text(text)
+    with pytest.raises(SystemExit) as ended:
+        cli_main.main(["evaluate", "--run", str(runs / "run_0"), "--input", str(tmp_path / "bad.tsv")])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+    assert not (runs / "run_0" / "evaluate_input.json").exists()
 
 
 def test_the_file_names_what_was_evaluated(one: dict[str, Any], runs: Path, data: PreparedData) -> None:

@@ -171,12 +171,19 @@ class Evaluate:
 
     run_folder: Annotated[Path, tyro.conf.arg(name="run")]
     """Run folder that train wrote."""
-    data: Path
+    data: Path | None = None
     """Prepared folder."""
+    input: tuple[str, ...] = ()
+    """Raw files with labels, instead of a prepared folder: as for predict."""
     num_embeddings: tuple[int, ...] = ()
     """For a folder that another tool wrote: as in train."""
     options: Annotated[EvaluateOptions, tyro.conf.arg(name="")] = EvaluateOptions()
     """What to evaluate."""
+
+    def __post_init__(self) -> None:
+        """Check what is evaluated."""
+        if (self.data is None) == (not self.input):
+            raise UserError("--data, --input: give one of the two, a prepared folder or raw files")
 
     def run(self) -> None:
         """Run the command."""
@@ -186,7 +193,7 @@ class Evaluate:
         from torchrec_deepfm.evaluation.text import evaluation_text
 
         with ranks.process_group() as device:
-            data = _open(self.data, self.num_embeddings)
+            data = self.input if self.data is None else _open(self.data, self.num_embeddings)
             result = evaluate_run(self.run_folder, data, device, self.options)
             if ranks.is_main():
                 console.say(evaluation_text(result))

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torchrec_deepfm.evaluation.bootstrap import Bootstrap
 from torchrec_deepfm.evaluation.figures import Keys, Sample, figures, slices
 from torchrec_deepfm.evaluation.options import EvaluateOptions
 from torchrec_deepfm.evaluation.prepared_rows import PreparedRows
+from torchrec_deepfm.evaluation.raw_rows import RawRows
 from torchrec_deepfm.files import check_target, read_bytes, write_text
 from torchrec_deepfm.training.build import build_model
 from torchrec_deepfm.training.checkpoint.manager import load_model
@@ -25,17 +26,18 @@ from torchrec_deepfm.training.run.formats import JSON_LIMIT
 from torchrec_deepfm.training.run.weights import Weights, find_weights
 
 FORMAT_VERSION = 1
+Rows = PreparedRows | RawRows
 _ASKED = ("data", "weights", "options", "compare_weights")  # what two evaluations of the same question share
 
 
 def evaluate_run(
-    folder: Path, data: PreparedData, device: torch.device, options: EvaluateOptions = EvaluateOptions()
+    folder: Path, data: PreparedData | Sequence[str], device: torch.device, options: EvaluateOptions = EvaluateOptions()
 ) -> dict[str, Any]:
     """Evaluate a trained run on labelled rows, on any number of ranks; a collective.
 
     Args:
         folder: the run's folder.
-        data: prepared data with the columns and ids of the run.
+        data: prepared data with the columns and ids of the run, or raw files with labels, as for ``open_sources``.
         device: this rank's device.
         options: what to evaluate.
 
@@ -48,7 +50,6 @@ def evaluate_run(
         UserError: the folder holds no run or no such weights, the run does not fit the data, an option names no
             column, or the file holds another evaluation.
     """
-    rows = PreparedRows(data, options.split)
     folders = [folder, *([] if options.compare is None else [options.compare])]
     checkpoints = (options.checkpoint, options.compare_checkpoint)
     runs = [run_folder.read(one) for one in folders]
@@ -56,14 +57,20 @@ def evaluate_run(
         on_main(lambda one=one, asked=asked: find_weights(one, asked))  # type: ignore[misc]
         for one, asked in zip(folders, checkpoints, strict=False)
     ]
-    for run, one in zip(runs, folders, strict=True):
-        rows.check(run, one)
-    for option, names in (("--by", options.by), ("--by-user", (options.by_user,) if options.by_user else ())):
-        for name in names:
-            rows.check_column(option, name)
+    columns = [("--by", name) for name in options.by]
+    columns += [] if options.by_user is None else [("--by-user", options.by_user)]
+    rows: Rows
+    if isinstance(data, PreparedData):
+        rows = PreparedRows(data, options.split, columns)
+        for run, one in zip(runs, folders, strict=True):
+            rows.check(run, one)
+    else:
+        rows = RawRows(data, folders, columns)
     asked = on_main(lambda: _asked(options, rows, folders, weights))
     target = on_main(lambda: _target(folder, options, rows.name, asked))
-    predictions = [_predict(run, one, rows, device) for run, one in zip(runs, weights, strict=True)]
+    predictions = [
+        _predict(one, run, found, rows, device) for one, run, found in zip(folders, runs, weights, strict=True)
+    ]
 
     def work() -> dict[str, Any]:
         result = {"format_version": FORMAT_VERSION, **asked, **_figures(rows, predictions, options)}
@@ -74,17 +81,17 @@ def evaluate_run(
 
 
 def _predict(
-    run: run_folder.RunDescription, weights: Weights, rows: PreparedRows, device: torch.device
+    folder: Path, run: run_folder.RunDescription, weights: Weights, rows: Rows, device: torch.device
 ) -> Predictions | None:
     torch.set_float32_matmul_precision("medium" if run.config.precision == "medium" else "highest")
     # Quantised communication needs GPUs; a run trained with it can be evaluated on CPU ranks too.
     config = run.config if device.type == "cuda" else dataclasses.replace(run.config, qcomms=("fp32",))
     model = build_model(config, run.num_embeddings, len(run.numeric), device, is_weighted=run.weighted).model
     load_model(model, weights)
-    return predict(model, rows.loader(config.batch_size, device), device, config.precision)
+    return predict(model, rows.loader(folder, config.batch_size, device), device, config.precision)
 
 
-def _figures(rows: PreparedRows, predictions: list[Predictions | None], options: EvaluateOptions) -> dict[str, Any]:
+def _figures(rows: Rows, predictions: list[Predictions | None], options: EvaluateOptions) -> dict[str, Any]:
     known = [one for one in predictions if one is not None]
     for one in known:
         one.check_finite()
@@ -104,7 +111,7 @@ def _figures(rows: PreparedRows, predictions: list[Predictions | None], options:
     return found
 
 
-def _asked(options: EvaluateOptions, rows: PreparedRows, folders: list[Path], weights: list[Weights]) -> dict[str, Any]:
+def _asked(options: EvaluateOptions, rows: Rows, folders: list[Path], weights: list[Weights]) -> dict[str, Any]:
     """What is evaluated, as the file records it."""
     chosen = dataclasses.asdict(options)
     left_out = ("split", "checkpoint", "compare", "compare_checkpoint", "output", "overwrite")

@@ -23,7 +23,7 @@ class EvaluateOptions:
     checkpoint: str | None = None
     """Which weights: best, last or a number of steps. Default: the run's own, those of summary.json."""
     by: tuple[str, ...] = ()
-    """Columns whose values are evaluated one by one: categorical ones with one id per row."""
+    """Columns whose values are evaluated one by one: of a prepared folder categorical ones, of raw files any."""
     slices: int = 20
     """Values listed of each such column, the most frequent ones; the others are taken together."""
     by_user: str | None = None

@@ -3,6 +3,7 @@
 Shape letters: N rows.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,20 @@ class PreparedRows:
     Args:
         data: the opened folder.
         split: its split.
+        columns: columns that group the rows, as (option, name).
+
+    Raises:
+        UserError: a column can't group rows.
 
     Attributes:
         name: of the rows, for tables and file names.
         optimum: the best reachable ``auc`` of synthetic data, if known.
     """
 
-    def __init__(self, data: PreparedData, split: str) -> None:
+    def __init__(self, data: PreparedData, split: str, columns: Sequence[tuple[str, str]] = ()) -> None:
         self._data, self._split = data, split
+        for option, name in columns:
+            self._check_column(option, name)
         self.name = split
         self.optimum = data.optimum.get(split)
 
@@ -64,7 +71,7 @@ class PreparedRows:
             "sha256": run_folder.digest_of_data(self._data),
         }
 
-    def loader(self, batch_size: int, device: torch.device) -> Loader:
+    def loader(self, run: Path, batch_size: int, device: torch.device) -> Loader:
         """This rank's batches, in the order of the rows."""
         return Loader(
             self._data,
@@ -75,12 +82,7 @@ class PreparedRows:
             pin_memory=device.type == "cuda",
         )
 
-    def check_column(self, option: str, name: str) -> None:
-        """Check that a column can group the rows.
-
-        Raises:
-            UserError: it is not a categorical column with one id per row.
-        """
+    def _check_column(self, option: str, name: str) -> None:
         schema = self._data.schema
         if name in schema.multi_hot:
             raise UserError(f"{option} {name}: the column holds lists of ids; choose {one_of(schema.one_hot, None)}")

@@ -83,7 +83,7 @@ def load(
         encoder, score = package.open_package(path)
         return Predictor(path=path, sha256=_digest(path / PACKAGE), encoder=encoder, score=score)
     run = run_folder.read(path)
-    encoder = _encoder_of(path, None if data is None else Path(data))
+    encoder = encoder_of(path, None if data is None else Path(data))
     if dict(run.num_embeddings) != dict(encoder.num_embeddings) or run.numeric != encoder.schema.numeric:
         raise UserError(f"{path / run_folder.ENCODER}: encodes other columns than the model has; {_RESTORE}")
     # The figures of a finished training are its own, the seconds that it took among them.
@@ -99,7 +99,7 @@ def load(
 _RESTORE: Final = "restore the folder, or train again"
 
 
-def _encoder_of(run: Path, data: Path | None) -> RowEncoder:
+def encoder_of(run: Path, data: Path | None = None) -> RowEncoder:
     """Open the encoder of a run, or that of the data of a run of an earlier version."""
     described = run_folder.read_config(run, "train again")
     folder = run / run_folder.ENCODER

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from torchrec_deepfm.data.prepare.progress import Phase
 from torchrec_deepfm.data.prepare.provenance import source_state
+from torchrec_deepfm.data.prepare.row_encoder import RowEncoder
 from torchrec_deepfm.data.prepare.workers import Workers
 from torchrec_deepfm.data.raw.addresses import find_text, is_table
 from torchrec_deepfm.data.raw.criteo_text import TextLog
@@ -55,12 +56,12 @@ class Predicted:
 
 
 def open_sources(
-    predictor: Predictor, inputs: Sequence[str], *, labelled: bool = False, keep: Sequence[str] = ()
+    encoder: RowEncoder, inputs: Sequence[str], *, labelled: bool = False, keep: Sequence[str] = ()
 ) -> list[Source]:
     """Open files of raw rows.
 
     Args:
-        predictor: Whose encoder knows the columns.
+        encoder: Knows the columns.
         inputs: Paths or fsspec addresses of Parquet and CSV files or folders of them, or of Criteo's text where the
             model was trained on it.
         labelled: Whether to read labels; Criteo's text may have one in any case.
@@ -72,7 +73,6 @@ def open_sources(
     Raises:
         UserError: A file can't be read or lacks a column.
     """
-    encoder = predictor.encoder
     sources: list[Source] = []
     if not inputs:
         raise UserError("--input: no file is named; name at least one")
@@ -121,7 +121,7 @@ def predict_files(
     ranks = ranks or Workers()
     if PROBABILITY in keep:
         raise UserError(f"--keep {PROBABILITY}: the output has a column of this name already; rename it in the input")
-    sources = open_sources(predictor, inputs, keep=keep)
+    sources = open_sources(predictor.encoder, inputs, keep=keep)
     job = {
         "model": predictor.sha256,
         "encoder": predictor.encoder.sha256,
