@@ -175,7 +175,7 @@ def test_evaluation_says_what_the_training_said(told: list[dict[str, Any]], two:
 def test_one_rank_reads_what_two_wrote(two: Path, data: PreparedData, device: torch.device, split: str) -> None:
     values = evaluated(two, data, split, device)
     assert values == pytest.approx(read(two / "summary.json")[split], rel=1e-5)
-    assert read(two / f"evaluate_{split}.json") == values
+    assert values.items() <= read(two / f"evaluate_{split}.json").items()
 
 
 @pytest.mark.parametrize(
