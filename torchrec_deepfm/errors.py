@@ -35,6 +35,10 @@ class WorseThanConstantError(UserError):
     exit_code = 3
 
 
+# Exit codes of a process that ended with one line for the user; a restart would end the same way.
+USER_ERROR_EXIT_CODES = (UserError.exit_code, WorseThanConstantError.exit_code)
+
+
 def shown(value: object, most: int = 60) -> str:
     """Write a value that is wrong for a message, in short.
 

@@ -24,13 +24,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from torchrec_deepfm.cpu_threads import choose_threads
-from torchrec_deepfm.errors import UserError, WorseThanConstantError
+from torchrec_deepfm.errors import USER_ERROR_EXIT_CODES, UserError
 from torchrec_deepfm.processes import UNDER_LAUNCHER, UNDER_TORCHX, end_with_parent
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
-USER_ERROR_EXIT_CODES = (UserError.exit_code, WorseThanConstantError.exit_code)
 
 # Start time of the launcher, for the ranks: a restarted rank finds its run by it.
 STARTED = "TORCHREC_DEEPFM_STARTED"

@@ -19,8 +19,7 @@ from torchx.cli.cmd_run import CmdRun
 from torchx.schedulers import local_scheduler
 from torchx.specs import AppStatus
 
-from torchrec_deepfm.errors import UserError
-from torchrec_deepfm.launch import USER_ERROR_EXIT_CODES
+from torchrec_deepfm.errors import USER_ERROR_EXIT_CODES, UserError
 from torchrec_deepfm.processes import UNDER_TORCHX
 
 
