@@ -56,7 +56,7 @@ class Column:
     def __post_init__(self) -> None:
         """Check the options one by one."""
         if not isinstance(self.list, bool):
-            raise UserError(f"list: {self.list!r} is neither true nor false; give one of them")
+            raise UserError(f"list: {self.list!r} is not true or false; give one of them")
         for key in ("separator", "weights"):
             value = getattr(self, key)
             if value is not None and (not isinstance(value, str) or not value):
@@ -178,7 +178,8 @@ class Schema:
             lists = [other for other, options in self.columns.items() if options.weights == column.weights]
             if len(lists) > 1:
                 raise UserError(
-                    f"{place}.weights: {column.weights!r} serves {len(lists)} lists; give each its own", where="schema"
+                    f"{place}.weights: {column.weights!r} serves {len(lists)} lists; give each a separate column",
+                    where="schema",
                 )
 
     @property
@@ -249,7 +250,7 @@ class Schema:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Schema":
-        """Build a schema from what ``to_json`` returned.
+        """Build a schema from the result of ``to_json``.
 
         Args:
             value: The keys ``label``, ``numeric`` and ``categorical``; optionally the others of the class.

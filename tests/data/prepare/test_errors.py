@@ -37,9 +37,9 @@ BAD_LINES = {
     "seven columns": (b"1\t5\t-2\tab\t\t0F\t1", " has 7 columns, expected 6"),
     "seven columns, the last empty": (b"1\t5\t-2\tab\t\t0F\t", " has 7 columns, expected 6"),
     "spaces": (b"1 5 -2 ab cd 0F", " has 1 columns, expected 6"),
-    "label 2": (b"2\t5\t-2\tab\t\t0F", ", column y: '2' is not a valid label, it must be 0 or 1"),
+    "label 2": (b"2\t5\t-2\tab\t\t0F", ", column y: '2' is not a valid label (expected 0 or 1)"),
     "label text": (b"yes\t5\t-2\tab\t\t0F", ", column y: 'yes' is not a valid label"),
-    "no label": (b"\t5\t-2\tab\t\t0F", ", column y: the label is missing, it must be 0 or 1"),
+    "no label": (b"\t5\t-2\tab\t\t0F", ", column y: the label is missing (expected 0 or 1)"),
     "decimal": (b"1\t5\t1.5\tab\t\t0F", ", column n2: '1.5' is not an integer"),
     "exponent": (b"1\t1e3\t5\tab\t\t0F", ", column n1: '1e3' is not an integer"),
     "underscore": (b"1\t1_0\t5\tab\t\t0F", ", column n1: '1_0' is not an integer"),
@@ -94,7 +94,7 @@ def test_bad_line_in_the_test_file_names_that_file(tmp_path):
     valid = tmp_path / "v.tsv"
     valid.write_bytes(GOOD)
     message = refused(tmp_path, [train], tmp_path / "out", validation=[valid], test=[bad], schema=SMALL)
-    assert message == f"{bad}: line 1, column y: '3' is not a valid label, it must be 0 or 1" + REPAIR
+    assert message == f"{bad}: line 1, column y: '3' is not a valid label (expected 0 or 1)" + REPAIR
 
 
 TOLERATED = {
@@ -135,7 +135,7 @@ def test_no_rows(tmp_path, path, text):
     # Nothing to estimate the disk by, either.
     path.write_bytes(text)
     assert refused(tmp_path, [path], tmp_path / "out") == (
-        f"{path}: the file holds no row; give a file with data or leave it out"
+        f"{path}: the file has no rows; give a file with data or leave it out"
     )
 
 
@@ -160,7 +160,7 @@ def test_damaged_compressed_data(tmp_path, monkeypatch, ending, pack):
         message = refused(tmp_path, [path], tmp_path / "out")
         assert message.startswith(f"{path}: after line "), message
         assert f", the .{ending} data are damaged or cut off (" in message
-        assert message.endswith("; fetch or compress the file anew")
+        assert message.endswith("; download or compress the file again")
     path.write_bytes(whole[: len(whole) // 2])
     assert int(refused(tmp_path, [path], tmp_path / "out").split("after line ")[1].split(",")[0]) > 1000
     # A bad line before the damage is what to tell first.
@@ -209,7 +209,7 @@ def test_more_options(tmp_path, path):
     for message, options in tests.items():
         assert refused(tmp_path, [path], out, schema=SMALL, **options) == message
     assert refused(tmp_path, [path], out, schema=SMALL, split="9:1", test=[path]) == (
-        "--split 9:1: --validation and --test say the split already; leave one of the two out"
+        "--split 9:1: --validation and --test already define the split; leave --split or these out"
     )
 
 
@@ -221,16 +221,14 @@ def test_days(tmp_path):
 
     out = tmp_path / "out"
     assert refused(tmp_path, days("day_0", "day_1.gz", "day_3"), out) == (
-        "--input: day_2 is missing between day_1.gz and day_3; name all days, or rename the files if they are no days"
+        "--input: day_2 is missing between day_1.gz and day_3; name all days, or rename the files if they are not days"
     )
     assert refused(tmp_path, days("day_0", "day_1"), out, test=days("day_3.gz")).startswith("--input: day_2 is missing")
     held_out = tmp_path / "v.tsv"
     held_out.write_bytes(GOOD)
     assert refused(tmp_path, days("day_0", "day_2"), out, validation=[held_out]).startswith("--input: day_1 is missing")
     twice = days("day_4", "day_4.gz")
-    assert refused(tmp_path, twice, out) == (
-        f"{twice[1]}: day 4 is there twice, also as {twice[0]}; name each day once"
-    )
+    assert refused(tmp_path, twice, out) == (f"{twice[1]}: day 4 appears twice, also as {twice[0]}; name each day once")
 
 
 def test_too_few_rows_to_split(tmp_path, path):

@@ -136,9 +136,7 @@ def test_a_vocabulary_knows_what_missing_was(tmp_path):
     assert Schema.from_json(data.schema.to_json()) == data.schema
     again = prepare([path], tmp_path / "again", schema=rare, vocabulary=data.folder, split="none")
     assert (again.arrays(again.days("train")[0]).sparse[:] == data.arrays(data.days("train")[0]).sparse[:]).all()
-    with pytest.raises(
-        UserError, match="was prepared with --missing rare, now it is value; choose --missing as it was"
-    ):
+    with pytest.raises(UserError, match="was prepared with --missing rare, now it is value; choose the same --missing"):
         prepare([path], tmp_path / "other", schema=SMALL, vocabulary=data.folder, split="none")
 
 

@@ -270,7 +270,7 @@ def test_other_options_over_unfinished_work(tmp_path, monkeypatch):
         prepare(paths, tmp_path / "out", schema=SMALL, min_count=3, seed=1)
     assert str(caught.value) == (
         f"{work}: an unfinished prepare of out differs in min_count, seed; "
-        "run it with its own options, or remove this folder to begin anew"
+        "run it with its own options, or remove this folder to start again"
     )
     assert content(work) == before
     # Leaving out bad rows is no other work: that is what the message over a bad row proposes.
@@ -352,7 +352,7 @@ def test_what_was_there_before_outlives_any_refusal(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         usage = shutil.disk_usage(tmp_path)
         patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=0))
-        with pytest.raises(UserError, match=r"of disk are needed"):
+        with pytest.raises(UserError, match=r"of disk"):
             prepare(paths, tmp_path / "out", schema=SMALL)
     assert content(tmp_path / ".out.partial" / "out") == before
     prepare(paths, tmp_path / "out", schema=SMALL)
@@ -378,7 +378,7 @@ def test_an_output_behind_a_link(tmp_path):
 def test_an_output_that_is_a_mount_point(tmp_path, monkeypatch):
     paths = write(tmp_path, a=random_text(100, 0, SMALL))
     monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "out")
-    with pytest.raises(UserError, match=r"out: this is a mount point, which can't appear by a rename"):
+    with pytest.raises(UserError, match=r"out: this a mount point can't be created by a rename"):
         prepare(paths, tmp_path / "out", schema=SMALL)
     assert sorted(tmp_path.iterdir()) == paths
 
@@ -408,7 +408,7 @@ def test_what_does_not_fit_in_memory_is_spilled(tmp_path, monkeypatch):
     assert content(prepare(paths, tmp_path / "spilled", **options).folder) == whole
     # That it had to: without a place to spill to, it can't go on, and keeps what is done.
     monkeypatch.setattr(WorkFolder, "share", lambda _: None)
-    with pytest.raises(UserError, match=r"DuckDB had to stop .*; finished work is kept in"):
+    with pytest.raises(UserError, match=r"DuckDB stopped .*; finished work is kept in"):
         prepare(paths, tmp_path / "not", **options)
     monkeypatch.undo()
     assert content(prepare(paths, tmp_path / "not", **options).folder) == whole
@@ -501,7 +501,7 @@ def test_room_is_checked_before_the_start(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     needed = 20_000 * 4 * (1 + 2 + 2 * 3)  # label, numbers, ids, and the staged values
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed - 1))
-    with pytest.raises(UserError, match=r"out: about .* MiB of disk are needed, 0.7 MiB are free; free some"):
+    with pytest.raises(UserError, match=r"out: about .* MiB of disk, 0.7 MiB are free; free some"):
         prepare(paths, tmp_path / "out", schema=SMALL)
     assert sorted(tmp_path.iterdir()) == paths
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed * 2))

@@ -198,14 +198,14 @@ def test_only_the_first_rows_are_read(tmp_path):
         (
             {"rating": [1, 0]},
             "ratings",
-            "there is no column 'ratings'; the file has 'rating' (did you mean 'rating'?); name another --label",
+            "no column 'ratings'; the file has 'rating' (did you mean 'rating'?); name another --label",
         ),
         (
             {"y": [1, 0], "price": [0.5, 1]},
             None,
             "no column looks like a category, and a model needs one; write the schema by hand, docs/tables.md",
         ),
-        ({"y": pa.array([], "int8")}, None, "there is no row in it; give a table with data"),
+        ({"y": pa.array([], "int8")}, None, "the table has no rows; give one with data"),
     ],
 )
 def test_tables_that_give_no_schema(tmp_path, cells, label, expected):

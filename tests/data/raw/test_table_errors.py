@@ -18,21 +18,21 @@ from torchrec_deepfm.errors import UserError
 @pytest.mark.parametrize(
     ("columns", "expected"),
     [
-        ({"y": [0, 2]}, "row 2, column 'y': 2 is not a valid label, it must be 0 or 1; repair or remove the row"),
-        ({"y": [0.5, 1]}, "row 1, column 'y': 0.5 is not a valid label, it must be 0 or 1; repair or remove the row"),
-        ({"y": [1, None]}, "row 2, column 'y': the label is missing, it must be 0 or 1; repair or remove the row"),
+        ({"y": [0, 2]}, "row 2, column 'y': 2 is not a valid label (expected 0 or 1); repair or remove the row"),
+        ({"y": [0.5, 1]}, "row 1, column 'y': 0.5 is not a valid label (expected 0 or 1); repair or remove the row"),
+        ({"y": [1, None]}, "row 2, column 'y': the label is missing (expected 0 or 1); repair or remove the row"),
         (
             {"y": [math.nan, 1]},
-            "row 1, column 'y': nan is not a valid label, it must be 0 or 1; repair or remove the row",
+            "row 1, column 'y': nan is not a valid label (expected 0 or 1); repair or remove the row",
         ),
-        ({"y": ["0", "1"]}, "column 'y': it holds text, a label is a boolean or a number 0 or 1; convert it"),
+        ({"y": ["0", "1"]}, "column 'y': it holds text, but a label is a boolean or a number 0 or 1; convert it"),
         ({"n": [1.0, -math.inf]}, "row 2, column 'n': -inf is not finite; repair or remove the row"),
-        ({"n": ["1", "2"]}, "column 'n': it holds text, no numbers; list it under categorical"),
+        ({"n": ["1", "2"]}, "column 'n': it holds text, not numbers; list it under categorical"),
         (
             {"n": pa.array([1, 2], pa.timestamp("ms"))},
-            "column 'n': it holds timestamp[ms], no numbers; convert it to a number",
+            "column 'n': it holds timestamp[ms], not numbers; convert it to a number",
         ),
-        ({"n": [[1], [2]]}, "column 'n': it holds lists of integers, no numbers; list it under categorical"),
+        ({"n": [[1], [2]]}, "column 'n': it holds lists of integers, not numbers; list it under categorical"),
         (
             {"c": [0.5, 1]},
             (
@@ -70,7 +70,7 @@ def test_wrong_columns_of_parquet(tmp_path, columns, expected):
         (Column(type="integer"), ["7", "7.0"], "row 2, column 'c': '7.0' is not an integer; repair or remove the row"),
         (Column(type="integer"), ["9" * 19], (f"row 1, column 'c': '{'9' * 19}' is beyond a 64-bit integer; repair or "
                                              "remove the row")),
-        (Column(list=True), [1], "column 'c': it holds integers, one a row; remove list = true under [columns.c]"),
+        (Column(list=True), [1], "column 'c': it holds integers, one per row; remove list = true under [columns.c]"),
         (Column(list=True), ["a"], ("column 'c': it holds text, which must be cut into lists; set separator, such as "
                                    '"|", under [columns.c]')),
         (Column(list=True), [[0.5]], ("column 'c': it holds lists of decimal numbers, which are not categories; list it "  # noqa: E501
@@ -119,7 +119,7 @@ def test_bad_rows_of_a_table_with_lists_are_left_out(tmp_path):
     assert piece.frame.rows() == [(1, ["a"], [0.5]), (0, None, None)]
     assert [(one.line, one.reason) for one in piece.skipped] == [
         (2, "column 'w': 2 values have 1 weights"),
-        (3, "column 'y': 7 is not a valid label, it must be 0 or 1"),
+        (3, "column 'y': 7 is not a valid label (expected 0 or 1)"),
         (5, "column 'w': a weight inf is not a finite number"),
     ]
 
@@ -127,29 +127,29 @@ def test_bad_rows_of_a_table_with_lists_are_left_out(tmp_path):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("y,n,c\n1,2,a\nx,2,a\n", "row 3, column 'y': 'x' is not a valid label, it must be 0 or 1; repair or remove the row"),  # noqa: E501
-        ("y,n,c\n,2,a\n", "row 2, column 'y': the label is missing, it must be 0 or 1; repair or remove the row"),
-        ("y,n,c\n1,1_0,a\n", "row 2, column 'n': '1_0' is no number; repair or remove the row"),
+        ("y,n,c\n1,2,a\nx,2,a\n", "row 3, column 'y': 'x' is not a valid label (expected 0 or 1); repair or remove the row"),  # noqa: E501
+        ("y,n,c\n,2,a\n", "row 2, column 'y': the label is missing (expected 0 or 1); repair or remove the row"),
+        ("y,n,c\n1,1_0,a\n", "row 2, column 'n': '1_0' is not a number; repair or remove the row"),
         ("y,n,c\n1,1e999,a\n", "row 2, column 'n': '1e999' is not finite; repair or remove the row"),
         ("y,n,c\n1,2\n", "row 2, the row has 2 cells, the header 3; repair or remove the row"),
         (b"y,n,c\n1,2,\xff\n", "row 2, column 'c': b'\\xff' is not UTF-8; repair or remove the row"),
         (b"y,n,\xff\n1,2,a\n", "the header is not UTF-8; save the file as UTF-8"),
         ("y,n,c\n", None),
         ("", "the file is empty; give a CSV whose first row holds the column names"),
-        ("1,2,a\n0,2,a\n", ("there is no column 'y'; the file has '1', '2', 'a'; its first row looks like data: add a "
+        ("1,2,a\n0,2,a\n", ("no column 'y'; the file has '1', '2', 'a'; its first row looks like data: add a "
                              "first row that holds the column names")),
-        ("Y,n,c\n1,2,a\n", ("there is no column 'y'; the file has 'Y', 'n', 'c' (did you mean 'Y'?); correct the name "
+        ("Y,n,c\n1,2,a\n", ("no column 'y'; the file has 'Y', 'n', 'c' (did you mean 'Y'?); correct the name "
                              "in the schema, or add the column")),
-        ("y;n;c\n1;2;a\n", ("there is no column 'y'; the file has 'y;n;c'; its cells are separated by ';': set "
+        ("y;n;c\n1;2;a\n", ("no column 'y'; the file has 'y;n;c'; its cells are separated by ';': set "
                              'delimiter = ";" in the schema')),
-        ("y,n,c,c\n1,2,a,b\n", "column 'c' appears twice; give every column a name of its own"),
-        ('y,n,c\n1,2,a\n1,2,"b\n1,2,c\n', ("a quoted cell is not closed before the end; close the quote, or fetch the "
-                                          "file anew if it is cut off")),
+        ("y,n,c,c\n1,2,a,b\n", "column 'c' appears twice; give every column a different name"),
+        ('y,n,c\n1,2,a\n1,2,"b\n1,2,c\n', ("a quoted cell is not closed; close the quote, or download the "
+                                          "file again if it is cut off")),
     ],
 )  # fmt: skip
 def test_wrong_csv(tmp_path, text, expected):
     path = text_file(tmp_path / "t.csv", text)
-    assert message(path) == f"{path}: {expected or 'there is no row in it; give a table with data or leave it out'}"
+    assert message(path) == f"{path}: {expected or 'the table has no rows; give one with data or leave it out'}"
 
 
 def test_a_last_cell_may_end_in_a_newline(tmp_path):
@@ -159,7 +159,7 @@ def test_a_last_cell_may_end_in_a_newline(tmp_path):
 def test_a_row_that_is_larger_than_a_block(tmp_path, monkeypatch):
     monkeypatch.setattr(table_files, "_BLOCK_BYTES", 1 << 20)
     path = text_file(tmp_path / "t.csv", 'y,n,c\n1,2,"' + "b,\n" * (1 << 20))
-    assert message(path) == f"{path}: a row is longer than 1 MiB; is a quote not closed? Correct the file"
+    assert message(path) == f"{path}: a row is longer than 1 MiB; close the quote if one is open, or shorten the row"
 
 
 def test_separator_is_needed_in_a_csv(tmp_path):
@@ -175,12 +175,12 @@ def test_columns_that_are_absent_or_double(tmp_path):
     path = parquet(tmp_path / "t.parquet", {"y": [1], "Näme": [1], "c": ["a"]})
     schema = Schema(label="y", numeric=("näme",), categorical=("c",), layout="table")
     assert message(path, schema) == (
-        f"{path}: there is no column 'näme'; the file has 'y', 'Näme', 'c' (did you mean 'Näme'?); correct the name in "
+        f"{path}: no column 'näme'; the file has 'y', 'Näme', 'c' (did you mean 'Näme'?); correct the name in "
         "the schema, or add the column"
     )
     twice = pa.table([[1], [1], ["a"], ["b"]], names=["y", "n", "c", "c"])
     pq.write_table(twice, path)
-    assert message(path) == f"{path}: column 'c' appears twice; give every column a name of its own"
+    assert message(path) == f"{path}: column 'c' appears twice; give every column a different name"
 
 
 def test_damaged_files(tmp_path):
@@ -210,8 +210,8 @@ def test_files_must_agree_in_type(tmp_path):
     one, other = small(tmp_path / "a.parquet", c=["1", "2"]), small(tmp_path / "b.parquet", c=[1, 2])
     nothing = small(tmp_path / "c.parquet", c=[None, None], n=[1.5, None])
     assert message(tmp_path) == (
-        f"{other}: column 'c' holds integers, but text in {one}; write both alike, or set type = \"string\" under "
-        "[columns.c]"
+        f"{other}: column 'c' holds integers, but text in {one}; write both the same way, or set type = \"string\" "
+        "under [columns.c]"
     )
     text = Schema(label="y", numeric=("n",), categorical=("c",), columns={"c": Column(type="string")}, layout="table")
     assert [row[2] for row in rows_of(tmp_path, text)] == ["1", "2", "1", "2", None, None]

@@ -313,8 +313,8 @@ def test_broken_and_bad_rows_are_left_out_and_listed_wherever_reading_begins(tmp
                     {
                         "many": "the row has 5 cells, the header 3",
                         "few": "the row has 1 cells, the header 3",
-                        "label": f"column 'y': '{number}' is not a valid label, it must be 0 or 1",
-                        "number": "column 'n': 'two' is no number",
+                        "label": f"column 'y': '{number}' is not a valid label (expected 0 or 1)",
+                        "number": "column 'n': 'two' is not a number",
                     }[kind],
                 )
             )
@@ -428,7 +428,7 @@ def test_memory_file_system():
         assert [piece.frame.rows() for piece in source.pieces()] == [[(1, 1.0, "x")]]
         memory.pipe("/one.parquet", out.getvalue()[:-9])
         assert message("memory://one.parquet").startswith("memory://one.parquet: the file can't be read as Parquet (")
-        assert message("memory://none.csv") == "memory://none.csv: there is nothing at this address; check it"
+        assert message("memory://none.csv") == "memory://none.csv: nothing exists at this address; check it"
     finally:
         memory.store.clear()
         memory.pseudo_dirs[:] = [""]
@@ -452,10 +452,10 @@ def test_an_unknown_protocol():
     [
         ([], ("no data in this folder; give a Parquet file (.parquet) or a CSV with a header (.csv, .tsv, also .gz or "
              ".zst), or a folder of such files")),
-        (["a.csv", "b.pq"], "the folder mixes Parquet and CSV files; name the files, or part them into two folders"),
+        (["a.csv", "b.pq"], "the folder mixes Parquet and CSV files; name the files, or use two folders"),
         (["a.csv", "b.csv.bz2"], ("'b.csv.bz2' is not a Parquet file (.parquet) or a CSV with a header (.csv, .tsv, "
-                                  "also .gz or .zst); move it away, or name the files one by one")),
-        (["day=1/a.csv"], "it holds a folder, 'day=1'; name the folders that directly hold the files"),
+                                  "also .gz or .zst); move it, or name the files one by one")),
+        (["day=1/a.csv"], "contains the folder 'day=1'; name the folders that contain the files"),
     ],
 )  # fmt: skip
 def test_folders_that_are_no_table(tmp_path, files, expected):
@@ -470,7 +470,7 @@ def test_no_such_file(tmp_path):
     assert message(path) == f"{path}: no such file or folder; check the path"
     path = text_file(tmp_path / "t.data", "y,n,c\n")
     assert message(path) == (
-        f"{path}: its name does not say what it is; give a Parquet file (.parquet) or a CSV with a header (.csv, .tsv, "
+        f"{path}: the name has no known ending; give a Parquet file (.parquet) or a CSV with a header (.csv, .tsv, "
         "also .gz or .zst), or a folder of such files"
     )
 

@@ -32,9 +32,9 @@ OTHERS = "other bytes follow the end of the"
         (
             "t.csv.gz",
             PACKED + b"more",
-            f"{OTHERS} .gz data; remove them, or compress the file anew",
+            f"{OTHERS} .gz data; remove them, or compress the file again",
         ),
-        ("t.csv.zst", ZSTD + b"more", f"{OTHERS} .zst data; remove them, or compress the file anew"),
+        ("t.csv.zst", ZSTD + b"more", f"{OTHERS} .zst data; remove them, or compress the file again"),
         ("t.csv", b"PAR1\x15\0", "this is a Parquet file, but its name does not end in .parquet; rename it"),
         ("t.parquet", PACKED, "this is gzip data, but its name does not end in .gz; rename it"),
         ("t.csv", b"PK\x03\x04..", "this is a ZIP archive or an Excel sheet; unpack it, or save the sheet as CSV"),
@@ -74,7 +74,7 @@ def test_a_text_log_of_another_kind(tmp_path, name, content, expected):
 def test_a_table_without_a_schema(tmp_path):
     table = parquet(tmp_path / "t.parquet", {"y": [1, 0], "c": [1, 2]})
     csv = text_file(tmp_path / "t.csv", CSV)
-    for path, what in ((table, "this is a Parquet file, and not Criteo's text"), (csv, "line 1 has 1 columns")):
+    for path, what in ((table, "this is a Parquet file, not Criteo's text"), (csv, "line 1 has 1 columns")):
         with pytest.raises(UserError) as caught:
             prepare([path], tmp_path / "out")
         assert str(caught.value).startswith(f"{path}: {what}")
@@ -110,7 +110,7 @@ def test_lists_of_lists_and_missing_weights(tmp_path):
     assert message(path, plain).endswith("lists of lists; write one flat list of text or integers per row")
     path = parquet(tmp_path / "t.parquet", {"y": [1], "b": [["a"]]})
     assert message(path, BAGS) == (
-        f"{path}: there is no column 'w', the weights of column 'b'; the file has 'y', 'b'; correct the name in the "
+        f"{path}: no column 'w', the weights of column 'b'; the file has 'y', 'b'; correct the name in the "
         "schema, or add the column"
     )
 

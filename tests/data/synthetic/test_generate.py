@@ -204,17 +204,17 @@ def test_summary_names_files_rates_and_the_best_auc(data: SyntheticData) -> None
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rows": 0}, "--rows 0: there must be at least 1 training row; give a larger number"),
-        ({"days": 0}, "--days 0: there must be at least 1 day; give a larger number"),
+        ({"rows": 0}, "--rows 0 is too small; give 1 or more"),
+        ({"days": 0}, "--days 0 is too small; give 1 or more"),
         ({"rows": 2, "days": 3}, "--rows 2: fewer rows than the 3 days; give more --rows or fewer --days"),
-        ({"seed": -1}, "--seed -1: the seed is out of range; give a number from 0 to 2**63 - 1"),
-        ({"click_rate": 0.0}, "--click-rate 0.0: the rate is out of range; give a number between 0 and 1"),
-        ({"click_rate": 1.0}, "--click-rate 1.0: the rate is out of range; give a number between 0 and 1"),
-        ({"click_rate": math.nan}, "--click-rate nan: the rate is out of range; give a number between 0 and 1"),
+        ({"seed": -1}, "--seed -1 is out of range; give a number from 0 to 2**63 - 1"),
+        ({"click_rate": 0.0}, "--click-rate 0.0 is out of range; give a number between 0 and 1"),
+        ({"click_rate": 1.0}, "--click-rate 1.0 is out of range; give a number between 0 and 1"),
+        ({"click_rate": math.nan}, "--click-rate nan is out of range; give a number between 0 and 1"),
         (
             {"rows": 10, "click_rate": 1e-9},
             (
-                "--click-rate 1e-09: all 1000 rows of validation.tsv got the same label; "
+                "--click-rate 1e-09: all 1000 rows of validation.tsv have the same label; "
                 "raise --rows or choose a click rate nearer to 0.5"
             ),
         ),
@@ -252,6 +252,6 @@ def test_a_failure_in_the_middle_leaves_nothing(tmp_path: Path, monkeypatch: pyt
 
 
 def test_more_rows_than_the_disk_holds(tmp_path):
-    with pytest.raises(UserError, match=r"out: about .* GiB of disk are needed, .* are free; free some"):
+    with pytest.raises(UserError, match=r"out: needs about .* GiB of disk, .* are free; free some"):
         generate(tmp_path / "out", rows=10**18)
     assert list(tmp_path.iterdir()) == []

@@ -130,7 +130,7 @@ class PreparedData:
         version = manifest.get("format_version")
         if version not in (1, FORMAT_VERSION):
             raise UserError(
-                f"{path}: format_version is {version!r}, this version reads 1 and {FORMAT_VERSION}; {_AGAIN}"
+                f"{path}: format_version is {version!r}, but this version reads 1 and {FORMAT_VERSION}; {_AGAIN}"
             )
         if version == FORMAT_VERSION and not check_seal(content):
             raise UserError(f"{path}: the manifest is damaged (its checksum does not fit); {_AGAIN}")

@@ -112,7 +112,7 @@ class OutOfRoomError(UserError):
 
 @contextmanager
 def disk_errors(output: Path, kept: Callable[[], Path | None] = lambda: None) -> Iterator[None]:
-    """Report a write that the disk refuses in one line.
+    """Report a failed write in one line.
 
     ``kept``: returns the folder of finished work to resume from, ``None`` if none exists. Raises ``OutOfRoomError``:
     The disk is full, or DuckDB had to stop.
@@ -143,5 +143,5 @@ def disk_errors(output: Path, kept: Callable[[], Path | None] = lambda: None) ->
     except (duckdb.IOException, duckdb.OutOfMemoryException) as error:
         reason = str(error).splitlines()[0]
         raise OutOfRoomError(
-            f"{output}: DuckDB had to stop ({reason}); free disk, or give more --memory{resume()}"
+            f"{output}: DuckDB stopped ({reason}); free disk, or give more --memory{resume()}"
         ) from error

@@ -89,7 +89,7 @@ class Assembler:
         if self._modulo:
             for ids, limit in zip(by_key, self._limits[:, 0].tolist(), strict=True):
                 ids[:] = self._reduced(ids, limit)
-        # Viewed as unsigned, negative ids are large: one comparison finds both errors.
+        # As unsigned numbers negative ids are large: one comparison finds both errors.
         wide = by_key.dtype.itemsize == 8
         bad = by_key.view(np.uint64) >= self._limits if wide else by_key.view(np.uint32) >= self._limits32
         if bad.any():

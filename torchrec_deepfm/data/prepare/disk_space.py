@@ -1,4 +1,4 @@
-"""Is there room? An estimate before the start, from the head of every source."""
+"""Estimate of the disk space before the start, from the head of every source."""
 
 import shutil
 from collections.abc import Sequence
@@ -21,16 +21,16 @@ _HEAD_PIECES: Final = 16
 def estimate_bytes(heads: Sequence[tuple[Source, float]], schema: Schema, *, staged: bool, log: bool) -> int:
     """Estimate how much disk a ``prepare`` takes at its peak, the work folder included.
 
-    ``heads``: sources, opened so that their pieces are small, and how many times its own bytes each stands for.
-    ``staged``: whether values wait on disk for their vocabulary. Returns bytes: 4 for each number, id and label, the
-    staged values and numbers, and a margin.
+    ``heads``: sources, opened so that their pieces are small, and the multiple of its bytes that each represents.
+    ``staged``: whether values are staged on disk for the vocabulary. Returns bytes: 4 for each number, id and label,
+    the staged values and numbers, and a margin.
     """
     total = 0.0
     for source, scale in heads:
         rows, values, waiting, done = 0, 0.0, 0, 0.0
         with suppress(UserError):  # errors of a source are raised when it is read
             for count, piece in enumerate(source.pieces(start=0, line=0, skip_bad=True)):
-                # Where a file is read in larger blocks than pieces, `done` stands still while a block lasts.
+                # Where a file is read in larger blocks than pieces, `done` does not change within a block.
                 if count == _HEAD_PIECES or (count and piece.done > done):
                     break
                 done = piece.done
@@ -40,7 +40,9 @@ def estimate_bytes(heads: Sequence[tuple[Source, float]], schema: Schema, *, sta
                 for name in columns:
                     if isinstance(piece.frame.schema[name], pl.List):
                         length = int(piece.frame[name].list.len().sum() or 0)
-                        values += length + 2 * len(piece.frame) if name.startswith("c") else length  # 8 bytes an offset
+                        values += (
+                            length + 2 * len(piece.frame) if name.startswith("c") else length
+                        )  # 8 bytes per offset
         if not rows:
             continue
         each = 1 + len(schema.numeric) * (2 if log else 1) + len(schema.one_hot) + values / rows
@@ -49,9 +51,9 @@ def estimate_bytes(heads: Sequence[tuple[Source, float]], schema: Schema, *, sta
 
 
 def check_room(output: Path, needed: int, work: Path) -> None:
-    """Check that the disk of the output has room.
+    """Check that the output's disk has enough free space.
 
-    ``work``: the work folder, whose content counts as there already. Raises ``OutOfRoomError``: There is less.
+    ``work``: the work folder, whose content is already on the disk. Raises ``OutOfRoomError``: the space is too small.
     """
     place = output.resolve()
     while not place.exists():
@@ -60,7 +62,7 @@ def check_room(output: Path, needed: int, work: Path) -> None:
     free = shutil.disk_usage(place).free
     if needed - have > free:
         raise OutOfRoomError(
-            f"{output}: about {_shown(needed - have)} of disk are needed, {_shown(free)} are free; free some, or name "
+            f"{output}: needs about {_shown(needed - have)} of disk, {_shown(free)} are free; free some, or name "
             "an output on another disk"
         )
 

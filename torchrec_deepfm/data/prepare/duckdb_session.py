@@ -1,4 +1,4 @@
-"""How paths and settings get into DuckDB."""
+"""Paths and settings for DuckDB."""
 
 from collections.abc import Sequence
 from glob import escape
@@ -30,9 +30,9 @@ def quoted_source(path: Path) -> str:
 
 
 def parquet(paths: Sequence[Path]) -> str:
-    """Return the table function that reads Parquet files, and takes nothing from the names of their folders.
+    """Return the SQL table function that reads Parquet files and ignores the names of their folders.
 
-    Returns SQL. By itself DuckDB would turn a folder ``id=5`` into a column ``id``, in the place of ours.
+    By default DuckDB would turn a folder ``id=5`` into a column ``id`` that replaces the file's.
 
     Example:
         >>> parquet([Path("a.parquet")])
@@ -50,7 +50,7 @@ def connect(spill: Path, *, memory: int, threads: int | None) -> duckdb.DuckDBPy
         "memory_limit": f"{memory}B",
         "temp_directory": str(spill),
         "preserve_insertion_order": "true",
-        "autoinstall_known_extensions": "false",  # never reach for the network
+        "autoinstall_known_extensions": "false",  # no network access
         "autoload_known_extensions": "false",
     }
     if threads is not None:

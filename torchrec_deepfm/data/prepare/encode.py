@@ -32,7 +32,7 @@ def encode_stem(
     threads: int | None,
     on_block: Callable[[int], None],
 ) -> None:
-    """Write ``<stem>_sparse.npy``, and ``<stem>_ids_<j>.npy`` of list columns, from wherever they stand.
+    """Write ``<stem>_sparse.npy``, and ``<stem>_ids_<j>.npy`` of list columns, resuming where they ended.
 
     A column at a time, so that one vocabulary is in memory and not all.
 
@@ -72,7 +72,7 @@ def _one_hot(
     vocabularies: Path,
     threads: int | None,
 ) -> NDArray[np.int32]:
-    """The ids of a block: DuckDB takes all cores for a large vocabulary, the small ones share them out."""
+    """The ids of a block: DuckDB uses all cores for a large vocabulary; small ones run side by side."""
 
     def ids_of(j: int) -> NDArray[np.int32]:
         return look_up(connection, _column(files, j), vocabulary_file(vocabularies, j))
@@ -83,7 +83,7 @@ def _one_hot(
     with ThreadPoolExecutor(threads) as pool:
         ids = dict(zip(small, pool.map(ids_of, small), strict=True))
     ids |= {j: ids_of(j) for j in columns if j not in ids}
-    # Polars goes from columns to rows with all cores.
+    # Polars transposes with all cores.
     block = pl.DataFrame({str(j): ids[j] for j in columns}).to_numpy(order="c")
     return np.ascontiguousarray(block)
 

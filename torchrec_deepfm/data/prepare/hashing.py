@@ -1,4 +1,4 @@
-"""Which id a categorical value gets by hashing: 1 + h % (num_embeddings - 1), and 0 for a missing one.
+"""The id of a categorical value with hashing: 1 + h % (num_embeddings - 1), and 0 for a missing one.
 
 h is the value itself where it is a number (Criteo's categories are hashes already), and the last 8 bytes of its MD5,
 little-endian, where it is text.

@@ -16,18 +16,18 @@ from torchrec_deepfm.data.raw.table_source import TableSource, open_tables, unif
 from torchrec_deepfm.data.schema import Schema
 from torchrec_deepfm.errors import UserError
 
-# How rows are dealt out where no files are named for validation and test. A row draws a lot from 0 to 9.
+# Random splits where no files are named for validation and test: each row gets a random bucket from 0 to 9.
 SPLITS_BY_LOT: Final = {
     "8:1:1": {"train": range(8), "validation": range(8, 9), "test": range(9, 10)},
     "9:1": {"train": range(9), "test": range(9, 10)},
 }
 LAST_DAY: Final = "last-day"
 NONE: Final = "none"
-# Up to so many files of a split have arrays of their own. Of more, neighbours share arrays.
+# Up to this many files of a split have their own arrays; of more, neighbours share arrays.
 SEPARATE: Final = 16
 SHARED_BYTES: Final = 64 << 20
 SHARED_BY: Final = 64
-# Of a table, for the rows of a piece; about what a line of Criteo's text has.
+# Assumed bytes per row of a table, about a line of Criteo's text.
 BYTES_OF_A_ROW: Final = 256
 
 _DAY: Final = re.compile(r"day_(\d+)(?:\.[^/]*)?")
@@ -37,17 +37,8 @@ _DAY: Final = re.compile(r"day_(\d+)(?:\.[^/]*)?")
 class Inputs:
     """What is to be read.
 
-    <<<<<<< HEAD
-    ``units``: the sources that share arrays, with the stems of their rows. ``split``: how the splits come about:
-    ``files`` or one of ``SPLIT_OPTIONS``. ``halved``: the stem whose rows are validation and test, half each; under
-    ``last-day``.
-    =======
-    Args:
-        units: The sources that share arrays, with the stems of their rows.
-        split: How the splits come about: ``files`` or an ``options.Split``.
-        halved: The stem whose rows are validation and test, half each; under ``last-day``.
-        sources: Every source, by split.
-    >>>>>>> e9aa82f (PrepareOptions and RunOptions: an option is one field and its use)
+    ``units``: the sources that share arrays, with the stems of their rows. ``split``: ``files`` or an
+    ``options.Split``. ``halved``: the stem whose rows are validation and test, half each; under ``last-day``.
     """
 
     units: tuple[Unit, ...]
@@ -69,11 +60,13 @@ def find_inputs(
 
     ``named``: what the user named for ``train``, ``validation`` and ``test``. ``split``: how to split the input;
     ``None`` for 8:1:1 where no files are named for validation or test. ``piece_bytes``: of text, to a piece; a table
-    has a row for every 256 of them. ``separate``: each source has arrays of its own, however many there are.
+    has a row for every 256 of them. ``separate``: each source has its own arrays, whatever their number.
     """
     held_out = bool(named["validation"] or named["test"])
     if held_out and split not in (None, NONE):
-        raise UserError(f"--split {split}: --validation and --test say the split already; leave one of the two out")
+        raise UserError(
+            f"--split {split}: --validation and --test already define the split; leave --split or these out"
+        )
     way = "files" if held_out else split or "8:1:1"
     paths = {part: _expand(entries, schema) for part, entries in named.items()}
     _check_distinct(paths)
@@ -81,14 +74,14 @@ def find_inputs(
     sources = _open(paths, schema, piece_bytes)
     _check_distinct({part: [source.path for source in opened] for part, opened in sources.items()})
     if days is not None and len(days) != len(sources["train"]):
-        days = None  # folders of tables: a name stands for several files
+        days = None  # folders of tables: a name may mean several files
     separate = separate or schema.layout == "criteo"  # days, and large
     train = sources["train"]
     if days is not None:
         train = [train[place] for place in sorted(range(len(train)), key=lambda place: days[place])]
     if way == LAST_DAY and len(train) < 2:
         raise UserError("--split last-day: one file is named; name two or more, or choose --split 8:1:1")
-    if way == LAST_DAY:  # the last file is halved, and so has arrays of its own
+    if way == LAST_DAY:  # the last file is halved, and so has its own arrays
         groups = [*_groups(train[:-1], separate=separate or days is not None), (train[-1],)]
     else:
         groups = _groups(train, separate=separate or days is not None)
@@ -123,7 +116,7 @@ def heads(units: Sequence[Unit], schema: Schema, *, piece_bytes: int) -> list[tu
     """Choose the sources whose heads estimate the disk space of all of them.
 
     ``piece_bytes``: as for ``find_inputs``. Returns a source that is read in small pieces, and how many times its bytes
-    it stands for: every source that has arrays of its own; the first, middle and last of those that share arrays.
+    it represents: every source with its own arrays; the first, middle and last of those that share arrays.
     """
     chosen: list[tuple[Source, float]] = []
     for unit in units:
@@ -183,9 +176,9 @@ def _check_distinct(paths: Mapping[str, Sequence[str]]) -> None:
 
 
 def _days(paths: Mapping[str, Sequence[str]]) -> list[int] | None:
-    """The day of every training file, where they are named after days; without gap or double.
+    """The day of every training file, if they are named after days; a gap or a duplicate is an error.
 
-    Held-out files that are named after days too have to fit in.
+    Held-out files named after days are included in this check.
     """
     train = [_DAY.fullmatch(Path(path).name) for path in paths["train"]]
     if not train or not all(train):
@@ -197,13 +190,13 @@ def _days(paths: Mapping[str, Sequence[str]]) -> list[int] | None:
             continue
         number = int(match[1])
         if number in days:
-            raise UserError(f"{path}: day {number} is there twice, also as {days[number]}; name each day once")
+            raise UserError(f"{path}: day {number} appears twice, also as {days[number]}; name each day once")
         days[number] = path
     for before, after in pairwise(sorted(days)):
         if after != before + 1:
             raise UserError(
                 f"--input: day_{before + 1} is missing between {Path(days[before]).name} and {Path(days[after]).name}; "
-                "name all days, or rename the files if they are no days"
+                "name all days, or rename the files if they are not days"
             )
     return [int(match[1]) for match in train if match is not None]
 

@@ -1,6 +1,6 @@
-"""An .npy file that grows by appending, and can be taken up again where a record says it was good.
+"""An .npy file that grows by appending, and that is resumed after its last recorded row.
 
-A memory map would do as well, but the pages that it has written count as this process's memory.
+Not a memory map: its written pages would count as this process's memory.
 """
 
 import os
@@ -21,8 +21,8 @@ _HEADER_BYTES: Final = 128
 class GrowingArray:
     """A C-ordered .npy file whose rows arrive in pieces.
 
-    ``row``: shape of a row: ``(26,)`` for an array [N, 26], ``()`` for one of [N]. ``rows``: rows that are good;
-    whatever lies behind them is cut off.
+    ``row``: shape of a row: ``(26,)`` for an array [N, 26], ``()`` for one of [N]. ``rows``: number of good rows; the
+    rest is truncated.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -58,7 +58,7 @@ class GrowingArray:
         self.rows += len(values)
 
     def flush(self) -> None:
-        """Bring all rows to the disk itself."""
+        """Sync all rows to the disk."""
         self._file.flush()
         os.fdatasync(self._file.fileno())
 

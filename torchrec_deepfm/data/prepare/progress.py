@@ -1,4 +1,4 @@
-"""How far a ``prepare`` has come: a bar on a terminal, a line now and then elsewhere."""
+"""Progress of ``prepare``: a bar on a terminal, else a line from time to time."""
 
 import sys
 import time
@@ -8,15 +8,15 @@ from typing import Final
 
 from tqdm import tqdm
 
-# Seconds between two lines where no bar can be drawn.
+# Seconds between two lines without a terminal.
 EVERY: Final = 30.0
 _FORMAT: Final = "{desc} {percentage:3.0f}%|{bar:24}| {unit} [{elapsed}, {remaining} left]"
 
 
 class Phase:
-    """One phase of the work, whose end is known.
+    """One phase of the work, of known size.
 
-    ``report``: called with a line now and then where standard error is not a terminal; ``None`` shows nothing at all.
+    ``report``: called with a line from time to time if standard error is not a terminal; ``None`` shows nothing.
     """
 
     def __init__(self, name: str, total: float, *, done: float = 0.0, report: Callable[[str], None] | None) -> None:
@@ -50,6 +50,6 @@ class Phase:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self._bar is not None:
             self._bar.close()

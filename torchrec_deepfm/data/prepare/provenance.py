@@ -1,4 +1,4 @@
-"""Where a prepared folder comes from: what its manifest says of sources and versions."""
+"""The origin of a prepared folder: sources and versions for its manifest."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -16,14 +16,14 @@ from torchrec_deepfm.errors import UserError
 TRUTH: Final = "truth.json"
 
 
-# So many bytes at the head and at the tail of a source are digested; a source of twice as many is digested whole.
+# Bytes digested at the head and at the tail of a source; a source of up to twice as many is digested whole.
 EDGE_BYTES: Final = 1 << 20
 
 
 def source_state(source: Source) -> dict[str, int | str]:
-    """Return what changes when the bytes of a source do.
+    """Return a state that changes when the bytes of a source change.
 
-    Returns ``bytes``; ``etag`` where the file system of an address gives one, which stands for the whole content. Else
+    Returns ``bytes``; ``etag`` where the file system of an address gives one, which represents the whole content. Else
     ``digest``, XXH3 of head and tail, and, unless that covers all of it, ``modified``, the time of the last change.
     """
     try:
@@ -32,7 +32,7 @@ def source_state(source: Source) -> dict[str, int | str]:
             with Path(source.path).open("rb") as file:
                 return _state(file, stat.st_size, stat.st_mtime_ns)
         filesystem, path = fsspec.core.url_to_fs(source.path)
-        filesystem.invalidate_cache()  # or a listing from before would be asked
+        filesystem.invalidate_cache()  # an old listing must not be used
         info = {key.lower(): value for key, value in filesystem.info(path).items()}
         size = int(info["size"] or 0)
         if info.get("etag"):
@@ -43,7 +43,9 @@ def source_state(source: Source) -> dict[str, int | str]:
         with filesystem.open(path, "rb") as file:
             return _state(file, size, modified)
     except Exception as error:  # each driver of an address raises errors of its own
-        raise UserError(f"{source.path}: it can't be read ({' '.join(str(error).split())}); check it") from error
+        raise UserError(
+            f"{source.path}: can't be read ({' '.join(str(error).split())}); check path and permissions"
+        ) from error
 
 
 def _state(file: IO[bytes], size: int, modified: int | str) -> dict[str, int | str]:
@@ -57,8 +59,8 @@ def _state(file: IO[bytes], size: int, modified: int | str) -> dict[str, int | s
 def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """Compare two states of a source.
 
-    A digest of the whole source decides alone: neither a copy nor ``touch`` makes another source of it. Of a larger one
-    head and tail do not show whether the middle changed, and so the time of the last change counts too.
+    A digest of the whole source decides alone: neither a copy nor ``touch`` changes it. For a larger one
+    head and tail do not cover the middle, so the time of the last change counts too.
 
     ``before``: an earlier state; what older versions did not record is not compared. Returns what differs, for
     messages; empty if nothing does.
@@ -97,9 +99,9 @@ def known_optimum(named: Mapping[str, Sequence[str | Path]]) -> dict[str, dict[s
 
 
 def versions() -> dict[str, Any]:
-    """Return the versions of what makes a prepared folder."""
+    """Return the versions of the packages that make a prepared folder."""
     found = {}
     for package in ("torchrec_deepfm", "duckdb", "polars", "numpy"):
-        with suppress(metadata.PackageNotFoundError):  # a checkout that is on the path but not installed
+        with suppress(metadata.PackageNotFoundError):  # a checkout that is not installed
             found[package] = metadata.version(package)
     return found

@@ -1,4 +1,4 @@
-"""Which stretches of which stems make up the splits, once all rows are read."""
+"""The rows of each split, once all rows are read."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ from torchrec_deepfm.errors import UserError
 def days_of_splits(
     inputs: Inputs, records: Sequence[Mapping[str, Any]], folder: Path
 ) -> dict[str, list[dict[str, Any]]]:
-    """List the days of each split, as the manifest has them.
+    """List the days of each split, as in the manifest.
 
     Returns ``stem``, ``start``, ``rows`` and ``positives`` of each day, by split.
     """
@@ -42,7 +42,7 @@ def days_of_splits(
 def _halves(day: Mapping[str, Any], folder: Path) -> list[dict[str, Any]]:
     """As TorchRec and MLPerf halve the last day: the first half, the longer one, for validation."""
     if day["rows"] < 2:
-        raise UserError(f"--split last-day: {day['stem']} has one row; it is to be halved, so name a longer one")
+        raise UserError(f"--split last-day: {day['stem']} has one row and can't be halved; name a longer file")
     middle = -(-day["rows"] // 2)
     first, seen = 0, 0
     for labels in read_rows(folder / f"{day['stem']}{LABELS}", (1,), np.int32):

@@ -1,9 +1,9 @@
-"""First pass: raw rows -> labels, numbers and, where no vocabulary is needed, ids; else values that wait for theirs.
+"""First pass: raw rows -> labels, numbers and, with hashing, ids; with a vocabulary, staged values.
 
-Every unit, a source or many small ones, is staged by itself, piece by piece, and taken up again after its last recorded
+Every unit, a source or many small ones, is staged separately, piece by piece, and resumed after its last recorded
 piece. What a stem's arrays hold depends on the sources alone, not on the pieces, the memory or the number of ranks.
 
-Shape letters: n rows of a piece, I numeric columns, F1 categorical columns with one value a row.
+Shape letters: n rows of a piece, I numeric columns, F1 categorical columns with one value per row.
 """
 
 import shutil
@@ -28,7 +28,7 @@ from torchrec_deepfm.data.raw.table_source import TableSource, joined_pieces
 from torchrec_deepfm.data.schema import Schema
 from torchrec_deepfm.errors import UserError
 
-# Of bad rows that were skipped, so many per source are listed; all are counted.
+# Listed skipped rows per source; all are counted.
 LISTED: Final = 1000
 
 # Called after every piece: rows of the piece, share of the source that is done.
@@ -37,9 +37,9 @@ OnPiece = Callable[[int, float], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """Where some of a source's rows go.
+    """The destination of some of a source's rows.
 
-    ``lots``: which lots, of 0 to 9, they drew; ``None``: all rows.
+    ``lots``: their random buckets, of 0 to 9; ``None``: all rows.
     """
 
     stem: str
@@ -51,8 +51,8 @@ class Part:
 class Unit:
     """Sources whose rows share arrays, one after another, and where these rows go.
 
-    ``sources``: the raw rows; one source, or many small files of a table. ``entropy``: seed of the lots; unused where
-    there is one part.
+    ``sources``: the raw rows; one source, or many small files of a table. ``entropy``: seed of the buckets; unused with
+    one part.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Unit:
 
     @property
     def bytes(self) -> int:
-        """Size of the sources as they are stored."""
+        """Size of the stored sources."""
         return sum(source.bytes for source in self.sources)
 
     def __str__(self) -> str:
@@ -71,9 +71,9 @@ class Unit:
         return first if len(self.sources) == 1 else f"{len(self.sources):,} files, {first} to {last}"
 
     def pieces(self, start: tuple[int, int, int], *, skip_bad: bool) -> Iterator[JoinedPiece]:
-        """Read on from the end of a piece.
+        """Continue reading at the end of a piece.
 
-        ``start``: ``next_start`` of the piece before, or zeros. Yields the pieces. Their borders are the same however
+        ``start``: ``next_start`` of the previous piece, or zeros. Yields the pieces. Their borders are the same however
         often reading was resumed.
         """
         if len(self.sources) > 1:
@@ -93,9 +93,9 @@ class Unit:
 
 @dataclass(frozen=True, kw_only=True)
 class Stager:
-    """What all sources are staged with.
+    """Stages sources with common settings.
 
-    ``hashing``: gives ids at once; ``None`` where a vocabulary will.
+    ``hashing``: gives the ids; ``None`` with a vocabulary.
     """
 
     work: WorkFolder
@@ -105,7 +105,7 @@ class Stager:
     skip_bad: bool
 
     def stage(self, unit: Unit, on_piece: OnPiece) -> None:
-        """Stage a source to its end, from wherever it stands.
+        """Stage a source to its end, after its last recorded piece.
 
         ``on_piece``: called after every piece.
         """
@@ -127,7 +127,7 @@ class Stager:
             if not rows:
                 bad = skipped_rows(record)
                 skipped = f" ({bad} bad ones were skipped)" if bad else ""
-                raise UserError(f"{unit}: the file holds no row{skipped}; give a file with data or leave it out")
+                raise UserError(f"{unit}: the file has no rows{skipped}; give a file with data or leave it out")
         if "log" in self.transforms:
             self._take_logs(unit, record)
         record["finished"] = True
@@ -145,7 +145,7 @@ class Stager:
         return self.work.staged / stem / f"{number:06d}.parquet"
 
     def _clear(self, unit: Unit) -> None:
-        """Remove what is left of a piece that was never recorded, or of a source that has changed since."""
+        """Remove files of an unrecorded piece, or of a source that has changed since."""
         for part in unit.parts:
             shutil.rmtree(self.work.staged / part.stem, ignore_errors=True)
             (self.work.staged / part.stem).mkdir()
@@ -238,7 +238,7 @@ class Stager:
             sync(self._staged(stem, piece))
 
     def _take_logs(self, unit: Unit, record: dict[str, Any]) -> None:
-        """Rewrite the dense integers as logarithms, now that the smallest of them is known."""
+        """Rewrite the dense integers as logarithms, once their minimum is known."""
         for part in unit.parts:
             columns = (len(self.schema.numeric),)
             raw = self.work.staged / part.stem / f"{part.stem}{DENSE}"
@@ -267,11 +267,11 @@ def _nothing(unit: Unit) -> dict[str, Any]:
 
 
 def _deal(unit: Unit, first: int, rows: int) -> Iterator[tuple[Part, NDArray[np.bool_] | None]]:
-    """Which rows of a piece go where; ``None`` for all of them."""
+    """The rows of a piece for each part; ``None`` for all of them."""
     if len(unit.parts) == 1:
         yield unit.parts[0], None
         return
-    # One draw of 64 bits a row, so that the draws of any stretch of rows can be had without those before it.
+    # 64 random bits per row, so that those of any range can be computed without the rows before it.
     bits = np.random.PCG64(np.random.SeedSequence(unit.entropy))
     bits.advance(first)
     lots = (np.random.Generator(bits).random(rows) * 10).astype(np.int8)

@@ -1,4 +1,4 @@
-"""Which id a categorical value gets by a vocabulary with a frequency threshold.
+"""The id of a categorical value with a vocabulary and a frequency threshold.
 
 A column with K ids has ``num_embeddings`` K, ids 0 to K - 1; id 0 is every value that is not in the vocabulary. DuckDB
 counts and joins, since it does both beyond memory.
@@ -21,7 +21,7 @@ from torchrec_deepfm.data.prepare.duckdb_session import parquet, quoted
 from torchrec_deepfm.data.prepare.work_folder import sync
 
 VOCABULARY: Final = "vocabulary_{}.parquet"
-# Up to so many ids, a table of Arrow's is faster than a join of DuckDB's, and need not be put in order again.
+# Up to this many ids Arrow's lookup is faster than DuckDB's join, and keeps the order.
 SMALL: Final = 100_000
 _FEW: Final = 256
 
@@ -66,7 +66,7 @@ def count_column(
             FROM (SELECT value, count(*) AS count FROM ({values}) {known} GROUP BY value HAVING count(*) >= {min_count})
             ORDER BY id
         ) TO {quoted(partial)} (FORMAT parquet)
-    """)  # noqa: S608 (paths are quoted, all else is ours)
+    """)  # noqa: S608 (paths are quoted; no other text is foreign)
     sync(partial)
     partial.replace(target)
 

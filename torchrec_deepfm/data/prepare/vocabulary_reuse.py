@@ -1,4 +1,4 @@
-"""Applying the vocabulary of one prepared folder to other data."""
+"""Reuse of a prepared folder's vocabulary for other data."""
 
 import shutil
 from collections.abc import Mapping, Sequence
@@ -32,14 +32,14 @@ class OldVocabulary:
         if schema.missing != theirs.missing:
             raise UserError(
                 f"--vocabulary {folder}: was prepared with --missing {theirs.missing}, now it is {schema.missing}; "
-                "choose --missing as it was"
+                "choose the same --missing"
             )
         then = data.made.get("numeric")
         if isinstance(then, Mapping) and dict(then) != dict(transforms):
             names = [name for name in {**then, **transforms} if then.get(name) != transforms.get(name)]
             raise UserError(
                 f"--vocabulary {folder}: numeric column {names[0]!r} was prepared with {then.get(names[0])}, now it is "
-                f"{transforms.get(names[0])}; choose --numeric as it was"
+                f"{transforms.get(names[0])}; choose the same --numeric"
             )
         files = read_manifest(folder).get("files", {})
         self.digests: dict[str, Any] = {}
@@ -47,12 +47,12 @@ class OldVocabulary:
             path = vocabulary_file(folder, j)
             if path.name not in files:
                 raise UserError(
-                    f"--vocabulary {folder}: there is no {path.name}; name a folder that was prepared without --hash"
+                    f"--vocabulary {folder}: {path.name} is missing; name a folder that was prepared without --hash"
                 )
             self.digests[path.name] = files[path.name]
 
     def copy(self, staged: Sequence[Path], drafts: Path, target: Path) -> None:
-        """Copy the files, after a look at their checksums and types.
+        """Copy the files after checking their checksums and types.
 
         ``drafts``: a folder on the disk of ``target`` for unfinished files.
         """
@@ -73,5 +73,5 @@ class OldVocabulary:
             if (kept == pl.String) == (inner == pl.String):
                 continue
             column = pl.read_parquet(path, columns=[f"c{j}"], glob=False, hive_partitioning=False)[f"c{j}"]
-            if column.null_count() < len(column):  # a column without any value has no type to speak of
+            if column.null_count() < len(column):  # a column without values has no known type
                 raise UserError(f"--vocabulary {self.folder}: column {name!r} holds {kept} there and {inner} here")

@@ -1,8 +1,8 @@
 """The folder that an unfinished ``prepare`` works in, beside its output, and the records that it resumes from.
 
-``.NAME.partial/`` holds ``job.json`` (what is being made), ``out/`` (what will be the output), ``staged/`` (values that
-wait for their vocabulary) and ``records/`` (what is done). A record is written whole or not at all, after what it
-records; whatever lies behind the last record is done again. So a process may be killed anywhere.
+``.NAME.partial/`` holds ``job.json`` (the job), ``out/`` (the future output), ``staged/`` (values without ids
+yet) and ``records/`` (finished work). A record is written atomically, after the data it records; work after the last
+record is repeated. So a process may be killed anywhere.
 """
 
 import errno
@@ -21,10 +21,10 @@ from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.files import read_bytes, regular_file, write_bytes
 
 MAX_RECORD_BYTES: Final = 64 << 20
-# Bytes of finished work that are kept when a mistake in the input or the options stops a prepare. With less, it leaves
-# nothing behind. (Kills and full disks always leave what is done.)
+# Bytes of finished work from which on an error of the input or the options keeps it; less is removed. (Kills and full
+# disks always keep finished work.)
 WORTH_KEEPING: Final = 64 << 20
-# How long to wait for whoever has the folder locked.
+# Seconds to wait for the holder of the lock.
 LOCK_SECONDS: Final = 5.0
 
 
@@ -43,18 +43,18 @@ class WorkFolder:
         self.path = output.with_name(f".{output.name}.partial")
         self.out = self.path / "out"
         self.staged = self.path / "staged"
-        # One for every process: DuckDB names its files by process number, and two hosts may have the same.
+        # One per process: DuckDB names its files by process id, which two hosts may share.
         self.spill = self.path / "spill" / uuid.uuid4().hex
         self._records = self.path / "records"
         self._locks: list[TextIO] = []
 
     def enter(self, job: Mapping[str, Any]) -> bool:
-        """Take the folder for a job: make it, or go on in it.
+        """Take the folder for a job: create it, or resume in it.
 
-        Returns whether there was work in it already.
+        Returns whether it already had finished work.
         """
         self._make()
-        # A rank that was killed a moment ago, and is started again, may still be holding them.
+        # A rank that was just killed and restarted may still hold them.
         limit = time.monotonic() + LOCK_SECONDS
         while not (self._lock("lock", fcntl.LOCK_EX) and self._lock("worker", fcntl.LOCK_EX)):
             self.leave()
@@ -74,9 +74,9 @@ class WorkFolder:
         if different:
             raise UserError(
                 f"{self.path}: an unfinished prepare of {self.output.name} differs in {', '.join(different)}; "
-                "run it with its own options, or remove this folder to begin anew"
+                "run it with its own options, or remove this folder to start again"
             )
-        if not self.out.is_dir():  # it has become the output, which is no longer there
+        if not self.out.is_dir():  # it was renamed to the output, which was removed since
             self.forget("*")
             shutil.rmtree(self.staged, ignore_errors=True)
         for folder in (self.out, self.staged, self._records):
@@ -84,16 +84,14 @@ class WorkFolder:
         return True
 
     def share(self) -> None:
-        """Keep others out as long as this process lives; every process calls it once the folder is entered."""
+        """Lock the folder for the life of this process; every process calls it after entering."""
         self._lock("worker", fcntl.LOCK_SH)
         self.spill.mkdir(parents=True, exist_ok=True)  # DuckDB makes the last folder of a path only
 
     def _make(self) -> None:
         try:
             if os.path.ismount(self.output):
-                raise UserError(
-                    f"{self.output}: this is a mount point, which can't appear by a rename; name a folder in it"
-                )
+                raise UserError(f"{self.output}: a mount point can't be created by a rename; name a folder in it")
             self.path.mkdir(parents=True, exist_ok=True)
             fresh = not (self.path / "job.json").exists()
             for folder in (self.out, self.staged, self._records) if fresh or self.out.is_dir() else ():
@@ -113,11 +111,11 @@ class WorkFolder:
         except BlockingIOError:
             return False
         except OSError:
-            pass  # some network file systems have no locks: there, nobody can be kept out
+            pass  # some network file systems have no locks
         return True
 
     def leave(self) -> None:
-        """Let go of the folder; what is done stays."""
+        """Release the folder; finished work stays."""
         shutil.rmtree(self.spill, ignore_errors=True)
         while self._locks:
             self._locks.pop().close()
@@ -125,13 +123,13 @@ class WorkFolder:
     def record(self, name: str) -> dict[str, Any] | None:
         """Read a record.
 
-        Returns its content, ``None`` where there is none.
+        Returns its content, ``None`` if it does not exist.
         """
         path = self._records / f"{name}.json"
         return _read_json(path) if path.exists() else None
 
     def write_record(self, name: str, content: Mapping[str, Any]) -> None:
-        """Write a record, whole or not at all."""
+        """Write a record atomically."""
         write_bytes(self._records / f"{name}.json", json.dumps(content).encode())
 
     def forget(self, pattern: str) -> None:
@@ -140,16 +138,16 @@ class WorkFolder:
             path.unlink()
 
     def begun(self) -> Path | None:
-        """The folder, where any piece of a source is recorded in it; else ``None``."""
+        """The folder if it records any finished piece, else ``None``."""
         return self.path if any(self._records.glob("stage_*.json")) else None
 
     def worth_keeping(self) -> bool:
-        """Whether more is done than a few seconds' work."""
+        """Whether the finished work exceeds a few seconds."""
         files = (path for folder in (self.out, self.staged) for path in folder.rglob("*") if path.is_file())
         return self.begun() is not None and sum(path.stat().st_size for path in files) >= WORTH_KEEPING
 
     def remove(self) -> None:
-        """Remove the folder: at once as far as others can see, so that nobody resumes from a half of it."""
+        """Remove the folder, renaming it first, so that nobody resumes from a half of it."""
         removed = self.path.with_name(f"{self.path.name}.removed-{uuid.uuid4().hex}")
         with suppress(OSError):
             self.path.rename(removed)
@@ -158,7 +156,7 @@ class WorkFolder:
 
 
 def sync(path: Path) -> None:
-    """Bring a written file to the disk itself."""
+    """Sync a written file to the disk."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
@@ -167,6 +165,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(read_bytes(path, most=MAX_RECORD_BYTES))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: the file is damaged ({error}); remove {path.parent} to begin anew") from error
+        raise UserError(f"{path}: the file is damaged ({error}); remove {path.parent} to start again") from error
     assert isinstance(content, dict)
     return content

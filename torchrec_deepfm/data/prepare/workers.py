@@ -1,4 +1,4 @@
-"""The processes that share a ``prepare``: who does what, and where they wait for each other."""
+"""The processes that share a ``prepare``: their shares of the work, and where they wait for each other."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,8 +15,7 @@ def _alone(value: Any) -> list[Any]:
 class Workers:
     """One of the processes that work on the same output, in one folder that all of them see.
 
-    ``rank``: which one this is, 0 to ``count`` - 1. ``gather``: waits until all of them have called it, and returns
-    what each one gave, by rank.
+    ``rank``: 0 to ``count`` - 1. ``gather``: a collective; returns the values of all processes, by rank.
     """
 
     rank: int = 0
@@ -25,13 +24,13 @@ class Workers:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the one that does what is done once."""
+        """Whether this process does the work that is done once."""
         return self.rank == 0
 
     def mine(self, work: Sequence[T], weights: Sequence[float]) -> list[T]:
-        """Choose this process's share; every process works out the same shares.
+        """Choose this process's share; every process computes the same shares.
 
-        The heaviest first, each to whoever has least.
+        The heaviest first, each to the process with the least.
 
         Returns this process's part, in the order of ``work``.
 

@@ -1,6 +1,6 @@
 """Where a user's table lies: a local path, or an address that fsspec knows (``s3://...``, ``memory://...``).
 
-Only finding and opening stands here; ``tablefile.py`` knows what is in the files.
+This module finds and opens files; ``table_files.py`` reads them.
 """
 
 import re
@@ -19,8 +19,7 @@ from torchrec_deepfm.errors import UserError
 PARQUET: Final = (".parquet", ".pq")
 CSV: Final = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".csv.zst", ".tsv.zst")
 _SUFFIXES: Final = (*PARQUET, *CSV)
-# What often lies beside data and is none. Anything else that is not understood is an error: left out in silence, it
-# could be half of the rows.
+# Files that often lie beside data. Any other unknown file is an error: skipped silently, it could be half of the rows.
 _BESIDE: Final = (".md", ".txt", ".toml", ".json", ".crc")
 _KINDS: Final = "a Parquet file (.parquet) or a CSV with a header (.csv, .tsv, also .gz or .zst)"
 
@@ -40,7 +39,7 @@ class File:
 
     @property
     def suffix(self) -> str:
-        """The ending that says what the file is: one of ``PARQUET`` or ``CSV``."""
+        """The ending that gives the format: one of ``PARQUET`` or ``CSV``."""
         return _suffix(self.path)
 
     @contextmanager
@@ -61,7 +60,9 @@ class File:
         except PermissionError as error:
             raise UserError(f"{self.name}: reading is not permitted; check permissions and credentials") from error
         except OSError as error:
-            raise UserError(f"{self.name}: reading failed ({one_line(error)}); fetch or write the file anew") from error
+            raise UserError(
+                f"{self.name}: reading failed ({one_line(error)}); download or write the file again"
+            ) from error
 
 
 def find_files(named: str) -> list[File]:
@@ -73,9 +74,7 @@ def find_files(named: str) -> list[File]:
     files = _find_remote(named) if "://" in named or "::" in named else _find_local(named)
     kinds = {file.suffix in PARQUET for file in files}
     if len(kinds) > 1:
-        raise UserError(
-            f"{named}: the folder mixes Parquet and CSV files; name the files, or part them into two folders"
-        )
+        raise UserError(f"{named}: the folder mixes Parquet and CSV files; name the files, or use two folders")
     return files
 
 
@@ -113,7 +112,7 @@ def _find_local(named: str) -> list[File]:
     except FileNotFoundError as error:
         raise UserError(f"{named}: no such file or folder; check the path") from error
     except OSError as error:
-        raise UserError(f"{named}: it can't be read ({error.strerror}); check its permissions") from error
+        raise UserError(f"{named}: can't be read ({error.strerror}); check its permissions") from error
     _check_kind(named, path.name)
     return [File(name=named, bytes=size, path=str(path))]
 
@@ -205,17 +204,17 @@ def _find_remote(named: str) -> list[File]:
     except UserError:
         raise
     except FileNotFoundError as error:
-        raise UserError(f"{named}: there is nothing at this address; check it") from error
+        raise UserError(f"{named}: nothing exists at this address; check it") from error
     # Each driver raises errors of its own (botocore's, aiohttp's, ...), and all of them are about this address.
     except Exception as error:
-        raise UserError(f"{named}: it can't be reached ({one_line(error)}); check address and credentials") from error
+        raise UserError(f"{named}: can't be reached ({one_line(error)}); check address and credentials") from error
     _check_kind(named, path)
     return [File(name=named, bytes=int(info["size"] or 0), path=path, filesystem=filesystem)]
 
 
 def _check_kind(named: str, path: str) -> None:
     if not _suffix(path):
-        raise UserError(f"{named}: its name does not say what it is; give {_KINDS}, or a folder of such files")
+        raise UserError(f"{named}: the name has no known ending; give {_KINDS}, or a folder of such files")
 
 
 def _tables_of(named: str, entries: list[tuple[str, bool]]) -> list[str]:
@@ -224,10 +223,10 @@ def _tables_of(named: str, entries: list[tuple[str, bool]]) -> list[str]:
     files = [name for name, folder in seen if not folder and not name.lower().endswith(_BESIDE)]
     for name in sorted(files):
         if not _suffix(name):
-            raise UserError(f"{named}: {name!r} is not {_KINDS}; move it away, or name the files one by one")
+            raise UserError(f"{named}: {name!r} is not {_KINDS}; move it, or name the files one by one")
     inner = sorted(name for name, folder in seen if folder)
     if inner:
-        raise UserError(f"{named}: it holds a folder, {inner[0]!r}; name the folders that directly hold the files")
+        raise UserError(f"{named}: contains the folder {inner[0]!r}; name the folders that contain the files")
     if not files:
         raise UserError(f"{named}: no data in this folder; give {_KINDS}, or a folder of such files")
     return sorted(files, key=_natural)

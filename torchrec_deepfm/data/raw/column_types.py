@@ -1,4 +1,4 @@
-"""What a column of a user's table holds, and whether that fits what the schema says of it.
+"""The type of a column of a user's table, and whether it fits the schema.
 
 Nothing is guessed row by row: a column's type follows from the types of the file and the schema, and a column that does
 not fit is an error for the whole file. ``columns.py`` reads the values.
@@ -20,21 +20,21 @@ class Kind:
     """What a column of a file holds.
 
     ``scalar``: ``boolean``, ``integer``, ``float``, ``text`` or ``nothing`` (all missing); else ``lists`` or the name
-    of a type, none of which is taken.
+    of a type that is not supported.
     """
 
     scalar: str
     is_list: bool = False
 
     def __str__(self) -> str:
-        """Say it in words."""
+        """Return the type in words."""
         words = {"boolean": "booleans", "integer": "integers", "float": "decimal numbers", "nothing": "nothing"}
         word = words.get(self.scalar, self.scalar)
         return f"lists of {word}" if self.is_list else word
 
 
 def kind_of(arrow: pa.DataType) -> Kind:
-    """Say what a column of an Arrow type holds.
+    """Return what a column of an Arrow type holds.
 
     Example:
         >>> kind_of(pa.list_(pa.int16()))
@@ -65,20 +65,20 @@ def kind_of(arrow: pa.DataType) -> Kind:
 def check_label(kind: Kind) -> None:
     """Raise unless labels can be read from a column."""
     if kind.is_list or kind.scalar not in ("boolean", "integer", "float", "nothing"):
-        raise UserError(f"it holds {kind}, a label is a boolean or a number 0 or 1; convert it")
+        raise UserError(f"it holds {kind}, but a label is a boolean or a number 0 or 1; convert it")
 
 
 def check_number(kind: Kind) -> None:
     """Raise unless numbers can be read from a column."""
     if kind.is_list or kind.scalar not in ("boolean", "integer", "float", "nothing"):
         remedy = "list it under categorical" if kind.scalar == "text" or kind.is_list else "convert it to a number"
-        raise UserError(f"it holds {kind}, no numbers; {remedy}")
+        raise UserError(f"it holds {kind}, not numbers; {remedy}")
 
 
 def category_type(kind: Kind, options: Column, name: str, *, csv: bool) -> str | None:
-    """Say which type the categories of a column get.
+    """Choose the type of the categories of a column.
 
-    Returns ``string`` or ``integer``; ``None`` where the file has nothing but missing values, so that either will do.
+    Returns ``string`` or ``integer``; ``None`` where the file has only missing values, so that both fit.
     """
     at = f"[columns.{toml_key(name)}]"
     if kind.scalar == "lists":
@@ -88,7 +88,7 @@ def category_type(kind: Kind, options: Column, name: str, *, csv: bool) -> str |
     if kind.is_list and not options.list:
         raise UserError(f"it holds {kind}; set list = true under {at}")
     if options.list and not kind.is_list and kind.scalar not in ("text", "nothing"):
-        raise UserError(f"it holds {kind}, one a row; remove list = true under {at}")
+        raise UserError(f"it holds {kind}, one per row; remove list = true under {at}")
     if options.list and not kind.is_list and kind.scalar == "text" and options.separator is None:
         where = "a CSV's cells" if csv else "it holds text, which"
         raise UserError(f'{where} must be cut into lists; set separator, such as "|", under {at}')
@@ -110,7 +110,7 @@ def check_weights(kind: Kind, *, cut: bool) -> None:
     if kind.scalar == "nothing" or (cut and kind == Kind("text")):
         return
     if not kind.is_list or kind.scalar not in ("integer", "float"):
-        raise UserError(f"it holds {kind}, weights are lists of numbers; convert it")
+        raise UserError(f"it holds {kind}, but weights are lists of numbers; convert it")
 
 
 def stored(arrow: pa.DataType) -> pa.DataType:

@@ -1,6 +1,6 @@
-"""The values of a user's table: from whatever Arrow type they have to the few types of a ``Piece``.
+"""The values of a user's table: from any Arrow type to the few types of a ``Piece``.
 
-A cell that does not fit is a fault of its row. Columns of a wrong type are refused before (``column_types.py``).
+A cell that does not fit makes a bad row. Columns of a wrong type were refused before (``column_types.py``).
 
 Shape letters: n rows, m list elements in all of them.
 """
@@ -18,8 +18,8 @@ from torchrec_deepfm.data.raw.column_types import kind_of, stored
 
 # The longest text of the input that a message repeats.
 _SHOWN: Final = 40
-_LABEL: Final = "it must be 0 or 1"
-# Above this, not every whole number is a float64 of its own, so two ids could have become one.
+_LABEL: Final = "(expected 0 or 1)"
+# Above this, two whole numbers can have the same float64, so two ids could have become one.
 _EXACT: Final = 2.0**53
 _HEX: Final = "^[0-9a-fA-F]{1,8}$"
 _TRUTH: Final = {"true": "1", "false": "0"}
@@ -47,7 +47,7 @@ def labels(column: pa.ChunkedArray) -> Values:
     for row in bad.tolist():
         value = flat.raw(row)
         faults[row] = (
-            f"the label is missing, {_LABEL}" if value is None else f"{_show(value)} is not a valid label, {_LABEL}"
+            f"the label is missing {_LABEL}" if value is None else f"{_show(value)} is not a valid label {_LABEL}"
         )
     return Values(series=numbers.series.set(~good.fill_null(False), None).cast(pl.UInt8), faults=faults)
 
@@ -66,7 +66,7 @@ def numbers(column: pa.ChunkedArray, transform: str | None = None) -> Values:
 
 
 def categories(column: pa.ChunkedArray, wanted: str) -> Values:
-    """Read a categorical column with one value a row.
+    """Read a categorical column with one value per row.
 
     ``wanted``: ``string``, ``integer`` or ``hex``. Returns n values, String, Int64 or UInt32.
     """
@@ -76,7 +76,7 @@ def categories(column: pa.ChunkedArray, wanted: str) -> Values:
 def lists(
     column: pa.ChunkedArray, wanted: str, separator: str | None, weights: pa.ChunkedArray | None
 ) -> tuple[Values, Values | None]:
-    """Read a categorical column with a list a row, and the weights of its values.
+    """Read a categorical column with a list per row, and the weights of its values.
 
     ``wanted``: ``string`` or ``integer``. Returns n lists of String or Int64, without their missing elements; a missing
     list is null. And n lists Float32 of the weights, as long and missing where the lists are, or ``None`` without
@@ -95,7 +95,7 @@ def lists(
     for row in np.flatnonzero(lengths != bags.lengths).tolist():
         unequal[row] = f"{bags.lengths[row]} values have {lengths[row]} weights"
     weighed = _numbers(other.elements)
-    # Weights of a missing list, or of a list of another length, have no partner: they must not shift the others.
+    # Weights of a missing list, or of a list of another length, belong to no value: they must not shift the others.
     paired = np.repeat(~bags.missing & (lengths == bags.lengths), other.lengths)
     on_ids = np.repeat(lengths == bags.lengths, bags.lengths)
     series = weighed.series.filter(pl.Series(paired))
@@ -151,10 +151,10 @@ def texts(column: pa.ChunkedArray) -> pa.Array:
 
 
 def scalars(column: pa.ChunkedArray) -> pl.Series:
-    """Return the values of a column as they are, for statistics.
+    """Return the unconverted values of a column, for statistics.
 
     Returns n values: Boolean, an integer type, a float type, or String (decimals without a fraction too); bytes that
-    are no UTF-8 become null.
+    are not UTF-8 become null.
     """
     return _series(_flat(column).array)
 
@@ -219,7 +219,7 @@ def _plain(array: pa.Array) -> pa.Array:
 
 
 def _whole(column: pa.ChunkedArray) -> pa.Array:
-    """One array; arrays of no chunk are none."""
+    """One array of all chunks."""
     if column.num_chunks == 1:
         return _plain(column.chunk(0))
     plain = [_plain(chunk) for chunk in column.chunks]
@@ -245,7 +245,7 @@ def _flat(column: pa.ChunkedArray | pa.Array) -> _Flat:
             array = pa.array(texts, pa.large_string())
     elif pa.types.is_decimal(array.type):
         whole = array.type.scale == 0
-        # By way of text, as Arrow's own cast to a float is not rounded to the nearest.
+        # Through text, as Arrow's own cast to a float is not rounded to the nearest.
         array = array.cast(pa.large_string())
         kind = "digits" if whole else "float"
         if not whole:
@@ -256,7 +256,7 @@ def _flat(column: pa.ChunkedArray | pa.Array) -> _Flat:
 
 
 def _series(array: pa.Array) -> pl.Series:
-    # By way of a table: polars takes a bare array of no rows to have no type.
+    # Through a table: polars gives a bare array without rows no type.
     return pl.DataFrame(pl.from_arrow(pa.table({"x": array}))).to_series()
 
 
@@ -280,7 +280,7 @@ def _bags(column: pa.ChunkedArray, separator: str | None) -> _Bags:
     lengths = pc.fill_null(pc.list_value_length(cut), 0).cast(pa.int64()).to_numpy(zero_copy_only=False).copy()
     elements = pc.list_flatten(cut).cast(pa.large_string())
     if not flat.undecoded:
-        # Between two separators with nothing there is nothing.
+        # Nothing between two separators is not a value.
         elements = pc.replace_with_mask(elements, pc.equal(elements, ""), pa.scalar(None, pa.large_string()))
         return _Bags(elements=_flat(elements), lengths=lengths, missing=missing)
     raw: list[bytes | None] = []
@@ -308,7 +308,7 @@ def _numbers(flat: _Flat, *, booleans: bool = False) -> Values:
     bad = infinite | (given & found.is_null())
     faults = {row: f"{_show(value)} is not UTF-8" for row, value in flat.undecoded.items()}
     for row in np.flatnonzero(bad.to_numpy()).tolist():
-        faults[row] = f"{_show(flat.raw(row))} is {'not finite' if infinite[row] else 'no number'}"
+        faults[row] = f"{_show(flat.raw(row))} is {'not finite' if infinite[row] else 'not a number'}"
     return Values(series=found.set(infinite, None).fill_nan(None), faults=faults)
 
 

@@ -1,8 +1,8 @@
 """Criteo's text logs -> typed pieces: tab separated, no header; a label, I integers, F categories in hexadecimal.
 
-Polars parses blocks of whole lines. What it takes for granted (signs, spaces, short lines) is checked by counting; a
-block that fails in any way is checked again line by line, by one regular expression that says what a good line is.
-So the rule stands in one place, good data are fast, and a bad line is named.
+Polars parses blocks of whole lines. What it accepts silently (signs, spaces, short lines) is checked by counting; a
+block that fails in any way is checked again line by line, by one regular expression that defines a good line.
+So the rule has one home, good data are fast, and a bad line is named.
 """
 
 import re
@@ -32,7 +32,7 @@ _INTEGER = "-?[0-9]+"
 _HEX = "[0-9a-fA-F]{1,8}"
 _HEX_DIGITS = 8
 _LONG = 400
-# A good block, freed of line ends that are no plain newline, holds no other characters than these.
+# After line ends are replaced by newlines, a good block has only these characters.
 _CHARACTERS = b"0123456789abcdefABCDEF-\t\n"
 _TAB, _NEWLINE = b"\t\n"
 _CACHED = 1 << 18
@@ -82,11 +82,11 @@ class TextLog:
                 raise UserError(f"{self.path}: there is no column {name!r}; choose {one_of(names, name)}")
 
     def pieces(self, *, start: int, line: int, skip_bad: bool) -> Iterator[Piece]:
-        """Read on from byte ``start`` of the text; see ``Source.pieces``.
+        """Continue reading at byte ``start`` of the text; see ``Source.pieces``.
 
         ``start``: where a piece ended, in bytes of uncompressed text. Yields pieces of whole lines.
         """
-        # One piece and one block ahead: reading and unpacking, parsing, and what the caller does run side by side.
+        # One piece and one block ahead: reading and unpacking, parsing, and the caller run at the same time.
         with _ahead(self._blocks(start)) as blocks, _ahead(self._parsed(blocks, start, line, skip_bad)) as pieces:
             yield from pieces
 
@@ -117,7 +117,7 @@ class TextLog:
             while True:
                 block, ended = self._read(stream, rest)
                 if isinstance(ended, OSError):
-                    # What could be unpacked comes first: a bad line in it is what to report.
+                    # What was unpacked comes first: a bad line in it is the error to report.
                     if cut := block.rfind(b"\n") + 1:
                         yield block[:cut], raw.tell() / max(self.bytes, 1)
                     raise ended
@@ -138,7 +138,7 @@ class TextLog:
                 rest = rest[cut:]
 
     def _read(self, stream: pa.NativeFile, begun: bytes) -> tuple[bytes, bool | OSError]:
-        """Fill a block up, a little at a time, since a read that fails takes with it what it had unpacked."""
+        """Fill a block in small reads, since a read that fails loses what it had unpacked."""
         parts, missing = [begun], self._piece_bytes - len(begun)
         while missing > 0:
             try:
@@ -238,7 +238,7 @@ class TextLog:
 
 @contextmanager
 def _ahead(iterator: Iterator[T]) -> Iterator[Iterator[T]]:
-    """Let a thread fetch the next item while this one works on the last."""
+    """Fetch the next item in a thread while the caller works on the last one."""
     end = object()
     with ThreadPoolExecutor(1, thread_name_prefix="ahead") as thread:
 
@@ -252,7 +252,7 @@ def _ahead(iterator: Iterator[T]) -> Iterator[Iterator[T]]:
 
 
 def _count(text: bytes, byte: int) -> int:
-    """Count a frequent byte: numpy is four times as fast as ``bytes.count``, in stretches that fit the cache."""
+    """Count a frequent byte: numpy is four times as fast as ``bytes.count`` on parts that fit the cache."""
     array = np.frombuffer(text, np.uint8)
     return sum(int(np.count_nonzero(array[i : i + _CACHED] == byte)) for i in range(0, len(array), _CACHED))
 
@@ -282,7 +282,7 @@ def _parse(text: bytes, schema: Schema, *, labelled: bool) -> pl.DataFrame | Non
     if not text:
         return None
     lines = _count(text, _NEWLINE) + (not text.endswith(b"\n"))
-    # Together these leave nothing for Polars to be lenient about. It refuses a line that is too long, so that the
+    # Together these exclude everything that Polars accepts silently. It refuses a line that is too long, so the
     # right number of tabs over all lines means the right number in each.
     tabs = len(_names(schema, labelled=labelled)) - 1
     if text.translate(None, _CHARACTERS):
@@ -369,7 +369,7 @@ def _check_readable(file: File) -> None:
 
 
 def _number_fault(field: str, transform: str | None) -> str:
-    """What keeps an integer from being used, or nothing."""
+    """Why an integer can't be used; empty if it can."""
     if not field:
         return ""
     number = float(field)
@@ -389,9 +389,9 @@ def _describe(row: str, schema: Schema, *, labelled: bool) -> str:
         shown = repr(field if len(field) <= _SHOWN else field[:_SHOWN] + "...")
         if index == 0:
             if not field:
-                return f", column {name}: the label is missing, it must be 0 or 1"
+                return f", column {name}: the label is missing (expected 0 or 1)"
             if field not in ("0", "1"):
-                return f", column {name}: {shown} is not a valid label, it must be 0 or 1"
+                return f", column {name}: {shown} is not a valid label (expected 0 or 1)"
         elif index <= len(schema.numeric):
             if field and not re.fullmatch(_INTEGER, field):
                 return f", column {name}: {shown} is not an integer"

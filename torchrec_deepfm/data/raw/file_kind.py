@@ -1,4 +1,4 @@
-"""What the first bytes of a file say it is, so that a wrong name is not read as damaged data."""
+"""The format of a file from its first bytes, so that a wrong name is not reported as damaged data."""
 
 from pathlib import PurePath
 from typing import Final
@@ -26,7 +26,7 @@ _OTHERS: Final = {
 
 
 def compression(name: str) -> str | None:
-    """Return the codec that the end of a file's name stands for, in pyarrow's words; ``None`` for a plain file."""
+    """Return pyarrow's name of the codec in a file's ending; ``None`` for a plain file."""
     return COMPRESSIONS.get(PurePath(name.lower()).suffix)
 
 
@@ -49,11 +49,11 @@ def check_head(name: str, path: str, head: bytes) -> None:
 
 
 def explain_damage(suffix: str, error: BaseException) -> str:
-    """Say what is wrong with compressed data that pyarrow could not unpack although their first bytes are good.
+    """Describe damaged compressed data whose first bytes are good.
 
     ``suffix``: ``.gz`` or ``.zst``. Returns what is wrong and what to do.
     """
-    # Several members or frames may follow each other. What zlib and Zstandard say of the head of the next one:
+    # Several members or frames may follow each other. Messages of zlib and Zstandard about the next header:
     if any(text in str(error) for text in ("incorrect header check", "unknown compression method", "Unknown frame")):
-        return f"other bytes follow the end of the {suffix} data; remove them, or compress the file anew"
-    return f"the {suffix} data are damaged or cut off ({error}); fetch or compress the file anew"
+        return f"other bytes follow the end of the {suffix} data; remove them, or compress the file again"
+    return f"the {suffix} data are damaged or cut off ({error}); download or compress the file again"

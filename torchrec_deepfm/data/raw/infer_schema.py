@@ -44,13 +44,13 @@ def infer_schema(named: str, *, label: str | None = None, sample_rows: int = 100
     tables, delimiter = _open(named)
     tables = [table for table in tables if not table.is_empty]
     if not tables:
-        raise UserError(f"{named}: there is no row in it; give a table with data")
+        raise UserError(f"{named}: the table has no rows; give one with data")
     first = tables[0]
     if label is not None and label not in first.fields:
         raise missing_column(first, label, remedy="name another --label")
     if first.twice:
         raise UserError(
-            f"{first.file.name}: column {sorted(first.twice)[0]!r} appears twice; give every column a name of its own"
+            f"{first.file.name}: column {sorted(first.twice)[0]!r} appears twice; give every column a different name"
         )
     columns = [sampled(name, column, text=first.is_text) for name, column in _sample(tables, sample_rows).items()]
     if first.is_text and any(map(is_number, first.fields)) and label is None:

@@ -1,6 +1,6 @@
-"""What the two kinds of raw input have in common: typed pieces of rows, in order, from any place where a piece ends.
+"""The interface of both kinds of raw input: typed pieces of rows, in order, from the end of any piece on.
 
-``textlog.py`` reads Criteo's text, ``table.py`` Parquet and CSV. ``prepare`` knows neither: it takes pieces.
+``criteo_text.py`` reads Criteo's text, ``table_source.py`` Parquet and CSV; ``prepare`` sees only pieces.
 
 Shape letters: n rows of a piece, I numeric columns, F categorical columns.
 """
@@ -30,7 +30,7 @@ class Piece:
         frame: n rows: ``label`` UInt8; ``n0`` ... (I columns, Int64 or Float64, null for missing); ``c0`` ... (F
             columns, UInt32, Int64, String, or List of the latter two, null for missing); ``w{j}`` List(Float32) beside
             every list ``c{j}`` that has weights.
-        end: Where the next piece starts: bytes of (uncompressed) text, rows of a table. Callers only hand it back.
+        end: Where the next piece starts: bytes of (uncompressed) text, rows of a table. Opaque to callers.
         line: Lines or rows read up to ``end``.
         done: Share of the source read up to ``end``, 0 to 1.
         skipped: Bad rows of this piece that were left out.
@@ -55,14 +55,14 @@ class Source(Protocol):
 
     @property
     def bytes(self) -> int:
-        """Its size as it is stored."""
+        """Size of the stored file."""
         ...
 
     def pieces(self, *, start: int, line: int, skip_bad: bool) -> Iterator[Piece]:
-        """Read on from the end of a piece.
+        """Continue reading at the end of a piece.
 
-        ``start``: ``end`` of the piece before, or 0. ``line``: ``line`` of the piece before, or 0. Yields the pieces.
-        Their borders are the same however often reading was resumed.
+        ``start``: ``end`` of the previous piece, or 0. ``line``: ``line`` of the previous piece, or 0. Yields the
+        pieces. Their borders are the same however often reading was resumed.
         """
         ...
 
@@ -73,9 +73,9 @@ class JoinedPiece:
 
     Args:
         frame: As in ``Piece``.
-        next_start: Where the next piece starts: the place of its source among all, and ``end`` and ``line`` in it.
+        next_start: Where the next piece starts: the index of its source, and ``end`` and ``line`` in it.
         done: Share of all bytes read up to there, 0 to 1.
-        skipped: Bad rows that were left out, each with the place of its source.
+        skipped: Bad rows that were left out, each with the index of its source.
     """
 
     frame: pl.DataFrame

@@ -30,7 +30,7 @@ _BLOCK_BYTES: Final = 4 << 20
 _BUFFER_BYTES: Final = 1 << 20
 _EMPTY: Final = "the file is empty; give a CSV whose first row holds the column names"
 _BROKEN: Final = re.compile(r"Row #(\d+): Expected (\d+) columns, got (\d+)")
-# Longest wait for Arrow to release what Python has lent it; it takes milliseconds.
+# Longest wait, in seconds, for Arrow to release Python objects; it takes milliseconds.
 _RELEASE_SECONDS: Final = 60.0
 
 
@@ -79,7 +79,7 @@ class ParquetTable:
         self.is_empty = self.rows == 0
 
     def batches(self, names: Sequence[str], start: int = 0) -> Iterator[Batch]:
-        """Read on from a row.
+        """Continue reading at a row.
 
         Yields batches; their sizes depend on the row groups.
         """
@@ -96,7 +96,7 @@ class ParquetTable:
                 for batch in parquet.iter_batches(batch_size=BATCH_ROWS, row_groups=some, columns=list(names)):
                     skipped = min(skip, batch.num_rows)
                     skip -= skipped
-                    # A wanted name may bring others with it, `a` also `a.b`: take them by name.
+                    # Selecting `a` also selects `a.b`: pick by name.
                     table = pa.Table.from_batches([batch.slice(skipped)]).select(list(names))
                     if table.num_rows:
                         row += table.num_rows
@@ -140,7 +140,7 @@ class CsvTable:
         self._last = names[-1]
 
     def batches(self, names: Sequence[str], start: int = 0) -> Iterator[Batch]:
-        """Read on from a row; what lies before it is parsed again, as no place in a CSV can be reached directly.
+        """Continue reading at a row; earlier rows are parsed again, as a CSV has no index.
 
         ``start``: rows to leave out at the beginning, broken ones included. Yields batches of binary columns (the
         cells' bytes, null for an empty cell).
@@ -176,7 +176,7 @@ class CsvTable:
             self._check_closed()
 
     def _check_closed(self) -> None:
-        """Find a quote that is never closed: it makes one cell of the rest of the file, and no parser complains."""
+        """Find an unclosed quote: it turns the rest of the file into one cell, and no parser reports it."""
         with self.file.open() as opened, _one_line_errors(self.file):
             binary = cast("io.RawIOBase", _unpacked(self.file, opened))
             text = io.TextIOWrapper(io.BufferedReader(binary), encoding="utf-8", errors="replace", newline="")
@@ -186,14 +186,14 @@ class CsvTable:
             except csv.Error as error:
                 if "end of data" in str(error) or "limit" in str(error):
                     raise UserError(
-                        f"{self.file.name}: a quoted cell is not closed before the end; close the quote, or fetch the "
-                        "file anew if it is cut off"
+                        f"{self.file.name}: a quoted cell is not closed; close the quote, or download the "
+                        "file again if it is cut off"
                     ) from error
 
 
 @contextmanager
 def _reading(table: CsvTable, file: Any, names: list[str] | None, broken: list[Any]) -> Iterator["_Batches"]:
-    """Read a CSV with pyarrow, and leave nothing of Python's in its hands at the end.
+    """Read a CSV with pyarrow, and wait until it has released every Python object.
 
     Arrow parses ahead in threads of its own. They release the handler of invalid rows, and a Python file, some time
     after the reader is gone; a thread that does so while the interpreter ends aborts the process. So wait for it.
@@ -212,7 +212,7 @@ def _reading(table: CsvTable, file: Any, names: list[str] | None, broken: list[A
         broken.append(row)
         return "skip"
 
-    def unraisable(event: Any) -> None:  # or Python prints a traceback of what ``_one_line_errors`` says in one line
+    def unraisable(event: Any) -> None:  # else Python also prints a traceback
         if not (isinstance(event.exc_value, UnicodeDecodeError) and getattr(event.object, "__name__", "") == "keep"):
             hook(event)
 
@@ -256,7 +256,7 @@ class _Batches:
 
 
 class _Lent:
-    """A Python file of which nobody else holds this very object, so that its release can be seen."""
+    """A Python file object without other references, so that its release can be observed."""
 
     def __init__(self, file: Any) -> None:
         self._file = file
@@ -310,11 +310,12 @@ class _one_line_errors:  # noqa: N801 (used as a function)
             raise UserError(f"{name}: {_EMPTY}") from error
         if isinstance(error, pa.ArrowInvalid) and "straddling" in str(error):
             raise UserError(
-                f"{name}: a row is longer than {_BLOCK_BYTES >> 20} MiB; is a quote not closed? Correct the file"
+                f"{name}: a row is longer than {_BLOCK_BYTES >> 20} MiB; close the quote if one is open, "
+                "or shorten the row"
             ) from error
         if isinstance(error, pa.ArrowNotImplementedError):
             raise UserError(
-                f"{name}: pyarrow has no way to read this ({one_line(error)}); write its columns in simpler types"
+                f"{name}: pyarrow can't read this ({one_line(error)}); write its columns in simpler types"
             ) from error
         suffix = PurePath(self.file.suffix).suffix
         if isinstance(error, OSError) and suffix in COMPRESSIONS:
@@ -322,7 +323,7 @@ class _one_line_errors:  # noqa: N801 (used as a function)
         if isinstance(error, pa.ArrowException | OSError | EOFError):
             what = "CSV" if self.file.suffix not in PARQUET else "Parquet"
             raise UserError(
-                f"{name}: the file can't be read as {what} ({one_line(error)}); fetch or write the file anew"
+                f"{name}: the file can't be read as {what} ({one_line(error)}); download or write the file again"
             ) from error
 
 

@@ -50,14 +50,14 @@ class TableSource:
 
     @property
     def bytes(self) -> int:
-        """Size of the file as it is stored."""
+        """Size of the stored file."""
         return self.file.file.bytes
 
     def pieces(self, *, start: int = 0, line: int = 0, skip_bad: bool = False) -> Iterator[Piece]:
-        """Read on from the end of a piece.
+        """Continue reading at the end of a piece.
 
-        ``start``: ``end`` of the piece before, or 0: rows of the table, bad ones included. ``line``: not needed here: a
-        row's number follows from ``start``. Yields the pieces. Their borders are the same however often reading was
+        ``start``: ``end`` of the previous piece, or 0: rows of the table, bad ones included. ``line``: not needed here:
+        a row's number follows from ``start``. Yields the pieces. Their borders are the same however often reading was
         resumed.
         """
         del line
@@ -86,7 +86,7 @@ class TableSource:
 
     @property
     def _cut(self) -> tuple[int, int]:
-        """(Rows of a step, most steps of a piece). All steps are alike, so that a piece may end after any of them."""
+        """(Rows of a step, most steps of a piece). Steps have equal size, so a piece may end after any of them."""
         steps = -(-self.piece_rows // BATCH_ROWS)
         return self.piece_rows // steps, steps
 
@@ -172,7 +172,7 @@ def open_tables(
         A source per file, in natural order of their names; files of a folder that hold no row are left out.
 
     Raises:
-        UserError: A file can't be read, lacks a column or has it in a type that does not fit, or there is no row.
+        UserError: A file can't be read, lacks a column or has it in a type that does not fit, or has no rows.
 
     Example:
         >>> import tempfile, pathlib
@@ -198,15 +198,15 @@ def open_tables(
 def joined_pieces(
     sources: Sequence[TableSource], start: tuple[int, int, int], *, skip_bad: bool
 ) -> Iterator[JoinedPiece]:
-    """Read files of a table as if they were one, since a small file alone costs more than its rows.
+    """Read files of a table as one, since opening a small file costs more than reading its rows.
 
-    ``sources``: the files, after ``unify``. ``start``: ``next_start`` of the piece before, or zeros. Yields the pieces.
-    Their borders are the same however often reading was resumed.
+    ``sources``: the files, after ``unify``. ``start``: ``next_start`` of the previous piece, or zeros. Yields the
+    pieces. Their borders are the same however often reading was resumed.
     """
     begin, row, _ = start
     total = max(sum(source.bytes for source in sources), 1)
     before = sum(source.bytes for source in sources[:begin])
-    held: list[tuple[int, int, pa.Table, dict[int, str]]] = []  # place of the source, first row, good rows, broken ones
+    held: list[tuple[int, int, pa.Table, dict[int, str]]] = []  # index of the source, first row, good rows, broken ones
     rows = size = 0
 
     def piece(done: float) -> JoinedPiece:
@@ -256,7 +256,7 @@ def unify(sources: Sequence[TableSource]) -> list[TableSource]:
             if first != kind:
                 raise UserError(
                     f"{source.path}: column {name!r} holds {_word(kind)}, but {_word(first)} in {path}; write both "
-                    f'alike, or set type = "string" under [columns.{toml_key(name)}]'
+                    f'the same way, or set type = "string" under [columns.{toml_key(name)}]'
                 )
     return [
         replace(source, types=tuple(known.get(name, (None, ""))[0] for name in source.schema.categorical))
@@ -269,17 +269,16 @@ def _word(kind: str) -> str:
 
 
 def missing_column(table: ParquetTable | CsvTable, name: str, *, role: str = "", remedy: str = _REMEDY) -> UserError:
-    """Say that a file has no such column.
+    """Build the error for a missing column.
 
-    ``role``: what it is for, where that is not plain from its name: "the weights of column 'b'". Returns the error to
-    raise, with the closest name that is there.
+    ``role``: its use, where the name does not show it: "the weights of column 'b'". The error names the closest column.
     """
     names = list(table.fields)
     lower = {other.casefold(): other for other in names}
     close = difflib.get_close_matches(name.casefold(), list(lower), n=1)
     shown = ", ".join(repr(other) for other in names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
     hint = f" (did you mean {lower[close[0]]!r}?)" if close else ""
-    where = f"{table.file.name}: there is no column {name!r}{role and f', {role}'}; the file has {shown}{hint}"
+    where = f"{table.file.name}: no column {name!r}{role and f', {role}'}; the file has {shown}{hint}"
     if table.is_text and any(map(is_number, names)):
         return UserError(f"{where}; its first row looks like data: add a first row that holds the column names")
     if isinstance(table, CsvTable) and len(names) == 1 and (cut := delimiter_in(names[0])):
@@ -288,7 +287,7 @@ def missing_column(table: ParquetTable | CsvTable, name: str, *, role: str = "",
 
 
 def delimiter_in(header: str) -> str | None:
-    """Find what parts the names of a header that was read as one name.
+    """Find the delimiter of a header that was read as one name.
 
     Returns the delimiter, ``None`` where it is one name.
 
@@ -300,7 +299,7 @@ def delimiter_in(header: str) -> str | None:
 
 
 def is_number(name: str) -> bool:
-    """Return whether a column's name is a number, as where a CSV lacks its header."""
+    """Return whether a column's name is a number, which means that a CSV lacks its header."""
     try:
         float(name)
     except ValueError:
@@ -336,7 +335,7 @@ def _source(
 
 
 def _memory(frame: pl.DataFrame) -> int:
-    """Bytes of the values, counted by what they are and not by how they lie in memory, which a resume may change."""
+    """Bytes of the values, independent of their layout in memory, which a resume may change."""
     total = 0
     for series in frame:
         if series.dtype == pl.String:

@@ -1,4 +1,4 @@
-"""The columns of the synthetic click logs: how their values spread, how often they miss, and how rows are drawn.
+"""The columns of the synthetic click logs: distributions, shares of missing values, and random rows.
 
 Shape legend: B rows, I = 13 numeric columns, F = 26 categorical columns.
 
@@ -71,9 +71,9 @@ CATEGORICAL_COLUMNS: Final = len(_CATEGORICAL)
 
 
 def category_values(column: int) -> NDArray[np.uint32]:
-    """Return the raw 32-bit values of a categorical column, which stand in the text as 8 hexadecimal digits.
+    """Return the raw 32-bit values of a categorical column, which the text holds as 8 hexadecimal digits.
 
-    Returns [1 + distinct values]: the value of each id, all different. Entry 0 (missing) stands for no value.
+    Returns [1 + distinct values]: the value of each id, all different. Entry 0 (missing) is unused.
     """
     # MurmurHash3's last step, which maps 32 bits one to one.
     value = np.arange(1 + _CATEGORICAL[column][0], dtype=np.uint32) + np.uint32((column + 1) << 24)

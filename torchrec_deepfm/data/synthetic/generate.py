@@ -29,7 +29,7 @@ TRUTH_VERSION: Final = 1
 DEFAULT_ROWS: Final = 1_200_000
 # Rows drawn and written at a time. A part of the format: another number gives other files for the same seed.
 _CHUNK_ROWS: Final = 131_072
-# Fewer validation or test rows would make their AUC a matter of chance.
+# With fewer validation or test rows the AUC is too noisy.
 _LEAST_EVALUATION_ROWS: Final = 1000
 # A row has about 243 bytes.
 _ROW_BYTES: Final = 243
@@ -109,11 +109,11 @@ def generate(
     Memory grows with the rows of the largest file only by what its exact AUC needs, about 90 bytes per row.
 
     Args:
-        output: The folder to write. It appears whole at the end or not at all.
+        output: The folder to write. It appears at the end, complete, or not at all.
         rows: Training rows, spread evenly over the days. Validation and test get a tenth each, at least 1000 rows.
         days: Number of training files.
-        seed: Picks the true model and the rows, 0 or more.
-        click_rate: Share of rows with label 1 that is aimed at: 0.03 is like Criteo Terabyte, 0.26 like Kaggle.
+        seed: Seed of the true model and the rows, 0 or more.
+        click_rate: Target share of rows with label 1: 0.03 is like Criteo Terabyte, 0.26 like Kaggle.
 
     Returns:
         What was written, with the best reachable AUC per file.
@@ -143,7 +143,7 @@ def generate(
             files[name] = _write_file(connection, folder / name, truth, rows=file_rows, seed=seed, stream=stream)
             if files[name].auc is None and not name.startswith("day_"):
                 raise UserError(
-                    f"--click-rate {click_rate}: all {file_rows} rows of {name} got the same label; "
+                    f"--click-rate {click_rate}: all {file_rows} rows of {name} have the same label; "
                     "raise --rows or choose a click rate nearer to 0.5"
                 )
         known = {
@@ -159,21 +159,21 @@ def generate(
 
 def _check_options(*, rows: int, days: int, seed: int, click_rate: float) -> None:
     if rows < 1:
-        raise UserError(f"--rows {rows}: there must be at least 1 training row; give a larger number")
+        raise UserError(f"--rows {rows} is too small; give 1 or more")
     if days < 1:
-        raise UserError(f"--days {days}: there must be at least 1 day; give a larger number")
+        raise UserError(f"--days {days} is too small; give 1 or more")
     if rows < days:
         raise UserError(f"--rows {rows}: fewer rows than the {days} days; give more --rows or fewer --days")
     if not 0 <= seed <= _LARGEST_SEED:
-        raise UserError(f"--seed {seed}: the seed is out of range; give a number from 0 to 2**63 - 1")
+        raise UserError(f"--seed {seed} is out of range; give a number from 0 to 2**63 - 1")
     if not 0 < click_rate < 1:  # also refuses NaN
-        raise UserError(f"--click-rate {click_rate}: the rate is out of range; give a number between 0 and 1")
+        raise UserError(f"--click-rate {click_rate} is out of range; give a number between 0 and 1")
 
 
 def _write_file(
     connection: duckdb.DuckDBPyConnection, path: Path, truth: Truth, *, rows: int, seed: int, stream: int
 ) -> SyntheticFile:
-    """Write one file chunk by chunk; every chunk has a random stream of its own."""
+    """Write one file chunk by chunk; every chunk has its own random stream."""
     labels = np.empty(rows, dtype=np.uint8)
     logits = np.empty(rows, dtype=np.float64)
     piece = path.with_suffix(".piece")

@@ -1,4 +1,4 @@
-"""The known model behind the synthetic click logs: a small DeepFM of its own, drawn from a seed.
+"""The known model behind the synthetic click logs: a small DeepFM drawn from a seed.
 
 Shape legend: B rows, I = 13 numeric fields, F = 26 categorical fields, K width of a factor, H hidden units.
 
@@ -28,15 +28,15 @@ from torchrec_deepfm.data.synthetic.columns import (
 FACTOR_DIM: Final = 4
 HIDDEN: Final = 3
 
-# How strong the parts are: standard deviations over rows before the whole is scaled to _LOGIT_STD. Found by experiment:
-# at a million rows, logistic regression, FM and DeepFM then end clearly apart, and DeepFM near the optimum.
+# Standard deviations of the parts over rows, before their sum is scaled to _LOGIT_STD. Found by experiment:
+# with a million rows logistic regression, FM and DeepFM differ clearly, and DeepFM comes near the optimum.
 _LINEAR_STD: Final = 0.7
 _PAIRS_STD: Final = 0.9
 _DEEP_STD: Final = 1.1
 _LOGIT_STD: Final = 1.65
-# Standard deviation of what goes into tanh: at 2 it saturates often, so that no sum of pairs can stand in for it.
+# Standard deviation of tanh's input: at 2 it saturates often, so that no sum of pairs can replace it.
 _TANH_INPUT_STD: Final = 2.0
-# The part of tanh's linear trend that the first order takes away again, so that logistic regression can't have it.
+# Share of tanh's linear trend that the first order cancels, so that logistic regression can't learn it.
 _TREND_TAKEN_AWAY: Final = 0.75
 # Rows on which the scales and the bias are set: the click rate is then right to about 0.001.
 _CALIBRATION_ROWS: Final = 131_072
@@ -139,7 +139,7 @@ def draw_truth(*, seed: int, click_rate: float) -> Truth:
 def _draw_table(generator: np.random.Generator, column: int) -> Floats:
     """Draw rows [v | w] with mean 0 over the column's distribution.
 
-    Long columns get small rows, v above all: their values are too rare for their interactions to be learnt.
+    Columns with many values get small rows, v above all: rare values give too little data to learn interactions.
     """
     share = shares(column)
     table = generator.standard_normal((len(share), FACTOR_DIM + 1))
