@@ -174,7 +174,7 @@ GOOD = 'label = "y"\nnumeric = ["price"]\ncategorical = ["c", "d"]\n'
             GOOD + '[columns]\nc = { list = true, weights = "w" }\nw = {}',
             f"columns.w: 'w' {UNNAMED}; put options of the list at 'c'",
         ),
-        (GOOD + "[columns.c]\nlist = 1", "columns.c.list: 1 is neither true nor false; give one of them"),
+        (GOOD + "[columns.c]\nlist = 1", "columns.c.list: 1 is not true or false; give one of them"),
         (
             GOOD + '[columns.c]\nseparator = "|"',
             "columns.c.separator: only valid for a list column; add list = true, or remove it",
@@ -211,7 +211,7 @@ GOOD = 'label = "y"\nnumeric = ["price"]\ncategorical = ["c", "d"]\n'
         ),
         (
             GOOD + '[columns]\nc = {list=true, weights="w"}\nd = {list=true, weights="w"}',
-            "columns.c.weights: 'w' serves 2 lists; give each its own",
+            "columns.c.weights: 'w' serves 2 lists; give each a separate column",
         ),
         (
             'layout = "criteo"\n' + GOOD + "[columns.c]\nlist = true",

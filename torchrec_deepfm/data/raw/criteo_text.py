@@ -364,7 +364,7 @@ def _check_readable(file: File) -> None:
         what = error.strerror or one_line(error)
         raise UserError(f"{path}: the file can't be read ({what}); check its permissions") from error
     if head.startswith(b"PAR1"):
-        raise UserError(f"{path}: this is a Parquet file, and not {_TEXT}; {_NEEDS_SCHEMA}")
+        raise UserError(f"{path}: this is a Parquet file, not {_TEXT}; {_NEEDS_SCHEMA}")
     check_head(path, file.path, head)
 
 

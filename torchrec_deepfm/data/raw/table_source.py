@@ -190,7 +190,7 @@ def open_tables(
     tables = [open_table(file, schema.delimiter) for file in find_files(named)]
     filled = [table for table in tables if not table.is_empty]
     if not filled:
-        raise UserError(f"{named}: there is no row in it; give a table with data or leave it out")
+        raise UserError(f"{named}: the table has no rows; give one with data or leave it out")
     sources = [_source(table, schema, piece_rows, types, labelled, tuple(keep)) for table in filled]
     return sources if types is not None else unify(sources)
 
@@ -326,7 +326,7 @@ def _source(
             role = f"the weights of column {owners[0]!r}" if owners else ""
             raise missing_column(table, name, role=role, **({} if name in wanted else {"remedy": "correct --keep"}))
         if name in table.twice:
-            raise UserError(f"{table.file.name}: column {name!r} appears twice; give every column a name of its own")
+            raise UserError(f"{table.file.name}: column {name!r} appears twice; give every column a different name")
     try:
         found = category_types(table.fields, schema, types=types, labelled=labelled, is_text=table.is_text)
     except UserError as error:
