@@ -124,6 +124,7 @@ def predict(
     env: Optional[Dict[str, str]] = None,
     max_retries: int = 0,
     rdzv_port: int = 29500,
+    max_restarts: int = 3,
 ) -> specs.AppDef:
     """Predicts the click probabilities of files of raw rows; several ranks take turns with pieces of them.
 
@@ -139,11 +140,12 @@ def predict(
         env: environment variables of the ranks (ENV1=v1,ENV2=v2)
         max_retries: how often the scheduler may start the job again; it resumes
         rdzv_port: port on the first host where several hosts meet; another one for each job there (one host uses none)
+        max_restarts: how often torchelastic may start the ranks again
     """
     return _on_ranks(
         "predict",
         args,
-        0,
+        max_restarts,
         j=j,
         cpu=cpu,
         gpu=gpu,

@@ -12,7 +12,7 @@ from torchx.specs.finder import ComponentValidationException
 
 ROOT = Path(__file__).resolve().parent.parent
 FILE = ROOT / "apps" / "deepfm.py"
-COMPONENTS = ["evaluate", "experiment", "plan", "prepare", "train"]
+COMPONENTS = ["evaluate", "experiment", "plan", "predict", "prepare", "train"]
 
 
 def load(path: Path) -> ModuleType:
@@ -32,6 +32,9 @@ class TestAsTorchXSeesThem(ComponentTestCase):
 
     def test_train(self) -> None:
         self.validate(deepfm, "train")
+
+    def test_predict(self) -> None:
+        self.validate(deepfm, "predict")
 
     def test_evaluate(self) -> None:
         self.validate(deepfm, "evaluate")
@@ -71,7 +74,7 @@ def test_the_readme_names_the_components_and_no_others() -> None:
     assert named | {deepfm.DEFAULT_COMPONENT} == set(COMPONENTS)
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "experiment", "prepare"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "experiment", "predict", "prepare"])
 def test_ranks_run_the_command_with_the_arguments(command: str) -> None:
     app: AppDef = getattr(deepfm, command)(
         "--data",

@@ -107,7 +107,8 @@ def test_a_file_with_one_component_needs_no_default(tmp_path: Path) -> None:
             ["apps/deepfm.py:nothing"],
             (
                 "error: apps/deepfm.py: has no component 'nothing'; write apps/deepfm.py:evaluate or "
-                "apps/deepfm.py:experiment or apps/deepfm.py:plan or apps/deepfm.py:prepare or apps/deepfm.py:train"
+                "apps/deepfm.py:experiment or apps/deepfm.py:plan or apps/deepfm.py:predict or "
+                "apps/deepfm.py:prepare or apps/deepfm.py:train"
             ),
         ),
         (

@@ -18,6 +18,8 @@ _WARNINGS = (
     r"`torch\.distributed\.(all_gather_into|reduce_scatter)_tensor` is deprecated",  # row-wise sharding calls them
     # Of data_parallel tables on CPU; tests/training/test_optimizers.py proves their gradients right.
     r"fbgemm::dense_embedding_codegen_lookup_function: an autograd kernel was not registered",
+    # Of load_model, which needs no process group.
+    r"torch\.distributed is disabled, unavailable or uninitialized, assuming the intent is to load in a single",
     r"[\s\S]*fbgemm_gpu.split_table_batched_embeddings_ops is now DEPRECATED",  # TorchRec imports it
 )
 _LOGGED: dict[str, str | tuple[str, ...]] = {

@@ -142,6 +142,8 @@ OPTIONS = {
     },
     "calibrate": {"output", "check", "name"},
     "doctor": set(),
+    "predict": {"run", "package", "checkpoint", "data", "input", "output", "keep", "on-bad-row"},
+    "explain": {"run", "package", "checkpoint", "data", "input", "output", "rows", "importance-rows", "page"},
 }
 
 
@@ -275,6 +277,8 @@ NEEDED = {
     "plan diff": ["x", "x"],
     "train": [],
     "evaluate": ["--run", "x", "--data", "x"],
+    "predict": ["--run", "x", "--input", "x", "--output", "x"],
+    "explain": ["--run", "x", "--input", "x"],
     "plan": ["--tables", "x", "--hardware", "x", "--ranks", "2", "--output", "x"],
     "experiment": ["--tables", "x", "--output", "x"],
     "calibrate": ["x", "--output", "x"],

@@ -1,4 +1,4 @@
-"""Commands that use a trained model: ``predict``."""
+"""Commands that use a trained model: ``predict``, ``explain``."""
 
 import os
 from collections.abc import Iterator
@@ -57,6 +57,44 @@ class Predict:
             bad = f", {found.bad:,} bad ones without a probability" if found.bad else ""
             before = "is finished already: " if found.before else ""
             console.say(f"{self.output}: {before}{found.rows:,} rows{bad}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explain:
+    """Take predictions apart: bias, first order, pairs of fields, deep part; and which fields matter over many rows."""
+
+    input: tuple[str, ...]
+    """Raw rows, as for predict. With labels, the AUC lost when a field is shuffled is measured too."""
+    run_folder: Annotated[Path | None, tyro.conf.arg(name="run")] = None
+    """Run folder that train wrote."""
+    package: Path | None = None
+    """Folder that export wrote, instead of a run."""
+    checkpoint: str | None = None
+    """Of a run: best, last or a step. Default: the weights that its summary measures."""
+    data: Path | None = None
+    """Prepared folder of a run that keeps no encoder, as earlier versions trained it."""
+    rows: int = 3
+    """First rows to take apart."""
+    importance_rows: int = 10_000
+    """First rows to measure the importance of the fields over."""
+    output: Path | None = None
+    """Parquet file for the parts of the rows; NAME_fields.parquet beside it holds the fields."""
+    page: Path | None = None
+    """HTML file for both."""
+
+    def run(self) -> None:
+        """Run the command."""
+        predictor = _load(self.run_folder, self.package, self.checkpoint, self.data)
+        from torchrec_deepfm.inference.explain_files import explain_files
+
+        targets = [path for path in (self.output, self.page) if path is not None]
+        found = explain_files(
+            predictor, self.input, rows=self.rows, importance_rows=self.importance_rows, targets=targets
+        )
+        console.say(found.text())
+        written = found.write(self.output, self.page, f"What {predictor.path.name} predicts, and why")
+        if written:
+            console.say(f"wrote {', '.join(map(str, written))}")
 
 
 def _load(run: Path | None, package: Path | None, checkpoint: str | None, data: Path | None) -> "Predictor":

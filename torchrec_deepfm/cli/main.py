@@ -20,7 +20,7 @@ import tyro
 from torchrec_deepfm import console
 from torchrec_deepfm.cli.data import InferSchema, Prepare, Synthetic, Verify
 from torchrec_deepfm.cli.experiment import CalibrateCommand, ExperimentCommand
-from torchrec_deepfm.cli.infer import Predict
+from torchrec_deepfm.cli.infer import Explain, Predict
 from torchrec_deepfm.cli.options import REGISTRY
 from torchrec_deepfm.cli.parse_errors import one_line_errors
 from torchrec_deepfm.cli.plan import DiffPlans, PlanCommand, ShowPlan
@@ -56,6 +56,7 @@ COMMANDS: dict[str, type[Any]] = {
     "report": Report,
     "evaluate": Evaluate,
     "predict": Predict,
+    "explain": Explain,
     "plan": PlanCommand,
     "plan show": ShowPlan,
     "plan diff": DiffPlans,
@@ -131,7 +132,7 @@ def _overview() -> str:
     commands = (f"  {name:<14} {str(command.__doc__).splitlines()[0]}" for name, command in COMMANDS.items())
     return f"""usage: {PROG} COMMAND [OPTIONS]
 
-DeepFM on TorchRec: make data, prepare, train, evaluate.
+DeepFM on TorchRec: make data, prepare, train, evaluate, predict, explain.
 
 {_filled(chr(10).join(commands), indent=17)}
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torchrec_deepfm.data.dataset.prepared import PreparedData
 from torchrec_deepfm.data.prepare.row_encoder import EncodedRows, RowEncoder
 from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.inference.explain import Explanation, explain_rows
 from torchrec_deepfm.inference.scorer import ModelScorer
 from torchrec_deepfm.inference.weights import load_model
 from torchrec_deepfm.training.run import folder as run_folder
@@ -56,6 +57,21 @@ class Predictor:
         """
         rows = self.encoder.encode(frame, on_bad_row=on_bad_row)
         return spread(self.score(rows), rows.bad)
+
+    def explain(self, frame: Any) -> Explanation:
+        """Take the logits of rows apart: bias, first order per field, pairs of fields, deep part.
+
+        Args:
+            frame: As for ``predict``.
+
+        Returns:
+            The parts, which sum to the logits; see ``Explanation``.
+
+        Raises:
+            UserError: As ``predict``; or a package whose model has no parts.
+        """
+        raw = self.encoder.read(frame)
+        return explain_rows(self.score, self.encoder.encode_piece(raw), self.encoder.texts(raw))
 
 
 def load(

@@ -1,10 +1,12 @@
 """Encoded rows through the unsharded model of a run.
 
-Shape letters: n rows, B rows of a batch, I numeric columns.
+Shape letters: n rows, B rows of a batch, F fields, K factor_dim.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +22,31 @@ from torchrec_deepfm.training.evaluation import autocast
 
 BATCH_ROWS = 8192
 _CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What the logits of n rows are made of; a term that the model was trained without is zero.
+
+    Args:
+        bias: The global bias.
+        first_order: float64 [n, F], ``w_j x_j``.
+        factors: float64 [n, F, K], ``V_j x_j``, whose inner products are the pairs.
+        deep: float64 [n].
+    """
+
+    bias: float
+    first_order: NDArray[np.float64]
+    factors: NDArray[np.float64]
+    deep: NDArray[np.float64]
+
+    @property
+    def logits(self) -> NDArray[np.float64]:
+        """Their sum, float64 [n]."""
+        squared = self.factors.sum(axis=1) ** 2 - (self.factors**2).sum(axis=1)
+        pairs: NDArray[np.float64] = 0.5 * squared.sum(axis=1)
+        total: NDArray[np.float64] = self.bias + self.first_order.sum(axis=1) + pairs + self.deep
+        return total
 
 
 class ModelScorer:
@@ -54,6 +81,25 @@ class ModelScorer:
             sparse = key_jagged(self.schema, by_key, part.bags, len(part))
             yield start, start + len(part), torch.from_numpy(np.ascontiguousarray(part.dense)), sparse
 
+    def parts(self, rows: EncodedRows) -> Parts:
+        """Return what the logits are made of, n rows."""
+        model, terms, width = self.model, self.model.terms, self.model.factor_dim
+        fields = model.dense_in_features + len(self.schema.categorical)
+        first = np.zeros((len(rows), fields))
+        factors, deep = np.zeros((len(rows), fields, width)), np.zeros(len(rows))
+        for start, stop, dense, sparse in self.batches(rows):
+            with self.computing():
+                looked_up = model.sparse_arch(sparse)
+                if model.dense_arch is not None:
+                    looked_up = torch.cat([model.dense_arch(dense), looked_up], dim=1)
+                if "linear" in terms:
+                    first[start:stop] = looked_up[:, :, width].numpy()
+                if "fm" in terms:
+                    factors[start:stop] = looked_up[:, :, :width].numpy()
+                if model.over_arch is not None:
+                    deep[start:stop] = model.over_arch(looked_up[:, :, :width].flatten(1)).float().squeeze(1).numpy()
+        return Parts(bias=float(model.bias), first_order=first, factors=factors, deep=deep)
+
     @contextmanager
     def computing(self) -> Iterator[None]:
         """The precision of the run, which other work in this process does not see."""
@@ -66,6 +112,6 @@ class ModelScorer:
             torch.set_float32_matmul_precision(before)
 
 
-def sigmoid(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+def sigmoid(logits: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
     """Return probabilities in float64, where different logits stay different."""
     return 0.5 + 0.5 * np.tanh(0.5 * logits.astype(np.float64))

@@ -235,6 +235,13 @@ class RowEncoder:
             UserError: A column is absent or of a wrong type, or a row has a value that does not fit; the message names
                 row, counted from 1, and column.
         """
+        return self.encode_piece(*self._read(frame, on_bad_row))
+
+    def read(self, frame: Any) -> pl.DataFrame:
+        """Convert rows in memory to the types of a ``raw.source.Piece``; see ``encode``."""
+        return self._read(frame, "error")[0]
+
+    def _read(self, frame: Any, on_bad_row: str) -> tuple[pl.DataFrame, dict[int, str]]:
         table = as_arrow(frame, self.raw_schema.columns_read[1:])
         fields = dict(zip(table.schema.names, table.schema.types, strict=True))
         types = category_types(fields, self._reading, types=self._types, labelled=False)
@@ -242,7 +249,25 @@ class RowEncoder:
         if bad and on_bad_row == "error":
             row = min(bad)
             raise UserError(f"row {row + 1}, {bad[row]}; correct it, or skip such rows (on_bad_row='skip')")
-        return self.encode_piece(raw, bad)
+        return raw, bad
+
+    def texts(self, raw: pl.DataFrame) -> list[tuple[str, ...]]:
+        """Write the raw values of each row as text, in the order of the model's fields.
+
+        Args:
+            raw: n rows of a piece.
+
+        Returns:
+            For each row a text per numeric and categorical column of ``schema``; an empty one is missing.
+        """
+        keys = {name: f"n{j}" for j, name in enumerate(self.raw_schema.numeric)}
+        keys |= {name: f"c{j}" for j, name in enumerate(self.raw_schema.categorical)}
+        hexadecimal = self.raw_schema.layout == "criteo"
+        columns = []
+        for name in (*self.schema.numeric, *self.schema.categorical):
+            code = hexadecimal and keys[name].startswith("c")
+            columns.append([_text(value, code=code) for value in raw[keys[name]].to_list()])
+        return list(zip(*columns, strict=True))
 
     def encode_piece(self, raw: pl.DataFrame, bad: Mapping[int, str] | None = None) -> EncodedRows:
         """Encode rows that a source has read; see ``raw.source.Piece``.
@@ -324,6 +349,16 @@ class RowEncoder:
 
 
 _AGAIN: Final = "restore the folder, or train again"
+
+
+def _text(value: Any, *, code: bool) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, list):
+        return "[" + ", ".join(map(str, value)) + "]"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return f"{value:08x}" if code else str(value)
 
 
 def _none(rows: int) -> NDArray[np.int32]:

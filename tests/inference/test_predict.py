@@ -1,0 +1,181 @@
+"""``predict``: files of raw rows in, a Parquet file of probabilities out."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import polars as pl
+import pytest
+import torch.distributed as dist
+from sklearn.metrics import roc_auc_score
+
+from tests.inference.test_load import by_hand, read_raw
+from tests.support.ranks import run_ranks
+from torchrec_deepfm.cli.main import main
+from torchrec_deepfm.data.dataset.prepared import PreparedData
+from torchrec_deepfm.data.prepare.workers import Workers
+from torchrec_deepfm.distributed import process_group
+from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.inference import predict as module
+from torchrec_deepfm.inference.load import Predictor, load
+from torchrec_deepfm.inference.predict import predict_files
+
+
+@pytest.fixture(scope="session")
+def text(run_data: PreparedData) -> Path:
+    """300 labelled rows as Criteo's text."""
+    return run_data.folder.parent / "test.tsv"
+
+
+@pytest.fixture(scope="session")
+def predictor(run: Path) -> Predictor:
+    return load(run)
+
+
+def small_pieces() -> None:
+    module._PIECE_BYTES = 1000
+    module._PIECE_ROWS = 40
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_PIECE_BYTES", 1000)
+    monkeypatch.setattr(module, "_PIECE_ROWS", 40)
+
+
+def probabilities(path: Path) -> list[float | None]:
+    return pl.read_parquet(path)["probability"].to_list()
+
+
+@pytest.mark.usefixtures("small")
+def test_the_command(run: Path, run_data: PreparedData, text: Path, tmp_path: Path, capsys: Any) -> None:
+    output = tmp_path / "p.parquet"
+    command = ["predict", "--run", str(run), "--input", str(text), "--output", str(output), "--keep", "label", "user"]
+    main(command)
+    found = pl.read_parquet(output)
+    assert found.columns == ["label", "user", "probability"]
+    assert found["label"].to_list() == read_raw(text)["label"].to_list()
+    assert [int(user, 16) for user in found["user"]] == [int(user, 16) for user in read_raw(text)["user"]]
+    assert np.abs(found["probability"].to_numpy() - by_hand(run, run_data, "test")).max() <= 1e-6
+    measured = json.loads((run / "summary.json").read_text())["test"]["auc"]
+    assert roc_auc_score(found["label"], found["probability"]) == pytest.approx(measured, abs=1e-9)
+    assert list(tmp_path.iterdir()) == [output]
+    main(command)
+    assert "p.parquet: is finished already: 300 rows" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("small")
+def test_every_kind_of_file(predictor: Predictor, text: Path, tmp_path: Path) -> None:
+    frame = read_raw(text)
+    predict_files(predictor, [str(text)], tmp_path / "expected.parquet")
+    expected = np.array(probabilities(tmp_path / "expected.parquet"))
+    frame.write_parquet(tmp_path / "a.parquet")
+    frame.drop("label").write_csv(tmp_path / "a.csv")
+    frame.drop("label").write_csv(tmp_path / "unlabelled.txt", separator="\t", include_header=False)
+    for filesystem, name in ((fsspec.filesystem("memory"), "/rows.tsv"), (fsspec.filesystem("memory"), "/rows.csv")):
+        local = text if name.endswith("tsv") else tmp_path / "a.csv"
+        filesystem.pipe_file(name, local.read_bytes())
+    named = [str(tmp_path / name) for name in ("a.parquet", "a.csv", "unlabelled.txt")]
+    for i, one in enumerate([*named, "memory://rows.tsv", "memory://rows.csv"]):
+        predict_files(predictor, [one], tmp_path / f"{i}.parquet")
+        assert np.abs(np.array(probabilities(tmp_path / f"{i}.parquet")) - expected).max() <= 1e-6, one
+    predict_files(predictor, named[:2], tmp_path / "both.parquet", keep=("row",))
+    both = pl.read_parquet(tmp_path / "both.parquet")
+    assert both["row"].cast(pl.Int64).to_list() == 2 * frame["row"].to_list()
+    assert np.abs(both["probability"].to_numpy() - np.tile(expected, 2)).max() <= 1e-6
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("name", ["a.tsv", "a.csv"])
+def test_a_bad_row(predictor: Predictor, text: Path, tmp_path: Path, name: str) -> None:
+    predict_files(predictor, [str(text)], tmp_path / "expected.parquet")
+    expected = probabilities(tmp_path / "expected.parquet")
+    lines = text.read_text().splitlines()
+    lines[50] = lines[50].replace("\t", "\tx", 1)
+    lines[250] += "\t0"
+    tab = "\n".join(lines) + "\n"
+    path = tmp_path / name
+    path.write_text(tab if name == "a.tsv" else "label,row,noise,user,item,shop\n" + tab.replace("\t", ","))
+    with pytest.raises(UserError, match=r"a\.(tsv: line 51|csv: row 52), column '?row'?: 'x20050' is n"):
+        predict_files(predictor, [str(path)], tmp_path / "p.parquet")
+    assert not (tmp_path / ".p.parquet.partial").exists()
+    found = predict_files(predictor, [str(path)], tmp_path / "p.parquet", keep=["item"], on_bad_row="skip")
+    assert (found.rows, found.bad) == (300, 2)
+    frame = pl.read_parquet(tmp_path / "p.parquet")
+    assert [row for row, value in enumerate(frame["probability"]) if value is None] == [50, 250]
+    assert [a for a in frame["probability"] if a is not None] == pytest.approx(
+        [value for row, value in enumerate(expected) if row not in (50, 250)], abs=1e-6
+    )
+    items = [int(value, 16) for value in read_raw(text)["item"]]
+    kept = [None if value is None else int(value, 16) for value in frame["item"]]
+    assert all(kept[row] == items[row] for row in range(300) if row not in (50, 250))
+
+
+def on_ranks(run: str, text: str, output: str) -> int:
+    small_pieces()
+    ranks = Workers(rank=dist.get_rank(), count=dist.get_world_size(), gather=process_group.gather)
+    return predict_files(load(run), [text], Path(output), ranks=ranks).rows
+
+
+@pytest.mark.usefixtures("small")
+def test_ranks_and_resumed_calls_end_in_the_same_bytes(
+    predictor: Predictor, run: Path, text: Path, tmp_path: Path
+) -> None:
+    predict_files(predictor, [str(text)], tmp_path / "p.parquet")
+    expected = (tmp_path / "p.parquet").read_bytes()
+    (tmp_path / "ranks").mkdir()
+    output = tmp_path / "ranks" / "p.parquet"
+    assert run_ranks(on_ranks, 2, str(run), str(text), str(output)) == [300, 300]
+    assert output.read_bytes() == expected
+
+    calls = 0
+
+    def stopped(rows: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise KeyboardInterrupt
+        return predictor.score(rows)
+
+    (tmp_path / "stopped").mkdir()
+    output = tmp_path / "stopped" / "p.parquet"
+    with pytest.raises(KeyboardInterrupt):
+        predict_files(replace(predictor, score=stopped), [str(text)], output)
+    assert not output.exists()
+    pieces = len(list((tmp_path / "stopped" / ".p.parquet.partial").glob("part_*")))
+    assert pieces == 3
+    calls = 100
+    predict_files(replace(predictor, score=stopped), [str(text)], output)
+    whole = calls - 100 + pieces
+    assert whole == -(-text.stat().st_size // 1000)
+    assert [float(np.float32(one or 0)) for one in probabilities(tmp_path / "p.parquet")] == probabilities(output)
+
+
+def test_refusals(run: Path, text: Path, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "taken.parquet").write_bytes(b"mine")
+    pl.DataFrame({"row": [1.0]}).write_parquet(tmp_path / "lacks.parquet")
+    one, out = str(text), str(tmp_path / "p.parquet")
+    for words, message in [
+        (["--run", str(tmp_path), "--input", one, "--output", out], "not a run folder"),
+        (["--input", one, "--output", out], "--run, --package: name one of the two"),
+        (["--package", str(run), "--input", one, "--output", out], "not a package (no package.json)"),
+        (["--run", str(run), "--input", "gone.tsv", "--output", out], "gone.tsv: no such file; check the path"),
+        (["--run", str(run), "--input", str(tmp_path / "lacks.parquet"), "--output", out], "no column 'noise'"),
+        (["--run", str(run), "--input", one, "--output", str(tmp_path / "taken.parquet")], "the file exists;"),
+        (["--run", str(run), "--input", one, "--output", str(tmp_path / "no" / "p")], "there is no such folder"),
+        (["--run", str(run), "--input", one, "--output", out, "--keep", "usr"], "(did you mean 'user'?)"),
+        (["--run", str(run), "--input", one, "--output", out, "--keep", "probability"], "of this name already"),
+        (["--run", str(run), "--input", one, "--output", one], "this command reads or writes that file already"),
+        (["--run", str(run), "--input", one, "--output", out, "--checkpoint", "3"], "no such checkpoint"),
+    ]:
+        with pytest.raises(SystemExit) as stop:
+            main(["predict", *words])
+        assert stop.value.code == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert len(error.splitlines()) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lacks.parquet", "taken.parquet"]
+    assert (tmp_path / "taken.parquet").read_bytes() == b"mine"

@@ -1,0 +1,137 @@
+"""``explain``: the first rows of some files taken apart, fields by importance, as text, Parquet and a page."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import polars as pl
+
+from torchrec_deepfm.data.raw.table_source import TableSource
+from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.files import check_target
+from torchrec_deepfm.inference.explain import Explanation, Importance, explain_rows, importance
+from torchrec_deepfm.inference.load import Predictor
+from torchrec_deepfm.inference.predict import open_sources
+from torchrec_deepfm.report.page import PageTable, Paragraph, Section, write_page
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explained:
+    """What ``explain_files`` found.
+
+    Args:
+        rows: The first rows.
+        fields: The fields, most important first.
+        measured: Over how many rows their importance was measured.
+    """
+
+    rows: Explanation
+    fields: Sequence[Importance]
+    measured: int
+
+    def text(self) -> str:
+        """Return rows and fields as lines for a terminal."""
+        lines = [self.rows.text(row) for row in range(len(self.rows.values))]
+        lines.append(f"importance of the fields over {self.measured:,} rows")
+        lines.append(f"  {'field':<40}{'mean |contribution|':>22}{'AUC loss, shuffled':>22}")
+        for one in self.fields:
+            loss = "-" if one.auc_loss is None else f"{one.auc_loss:.5f}"
+            lines.append(f"  {one.field:<40}{one.contribution:>22.5f}{loss:>22}")
+        return "\n".join(lines)
+
+    def write(self, rows: Path | None, page: Path | None, title: str) -> list[Path]:
+        """Write the files that are asked for.
+
+        Args:
+            rows: Parquet file for the parts of the rows, one part a line; the fields go to ``NAME_fields.parquet``.
+            page: HTML file.
+            title: Of the page.
+
+        Returns:
+            What was written.
+        """
+        written = []
+        if rows is not None:
+            fields = rows.with_name(f"{rows.stem}_fields{rows.suffix}")
+            self.rows.table().write_parquet(rows)
+            pl.DataFrame([asdict(one) for one in self.fields]).write_parquet(fields)
+            written += [rows, fields]
+        if page is not None:
+            write_page(page, title, self._sections())
+            written.append(page)
+        return written
+
+    def _sections(self) -> list[Section]:
+        fields = PageTable(
+            ("field", "mean |contribution|", "AUC loss, shuffled"),
+            [(one.field, one.contribution, one.auc_loss) for one in self.fields],
+            caption=f"Importance over {self.measured:,} rows.",
+            formats={"mean |contribution|": ".5f", "AUC loss, shuffled": ".5f"},
+        )
+        sections = [Section("Fields", fields)]
+        table = self.rows.table()
+        for row, probability in enumerate(self.rows.probabilities.tolist()):
+            parts = table.filter(pl.col("row") == row).sort(pl.col("contribution").abs(), descending=True).head(25)
+            lines = [
+                (part, _named(field, value), _named(other, second), amount)
+                for _, part, field, value, other, second, amount in parts.rows()
+            ]
+            logit = self.rows.logits[row]
+            about = Paragraph(f"Probability {probability:.5f}, logit {logit:+.5f}. The 25 largest parts of the logit:")
+            head = ("part", "field", "other field", "contribution")
+            sections.append(Section(f"Row {row + 1}", about, PageTable(head, lines, formats={"contribution": "+.5f"})))
+        return sections
+
+
+def explain_files(
+    predictor: Predictor,
+    inputs: Sequence[str],
+    *,
+    rows: int,
+    importance_rows: int,
+    targets: Sequence[Path] = (),
+) -> Explained:
+    """Explain the first rows of some files, and which fields matter over more of them.
+
+    Args:
+        predictor: The model.
+        inputs: As for ``predict_files``; with labels the AUC's loss is measured too.
+        rows: Rows to take apart.
+        importance_rows: Rows to measure the importance over.
+        targets: Files to be written later, which must be free.
+
+    Returns:
+        What was found.
+
+    Raises:
+        UserError: As ``predict_files``; or a target can't be written.
+    """
+    for option, least, value in (("--rows", 0, rows), ("--importance-rows", 1, importance_rows)):
+        if value < least:
+            raise UserError(f"{option} {value}: must be at least {least}")
+    for target in targets:
+        check_target("--output, --page", target, like="explained.parquet", inputs=[Path(one) for one in inputs])
+    sources = open_sources(predictor.encoder, inputs)
+    label = predictor.encoder.raw_schema.label
+    if all(isinstance(source, TableSource) and label in source.file.fields for source in sources):
+        sources = open_sources(predictor.encoder, inputs, labelled=True)
+    frames, found = [], 0
+    for source in sources:
+        for piece in source.pieces(start=0, line=0, skip_bad=False):
+            frames.append(piece.frame.head(importance_rows - found))
+            found += len(frames[-1])
+            if found == importance_rows:
+                break
+        if found == importance_rows:
+            break
+    raw = pl.concat(frames, how="vertical_relaxed")
+    encoder, scorer = predictor.encoder, predictor.score
+    head = raw.head(rows)
+    explained = explain_rows(scorer, encoder.encode_piece(head), encoder.texts(head))
+    labels = raw["label"].to_numpy().astype("int64") if "label" in raw.columns else None
+    fields = importance(scorer, encoder.encode_piece(raw), labels)  # type: ignore[arg-type]
+    return Explained(rows=explained, fields=fields, measured=len(raw))
+
+
+def _named(field: str | None, value: str | None) -> str | None:
+    return None if field is None else f"{field}={value or '(missing)'}"
