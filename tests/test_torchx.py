@@ -18,10 +18,10 @@ TORCHX = Path(sys.executable).parent / "torchx"
 
 def torchx(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
     # As without an activated environment: the plugin has to find the ranks' python by itself.
-    surroundings = os.environ | {"PATH": os.defpath} | env
-    surroundings.pop("VIRTUAL_ENV", None)
+    environment = os.environ | {"PATH": os.defpath} | env
+    environment.pop("VIRTUAL_ENV", None)
     return subprocess.run(
-        [TORCHX, *words], capture_output=True, text=True, cwd=ROOT, env=surroundings, timeout=120, check=False
+        [TORCHX, *words], capture_output=True, text=True, cwd=ROOT, env=environment, timeout=120, check=False
     )
 
 

@@ -28,7 +28,7 @@ class Synthetic:
     """Share of clicks: about 0.03 in Criteo Terabyte, 0.26 in Criteo Kaggle."""
 
     def run(self) -> None:
-        """Run the command."""
+        """Write the click logs."""
         from torchrec_deepfm.data.synthetic.generate import generate
 
         made = generate(self.output, rows=self.rows, days=self.days, seed=self.seed, click_rate=self.click_rate)
@@ -57,7 +57,7 @@ class Prepare:
     """What becomes of the rows."""
 
     def run(self) -> None:
-        """Run the command."""
+        """Write the prepared folder."""
         cores = console.threads()
         os.environ["POLARS_MAX_THREADS"] = str(cores)  # read when polars is loaded
         from torchrec_deepfm.data.criteo_defaults import preset
@@ -100,7 +100,7 @@ class Verify:
     """Prepared folder."""
 
     def run(self) -> None:
-        """Run the command."""
+        """Check every file of the folder."""
         from torchrec_deepfm.data.dataset.verify import verify
 
         files = verify(self.folder, console.say)
@@ -119,7 +119,7 @@ class InferSchema:
     """TOML file to write. Without it the schema is printed."""
 
     def run(self) -> None:
-        """Run the command."""
+        """Print or write the schema."""
         from torchrec_deepfm.data.raw.infer_schema import infer_schema, write_inferred
 
         if self.output is None:

@@ -80,7 +80,7 @@ class ExperimentCommand:
                 raise UserError(f"--over-arch-layer-sizes {size}: every hidden layer needs at least one unit")
 
     def run(self) -> None:
-        """Run the command."""
+        """Measure the plans and write the results."""
         console.quiet()
         if "RANK" not in os.environ:
             import torch
@@ -175,7 +175,7 @@ class CalibrateCommand:
     """Name of the description. Default: the file's name."""
 
     def run(self) -> None:
-        """Run the command."""
+        """Fit the hardware and write its description."""
         console.quiet()
         from torchrec_deepfm.experiment.calibrate import calibrate, recalculate
         from torchrec_deepfm.experiment.report import write_experiment_report

@@ -39,7 +39,7 @@ class Predict:
     """Stop at a row that does not fit, or give it a null."""
 
     def run(self) -> None:
-        """Run the command."""
+        """Write the predictions."""
         predictor = _load(self.run_folder, self.package, self.checkpoint, self.data)
         from torchrec_deepfm.inference.predict import predict_files
 

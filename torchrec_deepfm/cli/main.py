@@ -38,7 +38,7 @@ class Doctor:
     """Check that torch, FBGEMM and TorchRec fit together, and say what to install where they do not."""
 
     def run(self) -> None:
-        """Run the command."""
+        """Print versions and problems."""
         from torchrec_deepfm.doctor import check
 
         report = check()

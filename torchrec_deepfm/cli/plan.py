@@ -46,7 +46,7 @@ class ShowPlan:
     """HTML file for a report of the plan."""
 
     def run(self) -> None:
-        """Run the command."""
+        """Print the plan."""
         from torchrec_deepfm.sharding.inputs.hardware import RESERVED
         from torchrec_deepfm.sharding.plan.io import load_plan
         from torchrec_deepfm.sharding.plan.text import plan_text
@@ -67,7 +67,7 @@ class DiffPlans:
     """File of another plan."""
 
     def run(self) -> None:
-        """Run the command."""
+        """Print the differences."""
         from torchrec_deepfm.sharding.plan.io import load_plan
         from torchrec_deepfm.sharding.plan.text import diff_text
 
@@ -104,7 +104,7 @@ class PlanCommand:
     """HTML file for a report of the plan."""
 
     def run(self) -> None:
-        """Run the command."""
+        """Search for a plan, print and write it."""
         console.quiet()
         if os.environ.get("RANK", "0") != "0":  # a plan is made once, however many ranks were started
             return

@@ -77,7 +77,7 @@ class Train:
         return replace(named, **{name: value for group in groups for name, value in given(group).items()})
 
     def run(self) -> None:
-        """Run the command."""
+        """Train, or resume, and print the result."""
         console.quiet()
         from torchrec_deepfm.distributed.health import LostPeer
 
@@ -133,7 +133,7 @@ class Recipes:
     """Speed of the training on all ranks together, to work the time out."""
 
     def run(self) -> None:
-        """Run the command."""
+        """Print the recipes, or one of them."""
         from torchrec_deepfm.training.recipe_text import recipe_text, recipes_table
 
         if self.name is None:
@@ -158,7 +158,7 @@ class Report:
     """Run folder that train wrote."""
 
     def run(self) -> None:
-        """Run the command."""
+        """Draw the run's report."""
         console.quiet()
         from torchrec_deepfm.training.run.report import write_run_report
 
@@ -186,7 +186,7 @@ class Evaluate:
             raise UserError("--data, --input: give one of the two, a prepared folder or raw files")
 
     def run(self) -> None:
-        """Run the command."""
+        """Print the metrics of the run's final weights."""
         console.quiet()
         from torchrec_deepfm.distributed import process_group as ranks
         from torchrec_deepfm.evaluation.evaluate import evaluate_run

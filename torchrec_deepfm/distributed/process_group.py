@@ -57,7 +57,7 @@ def process_group(timeout: float = 1800.0, *, cpu: bool = False) -> Iterator[tor
         store = torch._C._distributed_c10d.HashStore()  # torch.distributed re-exports it, but not for mypy
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
     try:
-        with shared_mistakes():
+        with raise_on_all_ranks():
             yield device
         dist.barrier()  # no rank closes connections that another one still uses
     finally:
@@ -75,7 +75,7 @@ def _stay_on_this_host() -> None:
 
 
 @contextmanager
-def shared_mistakes() -> Iterator[None]:
+def raise_on_all_ranks() -> Iterator[None]:
     """Raise the UserError of one rank, such as a bad value in its rows, on all ranks.
 
     The others only see a lost connection to that rank. So it leaves its message in the group's store, and they raise

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torchrec_deepfm.data.dataset.prepared import PreparedData
 from torchrec_deepfm.data.loader.loader import Loader
 from torchrec_deepfm.distributed.health import DataFiles, Heartbeat, explained, longest_wait
-from torchrec_deepfm.distributed.process_group import is_main, on_main, shared_mistakes
+from torchrec_deepfm.distributed.process_group import is_main, on_main, raise_on_all_ranks
 from torchrec_deepfm.distributed.run_lock import RunLock
 from torchrec_deepfm.distributed.stop_signals import Preempted, Requests, requests_to_stop
 from torchrec_deepfm.errors import UserError
@@ -190,7 +190,7 @@ class _Training:
             ),
         )
         try:
-            with shared_mistakes(), explained(self._heartbeat):
+            with raise_on_all_ranks(), explained(self._heartbeat):
                 resumed = self._resume(loop, checkpoints)
                 on_main(checkpoints.store.clean)
                 on_main(lambda: run_folder.write_saved(self._output, self._target, checkpoints.saved))

@@ -1,5 +1,5 @@
-"""What happens around a training: disks, data, memory, ranks that stall, losses that are no numbers. Each ends in one
-line that says where and what to do, and what was saved is still there to resume from."""
+"""Faults of the environment: disks, data, memory, stalled ranks, losses that are not finite. Each ends in one line that
+says where and what to do, and the training resumes from what was saved."""
 
 import json
 import math
