@@ -205,6 +205,16 @@ def test_columns_of_raw_files_hold_their_values(raw: dict[str, Any], data: Prepa
     assert all(each["rows"] == countries.count(each["value"] or "") for each in found if "others" not in each)
 
 
+def test_a_column_that_raw_files_lack(runs: Path, data: PreparedData, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli_main.main(["evaluate", "--run", str(runs / "run_0"), "--input", *raw_files(data.folder), "--by", "country"])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: --by country: ")
+    assert "there is no column 'country'" in said
+    assert said.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

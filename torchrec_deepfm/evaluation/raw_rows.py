@@ -44,7 +44,12 @@ class RawRows:
         self._inputs = inputs
         self._encoders = {run: encoder_of(run) for run in runs}
         self._first = self._encoders[runs[0]]
-        open_sources(self._first, inputs, labelled=True, keep=list(dict.fromkeys(name for _, name in columns)))
+        open_sources(self._first, inputs, labelled=True)
+        for option, name in columns:
+            try:
+                open_sources(self._first, inputs, labelled=True, keep=[name])
+            except UserError as error:
+                raise UserError(str(error).removesuffix("; correct --keep"), where=f"{option} {name}") from error
 
     def describe(self) -> dict[str, Any]:
         """What the result file records of the rows."""
@@ -104,7 +109,7 @@ class RawBatches:
         encoded = self._encoder.encode_piece(mine)
         by_key = np.ascontiguousarray(encoded.sparse.T)
         return Batch(
-            dense_features=torch.from_numpy(np.ascontiguousarray(encoded.dense)),
+            dense_features=torch.from_numpy(np.array(encoded.dense, order="C")),
             sparse_features=key_jagged(self._encoder.schema, by_key, encoded.bags, self.batch_size),
             labels=torch.from_numpy(mine["label"].cast(pl.Int32).to_numpy().copy()),
         )
