@@ -50,7 +50,7 @@ def read_text(path: Path, *, most: int, what: str, instead: str) -> str:
         with path.open("rb") as file:
             content = file.read(most + 1)
     except FileNotFoundError as error:
-        raise UserError(f"{path}: there is no such file; {instead}") from error
+        raise UserError(f"{path}: no such file; {instead}") from error
     except OSError as error:
         raise UserError(f"{path}: this can't be read ({error.strerror}); {instead}") from error
     if len(content) > most:
@@ -82,7 +82,7 @@ def check_target(option: str, path: Path, *, like: str, inputs: Iterable[Path] =
     elif path.exists() and not path.is_file():
         what = "this is not a regular file"
     elif not path.absolute().parent.is_dir():
-        what = "there is no such folder to write it to"
+        what = "its folder does not exist"
     elif any(path.absolute() == one.absolute() or _same_file(path, one) for one in inputs):
         what = "this command reads or writes that file already"
     if what:

@@ -199,7 +199,7 @@ def test_bad_input_gets_one_line_and_leaves_nothing(
         (["shwo", "a.json"], "unknown option shwo; python -m torchrec_deepfm plan --help lists the options"),
         (["show"], "option file is missing"),
         (["diff", "a.json"], "option second is missing"),
-        (["show", "absent.json"], "absent.json: there is no such file"),
+        (["show", "absent.json"], "absent.json: no such file"),
         (["show", "absent.json", "--ranks", "8"], "unknown option --ranks"),
         (["diff", "a.json", "b.json", "--report", "x.html"], "unknown option --report"),
         (["--ranks", "8", "show", "absent.json"], "unknown option show"),

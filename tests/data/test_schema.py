@@ -237,7 +237,7 @@ def test_mistakes_in_toml(tmp_path, text, expected):
             "larger than 1.0 MiB, not a schema; name a TOML file, or write one: schema infer",
         ),
         (b"a = " + b"[" * 9999, None),
-        (None, "there is no such file; name a TOML file, or write one: schema infer"),
+        (None, "no such file; name a TOML file, or write one: schema infer"),
     ],
 )
 def test_files_that_are_no_schema(tmp_path, content, expected):

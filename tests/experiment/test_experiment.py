@@ -203,7 +203,7 @@ def test_calibrate_reads_the_folder(folder: Path, capsys: pytest.CaptureFixture[
     ("words", "message"),
     [
         (["--plans", "tw.json"], "tw.json: made for 2 rank(s), but there are 1"),
-        (["--plans", "absent.json"], "absent.json: there is no such file"),
+        (["--plans", "absent.json"], "absent.json: no such file"),
         (["--plans", "tables.toml"], "tables.toml: damaged (Expecting value"),
         (["--rules", "z=row_wise"], "--constraint z=row_wise"),
         (["--rules", "a=diagonal"], "diagonal"),
@@ -265,9 +265,9 @@ def test_calibrate_writes_nothing_where_the_output_is_bad(folder: Path, capsys: 
 
 def test_calibrate_refuses(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words, message in (
-        ([str(folder / "absent")], "results.json: there is no such file"),
+        ([str(folder / "absent")], "results.json: no such file"),
         ([], "no experiment given"),
-        ([str(folder)], "results.json: there is no such file"),
+        ([str(folder)], "results.json: no such file"),
     ):
         with pytest.raises(SystemExit) as stopped:
             cli.main(["calibrate", *words, "--output", str(folder / "other.toml")])

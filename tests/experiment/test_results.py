@@ -73,7 +73,7 @@ def put(value: Any, *keys: Any) -> Callable[[Any], None]:
             put("../../etc/passwd", "plans", 0, "name"),
             "plans[0] (../../etc/passwd): '../../etc/passwd' is not a valid nam",
         ),
-        (put("absent", "plans", 0, "name"), "absent.json: there is no such file"),
+        (put("absent", "plans", 0, "name"), "absent.json: no such file"),
         (put([], "plans", 0, "ranks"), "plan one has 0 ranks, not 2 in order; run the experiment again"),
         (
             put([], "plans", 0, "ranks", 0, "step_ms"),
@@ -136,5 +136,5 @@ def test_no_results(tmp_path: Path, content: str) -> None:
 
 
 def test_no_folder(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"results\.json: there is no such file; name a folder that experiment wrote"):
+    with pytest.raises(UserError, match=r"results\.json: no such file; name a folder that experiment wrote"):
         read_experiment(tmp_path / "absent")

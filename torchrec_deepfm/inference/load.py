@@ -33,7 +33,7 @@ class Predictor:
         path: The run or package that it comes from.
         encoder: Encodes rows.
         score: Gives the click probabilities of encoded rows, float32 [n]; a ``ModelScorer`` for a run.
-        sha256: Digest that tells trained models apart.
+        sha256: Digest that distinguishes trained models.
     """
 
     path: Path

@@ -158,7 +158,7 @@ def test_it_goes_on_from_the_last_piece(tmp_path, monkeypatch):
     assert content(prepare([path], tmp_path / "out", report=lines.append, **options).folder) == whole
     assert starts[8] == starts[7] > 0  # the eighth piece is the first one that is read again
     assert len(set(starts)) == len(starts) - 1
-    assert lines[0] == f"going on with {tmp_path / '.out.partial'}"
+    assert lines[0] == f"resuming in {tmp_path / '.out.partial'}"
 
 
 def test_a_finished_folder_is_left_alone(tmp_path):

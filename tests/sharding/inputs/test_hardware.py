@@ -115,7 +115,7 @@ def test_a_file_without_a_base_lacks_what_it_lacks(tmp_path: Path) -> None:
     ("name", "told"),
     [
         ("h10", "no such preset; choose one of a100-40, .* (did you mean 'h100'?)"),
-        ("nothing.toml", "there is no such file"),
+        ("nothing.toml", "no such file"),
         ("", "hardware '': no such preset"),
     ],
 )

@@ -111,7 +111,7 @@ def test_a_wrong_file_is_told_with_its_table(name: str, text: str, told: str, tm
     ("source", "told"),
     [
         ("criteo-terrabyte", "did you mean 'criteo-terabyte'"),
-        ("nothing.toml", "there is no such file"),
+        ("nothing.toml", "no such file"),
         ("criteo-terabyte", "--dim: embedding_dim: 10 is not a multiple of 4"),
     ],
 )

@@ -145,7 +145,7 @@ def test_files_that_are_no_plans(tmp_path: Path, content: bytes, message: str) -
 
 
 def test_places_without_a_file(tmp_path: Path) -> None:
-    assert refusal(tmp_path / "absent").startswith("there is no such file; make a plan with plan")
+    assert refusal(tmp_path / "absent").startswith("no such file; make a plan with plan")
     assert refusal(tmp_path) == "a folder; name the file of a plan"
     save_plan(plan_file(), tmp_path / "plan.json")
     assert refusal(tmp_path) == f"a folder; name {tmp_path / 'plan.json'}"

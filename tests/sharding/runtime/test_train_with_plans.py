@@ -112,7 +112,7 @@ def test_mistakes_reach_every_rank_in_one_line(told: list[dict[str, Any]], home:
     assert told[0] == told[1]
     assert told[0] == {
         "one rank": FOR_ONE.format(home / "one rank.json"),
-        "absent": f"{home / 'absent.json'}: there is no such file; make a plan with plan, or name a run's plan.json",
+        "absent": f"{home / 'absent.json'}: no such file; make a plan with plan, or name a run's plan.json",
         "both": "--plan and --constraint: a plan already places every table; leave one of them out",
         "rule": "--constraint C99*=row_wise: no table or feature has this name; did you mean one of C9, C19, t_C9?",
         "qcomms": "--qcomms bf16 bf16: quantised communication needs GPUs, these are cpu ranks; leave the option out",

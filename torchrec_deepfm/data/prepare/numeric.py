@@ -51,7 +51,7 @@ def transforms(schema: Schema, option: str | None) -> tuple[str, ...]:
         UserError: There is no such transform, or ``log`` is mixed with another one.
     """
     if option is not None and option not in TRANSFORMS:
-        raise UserError(f"--numeric {option}: there is no such transform; choose one of {', '.join(TRANSFORMS)}")
+        raise UserError(f"--numeric {option} is not a valid transform; choose one of {', '.join(TRANSFORMS)}")
     fallback = option or ("log1p" if schema.layout == "criteo" else "none")
     chosen = [schema.options(name).transform or schema.numeric_transform or fallback for name in schema.numeric]
     if "log" in chosen and set(chosen) - {"log", *BUCKETS}:

@@ -158,7 +158,7 @@ class Job:
                 # are not. Bad rows too: what was read without meeting any is good for both.
                 resumed = self._work.enter({key: value for key, value in self._made.items() if key != "on_bad_row"})
                 if resumed:
-                    self._say(f"going on with {self._work.path}")
+                    self._say(f"resuming in {self._work.path}")
                 self._check_room()
                 self._drop_changed()
 

@@ -21,7 +21,7 @@ _TIME: Final = re.compile(r"(?i)time|date|(?:^|[^a-z])(?:ts|epoch)(?:$|[^a-z])")
 _FEW: Final = 50  # different integers that are categories whatever their values
 _HUGE: Final = 2**31  # integers of this size are hashes
 _SEPARATORS: Final = ("|", ";")
-# Too few rows to tell a key from a category, or a column that gives the label away.
+# Too few rows to distinguish a key from a category, or to find a column that reveals the label.
 _MIN_ROWS, _MIN_PER_CLASS = 100, 10
 _LEAK: Final = 0.98  # AUC of one column alone
 _UNIQUE: Final = 0.99  # share of different values above which a column is a key of the rows
