@@ -158,8 +158,8 @@ GOOD = 'label = "y"\nnumeric = ["price"]\ncategorical = ["c", "d"]\n'
         (
             GOOD + 'numeric_transform = "log2"',
             (
-                "numeric_transform: 'log2' is not valid; choose one of log1p, log, bucketize, fuxictr, none "
-                "(did you mean 'log'?)"
+                "numeric_transform: 'log2' is not valid; choose one of log1p, signed_log1p, log, bucketize, fuxictr, "
+                "none (did you mean 'log'?)"
             ),
         ),
         (GOOD + "columns = 1", "columns: not a table; write [columns.NAME] and the options below it"),

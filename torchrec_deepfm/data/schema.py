@@ -13,7 +13,7 @@ from typing import Any, Final
 from torchrec_deepfm.errors import UserError, did_you_mean, one_of
 from torchrec_deepfm.files import parse_toml, read_text
 
-TRANSFORMS: Final = ("log1p", "log", "bucketize", "fuxictr", "none")
+TRANSFORMS: Final = ("log1p", "signed_log1p", "log", "bucketize", "fuxictr", "none")
 MISSING: Final = ("value", "rare")
 LAYOUTS: Final = ("criteo", "table")
 TYPES: Final = ("string", "integer")

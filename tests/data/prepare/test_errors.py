@@ -9,7 +9,7 @@ import pytest
 from tests.support.raw_oracle import SMALL, parse, random_text
 from torchrec_deepfm.data.prepare.prepare import prepare
 from torchrec_deepfm.data.raw import criteo_text
-from torchrec_deepfm.data.schema import CRITEO_KAGGLE
+from torchrec_deepfm.data.schema import CRITEO_KAGGLE, TRANSFORMS
 from torchrec_deepfm.errors import UserError
 
 GOOD = b"1\t5\t-2\tab\t\t0F\n"
@@ -192,7 +192,7 @@ def test_more_options(tmp_path, path):
         "--threads 0: must be at least 1": {"threads": 0},
         "--split 7:3: choose one of 8:1:1, 9:1, last-day, none": {"split": "7:3"},
         "--split last-day: one file is named; name two or more, or choose --split 8:1:1": {"split": "last-day"},
-        "--numeric cube is not a valid transform; choose one of log1p, log, bucketize, fuxictr, none": {
+        f"--numeric cube is not a valid transform; choose one of {', '.join(TRANSFORMS)}": {
             "numeric_transform": "cube"
         },
         "--num-embeddings: 2 numbers for 3 categorical columns; give one for all, or one each": {

@@ -56,7 +56,7 @@ def check_as_loaded(data, encoded) -> None:
             assert weights.tobytes() == jagged.weights().numpy().tobytes(), name
 
 
-@pytest.mark.parametrize("numbers", ["log1p", "log", "bucketize", "fuxictr", "none"])
+@pytest.mark.parametrize("numbers", ["log1p", "signed_log1p", "log", "bucketize", "fuxictr", "none"])
 @pytest.mark.parametrize("hashed", [False, True], ids=["vocabulary", "hash"])
 def test_criteo(tmp_path, numbers, hashed):
     text = random_text(300, 1, SMALL)
@@ -90,7 +90,9 @@ def data_sets(draw):
     columns, options, types = {}, {}, {}
     numeric = [f"n{i}" for i in range(draw(st.integers(0, 2)))]
     for name in numeric:
-        transform = draw(st.sampled_from(["log", "bucketize"] if logs else ["log1p", "none", "bucketize", "fuxictr"]))
+        transform = draw(
+            st.sampled_from(["log", "bucketize"] if logs else ["log1p", "signed_log1p", "none", "bucketize", "fuxictr"])
+        )
         options[name] = Column(transform=transform)
         values = draw(st.lists(INTEGERS if transform == "log" else NUMBERS, min_size=count, max_size=count))
         columns[name], types[name] = values, pa.int64() if transform == "log" else pa.float64()

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import random
 import shutil
 from collections import Counter
@@ -14,8 +15,8 @@ import pytest
 from tests.support.raw_oracle import splits_of
 from torchrec_deepfm.data.dataset.verify import verify
 from torchrec_deepfm.data.loader.loader import Loader
+from torchrec_deepfm.data.prepare import numeric, stage
 from torchrec_deepfm.data.prepare import pipeline as module
-from torchrec_deepfm.data.prepare import stage
 from torchrec_deepfm.data.prepare.inputs import BYTES_OF_A_ROW
 from torchrec_deepfm.data.prepare.options import PrepareOptions
 from torchrec_deepfm.data.prepare.prepare import prepare
@@ -253,3 +254,10 @@ def test_frappe(tmp_path):
         assert arrays.labels[:][:, 0].tolist() == frame["label"].cast(pl.Int64).to_list()
         for j, name in enumerate(columns):
             assert arrays.sparse[:, j].tolist() == [tables[name].get(value, 0) for value in frame[name].to_list()]
+
+
+def test_signed_logarithms():
+    given = [-3.5, -1e300, 0.0, None, 1e-9, 7.0]
+    dense = numeric.dense(pl.DataFrame({"n0": given}), ["signed_log1p"])
+    expected = [math.copysign(math.log1p(abs(x)), x) if x is not None else 0.0 for x in given]
+    assert dense[:, 0].tolist() == pytest.approx(expected, rel=1e-6)

@@ -145,6 +145,15 @@ def test_ratings(tmp_path):
     assert f", {frame.null_count / 5000:.1%} missing, " in reason(text, '"price"')
 
 
+def test_negative_numbers_keep_their_sign(tmp_path):
+    draw = random.Random(4)
+    cells = {"label": [draw.randrange(2) for _ in range(500)], "c": [draw.choice("abc") for _ in range(500)]}
+    cells |= {"balance": [draw.gauss(0, 1000) for _ in range(500)], "score": [draw.gauss(0, 1) for _ in range(500)]}
+    text = infer_schema(str(parquet(tmp_path / "t.parquet", cells)))
+    assert dict(read_back(tmp_path, text).columns) == {"balance": Column(transform="signed_log1p")}
+    assert reason(text, '"balance"').endswith(": large numbers")
+
+
 @pytest.mark.parametrize("flipped", [0.0, 0.1])
 @pytest.mark.parametrize("kind", ["number", "missing", "text"])
 def test_columns_that_give_the_label_away(tmp_path, kind, flipped):

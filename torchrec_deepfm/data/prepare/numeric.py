@@ -3,6 +3,7 @@
 | transform | value x | missing |
 | --- | --- | --- |
 | log1p | log(1 + max(x, 0)) | 0 |
+| signed_log1p | sign(x) log(1 + abs(x)) | 0 |
 | log | log(x - m + 2), m the smallest number of the file (missing: 0), as TorchRec's tsv_to_npys | as x = 0 |
 | none | x | 0 |
 | bucketize | no dense value; an extra category: floor(log(x)^2) above 2, floor(x) up to 2 | a category of its own |
@@ -165,11 +166,14 @@ def dense(frame: pl.DataFrame, chosen: Sequence[str]) -> NDArray[np.float32] | N
             frame.select(pl.col(f"n{j}").fill_null(0).cast(pl.Int32) for j, _ in kept).to_numpy()
         )
     numbers = {j: pl.col(f"n{j}").fill_null(0).cast(pl.Float64) for j, _ in kept}
-    columns = [
-        (numbers[j].clip(lower_bound=0.0).log1p() if transform == "log1p" else numbers[j]).cast(pl.Float32)
-        for j, transform in kept
-    ]
+    columns = [_transformed(numbers[j], transform).cast(pl.Float32) for j, transform in kept]
     return np.ascontiguousarray(frame.select(columns).to_numpy())
+
+
+def _transformed(number: pl.Expr, transform: str) -> pl.Expr:
+    if transform == "log1p":
+        return number.clip(lower_bound=0.0).log1p()
+    return number.sign() * number.abs().log1p() if transform == "signed_log1p" else number
 
 
 def shifted_log(numbers: NDArray[np.int32], minimum: int) -> NDArray[np.float32]:

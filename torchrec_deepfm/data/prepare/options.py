@@ -29,8 +29,9 @@ class PrepareOptions:
     """How to split the input where no files are given for validation and test: 8:1:1, 9:1 (no validation), last-day
     (halved: validation, test), or none. Default: 8:1:1; for criteo-terabyte last-day."""
     numeric_transform: Annotated[str | None, tyro.conf.arg(name="numeric")] = None
-    """What becomes of numbers: log1p, log (as TorchRec's script), bucketize (extra categories), fuxictr (the same as
-    FuxiCTR makes them), or none. Default: what the schema says; else log1p for Criteo, none for a table."""
+    """What becomes of numbers: log1p, signed_log1p, log (as TorchRec's script), bucketize (extra categories),
+    fuxictr (the same as FuxiCTR makes them), or none. Default: what the schema says; else log1p for Criteo, none
+    for a table."""
     missing: Missing | None = None
     """A missing category is a value of its own, or has id 0 as rare ones do. With --hash it always has
     id 0. Default: what the schema says; else value."""

@@ -222,10 +222,11 @@ def _place_integers(column: SampledColumn, numbers: pl.Series, *, key: bool) -> 
 def _transform(column: SampledColumn, numbers: pl.Series) -> str:
     """Choose the transform of a numeric column; return the reason."""
     values = numbers.to_numpy().astype(np.float64)
-    if values.min() < 0 or not (_skewness(numbers) > _SKEWED or np.sqrt(np.mean(values**2)) > _LARGE):
+    long_tail = abs(_skewness(numbers)) > _SKEWED
+    if not long_tail and np.sqrt(np.mean(values**2)) <= _LARGE:
         return "numbers"
-    column.options["transform"] = "log1p"
-    return "a long tail" if _skewness(numbers) > _SKEWED else "large numbers"
+    column.options["transform"] = "log1p" if values.min() >= 0 else "signed_log1p"
+    return "a long tail" if long_tail else "large numbers"
 
 
 def _skewness(numbers: pl.Series) -> float:
