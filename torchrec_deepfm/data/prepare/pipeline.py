@@ -39,18 +39,16 @@ from torchrec_deepfm.data.dataset.publish import (
 from torchrec_deepfm.data.loader import epoch_order
 from torchrec_deepfm.data.prepare import inputs as found
 from torchrec_deepfm.data.prepare import numeric
-from torchrec_deepfm.data.prepare.disk_space import check_room, estimate_bytes
 from torchrec_deepfm.data.prepare.duckdb_session import connect
 from torchrec_deepfm.data.prepare.encode import encode_stem
 from torchrec_deepfm.data.prepare.hashing import Hashing, hash_sizes
+from torchrec_deepfm.data.prepare.inputs import days_of_splits
 from torchrec_deepfm.data.prepare.options import MIN_COUNT, PrepareOptions
 from torchrec_deepfm.data.prepare.progress import Phase
 from torchrec_deepfm.data.prepare.provenance import difference, known_optimum, source_state, versions
-from torchrec_deepfm.data.prepare.splits import days_of_splits
 from torchrec_deepfm.data.prepare.stage import Stager, Unit, skipped_rows
-from torchrec_deepfm.data.prepare.vocabulary import count_column, vocabulary_file, vocabulary_size
-from torchrec_deepfm.data.prepare.vocabulary_reuse import OldVocabulary
-from torchrec_deepfm.data.prepare.work_folder import WorkFolder, sync
+from torchrec_deepfm.data.prepare.vocabulary import OldVocabulary, count_column, vocabulary_file, vocabulary_size
+from torchrec_deepfm.data.prepare.work_folder import WorkFolder, check_room, estimate_bytes, sync
 from torchrec_deepfm.data.prepare.workers import Workers
 from torchrec_deepfm.data.raw.source import Source
 from torchrec_deepfm.data.raw.table_source import TableSource
