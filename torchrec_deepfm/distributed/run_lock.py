@@ -2,16 +2,17 @@
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import socket
 import time
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
+
+from filelock import FileLock
 
 from torchrec_deepfm.errors import UserError
-from torchrec_deepfm.files import check_local, regular_file
+from torchrec_deepfm.files import check_local, read_bytes, regular_file
 from torchrec_deepfm.processes import is_ending
 
 NAME = ".lock"
@@ -38,14 +39,13 @@ class RunLock:
     def __init__(self, folder: Path) -> None:
         self._folder = check_local(folder)
         self._made = not folder.exists()
-        self._file: IO[str] | None = None
-        since = time.monotonic()
+        path = folder / NAME
+        self._lock = FileLock(path, thread_local=False, fallback_to_soft=False, on_acquired=self._acquired)
+        self._since = time.monotonic()
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            while self._file is None:
-                self._file = self._try(time.monotonic() - since)
-                if self._file is None:
-                    time.sleep(0.2)
+            open(path, "a", opener=regular_file).close()  # refuses a link and a pipe in its place
+            self._lock.acquire(poll_interval=0.2, cancel_check=self._check_owner)
         except OSError as error:
             self._remove_empty()
             if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
@@ -58,49 +58,38 @@ class RunLock:
 
     def release(self) -> None:
         """Release the lock and remove its file."""
-        if self._file is None:
+        if not self._lock.is_locked:
             return
         with contextlib.suppress(OSError):
             (self._folder / NAME).unlink()  # while it is held: a process that waits for it then sees it vanish
-        self._file.close()
-        self._file = None
+        self._lock.release()
         self._remove_empty()
 
     def stopping(self) -> None:
         """Record, for those who wait for the lock, that its holder has been asked to stop."""
-        if self._file is not None:
-            self._write(self._file, stopping=True)
+        if self._lock.is_locked:
+            self._write(stopping=True)
 
-    def _try(self, waited: float) -> IO[str] | None:
-        path = self._folder / NAME
-        file = open(path, "a+", encoding="utf-8", opener=regular_file)  # noqa: SIM115 - until release()
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(file.fileno()).st_ino != path.stat().st_ino:
-                raise FileNotFoundError(errno.ENOENT, "removed by its last holder", str(path))
-        except FileNotFoundError:
-            file.close()
-            return None
-        except OSError as error:
-            owner = _owner(file)
-            file.close()
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                raise
-            if waited < (SECONDS_FOR_A_PREDECESSOR if _soon_gone(owner) else SECONDS_FOR_ANY_HOLDER):
-                return None
+    def _acquired(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._write(stopping=False)
+
+    def _write(self, *, stopping: bool) -> None:
+        about = {"pid": os.getpid(), "host": socket.gethostname(), "job": _job(), "stopping": stopping}
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, json.dumps(about).encode(), 0)  # one write, as a signal may come at any time
+
+    def _check_owner(self) -> bool:
+        """Keep waiting, unless the holder has been waited for long enough."""
+        owner = _owner(self._folder / NAME)
+        patience = SECONDS_FOR_A_PREDECESSOR if _soon_gone(owner) else SECONDS_FOR_ANY_HOLDER
+        if time.monotonic() - self._since >= patience:
             who = f"process {owner.get('pid', '?')} on {owner.get('host', 'another host')}"
             raise UserError(
                 f"--output {self._folder}: another training is writing there ({who}); wait for its end, or name "
                 "another folder"
-            ) from error
-        self._write(file, stopping=False)
-        return file
-
-    @staticmethod
-    def _write(file: IO[str], *, stopping: bool) -> None:
-        about = {"pid": os.getpid(), "host": socket.gethostname(), "job": _job(), "stopping": stopping}
-        os.ftruncate(file.fileno(), 0)
-        os.write(file.fileno(), json.dumps(about).encode())  # one write, as a signal may come at any time
+            )
+        return False
 
     def _remove_empty(self) -> None:
         if self._made:
@@ -121,10 +110,9 @@ def _soon_gone(owner: dict[str, Any]) -> bool:
     return owner.get("host") == socket.gethostname() and isinstance(pid, int) and is_ending(pid)
 
 
-def _owner(file: IO[str]) -> dict[str, Any]:
+def _owner(path: Path) -> dict[str, Any]:
     try:
-        file.seek(0)
-        owner = json.loads(file.read(4096))
+        owner = json.loads(read_bytes(path, most=4096))
     except (OSError, ValueError):
         return {}
     return owner if isinstance(owner, dict) else {}
