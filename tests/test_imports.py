@@ -31,7 +31,7 @@ ALLOWED = {
     "rendezvous": {"errors"},
     "strict_json": {"errors", "files", "units"},
     "launch": {"cpu_threads", "errors", "interrupt", "processes", "rendezvous"},
-    "torchx_run": {"errors", "processes"},
+    "torchx_run": {"errors", "launch", "processes"},
     "data.schema": {"errors", "files", "units"},
     "model": BASE,
     "data": BASE,

@@ -5,52 +5,52 @@ these and agree after each that all went well. ``work_folder.py`` describes how 
 """
 
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
-from numpy.typing import NDArray
-
-from torchrec_deepfm.data.dataset.checksums import CHECKSUMS, HASH, stem_borders
+from torchrec_deepfm.data.dataset.checksums import CHECKSUMS, HASH
 from torchrec_deepfm.data.dataset.prepared import (
     FORMAT_VERSION,
     MANIFEST,
     SPLITS,
-    Day,
     PreparedData,
-    offsets_file,
     stem_files,
 )
 from torchrec_deepfm.data.dataset.publish import (
     OutOfRoomError,
-    Parts,
     appear,
     check_free,
     digest,
-    digest_parts,
     disk_errors,
-    find_parts,
 )
 from torchrec_deepfm.data.loader import epoch_order
 from torchrec_deepfm.data.prepare import inputs as found
 from torchrec_deepfm.data.prepare import numeric
+from torchrec_deepfm.data.prepare.checksum_files import Splits, borders_of_stems, parts_of, take_sums, write_checksums
 from torchrec_deepfm.data.prepare.duckdb_session import connect
 from torchrec_deepfm.data.prepare.encode import encode_stem
 from torchrec_deepfm.data.prepare.hashing import Hashing, hash_sizes
 from torchrec_deepfm.data.prepare.inputs import days_of_splits
 from torchrec_deepfm.data.prepare.options import MIN_COUNT, PrepareOptions
 from torchrec_deepfm.data.prepare.progress import Phase
-from torchrec_deepfm.data.prepare.provenance import difference, known_optimum, source_state, versions
+from torchrec_deepfm.data.prepare.provenance import (
+    difference,
+    known_optimum,
+    source_name,
+    source_state,
+    unit_state,
+    versions,
+    what_changed,
+)
 from torchrec_deepfm.data.prepare.stage import Stager, Unit, skipped_rows
 from torchrec_deepfm.data.prepare.vocabulary import OldVocabulary, count_column, vocabulary_file, vocabulary_size
-from torchrec_deepfm.data.prepare.work_folder import WorkFolder, check_room, estimate_bytes, sync
+from torchrec_deepfm.data.prepare.work_folder import WorkFolder, check_room, estimate_bytes
 from torchrec_deepfm.data.prepare.workers import Workers
-from torchrec_deepfm.data.raw.source import Source
 from torchrec_deepfm.data.raw.table_source import TableSource
 from torchrec_deepfm.data.schema import Schema
 from torchrec_deepfm.errors import UserError
@@ -67,7 +67,6 @@ _ROW_BYTES: Final = 64
 _HEAD_BYTES: Final = 1 << 20
 
 _Staged = Sequence[tuple[Unit, Mapping[str, Any]]]
-_Splits = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
 class Job:
@@ -128,7 +127,7 @@ class Job:
             "seed": options.seed if self._inputs.split in found.SPLITS_BY_LOT else None,
             "on_bad_row": options.on_bad_row,
             "raw_schema": raw.to_json(),
-            "sources": {part: [_name(one) for one in sources] for part, sources in self._inputs.sources.items()},
+            "sources": {part: [source_name(one) for one in sources] for part, sources in self._inputs.sources.items()},
             "versions": versions(),
         }
 
@@ -250,11 +249,11 @@ class Job:
 
         The new state is written last: a kill on the way finds the change again.
         """
-        states = {unit.name: _states(unit) for unit in self._inputs.units}
+        states = {unit.name: unit_state(unit) for unit in self._inputs.units}
         changed = []
         for unit in self._inputs.units:
             before, record = self._work.record(f"source_{unit.name}"), self._work.record(unit.name)
-            what = "" if before is None else _changed(before, states[unit.name], unit)
+            what = "" if before is None else what_changed(before, states[unit.name], unit)
             if what:
                 changed.append(unit)
                 self._say(f"{what}: reading it anew")
@@ -275,7 +274,7 @@ class Job:
         """Check that nobody wrote to the sources of a unit while they were read."""
         before = self._work.record(f"source_{unit.name}")
         assert before is not None
-        what = _changed(before, _states(unit), unit)
+        what = what_changed(before, unit_state(unit), unit)
         if what:
             raise UserError(f"{what} while it was read; run the same command again when nothing writes to it")
 
@@ -385,55 +384,23 @@ class Job:
         columns = range(len(self._schema.categorical)) if self._hash_sizes is None else ()
         return [vocabulary_file(self._work.out, j).name for j in columns]
 
-    def _check_sums(self, units: _Staged, splits: _Splits) -> None:
+    def _check_sums(self, units: _Staged, splits: Splits) -> None:
         """Take the checksums of every file that will be in the folder, of its blocks too."""
-        stems = _borders_of_stems(splits)
+        stems = borders_of_stems(splits)
         rows = {part.stem: record["stems"][part.stem]["rows"] for unit, record in units for part in unit.parts}
         files = {name: stem for stem in stems for name in stem_files(self._schema, stem)}
         names = [*files, *self._vocabularies()]
         mine = self._workers.mine(names, [float(rows[files[name]]) if name in files else 0.0 for name in names])
         missing = [name for name in mine if self._work.record(f"sum_{name}") is None]
-
-        def parts(name: str) -> Parts | None:
-            if name not in files:
-                return None
-            rows = stems[files[name]]
-            offsets = re.fullmatch(r"(.*)_(?:ids|weights)_(\d+)\.npy", name)
-            if offsets:
-                rows = np.load(self._work.out / offsets_file(offsets[1], int(offsets[2])), mmap_mode="r")[rows]
-            return find_parts(self._work.out / name, rows)
-
-        def take(name: str, parts: Parts | None) -> dict[str, int | str]:
-            if parts is None:
-                return digest(self._work.out / name)
-            found, checksums = digest_parts(parts)
-            np.save(self._checksums(name), checksums)
-            sync(self._checksums(name))
-            return found
-
+        parts = [parts_of(self._work.out, name, stems[files[name]]) if name in files else None for name in missing]
+        take = partial(take_sums, self._work)
         with (
             Phase("check", len(missing), report=self._report) as phase,
             ThreadPoolExecutor(self._options.threads) as threads,
         ):
-            for name, found in zip(missing, threads.map(take, missing, map(parts, missing)), strict=True):
+            for name, found in zip(missing, threads.map(take, missing, parts), strict=True):
                 self._work.write_record(f"sum_{name}", found)
                 phase.add(1, 0)
-
-    def _checksums(self, name: str) -> Path:
-        """Where the checksums of a file's blocks wait."""
-        return self._work.staged / f"checksums_{name}"
-
-    def _write_checksums(self, splits: _Splits) -> None:
-        """Bring the checksums of all blocks into the order of the splits."""
-        parts, done = [], dict.fromkeys(_borders_of_stems(splits), 0)
-        for split in SPLITS:
-            days = [Day(**day) for day in splits[split]]
-            for day, borders in zip(days, stem_borders(days, epoch_order.BLOCK_ROWS), strict=True):
-                first, done[day.stem] = done[day.stem], done[day.stem] + len(borders) - 1
-                names = stem_files(self._schema, day.stem)
-                parts.append(np.stack([np.load(self._checksums(name))[first : done[day.stem]] for name in names], 1))
-        np.save(self._work.out / CHECKSUMS, np.concatenate(parts))
-        sync(self._work.out / CHECKSUMS)
 
     def _recorded_sources(self) -> dict[str, list[dict[str, Any]]]:
         """Name and state of every source, as it was read."""
@@ -457,16 +424,16 @@ class Job:
             "minimum": min((least for least in training if least is not None), default=None),
         }
 
-    def _finish(self, units: _Staged, splits: _Splits) -> PreparedData:
+    def _finish(self, units: _Staged, splits: Splits) -> PreparedData:
         names = self._schema.categorical
         sizes = self._hash_sizes or [vocabulary_size(self._work.out, j) for j in range(len(names))]
-        files = [name for stem in _borders_of_stems(splits) for name in stem_files(self._schema, stem)]
+        files = [name for stem in borders_of_stems(splits) for name in stem_files(self._schema, stem)]
         sums: dict[str, Any] = {name: self._work.record(f"sum_{name}") for name in [*files, *self._vocabularies()]}
         assert None not in sums.values(), sums
         for path in self._work.out.iterdir():  # of stems that no row fell to
             if path.name not in sums:
                 path.unlink()
-        self._write_checksums(splits)
+        write_checksums(self._work, self._schema, splits)
         sums[CHECKSUMS] = digest(self._work.out / CHECKSUMS)
         manifest = {
             "format_version": FORMAT_VERSION,
@@ -479,7 +446,7 @@ class Job:
             "encoding": self._encoding(units),
             "optimum": known_optimum({part: self._named[part] for part in ("validation", "test")}),
             "skipped": [
-                {"name": _name(unit.sources[int(place)]), **skipped}
+                {"name": source_name(unit.sources[int(place)]), **skipped}
                 for unit, record in units
                 for place, skipped in record["skipped"].items()
             ],
@@ -493,31 +460,3 @@ class Job:
                 self._say(f"{split}: {rows:,} rows, {positives / rows:.2%} positive")
         self._say(f"wrote {self._output}")
         return PreparedData.open(self._output)
-
-
-def _borders_of_stems(splits: _Splits) -> dict[str, NDArray[np.int64]]:
-    """The rows of each stem's files where a part with a checksum of its own begins or ends."""
-    stems: dict[str, list[NDArray[np.int64]]] = {}
-    for split in SPLITS:
-        days = [Day(**day) for day in splits[split]]
-        for day, borders in zip(days, stem_borders(days, epoch_order.BLOCK_ROWS), strict=True):
-            stems.setdefault(day.stem, []).append(borders)
-    return {stem: np.unique(np.concatenate(parts)) for stem, parts in stems.items()}
-
-
-def _name(source: Source) -> str:
-    return Path(source.path).name
-
-
-def _states(unit: Unit) -> dict[str, list[dict[str, Any]]]:
-    return {"sources": [{"name": _name(source), **source_state(source)} for source in unit.sources]}
-
-
-def _changed(before: Mapping[str, Any], now: Mapping[str, list[dict[str, Any]]], unit: Unit) -> str:
-    """Say which source of a unit has changed, if any has."""
-    pairs = zip(unit.sources, before.get("sources", ()), now["sources"], strict=False)
-    for source, then, state in pairs:
-        what = difference(then, state) if then["name"] == state["name"] else "another file"
-        if what:
-            return f"{source.path} has changed ({what})"
-    return "" if len(before.get("sources", ())) == len(unit.sources) else f"{unit}: the files that share arrays changed"

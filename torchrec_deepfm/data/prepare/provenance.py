@@ -10,6 +10,7 @@ from typing import IO, Any, Final
 import fsspec
 import xxhash
 
+from torchrec_deepfm.data.prepare.stage import Unit
 from torchrec_deepfm.data.raw.source import Source
 from torchrec_deepfm.errors import UserError
 
@@ -105,3 +106,23 @@ def versions() -> dict[str, Any]:
         with suppress(metadata.PackageNotFoundError):  # a checkout that is not installed
             found[package] = metadata.version(package)
     return found
+
+
+def source_name(source: Source) -> str:
+    """A source as the manifest names it."""
+    return Path(source.path).name
+
+
+def unit_state(unit: Unit) -> dict[str, list[dict[str, Any]]]:
+    """Name and state of the sources of a unit."""
+    return {"sources": [{"name": source_name(source), **source_state(source)} for source in unit.sources]}
+
+
+def what_changed(before: Mapping[str, Any], now: Mapping[str, list[dict[str, Any]]], unit: Unit) -> str:
+    """Say which source of a unit has changed, if any has."""
+    pairs = zip(unit.sources, before.get("sources", ()), now["sources"], strict=False)
+    for source, then, state in pairs:
+        what = difference(then, state) if then["name"] == state["name"] else "another file"
+        if what:
+            return f"{source.path} has changed ({what})"
+    return "" if len(before.get("sources", ())) == len(unit.sources) else f"{unit}: the files that share arrays changed"

@@ -223,6 +223,6 @@ def check_room(output: Path, needed: int, work: Path) -> None:
     free = shutil.disk_usage(place).free
     if needed - have > free:
         raise OutOfRoomError(
-            f"{output}: needs about {format_bytes(needed - have)} of disk, {format_bytes(free)} are free; free some, or name "
-            "an output on another disk"
+            f"{output}: needs about {format_bytes(needed - have)} of disk, {format_bytes(free)} are free; "
+            "free some, or name an output on another disk"
         )
