@@ -31,7 +31,7 @@ ALLOWED = {
     "rendezvous": {"errors"},
     "strict_json": {"errors", "files", "units"},
     "launch": {"cpu_threads", "errors", "interrupt", "processes", "rendezvous"},
-    "torchx_run": {"errors", "launch", "processes"},
+    "torchx_run": {"cpu_threads", "errors", "launch", "processes"},
     "data.schema": {"errors", "files", "units"},
     "model": BASE,
     "data": BASE,
