@@ -501,7 +501,7 @@ def test_room_is_checked_before_the_start(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     needed = 20_000 * 4 * (1 + 2 + 2 * 3)  # label, numbers, ids, and the staged values
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed - 1))
-    with pytest.raises(UserError, match=r"out: about .* KiB of disk, 703.1 KiB are free; free some"):
+    with pytest.raises(UserError, match=r"out: needs about .* KiB of disk, 703.1 KiB are free; free some"):
         prepare(paths, tmp_path / "out", schema=SMALL)
     assert sorted(tmp_path.iterdir()) == paths
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed * 2))

@@ -252,6 +252,6 @@ def test_a_failure_in_the_middle_leaves_nothing(tmp_path: Path, monkeypatch: pyt
 
 
 def test_more_rows_than_the_disk_holds(tmp_path):
-    with pytest.raises(UserError, match=r"out: needs about .* GiB of disk, .* are free; free some"):
+    with pytest.raises(UserError, match=r"out: needs about .* TiB of disk, .* are free; free some"):
         generate(tmp_path / "out", rows=10**18)
     assert list(tmp_path.iterdir()) == []
