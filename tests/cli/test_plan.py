@@ -144,7 +144,7 @@ GOOD = {"--tables": "criteo-terabyte", "--hardware": "h100", "--ranks": "16", "-
         ({"--dim": "10"}, "--dim: embedding_dim: 10 is not a multiple of 4"),
         ({"--dim": "-4"}, "--dim: embedding_dim: expected a whole number >= 4, not -4"),
         ({"--batch-size": "0"}, "--batch-size 0: must be at least 1"),
-        ({"--output": "absent/plan.json"}, "--output absent/plan.json: there is no such folder"),
+        ({"--output": "absent/plan.json"}, "--output absent/plan.json: its folder does not exist"),
         ({"--output": "."}, "--output .: this is a folder"),
         ({"--output": "pipe"}, "--output pipe: this is not a regular file; name a file, such as plan.json"),
         ({"--output": "o" * 300}, f"'{'o' * 56}...: longer than a name may be here; take a shorter one"),

@@ -255,7 +255,7 @@ def test_numbers_of_ranks_are_checked_before_anything_is_measured(
 def test_calibrate_writes_nothing_where_the_output_is_bad(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = folder / "out" / "report-calibrated.html"
     report.unlink(missing_ok=True)
-    for output, message in ((folder, "this is a folder"), (folder / "absent" / "x.toml", "there is no such folder")):
+    for output, message in ((folder, "this is a folder"), (folder / "absent" / "x.toml", "its folder does not exist")):
         with pytest.raises(SystemExit) as stopped:
             cli.main(["calibrate", str(folder / "out"), "--output", str(output)])
         assert stopped.value.code == 2

@@ -207,7 +207,7 @@ def test_rows_that_do_not_fit(tmp_path):
         encoder.encode([*good.rows(named=True)[:2], {"n1": 1, "c1": "a", "c2": "a", "c3": "a"}])
     with pytest.raises(UserError, match=r"^row 2, column 'n1': \[2\] does not go with 1 before it"):
         encoder.encode([{"n1": n, "n2": 1, "c1": "a", "c2": "a", "c3": "a"} for n in (1, [2])])
-    with pytest.raises(UserError, match=r"^column 'n1': it holds text, no numbers"):
+    with pytest.raises(UserError, match=r"^column 'n1': it holds text, not numbers"):
         encoder.encode(good.with_columns(n1=pl.lit("12")))
     with pytest.raises(UserError, match=r"^rows of type int can't be read; give a pandas or polars DataFrame"):
         encoder.encode(7)
