@@ -82,7 +82,8 @@ def set_up() -> None:
         return
 
     project = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))
-    needed: list[str] = project["project"]["dependencies"] + project["project"]["optional-dependencies"]["dev"]
+    extras = project["project"]["optional-dependencies"]
+    needed: list[str] = project["project"]["dependencies"] + extras["export"] + extras["dev"]
     build_tools: list[str] = project["build-system"]["requires"]
     make_venv(device)
     STAMP.unlink(missing_ok=True)

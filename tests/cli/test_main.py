@@ -144,6 +144,7 @@ OPTIONS = {
     "doctor": set(),
     "predict": {"run", "package", "checkpoint", "data", "input", "output", "keep", "on-bad-row"},
     "explain": {"run", "package", "checkpoint", "data", "input", "output", "rows", "importance-rows", "page"},
+    "export": {"run", "output", "to", "tables", "checkpoint", "data"},
 }
 
 
@@ -279,6 +280,7 @@ NEEDED = {
     "evaluate": ["--run", "x", "--data", "x"],
     "predict": ["--run", "x", "--input", "x", "--output", "x"],
     "explain": ["--run", "x", "--input", "x"],
+    "export": ["--run", "x", "--output", "x", "--to", "onnx"],
     "plan": ["--tables", "x", "--hardware", "x", "--ranks", "2", "--output", "x"],
     "experiment": ["--tables", "x", "--output", "x"],
     "calibrate": ["x", "--output", "x"],
@@ -297,6 +299,7 @@ WRITTEN = {
     ("plan", "output"),
     ("plan", "report"),
     ("experiment", "output"),
+    ("export", "output"),
     ("calibrate", "output"),
 }
 

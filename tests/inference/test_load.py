@@ -123,7 +123,7 @@ def test_wrong_rows(run: Path, frame: pl.DataFrame) -> None:
     predictor = torchrec_deepfm.load(run)
     for rows, match in [
         (frame.drop("user"), "^column 'user' is absent; the rows have row, noise, item, shop$"),
-        (frame.with_columns(row=pl.lit("1")), "^column 'row': it holds text, no numbers"),
+        (frame.with_columns(row=pl.lit("1")), "^column 'row': it holds text, not numbers"),
         (frame.with_columns(user=pl.lit(-1)), "^row 1, column 'user': -1 is not an integer of 32 bits"),
         (pa.table({"user": [1]}), "^column 'row' is absent"),
         ({"user": 1}, "^rows of type dict can't be read; give a pandas"),

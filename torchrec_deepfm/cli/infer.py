@@ -1,4 +1,4 @@
-"""Commands that use a trained model: ``predict``, ``explain``."""
+"""Commands that use a trained model: ``predict``, ``explain``, ``export``."""
 
 import os
 from collections.abc import Iterator
@@ -11,6 +11,7 @@ import tyro
 
 from torchrec_deepfm import console
 from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.units import format_bytes
 
 if TYPE_CHECKING:
     from torchrec_deepfm.data.prepare.workers import Workers
@@ -95,6 +96,36 @@ class Explain:
         written = found.write(self.output, self.page, f"What {predictor.path.name} predicts, and why")
         if written:
             console.say(f"wrote {', '.join(map(str, written))}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Write a trained run as a package: a folder with the model in a form that runs elsewhere."""
+
+    run_folder: Annotated[Path, tyro.conf.arg(name="run")]
+    """Run folder that train wrote."""
+    output: Path
+    """Folder of the package; must not exist, or be empty."""
+    to: Literal["aoti", "onnx", "torch-export"]
+    """onnx runs in onnxruntime without torch; torch-export in torch; aoti is compiled for this machine's CPU."""
+    tables: Literal["fp32", "int8", "int4"] = "fp32"
+    """How the tables are stored. int8 and int4 are refused if they lose more than 0.0005 or 0.002 of AUC."""
+    checkpoint: str | None = None
+    """Weights to export: best, last or a step. Default: the run's own, which its summary measures."""
+    data: Path | None = None
+    """Prepared folder whose rows the package is compared on. Default: the data that the run was trained on."""
+
+    def run(self) -> None:
+        """Run the command."""
+        console.quiet()
+        from torchrec_deepfm.inference.export import export
+
+        done = export(
+            self.run_folder, self.output, to=self.to, tables=self.tables, checkpoint=self.checkpoint, data=self.data,
+            say=console.say,
+        )  # fmt: skip
+        size = sum(path.stat().st_size for path in done.folder.rglob("*") if path.is_file())
+        console.say(f"wrote {done.folder} ({format_bytes(size)}); {done.folder / 'README.md'} shows how to run it")
 
 
 def _load(run: Path | None, package: Path | None, checkpoint: str | None, data: Path | None) -> "Predictor":

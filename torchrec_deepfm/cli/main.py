@@ -20,7 +20,7 @@ import tyro
 from torchrec_deepfm import console
 from torchrec_deepfm.cli.data import InferSchema, Prepare, Synthetic, Verify
 from torchrec_deepfm.cli.experiment import CalibrateCommand, ExperimentCommand
-from torchrec_deepfm.cli.infer import Explain, Predict
+from torchrec_deepfm.cli.infer import Explain, Export, Predict
 from torchrec_deepfm.cli.options import REGISTRY
 from torchrec_deepfm.cli.parse_errors import one_line_errors
 from torchrec_deepfm.cli.plan import DiffPlans, PlanCommand, ShowPlan
@@ -57,6 +57,7 @@ COMMANDS: dict[str, type[Any]] = {
     "evaluate": Evaluate,
     "predict": Predict,
     "explain": Explain,
+    "export": Export,
     "plan": PlanCommand,
     "plan show": ShowPlan,
     "plan diff": DiffPlans,

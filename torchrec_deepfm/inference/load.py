@@ -4,7 +4,6 @@ Shape letters: n rows.
 """
 
 import hashlib
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,8 +94,9 @@ def load(
         if checkpoint is not None or data is not None:
             option = "checkpoint" if checkpoint is not None else "data"
             raise UserError(f"{path}: this is a package, which has weights and encoder of its own; leave {option} out")
-        package = importlib.import_module("torchrec_deepfm.inference.package")  # loads what a run does not need
-        encoder, score = package.open_package(path)
+        from torchrec_deepfm.inference.package import open_package  # which a run does not need
+
+        encoder, score = open_package(path)
         return Predictor(path=path, sha256=_digest(path / PACKAGE), encoder=encoder, score=score)
     run = run_folder.read(path)
     encoder = encoder_of(path, None if data is None else Path(data))

@@ -70,7 +70,7 @@ class SparseArch(nn.Module):
                 (On a GPU that check would stall the stream: there FBGEMM's fused kernels check the bounds, and the
                 loader has checked before.)
         """
-        if not torch.jit.is_scripting():  # type: ignore[attr-defined]  # noqa: SIM102  TorchScript skips this form only
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
             # Under symbolic tracing it is a proxy, without keys.
             if isinstance(sparse_features, KeyedJaggedTensor):
                 self._check(sparse_features)

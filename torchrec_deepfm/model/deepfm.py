@@ -110,11 +110,23 @@ class DeepFM(nn.Module):
         Raises:
             UserError: ``dense_features`` is not [B, I], or the batch lacks a feature of the tables.
         """
-        if not torch.jit.is_scripting():  # type: ignore[attr-defined]  # noqa: SIM102  TorchScript skips this form only
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
             # Under symbolic tracing it is a proxy, without a shape.
             if isinstance(dense_features, Tensor):
                 _check_dense(dense_features, self.dense_in_features)
-        rows_BFR: Tensor = self.sparse_arch(sparse_features)
+        return self.combine(dense_features, self.sparse_arch(sparse_features))
+
+    def combine(self, dense_features: Tensor, sparse_rows: Tensor) -> Tensor:
+        """Compute the logits from rows that ``sparse_arch`` has looked up.
+
+        Args:
+            dense_features: [B, I].
+            sparse_rows: [B, S, R].
+
+        Returns:
+            [B, 1] logits.
+        """
+        rows_BFR = sparse_rows
         if self.dense_arch is not None:
             rows_BFR = torch.cat([self.dense_arch(dense_features), rows_BFR], dim=1)
         factors_BFK, first_order_BF1 = torch.split(rows_BFR, [self.factor_dim, 1], dim=2)

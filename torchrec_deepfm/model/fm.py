@@ -90,7 +90,7 @@ class FactorizationMachine(nn.Module):
         Returns:
             [B, 1], float32 (float64 where the input is).
         """
-        if torch.jit.is_scripting():  # type: ignore[attr-defined]  # noqa: SIM108  TorchScript skips this form only
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
             pairs_B1 = _sum_of_pairs(factors, torch.float64)
         else:
             pairs_B1 = _second_order(factors)

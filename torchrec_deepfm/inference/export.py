@@ -1,0 +1,272 @@
+"""``export``: a run becomes a package, whose scores were compared with the run's own on real rows."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torchrec.datasets.utils import Batch
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from torchrec_deepfm.data.dataset.prepared import PreparedData
+from torchrec_deepfm.data.dataset.publish import check_free, new_folder
+from torchrec_deepfm.data.loader.loader import Loader
+from torchrec_deepfm.data.prepare.row_encoder import RowEncoder
+from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.files import write_bytes
+from torchrec_deepfm.inference.forms import Form, open_model, write_model
+from torchrec_deepfm.inference.graph import ScoringGraph, Tables
+from torchrec_deepfm.inference.inputs import Arrays, Signature
+from torchrec_deepfm.inference.package import ENCODER, README, PackageFile, readme, write_package_json
+from torchrec_deepfm.inference.weights import load_model
+from torchrec_deepfm.model.deepfm import DeepFM
+from torchrec_deepfm.training.metrics import compute_metrics
+from torchrec_deepfm.training.run import folder as run_folder
+from torchrec_deepfm.units import format_bytes
+
+BATCH = 2048
+PARITY_ROWS = 8192  # compared score by score
+AUC_ROWS = 2**20  # over which the AUC of quantized tables is compared
+MAX_DIFFERENCE = 1e-6  # of a probability, float32 tables
+MAX_AUC_LOSS = {"int8": 0.0005, "int4": 0.002}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parity:
+    """How a package's scores differ from those of the trained model.
+
+    Attributes:
+        rows: rows compared.
+        source: where they are from.
+        difference: the largest one of a probability.
+        auc: of the package; None for float32 tables, or if only one label occurs.
+        auc_loss: AUC of the model minus that of the package.
+    """
+
+    rows: int
+    source: str
+    difference: float
+    auc: float | None = None
+    auc_loss: float | None = None
+
+    def __str__(self) -> str:
+        """Return the line for the user."""
+        auc = "" if self.auc_loss is None else f", AUC {self.auc:.6f} (loss {self.auc_loss:+.6f})"
+        return f"parity on {self.rows:,} rows of {self.source}: largest difference {self.difference:.2g}{auc}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """A written package.
+
+    Attributes:
+        folder: its folder.
+        parity: with the run.
+        bytes_before: of the tables in training's layout.
+        bytes_after: of the tables in the package.
+    """
+
+    folder: Path
+    parity: Parity
+    bytes_before: int
+    bytes_after: int
+
+
+def export(
+    run: Path,
+    output: Path,
+    *,
+    to: Form,
+    tables: Tables = "fp32",
+    checkpoint: str | int | None = None,
+    data: Path | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Exported:
+    """Write a run as a package.
+
+    Args:
+        run: the run's folder.
+        output: the package's folder; must not exist, or be empty.
+        to: the form of the model.
+        tables: how the tables are stored.
+        checkpoint: as in ``load_model``.
+        data: prepared folder whose validation rows are scored by the package and the run; by default the one that the
+            run was trained on. Without it float32 tables are compared on random rows.
+        say: called with lines for the user.
+
+    Returns:
+        What was written.
+
+    Raises:
+        UserError: the run or the data can't be used, a package is not installed, or the scores differ too much: nothing
+            is written then.
+    """
+    check_free(output)
+    described = run_folder.read(run)
+    prepared = _open_data(run, data)
+    bags = _bags(run, prepared)
+    if prepared is None and tables != "fp32":
+        raise UserError(
+            f"--tables {tables}: its AUC is compared on labelled rows, and the data of {run} are gone; name prepared "
+            "rows of the same vocabularies with --data"
+        )
+    signature = Signature(
+        inputs=(),
+        dense=described.numeric,
+        ids=tuple(name for name in described.num_embeddings if name not in bags),
+        bags=bags,
+        num_embeddings=dict(described.num_embeddings),
+    )
+    model = load_model(run, checkpoint)
+
+    def rows() -> Iterator[Batch]:
+        if prepared is None:
+            return _random_rows(signature, weighted=described.weighted)
+        return _real_rows(prepared, tables)
+
+    expected, labels = _score_model(model, rows())
+    graph = ScoringGraph(model, bags, tables).eval()
+    say(f"tables: {format_bytes(graph.bytes_before)} in training, {format_bytes(graph.bytes_after)} as {tables}")
+    signature = replace(signature, inputs=graph.inputs)
+    source = str(prepared.folder) if prepared else "random ids (the data are gone)"
+    with new_folder(output) as partial:
+        say(f"writing the model as {to}" + (" (this compiles it: a minute or two)" if to == "aoti" else ""))
+        write_model(graph, to, partial)
+        call = open_model(to, partial)
+        found = np.concatenate([call(_arrays(batch, signature)) for batch in rows()])
+        parity = _compare(expected, found, labels, tables, source)
+        say(str(parity))
+        encoder = (run / ENCODER).is_dir()
+        if encoder:
+            shutil.copytree(run / ENCODER, partial / ENCODER)
+        package = PackageFile(
+            format_version=1, form=to, tables=tables, signature=signature, parity=asdict(parity),
+            versions=run_folder.versions(), files={},
+        )  # fmt: skip
+        write_bytes(partial / README, readme(package, encoder=encoder).encode())
+        write_package_json(partial, package)
+    return Exported(folder=output, parity=parity, bytes_before=graph.bytes_before, bytes_after=graph.bytes_after)
+
+
+def _open_data(run: Path, data: Path | None) -> PreparedData | None:
+    """Open the rows to compare on; None if the run's own data are gone."""
+    described = run_folder.read(run)
+    if data is None:
+        trained_on = Path(run_folder.read_config(run, "train again").data)
+        if not trained_on.is_dir():
+            return None
+        data = trained_on
+    prepared = PreparedData.open(data)
+    found = {name: prepared.num_embeddings[name] for name in prepared.schema.categorical}
+    if prepared.schema.numeric != described.numeric or found != dict(described.num_embeddings):
+        raise UserError(
+            f"--data {data}: has other columns or numbers of ids than {run}; name the data that it was trained on, or "
+            "data prepared with the same vocabulary"
+        )
+    return prepared
+
+
+def _bags(run: Path, prepared: PreparedData | None) -> tuple[str, ...]:
+    """Return the multi-hot features of a run."""
+    if prepared is not None:
+        return prepared.schema.multi_hot
+    if (run / ENCODER).is_dir():
+        return tuple(RowEncoder.open(run / ENCODER).schema.multi_hot)
+    raise UserError(
+        f"{run}: an earlier version trained it and kept no encoder, and its data are gone; name the prepared folder "
+        "with --data"
+    )
+
+
+def _real_rows(prepared: PreparedData, tables: Tables) -> Iterator[Batch]:
+    split = next(name for name in ("validation", "test", "train") if prepared.rows(name))
+    rows = min(prepared.rows(split), PARITY_ROWS if tables == "fp32" else AUC_ROWS)
+    loader = Loader(prepared, split, batch_size=min(BATCH, rows))
+    for number, batch in enumerate(loader):
+        left = rows - number * min(BATCH, rows)
+        if left <= 0:
+            return
+        yield batch
+
+
+def _random_rows(signature: Signature, *, weighted: bool) -> Iterator[Batch]:
+    """Rows with ids from all over the tables."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(PARITY_ROWS // BATCH):
+        lengths, values = [], []
+        for name, count in signature.num_embeddings.items():
+            length = torch.ones(BATCH, dtype=torch.int64)
+            if name in signature.bags:
+                length = torch.randint(0, 4, (BATCH,), generator=generator)
+            lengths.append(length)
+            values.append(torch.randint(0, count, (int(length.sum()),), generator=generator))
+        total = sum(len(each) for each in values)
+        yield Batch(
+            dense_features=torch.rand(BATCH, len(signature.dense), generator=generator),
+            sparse_features=KeyedJaggedTensor(
+                keys=list(signature.num_embeddings),
+                values=torch.cat(values),
+                lengths=torch.cat(lengths),
+                weights=torch.rand(total, generator=generator) if weighted else None,
+            ),
+            labels=torch.zeros(BATCH, dtype=torch.int32),
+        )
+
+
+@torch.no_grad()
+def _score_model(model: DeepFM, batches: Iterator[Batch]) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+    """Return the probabilities and labels of rows by the trained model."""
+    scores, labels = [], []
+    for batch in batches:
+        scores.append(torch.sigmoid(model(batch.dense_features, batch.sparse_features)).squeeze(1).numpy())
+        labels.append(batch.labels.reshape(-1).numpy())
+    return np.concatenate(scores), np.concatenate(labels)
+
+
+def _arrays(batch: Batch, signature: Signature) -> Arrays:
+    """Return the inputs of an exported model for a batch of the loader."""
+    features = batch.sparse_features.to_dict()
+    bags = [features[name] for name in signature.bags]
+    tensors = {"dense": batch.dense_features}
+    if signature.ids:
+        tensors["ids"] = torch.stack([features[name].values() for name in signature.ids], dim=1).long()
+    if bags:
+        tensors["values"] = torch.cat([bag.values() for bag in bags]).long()
+        tensors["lengths"] = torch.stack([bag.lengths() for bag in bags]).long()
+        if "weights" in signature.inputs:
+            tensors["weights"] = torch.cat([bag.weights() for bag in bags])
+    return {name: tensors[name].contiguous().numpy() for name in signature.inputs}
+
+
+def _compare(
+    expected: NDArray[np.float32], found: NDArray[np.float32], labels: NDArray[np.int32], tables: Tables, source: str
+) -> Parity:
+    """Compare two sets of scores.
+
+    Raises:
+        UserError: they differ too much.
+    """
+    difference = float(np.abs(expected.astype(np.float64) - found).max())
+    parity = Parity(rows=len(expected), source=source, difference=difference)
+    if tables == "fp32":
+        if not difference <= MAX_DIFFERENCE:
+            raise UserError(
+                f"{parity}, more than {MAX_DIFFERENCE:g}: this export would not score as the run does; nothing was "
+                "written; report this, with the versions that doctor prints"
+            )
+        return parity
+    before, after = (compute_metrics(scores, labels.astype(np.float32)).auc for scores in (expected, found))
+    if before is None or after is None:
+        raise UserError(
+            f"--data {source}: has one label only, so that the AUC of {tables} can't be compared; name other data"
+        )
+    parity = replace(parity, auc=after, auc_loss=before - after)
+    if not before - after <= MAX_AUC_LOSS[tables]:
+        raise UserError(
+            f"--tables {tables}: {parity}, more than {MAX_AUC_LOSS[tables]}; nothing was written; take --tables fp32"
+            + (" or int8" if tables == "int4" else "")
+        )
+    return parity

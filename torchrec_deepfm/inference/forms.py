@@ -1,0 +1,181 @@
+"""The forms of an exported model: how its file is written and opened."""
+
+import json
+import logging
+import warnings
+import zipfile
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.inference.inputs import Arrays
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch.export import ExportedProgram
+
+    from torchrec_deepfm.inference.graph import ScoringGraph
+
+Form = Literal["aoti", "onnx", "torch-export"]
+Run = Callable[[Arrays], NDArray[np.float32]]
+
+MODEL_FILE: Final[dict[str, str]] = {"aoti": "model.pt2", "onnx": "model.onnx", "torch-export": "model.pt2"}
+OUTPUT: Final = "probability"
+_ONE_FILE: Final = 2**30  # bytes; protobuf ends at 2 GiB
+_EXTRA: Final = "pip install 'torchrec_deepfm[export]'"
+
+
+def write_model(graph: "ScoringGraph", form: Form, folder: Path) -> None:
+    """Write a graph as a file that loads without the classes of this package.
+
+    Args:
+        graph: the graph.
+        form: the form.
+        folder: an existing folder.
+
+    Raises:
+        UserError: a package that the form needs is not installed.
+    """
+    import torch
+
+    program = _trace(graph)
+    path = folder / MODEL_FILE[form]
+    with _quiet():
+        if form == "torch-export":
+            program._example_inputs = None  # torch writes them as a pickle
+            torch.export.save(program, path)
+        elif form == "aoti":
+            torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+        else:
+            try:
+                onnx = torch.onnx.export(program, dynamo=True, output_names=[OUTPUT], verbose=False)
+            except ImportError as error:
+                raise UserError(f"--to onnx: {error.name} is not installed; {_EXTRA}") from error
+            assert onnx is not None
+            onnx.save(path, external_data=graph.bytes_after > _ONE_FILE)
+
+
+def _trace(graph: "ScoringGraph") -> "ExportedProgram":
+    import torch
+    from torch.export import Dim
+
+    # Sizes that differ from each other, so that no two of them are taken for one.
+    count = len(graph.bags)
+    arrays = {
+        "dense": torch.zeros(3, graph.head.dense_in_features),
+        "ids": torch.zeros(3, len(graph.ids), dtype=torch.int64),
+        "values": torch.zeros(6 * count, dtype=torch.int64),
+        "lengths": torch.full((count, 3), 2, dtype=torch.int64),
+        "weights": torch.ones(6 * count),
+    }
+    batch, values = Dim("batch"), Dim("values")
+    dynamic = {
+        "dense": {0: batch},
+        "ids": {0: batch},
+        "values": {0: values},
+        "lengths": {1: batch},
+        "weights": {0: values},
+    }
+    inputs = {name: arrays[name] for name in graph.inputs}
+    with _quiet(), torch.no_grad():
+        return torch.export.export(
+            graph, (), inputs, dynamic_shapes={name: dynamic.get(name) if name in inputs else None for name in inputs}
+        )
+
+
+def open_model(form: Form, folder: Path, *, threads: int | None = None) -> Run:
+    """Open the file of a model.
+
+    Args:
+        form: its form.
+        folder: the folder that ``write_model`` wrote to.
+        threads: threads per call; None for the runtime's default.
+
+    Returns:
+        A function from inputs to probabilities, float32 [B].
+
+    Raises:
+        UserError: a package that the form needs is not installed, or the file can't be opened.
+    """
+    path = folder / MODEL_FILE[form]
+    if form == "onnx":
+        return _open_onnx(path, threads)
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError(f"{path}: a package of form {form} needs torch; install it, or export --to onnx") from error
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        with _quiet():
+            if form == "aoti":
+                call: Callable[..., Any] = torch._inductor.aoti_load_package(str(path))
+            else:
+                _refuse_pickles(path)
+                call = torch.export.load(path).module()
+    except (OSError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: the model can't be opened ({str(error).splitlines()[0]}); export it again") from error
+
+    def run(arrays: Arrays) -> NDArray[np.float32]:
+        with torch.no_grad():
+            found = call(**{name: torch.from_numpy(array) for name, array in arrays.items()})
+        return np.asarray(found.numpy())
+
+    return run
+
+
+def _open_onnx(path: Path, threads: int | None) -> Run:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise UserError(f"{path}: onnxruntime is not installed; {_EXTRA}") from error
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    try:
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's errors have no common class
+        raise UserError(f"{path}: the model can't be opened ({str(error).splitlines()[0]}); export it again") from error
+
+    def run(arrays: Arrays) -> NDArray[np.float32]:
+        [found] = session.run([OUTPUT], dict(arrays))
+        return np.asarray(found)
+
+    return run
+
+
+def _refuse_pickles(path: Path) -> None:
+    """Refuse an archive with a pickle in it, which ``torch.export.load`` would run."""
+    with zipfile.ZipFile(path) as archive:
+        for name in archive.namelist():
+            inside = name.partition("/")[2]
+            pickled = inside.startswith("data/sample_inputs/") and archive.getinfo(name).file_size > 0
+            if inside.endswith("_config.json"):
+                entries = json.loads(archive.read(name))["config"]
+                pickled = bool(entries) if "constants" in inside else any(e["use_pickle"] for e in entries.values())
+            if pickled:
+                raise UserError(f"{path}: holds a pickle ({inside}), which export never writes; export it again")
+
+
+@contextmanager
+def _quiet() -> "Iterator[None]":
+    """Keep the exporter's notes about optional packages and its own future away from the terminal."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning)
+            warnings.filterwarnings("ignore", category=DeprecationWarning)
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,238 @@
+"""A package: a folder with an exported model and all that scores raw rows with it.
+
+package.json    what the model takes, versions, and size and SHA-256 of every other file
+README.md       five lines that run it
+model.onnx or model.pt2
+encoder/        what turns raw rows into ids and numbers; see ``RowEncoder``
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Final, Literal
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from torchrec_deepfm.data.dataset.publish import digest
+from torchrec_deepfm.data.prepare.row_encoder import EncodedRows, RowEncoder
+from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.files import check_seal, read_bytes, seal, write_bytes
+from torchrec_deepfm.inference.forms import MODEL_FILE, Form, Run, open_model
+from torchrec_deepfm.inference.inputs import Signature
+from torchrec_deepfm.strict_json import as_type, parse_json
+
+PACKAGE: Final = "package.json"
+README: Final = "README.md"
+ENCODER: Final = "encoder"
+FORMAT_VERSION: Final = 1
+_MAX_BYTES: Final = 64 << 20
+_AGAIN: Final = "export the run again"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileEntry:
+    """A file of a package: its size and SHA-256."""
+
+    bytes: Annotated[int, msgspec.Meta(ge=0)]
+    sha256: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackageFile:
+    """The content of ``package.json``.
+
+    Attributes:
+        format_version: of the file.
+        form: of the model.
+        tables: how its tables are stored.
+        signature: the inputs.
+        parity: how the model was compared with the run's own; see ``export.Parity``.
+        versions: of the packages that wrote it.
+        files: every other file by its path in the folder.
+    """
+
+    format_version: Literal[1]
+    form: Form
+    tables: Literal["fp32", "int8", "int4"]
+    signature: Signature
+    parity: dict[str, float | int | str | None]
+    versions: dict[str, str]
+    files: dict[str, FileEntry]
+
+
+def write_package_json(folder: Path, content: PackageFile) -> None:
+    """Write ``package.json`` over all other files of a folder."""
+    files = {
+        path.relative_to(folder).as_posix(): FileEntry(**digest(path))  # type: ignore[arg-type]
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    write_bytes(folder / PACKAGE, seal({**asdict(content), "files": {name: asdict(e) for name, e in files.items()}}))
+
+
+def read_package(folder: Path) -> PackageFile:
+    """Read ``package.json`` and compare every other file with it.
+
+    Args:
+        folder: the package.
+
+    Returns:
+        The content.
+
+    Raises:
+        UserError: the folder is not a package, is of a newer format, or a file is missing or damaged.
+    """
+    path = folder / PACKAGE
+    try:
+        content = read_bytes(path, most=_MAX_BYTES)
+    except FileNotFoundError as error:
+        raise UserError(f"{folder}: not a package (no {PACKAGE}); name the folder that export wrote") from error
+    except OSError as error:
+        raise UserError(f"{path}: can't be read ({error.strerror}); {_AGAIN}") from error
+    raw = parse_json(content.decode(errors="replace"), where=str(path), remedy=_AGAIN)
+    version = raw.get("format_version") if isinstance(raw, dict) else None
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise UserError(
+            f"{path}: format_version is {version}, this version reads up to {FORMAT_VERSION}; update torchrec_deepfm"
+        )
+    if not check_seal(content):
+        raise UserError(f"{path}: the file is damaged (its checksum does not fit); {_AGAIN}")
+    raw.pop("sha256")
+    found = as_type(raw, PackageFile, where=str(path), remedy=_AGAIN)
+    if MODEL_FILE[found.form] not in found.files:
+        raise UserError(f"{path}: does not list {MODEL_FILE[found.form]}; {_AGAIN}")
+    for name, entry in found.files.items():
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise UserError(f"{path}: lists {name!r}, which is outside the folder; {_AGAIN}")
+        try:
+            there = digest(folder / name)
+        except OSError as error:
+            raise UserError(f"{folder / name}: can't be read ({error.strerror}); {_AGAIN}") from error
+        if there != asdict(entry):
+            raise UserError(f"{folder / name}: the file is damaged (its checksum differs); {_AGAIN}")
+    return found
+
+
+Score = Callable[[EncodedRows], NDArray[np.float32]]
+
+
+def scorer(package: PackageFile, run: Run) -> Score:
+    """Return a function from encoded rows to probabilities, float32 [n]; it checks the ids first."""
+
+    def score(rows: EncodedRows) -> NDArray[np.float32]:
+        if not len(rows.dense):
+            return np.empty(0, np.float32)
+        return run(package.signature.from_rows(rows))
+
+    return score
+
+
+def open_package(folder: Path | str, *, threads: int | None = None) -> tuple[RowEncoder, Score]:
+    """Open a package to score rows with.
+
+    Args:
+        folder: the folder that ``export`` wrote.
+        threads: threads per call of the model; None for the runtime's default.
+
+    Returns:
+        The encoder of raw rows, and a function from its rows to probabilities, float32 [n].
+
+    Raises:
+        UserError: the folder is not a package, is damaged or of a newer format, its encoder is of another run, or a
+            package that its form needs is not installed.
+    """
+    folder = Path(folder)
+    package = read_package(folder)
+    if not (folder / ENCODER).is_dir():
+        raise UserError(
+            f"{folder}: has no encoder of raw rows, since the run was trained on a folder of another tool; call its "
+            f"model as {README} shows"
+        )
+    encoder = RowEncoder.open(folder / ENCODER)
+    signature, schema = package.signature, encoder.schema
+    if (schema.numeric, schema.one_hot, schema.multi_hot) != (signature.dense, signature.ids, signature.bags) or dict(
+        encoder.num_embeddings
+    ) != signature.num_embeddings:
+        raise UserError(f"{folder / ENCODER}: the encoder is of another run than the model; {_AGAIN}")
+    return encoder, scorer(package, open_model(package.form, folder, threads=threads))
+
+
+def readme(package: PackageFile, *, encoder: bool) -> str:
+    """Write the text of ``README.md``: what the folder holds and how to run it."""
+    signature = package.signature
+    shapes = {
+        "dense": f"np.zeros((2, {len(signature.dense)}), np.float32)",
+        "ids": f"np.zeros((2, {len(signature.ids)}), np.int64)",
+        "values": f"np.zeros({2 * len(signature.bags)}, np.int64)",
+        "lengths": f"np.ones(({len(signature.bags)}, 2), np.int64)",
+        "weights": f"np.ones({2 * len(signature.bags)}, np.float32)",
+    }
+    inputs = ", ".join(f'"{name}": {shapes[name]}' for name in signature.inputs)
+    lines = {
+        "onnx": [
+            "import numpy as np",
+            "import onnxruntime",
+            'session = onnxruntime.InferenceSession("model.onnx")',
+            f"inputs = {{{inputs}}}",
+            'print(session.run(["probability"], inputs)[0])',
+        ],
+        "torch-export": [
+            "import numpy as np",
+            "import torch",
+            'model = torch.export.load("model.pt2").module()',
+            f"inputs = {{{inputs}}}",
+            "print(model(**{name: torch.from_numpy(value) for name, value in inputs.items()}))",
+        ],
+        "aoti": [
+            "import numpy as np",
+            "import torch",
+            'model = torch._inductor.aoti_load_package("model.pt2")',
+            f"inputs = {{{inputs}}}",
+            "print(model(**{name: torch.from_numpy(value) for name, value in inputs.items()}))",
+        ],
+    }[package.form]
+    needs = (
+        "numpy and onnxruntime" if package.form == "onnx" else f"numpy and torch {package.versions.get('torch', '')}"
+    )
+    meaning = {
+        "dense": f"float32 [B, {len(signature.dense)}]: {', '.join(signature.dense)}, transformed as in training",
+        "ids": f"int64 [B, {len(signature.ids)}]: one id each of {', '.join(signature.ids)}",
+        "values": f"int64 [N]: the ids of all bags; first those of {signature.bags[:1]} row by row, then of the next",
+        "lengths": f"int64 [{len(signature.bags)}, B]: ids per bag of {', '.join(signature.bags)}",
+        "weights": "float32 [N]: a weight per id in a bag, 1 where a feature has none",
+    }
+    text = [
+        "# DeepFM, exported",
+        "",
+        f"Form {package.form}, tables {package.tables}. Parity with the trained model: {json.dumps(package.parity)}.",
+        "",
+    ]
+    if encoder:
+        text += [
+            "Raw rows, with torchrec_deepfm installed:",
+            "",
+            "```python",
+            "import torchrec_deepfm",
+            'print(torchrec_deepfm.load(".").predict([{"column": "value"}]))',
+            "```",
+            "",
+        ]
+    text += [
+        f"Ids and numbers that are already encoded, with {needs} alone, in this folder:",
+        "",
+        "```python",
+        *lines,
+        "```",
+        "",
+        "Inputs; B rows, any number of them:",
+        "",
+        *(f"- `{name}`: {meaning[name]}" for name in signature.inputs),
+        "",
+        "The output `probability` is float32 [B]; it is NaN for a row with an id that the model does not have.",
+        f"`{PACKAGE}` lists the features, the number of ids of each, versions and checksums.",
+        "",
+    ]
+    return "\n".join(text)
