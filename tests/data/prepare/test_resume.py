@@ -378,7 +378,7 @@ def test_an_output_behind_a_link(tmp_path):
 def test_an_output_that_is_a_mount_point(tmp_path, monkeypatch):
     paths = write(tmp_path, a=random_text(100, 0, SMALL))
     monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "out")
-    with pytest.raises(UserError, match=r"out: this a mount point can't be created by a rename"):
+    with pytest.raises(UserError, match=r"out: a mount point can't be created by a rename"):
         prepare(paths, tmp_path / "out", schema=SMALL)
     assert sorted(tmp_path.iterdir()) == paths
 
