@@ -39,11 +39,13 @@ class Mutant:
 
 
 MODEL: Final = [
-    Mutant("pairs_B = 0.5 * (", "pairs_B = 1.0 * (", "test_fm.py"),
-    Mutant("factors_BFK = factors.double()", "factors_BFK = factors.float()", "test_fm.py"),
+    Mutant("return 0.5 * ((sum_BK", "return 1.0 * ((sum_BK", "test_fm.py"),
+    Mutant(
+        "return _sum_of_pairs(factors, torch.float64)", "return _sum_of_pairs(factors, torch.float32)", "test_fm.py"
+    ),
     Mutant("rows[:, :factor_dim].normal_(", "rows.normal_(", "test_fm.py"),
     Mutant("first_order_B1 + pairs_B1 if self._linear else pairs_B1", "first_order_B1 + pairs_B1", "test_deepfm.py"),
-    Mutant("[by_name[name] for name in self._embedding_names]", "list(by_name.values())", "test_sharded_model.py"),
+    Mutant("[by_name[name] for name in names]", "list(by_name.values())", "test_sharded_model.py"),
     Mutant("logits_B1 = self.bias\n", "logits_B1 = 0.0 * self.bias\n", "test_deepfm.py"),
     Mutant("return total / max(logits.shape[0], 1)", "return total", "test_deepfm.py"),
     Mutant(
@@ -86,7 +88,7 @@ SHARDING: Final = [
     Mutant("if plan.world_size != world_size:", "if False:", "plan/test_io.py"),
 ]
 TRAINING: Final = [
-    Mutant("np.logaddexp(0.0, z) - y * z", "np.logaddexp(0.0, z) - z", "test_metrics.py"),
+    Mutant("np.mean(np.logaddexp(0.0, z) - y * z)", "np.mean(np.logaddexp(0.0, z) - z)", "test_metrics.py"),
     Mutant("ne = logloss / -(", "ne = logloss * -(", "test_metrics.py"),
     Mutant(
         "calibration = float(np.mean(predicted)) / rate", "calibration = float(np.mean(predicted))", "test_metrics.py"

@@ -30,7 +30,7 @@ def binary_entropy(rate: float) -> float:
         >>> round(binary_entropy(0.25), 4), binary_entropy(0.0)
         (0.5623, 0.0)
     """
-    return -sum(p * math.log(p) for p in (rate, 1.0 - rate) if p > 0.0)
+    return sum(p * math.log(1.0 / p) for p in (rate, 1.0 - rate) if p > 0.0)
 
 
 def click_rate(data: PreparedData) -> float | None:
@@ -111,13 +111,14 @@ def first_loss_warnings(step: int, loss: float, rate: float | None) -> list[str]
         >>> first_loss_warnings(20, 0.7, 0.03)
         []
         >>> first_loss_warnings(20, 4290.0, 0.17)[0][:81]
-        'the mean loss of the first 20 steps is 4.29e+03, 9,410 times the entropy of the c'
+        'the mean loss of the first 20 steps is 4.29e+03, 9.41e+03 times the entropy of th'
     """
     if loss <= _FIRST_LOSS:
         return []
     entropy = binary_entropy(rate) if rate else 0.0
     against = f", {loss / entropy:,.3g} times the entropy of the click rate ({entropy:.3g})" if entropy else ""
-    return [f"the mean loss of the first {step} steps is {loss:.3g}{against}; scale the inputs, or lower --lr"]
+    remedy = "scale the inputs, or lower --sparse-lr and --dense-lr"
+    return [f"the mean loss of the first {step} steps is {loss:.3g}{against}; {remedy}"]
 
 
 def result_warnings(summary: Mapping[str, Any], max_ne: float = 1.0) -> list[str]:
