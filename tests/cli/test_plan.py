@@ -139,7 +139,7 @@ GOOD = {"--tables": "criteo-terabyte", "--hardware": "h100", "--ranks": "16", "-
         ({"--ranks": None}, "option --ranks is missing; python -m torchrec_deepfm plan --help lists the options"),
         ({"--hardware": "h10"}, "hardware 'h10': no such preset; choose one of a100-40,"),
         ({"--hardware": "bad.toml"}, "bad.toml: hbm_bytes: expected a whole number >= 1, not -5; correct it"),
-        ({"--tables": "criteo"}, "tables 'criteo': neither criteo-terabyte nor a file nor a prepared folder"),
+        ({"--tables": "criteo"}, "tables 'criteo': neither criteo-terabyte nor criteo-dcnv2 nor a file nor a prepared"),
         ({"--tables": "."}, "."),
         ({"--dim": "10"}, "--dim: embedding_dim: 10 is not a multiple of 4"),
         ({"--dim": "-4"}, "--dim: embedding_dim: expected a whole number >= 4, not -4"),

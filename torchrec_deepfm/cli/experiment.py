@@ -29,7 +29,7 @@ class ExperimentCommand:
     """Measure sharding plans on real ranks, beside what is predicted of them."""
 
     tables: str
-    """criteo-terabyte, a TOML, JSON or CSV file of tables, or a prepared folder."""
+    """criteo-terabyte, criteo-dcnv2, a TOML, JSON or CSV file of tables, or a prepared folder."""
     output: Path
     """Folder to write: results.json, plans/, report.html. Must be empty or absent."""
     plans: tuple[Path, ...] = ()

@@ -79,7 +79,7 @@ class PlanCommand:
     """Plan where tables go on hardware that need not be there. See also plan show and plan diff."""
 
     tables: str
-    """criteo-terabyte, a TOML, JSON or CSV file of tables, or a prepared folder."""
+    """criteo-terabyte, criteo-dcnv2, a TOML, JSON or CSV file of tables, or a prepared folder."""
     hardware: str
     """a100-40, a100-80, h100, h200, b200, cpu, torchrec (TorchRec's default bandwidths), or a TOML file."""
     ranks: int

@@ -1,6 +1,7 @@
 """Lists of tables: Criteo Terabyte's, files, prepared folders, and what is refused."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,15 @@ def test_criteo_terabyte_has_mlperfs_tables() -> None:
     assert sum(table.num_embeddings == 40_000_000 for table in tables) == 5
     assert sum(table.num_embeddings > 1e5 for table in tables) == 8
     assert {table.embedding_dim for table in read_tables("criteo-terabyte", 16)} == {16}
+
+
+def test_criteo_dcnv2_has_the_ids_per_sample_of_mlperfs_command() -> None:
+    sizes = "3,2,1,2,6,1,1,1,1,7,3,8,1,6,9,5,1,1,1,12,100,27,10,3,1,1"  # --multi_hot_sizes, as mlcommons writes it
+    tables = read_tables("criteo-dcnv2")
+    assert [table.pooling_factor for table in tables] == [float(size) for size in sizes.split(",")]
+    one_hot = read_tables("criteo-terabyte")
+    assert [replace(table, pooling_factor=1.0) for table in tables] == list(one_hot)
+    assert {table.embedding_dim for table in read_tables("criteo-dcnv2", 16)} == {16}
 
 
 def one(**given: object) -> str:

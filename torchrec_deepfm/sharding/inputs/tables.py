@@ -1,4 +1,4 @@
-"""The tables to plan for: Criteo Terabyte's, a prepared folder's, or those of a file. Loads no torch.
+"""The tables to plan for: those of MLPerf's models, of a prepared folder, or of a file. Loads no torch.
 
 A file is TOML, JSON or CSV. ``embedding_dim``, ``pooling_factor`` and ``weighted`` may be left out of a table:
 
@@ -16,7 +16,7 @@ import csv
 import io
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -32,8 +32,10 @@ from torchrec_deepfm.model.table_name import feature_of, table_name
 from torchrec_deepfm.sharding.inputs.sharding_types import MAX_POOLING_FACTOR
 from torchrec_deepfm.strict_json import as_type, parse_json
 
-CRITEO: Final = "criteo-terabyte"
-CRITEO_DIM: Final = 128  # MLPerf's DLRM
+CRITEO_DIM: Final = 128  # MLPerf's DLRM and DLRM-DCNv2
+# Ids per sample of MLPerf's DLRM-DCNv2, whose data set adds made-up ids to those of Criteo Terabyte.
+# Source: mlcommons/training, recommendation_v2/torchrec_dlrm/README.MD, --multi_hot_sizes.
+DCNV2_POOLING_FACTORS: Final = (3, 2, 1, 2, 6, 1, 1, 1, 1, 7, 3, 8, 1, 6, 9, 5, 1, 1, 1, 12, 100, 27, 10, 3, 1, 1)
 PREPARED_DIM: Final = 12  # ceil4(10 + 1): what a DeepFM with the paper's k = 10 packs into a row
 
 _MAX_BYTES: Final = 64 << 20
@@ -106,19 +108,45 @@ def criteo_tables(dim: int | None = None) -> tuple[Table, ...]:
         >>> round(sum(table.gib for table in criteo_tables()))
         97
     """
+    return _mlperf_tables((1,) * len(MLPERF_NUM_EMBEDDINGS), dim)
+
+
+def criteo_dcnv2_tables(dim: int | None = None) -> tuple[Table, ...]:
+    """Return the 26 tables of MLPerf's DLRM-DCNv2: Criteo Terabyte's, with 1 to 100 ids per sample.
+
+    Example:
+        >>> sum(table.pooling_factor for table in criteo_dcnv2_tables())
+        214.0
+    """
+    return _mlperf_tables(DCNV2_POOLING_FACTORS, dim)
+
+
+def _mlperf_tables(pooling_factors: Sequence[int], dim: int | None) -> tuple[Table, ...]:
+    columns = zip(CRITEO_TERABYTE.categorical, MLPERF_NUM_EMBEDDINGS, pooling_factors, strict=True)
     return tuple(
-        Table(name=table_name(column), num_embeddings=rows, embedding_dim=CRITEO_DIM if dim is None else dim)
-        for column, rows in zip(CRITEO_TERABYTE.categorical, MLPERF_NUM_EMBEDDINGS, strict=True)
+        Table(
+            name=table_name(column),
+            num_embeddings=rows,
+            embedding_dim=CRITEO_DIM if dim is None else dim,
+            pooling_factor=float(ids),
+        )
+        for column, rows, ids in columns
     )
+
+
+NAMED_TABLES: Final[Mapping[str, Callable[[int | None], tuple[Table, ...]]]] = {
+    "criteo-terabyte": criteo_tables,
+    "criteo-dcnv2": criteo_dcnv2_tables,
+}
+"""What ``--tables`` knows by name."""
 
 
 def read_tables(source: str, dim: int | None = None) -> tuple[Table, ...]:
     """Find the tables to plan for.
 
     Args:
-        source: ``criteo-terabyte``; a TOML, JSON or CSV file; or a prepared folder.
-        dim: Width of every table, instead of the file's. Default: 128 for ``criteo-terabyte``, 12 for a
-            prepared folder.
+        source: A key of ``NAMED_TABLES``; a TOML, JSON or CSV file; or a prepared folder.
+        dim: Width of every table, instead of the file's. Default: 128 for named tables, 12 for a prepared folder.
 
     Returns:
         The tables, in the order of the source.
@@ -129,8 +157,8 @@ def read_tables(source: str, dim: int | None = None) -> tuple[Table, ...]:
     path = Path(source)
     if dim is not None:
         as_type({"name": "any", "num_embeddings": 1, "embedding_dim": dim}, Table, where="--dim", remedy="take another")
-    if source == CRITEO:
-        return criteo_tables(dim)
+    if source in NAMED_TABLES:
+        return NAMED_TABLES[source](dim)
     if path.is_dir():
         return _prepared_tables(path, PREPARED_DIM if dim is None else dim)
     if path.suffix in _SUFFIXES:
@@ -138,8 +166,8 @@ def read_tables(source: str, dim: int | None = None) -> tuple[Table, ...]:
     if path.is_file():
         raise UserError(f"{path}: a list of tables is a .toml, .json or .csv file; add the right suffix to its name")
     raise UserError(
-        f"tables {source!r}: neither {CRITEO} nor a file nor a prepared folder; name one of them"
-        + did_you_mean(source, [CRITEO])
+        f"tables {source!r}: neither {' nor '.join(NAMED_TABLES)} nor a file nor a prepared folder; name one of them"
+        + did_you_mean(source, NAMED_TABLES)
     )
 
 
@@ -165,7 +193,7 @@ def _prepared_tables(folder: Path, dim: int) -> tuple[Table, ...]:
 
 
 def _file_tables(path: Path, dim: int | None) -> tuple[Table, ...]:
-    text = read_text(path, most=_MAX_BYTES, what="list of tables", instead=f"name another one, or {CRITEO}")
+    text = read_text(path, most=_MAX_BYTES, what="list of tables", instead="name another one")
     if path.suffix == ".csv":
         raw: Any = _parse_csv(path, text)
     else:
