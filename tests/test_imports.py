@@ -238,7 +238,7 @@ def copy(tmp_path: Path) -> Path:
             "import importlib; importlib.import_module('torchrec_deepfm.model.fm')",
             "model.fm",
         ),
-        ("data/schema.py", "from torchrec_deepfm.data.prepare import prepare", "data.prepare.prepare"),
+        ("data/schema/schema.py", "from torchrec_deepfm.data.prepare import prepare", "data.prepare.prepare"),
         ("errors.py", "from . import doctor", "doctor"),
     ],
 )

@@ -16,10 +16,10 @@ from tests.data.prepare.test_tables import SCHEMA, rows
 from tests.data.prepare.test_tables import write as write_table
 from tests.support.raw_oracle import SMALL, random_text
 from torchrec_deepfm.data.loader.loader import Loader
-from torchrec_deepfm.data.prepare import hashing, vocabulary
 from torchrec_deepfm.data.prepare.prepare import prepare
 from torchrec_deepfm.data.prepare.row_encoder import RowEncoder
 from torchrec_deepfm.data.schema import Column, Schema
+from torchrec_deepfm.data.values import hashing, vocabulary
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.files import seal
 

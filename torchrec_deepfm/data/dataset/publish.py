@@ -88,6 +88,12 @@ def appear(folder: Path, output: Path) -> None:
     folder.rename(output.resolve())
 
 
+def sync(path: Path) -> None:
+    """Sync a written file to the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
     """Write into a temporary sibling of ``output``, which is renamed at the end.

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from torchrec_deepfm.data.dataset.checksums import CHECKSUMS, stem_borders
 from torchrec_deepfm.data.dataset.prepared import SPLITS, Day, offsets_file, stem_files
-from torchrec_deepfm.data.dataset.publish import Parts, digest, digest_parts, find_parts
+from torchrec_deepfm.data.dataset.publish import Parts, digest, digest_parts, find_parts, sync
 from torchrec_deepfm.data.loader import epoch_order
-from torchrec_deepfm.data.prepare.work_folder import WorkFolder, sync
+from torchrec_deepfm.data.prepare.work_folder import WorkFolder
 from torchrec_deepfm.data.schema import Schema
 
 Splits = Mapping[str, Sequence[Mapping[str, Any]]]

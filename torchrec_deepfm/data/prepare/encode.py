@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from torchrec_deepfm.data.dataset.prepared import SPARSE
 from torchrec_deepfm.data.prepare.npy_appender import GrowingArray
-from torchrec_deepfm.data.prepare.row_columns import flat
-from torchrec_deepfm.data.prepare.vocabulary import SMALL, look_up, vocabulary_file, vocabulary_size
 from torchrec_deepfm.data.prepare.work_folder import WorkFolder
 from torchrec_deepfm.data.schema import Schema
+from torchrec_deepfm.data.values.row_columns import flat
+from torchrec_deepfm.data.values.vocabulary import SMALL, look_up, vocabulary_file, vocabulary_size
 
 
 def encode_stem(

@@ -30,11 +30,8 @@ from torchrec_deepfm.data.dataset.publish import (
 )
 from torchrec_deepfm.data.loader import epoch_order
 from torchrec_deepfm.data.prepare import inputs as found
-from torchrec_deepfm.data.prepare import numeric
 from torchrec_deepfm.data.prepare.checksum_files import Splits, borders_of_stems, parts_of, take_sums, write_checksums
-from torchrec_deepfm.data.prepare.duckdb_session import connect
 from torchrec_deepfm.data.prepare.encode import encode_stem
-from torchrec_deepfm.data.prepare.hashing import Hashing, hash_sizes
 from torchrec_deepfm.data.prepare.inputs import days_of_splits
 from torchrec_deepfm.data.prepare.options import MIN_COUNT, PrepareOptions
 from torchrec_deepfm.data.prepare.progress import Phase
@@ -48,11 +45,14 @@ from torchrec_deepfm.data.prepare.provenance import (
     what_changed,
 )
 from torchrec_deepfm.data.prepare.stage import Stager, Unit, skipped_rows
-from torchrec_deepfm.data.prepare.vocabulary import OldVocabulary, count_column, vocabulary_file, vocabulary_size
 from torchrec_deepfm.data.prepare.work_folder import WorkFolder, check_room, estimate_bytes
 from torchrec_deepfm.data.prepare.workers import Workers
 from torchrec_deepfm.data.raw.table_source import TableSource
 from torchrec_deepfm.data.schema import Schema
+from torchrec_deepfm.data.values import numeric
+from torchrec_deepfm.data.values.duckdb_session import connect
+from torchrec_deepfm.data.values.hashing import Hashing, hash_sizes
+from torchrec_deepfm.data.values.vocabulary import OldVocabulary, count_column, vocabulary_file, vocabulary_size
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.files import seal, write_bytes
 

@@ -22,13 +22,13 @@ from numpy.typing import NDArray
 from torchrec_deepfm.data.dataset.prepared import PreparedData, read_manifest
 from torchrec_deepfm.data.dataset.publish import digest, new_folder
 from torchrec_deepfm.data.loader.row_reader import CopiedBags
-from torchrec_deepfm.data.prepare import numeric
-from torchrec_deepfm.data.prepare.hashing import Hashing
-from torchrec_deepfm.data.prepare.row_columns import categorical_columns, list_values
-from torchrec_deepfm.data.prepare.vocabulary import Vocabulary, vocabulary_file
 from torchrec_deepfm.data.raw.frames import as_arrow
 from torchrec_deepfm.data.raw.table_frame import HEX, category_types, table_frame
 from torchrec_deepfm.data.schema import Schema
+from torchrec_deepfm.data.values import numeric
+from torchrec_deepfm.data.values.hashing import Hashing
+from torchrec_deepfm.data.values.row_columns import categorical_columns, list_values
+from torchrec_deepfm.data.values.vocabulary import Vocabulary, vocabulary_file
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.files import check_seal, read_bytes, seal, write_bytes
 from torchrec_deepfm.strict_json import as_type, parse_json

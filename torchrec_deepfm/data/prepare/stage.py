@@ -18,14 +18,15 @@ import polars as pl
 from numpy.typing import NDArray
 
 from torchrec_deepfm.data.dataset.prepared import DENSE, LABELS, SPARSE
-from torchrec_deepfm.data.prepare import numeric
-from torchrec_deepfm.data.prepare.hashing import Hashing
+from torchrec_deepfm.data.dataset.publish import sync
 from torchrec_deepfm.data.prepare.npy_appender import GrowingArray, read_rows
-from torchrec_deepfm.data.prepare.row_columns import categorical_columns, list_values
-from torchrec_deepfm.data.prepare.work_folder import WorkFolder, sync
+from torchrec_deepfm.data.prepare.work_folder import WorkFolder
 from torchrec_deepfm.data.raw.source import JoinedPiece, Source
 from torchrec_deepfm.data.raw.table_source import TableSource, joined_pieces
 from torchrec_deepfm.data.schema import Schema
+from torchrec_deepfm.data.values import numeric
+from torchrec_deepfm.data.values.hashing import Hashing
+from torchrec_deepfm.data.values.row_columns import categorical_columns, list_values
 from torchrec_deepfm.errors import UserError
 
 # Listed skipped rows per source; all are counted.

@@ -164,12 +164,6 @@ class WorkFolder:
         shutil.rmtree(removed, ignore_errors=True)
 
 
-def sync(path: Path) -> None:
-    """Sync a written file to the disk."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(read_bytes(path, most=MAX_RECORD_BYTES))

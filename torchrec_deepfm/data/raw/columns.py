@@ -13,8 +13,8 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from torchrec_deepfm.data.prepare.numeric import UNFIT, unfit
 from torchrec_deepfm.data.raw.column_types import kind_of, stored
+from torchrec_deepfm.data.values.numeric import UNFIT, unfit
 
 # The longest text of the input that a message repeats.
 _SHOWN: Final = 40

@@ -16,11 +16,11 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from torchrec_deepfm.data.prepare import numeric
 from torchrec_deepfm.data.raw.addresses import File, find_text, one_line
 from torchrec_deepfm.data.raw.file_kind import COMPRESSIONS, HEAD_BYTES, check_head, compression, explain_damage
 from torchrec_deepfm.data.raw.source import Piece, Skipped
 from torchrec_deepfm.data.schema import Schema
+from torchrec_deepfm.data.values import numeric
 from torchrec_deepfm.errors import UserError, one_of
 
 T = TypeVar("T")

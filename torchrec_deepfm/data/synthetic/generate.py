@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 
 from torchrec_deepfm.data.dataset.publish import check_free, new_folder
-from torchrec_deepfm.data.prepare.duckdb_session import quoted
 from torchrec_deepfm.data.prepare.work_folder import check_room
 from torchrec_deepfm.data.schema import CRITEO_KAGGLE
 from torchrec_deepfm.data.synthetic.columns import MISSING_NUMBER, category_values, draw_rows
 from torchrec_deepfm.data.synthetic.ground_truth import Truth, draw_truth, probability
+from torchrec_deepfm.data.values.duckdb_session import quoted
 from torchrec_deepfm.errors import UserError
 
 TRUTH_VERSION: Final = 1

@@ -1,81 +1,18 @@
-"""The columns of a data set: built-in schemas, and those that a user writes as TOML. Standard library only.
+"""The columns of a data set.
 
 Shape letters: I numeric columns, F categorical columns.
 """
 
-import json
-import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any, Final
 
+from torchrec_deepfm.data.schema.column import LIST_ONLY, TRANSFORMS, Column, check_choice, toml_key
 from torchrec_deepfm.errors import UserError, did_you_mean, one_of
-from torchrec_deepfm.files import parse_toml, read_text
 
-TRANSFORMS: Final = ("log1p", "signed_log1p", "log", "bucketize", "fuxictr", "none")
 MISSING: Final = ("value", "rare")
 LAYOUTS: Final = ("criteo", "table")
-TYPES: Final = ("string", "integer")
-
-# A larger file was named by mistake: most likely a data file.
-_MAX_TOML_BYTES: Final = 1 << 20
-_MAX_NUM_EMBEDDINGS: Final = 2**31 - 1
-_LIST_ONLY: Final = ("separator", "weights")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Column:
-    """Options of one column; an option that is left out keeps its default.
-
-    Args:
-        list: A categorical column with several values per row (multi-hot).
-        separator: Text between the values of a list, for CSV cells and text columns.
-        weights: Name of the column that holds a weight for each value of this list.
-        type: ``string`` or ``integer``; ``None`` derives it from the file.
-        min_count: Values of this column seen less often in training share id 0.
-        num_embeddings: Ids of this column when values are hashed.
-        transform: Transform of the numbers of this column: one of ``TRANSFORMS``.
-
-    Raises:
-        UserError: An option has the wrong type or value.
-
-    Example:
-        >>> Column(list=True, separator="|").to_json()
-        {'list': True, 'separator': '|'}
-    """
-
-    list: bool = False
-    separator: str | None = None
-    weights: str | None = None
-    type: str | None = None
-    min_count: int | None = None
-    num_embeddings: int | None = None
-    transform: str | None = None
-
-    def __post_init__(self) -> None:
-        """Check the options one by one."""
-        if not isinstance(self.list, bool):
-            raise UserError(f"list: {self.list!r} is not true or false; give one of them")
-        for key in ("separator", "weights"):
-            value = getattr(self, key)
-            if value is not None and (not isinstance(value, str) or not value):
-                raise UserError(f"{key}: {value!r} is not a text; give a non-empty string")
-            if value is not None and not self.list:
-                raise UserError(f"{key}: only valid for a list column; add list = true, or remove it")
-        _check_choice("type", self.type, TYPES)
-        _check_choice("transform", self.transform, TRANSFORMS)
-        _check_count("min_count", self.min_count, 1)
-        _check_count("num_embeddings", self.num_embeddings, 2)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the options that differ from their defaults.
-
-        Returns:
-            Plain JSON values, which ``Column(**values)`` reads back.
-        """
-        default = asdict(Column())
-        return {key: value for key, value in asdict(self).items() if value != default[key]}
+_DEFAULTS: Final = Column()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,9 +66,9 @@ class Schema:
                 raise UserError(f"column {name!r} appears twice; give every column a different name", where="schema")
             seen.add(name)
         try:
-            _check_choice("layout", self.layout, LAYOUTS)
-            _check_choice("numeric_transform", self.numeric_transform, TRANSFORMS)
-            _check_choice("missing", self.missing, MISSING)
+            check_choice("layout", self.layout, LAYOUTS)
+            check_choice("numeric_transform", self.numeric_transform, TRANSFORMS)
+            check_choice("missing", self.missing, MISSING)
         except UserError as error:
             raise UserError(error.what, where="schema") from error
         if self.delimiter is not None and (
@@ -159,7 +96,7 @@ class Schema:
             )
         given = column.to_json()
         if name not in self.categorical:
-            for key in ("list", *_LIST_ONLY, "type", "min_count", "num_embeddings"):
+            for key in ("list", *LIST_ONLY, "type", "min_count", "num_embeddings"):
                 if key in given:
                     raise UserError(f"{place}.{key}: only valid for a categorical column; remove it", where="schema")
         if name not in self.numeric and "transform" in given:
@@ -217,6 +154,7 @@ class Schema:
             Its options; the defaults where none were given.
 
         Example:
+            >>> from torchrec_deepfm.data.schema import CRITEO_KAGGLE
             >>> CRITEO_KAGGLE.options("C1") == Column()
             True
         """
@@ -229,6 +167,7 @@ class Schema:
             A dictionary that ``from_json`` reads back.
 
         Example:
+            >>> from torchrec_deepfm.data.schema import CRITEO_KAGGLE
             >>> Schema.from_json(CRITEO_KAGGLE.to_json()) == CRITEO_KAGGLE
             True
         """
@@ -261,10 +200,10 @@ class Schema:
         Raises:
             UserError: A key is missing, unknown or of the wrong type, or the names do not form a valid schema.
         """
-        return _build(value, layout="criteo")
+        return build(value, layout="criteo")
 
 
-def _build(value: Mapping[str, Any], *, layout: str) -> Schema:
+def build(value: Mapping[str, Any], *, layout: str) -> Schema:
     """A schema from parsed JSON or TOML; messages begin with ``schema: KEY: ``."""
     if not isinstance(value, Mapping):
         raise UserError("not a table of keys; give label, numeric and categorical", where="schema")
@@ -311,153 +250,3 @@ def _column(name: str, options: object) -> Column:
         return Column(**options)
     except UserError as error:
         raise UserError(f"columns.{toml_key(name)}.{error}", where="schema") from error
-
-
-def _check_choice(key: str, value: object, choices: tuple[str, ...]) -> None:
-    if value is not None and value not in choices:
-        raise UserError(f"{key}: {value!r} is not valid; choose {one_of(choices, value)}")
-
-
-def _check_count(key: str, value: object, least: int) -> None:
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= _MAX_NUM_EMBEDDINGS:
-        raise UserError(
-            f"{key}: {value!r} is not a valid count; give a whole number from {least} to {_MAX_NUM_EMBEDDINGS}"
-        )
-
-
-def toml_text(text: str) -> str:
-    r"""Quote a text as a TOML string.
-
-    Args:
-        text: Any text, also one with quotes and control characters.
-
-    Returns:
-        A TOML basic string, on one line.
-
-    Example:
-        >>> toml_text('a "b"')
-        '"a \\"b\\""'
-    """
-    # TOML accepts JSON's escapes and requires one more character to be escaped.
-    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
-def toml_key(name: str) -> str:
-    """Write a column's name as a TOML key.
-
-    Args:
-        name: Any name.
-
-    Returns:
-        The name itself where TOML allows that, else in quotes.
-
-    Example:
-        >>> toml_key("price"), toml_key("user id")
-        ('price', '"user id"')
-    """
-    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else toml_text(name)
-
-
-_DEFAULTS: Final = Column()
-
-
-_NUMERIC: Final = tuple(f"I{i}" for i in range(1, 14))
-_CATEGORICAL: Final = tuple(f"C{i}" for i in range(1, 27))
-_FRAPPE: Final = (
-    "user", "item", "daytime", "weekday", "isweekend", "homework", "cost", "weather", "country", "city",
-)  # fmt: skip
-
-
-def _criteo() -> Schema:
-    return Schema(label="label", numeric=_NUMERIC, categorical=_CATEGORICAL)
-
-
-# Both publications have the same columns. They have separate names because their day files and splits differ.
-CRITEO_KAGGLE = _criteo()
-CRITEO_TERABYTE = _criteo()
-
-# The benchmark data of BARS (reczoo/Datasets): CSV files with a header, as its configurations of FuxiCTR read them.
-# Criteo_x1 is AFN's: the numbers are scaled, the categories numbered already.
-CRITEO_X1 = Schema(
-    label="label",
-    numeric=_NUMERIC,
-    categorical=_CATEGORICAL,
-    layout="table",
-    numeric_transform="none",
-    columns={name: Column(type="integer") for name in _CATEGORICAL},
-)
-# Criteo_x4 has the challenge's raw values. FuxiCTR gives missing values the id of rare values.
-CRITEO_X4 = Schema(
-    label="Label",
-    numeric=_NUMERIC,
-    categorical=_CATEGORICAL,
-    layout="table",
-    numeric_transform="fuxictr",
-    missing="rare",
-    columns={name: Column(type="string") for name in _CATEGORICAL},
-)
-FRAPPE_X1 = Schema(
-    label="label",
-    numeric=(),
-    categorical=_FRAPPE,
-    layout="table",
-    columns={name: Column(type="integer") for name in _FRAPPE},
-)
-
-_NAMED = {
-    "criteo-kaggle": CRITEO_KAGGLE,
-    "criteo-terabyte": CRITEO_TERABYTE,
-    "criteo-x1": CRITEO_X1,
-    "criteo-x4": CRITEO_X4,
-    "frappe-x1": FRAPPE_X1,
-}
-
-
-def read_schema(path: Path | str) -> Schema:
-    """Read a schema that a user wrote as TOML; ``docs/tables.md`` lists its keys.
-
-    Args:
-        path: A TOML file of at most 1 MiB.
-
-    Returns:
-        The schema; its layout is ``table`` unless the file sets another.
-
-    Raises:
-        UserError: The file can't be read, is not TOML, or is not a valid schema. The message names file and key.
-    """
-    path = Path(path)
-    text = read_text(path, most=_MAX_TOML_BYTES, what="schema", instead="name a TOML file, or write one: schema infer")
-    value = parse_toml(path, text)
-    try:
-        return _build(value, layout="table")
-    except UserError as error:
-        raise UserError(error.what, where=path) from error
-
-
-def load_schema(name_or_path: str) -> Schema:
-    """Return a built-in schema, or read a ``.toml`` file.
-
-    Args:
-        name_or_path: ``criteo-kaggle``, ``criteo-terabyte``, ``criteo-x1``, ``criteo-x4`` or ``frappe-x1``, or the path
-            of a TOML file.
-
-    Returns:
-        The schema.
-
-    Raises:
-        UserError: The schema or file does not exist, or the file is not a valid schema.
-
-    Example:
-        >>> load_schema("criteo-terabyte") is CRITEO_TERABYTE
-        True
-    """
-    if name_or_path in _NAMED:
-        return _NAMED[name_or_path]
-    if name_or_path.lower().endswith(".toml"):
-        return read_schema(name_or_path)
-    hint = did_you_mean(name_or_path, _NAMED)
-    raise UserError(
-        f"--schema: unknown schema {name_or_path!r}; choose one of {', '.join(_NAMED)}, or name a .toml file{hint}"
-    )

@@ -19,10 +19,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from torchrec_deepfm.data.dataset.prepared import PreparedData, read_manifest
-from torchrec_deepfm.data.dataset.publish import digest
-from torchrec_deepfm.data.prepare.duckdb_session import parquet, quoted
-from torchrec_deepfm.data.prepare.work_folder import sync
+from torchrec_deepfm.data.dataset.publish import digest, sync
 from torchrec_deepfm.data.schema import Schema
+from torchrec_deepfm.data.values.duckdb_session import parquet, quoted
 from torchrec_deepfm.errors import UserError
 
 VOCABULARY: Final = "vocabulary_{}.parquet"

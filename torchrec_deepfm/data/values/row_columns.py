@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from torchrec_deepfm.data.prepare import numeric
+from torchrec_deepfm.data.values import numeric
 
 
 def categorical_columns(frame: pl.DataFrame, transforms: Sequence[str]) -> pl.DataFrame:
