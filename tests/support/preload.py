@@ -1,11 +1,14 @@
 """What the server of `fork.py` imports before it forks: everything slow that starts no thread.
 
-Polars and pyarrow are left out, as importing them starts threads; they load in a third of a second.
+Polars and pyarrow are left out, as importing them starts threads; they load in a third of a second. So is pandas, which
+imports pyarrow: scikit-learn would import it if it could, and does without it here. A fork may import all three.
 """
 
+import sys
 from pathlib import Path
 from unittest import mock
 
+sys.modules["pandas"] = None  # type: ignore[assignment]  # makes its import fail
 with mock.patch("warnings.showwarning"):
     import pytest  # noqa: F401
     import sklearn.metrics  # noqa: F401
@@ -17,6 +20,7 @@ with mock.patch("warnings.showwarning"):
 
     import torchrec_deepfm.cli.main
     import torchrec_deepfm.training.trainer  # noqa: F401
+del sys.modules["pandas"]
 
 threads = len(list(Path("/proc/self/task").iterdir()))
 assert threads == 1, f"{threads} threads run in the server, which do not survive a fork"

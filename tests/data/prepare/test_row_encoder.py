@@ -12,8 +12,6 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from tests.data.prepare.test_prepare import write
-from tests.data.prepare.test_tables import SCHEMA, rows
-from tests.data.prepare.test_tables import write as write_table
 from tests.support.raw_oracle import SMALL, random_text
 from torchrec_deepfm.data.loader.loader import Loader
 from torchrec_deepfm.data.prepare.prepare import prepare
@@ -184,15 +182,6 @@ def test_a_vocabulary_is_a_dictionary(kept, asked, dtype):
     assert words.ids(pl.Series(asked, dtype=pl.Int64).cast(dtype)).tolist() == expected
     for value, wanted in zip(asked, expected, strict=True):
         assert words.ids(pl.Series([value], dtype=pl.Int64).cast(dtype)).tolist() == [wanted]
-
-
-def test_pandas(tmp_path):
-    pandas = pytest.importorskip("pandas")
-    found = rows(60, 3)
-    data = prepare(
-        [write_table(tmp_path / "a.parquet", found)], tmp_path / "out", schema=SCHEMA, split="none", min_count=1
-    )
-    check_as_loaded(data, encoder_of(data, tmp_path / "encoder").encode(pandas.DataFrame(found)))
 
 
 def test_rows_that_do_not_fit(tmp_path):

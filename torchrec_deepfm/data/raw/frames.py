@@ -41,14 +41,11 @@ def as_arrow(frame: Any, names: Sequence[str]) -> pa.Table:
         table = frame.select(names).to_arrow()
     elif isinstance(frame, pa.RecordBatch | pa.Table):
         _check_names(frame.schema.names, names)
-        twice = [name for name in names if frame.schema.names.count(name) > 1]
-        if twice:
-            raise UserError(f"column {twice[0]!r} appears twice; give every column a name of its own")
         table = pa.table({name: frame.column(name) for name in names})
     elif type(frame).__module__.partition(".")[0] == "pandas" and hasattr(frame, "columns"):
         columns = [str(name) for name in frame.columns]
         _check_names(columns, names)
-        table = pa.table({name: _array(name, frame.iloc[:, columns.index(name)]) for name in names})
+        table = pa.table({name: _from_pandas(name, frame.iloc[:, columns.index(name)]) for name in names})
     elif isinstance(frame, Sequence) and not isinstance(frame, str | bytes):
         for row, values in enumerate(frame, 1):
             if not isinstance(values, Mapping):
@@ -60,7 +57,7 @@ def as_arrow(frame: Any, names: Sequence[str]) -> pa.Table:
         table = pa.table({name: _array(name, [values[name] for values in frame]) for name in names})
     else:
         raise UserError(f"rows of type {type(frame).__name__} can't be read; give {_TAKEN}")
-    return pa.table({name: _without_nan(table.column(name)) for name in names})
+    return pa.table({name: _typeless_if_missing(table.column(name)) for name in names})
 
 
 def _check_names(there: Sequence[str], names: Sequence[str]) -> None:
@@ -70,10 +67,20 @@ def _check_names(there: Sequence[str], names: Sequence[str]) -> None:
             raise UserError(
                 f"column {name!r} is absent{did_you_mean(name, there)}; the rows have {listed or 'no column'}"
             )
+        if there.count(name) > 1:
+            raise UserError(f"column {name!r} appears twice; give every column a name of its own")
 
 
-def _array(name: str, values: Any) -> pa.Array:
-    """An Arrow array of Python's or pandas' values."""
+def _from_pandas(name: str, values: Any) -> pa.Array:
+    """An Arrow array of a pandas Series."""
+    try:
+        return pa.array(values, from_pandas=True)
+    except (pa.ArrowException, OverflowError, ValueError, TypeError):  # mixed types, sparse columns
+        return _array(name, values.astype(object).where(values.notna().to_numpy(), None).tolist())
+
+
+def _array(name: str, values: Sequence[Any]) -> pa.Array:
+    """An Arrow array of Python's values; integers among texts become texts."""
     try:
         return pa.array(values, from_pandas=True)
     except (pa.ArrowException, OverflowError, ValueError, TypeError):
@@ -83,6 +90,13 @@ def _array(name: str, values: Any) -> pa.Array:
     first = next(value for value in given if value is not None)
     for row, value in enumerate(given, 1):
         try:
+            pa.array([value], from_pandas=True)
+        except (pa.ArrowException, OverflowError, ValueError, TypeError) as error:
+            raise UserError(
+                f"row {row}, column {name!r}: {shown(value)} of type {type(value).__name__} can't be read; give a "
+                "number, text or a list of them"
+            ) from error
+        try:
             pa.array([first, value], from_pandas=True)
         except (pa.ArrowException, OverflowError, ValueError, TypeError) as error:
             raise UserError(
@@ -91,10 +105,11 @@ def _array(name: str, values: Any) -> pa.Array:
     raise UserError(f"column {name!r}: its values have no common type; give one type")
 
 
-def _without_nan(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Missing text often comes as a column of nothing but NaN, whose type then says nothing."""
-    if pa.types.is_floating(column.type) and len(column):
-        missing = pc.or_kleene(pc.is_null(column), pc.is_nan(column.cast(pa.float64())))
-        if pc.all(pc.fill_null(missing, True)).as_py():
-            return pa.chunked_array([pa.nulls(len(column))])
-    return column
+def _typeless_if_missing(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """A column of nothing but missing values has any type, often that of NaN; here it has none."""
+    if not len(column):
+        return column
+    missing = pc.is_null(column)
+    if pa.types.is_floating(column.type):
+        missing = pc.or_kleene(missing, pc.is_nan(column.cast(pa.float64())))
+    return pa.chunked_array([pa.nulls(len(column))]) if pc.all(pc.fill_null(missing, True)).as_py() else column
