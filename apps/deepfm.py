@@ -3,298 +3,164 @@
     torchx run apps/deepfm.py -j 1x2 -- --batch-size 2048
 
 The options before `--` belong to the component (how many ranks, on what hosts), those after it to the command of
-`python -m torchrec_deepfm` that every rank runs; `-- --help` lists them.
+`python -m torchrec_deepfm` that every rank runs; `-- --help` lists them. Where the package is installed without the
+repository, `torchrec_deepfm.deepfm` stands for this file: `torchx run torchrec_deepfm.deepfm:train`.
 
 TorchX executes this file inside its own module. Hence no relative imports, no `from __future__ import annotations`
 (it would turn the types that TorchX reads into strings), and `Optional[...]` where `... | None` would be newer style:
-TorchX 0.7 does not read the latter.
+TorchX 0.7 does not read the latter, nor numbers that are `Optional`.
 """
 
-from typing import Any, Dict, Optional
+import functools
+import inspect
+from typing import Any, Callable, Dict, List, Optional
 
 import torchx
 from torchx import specs
-from torchx.components.dist import ddp
+from torchx.components.dist import ddp, parse_nnodes
 
 # What a bare `torchx run apps/deepfm.py` means; torchrec_deepfm.torchx_run reads it.
 DEFAULT_COMPONENT = "train"
 
+# Per rank, where neither the options nor a named resource say: what one of eight ranks of a usual GPU host has.
+GPU_RANK = specs.Resource(cpu=12, gpu=1, memMB=96 * 1024)
+CPU_RANK = specs.Resource(cpu=2, gpu=0, memMB=8 * 1024)
 
-def train(
-    *args: str,
+
+def _launch(
+    command: str,
+    args: Any,
+    *,
     j: str = "1x1",
-    cpu: int = 2,
-    gpu: int = 0,
-    memMB: int = 8192,
+    cpu: int = 0,
+    gpu: int = -1,
+    memMB: int = 0,
     h: Optional[str] = None,
     image: str = torchx.IMAGE,
-    name: str = "deepfm-train",
+    name: Optional[str] = None,
     env: Optional[Dict[str, str]] = None,
+    mounts: Optional[List[str]] = None,
+    tracker: Optional[str] = None,
     max_retries: int = 0,
+    max_restarts: int = 0,
     rdzv_port: int = 29500,
-    max_restarts: int = 3,
 ) -> specs.AppDef:
-    """Trains a sharded DeepFM, by default on a small synthetic set that it generates.
+    """One role whose ranks run a command of torchrec_deepfm.
 
     Args:
-        args: options of `python -m torchrec_deepfm train`, after `--`
-        j: {hosts}x{ranks per host}, {fewest}:{most hosts}x{ranks per host}; one rank per GPU, on CPUs as many as pay
-        cpu: CPU cores per host (local schedulers ignore it)
-        gpu: GPUs per host (local schedulers ignore it)
-        memMB: memory per host in MB (local schedulers ignore it)
-        h: a named resource of TorchX, instead of cpu, gpu and memMB
-        image: the image with torchrec_deepfm in it (local_cwd runs what is installed here)
+        command: the command
+        args: its options, after `--`
+        j: {hosts}x{ranks per host}, or {fewest}:{most hosts}x{ranks per host}; one rank per GPU
+        cpu: CPU cores per host; 0: 12 per rank with a GPU, else 2 (local_cwd ignores it)
+        gpu: GPUs per host; -1: one per rank; write 0 for hosts without (local_cwd ignores it)
+        memMB: memory per host in MB; 0: 96 GiB per rank with a GPU, else 8 GiB (local_cwd ignores it)
+        h: a named resource instead of cpu, gpu and memMB, such as deepfm_h100x8
+        image: the container image with torchrec_deepfm in it (local_cwd runs what is installed here)
         name: the job's name
         env: environment variables of the ranks (ENV1=v1,ENV2=v2)
-        max_retries: how often the scheduler may start the job again
-        rdzv_port: port on the first host where several hosts meet; another one for each job there (one host uses none)
+        mounts: folders and volumes of a container (type=bind,src=/host/data,dst=/data,readonly)
+        tracker: folder or fsspec address where TorchX's tracker keeps the run's options, metrics and artifacts
+        max_retries: how often the scheduler may start the job again; it resumes
         max_restarts: how often torchelastic may start the ranks again, each time from the last checkpoint
-    """
-    return _on_ranks(
-        "train",
-        args,
-        max_restarts,
-        j=j,
-        cpu=cpu,
-        gpu=gpu,
-        memMB=memMB,
-        h=h,
-        image=image,
-        name=name,
-        env=env,
-        max_retries=max_retries,
-        rdzv_port=rdzv_port,
-    )
-
-
-def evaluate(
-    *args: str,
-    j: str = "1x1",
-    cpu: int = 2,
-    gpu: int = 0,
-    memMB: int = 8192,
-    h: Optional[str] = None,
-    image: str = torchx.IMAGE,
-    name: str = "deepfm-evaluate",
-    env: Optional[Dict[str, str]] = None,
-    max_retries: int = 0,
-    rdzv_port: int = 29500,
-) -> specs.AppDef:
-    """Evaluates a trained run, or compares two, on a split of a prepared folder: metrics, users, slices, intervals.
-
-    Args:
-        args: options of `python -m torchrec_deepfm evaluate`, after `--`
-        j: {hosts}x{ranks per host}; one rank per GPU, on CPUs as many as pay
-        cpu: CPU cores per host (local schedulers ignore it)
-        gpu: GPUs per host (local schedulers ignore it)
-        memMB: memory per host in MB (local schedulers ignore it)
-        h: a named resource of TorchX, instead of cpu, gpu and memMB
-        image: the image with torchrec_deepfm in it (local_cwd runs what is installed here)
-        name: the job's name
-        env: environment variables of the ranks (ENV1=v1,ENV2=v2)
-        max_retries: how often the scheduler may start the job again
         rdzv_port: port on the first host where several hosts meet; another one for each job there (one host uses none)
     """
-    return _on_ranks(
-        "evaluate",
-        args,
-        0,
+    ranks = parse_nnodes(j)[2]
+    gpus = gpu if gpu >= 0 else 0 if command in WITHOUT_GPU else ranks
+    rank = GPU_RANK if gpus else CPU_RANK
+    tracking = {"TORCHX_TRACKERS": "fsspec", "TORCHX_TRACKER_FSSPEC_CONFIG": tracker} if tracker else {}
+    app = ddp(
+        command,
+        *args,
+        m="torchrec_deepfm",
         j=j,
-        cpu=cpu,
-        gpu=gpu,
-        memMB=memMB,
+        cpu=cpu or rank.cpu * ranks,
+        gpu=gpus,
+        memMB=memMB or rank.memMB * ranks,
         h=h,
         image=image,
-        name=name,
-        env=env,
+        name=name or f"deepfm-{command}",
+        env={**tracking, **(env or {})},
+        mounts=mounts,
         max_retries=max_retries,
         rdzv_port=rdzv_port,
     )
-
-
-def predict(
-    *args: str,
-    j: str = "1x1",
-    cpu: int = 2,
-    gpu: int = 0,
-    memMB: int = 8192,
-    h: Optional[str] = None,
-    image: str = torchx.IMAGE,
-    name: str = "deepfm-predict",
-    env: Optional[Dict[str, str]] = None,
-    max_retries: int = 0,
-    rdzv_port: int = 29500,
-    max_restarts: int = 3,
-) -> specs.AppDef:
-    """Predicts the click probabilities of files of raw rows; several ranks take turns with pieces of them.
-
-    Args:
-        args: options of `python -m torchrec_deepfm predict`, after `--`
-        j: {hosts}x{ranks per host}; on CPUs as many ranks as pay
-        cpu: CPU cores per host (local schedulers ignore it)
-        gpu: GPUs per host (not used)
-        memMB: memory per host in MB (local schedulers ignore it)
-        h: a named resource of TorchX, instead of cpu, gpu and memMB
-        image: the image with torchrec_deepfm in it (local_cwd runs what is installed here)
-        name: the job's name
-        env: environment variables of the ranks (ENV1=v1,ENV2=v2)
-        max_retries: how often the scheduler may start the job again; it resumes
-        rdzv_port: port on the first host where several hosts meet; another one for each job there (one host uses none)
-        max_restarts: how often torchelastic may start the ranks again
-    """
-    return _on_ranks(
-        "predict",
-        args,
-        max_restarts,
-        j=j,
-        cpu=cpu,
-        gpu=gpu,
-        memMB=memMB,
-        h=h,
-        image=image,
-        name=name,
-        env=env,
-        max_retries=max_retries,
-        rdzv_port=rdzv_port,
-    )
-
-
-def prepare(
-    *args: str,
-    j: str = "1x1",
-    cpu: int = 2,
-    gpu: int = 0,
-    memMB: int = 8192,
-    h: Optional[str] = None,
-    image: str = torchx.IMAGE,
-    name: str = "deepfm-prepare",
-    env: Optional[Dict[str, str]] = None,
-    max_retries: int = 0,
-    rdzv_port: int = 29500,
-    max_restarts: int = 3,
-) -> specs.AppDef:
-    """Turns raw click logs into a prepared folder; several ranks share the files, in a folder that all of them see.
-
-    Args:
-        args: options of `python -m torchrec_deepfm prepare`, after `--`
-        j: {hosts}x{ranks per host}; a rank works on a file at a time
-        cpu: CPU cores per host (local schedulers ignore it)
-        gpu: GPUs per host (not used)
-        memMB: memory per host in MB (local schedulers ignore it)
-        h: a named resource of TorchX, instead of cpu, gpu and memMB
-        image: the image with torchrec_deepfm in it (local_cwd runs what is installed here)
-        name: the job's name
-        env: environment variables of the ranks (ENV1=v1,ENV2=v2)
-        max_retries: how often the scheduler may start the job again; it resumes
-        rdzv_port: port on the first host where several hosts meet; another one for each job there (one host uses none)
-        max_restarts: how often torchelastic may start the ranks again
-    """
-    return _on_ranks(
-        "prepare",
-        args,
-        max_restarts,
-        j=j,
-        cpu=cpu,
-        gpu=gpu,
-        memMB=memMB,
-        h=h,
-        image=image,
-        name=name,
-        env=env,
-        max_retries=max_retries,
-        rdzv_port=rdzv_port,
-    )
-
-
-def plan(
-    *args: str,
-    cpu: int = 2,
-    memMB: int = 8192,
-    h: Optional[str] = None,
-    image: str = torchx.IMAGE,
-    name: str = "deepfm-plan",
-    env: Optional[Dict[str, str]] = None,
-    max_retries: int = 0,
-) -> specs.AppDef:
-    """Plans the placement of tables on any described hardware, in one process.
-
-    Args:
-        args: options of `python -m torchrec_deepfm plan`, after `--`
-        cpu: CPU cores (local schedulers ignore it)
-        memMB: memory in MB (local schedulers ignore it)
-        h: a named resource of TorchX, instead of cpu and memMB
-        image: the image with torchrec_deepfm in it (local_cwd runs what is installed here)
-        name: the job's name
-        env: environment variables (ENV1=v1,ENV2=v2)
-        max_retries: how often the scheduler may start the job again
-    """
-    return _on_ranks(
-        "plan",
-        args,
-        0,
-        j="1x1",
-        cpu=cpu,
-        gpu=0,
-        memMB=memMB,
-        h=h,
-        image=image,
-        name=name,
-        env=env,
-        max_retries=max_retries,
-    )
-
-
-def experiment(
-    *args: str,
-    j: str = "1x2",
-    cpu: int = 2,
-    gpu: int = 0,
-    memMB: int = 8192,
-    h: Optional[str] = None,
-    image: str = torchx.IMAGE,
-    name: str = "deepfm-experiment",
-    env: Optional[Dict[str, str]] = None,
-    max_retries: int = 0,
-    rdzv_port: int = 29500,
-) -> specs.AppDef:
-    """Measures sharding plans on real ranks, beside what is predicted of them.
-
-    Args:
-        args: options of `python -m torchrec_deepfm experiment`, after `--`
-        j: {hosts}x{ranks per host}; one rank per GPU, on CPUs as many as there are cores for
-        cpu: CPU cores per host (local schedulers ignore it)
-        gpu: GPUs per host (local schedulers ignore it)
-        memMB: memory per host in MB (local schedulers ignore it)
-        h: a named resource of TorchX, instead of cpu, gpu and memMB
-        image: the image with torchrec_deepfm in it (local_cwd runs what is installed here)
-        name: the job's name
-        env: environment variables of the ranks (ENV1=v1,ENV2=v2)
-        max_retries: how often the scheduler may start the job again
-        rdzv_port: port on the first host where several hosts meet; another one for each job there (one host uses none)
-    """
-    return _on_ranks(
-        "experiment",
-        args,
-        0,
-        j=j,
-        cpu=cpu,
-        gpu=gpu,
-        memMB=memMB,
-        h=h,
-        image=image,
-        name=name,
-        env=env,
-        max_retries=max_retries,
-        rdzv_port=rdzv_port,
-    )
-
-
-def _on_ranks(command: str, args: tuple[str, ...], max_restarts: int, **options: Any) -> specs.AppDef:
-    """One role of `dist.ddp` whose ranks run a command of torchrec_deepfm."""
-    app = ddp(command, *args, m="torchrec_deepfm", **options)
     (role,) = app.roles
     role.name = command  # the prefix of every output line: "train/0", not "torchrec_deepfm/0"
     # torchrun, behind a launcher that reports the failure of a rank in one line (torchrec_deepfm/launch.py).
     front = f"python -m torchrec_deepfm.launch --max_restarts {max_restarts} "
     role.args = [arg.replace("torchrun ", front, 1) for arg in role.args]
     return app
+
+
+WITHOUT_GPU = ("prepare", "plan", "export", "serve")
+# Options that make no sense for a command that runs in one process.
+OF_RANKS = ("j", "gpu", "max_restarts", "rdzv_port")
+
+
+def _component(*without: str, **defaults: Any) -> Callable[[Callable[..., specs.AppDef]], Callable[..., specs.AppDef]]:
+    """Gives a function `_launch`'s options, some left out, some with other defaults.
+
+    TorchX reads a component's options from its signature and their help from its docstring: both are `_launch`'s.
+    """
+
+    def component(function: Callable[..., specs.AppDef]) -> Callable[..., specs.AppDef]:
+        @functools.wraps(function)
+        def start(*args: str, **options: Any) -> specs.AppDef:
+            return function(*args, **{**defaults, **options})
+
+        options = [
+            option.replace(default=defaults.get(key, option.default))
+            for key, option in inspect.signature(_launch).parameters.items()
+            if option.kind is option.KEYWORD_ONLY and key not in without
+        ]
+        words = inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL, annotation=str)
+        start.__signature__ = inspect.Signature([words, *options])  # type: ignore[attr-defined]
+        helps = inspect.cleandoc(_launch.__doc__ or "").partition("Args:\n")[2].splitlines()
+        kept = [line for line in helps if line.split(":")[0].strip() not in ("command", "args", *without)]
+        head = f"    args: options of `python -m torchrec_deepfm {function.__name__}`, after `--`"
+        start.__doc__ = "\n".join([inspect.cleandoc(function.__doc__ or ""), "", "Args:", head, *kept])
+        return start
+
+    return component
+
+
+@_component(max_restarts=3)
+def train(*args: str, **options: Any) -> specs.AppDef:
+    """Trains a sharded DeepFM, by default on a small synthetic set that it generates."""
+    return _launch("train", args, **options)
+
+
+@_component(max_restarts=3)
+def prepare(*args: str, **options: Any) -> specs.AppDef:
+    """Turns raw click logs into a prepared folder; several ranks share the files, in a folder that all of them see."""
+    return _launch("prepare", args, **options)
+
+
+@_component()
+def evaluate(*args: str, **options: Any) -> specs.AppDef:
+    """Evaluates a trained run, or compares two, on a split of a prepared folder: metrics, users, slices, intervals."""
+    return _launch("evaluate", args, **options)
+
+
+@_component(max_restarts=3)
+def predict(*args: str, **options: Any) -> specs.AppDef:
+    """Predicts the click probabilities of files of raw rows; several ranks take turns with pieces of them."""
+    return _launch("predict", args, **options)
+
+
+@_component(*OF_RANKS)
+def export(*args: str, **options: Any) -> specs.AppDef:
+    """Writes a run as a folder for onnxruntime, torch.export or AOTInductor, in one process."""
+    return _launch("export", args, **options)
+
+
+@_component(*OF_RANKS)
+def plan(*args: str, **options: Any) -> specs.AppDef:
+    """Plans the placement of tables on any described hardware, in one process."""
+    return _launch("plan", args, **options)
+
+
+@_component(j="1x2")
+def experiment(*args: str, **options: Any) -> specs.AppDef:
+    """Measures sharding plans on real ranks, beside what is predicted of them."""
+    return _launch("experiment", args, **options)

@@ -16,12 +16,12 @@ ROOT = Path(__file__).resolve().parent.parent
 TORCHX = Path(sys.executable).parent / "torchx"
 
 
-def torchx(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
+def torchx(*words: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
     # As without an activated environment: the plugin has to find the ranks' python by itself.
     environment = os.environ | {"PATH": os.defpath} | env
     environment.pop("VIRTUAL_ENV", None)
     return subprocess.run(
-        [TORCHX, *words], capture_output=True, text=True, cwd=ROOT, env=environment, timeout=120, check=False
+        [TORCHX, *words], capture_output=True, text=True, cwd=cwd, env=environment, timeout=120, check=False
     )
 
 
@@ -32,6 +32,7 @@ def torchx(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
         ("apps/deepfm.py:train", "train"),
         ("apps/deepfm.py:evaluate", "evaluate"),
         (str(ROOT / "apps" / "deepfm.py"), "train"),
+        ("torchrec_deepfm.deepfm:evaluate", "evaluate"),
     ],
 )
 def test_a_file_needs_no_component(component: str, command: str) -> None:
@@ -68,6 +69,28 @@ def test_the_scheduler_can_be_named() -> None:
     assert run.returncode == 0, run.stderr
     assert "sbatch" in run.stdout
     assert "--nproc_per_node 8" in run.stdout.replace("'", "")
+
+
+def test_from_any_folder_the_components_run_on_this_machine(tmp_path: Path) -> None:
+    run = torchx("run", "--dryrun", "torchrec_deepfm.deepfm", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert "PopenRequest" in run.stdout or "local_cwd" in run.stdout
+    assert "-m torchrec_deepfm train" in re.sub(r"""['"]\s*\n\s*['"]""", "", run.stdout)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "words"),
+    [
+        ("aws_sagemaker", "its Python packages are not installed; run: pip install "),
+        ("ray", "its Python packages are not installed; run: pip install 'torchx[ray]'"),
+        ("lsf", "bhosts is not on this machine; submit from a node of the cluster, or add --dryrun"),
+    ],
+)
+def test_what_a_scheduler_lacks_is_one_line(scheduler: str, words: str) -> None:
+    run = torchx("run", "-s", scheduler, "apps/deepfm.py", PATH=os.defpath)
+    assert run.returncode == 2
+    assert run.stderr.splitlines()[-1].startswith(f"error: -s {scheduler}: {words}")
+    assert "Traceback" not in run.stderr
 
 
 def test_builtins_stay_reachable() -> None:
@@ -107,8 +130,8 @@ def test_a_file_with_one_component_needs_no_default(tmp_path: Path) -> None:
             ["apps/deepfm.py:nothing"],
             (
                 "error: apps/deepfm.py: has no component 'nothing'; write apps/deepfm.py:evaluate or "
-                "apps/deepfm.py:experiment or apps/deepfm.py:plan or apps/deepfm.py:predict or "
-                "apps/deepfm.py:prepare or apps/deepfm.py:train"
+                "apps/deepfm.py:experiment or apps/deepfm.py:export or apps/deepfm.py:plan or "
+                "apps/deepfm.py:predict or apps/deepfm.py:prepare or apps/deepfm.py:train"
             ),
         ),
         (

@@ -1,40 +1,22 @@
-"""``python -m torchrec_deepfm <command>``."""
+"""``python -m torchrec_deepfm <command>``, and the command ``torchrec-deepfm``."""
 
 import os
 import signal
 import sys
+from typing import NoReturn
 
 from torchrec_deepfm.interrupt import Interrupt
 from torchrec_deepfm.processes import UNDER_LAUNCHER, end_with_parent, local_world_size
 
-if __name__ == "__main__":  # before the imports, which take a second
-    interrupt = Interrupt()
 
-from torchrec_deepfm.cli.main import main
-from torchrec_deepfm.cpu_threads import choose_threads
-
-
-def run() -> int:
-    """Run the command line and give back its exit code."""
-    end_with_parent(os.environ.get(UNDER_LAUNCHER), signal.SIGKILL)
-    choose_threads(local_world_size())
-    try:
-        main()
-    except SystemExit as stop:
-        if isinstance(stop.code, str):
-            sys.stderr.write(f"{stop.code}\n")
-        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    except BrokenPipeError:
-        # Who reads has enough, such as head. What is not yet written goes nowhere, or Python would try it once more.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141  # as a shell reports a program that SIGPIPE ended
-    return 0
-
-
-if __name__ == "__main__":
-    interrupt.imported()
+def main() -> NoReturn:
+    """Run the command line and end the process with its exit code."""
+    interrupt = Interrupt()  # before the imports, which take a second
     code = 1
     try:
+        import torchrec_deepfm.cli.main  # noqa: F401 (what takes a second)
+
+        interrupt.imported()
         code = run()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -49,3 +31,27 @@ if __name__ == "__main__":
         # without an active exception"). Everything is written and closed by now: leave without that.
         os._exit(code)
     sys.exit(code)
+
+
+def run() -> int:
+    """Run the command line and give back its exit code."""
+    from torchrec_deepfm.cli.main import main as run_command
+    from torchrec_deepfm.cpu_threads import choose_threads
+
+    end_with_parent(os.environ.get(UNDER_LAUNCHER), signal.SIGKILL)
+    choose_threads(local_world_size())
+    try:
+        run_command()
+    except SystemExit as stop:
+        if isinstance(stop.code, str):
+            sys.stderr.write(f"{stop.code}\n")
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except BrokenPipeError:
+        # Who reads has enough, such as head. What is not yet written goes nowhere, or Python would try it once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # as a shell reports a program that SIGPIPE ended
+    return 0
+
+
+if __name__ == "__main__":
+    main()

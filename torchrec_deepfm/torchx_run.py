@@ -1,12 +1,17 @@
-"""`torchx run FILE.py`, short for `torchx run FILE.py:COMPONENT`.
+"""`torchx run FILE.py`, short for `torchx run FILE.py:COMPONENT`, and `torchx run torchrec_deepfm.deepfm`.
 
 TorchX requires the name of the function in the file. This replaces its `run` command (entry point group
 `torchx.cli.cmds`) with one that fills in the file's default, and passes everything else to TorchX unchanged.
-The default is the string that the file assigns to `DEFAULT_COMPONENT`, or else the only component in it.
+The default is the string that the file assigns to `DEFAULT_COMPONENT`, or else the only component in it. The name of a
+module of this package stands for its file, wherever it is installed.
+
+Where no scheduler is named, on the command line or in `.torchxconfig`, the components of this package run in processes
+of this machine: TorchX's own default needs a Docker daemon and an image.
 """
 
 import argparse
 import ast
+import importlib.util
 import json
 import logging
 import os
@@ -16,15 +21,24 @@ from collections import Counter
 from pathlib import Path
 
 from torchx.cli.cmd_run import CmdRun
-from torchx.schedulers import local_scheduler
+from torchx.schedulers import get_default_scheduler_name, local_scheduler
 from torchx.specs import AppStatus
 
 from torchrec_deepfm.errors import USER_ERROR_EXIT_CODES, UserError
 from torchrec_deepfm.processes import UNDER_TORCHX
+from torchrec_deepfm.schedulers import check_packages, explained
+
+_PACKAGE = __name__.partition(".")[0]
 
 
 class Run(CmdRun):
     """TorchX's `run`, which also takes a file without the name of a component."""
+
+    def add_arguments(self, subparser: argparse.ArgumentParser) -> None:
+        """Adds TorchX's options."""
+        super().add_arguments(subparser)
+        if subparser.get_default("scheduler") == get_default_scheduler_name():
+            subparser.set_defaults(scheduler=None)  # neither the user nor .torchxconfig names one
 
     def run(self, args: argparse.Namespace) -> None:
         """Runs a component.
@@ -33,8 +47,6 @@ class Run(CmdRun):
         `UserError` that stopped the job, otherwise as TorchX does it.
         """
         _prefer_own_environment()
-        if args.scheduler == "local_cwd":
-            os.environ[UNDER_TORCHX] = str(os.getpid())
         _keep_last_lines()
         last_words = _LastWords()
         # TorchX logs the status of a failed job here, as a block of some ten lines.
@@ -42,7 +54,19 @@ class Run(CmdRun):
         words = args.component_name_and_args
         try:
             args.component_name_and_args = one_word_per_repeat(with_component(words))
-            super().run(args)
+            if args.scheduler is None:
+                local = _is_of_this_package(args.component_name_and_args)
+                args.scheduler = "local_cwd" if local else get_default_scheduler_name()
+            if args.scheduler == "local_cwd":
+                os.environ[UNDER_TORCHX] = str(os.getpid())
+            check_packages(args.scheduler)
+            try:
+                super().run(args)
+            except Exception as error:
+                reason = explained(error, args.scheduler)
+                if reason is None:
+                    raise
+                raise reason from error
         except UserError as error:
             sys.stderr.write(f"error: {error}\n")
             sys.exit(2)
@@ -98,9 +122,28 @@ def with_component(words: list[str]) -> list[str]:
     if len(words) == start:
         return words
     file, colon, component = words[start].partition(":")
+    if file.startswith(f"{_PACKAGE}."):
+        file = _file_of(file)
     if not file.endswith(".py"):
         return words
     return [*words[:start], f"{file}:{_component(Path(file), component if colon else None)}", *words[start + 1 :]]
+
+
+def _file_of(module: str) -> str:
+    """The file of a module of this package."""
+    try:
+        spec = importlib.util.find_spec(module)
+    except ModuleNotFoundError:
+        spec = None
+    if spec is None or spec.origin is None:
+        raise UserError(f"{module}: no such module; the components are in {_PACKAGE}.deepfm")
+    return spec.origin
+
+
+def _is_of_this_package(words: list[str]) -> bool:
+    """Whether a completed command line names a component of this package."""
+    file = next((word for word in words if word != "--"), "").rpartition(":")[0]
+    return Path(file).resolve() == Path(_file_of(f"{_PACKAGE}.deepfm")).resolve()
 
 
 def one_word_per_repeat(words: list[str]) -> list[str]:

@@ -1,0 +1,1 @@
+../apps/deepfm.py

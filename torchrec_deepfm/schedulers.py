@@ -1,0 +1,65 @@
+"""What TorchX's schedulers need on this machine, told in one line where it is missing."""
+
+import importlib.util
+from typing import Final
+
+from torchrec_deepfm.errors import UserError
+
+# Module to import -> what pip installs; TorchX 0.7 fails with a traceback without them.
+PACKAGES: Final = {
+    "kubernetes": {"kubernetes": "torchx[kubernetes]"},
+    "kubernetes_mcad": {"kubernetes": "torchx[kubernetes]"},
+    "aws_batch": {"boto3": "torchx[aws_batch]"},
+    "aws_sagemaker": {"boto3": "boto3", "sagemaker": "sagemaker"},
+    "gcp_batch": {
+        "google.cloud.batch": "torchx[gcp_batch]",
+        "google.cloud.logging": "torchx[gcp_batch]",
+        "google.cloud.runtimeconfig": "torchx[gcp_batch]",
+    },
+    "ray": {"ray": "torchx[ray]"},
+}
+_PROGRAMS: Final = {
+    "slurm": ("sacct", "sbatch", "scancel", "scontrol", "squeue"),
+    "lsf": ("bhosts", "bjobs", "bkill", "bsub", "lsload", "lshosts"),
+}
+
+
+def check_packages(scheduler: str) -> None:
+    """Refuse a scheduler whose Python packages are not installed.
+
+    Raises:
+        UserError: with the pip command.
+    """
+    missing = {pip for module, pip in PACKAGES.get(scheduler, {}).items() if not _installed(module)}
+    if missing:
+        names = " ".join(f"'{name}'" if "[" in name else name for name in sorted(missing))
+        raise UserError(f"-s {scheduler}: its Python packages are not installed; run: pip install {names}")
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # nor is its parent
+        return False
+
+
+def explained(error: Exception, scheduler: str) -> UserError | None:
+    """The one line for an error that a scheduler raised because its service or its programs cannot be reached.
+
+    Returns:
+        None where the error is of another kind.
+    """
+    if isinstance(error, FileNotFoundError) and error.filename in _PROGRAMS.get(scheduler, ()):
+        return UserError(
+            f"-s {scheduler}: {error.filename} is not on this machine; submit from a node of the cluster, "
+            "or add --dryrun to see the request"
+        )
+    home = type(error).__module__
+    if home.startswith("docker."):
+        return UserError(
+            f"-s {scheduler}: no Docker daemon answers, and it builds and starts the image; start one, name an image "
+            'that exists with --workspace "" and --image, or run on this machine with -s local_cwd'
+        )
+    if home.startswith(("kubernetes.config", "urllib3.exceptions")):
+        return UserError(f"-s {scheduler}: no cluster can be reached ({error}); check kubectl get nodes")
+    return None
