@@ -1,21 +1,16 @@
 """Every useful way to shard a table: TorchRec's types at every width of a column shard."""
 
+import copy
 import warnings
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Final
 
 from torch import nn
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
-from torchrec.distributed.planner.constants import BATCH_SIZE, POOLING_FACTOR
-from torchrec.distributed.planner.enumerators import EmbeddingEnumerator, get_partition_by_type
-from torchrec.distributed.planner.types import (
-    ParameterConstraints,
-    Shard,
-    ShardEstimator,
-    ShardingOption,
-    Topology,
-)
-from torchrec.distributed.planner.utils import build_sharder_data_map, sharder_name
-from torchrec.distributed.sharding_plan import calculate_shard_sizes_and_offsets
+from torchrec.distributed.planner.constants import BATCH_SIZE
+from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
+from torchrec.distributed.planner.types import ParameterConstraints, ShardEstimator, ShardingOption, Topology
 from torchrec.distributed.types import ModuleSharder, ShardingType
 
 from torchrec_deepfm.errors import UserError
@@ -30,6 +25,7 @@ from torchrec_deepfm.sharding.inputs.tables import Table
 MIN_WIDTH: Final = 8
 
 _UVM: Final = (EmbeddingComputeKernel.FUSED_UVM.value, EmbeddingComputeKernel.FUSED_UVM_CACHING.value)
+_NO_DEVICE: Final = "none"  # a device group that no topology has: TorchRec then skips the table
 
 
 class WidthEnumerator(EmbeddingEnumerator):
@@ -63,7 +59,7 @@ class WidthEnumerator(EmbeddingEnumerator):
         batch_size: int = BATCH_SIZE,
         constraints: dict[str, ParameterConstraints] | None = None,
         estimator: ShardEstimator | list[ShardEstimator] | None = None,
-        use_exact_enumerate_order: bool = False,
+        use_exact_enumerate_order: bool = True,
         *,
         min_width: int = MIN_WIDTH,
         host_memory: bool = True,
@@ -71,133 +67,114 @@ class WidthEnumerator(EmbeddingEnumerator):
         super().__init__(topology, batch_size, constraints, estimator, use_exact_enumerate_order)
         self._min_width = max(min_width, 4)
         self._host_memory = host_memory
+        self._found: list[ShardingOption] | None = None
 
     def enumerate(self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]]) -> list[ShardingOption]:
-        """Return the ways to shard each table of a module, with estimates, which shards of one size share."""
-        self._sharder_map = {sharder_name(sharder.module_type): sharder for sharder in sharders}
-        self._sharder_data_map = build_sharder_data_map(self._sharder_map)
-        found: list[tuple[str, nn.Module, ModuleSharder[nn.Module], dict[str, nn.Parameter]]] = []
-        queue = [("", module)]
-        while queue:
-            path, child = queue.pop(0)
-            sharder = self._sharder_map.get(sharder_name(type(child)))
-            if sharder is None:
-                queue.extend((f"{path}.{name}".removeprefix("."), each) for name, each in child.named_children())
-            else:
-                found.append((path, child, sharder, sharder.shardable_parameters(child)))
-        options = [
-            option
-            for path, child, sharder, parameters in found
-            for name, parameter in parameters.items()
-            for option in self._of_table(path, child, sharder, name, parameter)
-        ]
+        """Return the ways to shard each table of a module, with estimates, which shards of one size share.
+
+        TorchRec's ``enumerate`` makes the options, once for each width, so they have all that it knows: ``dependency``
+        of the tables of an embedding tower, buckets, feature names. A second call for the same module returns copies.
+        """
+        if self._last_stored_module is module and self._last_stored_sharders == sharders:
+            return copy.deepcopy(self._last_stored_search_space or [])
+        given = self._constraints or {}
+        by_table: dict[str, list[ShardingOption]] = {}
+        for option in self._enumerate_once(module, sharders, given):
+            by_table.setdefault(option.fqn, []).append(option)
+        order = {fqn: list(dict.fromkeys(each.sharding_type for each in by_table[fqn])) for fqn in by_table}
+        widths: dict[tuple[str, str], list[int]] = {}  # by table and type
+        for fqn, options in by_table.items():
+            options[:] = self._useful(options)
+            if given.get(options[0].name, ParameterConstraints()).min_partition is None:
+                for option in options:
+                    if option.sharding_type in COLUMN_TYPES:
+                        widths[fqn, option.sharding_type] = self._widths(option)
+                options[:] = [each for each in options if each.sharding_type not in COLUMN_TYPES]
+        names = {fqn: fqn.rpartition(".")[2] for fqn in by_table}
+        for width in sorted({width for listed in widths.values() for width in listed}):
+            kinds: dict[str, list[str]] = {name: [] for name in names.values()}
+            for (fqn, kind), listed in widths.items():
+                kinds[names[fqn]] += [kind] if width in listed else []
+            for option in self._enumerate_once(module, sharders, _of_width(width, kinds, given)):
+                if width in widths.get((option.fqn, option.sharding_type), ()):
+                    by_table[option.fqn].append(option)
+        for fqn, options in by_table.items():  # constraints are sets in TorchRec, of another order in every process
+            options.sort(
+                key=lambda each: (order[fqn].index(each.sharding_type), each.shards[0].size, each.compute_kernel)
+            )
+        options = [option for options in by_table.values() for option in options]
         self.populate_estimates(options)
         self._last_stored_module, self._last_stored_sharders = module, sharders
         self._last_stored_search_space = options
         return options
 
-    def _of_table(
-        self,
-        path: str,
-        child: nn.Module,
-        sharder: ModuleSharder[nn.Module],
-        name: str,
-        parameter: nn.Parameter,
-    ) -> list[ShardingOption]:
-        constraint = (self._constraints or {}).get(name) or ParameterConstraints(pooling_factors=[POOLING_FACTOR])
-        if constraint.device_group and constraint.device_group != self._compute_device:
-            return []
-        pooled = ShardingOption.module_pooled(child, path)
-        options = []
-        for kind in self._types(name, sharder, parameter, constraint):
-            kernels = sorted(
-                self._filter_compute_kernels(name, sharder.compute_kernels(kind, self._compute_device), kind)
-            )
-            if not self._host_memory and not constraint.compute_kernels:
-                kernels = [kernel for kernel in kernels if kernel not in _UVM] or kernels
-            for width in self._widths(kind, parameter, constraint):
-                with warnings.catch_warnings():  # of a width that does not divide: then it is the whole table
-                    warnings.simplefilter("ignore", UserWarning)
-                    sizes, offsets = calculate_shard_sizes_and_offsets(
-                        tensor=parameter,
-                        world_size=self._world_size,
-                        local_world_size=self._local_world_size,
-                        sharding_type=kind,
-                        col_wise_shard_dim=width,
-                        device_memory_sizes=self._device_memory_sizes,
-                        num_buckets=self._get_num_buckets(name, child),
-                    )
-                options += [
-                    ShardingOption(
-                        name=name,
-                        tensor=parameter,
-                        module=(path, child),
-                        input_lengths=constraint.pooling_factors,
-                        batch_size=self._batch_size,
-                        compute_kernel=kernel,
-                        sharding_type=kind,
-                        partition_by=get_partition_by_type(kind),
-                        shards=[Shard(size=size, offset=offset) for size, offset in zip(sizes, offsets, strict=True)],
-                        cache_params=constraint.cache_params,
-                        enforce_hbm=constraint.enforce_hbm,
-                        stochastic_rounding=constraint.stochastic_rounding,
-                        bounds_check_mode=constraint.bounds_check_mode,
-                        is_pooled=pooled,
-                        feature_names=constraint.feature_names,
-                        output_dtype=constraint.output_dtype,
-                        key_value_params=constraint.key_value_params,
-                    )
-                    for kernel in kernels
-                ]
-        if not options:
-            raise UserError(
-                f"table {name}: no sharding type and kernel is left on {self._compute_device}, its constraints allow "
-                f"{constraint.sharding_types or 'all types'} with {constraint.compute_kernels or 'all kernels'}; "
-                "loosen them (--constraint)"
-            )
-        return options
-
-    def _types(
-        self, name: str, sharder: ModuleSharder[nn.Module], parameter: nn.Parameter, constraint: ParameterConstraints
-    ) -> list[str]:
-        offered = sharder.sharding_types(self._compute_device)
-        if constraint.sharding_types:
-            asked = [kind for kind in offered if kind in constraint.sharding_types]
+    def populate_estimates(self, sharding_options: list[ShardingOption]) -> None:
+        """Estimate options; those that TorchRec's ``enumerate`` makes are kept for later, when all are known."""
+        if self._found is None:
+            super().populate_estimates(sharding_options)
         else:
-            asked = list(offered)
-            if "FeatureProcessed" in type(sharder).__name__:
-                asked = self._filter_sharding_types(name, offered, sharder_name(sharder.module_type))
-        rows, columns = parameter.shape
-        hosts = self._world_size // self._local_world_size
-        kept = [
-            kind
-            for kind in asked
-            if not (kind == ShardingType.TABLE_COLUMN_WISE.value and ShardingType.COLUMN_WISE.value in asked)
-            and not (kind == ShardingType.GRID_SHARD.value and hosts == 1)
-            and not (kind == ShardingType.TABLE_ROW_WISE.value and self._local_world_size == 1)
-            and not (kind == ShardingType.GRID_SHARD.value and rows < self._local_world_size)
-            and why_rows_impossible(
-                kind,
-                Table(name="t", num_embeddings=rows, embedding_dim=max(4, columns - columns % 4)),
-                world_size=self._world_size,
-                local_world_size=self._local_world_size,
-                compute_device=self._compute_device,
-            )
-            is None
-        ]
-        return kept or asked
+            self._found += sharding_options
+            sharding_options.clear()  # TorchRec would copy them for its cache, one for each width
 
-    def _widths(self, kind: str, parameter: nn.Parameter, constraint: ParameterConstraints) -> list[int | None]:
-        if kind not in COLUMN_TYPES or constraint.min_partition is not None:
-            return [constraint.min_partition]
-        columns = parameter.shape[1]
+    def _enumerate_once(
+        self,
+        module: nn.Module,
+        sharders: list[ModuleSharder[nn.Module]],
+        constraints: Mapping[str, ParameterConstraints],
+    ) -> list[ShardingOption]:
+        before, self._constraints, self._found = self._constraints, dict(constraints), []
+        self._last_stored_module = None
+        try:
+            with warnings.catch_warnings():  # of a width that does not divide: then it is the whole table
+                warnings.simplefilter("ignore", UserWarning)
+                super().enumerate(module, sharders)
+            return self._found
+        except RuntimeError as error:
+            if not str(error).startswith("No available sharding type"):
+                raise
+            raise UserError(f"{str(error).partition('. ')[0]}; loosen its constraints (--constraint)") from error
+        finally:
+            self._constraints, self._found = before, None
+
+    def _filter_sharding_types(self, name: str, allowed_sharding_types: list[str], sharder_key: str = "") -> list[str]:
+        asked = super()._filter_sharding_types(name, allowed_sharding_types, sharder_key)
+        listed = (self._constraints or {}).get(name, ParameterConstraints()).sharding_types
+        if not listed and "FeatureProcessedEmbeddingBagCollection" not in sharder_key:
+            asked.append(ShardingType.GRID_SHARD.value)
+        return [kind for kind in allowed_sharding_types if kind in asked]
+
+    def _filter_compute_kernels(self, name: str, allowed_compute_kernels: list[str], sharding_type: str) -> list[str]:
+        kernels = super()._filter_compute_kernels(name, allowed_compute_kernels, sharding_type)
+        if self._host_memory or (self._constraints or {}).get(name, ParameterConstraints()).compute_kernels:
+            return kernels
+        return [kernel for kernel in kernels if kernel not in _UVM] or kernels
+
+    def _useful(self, options: list[ShardingOption]) -> list[ShardingOption]:
+        """Drop what can only make a plan worse, or can't run, of the options of a table."""
+        rows, columns = options[0].tensor.shape
+        hosts = self._world_size // self._local_world_size
+        kinds = {option.sharding_type for option in options}
+        table = Table(name="t", num_embeddings=rows, embedding_dim=max(4, columns - columns % 4))
+        at = {"world_size": self._world_size, "local_world_size": self._local_world_size}
+        without = {
+            ShardingType.TABLE_COLUMN_WISE.value: ShardingType.COLUMN_WISE.value in kinds,
+            ShardingType.GRID_SHARD.value: hosts == 1 or rows < self._local_world_size,
+            ShardingType.TABLE_ROW_WISE.value: self._local_world_size == 1,
+        }
+        for kind in kinds:
+            if why_rows_impossible(kind, table, compute_device=self._compute_device, **at) is not None:
+                without[kind] = True
+        return [option for option in options if not without.get(option.sharding_type)] or options
+
+    def _widths(self, option: ShardingOption) -> list[int]:
+        kind, columns = option.sharding_type, option.tensor.shape[1]
         hosts = max(self._world_size // self._local_world_size, 1)
         most = {
             ShardingType.COLUMN_WISE.value: self._world_size,
             ShardingType.TABLE_COLUMN_WISE.value: self._local_world_size,
             ShardingType.GRID_SHARD.value: hosts,
         }[kind]
-        widths: list[int | None] = [
+        widths = [
             width
             for width in range(4 * -(-self._min_width // 4), columns, 4)
             if columns % width == 0 and columns // width <= most
@@ -206,3 +183,15 @@ class WidthEnumerator(EmbeddingEnumerator):
         if torchrecs is not None and torchrecs >= WIDE_ENOUGH and torchrecs not in widths:
             widths.append(torchrecs)
         return widths or [columns]
+
+
+def _of_width(
+    width: int, kinds: Mapping[str, list[str]], given: Mapping[str, ParameterConstraints]
+) -> dict[str, ParameterConstraints]:
+    """Constraints under which TorchRec cuts tables into columns of a width; a table without such a type is skipped."""
+    found = {}
+    for name, listed in kinds.items():
+        constraint = given.get(name) or ParameterConstraints()
+        changed = {"min_partition": width, "sharding_types": listed} if listed else {"device_group": _NO_DEVICE}
+        found[name] = replace(constraint, **changed)
+    return found
