@@ -97,6 +97,8 @@ class PlannedTable:
         compute_kernel: one of TorchRec's ``EmbeddingComputeKernel``.
         shards: what each rank holds of it.
         kernel_options: further fields of TorchRec's ``ParameterSharding``, such as ``cache_load_factor``.
+        module: path of the table's collection in the model; empty where the plan is for a list of tables, or for a
+            model with one collection.
     """
 
     name: Text
@@ -106,11 +108,17 @@ class PlannedTable:
     compute_kernel: Text
     shards: Annotated[tuple[PlannedShard, ...], Meta(min_length=1)]
     kernel_options: Mapping[str, Any] = field(default_factory=dict)
+    module: str = ""
 
     def __post_init__(self) -> None:
         """Refuse a name that spans lines."""
-        if not self.name.isprintable():
-            raise ValueError(f"name {self.name!r} can't be printed on one line")
+        if not self.label.isprintable():
+            raise ValueError(f"name {self.label!r} can't be printed on one line")
+
+    @property
+    def label(self) -> str:
+        """Its name, after the path of its collection if the plan gives one."""
+        return f"{self.module}.{self.name}" if self.module else self.name
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -169,6 +177,7 @@ class PlanFile:
         tables = [
             {
                 "name": table.name,
+                **({"module": table.module} if table.module else {}),
                 "num_embeddings": table.num_embeddings,
                 "embedding_dim": table.embedding_dim,
                 "sharding_type": table.sharding_type,

@@ -151,7 +151,7 @@ def _tables(plan: PlanFile) -> PageTable:
         costs = [shard.predicted.total_ms for shard in table.shards if shard.predicted is not None]
         rows.append(
             (
-                table.name,
+                table.label,
                 table.num_embeddings,
                 table.embedding_dim,
                 _table_bytes(table) / GIB,

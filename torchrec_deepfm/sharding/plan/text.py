@@ -84,7 +84,7 @@ def _tables(plan: PlanFile) -> list[str]:
         largest = max(table.shards, key=lambda shard: shard.sizes[0] * shard.sizes[1])
         ms = [shard.predicted.total_ms for shard in table.shards if shard.predicted is not None]
         lines.append(
-            f"{table.name:<16}{table.num_embeddings:>14,}{table.embedding_dim:>7}  {table.sharding_type:<20}"
+            f"{table.label:<16}{table.num_embeddings:>14,}{table.embedding_dim:>7}  {table.sharding_type:<20}"
             f"{table.compute_kernel:<20}{len(table.shards):>7}{f'{largest.sizes[0]:,} x {largest.sizes[1]}':>18}"
             f"{f'{max(ms):.3f}' if ms else '-':>9}  {ranks_text(table.ranks)}"
         )
@@ -126,7 +126,7 @@ def diff_text(one: PlanFile, other: PlanFile, names: tuple[str, str]) -> str:
     if one.hardware != other.hardware:
         same_name = hardware[0] == hardware[1]
         lines.append(f"hardware: {hardware[0]} -> {hardware[1]}{' (other figures)' if same_name else ''}")
-    first, second = ({table.name: table for table in plan.tables} for plan in (one, other))
+    first, second = ({table.label: table for table in plan.tables} for plan in (one, other))
     lines += [f"{name}: only in {names[0]}" for name in first if name not in second]
     lines += [f"{name}: only in {names[1]}" for name in second if name not in first]
     changed = 0

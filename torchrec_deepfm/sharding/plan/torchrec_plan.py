@@ -35,8 +35,15 @@ def find_embedding_bags(module: nn.Module) -> str:
 
 def to_sharding_plan(plan: PlanFile, path: str, device: torch.device) -> ShardingPlan:
     """Convert a plan that fits into what ``DistributedModelParallel`` takes; ``path`` is of ``find_embedding_bags``."""
-    tables = EmbeddingModuleShardingPlan()
-    for table in plan.tables:
+    return ShardingPlan(plan={path: to_module_plan(plan.tables, plan.local_world_size, device)})
+
+
+def to_module_plan(
+    tables: Iterable[PlannedTable], local_world_size: int, device: torch.device
+) -> EmbeddingModuleShardingPlan:
+    """Convert the planned tables of one collection."""
+    found = EmbeddingModuleShardingPlan()
+    for table in tables:
         spec = None
         if table.sharding_type != ShardingType.DATA_PARALLEL.value:  # replicas overlap, which no spec may
             spec = EnumerableShardingSpec(
@@ -44,19 +51,19 @@ def to_sharding_plan(plan: PlanFile, path: str, device: torch.device) -> Shardin
                     ShardMetadata(
                         shard_sizes=list(shard.sizes),
                         shard_offsets=list(shard.offsets),
-                        placement=placement(device.type, shard.rank, plan.local_world_size),
+                        placement=placement(device.type, shard.rank, local_world_size),
                     )
                     for shard in table.shards
                 ]
             )
-        tables[table.name] = ParameterSharding(
+        found[table.name] = ParameterSharding(
             sharding_spec=spec,
             sharding_type=table.sharding_type,
             compute_kernel=table.compute_kernel,
             ranks=list(table.ranks),
             **_options_from_json(table.kernel_options),
         )
-    return ShardingPlan(plan={path: tables})
+    return found
 
 
 def from_sharding_plan(
@@ -71,34 +78,37 @@ def from_sharding_plan(
 ) -> PlanFile:
     """Convert TorchRec's plan of one collection into one that can be written; SSD kernels are refused."""
     sizes = {table.name: (table.num_embeddings, table.embedding_dim) for table in tables}
-    planned = []
-    for module in plan.plan.values():
-        for name, sharding in module.items():  # type: ignore[attr-defined]
-            rows, width = sizes[name]
-            if isinstance(sharding.sharding_spec, EnumerableShardingSpec):
-                shards = tuple(_shard(each) for each in sharding.sharding_spec.shards)
-            else:
-                shards = tuple(
-                    PlannedShard(rank=rank, offsets=(0, 0), sizes=(rows, width)) for rank in range(world_size)
-                )
-            planned.append(
-                PlannedTable(
-                    name=name,
-                    num_embeddings=rows,
-                    embedding_dim=width,
-                    sharding_type=sharding.sharding_type,
-                    compute_kernel=sharding.compute_kernel,
-                    kernel_options=_options_to_json(name, sharding),
-                    shards=shards,
-                )
-            )
     return PlanFile(
         world_size=world_size,
         local_world_size=local_world_size,
         batch_size=batch_size,
         search=search,
         hardware=hardware,
-        tables=tuple(planned),
+        tables=tuple(
+            planned_table(name, sizes[name], sharding, world_size)
+            for module in plan.plan.values()
+            for name, sharding in module.items()  # type: ignore[attr-defined]
+        ),
+    )
+
+
+def planned_table(
+    name: str, sizes: tuple[int, int], sharding: ParameterSharding, world_size: int, *, module: str = ""
+) -> PlannedTable:
+    """Convert the plan of one table of ``sizes`` rows and columns."""
+    if isinstance(sharding.sharding_spec, EnumerableShardingSpec):
+        shards = tuple(_shard(each) for each in sharding.sharding_spec.shards)
+    else:
+        shards = tuple(PlannedShard(rank=rank, offsets=(0, 0), sizes=sizes) for rank in range(world_size))
+    return PlannedTable(
+        name=name,
+        module=module,
+        num_embeddings=sizes[0],
+        embedding_dim=sizes[1],
+        sharding_type=sharding.sharding_type,
+        compute_kernel=sharding.compute_kernel,
+        kernel_options=_options_to_json(name, sharding),
+        shards=shards,
     )
 
 

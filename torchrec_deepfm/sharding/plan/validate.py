@@ -45,10 +45,10 @@ def check_sound(plan: PlanFile, where: str) -> None:
         )
     seen: set[str] = set()
     for table in plan.tables:
-        if table.name in seen:
-            raise UserError(f"{where}: table {table.name} appears twice; remove one")
-        seen.add(table.name)
-        _check_table(table, plan, f"{where}: table {table.name}")
+        if table.label in seen:
+            raise UserError(f"{where}: table {table.label} appears twice; remove one")
+        seen.add(table.label)
+        _check_table(table, plan, f"{where}: table {table.label}")
 
 
 def check_fits(
