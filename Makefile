@@ -15,7 +15,7 @@ help:  ## say what there is (the default)
 	@echo "make test    set up, then run all tests in parallel (ARGS=\"-k model\")"
 	@echo "make faults  set up, then the long fault campaign: kills, signals, full disks (half an hour)"
 	@echo "make mutants break the code in many places, one after the other: do the tests see each? (some ten minutes)"
-	@echo "make lint    set up, then ruff and mypy, as .ci/run and pre-commit run them"
+	@echo "make lint    set up, then ruff, mypy and hadolint, as .ci/run and pre-commit run them"
 	@echo "make clean   remove .venv and what the tools left"
 
 setup:
@@ -38,6 +38,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/hadolint Dockerfile Dockerfile.torchx
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -2,6 +2,7 @@
 
     python3 .ci/setup.py           (again at any time: it does nothing when all is up to date)
     python3 .ci/setup.py --lock    (writes what .venv holds now into constraints.txt, to move the pins)
+    python3 .ci/setup.py --dependencies    (what the package needs, without the tools and itself: for an image)
 
 pyproject.toml says what is needed, constraints.txt in which version; neither list is repeated here. This script only
 knows what pip does not: that TorchRec asks for the CUDA build of FBGEMM wherever it is installed, and that torch for a
@@ -54,11 +55,13 @@ class SetupError(Exception):
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lock", action="store_true", help="write the versions in .venv to constraints.txt")
+    parser.add_argument("--dependencies", action="store_true", help="only what the package needs, for an image")
+    options = parser.parse_args()
     try:
-        if parser.parse_args().lock:
+        if options.lock:
             lock()
         else:
-            set_up()
+            set_up(dependencies_only=options.dependencies)
     except SetupError as failure:
         print(f"error: {failure}", file=sys.stderr)
         return 1
@@ -68,7 +71,7 @@ def main() -> int:
     return 0
 
 
-def set_up() -> None:
+def set_up(*, dependencies_only: bool = False) -> None:
     device = os.environ.get("DEVICE") or ("cuda" if has_gpu() else "cpu")
     if device not in ("cpu", "cuda"):
         raise SetupError(f"DEVICE={device}: write DEVICE=cpu or DEVICE=cuda")
@@ -83,7 +86,9 @@ def set_up() -> None:
 
     project = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))
     extras = project["project"]["optional-dependencies"]
-    needed: list[str] = project["project"]["dependencies"] + extras["export"] + extras["dev"]
+    needed: list[str] = project["project"]["dependencies"] + [
+        one for name, some in extras.items() if name != "dev" or not dependencies_only for one in some
+    ]
     build_tools: list[str] = project["build-system"]["requires"]
     make_venv(device)
     STAMP.unlink(missing_ok=True)
@@ -97,6 +102,9 @@ def set_up() -> None:
         pip("torchrec", "--no-deps", "torchrec")
         needed += ["fbgemm-gpu-cpu" if name_of(one) == "fbgemm-gpu" else one for one in requirements_of("torchrec")]
     pip("everything else", *needed)
+    if dependencies_only:
+        UNFINISHED.unlink()
+        return  # without the stamp: `make setup` in this folder goes on from here
     pip("torchrec_deepfm itself, editable", "--no-deps", "--no-build-isolation", "--editable", str(ROOT))
     # Last, so that a set-up is never called done that does not work.
     step("check that torch, FBGEMM and TorchRec fit together", [VENV_PYTHON, "-m", "torchrec_deepfm.doctor"])

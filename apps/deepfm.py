@@ -15,7 +15,6 @@ import functools
 import inspect
 from typing import Any, Callable, Dict, List, Optional
 
-import torchx
 from torchx import specs
 from torchx.components.dist import ddp, parse_nnodes
 
@@ -36,7 +35,7 @@ def _launch(
     gpu: int = -1,
     memMB: int = 0,
     h: Optional[str] = None,
-    image: str = torchx.IMAGE,
+    image: str = "torchrec_deepfm",
     name: Optional[str] = None,
     env: Optional[Dict[str, str]] = None,
     mounts: Optional[List[str]] = None,
@@ -55,7 +54,7 @@ def _launch(
         gpu: GPUs per host; -1: one per rank; write 0 for hosts without (local_cwd ignores it)
         memMB: memory per host in MB; 0: 96 GiB per rank with a GPU, else 8 GiB (local_cwd ignores it)
         h: a named resource instead of cpu, gpu and memMB, such as deepfm_h100x8
-        image: the container image with torchrec_deepfm in it (local_cwd runs what is installed here)
+        image: the container image, as Dockerfile builds it (local_cwd and slurm run what is installed on the host)
         name: the job's name
         env: environment variables of the ranks (ENV1=v1,ENV2=v2)
         mounts: folders and volumes of a container (type=bind,src=/host/data,dst=/data,readonly)

@@ -21,6 +21,8 @@ from torch.distributed.elastic.rendezvous.api import RendezvousStateError
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import _NodeDesc, _RendezvousState
 
 from tests.faults.runs import make_data
+from torchrec_deepfm import rendezvous
+from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.rendezvous import read_state
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -192,3 +194,14 @@ def test_a_host_that_cannot_be_reached_is_one_line(tmp_path: Path) -> None:
     assert done.stderr.splitlines()[-1].startswith("error: --rdzv_endpoint localhost:")
     assert "the hosts cannot meet there" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_host_whose_name_does_not_resolve_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(rendezvous, "_SECONDS_TO_RESOLVE", 0.0)
+    with pytest.raises(UserError, match=r"no address of n1\.invalid .*; add the name to DNS or to /etc/hosts") as error:
+        rendezvous.wait_for_name("n1.invalid:29500")
+    assert "\n" not in str(error.value)
+    assert "waiting up to 0 s" in capsys.readouterr().err
+    rendezvous.wait_for_name("localhost:29500")

@@ -118,7 +118,7 @@ def _launch(argv: list[str] | None) -> None:
     choose_threads(ranks)
     os.environ[UNDER_LAUNCHER] = str(os.getpid())
     os.environ.setdefault(STARTED, f"{datetime.now(UTC):%Y%m%d-%H%M%S}")
-    _restart_no_mistakes()
+    _restart_only_failures()
     rendezvous.harden()
     try:
         if run.parse_min_max_nnodes(options.nnodes)[1] == 1:
@@ -127,6 +127,7 @@ def _launch(argv: list[str] | None) -> None:
                 options.rdzv_id = str(uuid.uuid4())
             options.standalone = False
         elif options.rdzv_backend == "c10d":
+            rendezvous.wait_for_name(options.rdzv_endpoint)
             rendezvous.refuse_another_program(options.rdzv_endpoint)
         record(run.run)(options)
     except UserError as error:
@@ -141,8 +142,8 @@ def _launch(argv: list[str] | None) -> None:
         sys.exit(128 + stop.sigval)
 
 
-def _restart_no_mistakes() -> None:
-    """Disable restarts after a `UserError`: the ranks would raise it again."""
+def _restart_only_failures() -> None:
+    """Disable restarts after a `UserError`, which the ranks would raise again, and after a requested stop."""
     from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 
@@ -150,7 +151,7 @@ def _restart_no_mistakes() -> None:
 
     def monitor_and_give_up(self: LocalElasticAgent, worker_group: WorkerGroup) -> RunResult:
         result: RunResult = monitor(self, worker_group)
-        if any(failure.exitcode in USER_ERROR_EXIT_CODES for failure in result.failures.values()):
+        if any(failure.exitcode in (*USER_ERROR_EXIT_CODES, *_STOPPED) for failure in result.failures.values()):
             self._remaining_restarts = 0
         return result
 

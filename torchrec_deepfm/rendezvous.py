@@ -9,7 +9,9 @@ import contextlib
 import io
 import pickle
 import socket
+import sys
 import threading
+import time
 from datetime import datetime, timedelta, timezone
 from types import SimpleNamespace
 from typing import Any
@@ -37,6 +39,8 @@ ONE_HOST = "torchrec-deepfm-one-host"
 LOOPBACK = "127.0.0.1"
 # A store answers at once. Whatever has not answered by then is something else.
 _SECONDS_TO_ANSWER = 10.0
+# A cluster may need a moment to publish the name of a host that has just started.
+_SECONDS_TO_RESOLVE = 120.0
 
 _STATE_CLASSES: dict[tuple[str, str], Any] = {
     (each.__module__, each.__qualname__): each
@@ -116,6 +120,30 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> Any:
         raise pickle.UnpicklingError("it has a persistent id")
+
+
+def wait_for_name(endpoint: str) -> None:
+    """Wait until the host of an endpoint has an address here: torchelastic would wait for it in silence.
+
+    ``endpoint``: host and port of a c10d rendezvous. Raises ``UserError``: the name still does not resolve after two
+    minutes.
+    """
+    host, _ = parse_rendezvous_endpoint(endpoint, default_port=DEFAULT_PORT)
+    deadline = time.monotonic() + _SECONDS_TO_RESOLVE
+    reported = False
+    while True:
+        try:
+            socket.getaddrinfo(host, None)
+            return
+        except OSError as error:
+            reason = f"--rdzv_endpoint {endpoint}: {socket.gethostname()} knows no address of {host} ({error.strerror})"
+        if not reported:
+            sys.stderr.write(f"{reason}; waiting up to {_SECONDS_TO_RESOLVE:.0f} s for it\n")
+            sys.stderr.flush()
+            reported = True
+        if time.monotonic() > deadline:
+            raise UserError(f"{reason}; add the name to DNS or to /etc/hosts of every host")
+        time.sleep(1)
 
 
 def refuse_another_program(endpoint: str) -> None:

@@ -1,6 +1,7 @@
 """What TorchX's schedulers need on this machine, told in one line where it is missing."""
 
 import importlib.util
+import subprocess
 from typing import Final
 
 from torchrec_deepfm.errors import UserError
@@ -54,6 +55,14 @@ def explained(error: Exception, scheduler: str) -> UserError | None:
             f"-s {scheduler}: {error.filename} is not on this machine; submit from a node of the cluster, "
             "or add --dryrun to see the request"
         )
+    if isinstance(error, subprocess.CalledProcessError) and error.cmd[0] in _PROGRAMS.get(scheduler, ()):
+        program = error.cmd[0]
+        if program == "sacct":
+            return UserError(
+                f"-s {scheduler}: the job is submitted, but sacct fails, so TorchX cannot follow it; this cluster may "
+                "keep no accounting: see squeue, and the files slurm-JOB-ROLE-N.out"
+            )
+        return UserError(f"-s {scheduler}: {program} has refused the request, for the reason that it has printed above")
     home = type(error).__module__
     if home.startswith("docker."):
         return UserError(

@@ -83,6 +83,7 @@ OPTIONS = {
         "constraint",
         "qcomms",
         "timeout",
+        "stop-before-limit",
         "checkpoint-every",
         "keep-last",
         "metric",

@@ -231,6 +231,8 @@ class RunOptions:
     timeout: int = 120
     """Seconds after which a rank without a sign of life has stalled, or a step that also takes 20 times the slowest so
     far. Start, evaluations and checkpoints have half an hour."""
+    stop_before_limit: int = 0
+    """Seconds before the time limit of a slurm job at which to save and stop (exit code 143); 0: never."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -238,6 +240,8 @@ class RunOptions:
             raise UserError(f"--resume {self.resume}: choose auto or never")
         if self.timeout < 1:
             raise UserError(f"--timeout {self.timeout}: must be at least 1")
+        if self.stop_before_limit < 0:
+            raise UserError(f"--stop-before-limit {self.stop_before_limit}: must be at least 0")
 
     @property
     def rules(self) -> tuple[str, ...]:

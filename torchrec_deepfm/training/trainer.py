@@ -16,6 +16,7 @@ from torchrec_deepfm.distributed.health import DataFiles, Heartbeat, explained, 
 from torchrec_deepfm.distributed.process_group import is_main, on_main, raise_on_all_ranks
 from torchrec_deepfm.distributed.run_lock import RunLock
 from torchrec_deepfm.distributed.stop_signals import Preempted, Requests, requests_to_stop
+from torchrec_deepfm.distributed.time_limit import stop_before_limit
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.training.build import Sharded, build_model
 from torchrec_deepfm.training.checkpoint.manager import Checkpoints, save_model, try_load_model
@@ -97,7 +98,8 @@ def train(
         if summary is not None:
             return Result(folder=output, summary=summary, before=True)
         stopping = requests_to_stop(lambda: lock.stopping() if lock else None)
-        with stopping as requests, closing(Heartbeat(options.timeout)) as heartbeat:
+        in_time = stop_before_limit(options.stop_before_limit if is_main() else 0)
+        with stopping as requests, in_time, closing(Heartbeat(options.timeout)) as heartbeat:
             training = _Training(run, data, output, device, options, say, requests, heartbeat)
             try:
                 return training.run()
