@@ -19,6 +19,11 @@ def local_world_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
+def pod_size() -> int:
+    """Return how many hosts share an NVLink domain, as TorchRec's process groups see it; 1 unless the user sets it."""
+    return int(os.environ.get("TORCHREC_RESOLVED_POD_SIZE", "1"))
+
+
 def end_with_parent(parent: str | None, signum: int) -> None:
     """Let the kernel send a signal to this process when its parent ends, ``kill -9`` included. Linux only.
 

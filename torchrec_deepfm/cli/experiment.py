@@ -279,7 +279,8 @@ def _gpu_preset(name: str, capacity: int) -> "Hardware":
     ]
     if not fitting:
         raise UserError(f"no preset for {name}; name one with --hardware, or a TOML file")
-    return max(fitting, key=lambda preset: preset.hbm_bytes or 0)
+    # "GB200" holds "B200" too.
+    return max(fitting, key=lambda preset: (len(preset.name.partition("-")[0]), preset.hbm_bytes or 0))
 
 
 def _device_name(device: "torch.device") -> str:

@@ -81,7 +81,7 @@ class PlanCommand:
     tables: str
     """criteo-terabyte, criteo-dcnv2, a TOML, JSON or CSV file of tables, or a prepared folder."""
     hardware: str
-    """a100-40, a100-80, h100, h200, b200, cpu, torchrec (TorchRec's default bandwidths), or a TOML file."""
+    """a100-40, a100-80, h100, h200, b200, gb200, gh200, cpu, torchrec (TorchRec's defaults), or a TOML file."""
     ranks: int
     """Ranks (GPUs) of this hardware."""
     output: Path
@@ -120,7 +120,7 @@ class PlanCommand:
         _check_report(self.report, [*inputs, self.output])
         tables = read_tables(self.tables, self.dim)
         hardware = read_hardware(self.hardware)
-        local_world_size = hardware.local_world_size(self.ranks)
+        domain_size = hardware.local_world_size(self.ranks) * hardware.pod_size_of(self.ranks)
 
         from torchrec_deepfm.sharding.inputs.constraints import parse_constraints
         from torchrec_deepfm.sharding.plan.io import save_plan
@@ -132,7 +132,7 @@ class PlanCommand:
             tables,
             compute_device=hardware.compute_device,
             world_size=self.ranks,
-            local_world_size=local_world_size,
+            local_world_size=domain_size,
         )
         planning = Planning(
             tables,

@@ -5,6 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from torchrec import EmbeddingBagCollection
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.planner import ParameterConstraints
+from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
+from torchrec.distributed.planner.types import CollectiveType
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.sharding.inputs.hardware import Hardware
@@ -25,7 +32,7 @@ def test_a_preset_survives_its_file_and_its_json(name: str, tmp_path: Path) -> N
 
 
 def test_presets_say_where_their_figures_come_from() -> None:
-    for name in ("a100-40", "a100-80", "h100", "h200", "b200"):
+    for name in ("a100-40", "a100-80", "h100", "h200", "b200", "gb200", "gh200"):
         assert "NVIDIA" in PRESETS[name].source
         assert "data sheet (20" in PRESETS[name].source
 
@@ -47,6 +54,56 @@ def test_the_planner_sees_the_bandwidths() -> None:
     assert found.hbm_mem_bw == 8000e9 / 1000
     assert (found.intra_host_bw, found.inter_host_bw) == (900e9 / 1000, 50e9 / 1000)
     assert {device.storage.hbm for device in found.devices} == {180 * 2**30}
+
+
+def test_a_rack_of_gb200_adds_up_to_its_data_sheet() -> None:
+    rack = PRESETS["gb200"]
+    gpus = rack.ranks_per_host * rack.pod_size
+    assert gpus == 72
+    assert rack.hbm_bandwidth * gpus == 576e12
+    assert 2 * rack.intra_host_bandwidth * gpus == pytest.approx(130e12, rel=0.01)  # both directions
+    assert rack.hbm_bytes is not None
+    assert rack.hbm_bytes / 2**30 * gpus == pytest.approx(13_400, rel=0.01)  # printed as 13.4 TB
+    assert rack.ddr_bytes / 2**30 * gpus == pytest.approx(17_000, rel=0.02)
+    assert rack.ddr_bandwidth * gpus == pytest.approx(14e12)
+    assert 2 * 2 * rack.hbm_to_ddr_bandwidth == 900e9  # two GPUs share a CPU's NVLink-C2C
+
+
+def terms(hardware: Hardware, ranks: int, kind: str) -> list[float]:
+    """TorchRec's estimate of a table's exchanges, summed over its shards."""
+    at = topology(hardware, ranks)
+    tables = [EmbeddingBagConfig(name="t", feature_names=["f"], num_embeddings=10**6, embedding_dim=128)]
+    model = EmbeddingBagCollection(tables=tables, device=torch.device("meta"))
+    rules = {"t": ParameterConstraints(sharding_types=[kind], min_partition=64, compute_kernels=["fused"])}
+    options = EmbeddingEnumerator(at, 512, rules).enumerate(model, [EmbeddingBagCollectionSharder()])  # type: ignore[list-item]
+    perfs = [shard.perf for shard in options[0].shards if shard.perf is not None]
+    return [sum(getattr(perf, term) for perf in perfs) for term in ("fwd_comms", "bwd_comms", "input_dist_comms")]
+
+
+@pytest.mark.parametrize("kind", ["table_wise", "column_wise", "table_row_wise", "grid_shard"])
+@pytest.mark.parametrize("ranks", [16, 72, 144])
+def test_a_domain_exchanges_as_a_host_of_as_many_ranks(kind: str, ranks: int) -> None:
+    """TorchRec by itself would take the network's bandwidth for what leaves a tray."""
+    one_host = replace(PRESETS["gb200"], ranks_per_host=72, pod_size=1)
+    assert terms(PRESETS["gb200"], ranks, kind) == pytest.approx(terms(one_host, ranks, kind))
+    single = replace(PRESETS["gb200"], ranks_per_host=1, pod_size=72)  # as gh200
+    assert terms(single, ranks, kind) == pytest.approx(terms(one_host, ranks, kind))
+
+
+def test_an_all_reduce_inside_a_domain_is_a_ring_over_nvlink() -> None:
+    """2 bytes sent for each of the table's, at 900 GB/s, whatever TorchRec multiplies by the hosts."""
+    for ranks, over_hosts in ((8, 1.5), (16, 3.0), (72, 3.0)):
+        bandwidth = topology(PRESETS["gb200"], ranks).comms_bandwidths.get_bw(4, ranks, CollectiveType.ALL_REDUCE)
+        assert over_hosts / bandwidth == pytest.approx(2 / (900e9 / 1000))
+    beyond = topology(PRESETS["gb200"], 144).comms_bandwidths.get_bw(4, 144, CollectiveType.ALL_REDUCE)
+    assert beyond == 4 * 50e9 / 1000
+
+
+def test_ranks_fill_their_domains() -> None:
+    with pytest.raises(UserError, match=r"100 ranks on gb200: not a multiple of the 72 ranks of an NVLink domain"):
+        topology(PRESETS["gb200"], 100)
+    assert topology(PRESETS["gb200"], 40).intra_group_size == 40
+    assert topology(PRESETS["gh200"], 64).intra_group_size == 1
 
 
 @pytest.mark.parametrize(

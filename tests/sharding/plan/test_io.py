@@ -18,7 +18,7 @@ from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.sharding.inputs.presets import PRESETS
 from torchrec_deepfm.sharding.inputs.sharding_types import SHARDING_TYPES
 from torchrec_deepfm.sharding.plan.io import load_plan, plan_json, save_plan
-from torchrec_deepfm.sharding.plan.plan import Cost, PlanFile, Predicted
+from torchrec_deepfm.sharding.plan.plan import Cost, PlanFile, PlannedShard, PlannedTable, Predicted
 from torchrec_deepfm.sharding.plan.torchrec_plan import from_sharding_plan, to_sharding_plan
 from torchrec_deepfm.sharding.plan.validate import check_fits
 
@@ -80,6 +80,38 @@ def test_options_of_kernels_survive_a_file(tmp_path: Path) -> None:
     ours = from_sharding_plan(plan, TABLES, world_size=4, local_world_size=2, batch_size=None, search="torchrec")
     save_plan(ours, tmp_path / "plan.json")
     assert to_sharding_plan(load_plan(tmp_path / "plan.json"), PATH, torch.device("cuda")) == plan
+
+
+def test_a_plan_over_nvlink_domains(tmp_path: Path) -> None:
+    """A table over the eight ranks of two trays that share NVLink."""
+    shards = tuple(PlannedShard(rank=rank, offsets=(5 * rank, 0), sizes=(5, 8)) for rank in range(8))
+    table = PlannedTable(
+        name="t",
+        num_embeddings=40,
+        embedding_dim=8,
+        sharding_type="table_row_wise",
+        compute_kernel="fused",
+        shards=shards,
+    )
+    plan = PlanFile(
+        world_size=16, local_world_size=4, pod_size=2, batch_size=8, search="balanced", tables=(table,), made_with={}
+    )
+    save_plan(plan, tmp_path / "plan.json")
+    assert load_plan(tmp_path / "plan.json") == plan
+    check_fits(plan, [table], 16, local_world_size=4, pod_size=2)
+    with pytest.raises(
+        UserError, match=r"t is table_row_wise.*TORCHREC_RESOLVED_POD_SIZE=2 in the environment"
+    ) as caught:
+        check_fits(plan, [table], 16, local_world_size=4, pod_size=1)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=r"made for hosts of 4 rank\(s\), but they have 8"):
+        check_fits(plan, [table], 16, local_world_size=8, pod_size=2)
+    whole = replace(table, sharding_type="table_wise", shards=(PlannedShard(rank=3, offsets=(0, 0), sizes=(40, 8)),))
+    check_fits(replace(plan, tables=(whole,)), [table], 16, local_world_size=8, pod_size=1)  # depends on no host
+    for wrong, message in (({"pod_size": 3}, "not a multiple of 12"), ({"pod_size": 1}, "over 4 ranks")):
+        save_plan(replace(plan, **wrong), tmp_path / "plan.json")
+        with pytest.raises(UserError, match=message):
+            load_plan(tmp_path / "plan.json")
 
 
 def test_the_file_is_json_for_people() -> None:

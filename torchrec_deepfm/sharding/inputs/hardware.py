@@ -59,6 +59,7 @@ class Hardware:
         hbm_to_ddr_bandwidth: Bytes per second between a GPU and host memory.
         intra_host_bandwidth: Bytes per second that a rank sends to the others of its host, one direction.
         inter_host_bandwidth: Bytes per second that a rank sends to other hosts, one direction.
+        pod_size: Hosts of an NVLink domain, inside which ``intra_host_bandwidth`` holds. TorchRec's name.
         source: Where the figures come from.
         extra: Fixed costs in milliseconds, with the keys of ``EXTRA``.
 
@@ -82,6 +83,7 @@ class Hardware:
     intra_host_bandwidth: Bandwidth
     inter_host_bandwidth: Bandwidth
     source: Text
+    pod_size: Annotated[int, Meta(ge=1, le=MAX_RANKS)] = 1
     extra: Mapping[FixedCost, FixedMilliseconds] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
@@ -89,6 +91,8 @@ class Hardware:
         for key in ("name", "source"):
             if not " ".join(getattr(self, key).split()).isprintable():
                 raise ValueError(f"{key}: {getattr(self, key)!r} can't be printed")
+        if self.compute_device == "cpu" and self.pod_size > 1:
+            raise ValueError("pod_size: hosts of CPU ranks share no NVLink; leave it out")
         if self.compute_device == "cuda" and self.hbm_bytes is None:
             raise ValueError("hbm_bytes: missing, which cuda ranks have")
 
@@ -122,6 +126,30 @@ class Hardware:
                 f"{below} or {below + self.ranks_per_host}"
             )
         return self.ranks_per_host
+
+    def pod_size_of(self, ranks: int) -> int:
+        """Return how many hosts share an NVLink domain.
+
+        Args:
+            ranks: Ranks in all. Fewer than a domain holds share one.
+
+        Raises:
+            UserError: The ranks do not fill their hosts, or hosts do not fill their domains.
+
+        Example:
+            >>> from torchrec_deepfm.sharding.inputs.presets import PRESETS
+            >>> [PRESETS["gb200"].pod_size_of(ranks) for ranks in (4, 16, 72, 144)]
+            [1, 4, 18, 18]
+        """
+        hosts = ranks // self.local_world_size(ranks)
+        if hosts > self.pod_size and hosts % self.pod_size:
+            domain = self.pod_size * self.ranks_per_host
+            below = ranks - ranks % domain
+            raise UserError(
+                f"{ranks} ranks on {self.name}: not a multiple of the {domain} ranks of an NVLink domain; take {below} "
+                f"or {below + domain}, or another pod_size"
+            )
+        return min(hosts, self.pod_size)
 
     def to_json(self) -> dict[str, Any]:
         """Return the description as plain JSON values."""

@@ -101,6 +101,38 @@ PRESETS: Final[Mapping[str, Hardware]] = MappingProxyType(
                 "channels DDR5-5600 by its Intel Xeon 8570",
             ),
             Hardware(
+                name="gb200",
+                compute_device="cuda",
+                ranks_per_host=4,
+                pod_size=18,
+                hbm_bytes=186 * _GIB,
+                ddr_bytes=240 * _GIB,
+                hbm_bandwidth=8000e9,
+                ddr_bandwidth=14e12 / 72,
+                hbm_to_ddr_bandwidth=225e9,
+                intra_host_bandwidth=900e9,
+                inter_host_bandwidth=50e9,
+                source="72 GPUs with 13.4 TB of HBM at 576 TB/s and NVLink of 130 TB/s, 36 Grace CPUs with 17 TB of "
+                "LPDDR5X at 14 TB/s, NVLink-C2C of 900 GB/s for each: NVIDIA GB200 NVL72 data sheet (2025); 18 trays "
+                "of 4 GPUs, 2 CPUs and 4 ConnectX-7 of 400 Gb/s: NVIDIA DGX GB200 user guide (2025); NVLink and C2C as "
+                "one direction of the published figure",
+            ),
+            Hardware(
+                name="gh200",
+                compute_device="cuda",
+                ranks_per_host=1,
+                hbm_bytes=96 * _GIB,
+                ddr_bytes=480 * _GIB,
+                hbm_bandwidth=4000e9,
+                ddr_bandwidth=512e9,
+                hbm_to_ddr_bandwidth=450e9,
+                intra_host_bandwidth=450e9,
+                inter_host_bandwidth=50e9,
+                source="96 GB of HBM3 at 4 TB/s, 480 GB of LPDDR5X at up to 512 GB/s, NVLink-C2C and NVLink 4 of 900 "
+                "GB/s each, of which one direction counts: NVIDIA GH200 Grace Hopper Superchip data sheet (2023); one "
+                "GPU per host with an adapter of 400 Gb/s and no NVLink between hosts: for NVL32 give pod_size = 32",
+            ),
+            Hardware(
                 name="cpu",
                 compute_device="cpu",
                 ranks_per_host=8,

@@ -143,6 +143,8 @@ class PlanFile:
     Attributes:
         world_size: ranks.
         local_world_size: ranks per host.
+        pod_size: hosts that share an NVLink domain, over which table_row_wise, table_column_wise and the blocks of
+            grid_shard may spread.
         batch_size: samples per rank and step; None where it is not known.
         search: how it was found, such as ``balanced`` or ``torchrec``.
         tables: where each table goes.
@@ -158,7 +160,13 @@ class PlanFile:
     tables: Annotated[tuple[PlannedTable, ...], Meta(min_length=1)]
     hardware: Hardware | None = None
     predicted: Predicted | None = None
+    pod_size: PositiveCount = 1
     made_with: Mapping[str, Text] = field(default_factory=_made_with)
+
+    @property
+    def domain_size(self) -> int:
+        """Ranks of a host, or of an NVLink domain where hosts share one."""
+        return self.local_world_size * self.pod_size
 
     def without_predictions(self) -> "PlanFile":
         """Return where the tables go, without costs."""
@@ -201,6 +209,7 @@ class PlanFile:
             "format_version": FORMAT_VERSION,
             "world_size": self.world_size,
             "local_world_size": self.local_world_size,
+            **({"pod_size": self.pod_size} if self.pod_size > 1 else {}),
             "batch_size": self.batch_size,
             "search": self.search,
             "hardware": None if self.hardware is None else self.hardware.to_json(),

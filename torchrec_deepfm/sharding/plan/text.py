@@ -24,10 +24,13 @@ def plan_text(plan: PlanFile, *, bound_ms: float | None = None, reserved: float 
     """
     weights = sum(table.num_embeddings * table.embedding_dim * 4 for table in plan.tables)
     hosts = plan.world_size // plan.local_world_size
+    hosts_text = f"{hosts} host(s) of {plan.local_world_size}"
+    if plan.pod_size > 1:
+        hosts_text += f", {plan.pod_size} to an NVLink domain"
     head = (
         f"{len(plan.tables)} tables, {format_bytes(weights)} of weights, on {plan.world_size} rank(s) "
-        f"of {plan.hardware.name if plan.hardware else 'hardware that the plan does not name'}, {hosts} host(s) of "
-        f"{plan.local_world_size}, {'?' if plan.batch_size is None else f'{plan.batch_size:,}'} samples per rank; "
+        f"of {plan.hardware.name if plan.hardware else 'hardware that the plan does not name'}, {hosts_text}, "
+        f"{'?' if plan.batch_size is None else f'{plan.batch_size:,}'} samples per rank; "
         f"search: {plan.search}"
     )
     lines = [head]

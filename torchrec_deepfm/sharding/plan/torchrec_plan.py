@@ -72,6 +72,7 @@ def from_sharding_plan(
     *,
     world_size: int,
     local_world_size: int,
+    pod_size: int = 1,
     batch_size: int | None,
     search: str,
     hardware: Hardware | None = None,
@@ -81,6 +82,7 @@ def from_sharding_plan(
     return PlanFile(
         world_size=world_size,
         local_world_size=local_world_size,
+        pod_size=pod_size,
         batch_size=batch_size,
         search=search,
         hardware=hardware,

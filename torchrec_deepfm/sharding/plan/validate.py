@@ -38,6 +38,11 @@ def check_sound(plan: PlanFile, where: str) -> None:
             f"{where}: world_size {plan.world_size} is not a multiple of local_world_size {plan.local_world_size}; "
             "every host has the same number of ranks"
         )
+    if plan.world_size % plan.domain_size:
+        raise UserError(
+            f"{where}: world_size {plan.world_size} is not a multiple of {plan.domain_size} = local_world_size "
+            f"{plan.local_world_size} x pod_size {plan.pod_size}; every NVLink domain has the same number of ranks"
+        )
     if plan.predicted is not None and len(plan.predicted.per_rank) != plan.world_size:
         raise UserError(
             f"{where}: predicted.per_rank has {len(plan.predicted.per_rank)} ranks, world_size is {plan.world_size}; "
@@ -57,6 +62,7 @@ def check_fits(
     world_size: int,
     *,
     local_world_size: int | None = None,
+    pod_size: int | None = None,
     compute_device: str | None = None,
     where: str = "plan",
 ) -> None:
@@ -67,6 +73,7 @@ def check_fits(
         tables: the tables to shard.
         world_size: the ranks at hand.
         local_world_size: ranks per host; where given, types that depend on hosts are checked against it.
+        pod_size: hosts per NVLink domain; where given, checked like ``local_world_size``.
         compute_device: ``cpu`` or ``cuda``; where given, the kernels are checked against it.
         where: the file, for messages.
 
@@ -85,6 +92,15 @@ def check_fits(
                 f"{where}: made for hosts of {plan.local_world_size} rank(s), but they have {local_world_size}, and "
                 f"table {bound[0].name} is {bound[0].sharding_type}, which depends on hosts; start "
                 f"{plan.local_world_size} ranks per host, or make a plan for {local_world_size}"
+            )
+    if pod_size is not None and pod_size != plan.pod_size:
+        bound = [table for table in plan.tables if table.sharding_type in HOST_TYPES]
+        if bound:
+            raise UserError(
+                f"{where}: made for NVLink domains of {plan.pod_size} host(s), but they have {pod_size}, and table "
+                f"{bound[0].name} is {bound[0].sharding_type}, which depends on them; if they "
+                f"share NVLink, set TORCHREC_RESOLVED_POD_SIZE={plan.pod_size} in the environment of every rank, "
+                f"otherwise make a plan for pod_size = {pod_size}"
             )
     given = {table.name: table for table in tables}
     planned = {table.name: table for table in plan.tables}
@@ -108,7 +124,7 @@ def check_fits(
             mine.sharding_type,
             mine,
             world_size=world_size,
-            local_world_size=plan.local_world_size,
+            local_world_size=plan.domain_size,
             compute_device=compute_device,
         )
         if reason is not None:
@@ -238,7 +254,7 @@ def _check_covered(table: PlannedTable, where: str) -> None:
 
 def _check_cut(table: PlannedTable, plan: PlanFile, where: str) -> None:
     """Check the cuts that TorchRec computes by itself when it sends ids, without regard to the plan."""
-    kind, local = table.sharding_type, plan.local_world_size
+    kind, local = table.sharding_type, plan.domain_size
     rows, width = table.num_embeddings, table.embedding_dim
     if kind == "table_wise" and len(table.shards) != 1:
         raise UserError(f"{where}: table_wise has one shard, not {len(table.shards)}")

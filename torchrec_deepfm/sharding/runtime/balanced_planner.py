@@ -17,6 +17,7 @@ from torchrec.distributed.planner.types import PlannerError, ShardEstimator, Sha
 from torchrec.distributed.types import ModuleSharder, ShardingPlan
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
+from torchrec_deepfm.processes import pod_size
 from torchrec_deepfm.sharding.estimate import SharedShardEstimator
 from torchrec_deepfm.sharding.inputs.constraints import keep_to_possible
 from torchrec_deepfm.sharding.inputs.hardware import RESERVED
@@ -73,7 +74,10 @@ class BalancedPlanner(EmbeddingPlannerBase):
         if topology is None:
             world_size = dist.get_world_size()
             topology = Topology(
-                world_size=world_size, local_world_size=get_local_size(world_size), compute_device=get_device_type()
+                world_size=world_size,
+                local_world_size=get_local_size(world_size),
+                pod_size=pod_size(),
+                compute_device=get_device_type(),
             )
         batch_size = batch_size or BATCH_SIZE
         self._estimators: list[ShardEstimator] = [
@@ -164,7 +168,7 @@ class BalancedPlanner(EmbeddingPlannerBase):
             list(tables.values()),
             compute_device=self._topology.compute_device,
             world_size=self._topology.world_size,
-            local_world_size=self._topology.local_world_size,
+            local_world_size=self._topology.intra_group_size,
         )
         return self._inner(enumerator=EmbeddingEnumerator(self._topology, self._batch_size, possible, self._estimators))
 

@@ -11,7 +11,7 @@ from torchrec.distributed.sharding_plan import get_default_sharders
 from torchrec.distributed.types import ModuleSharder, ShardingPlan
 
 from torchrec_deepfm.errors import UserError
-from torchrec_deepfm.processes import local_world_size
+from torchrec_deepfm.processes import local_world_size, pod_size
 from torchrec_deepfm.sharding.plan.io import load_plan, save_plan
 from torchrec_deepfm.sharding.plan.plan import PlanFile, PlannedTable
 from torchrec_deepfm.sharding.plan.torchrec_plan import planned_table, to_module_plan
@@ -62,6 +62,7 @@ def load_sharding_plan(
             there[name].values(),
             dist.get_world_size(),
             local_world_size=local_world_size(),
+            pod_size=pod_size(),
             compute_device=device.type,
             where=where,
         )
@@ -79,6 +80,7 @@ def save_sharding_plan(
     *,
     world_size: int,
     local_world_size: int,
+    pod_size: int = 1,
     batch_size: int | None = None,
     search: str = "torchrec",
     sharders: Sharders | None = None,
@@ -91,6 +93,7 @@ def save_sharding_plan(
         module: The unsharded model.
         world_size: Ranks.
         local_world_size: Ranks per host.
+        pod_size: Hosts per NVLink domain.
         batch_size: Samples per rank and step, where known.
         search: How it was found.
         sharders: As for ``load_sharding_plan``.
@@ -107,6 +110,7 @@ def save_sharding_plan(
     made = PlanFile(
         world_size=world_size,
         local_world_size=local_world_size,
+        pod_size=pod_size,
         batch_size=batch_size,
         search=search,
         tables=tables,

@@ -27,7 +27,7 @@ from torchrec.distributed.types import ShardingType
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from torchrec_deepfm.errors import UserError
-from torchrec_deepfm.processes import local_world_size
+from torchrec_deepfm.processes import local_world_size, pod_size
 from torchrec_deepfm.sharding.estimate import memory_by_rank, storage_estimator
 from torchrec_deepfm.sharding.inputs.constraints import in_device_memory
 from torchrec_deepfm.sharding.inputs.hardware import RESERVED
@@ -108,6 +108,7 @@ def plan_model(
         tables,
         world_size=topology.world_size,
         local_world_size=topology.local_world_size,
+        pod_size=topology.intra_group_size // topology.local_world_size,
         batch_size=batch_size,
         search="constraints" if constraints else "torchrec",
     )
@@ -149,11 +150,12 @@ def read_fitting_plan(
         tables,
         dist.get_world_size(),
         local_world_size=local_world_size(),
+        pod_size=pod_size(),
         compute_device=device.type,
         where=where,
     )
     # Where no table depends on hosts, the plan may run on hosts of another size.
-    plan = replace(plan, local_world_size=local_world_size())
+    plan = replace(plan, local_world_size=local_world_size(), pod_size=pod_size())
     check_replicated(
         replicated, {table.name: [table.sharding_type] for table in plan.tables}, tables, where, replicated_by
     )
@@ -208,10 +210,16 @@ def local_topology(device: torch.device) -> Topology:
         raise UserError(
             f"{world_size} ranks with {local} on this host: the planner needs equal hosts; start {local} on each"
         )
+    pods = pod_size()
+    if world_size % (local * pods):
+        raise UserError(
+            f"{world_size} ranks on hosts of {local} do not fill NVLink domains of TORCHREC_RESOLVED_POD_SIZE={pods} "
+            f"hosts; start a multiple of {local * pods} ranks, or set another number"
+        )
     host_memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     hbm = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
     return TopologyFactory.create_topology(
-        TrainerConfig(world_size=world_size, local_world_size=local),
+        TrainerConfig(world_size=world_size, local_world_size=local, pod_size=pods if pods > 1 else None),
         HardwareConfig(hbm_cap_bytes=hbm, ddr_cap_bytes=host_memory // local),
         KernelConfig(compute_device=device.type),
     )

@@ -151,6 +151,7 @@ class Planning:
         self._constraints = in_device_memory(tables, constraints or {}) if ema else dict(constraints or {})
         self._optimizer, self._ema, self._effort = optimizer, ema, effort
         self._local_world_size = hardware.local_world_size(ranks)
+        hardware.pod_size_of(ranks)  # refuses ranks that do not fill their domains
 
     def plan(self, search: Search = "balanced") -> PlanFile:
         """Plan with one of the searches; see ``plan_tables``."""
@@ -307,6 +308,7 @@ class Planning:
             PlanFile(
                 world_size=self._ranks,
                 local_world_size=self._local_world_size,
+                pod_size=self._hardware.pod_size_of(self._ranks),
                 batch_size=self._batch_size,
                 search=search,
                 tables=tuple(_planned_table(options[table.name]) for table in self._tables),
