@@ -67,10 +67,13 @@ def fault(at: str, step: int) -> None:
             case "busy":
                 time.sleep(3600)
             case "fill":
+                _checkpoints.wait()
                 fill(Path(each["path"]) / "filling")
             case "read-only":
+                _checkpoints.wait()
                 subprocess.run(["mount", "-o", "remount,ro", each["path"]], check=True)
             case "limit":
+                _checkpoints.wait()
                 resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, resource.RLIM_INFINITY))
             case "shrink":
                 for path in Path(each["path"]).glob("train*.npy"):

@@ -236,11 +236,8 @@ def test_damaged_checkpoints_are_refused_by_name(
     damage(tmp_path / "run" / "checkpoints" / "step_00000016" / name, how)
     code, out, err = run(command(data, tmp_path / "run"), environment(tmp_path / "log"))
     told = [line for line in out.splitlines() if line.startswith("not used: ")]
-    if (name, how) == ("checkpoint.json", "removed"):
-        assert told == []  # a folder without a manifest is no checkpoint at all
-    else:
-        assert len(told) == 1
-        assert f"step_00000016: {name}" in told[0], told
+    assert len(told) == 1
+    assert f"step_00000016: {name}" in told[0], told
     assert "Resuming from step 15 of" in out
     assert (code, err) == (0, "")
     assert_same_run(tmp_path / "run", undisturbed[1])

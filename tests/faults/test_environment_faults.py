@@ -55,7 +55,7 @@ def saved_steps(checkpoints: Path) -> list[int]:
 @pytest.mark.parametrize(
     ("do", "reason"),
     [
-        ("fill", "no space left on the device; free some"),
+        ("fill", "no space is left on the device; free some"),
         ("read-only", "writing is not allowed (Read-only file system); make it writable"),
     ],
 )
@@ -86,7 +86,7 @@ def test_a_file_that_may_grow_no_further(data: Path, tmp_path: Path) -> None:
     code, _, err = run(command(data, tmp_path / "run"), env)
     assert code == 2
     assert err.startswith(f"error: {tmp_path / 'run'}")
-    assert "no space left on the device; free some" in err
+    assert "no space is left on the device; free some" in err
     assert err.count("\n") == 1
     assert saved_steps(tmp_path / "run" / "checkpoints") == [4, 8]
 
@@ -99,7 +99,7 @@ def test_metrics_that_cannot_be_written(data: Path, tmp_path: Path, small_disk: 
     env = environment(tmp_path / "log", [fault], FAULTS_SLEEP="0.03")
     code, _, err = run(command(data, small_disk / "run", options=options), env)
     assert code == 2
-    told = r"error: {}(/saved\.json)?: no space left on the device; free some, then run the same command again\n"
+    told = r"error: {}(/saved\.json)?: no space is left on the device; free some, then run the same command again\n"
     assert re.fullmatch(told.format(re.escape(str(small_disk / "run"))), err)
     assert saved_steps(tmp_path / "checkpoints")[-1] >= 16
     (small_disk / "filling").unlink()
@@ -139,8 +139,8 @@ def test_other_data_are_refused(data: Path, tmp_path: Path) -> None:
     code, _, err = run(command(other, tmp_path / "run"), env)
     assert code == 2
     message = (
-        f"error: --data {other}: {tmp_path / 'run'} holds a run on other data; name the data that it was trained on, "
-        "or another folder\n"
+        f"error: --data {other}: --output {tmp_path / 'run'} holds a run on other data; name the data that it was "
+        "trained on, or another folder\n"
     )
     assert err == message
 

@@ -33,6 +33,7 @@ def test_a_rank_that_dies_under_torchx(tmp_path: Path) -> None:
     data, run = make_data(tmp_path / "data").folder, tmp_path / "run"
     words = ["run", "-s", "local_cwd", "apps/deepfm.py", "-j", "1x2", "--max_restarts", "2", "--"]
     options = ["--recipe", "smoke", "--batch-size", "50", "--epochs", "40", "--checkpoint-every", "20"]
+    options += ["--max-ne", "inf"]
     with (tmp_path / "out").open("w") as out:
         job = subprocess.Popen(
             [Path(sys.executable).parent / "torchx", *words, "--data", str(data), "--output", str(run), *options],

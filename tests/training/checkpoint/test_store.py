@@ -82,6 +82,8 @@ def test_a_step_can_be_written_again(store: Store) -> None:
     assert store.steps() == [5]
     store.verify(5, store.manifest(5)["files"])
     assert list(store.manifest(5)["files"]) == ["a.distcp"]
+    if store.local:
+        assert [path.name for path in Path(store._root).iterdir()] == ["step_00000005"]
 
 
 def test_set_aside(store: Store) -> None:

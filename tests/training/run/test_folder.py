@@ -290,6 +290,8 @@ FORGED: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
     ("point.step", lambda m: m["point"].update(step=-1)),
     ("point.step", lambda m: m["point"].update(step=True)),
     ("point.epoch", lambda m: (m["point"].update(epoch=9), m["position"].update(epoch=9))),
+    ("point.epoch contradicts position.epoch", lambda m: m["point"].update(epoch=0)),
+    ("point.row contradicts position.row", lambda m: m["point"].update(row=150)),
     ("point.samples", lambda m: (m["point"].update(epoch=0), m["position"].update(epoch=0))),
     ("point.dropped", lambda m: (m["point"].update(epoch=2, row=0), m["position"].update(epoch=2, row=0))),
     ("point.row", lambda m: (m["point"].update(row=2000), m["position"].update(row=2000))),
@@ -361,13 +363,22 @@ def test_a_forged_value_is_named(manifest: bytes, name: str, forge: Callable[[di
         check(value)
 
 
-def test_a_forged_checkpoint_is_not_used(data: PreparedData, unfinished: Path, device: torch.device) -> None:
+@pytest.mark.parametrize(
+    ("forge", "wrong"),
+    [
+        (lambda m: m["tracker"].update(stopped=True), "tracker.stopped contradicts the other values"),
+        (lambda m: m["point"].update(epoch=0), "point.epoch contradicts position.epoch"),
+    ],
+)
+def test_a_forged_checkpoint_is_not_used(
+    data: PreparedData, unfinished: Path, device: torch.device, forge: Callable[[dict[str, Any]], Any], wrong: str
+) -> None:
     folder = unfinished / "checkpoints" / "step_00000020"
-    reseal(folder, lambda m: m["tracker"].update(stopped=True))
+    reseal(folder, forge)
     told: list[str] = []
     train(CONFIG, data, unfinished, device, say=told.append)
     assert told[:2] == [
-        f"not used: {folder}: checkpoint.json: tracker.stopped contradicts the other values",
+        f"not used: {folder}: checkpoint.json: {wrong}",
         f"Resuming from step 16 of {unfinished}",
     ]
 

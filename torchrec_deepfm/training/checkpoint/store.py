@@ -133,10 +133,12 @@ class Store:
         partial, final = Path(f"{self.path(step)}.partial"), Path(self.path(step))
         write_bytes(partial / MANIFEST, content)
         _sync_folder(partial)
-        if os.path.lexists(final):  # of the same step, written before a resume from an older one
-            self.set_aside(step)
+        # A checkpoint of the same step is the one that this start resumed from: damaged ones are set aside by then.
+        replaced = self.set_aside(step) if os.path.lexists(final) else None
         partial.rename(final)
         _sync_folder(final.parent)
+        if replaced:
+            self._discard(replaced)
 
     def abandon(self, step: int) -> None:
         """Remove the files of a checkpoint that could not be written."""
@@ -154,14 +156,15 @@ class Store:
         self._fs.rm(f"{self.path(step)}/{MANIFEST}")
         self._fs.rm(self.path(step), recursive=True)
 
-    def set_aside(self, step: int) -> None:
-        """Rename a damaged checkpoint to ``step_N.refused``, out of the way of the next save of its step."""
+    def set_aside(self, step: int) -> str:
+        """Rename a checkpoint to ``step_N.refused``, out of the way of the next save of its step; return that path."""
         path, number = self.path(step), 1
         aside = f"{path}.refused"
         while self._is_there(aside):
             number += 1
             aside = f"{path}.refused.{number}"
         self._fs.mv(path, aside, recursive=True)
+        return aside
 
     def forget_newer(self, step: int) -> None:
         """Set aside all checkpoints newer than the one to resume from; all of them are damaged."""
@@ -283,9 +286,10 @@ class FinalWeights(Store):
         """Return the path of the folder for messages."""
         return str(self._folder)
 
-    def set_aside(self, step: int) -> None:
+    def set_aside(self, step: int) -> str:
         """Remove the folder: it holds the same weights, saved by a run that was killed before its summary."""
         self.remove(step)
+        return ""
 
 
 @contextlib.contextmanager

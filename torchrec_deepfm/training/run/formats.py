@@ -183,6 +183,12 @@ class Manifest(RunFile, kw_only=True):
     plan: dict[str, Any]
     schema_sha256: Digest
 
+    def __post_init__(self) -> None:
+        """Check that both records of the place in the data agree."""
+        for name in ("epoch", "row"):
+            if self.position.get(name) != getattr(self.point, name):
+                raise ValueError(f"point.{name} contradicts position.{name}")
+
     def check(self, config: TrainConfig, *, rows: int, widths: Mapping[str, int]) -> None:
         """Compare the values with each other and with the training that resumes from them.
 
