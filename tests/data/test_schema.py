@@ -132,7 +132,10 @@ def test_json_of_version_1_is_read():
 
 LISTS = "categorical: numeric and categorical must be lists of column names; give text in [ ]"
 KEYS = "choose one of label, numeric, categorical, columns, layout, numeric_transform, delimiter, missing"
-OPTIONS = "choose one of list, separator, weights, type, min_count, num_embeddings, transform"
+OPTIONS = (
+    "choose one of list, separator, weights, type, min_count, num_embeddings, transform, buckets, missing_indicator, "
+    "of, part, format, timezone, until, cross"
+)
 OF_CATEGORICAL = "only valid for a categorical column; remove it"
 UNNAMED = "is not among label, numeric and categorical; name it there"
 MOST = 2**31 - 1
@@ -158,8 +161,8 @@ GOOD = 'label = "y"\nnumeric = ["price"]\ncategorical = ["c", "d"]\n'
         (
             GOOD + 'numeric_transform = "log2"',
             (
-                "numeric_transform: 'log2' is not valid; choose one of log1p, signed_log1p, log, bucketize, fuxictr, "
-                "none (did you mean 'log'?)"
+                "numeric_transform: 'log2' is not valid; choose one of standard, minmax, clip, quantile, log1p, "
+                "signed_log1p, log, bucketize, fuxictr, none (did you mean 'log'?)"
             ),
         ),
         (GOOD + "columns = 1", "columns: not a table; write [columns.NAME] and the options below it"),

@@ -68,7 +68,7 @@ DATA: Final = [
     Mutant("np.repeat(begins - (ends - lengths), lengths)", "np.repeat(begins, lengths)", "data/loader/test_bags.py"),
     Mutant("or not np.isfinite(dense).all() or", "or", "test_loader.py"),
     Mutant(
-        'np.trunc(values) if transform == "fuxictr" else np.floor(values)',
+        'np.trunc(values) if column.transform == "fuxictr" else np.floor(values)',
         "np.floor(values)",
         "data/prepare/test_options.py",
     ),

@@ -114,7 +114,7 @@ class InferSchema:
     file: tyro.conf.Positional[str]
     """Parquet or CSV file, a folder of them, or an fsspec address."""
     label: str | None = None
-    """Name of the 0/1 column, where it can't be guessed."""
+    """Name of the 0/1 column, where it can't be guessed; or a comparison that makes one, such as "rating >= 4"."""
     output: Path | None = None
     """TOML file to write. Without it the schema is printed."""
 

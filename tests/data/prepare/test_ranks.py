@@ -19,7 +19,10 @@ from torchrec_deepfm.data.prepare.work_folder import WorkFolder
 
 MODES = {
     "vocabulary": (["--min-count", "2", "--split", "last-day"], {"min_count": 2, "split": "last-day"}),
-    "hash": (["--hash", "--num-embeddings", "1000"], {"hash": True, "num_embeddings": 1000}),
+    "hash": (
+        ["--hash", "--num-embeddings", "1000", "--numeric", "quantile"],
+        {"hash": True, "num_embeddings": 1000, "numeric_transform": "quantile"},
+    ),
 }
 
 

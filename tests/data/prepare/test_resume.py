@@ -46,7 +46,7 @@ def run(paths, output, options) -> None:
 
 MODES = {
     "vocabulary": {"min_count": 2},
-    "hash": {"hash": True, "num_embeddings": 1000},
+    "hash": {"hash": True, "num_embeddings": 1000, "numeric_transform": "quantile"},
     "log": {"min_count": 1, "numeric_transform": "log", "split": "last-day"},
 }
 

@@ -18,6 +18,7 @@ from torchrec_deepfm.data.prepare.prepare import prepare
 from torchrec_deepfm.data.prepare.row_encoder import RowEncoder
 from torchrec_deepfm.data.schema import Column, Schema
 from torchrec_deepfm.data.values import hashing, vocabulary
+from torchrec_deepfm.data.values.numeric import BUCKETS, LEARNED
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.files import seal
 
@@ -54,7 +55,9 @@ def check_as_loaded(data, encoded) -> None:
             assert weights.tobytes() == jagged.weights().numpy().tobytes(), name
 
 
-@pytest.mark.parametrize("numbers", ["log1p", "signed_log1p", "log", "bucketize", "fuxictr", "none"])
+@pytest.mark.parametrize(
+    "numbers", ["log1p", "signed_log1p", "log", "bucketize", "fuxictr", "none", "standard", "clip"]
+)
 @pytest.mark.parametrize("hashed", [False, True], ids=["vocabulary", "hash"])
 def test_criteo(tmp_path, numbers, hashed):
     text = random_text(300, 1, SMALL)
@@ -89,9 +92,15 @@ def data_sets(draw):
     numeric = [f"n{i}" for i in range(draw(st.integers(0, 2)))]
     for name in numeric:
         transform = draw(
-            st.sampled_from(["log", "bucketize"] if logs else ["log1p", "signed_log1p", "none", "bucketize", "fuxictr"])
+            st.sampled_from(
+                ["log", "bucketize"] if logs else ["log1p", "signed_log1p", "none", "bucketize", "fuxictr", *LEARNED]
+            )
         )
-        options[name] = Column(transform=transform)
+        options[name] = Column(
+            transform=transform,
+            buckets=draw(st.none() | st.integers(2, 4)) if transform == "bucketize" else None,
+            missing_indicator=draw(st.booleans()) and transform not in ("log", *BUCKETS),
+        )
         values = draw(st.lists(INTEGERS if transform == "log" else NUMBERS, min_size=count, max_size=count))
         columns[name], types[name] = values, pa.int64() if transform == "log" else pa.float64()
     categorical = [f"c{i}" for i in range(draw(st.integers(1, 3)))]
@@ -123,8 +132,23 @@ def data_sets(draw):
             weight = st.floats(-4, 4, width=32)
             given = [None if one is None else [draw(weight) for _ in one] for one in lists]
             columns[f"w{name}"], types[f"w{name}"] = given, pa.list_(pa.float32())
+    times = st.lists(st.none() | st.integers(-(10**9), 4 * 10**9), min_size=count, max_size=count)
+    columns["t"], types["t"] = draw(times), pa.int64()
+    zone = draw(st.sampled_from([None, "Asia/Kathmandu"]))
+    for part in draw(st.lists(st.sampled_from(["hour", "weekday"]), unique=True)):
+        options[part] = Column(of="t", part=part, format="s", timezone=zone)
+        categorical.append(part)
+    if draw(st.booleans()):
+        transform = draw(st.sampled_from(["log"] if logs else ["none", "standard"]))
+        if transform != "log":
+            numeric.append("age")
+            options["age"] = Column(of="t", part="age", until="2024-02-29", format="s", transform=transform)
+    singles = [name for name in categorical if not options[name].list]
+    if len(singles) > 1 and draw(st.booleans()):
+        categorical.append("cross")
+        options["cross"] = Column(cross=tuple(singles[:2]))
     schema = Schema(
-        label="y",
+        label=draw(st.sampled_from(["y", "y > 0.5"])),
         numeric=tuple(numeric),
         categorical=tuple(categorical),
         columns=options,

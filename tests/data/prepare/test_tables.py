@@ -259,6 +259,6 @@ def test_frappe(tmp_path):
 
 def test_signed_logarithms():
     given = [-3.5, -1e300, 0.0, None, 1e-9, 7.0]
-    dense = numeric.dense(pl.DataFrame({"n0": given}), ["signed_log1p"])
+    dense = numeric.dense(pl.DataFrame({"n0": given}), [numeric.NumericColumn(name="a", transform="signed_log1p")])
     expected = [math.copysign(math.log1p(abs(x)), x) if x is not None else 0.0 for x in given]
     assert dense[:, 0].tolist() == pytest.approx(expected, rel=1e-6)

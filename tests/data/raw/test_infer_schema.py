@@ -1,6 +1,7 @@
 """`schema infer`: the guess is read back by the reader of schemas, and says why each column stands where it does."""
 
 import random
+from functools import partial
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -72,17 +73,24 @@ def test_kinds_of_columns(tmp_path):
     assert schema.categorical == (
         "hour",
         "shop",
+        "event_time_hour",
+        "event_time_weekday",
         'a "quoted"\nné/w',
         "is new",
         "tags",
+        "day_weekday",
         "big",
         "old_id",
     )
+    time = partial(Column, of="event_time", format="ms", timezone="UTC")
     assert dict(schema.columns) == {
         "tags": Column(list=True, weights="tag loads"),
         "big": Column(type="string"),
+        **{f"event_time_{part}": time(part=part) for part in ("hour", "weekday")},
+        "day_weekday": Column(of="day", part="weekday"),
         "old_id": Column(type="integer"),
-        "views": Column(transform="log1p"),
+        "views": Column(transform="standard"),
+        "price": Column(transform="standard"),
     }
     different = len(set(columns()["shop"]))
     low, high = min(columns()["shop"]), max(columns()["shop"])
@@ -91,13 +99,12 @@ def test_kinds_of_columns(tmp_path):
     assert reason(text, '"hour"') == "integers, 24 distinct, 0 to 23: few values"
     for key in ("userId", "hash", "key"):
         assert reason(text, f'"{key}"').endswith(": another value in each row, as a row's key has")
-    assert reason(text, '"views"').endswith(": a range with gaps, as counts have; large numbers")
+    assert reason(text, '"views"').endswith(": a range with gaps, as counts have; numbers")
     assert reason(text, '"constant"') == 'text, 1 distinct, such as "same": the same value in every row'
     missing = columns()["old_id"].count(None) / ROWS
     assert f"{missing:.1%} missing" in reason(text, '"old_id"')
-    assert ": its name speaks of time; " in reason(text, '"event_time"')
+    assert reason(text, '"event_time_hour"').endswith(": hour of times as ms")
     assert reason(text, '"embedding"').endswith("as the weights of a list column they stand in its options")
-    assert reason(text, '"day"') == "it holds date32[day]; convert it to numbers, integers or text"
     assert reason(text, '"nothing"') == "no value in these rows"
     # The table can be read with it as it stands.
     [source] = open_tables(str(path), schema)
@@ -127,7 +134,8 @@ def test_an_advertising_log(tmp_path):
     text = infer_schema(str(avazu_like(tmp_path / "clicks.csv", 5000)))
     schema = read_back(tmp_path, text)
     assert (schema.label, schema.numeric) == ("click", ("visits",))
-    assert schema.categorical == ("hour", "banner_pos", "device_ip", "C14", "C17", "C20")
+    assert schema.categorical == (*("hour_hour", "hour_weekday", "banner_pos", "device_ip", "C14", "C17", "C20"),)
+    assert schema.options("hour_weekday") == Column(of="hour", part="weekday", format="%y%m%d%H")
     assert schema.options("C20") == Column(type="integer")
     assert schema.options("visits") == Column(transform="log1p")
     assert reason(text, '"id"').endswith(": another value in each row, as a row's key has")
@@ -139,8 +147,9 @@ def test_ratings(tmp_path):
     text = infer_schema(str(movielens_like(tmp_path / "ratings.parquet", 5000)))
     schema = read_back(tmp_path, text)
     assert (schema.label, schema.numeric) == ("label", ("price",))
-    assert schema.categorical == ("user_id", "item_id", "age")
-    assert ": its name speaks of time; " in reason(text, '"timestamp"')
+    assert schema.categorical == ("user_id", "item_id", "timestamp_hour", "timestamp_weekday", "age")
+    assert schema.options("timestamp_hour") == Column(of="timestamp", part="hour", format="s", timezone="UTC")
+    assert schema.options("price") == Column(transform="standard", missing_indicator=True)
     frame = pq.read_table(tmp_path / "ratings.parquet").column("price")
     assert f", {frame.null_count / 5000:.1%} missing, " in reason(text, '"price"')
 
@@ -148,10 +157,13 @@ def test_ratings(tmp_path):
 def test_negative_numbers_keep_their_sign(tmp_path):
     draw = random.Random(4)
     cells = {"label": [draw.randrange(2) for _ in range(500)], "c": [draw.choice("abc") for _ in range(500)]}
-    cells |= {"balance": [draw.gauss(0, 1000) for _ in range(500)], "score": [draw.gauss(0, 1) for _ in range(500)]}
+    cells |= {"balance": [draw.gauss(0, 10) ** 7 for _ in range(500)], "score": [draw.gauss(0, 1) for _ in range(500)]}
     text = infer_schema(str(parquet(tmp_path / "t.parquet", cells)))
-    assert dict(read_back(tmp_path, text).columns) == {"balance": Column(transform="signed_log1p")}
-    assert reason(text, '"balance"').endswith(": large numbers")
+    assert dict(read_back(tmp_path, text).columns) == {
+        "balance": Column(transform="signed_log1p"),
+        "score": Column(transform="standard"),
+    }
+    assert reason(text, '"balance"').endswith(": a long tail")
 
 
 @pytest.mark.parametrize("flipped", [0.0, 0.1])
@@ -203,6 +215,22 @@ def test_only_the_first_rows_are_read(tmp_path):
             None,
             NO_LABEL,
         ),
+        (
+            {"user_id": [1, 2, 3], "rating": [1, 4, 5]},
+            None,
+            NO_LABEL + "; a rating becomes one by a threshold, such as --label 'rating >= 4'",
+        ),
+        ({"rating": [1, 5]}, "rating > 5", "column 'rating', rating > 5 holds in no row; name another --label"),
+        (
+            {"rating": [1, None]},
+            "rating > 5",
+            "column 'rating', row 2: the label is missing (expected a number, for rating > 5); name another --label",
+        ),
+        (
+            {"rating": [1, 5]},
+            "ratin > 5",
+            "no column 'ratin'; the file has 'rating' (did you mean 'rating'?); name another --label",
+        ),
         ({"rating": [1, 5]}, "rating", "column 'rating' holds other values than 0 and 1; name another --label"),
         (
             {"rating": [1, 0]},
@@ -222,6 +250,16 @@ def test_tables_that_give_no_schema(tmp_path, cells, label, expected):
     with pytest.raises(UserError) as caught:
         infer_schema(str(path), label=label)
     assert str(caught.value) == f"{path}: {expected}"
+
+
+def test_a_label_by_a_threshold(tmp_path):
+    path = parquet(tmp_path / "t.parquet", {"rating": [3.5, 4.0, 5.0, 1.0], "user_id": [1, 2, 1, 2]})
+    text = infer_schema(str(path), label="rating >= 4")
+    schema = read_back(tmp_path, text)
+    assert (schema.label, schema.label_column, schema.names[1:]) == ("rating >= 4", "rating", ("user_id",))
+    assert "# 50.0% ones" in text
+    [source] = open_tables(str(path), schema)
+    assert next(source.pieces()).frame["label"].to_list() == [0, 1, 1, 0]
 
 
 def test_a_named_label_goes_before_others(tmp_path):

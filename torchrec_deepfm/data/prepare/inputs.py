@@ -50,6 +50,10 @@ class Inputs:
     halved: str | None
     sources: Mapping[str, tuple[Source, ...]]
 
+    def trains(self, part: Part) -> bool:
+        """Whether a part's rows are training rows."""
+        return part.split == "train" and part.stem != self.halved
+
 
 def find_inputs(
     named: Mapping[str, Sequence[str | Path]],

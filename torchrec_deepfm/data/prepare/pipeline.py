@@ -5,9 +5,9 @@ these and agree after each that all went well. ``work_folder.py`` describes how 
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,7 @@ from torchrec_deepfm.data.prepare import inputs as found
 from torchrec_deepfm.data.prepare.checksum_files import Splits, borders_of_stems, parts_of, take_sums, write_checksums
 from torchrec_deepfm.data.prepare.encode import encode_stem
 from torchrec_deepfm.data.prepare.inputs import days_of_splits
+from torchrec_deepfm.data.prepare.manifest import Staged, encoding, recorded_sources, skipped
 from torchrec_deepfm.data.prepare.options import MIN_COUNT, PrepareOptions
 from torchrec_deepfm.data.prepare.progress import Phase
 from torchrec_deepfm.data.prepare.provenance import (
@@ -45,13 +46,14 @@ from torchrec_deepfm.data.prepare.provenance import (
     what_changed,
 )
 from torchrec_deepfm.data.prepare.stage import Stager, Unit, skipped_rows
+from torchrec_deepfm.data.prepare.survey import statistics, summary, survey, surveyed_units
 from torchrec_deepfm.data.prepare.work_folder import WorkFolder, check_room, estimate_bytes
 from torchrec_deepfm.data.prepare.workers import Workers
-from torchrec_deepfm.data.raw.table_source import TableSource
 from torchrec_deepfm.data.schema import Schema
 from torchrec_deepfm.data.values import numeric
 from torchrec_deepfm.data.values.duckdb_session import connect
 from torchrec_deepfm.data.values.hashing import Hashing, hash_sizes
+from torchrec_deepfm.data.values.statistics import ColumnStatistics
 from torchrec_deepfm.data.values.vocabulary import OldVocabulary, count_column, vocabulary_file, vocabulary_size
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.files import seal, write_bytes
@@ -65,8 +67,6 @@ VALUES_SHARE: Final = 1 / 16
 # A row of a block takes so much at least while a column is looked up: value, row number, id, each more than once.
 _ROW_BYTES: Final = 64
 _HEAD_BYTES: Final = 1 << 20
-
-_Staged = Sequence[tuple[Unit, Mapping[str, Any]]]
 
 
 class Job:
@@ -87,17 +87,17 @@ class Job:
             raise UserError("--input: no file is named; name at least one, or a --vocabulary for the others")
         self._output, self._options, self._workers, self._named = output, options, workers, named
         self._report = report if report is not None and workers.is_main else None
-        transforms = numeric.transforms(raw, options.numeric_transform)
-        self._schema = numeric.prepared_schema(raw, transforms)
+        self._numbers = numeric.numeric_columns(raw, options.numeric_transform)
+        self._schema = numeric.prepared_schema(raw, self._numbers)
         self._hash_sizes = hash_sizes(raw, self._schema, options.num_embeddings) if options.hash else None
         common = MIN_COUNT if options.min_count is None else options.min_count
         self._min_counts = [self._schema.options(name).min_count or common for name in self._schema.categorical]
-        by_column = dict(zip(raw.numeric, transforms, strict=True))
+        transforms = {column.name: column.transform for column in self._numbers}
         self._old = None
         if options.vocabulary is not None:
-            self._old = OldVocabulary(options.vocabulary, self._schema, by_column)
+            self._old = OldVocabulary(options.vocabulary, self._schema, self._numbers)
         # The logarithm's shift is the minimum of a file, so that sources which shared arrays would change it.
-        separate = "log" in transforms
+        separate = "log" in transforms.values()
         self._reading, memory = numeric.settled(raw, transforms), options.memory_bytes
         self._inputs = found.find_inputs(
             named,
@@ -112,7 +112,7 @@ class Job:
         self._stager = Stager(
             work=self._work,
             schema=self._schema,
-            transforms=transforms,
+            numbers=self._numbers,
             hashing=None if self._hash_sizes is None else Hashing(self._connection, self._hash_sizes),
             skip_bad=options.on_bad_row == "skip",
         )
@@ -122,7 +122,7 @@ class Job:
             "min_count": common if counts else None,
             "num_embeddings": self._hash_sizes,
             "vocabulary": None if self._old is None else self._old.digests,
-            "numeric": by_column,
+            "numeric": transforms,
             "split": self._inputs.split,
             "seed": options.seed if self._inputs.split in found.SPLITS_BY_LOT else None,
             "on_bad_row": options.on_bad_row,
@@ -162,6 +162,7 @@ class Job:
         try:
             self._together(enter)
             self._work.share()
+            self._learn()
             self._together(self._stage)
             units = [(unit, self._record(unit)) for unit in self._inputs.units]
             splits = days_of_splits(self._inputs, [record for _, record in units], self._work.out)
@@ -240,7 +241,7 @@ class Job:
 
     def _check_room(self) -> None:
         heads = found.heads(self._inputs.units, self._reading, piece_bytes=_HEAD_BYTES)
-        log = "log" in self._stager.transforms
+        log = self._stager.takes_logs
         needed = estimate_bytes(heads, self._schema, staged=self._hash_sizes is None, log=log)
         check_room(self._output, needed, self._work.path)
 
@@ -266,6 +267,7 @@ class Job:
                 path.unlink()
             for unit in changed:
                 self._work.forget(unit.name)
+                self._work.forget(f"survey_{unit.name}")
         for name, state in states.items():
             if self._work.record(f"source_{name}") != json.loads(json.dumps(state)):
                 self._work.write_record(f"source_{name}", state)
@@ -277,6 +279,60 @@ class Job:
         what = what_changed(before, unit_state(unit), unit)
         if what:
             raise UserError(f"{what} while it was read; run the same command again when nothing writes to it")
+
+    def _learn(self) -> None:
+        """Learn from the training rows what the transforms of numbers need."""
+        if self._old is not None:
+            found = self._old.statistics
+        else:
+            units = surveyed_units(self._inputs, self._numbers)
+            if not units:
+                return
+            self._together(lambda: self._survey(units))
+            joined: dict[str, ColumnStatistics] = {}
+
+            def join() -> None:
+                nonlocal joined
+                if self._workers.is_main:
+                    joined = statistics(units, self._numbers, self._work, self._forget_rows)
+
+            self._together(join)
+            found = self._workers.gather(joined)[0]
+        self._numbers = numeric.with_statistics(self._numbers, found)
+        self._stager = replace(self._stager, numbers=self._numbers)
+        if line := summary(self._numbers):
+            self._say(line)
+
+    def _survey(self, units: Sequence[Unit]) -> None:
+        mine = self._workers.mine(units, [float(unit.bytes) for unit in units])
+        with Phase("learn", sum(unit.bytes for unit in mine) / 1e6, report=self._report) as phase:
+            for unit in mine:
+                with self._unchanged(unit):
+                    survey(
+                        unit,
+                        self._inputs,
+                        self._numbers,
+                        self._work,
+                        skip_bad=self._stager.skip_bad,
+                        on_piece=phase.shares(unit.bytes / 1e6),
+                    )
+
+    def _forget_rows(self) -> None:
+        """Forget all rows that were prepared."""
+        for pattern in ("sum_*", "encode_*", "stage_*"):
+            self._work.forget(pattern)
+        for path in self._work.out.glob("vocabulary_*"):
+            path.unlink()
+
+    @contextmanager
+    def _unchanged(self, unit: Unit) -> Iterator[None]:
+        """Check that nobody wrote to the sources of a unit while they were read."""
+        try:
+            yield
+        except UserError:
+            self._check_unchanged(unit)  # then that is why
+            raise
+        self._check_unchanged(unit)
 
     def _record(self, unit: Unit) -> dict[str, Any]:
         record = self._work.record(unit.name)
@@ -291,21 +347,10 @@ class Job:
         with Phase("read", size, report=self._report) as phase:
             for unit in mine:
                 before = self._work.record(unit.name)
-                share = 0.0
-
-                def on_piece(rows: int, done: float, megabytes: float = unit.bytes / 1e6) -> None:
-                    nonlocal share
-                    phase.add((done - share) * megabytes, rows)
-                    share = done
-
                 if before is not None and before["finished"]:
                     continue
-                try:
-                    self._stager.stage(unit, on_piece)
-                except UserError:
-                    self._check_unchanged(unit)  # then that is why
-                    raise
-                self._check_unchanged(unit)
+                with self._unchanged(unit):
+                    self._stager.stage(unit, phase.shares(unit.bytes / 1e6))
                 if len(unit.sources) == 1:
                     self._say_read(unit)
                 else:
@@ -316,11 +361,11 @@ class Job:
     def _say_read(self, *units: Unit) -> None:
         records = [self._record(unit) for unit in units]
         bad = sum(map(skipped_rows, records))
-        skipped = f", {bad:,} bad ones skipped" if bad else ""
+        left_out = f", {bad:,} bad ones skipped" if bad else ""
         all_sources = replace(units[0], sources=tuple(source for unit in units for source in unit.sources))
-        self._say(f"read {all_sources}: {sum(record['rows'] for record in records):,} rows{skipped}")
+        self._say(f"read {all_sources}: {sum(record['rows'] for record in records):,} rows{left_out}")
 
-    def _count(self, units: _Staged) -> None:
+    def _count(self, units: Staged) -> None:
         columns = range(len(self._schema.categorical))
         if self._old is not None:
             if self._workers.is_main:
@@ -331,7 +376,7 @@ class Job:
             path
             for unit, record in units
             for part in unit.parts
-            if part.split == "train" and part.stem != self._inputs.halved
+            if self._inputs.trains(part)
             for path, _, _ in self._stager.staged_files(part.stem, record)
         ]
         mine = self._workers.mine(columns, [1.0] * len(columns))
@@ -353,10 +398,10 @@ class Job:
             ids = sum(vocabulary_size(self._work.out, j) for j in columns)
             self._say(f"counted {ids:,} ids in {len(columns)} columns")
 
-    def _all_staged(self, units: _Staged) -> list[list[tuple[Path, int, int]]]:
+    def _all_staged(self, units: Staged) -> list[list[tuple[Path, int, int]]]:
         return [self._stager.staged_files(part.stem, record) for unit, record in units for part in unit.parts]
 
-    def _encode(self, units: _Staged) -> None:
+    def _encode(self, units: Staged) -> None:
         stems = [(part.stem, record) for unit, record in units for part in unit.parts]
         weights = [float(record["stems"][stem]["rows"]) for stem, record in stems]
         mine = self._workers.mine(stems, weights)
@@ -384,7 +429,7 @@ class Job:
         columns = range(len(self._schema.categorical)) if self._hash_sizes is None else ()
         return [vocabulary_file(self._work.out, j).name for j in columns]
 
-    def _check_sums(self, units: _Staged, splits: Splits) -> None:
+    def _check_sums(self, units: Staged, splits: Splits) -> None:
         """Take the checksums of every file that will be in the folder, of its blocks too."""
         stems = borders_of_stems(splits)
         rows = {part.stem: record["stems"][part.stem]["rows"] for unit, record in units for part in unit.parts}
@@ -402,29 +447,7 @@ class Job:
                 self._work.write_record(f"sum_{name}", found)
                 phase.add(1, 0)
 
-    def _recorded_sources(self) -> dict[str, list[dict[str, Any]]]:
-        """Name and state of every source, as it was read."""
-        states: dict[int, dict[str, Any]] = {}
-        for unit in self._inputs.units:
-            record = self._work.record(f"source_{unit.name}")
-            assert record is not None
-            states |= {id(source): state for source, state in zip(unit.sources, record["sources"], strict=True)}
-        return {part: [states[id(one)] for one in sources] for part, sources in self._inputs.sources.items()}
-
-    def _encoding(self, units: _Staged) -> dict[str, Any]:
-        """What new rows need beside schema and vocabularies: types of categories, and the shift of the logarithm."""
-        tables = [one for part in self._inputs.sources.values() for one in part if isinstance(one, TableSource)]
-        training = [
-            record["minimum"]
-            for unit, record in units
-            if any(part.split == "train" and part.stem != self._inputs.halved for part in unit.parts)
-        ]
-        return {
-            "types": dict(zip(tables[0].schema.categorical, tables[0].types, strict=True)) if tables else None,
-            "minimum": min((least for least in training if least is not None), default=None),
-        }
-
-    def _finish(self, units: _Staged, splits: Splits) -> PreparedData:
+    def _finish(self, units: Staged, splits: Splits) -> PreparedData:
         names = self._schema.categorical
         sizes = self._hash_sizes or [vocabulary_size(self._work.out, j) for j in range(len(names))]
         files = [name for stem in borders_of_stems(splits) for name in stem_files(self._schema, stem)]
@@ -442,14 +465,10 @@ class Job:
             "splits": splits,
             "files": dict(sorted(sums.items())),
             "blocks": {"rows": epoch_order.BLOCK_ROWS, "hash": HASH},
-            "made": {**self._made, "sources": self._recorded_sources()},
-            "encoding": self._encoding(units),
+            "made": {**self._made, "sources": recorded_sources(self._inputs, self._work)},
+            "encoding": encoding(self._inputs, units, self._numbers),
             "optimum": known_optimum({part: self._named[part] for part in ("validation", "test")}),
-            "skipped": [
-                {"name": source_name(unit.sources[int(place)]), **skipped}
-                for unit, record in units
-                for place, skipped in record["skipped"].items()
-            ],
+            "skipped": skipped(units),
         }
         write_bytes(self._work.out / MANIFEST, seal(manifest))
         appear(self._work.out, self._output)

@@ -47,6 +47,17 @@ class Phase:
                 f"{self._name} {self._done / self._total:.0%}, {rate:,.0f} rows/s, {tqdm.format_interval(left)} left"
             )
 
+    def shares(self, units: float) -> Callable[[int, float], None]:
+        """Return a function that takes rows, and the share of ``units`` that is done after them."""
+        before = 0.0
+
+        def add(rows: int, done: float) -> None:
+            nonlocal before
+            self.add((done - before) * units, rows)
+            before = done
+
+        return add
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:

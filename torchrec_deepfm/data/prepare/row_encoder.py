@@ -28,6 +28,7 @@ from torchrec_deepfm.data.schema import Schema
 from torchrec_deepfm.data.values import numeric
 from torchrec_deepfm.data.values.hashing import Hashing
 from torchrec_deepfm.data.values.row_columns import categorical_columns, list_values
+from torchrec_deepfm.data.values.statistics import ColumnStatistics
 from torchrec_deepfm.data.values.vocabulary import Vocabulary, vocabulary_file
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.files import check_seal, read_bytes, seal, write_bytes
@@ -91,6 +92,7 @@ class EncoderFile:
         types: Type of the values per raw categorical column; ``None`` in folders of versions that did not record them.
         minimum: Smallest number of the training rows, for the transform ``log``.
         files: ``bytes`` and ``sha256`` of each vocabulary.
+        statistics: What transforms learned from the training rows, by raw numeric column; ``None`` where none did.
     """
 
     format_version: Literal[1]
@@ -102,6 +104,7 @@ class EncoderFile:
     types: dict[str, Literal["string", "integer"] | None] | None
     minimum: int | None
     files: dict[str, dict[str, int | str]]
+    statistics: dict[str, ColumnStatistics] | None = None
 
 
 class RowEncoder:
@@ -146,9 +149,12 @@ class RowEncoder:
         names = self.schema.categorical
         if set(names) != set(file.num_embeddings) or set(self.raw_schema.numeric) != set(file.transforms):
             raise UserError(f"{where}: its keys name different columns; {_AGAIN}")
-        self._transforms = tuple(file.transforms[name] for name in self.raw_schema.numeric)
-        self._reading = numeric.settled(self.raw_schema, self._transforms)
-        if "log" in self._transforms and file.minimum is None:
+        self._reading = numeric.settled(self.raw_schema, file.transforms)
+        try:
+            self._numbers = numeric.with_statistics(numeric.numeric_columns(self._reading, None), file.statistics or {})
+        except (KeyError, UserError) as error:
+            raise UserError(f"{where}: it lacks what a transform learned ({error}); {_AGAIN}") from error
+        if "log" in file.transforms.values() and file.minimum is None:
             raise UserError(
                 f"{where}: the smallest number of the training rows, which --numeric log shifts by, was not recorded "
                 "by an earlier version; prepare and train again"
@@ -210,6 +216,8 @@ class RowEncoder:
             "minimum": encoding.get("minimum"),
             "files": {name: manifest["files"][name] for name in names},
         }
+        if "statistics" in encoding:
+            content["statistics"] = encoding["statistics"]
         with new_folder(folder) as partial:
             for name in names:
                 shutil.copyfile(data.folder / name, partial / name)
@@ -262,9 +270,13 @@ class RowEncoder:
         """
         keys = {name: f"n{j}" for j, name in enumerate(self.raw_schema.numeric)}
         keys |= {name: f"c{j}" for j, name in enumerate(self.raw_schema.categorical)}
+        missing = {column.indicator_name: keys[column.name] for column in self._numbers if column.indicator}
         hexadecimal = self.raw_schema.layout == "criteo"
         columns = []
         for name in (*self.schema.numeric, *self.schema.categorical):
+            if name in missing:
+                columns.append([str(int(value is None)) for value in raw[missing[name]].to_list()])
+                continue
             code = hexadecimal and keys[name].startswith("c")
             columns.append([_text(value, code=code) for value in raw[keys[name]].to_list()])
         return list(zip(*columns, strict=True))
@@ -279,11 +291,11 @@ class RowEncoder:
         Returns:
             The rows.
         """
-        dense = numeric.dense(raw, self._transforms)
+        dense = numeric.dense(raw, self._numbers)
         if dense.dtype == np.int32:
             # A number below the smallest one of the training rows has no logarithm: it counts as that one.
             dense = numeric.shifted_log(np.maximum(dense, self._minimum).astype(np.int32), self._minimum)
-        columns = categorical_columns(raw, self._transforms)
+        columns = categorical_columns(raw, self._numbers)
         one_hot, bags = [], {}
         for j, name in enumerate(self.schema.categorical):
             if name not in self.schema.multi_hot:

@@ -101,9 +101,14 @@ class Stager:
 
     work: WorkFolder
     schema: Schema
-    transforms: tuple[str, ...]
+    numbers: tuple[numeric.NumericColumn, ...]
     hashing: Hashing | None
     skip_bad: bool
+
+    @property
+    def takes_logs(self) -> bool:
+        """Whether numbers wait for the minimum of their file."""
+        return any(column.transform == "log" for column in self.numbers)
 
     def stage(self, unit: Unit, on_piece: OnPiece) -> None:
         """Stage a source to its end, after its last recorded piece.
@@ -129,7 +134,7 @@ class Stager:
                 bad = skipped_rows(record)
                 skipped = f" ({bad} bad ones were skipped)" if bad else ""
                 raise UserError(f"{unit}: the file has no rows{skipped}; give a file with data or leave it out")
-        if "log" in self.transforms:
+        if self.takes_logs:
             self._take_logs(unit, record)
         record["finished"] = True
         self.work.write_record(unit.name, record)
@@ -158,7 +163,7 @@ class Stager:
             return stack.enter_context(GrowingArray(folder / f"{stem}{ending}", row, dtype, rows=rows))
 
         rows, out = counts["rows"], self.work.out
-        log = "log" in self.transforms
+        log = self.takes_logs
         files = {
             LABELS: growing(out, LABELS, (1,), np.int32, rows),
             DENSE: growing(
@@ -191,12 +196,12 @@ class Stager:
     ) -> None:
         frame = piece.frame
         labels = frame["label"].to_numpy().astype(np.int32)[:, None]
-        dense = numeric.dense(frame, self.transforms)
-        categories = categorical_columns(frame, self.transforms)
-        if "log" in self.transforms and dense.size:
+        dense = numeric.dense(frame, self.numbers)
+        categories = categorical_columns(frame, self.numbers)
+        if self.takes_logs and dense.size:
             least = int(dense.min())
             record["minimum"] = least if record["minimum"] is None else min(record["minimum"], least)
-        for part, chosen in _deal(unit, record["rows"], len(frame)):
+        for part, chosen in deal(unit, record["rows"], len(frame)):
             arrays, counts = files[part.stem], record["stems"][part.stem]
             mine = categories if chosen is None else categories.filter(pl.Series(chosen))
             mine_labels = labels if chosen is None else labels[chosen]
@@ -267,8 +272,11 @@ def _nothing(unit: Unit) -> dict[str, Any]:
     }
 
 
-def _deal(unit: Unit, first: int, rows: int) -> Iterator[tuple[Part, NDArray[np.bool_] | None]]:
-    """The rows of a piece for each part; ``None`` for all of them."""
+def deal(unit: Unit, first: int, rows: int) -> Iterator[tuple[Part, NDArray[np.bool_] | None]]:
+    """Divide the rows of a piece among the parts of their unit; ``None`` for all of them.
+
+    ``first``: the number of good rows before them.
+    """
     if len(unit.parts) == 1:
         yield unit.parts[0], None
         return

@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 
 from torchrec_deepfm.data.raw import column_types
 from torchrec_deepfm.data.raw import columns as cells
+from torchrec_deepfm.data.raw.dates import guessed_format, is_time
 from torchrec_deepfm.data.schema import toml_text
 
 # "id" as a word of its own, in snake_case, spaced or camelCase; and names of time.
 _ID: Final = re.compile(r"(?:^|[^A-Za-z])(?:id|ids|ID|IDs|Id|Ids)$|[a-z0-9](?:Id|ID|Ids|IDs)$")
-_TIME: Final = re.compile(r"(?i)time|date|(?:^|[^a-z])(?:ts|epoch)(?:$|[^a-z])")
+_TIME: Final = re.compile(r"(?i)time|date|(?:^|[^a-z])(?:ts|epoch|hour|day)(?:$|[^a-z])")
 _FEW: Final = 50  # different integers that are categories whatever their values
 _HUGE: Final = 2**31  # integers of this size are hashes
 _SEPARATORS: Final = ("|", ";")
@@ -29,7 +30,8 @@ _REPEATS: Final = 5.0  # rows per value from which frequencies say something
 # Rank correlation of the frequencies of neighbouring values: counts have similar ones, ids have not.
 _SMOOTH: Final = 0.5
 _SKEWED: Final = 3.0
-_LARGE: Final = 10.0  # root mean square from which train warns of the scale
+_HEAVY: Final = 30.0  # excess kurtosis of tails on both sides
+_ABSENT: Final = 0.01  # share missing from which a number gets an indicator
 _LONG_AGO: Final = 10**8  # seconds: three years; times since 1970, or dates such as 20240131
 _EXAMPLES: Final = 3
 
@@ -75,6 +77,9 @@ def sampled(name: str, column: pa.ChunkedArray, *, text: bool) -> SampledColumn:
     """Take the values of a column; ``text``: from a CSV, so that its type follows from its cells."""
     kind = column_types.kind_of(column.type)
     rows = len(column)
+    if is_time(column.type):
+        times = pl.DataFrame(pl.from_arrow(pa.table({"x": column.cast(column_types.stored(column.type))})))
+        return SampledColumn(name, kind, times.to_series(), rows)
     if kind.scalar not in ("boolean", "integer", "float", "text"):
         return SampledColumn(name, kind, pl.Series(dtype=pl.Null), rows)
     if kind.is_list:
@@ -99,6 +104,9 @@ def sort(
     for column in columns:
         if column in weights:
             continue
+        if parts := _parts_of_time(column, {other.name for other in columns}):
+            places["categorical"] += parts
+            continue
         place, column.why = _place(column)
         if place != "left out" and (auc := _label_auc(column, labels)) > _LEAK:
             place, column.why = (
@@ -121,6 +129,45 @@ def sort(
             weight.why = "lists of decimal numbers; as the weights of a list column they stand in its options"
             places["left out"].append(weight)
     return places["numeric"], places["categorical"], places["left out"]
+
+
+def _parts_of_time(column: SampledColumn, names: set[str]) -> list[SampledColumn]:
+    """Categories that a column of times becomes: the hour, if it has one, and the weekday; none if it is no such."""
+    given = _given(column.series)
+    if column.kind.is_list or not len(given):
+        return []
+    options: dict[str, Any] = {"of": column.name}
+    parts = ["hour", "weekday"]
+    if given.dtype.is_temporal():
+        midnight = given.dtype == pl.Date or bool((given.dt.truncate("1d") == given).all())
+        parts, seen = parts[midnight:], "dates" if midnight else "times"
+        zoned = getattr(given.dtype, "time_zone", None) is not None
+    else:
+        numbers = _numbers(column)
+        if (column.kind.scalar != "text" and numbers is None) or (
+            numbers is not None and not numbers.dtype.is_integer()
+        ):
+            return []
+        says_time = _TIME.search(column.name) is not None and _ID.search(column.name) is None
+        found = guessed_format(given if numbers is None else numbers, says_time)
+        if found is None:
+            return []
+        if found:
+            options["format"] = found
+        dates = ("%" in found and "%H" not in found) or (not found and not given.str.contains(r"\d[T ]\d").any())
+        parts, seen = parts[dates:], f"times as {found}" if found else "times"
+        zoned = bool(found and "%" not in found) or (
+            not found and bool(given.str.contains(r"\d(Z|[+-]\d\d:?\d\d)$").any())
+        )
+    if zoned:
+        options["timezone"] = "UTC"
+    made = []
+    for part in parts:
+        if f"{column.name}_{part}" not in names:
+            made.append(SampledColumn(f"{column.name}_{part}", column.kind, column.series, column.rows))
+            made[-1].options = {**options, "part": part}
+            made[-1].why = f"{part} of {seen}"
+    return made
 
 
 def _given(series: pl.Series) -> pl.Series:
@@ -221,12 +268,15 @@ def _place_integers(column: SampledColumn, numbers: pl.Series, *, key: bool) -> 
 
 def _transform(column: SampledColumn, numbers: pl.Series) -> str:
     """Choose the transform of a numeric column; return the reason."""
-    values = numbers.to_numpy().astype(np.float64)
-    long_tail = abs(_skewness(numbers)) > _SKEWED
-    if not long_tail and np.sqrt(np.mean(values**2)) <= _LARGE:
-        return "numbers"
-    column.options["transform"] = "log1p" if values.min() >= 0 else "signed_log1p"
-    return "a long tail" if long_tail else "large numbers"
+    heavy = float(numbers.cast(pl.Float64).kurtosis() or 0.0) > _HEAVY
+    long_tail = heavy or abs(_skewness(numbers)) > _SKEWED
+    if not long_tail:
+        column.options["transform"] = "standard"
+    else:
+        column.options["transform"] = "log1p" if float(numbers.min()) >= 0 else "signed_log1p"  # type: ignore[arg-type]
+    if column.rows - len(numbers) >= _ABSENT * column.rows:
+        column.options["missing_indicator"] = True
+    return "a long tail" if long_tail else "numbers"
 
 
 def _skewness(numbers: pl.Series) -> float:

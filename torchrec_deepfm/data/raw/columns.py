@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from torchrec_deepfm.data.raw.column_types import kind_of, stored
+from torchrec_deepfm.data.schema import LabelRule
 from torchrec_deepfm.data.values.numeric import UNFIT, unfit
 
 # The longest text of the input that a message repeats.
@@ -33,21 +34,25 @@ class Values:
     faults: dict[int, str]
 
 
-def labels(column: pa.ChunkedArray) -> Values:
+def labels(column: pa.ChunkedArray, rule: LabelRule | None = None) -> Values:
     """Read labels.
 
-    ``column``: n cells: booleans, numbers, or the cells of a CSV. Returns n values UInt8; all but 0, 1, true and false
-    are faults, missing ones too.
+    ``column``: n cells: booleans, numbers, or the cells of a CSV. ``rule``: makes labels of any numbers. Returns n
+    values UInt8; without a rule all but 0, 1, true and false are faults, and missing ones always.
     """
     flat = _flat(column)
     numbers = _numbers(flat, booleans=True)
+    if rule is not None:
+        for row in np.flatnonzero(numbers.series.is_null().to_numpy()).tolist():
+            numbers.faults.setdefault(row, f"the label is missing (expected a number, for {rule})")
+        return Values(series=rule.holds(numbers.series).cast(pl.UInt8), faults=numbers.faults)
     good = (numbers.series == 0) | (numbers.series == 1)
     bad = np.flatnonzero(~good.fill_null(False).to_numpy())
     faults = {}
     for row in bad.tolist():
         value = flat.raw(row)
         faults[row] = (
-            f"the label is missing {_LABEL}" if value is None else f"{_show(value)} is not a valid label {_LABEL}"
+            f"the label is missing {_LABEL}" if value is None else f"{shown_value(value)} is not a valid label {_LABEL}"
         )
     return Values(series=numbers.series.set(~good.fill_null(False), None).cast(pl.UInt8), faults=faults)
 
@@ -61,7 +66,7 @@ def numbers(column: pa.ChunkedArray, transform: str | None = None) -> Values:
     flat = _flat(column)
     values = _numbers(flat)
     for row in np.flatnonzero(unfit(values.series, transform)).tolist():
-        values.faults[row] = f"{_show(flat.raw(row))} {UNFIT[str(transform)]}"
+        values.faults[row] = f"{shown_value(flat.raw(row))} {UNFIT[str(transform)]}"
     return values
 
 
@@ -107,7 +112,7 @@ def lists(
     sources = np.flatnonzero(paired)[np.cumsum(on_ids) - 1] if len(series) else np.zeros(len(kept), np.int64)
     for element in np.flatnonzero(kept & ~np.isfinite(narrow)).tolist():
         value = other.elements.raw(int(sources[element]))
-        what = "is missing" if value is None else f"{_show(value)} is not a finite number"
+        what = "is missing" if value is None else f"{shown_value(value)} is not a finite number"
         wrong.setdefault(int(bags.rows[element]), f"a weight {what}")
     result = bags.rebuilt(pl.Series(narrow), kept, pl.Float32)
     return (
@@ -306,15 +311,15 @@ def _numbers(flat: _Flat, *, booleans: bool = False) -> Values:
         found = series.cast(pl.Float64)
     infinite = found.is_infinite().fill_null(False)
     bad = infinite | (given & found.is_null())
-    faults = {row: f"{_show(value)} is not UTF-8" for row, value in flat.undecoded.items()}
+    faults = {row: f"{shown_value(value)} is not UTF-8" for row, value in flat.undecoded.items()}
     for row in np.flatnonzero(bad.to_numpy()).tolist():
-        faults[row] = f"{_show(flat.raw(row))} is {'not finite' if infinite[row] else 'not a number'}"
+        faults[row] = f"{shown_value(flat.raw(row))} is {'not finite' if infinite[row] else 'not a number'}"
     return Values(series=found.set(infinite, None).fill_nan(None), faults=faults)
 
 
 def _categories(flat: _Flat, wanted: str) -> Values:
     series = _series(flat.array)
-    faults = {row: f"{_show(value)} is not UTF-8" for row, value in flat.undecoded.items()}
+    faults = {row: f"{shown_value(value)} is not UTF-8" for row, value in flat.undecoded.items()}
     if flat.kind == "boolean":
         series = series.cast(pl.Int64)
     if wanted == "string":
@@ -322,13 +327,13 @@ def _categories(flat: _Flat, wanted: str) -> Values:
     if wanted == "hex" and flat.kind in ("text", "digits"):
         valid = series.str.contains(_HEX)
         for row in np.flatnonzero((~valid & (series != "")).fill_null(False).to_numpy()).tolist():
-            faults[row] = f"{_show(series[row])} is not a hexadecimal number of at most 8 digits"
+            faults[row] = f"{shown_value(series[row])} is not a hexadecimal number of at most 8 digits"
         return Values(series=from_hex(series.set(~valid.fill_null(False), None)), faults=faults)
     if wanted == "hex":
         values = _categories(flat, "integer")
         codes = values.series.cast(pl.UInt32, strict=False)
         for row in np.flatnonzero((codes.is_null() & values.series.is_not_null()).to_numpy()).tolist():
-            faults[row] = f"{_show(flat.raw(row))} is not an integer of 32 bits, which a hexadecimal category is"
+            faults[row] = f"{shown_value(flat.raw(row))} is not an integer of 32 bits, which a hexadecimal category is"
         return Values(series=codes, faults=values.faults | faults)
     given = ~series.is_null()
     if flat.kind in ("text", "digits"):
@@ -344,7 +349,7 @@ def _categories(flat: _Flat, wanted: str) -> Values:
     else:
         found = series.cast(pl.Int64, strict=False)
     for row in np.flatnonzero((given & found.is_null()).fill_null(False).to_numpy()).tolist():
-        faults[row] = f"{_show(flat.raw(row))} {_integer_fault(flat.raw(row))}"
+        faults[row] = f"{shown_value(flat.raw(row))} {_integer_fault(flat.raw(row))}"
     return Values(series=found, faults=faults)
 
 
@@ -356,6 +361,7 @@ def _integer_fault(value: object) -> str:
     return "is not an integer"
 
 
-def _show(value: object) -> str:
+def shown_value(value: object) -> str:
+    """Return a value as messages show it."""
     shown = repr(value)
     return shown if len(shown) <= _SHOWN + 2 else shown[:_SHOWN] + "..."

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+import numpy as np
 import pyarrow as pa
 
 from torchrec_deepfm.data.raw import columns as cells
@@ -17,12 +18,13 @@ from torchrec_deepfm.data.raw.addresses import find_files
 from torchrec_deepfm.data.raw.column_roles import SampledColumn, sampled, sort
 from torchrec_deepfm.data.raw.table_files import CsvTable, ParquetTable, open_table
 from torchrec_deepfm.data.raw.table_source import delimiter_in, is_number, missing_column
-from torchrec_deepfm.data.schema import toml_text
+from torchrec_deepfm.data.schema import LabelRule, toml_text
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.files import check_local
 
 # In this order, whatever the case of their letters.
 _LABELS: Final = ("label", "click", "clicked", "is_click", "is_clicked", "target", "y")
+_RATINGS: Final = ("rating", "ratings", "stars", "score", "overall")
 # Names that a message lists.
 _SHOWN: Final = 4
 
@@ -32,7 +34,7 @@ def infer_schema(named: str, *, label: str | None = None, sample_rows: int = 100
 
     Args:
         named: A local path or fsspec address of a Parquet or CSV file, or of a folder of such files.
-        label: Name of the 0/1 column; ``None`` looks for one.
+        label: Name of the 0/1 column, or a comparison such as ``rating >= 4``; ``None`` looks for one.
         sample_rows: Rows to look at.
 
     Returns:
@@ -46,7 +48,10 @@ def infer_schema(named: str, *, label: str | None = None, sample_rows: int = 100
     if not tables:
         raise UserError(f"{named}: the table has no rows; give one with data")
     first = tables[0]
-    if label is not None and label not in first.fields:
+    rule = None if label is None or label in first.fields else LabelRule.parse(label)
+    if rule is not None and rule.column not in first.fields:
+        raise missing_column(first, rule.column, remedy="name another --label")
+    if label is not None and rule is None and label not in first.fields:
         raise missing_column(first, label, remedy="name another --label")
     if first.twice:
         raise UserError(
@@ -59,9 +64,9 @@ def infer_schema(named: str, *, label: str | None = None, sample_rows: int = 100
             f"{first.file.name}: its first row looks like data ({shown}), and a CSV begins with the column names; add "
             "such a row, or pass --label NAME if these are names. Criteo's own text needs no schema"
         )
-    found = _find_label(named, columns, label)
+    found = _find_label(named, columns, rule or label)
     others = [column for column in columns if column is not found]
-    labels = cells.labels(pa.chunked_array([found.series.to_arrow()])).series.to_numpy()
+    labels = cells.labels(pa.chunked_array([found.series.to_arrow()]), rule).series.to_numpy()
     numeric, categorical, left_out = sort(others, labels)
     if not categorical:
         reasons = "".join(f"; {column.name!r} is left out: {column.why}" for column in left_out[:_SHOWN])
@@ -75,7 +80,7 @@ def infer_schema(named: str, *, label: str | None = None, sample_rows: int = 100
         "# docs/tables.md lists all keys.",
         "",
         *([f"delimiter = {toml_text(delimiter)}"] if delimiter else []),
-        f"label = {toml_text(found.name)}  # {labels.mean():.1%} ones",
+        f"label = {toml_text(found.name if label is None else label)}  # {labels.mean():.1%} ones",
         "",
         *_names("numeric", numeric),
         "",
@@ -154,10 +159,18 @@ def _sample(tables: Sequence[ParquetTable | CsvTable], rows: int) -> dict[str, p
     return {name: whole.column(name) for name in names}
 
 
-def _find_label(named: str, columns: Sequence[SampledColumn], label: str | None) -> SampledColumn:
+def _find_label(named: str, columns: Sequence[SampledColumn], label: LabelRule | str | None) -> SampledColumn:
     by_name: dict[str, SampledColumn] = {}
     for column in columns:
         by_name.setdefault(column.name.casefold(), column)
+    if isinstance(label, LabelRule):
+        [chosen] = [column for column in columns if column.name == label.column]
+        found = cells.labels(pa.chunked_array([chosen.series.to_arrow()]), label)
+        if found.faults or found.series.n_unique() != 2:
+            fault = f"row {min(found.faults) + 1}: {found.faults[min(found.faults)]}" if found.faults else ""
+            what = fault or f"{label} holds in {'every' if found.series[0] else 'no'} row"
+            raise UserError(f"{named}: column {label.column!r}, {what}; name another --label")
+        return chosen
     if label is not None:
         [chosen] = [column for column in columns if column.name == label]
         if not _is_label(chosen):
@@ -168,6 +181,10 @@ def _find_label(named: str, columns: Sequence[SampledColumn], label: str | None)
             return by_name[name]
     able = [repr(column.name) for column in columns if _is_label(column)]
     hint = f" (these hold 0 and 1: {', '.join(able[:8])})" if able else ""
+    rated = next((column for column in columns if column.name.casefold() in _RATINGS), None)
+    if rated is not None and rated.kind.scalar in ("integer", "float") and not rated.kind.is_list:
+        numbers = cells.numbers(pa.chunked_array([rated.series.to_arrow()])).series.drop_nulls().to_numpy()
+        hint += f"; a rating becomes one by a threshold, such as --label '{rated.name} >= {np.median(numbers):g}'"
     raise UserError(
         f"{named}: no column named {', '.join(_LABELS)} holds values 0 and 1; pass label= or --label NAME{hint}"
     )

@@ -8,9 +8,9 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from torchrec_deepfm.data.raw import column_types
+from torchrec_deepfm.data.raw import column_types, dates
 from torchrec_deepfm.data.raw import columns as cells
-from torchrec_deepfm.data.schema import Schema
+from torchrec_deepfm.data.schema import Schema, is_date
 from torchrec_deepfm.errors import UserError
 
 # The type of categories of Criteo's layout.
@@ -40,11 +40,21 @@ def table_frame(
             faults.setdefault(row, f"column {name!r}: {what}")
 
     if labelled:
-        add("label", schema.label, cells.labels(table.column(schema.label)))
+        add("label", schema.label_column, cells.labels(table.column(schema.label_column), schema.label_rule))
     for j, name in enumerate(schema.numeric):
-        add(f"n{j}", name, cells.numbers(table.column(name), schema.options(name).transform))
+        options = schema.options(name)
+        if options.part is not None:
+            add(f"n{j}", name, _part(table, schema, name))
+        else:
+            add(f"n{j}", name, cells.numbers(table.column(schema.source(name)), options.transform))
     for j, (name, wanted) in enumerate(zip(schema.categorical, types, strict=True)):
-        options, column = schema.options(name), table.column(name)
+        options = schema.options(name)
+        if options.cross:
+            continue
+        if options.part is not None:
+            add(f"c{j}", name, _part(table, schema, name))
+            continue
+        column = table.column(schema.source(name))
         if not options.list:
             add(f"c{j}", name, cells.categories(column, wanted or "string"))
             continue
@@ -54,11 +64,28 @@ def table_frame(
         if weighed is not None:
             add(f"w{j}", str(options.weights), weighed)
     frame = pl.DataFrame(columns)
+    keys = {name: f"c{j}" for j, name in enumerate(schema.categorical)}
+    crosses = [name for name in schema.categorical if schema.options(name).cross]
+    if crosses:
+        made = (_cross([keys[other] for other in schema.options(name).cross]).alias(keys[name]) for name in crosses)
+        frame = frame.with_columns(made)
     if faults:
         good = np.ones(frame.height, bool)
         good[list(faults)] = False
         frame = frame.filter(pl.Series(good))
     return frame, faults
+
+
+def _part(table: pa.Table, schema: Schema, name: str) -> cells.Values:
+    options = schema.options(name)
+    until = None if options.until is None or is_date(options.until) else table.column(options.until)
+    return dates.part_of(table.column(schema.source(name)), options, until)
+
+
+def _cross(keys: Sequence[str]) -> pl.Expr:
+    """One text of several values; a separator that the texts themselves hold is doubled, so no two pairs meet."""
+    parts = [pl.col(key).cast(pl.String).str.replace_all("|", "||", literal=True).fill_null("|-") for key in keys]
+    return pl.concat_str(parts, separator="|,")
 
 
 def category_types(
@@ -91,13 +118,25 @@ def category_types(
         known = [HEX] * len(schema.categorical)
     lists = [schema.options(name) for name in schema.weighted]
     cut = {options.weights: options.separator is not None for options in lists}
-    for name in schema.columns_read if labelled else schema.columns_read[1:]:
-        kind = column_types.kind_of(fields[name])
+    weights = [str(schema.options(name).weights) for name in schema.weighted]
+    for name in (*(schema.names if labelled else schema.names[1:]), *weights):
+        options = schema.options(name)
+        source = schema.label_column if name == schema.label else name if name in weights else schema.source(name)
+        if source is None:
+            found.append("string")
+            continue
+        kind = column_types.kind_of(fields[source])
         try:
-            if name in schema.categorical:
+            if options.part is not None:
+                for each in (source, options.until):
+                    if each is not None and not is_date(each):
+                        dates.check_time(fields[each], options, name, csv=is_text)
+                if name in schema.categorical:
+                    found.append("integer")
+            elif name in schema.categorical:
                 wanted = known[schema.categorical.index(name)]
-                options = replace(schema.options(name), type="integer" if wanted == HEX else wanted)
-                derived = column_types.category_type(kind, options, name, csv=is_text)
+                typed = replace(options, type="integer" if wanted == HEX else wanted)
+                derived = column_types.category_type(kind, typed, name, csv=is_text)
                 found.append(HEX if wanted == HEX else derived)
             elif is_text:
                 continue  # what a cell holds is seen when it is read
@@ -108,5 +147,5 @@ def category_types(
             else:
                 column_types.check_weights(kind, cut=cut[name])
         except UserError as error:
-            raise UserError(f"column {name!r}: {error}") from error
+            raise UserError(f"column {source!r}: {error}") from error
     return tuple(found)

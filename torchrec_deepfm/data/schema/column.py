@@ -2,15 +2,25 @@
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from typing import Any, Final
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from torchrec_deepfm.errors import UserError, one_of
 
-TRANSFORMS: Final = ("log1p", "signed_log1p", "log", "bucketize", "fuxictr", "none")
+TRANSFORMS: Final = (
+    "standard", "minmax", "clip", "quantile", "log1p", "signed_log1p", "log", "bucketize", "fuxictr", "none",
+)  # fmt: skip
 TYPES: Final = ("string", "integer")
 
+PARTS: Final = ("hour", "weekday", "day", "month", "age")
+# Parts of a second, by the name of the format.
+UNITS: Final = {"s": 1.0, "ms": 1e3, "us": 1e6, "ns": 1e9}
+
 _MAX_NUM_EMBEDDINGS: Final = 2**31 - 1
+_MAX_BUCKETS: Final = 1000
 LIST_ONLY: Final = ("separator", "weights")
 
 
@@ -26,6 +36,15 @@ class Column:
         min_count: Values of this column seen less often in training share id 0.
         num_embeddings: Ids of this column when values are hashed.
         transform: Transform of the numbers of this column: one of ``TRANSFORMS``.
+        buckets: With the transform ``bucketize``: number of buckets that hold equally many training rows each.
+        missing_indicator: Whether another numeric column, ``NAME_missing``, holds 1 where the number is missing.
+        of: The column of the table that this one is made of; ``None`` for the one of its own name.
+        part: Part of a date or time: one of ``PARTS``; ``age`` is the days from it until ``until``.
+        format: How a number or text stands for a time: ``s``, ``ms``, ``us``, ``ns`` since 1970, or a pattern such as
+            ``%Y%m%d``; ``None`` for dates, timestamps and ISO 8601 text.
+        timezone: Where hours and days are counted; ``None`` for UTC.
+        until: A date (ISO 8601), or the column of the table that holds the time at which an age is counted.
+        cross: Categorical columns whose values together are a value of this one.
 
     Raises:
         UserError: An option has the wrong type or value.
@@ -42,21 +61,64 @@ class Column:
     min_count: int | None = None
     num_embeddings: int | None = None
     transform: str | None = None
+    buckets: int | None = None
+    missing_indicator: bool = False
+    of: str | None = None
+    part: str | None = None
+    format: str | None = None
+    timezone: str | None = None
+    until: str | None = None
+    cross: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Check the options one by one."""
-        if not isinstance(self.list, bool):
-            raise UserError(f"list: {self.list!r} is not true or false; give one of them")
-        for key in ("separator", "weights"):
+        for key in ("list", "missing_indicator"):
+            if not isinstance(getattr(self, key), bool):
+                raise UserError(f"{key}: {getattr(self, key)!r} is not true or false; give one of them")
+        for key in ("separator", "weights", "of", "format", "timezone", "until"):
             value = getattr(self, key)
             if value is not None and (not isinstance(value, str) or not value):
                 raise UserError(f"{key}: {value!r} is not a text; give a non-empty string")
-            if value is not None and not self.list:
+            if key in LIST_ONLY and value is not None and not self.list:
                 raise UserError(f"{key}: only valid for a list column; add list = true, or remove it")
+        self._check_time()
+        self._check_cross()
         check_choice("type", self.type, TYPES)
         check_choice("transform", self.transform, TRANSFORMS)
         _check_count("min_count", self.min_count, 1)
         _check_count("num_embeddings", self.num_embeddings, 2)
+        _check_count("buckets", self.buckets, 2, _MAX_BUCKETS)
+
+    def _check_time(self) -> None:
+        check_choice("part", self.part, PARTS)
+        for key in ("format", "timezone", "until"):
+            if getattr(self, key) is not None and (self.part is None or (key == "until" and self.part != "age")):
+                which = '"age"' if key == "until" else one_of(PARTS, "")
+                raise UserError(f"{key}: only valid for a part of a time; add part = {which}, or remove it")
+        if self.part == "age" and self.until is None:
+            raise UserError(
+                'until: is missing; give a date such as "2024-01-31", or the column with the time of the row'
+            )
+        if self.part is not None and (self.list or self.type is not None):
+            raise UserError(f"part: not valid for a list or with a type; remove {'list' if self.list else 'type'}")
+        if self.timezone not in (None, "UTC"):
+            try:
+                ZoneInfo(str(self.timezone))
+            except (ZoneInfoNotFoundError, ValueError, OSError) as error:
+                raise UserError(
+                    f"timezone: {self.timezone!r} is not a time zone of this machine; give one such as Europe/Berlin"
+                ) from error
+
+    def _check_cross(self) -> None:
+        given: Any = self.cross
+        if isinstance(given, str) or not isinstance(given, Sequence) or not all(isinstance(one, str) for one in given):
+            raise UserError(f"cross: {given!r} is not a list of columns; give two or more")
+        object.__setattr__(self, "cross", tuple(given))
+        if given and (len(set(given)) < len(given) or len(given) < 2):
+            raise UserError(f"cross: {list(given)!r} does not name two different columns; give two or more")
+        others = [key for key in ("list", "of", "part", "type") if getattr(self, key)]
+        if given and others:
+            raise UserError(f"cross: not valid beside {others[0]}; remove one of them")
 
     def to_json(self) -> dict[str, Any]:
         """Return the options that differ from their defaults.
@@ -65,7 +127,8 @@ class Column:
             Plain JSON values, which ``Column(**values)`` reads back.
         """
         default = asdict(Column())
-        return {key: value for key, value in asdict(self).items() if value != default[key]}
+        given = {key: value for key, value in asdict(self).items() if value != default[key]}
+        return given | ({"cross": list(self.cross)} if self.cross else {})
 
 
 def check_choice(key: str, value: object, choices: tuple[str, ...]) -> None:
@@ -74,13 +137,25 @@ def check_choice(key: str, value: object, choices: tuple[str, ...]) -> None:
         raise UserError(f"{key}: {value!r} is not valid; choose {one_of(choices, value)}")
 
 
-def _check_count(key: str, value: object, least: int) -> None:
+def _check_count(key: str, value: object, least: int, most: int = _MAX_NUM_EMBEDDINGS) -> None:
     if value is None:
         return
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= _MAX_NUM_EMBEDDINGS:
-        raise UserError(
-            f"{key}: {value!r} is not a valid count; give a whole number from {least} to {_MAX_NUM_EMBEDDINGS}"
-        )
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise UserError(f"{key}: {value!r} is not a valid count; give a whole number from {least} to {most}")
+
+
+def is_date(text: str) -> bool:
+    """Return whether a text is a date or time in ISO 8601.
+
+    Example:
+        >>> is_date("2024-01-31"), is_date("timestamp")
+        (True, False)
+    """
+    try:
+        datetime.fromisoformat(text)
+    except ValueError:
+        return False
+    return True
 
 
 def toml_text(text: str) -> str:

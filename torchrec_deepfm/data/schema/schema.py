@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from torchrec_deepfm.data.schema.column import LIST_ONLY, TRANSFORMS, Column, check_choice, toml_key
+from torchrec_deepfm.data.schema.column import LIST_ONLY, TRANSFORMS, Column, check_choice, is_date, toml_key
+from torchrec_deepfm.data.schema.label_rule import LabelRule
 from torchrec_deepfm.errors import UserError, did_you_mean, one_of
 
 MISSING: Final = ("value", "rare")
@@ -22,7 +23,7 @@ class Schema:
     Criteo's text has them in this order; in a table they are found by name. I may be 0, F may not.
 
     Args:
-        label: Name of the 0/1 column.
+        label: Name of the 0/1 column, or a comparison such as ``rating >= 4``.
         numeric: Names of the I numeric columns, in the order of the dense array.
         categorical: Names of the F categorical columns, in the order of the sparse array.
         columns: Options by column name; a column without any may be left out.
@@ -85,6 +86,7 @@ class Schema:
         object.__setattr__(self, "columns", dict(self.columns))
         for name, column in self.columns.items():
             self._check_column(name, column)
+        self._check_sources()
 
     def _check_column(self, name: str, column: Column) -> None:
         place = f"columns.{toml_key(name)}"
@@ -96,13 +98,15 @@ class Schema:
             )
         given = column.to_json()
         if name not in self.categorical:
-            for key in ("list", *LIST_ONLY, "type", "min_count", "num_embeddings"):
+            for key in ("list", *LIST_ONLY, "type", "min_count", "num_embeddings", "cross"):
                 if key in given:
                     raise UserError(f"{place}.{key}: only valid for a categorical column; remove it", where="schema")
-        if name not in self.numeric and "transform" in given:
-            raise UserError(f"{place}.transform: only valid for a numeric column; remove it", where="schema")
+        if name not in self.numeric:
+            for key in ("transform", "buckets", "missing_indicator"):
+                if key in given:
+                    raise UserError(f"{place}.{key}: only valid for a numeric column; remove it", where="schema")
         if self.layout == "criteo":
-            for key in ("list", "type"):
+            for key in ("list", "type", "of", "part", "cross"):
                 if key in given:
                     raise UserError(
                         f'{place}.{key}: not valid for Criteo\'s text; set layout = "table"', where="schema"
@@ -118,6 +122,42 @@ class Schema:
                     f"{place}.weights: {column.weights!r} serves {len(lists)} lists; give each a separate column",
                     where="schema",
                 )
+
+    def _check_sources(self) -> None:
+        """Check the columns that others are made of."""
+        for name in (*self.numeric, *self.categorical):
+            options = self.options(name)
+            place = f"columns.{toml_key(name)}"
+            if self.source(name) == self.label_column:
+                raise UserError(
+                    f"{self.label_column!r} is the label, and would give itself away as a feature; remove it from "
+                    "numeric and categorical",
+                    where="schema",
+                )
+            for other in options.cross:
+                if other not in self.one_hot or self.options(other).cross:
+                    raise UserError(
+                        f"{place}.cross: {other!r} is not a categorical column with one value per row; list it under "
+                        f"categorical{did_you_mean(other, self.one_hot)}",
+                        where="schema",
+                    )
+        if self.layout == "criteo" and self.label_rule is not None:
+            raise UserError(f'label: {self.label!r} needs named columns; set layout = "table"', where="schema")
+
+    @property
+    def label_rule(self) -> LabelRule | None:
+        """How the label follows from a number; ``None`` where it is a column of 0 and 1."""
+        return LabelRule.parse(self.label)
+
+    @property
+    def label_column(self) -> str:
+        """The column that the label is read from."""
+        return self.label if self.label_rule is None else self.label_rule.column
+
+    def source(self, name: str) -> str | None:
+        """The column of the table that a column is made of; ``None`` for a cross."""
+        options = self.options(name)
+        return None if options.cross else options.of or name
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -141,8 +181,12 @@ class Schema:
 
     @property
     def columns_read(self) -> tuple[str, ...]:
-        """All columns that a table must have: ``names`` and those that hold weights."""
-        return (*self.names, *(str(self.options(name).weights) for name in self.weighted))
+        """All columns that a table must have, the label's first: those that the others are made of, and weights."""
+        sources = [self.source(name) for name in (*self.numeric, *self.categorical)]
+        ends = [self.options(name).until for name in (*self.numeric, *self.categorical)]
+        weights = [self.options(name).weights for name in self.weighted]
+        columns = [name for name in (*sources, *ends, *weights) if name is not None and not is_date(name)]
+        return (self.label_column, *dict.fromkeys(columns))
 
     def options(self, name: str) -> Column:
         """Return the options of a column.
@@ -214,6 +258,11 @@ def build(value: Mapping[str, Any], *, layout: str) -> Schema:
     for key in ("label", "numeric", "categorical"):
         if key not in value:
             raise UserError(f"{key!r} is missing; give label, numeric and categorical", where="schema")
+    if isinstance(value["label"], list):
+        raise UserError(
+            f"label: {value['label']!r} are several, and a model here learns one; name one, and train a model for each",
+            where="schema",
+        )
     if not isinstance(value["label"], str):
         raise UserError(f"label: {value['label']!r} is not a valid column name; give a text", where="schema")
     for key in ("numeric", "categorical"):

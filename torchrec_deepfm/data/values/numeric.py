@@ -6,37 +6,89 @@
 | signed_log1p | sign(x) log(1 + abs(x)) | 0 |
 | log | log(x - m + 2), m the smallest number of the file (missing: 0), as TorchRec's tsv_to_npys | as x = 0 |
 | none | x | 0 |
+| standard | (x - mean) / standard deviation | as x = mean: 0 |
+| minmax | (x - minimum) / (maximum - minimum) | as x = mean |
+| clip | as minmax, between the 1st and the 99th percentile, at which x is cut | as x = mean |
+| quantile | share of the training values below x, those equal to x counted by half; 0 and 1 at the ends | 0.5 |
 | bucketize | no dense value; an extra category: floor(log(x)^2) above 2, floor(x) up to 2 | a category of its own |
+| bucketize, with buckets = q | the same: how many of the q - 1 inner quantiles are at most x | a category of its own |
 | fuxictr | as bucketize, but x up to 2 is cut towards 0, and 0 counts as missing | as x = 0 |
 
-``fuxictr`` is what the benchmark configurations of FuxiCTR do (``datasets/criteo.py`` with ``fill_na: 0``): a missing
-number is filled with 0, and the filler is not a word of the vocabulary.
+Mean, percentiles and the like are those of the training rows (``statistics.py``). ``fuxictr`` is what the benchmark
+configurations of FuxiCTR do (``datasets/criteo.py`` with ``fill_na: 0``): a missing number is filled with 0, and the
+filler is not a word of the vocabulary.
 
-Shape letters: n rows, I numeric columns that stay dense.
+Shape letters: n rows, I columns of the dense array.
 """
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from torchrec_deepfm.data.schema import TRANSFORMS, Schema
-from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.data.schema import TRANSFORMS, Schema, toml_key
+from torchrec_deepfm.data.values.statistics import ColumnStatistics
+from torchrec_deepfm.errors import UserError, one_of
 
-# Transforms that make a category of a number.
+# Transforms that make a category of a number, and those whose dense value depends on the training rows.
 BUCKETS: Final = ("bucketize", "fuxictr")
+LEARNED: Final = ("standard", "minmax", "clip", "quantile")
+# Equal shares of the rows that the quantiles of a transform divide.
+_SHARES: Final = {"clip": 100, "quantile": 1000}
+_BEYOND: Final = "is beyond the range of float32 (with the transform log1p it would fit)"
 # What a transform does not take.
 UNFIT: Final = {
-    "none": "is beyond the range of float32 (with the transform log1p it would fit)",
+    "none": _BEYOND,
     "log": "is not an integer of 32 bits, which the transform log takes, as TorchRec's script does (log1p takes it)",
+    **dict.fromkeys(LEARNED, _BEYOND),
 }
 _INT32: Final = np.iinfo(np.int32)
+_LARGEST: Final = float(np.finfo(np.float32).max)
 
 
-def transforms(schema: Schema, option: str | None) -> tuple[str, ...]:
+@dataclass(frozen=True, kw_only=True)
+class NumericColumn:
+    """What becomes of a numeric column.
+
+    Args:
+        name: Of the column.
+        transform: One of ``TRANSFORMS``.
+        buckets: Number of learned buckets; ``None`` for the fixed ones of ``bucketize``.
+        indicator: Whether another column of the dense array holds 1 where the number is missing.
+        learned: The training values; ``None`` until they are known, and where they are not needed.
+    """
+
+    name: str
+    transform: str
+    buckets: int | None = None
+    indicator: bool = False
+    learned: ColumnStatistics | None = None
+
+    @property
+    def is_category(self) -> bool:
+        """Whether the number becomes a category."""
+        return self.transform in BUCKETS
+
+    @property
+    def is_learned(self) -> bool:
+        """Whether the transform depends on the training rows."""
+        return self.transform in LEARNED or self.buckets is not None
+
+    @property
+    def shares(self) -> int:
+        """Equal shares of the training rows that its quantiles divide; 0 for none."""
+        return self.buckets or _SHARES.get(self.transform, 0)
+
+    @property
+    def indicator_name(self) -> str:
+        """Name of the column that holds 1 where the number is missing."""
+        return f"{self.name}_missing"
+
+
+def numeric_columns(schema: Schema, option: str | None) -> tuple[NumericColumn, ...]:
     """Settle the transform of every numeric column.
 
     A column's own option goes before the schema's, the schema's before the command's.
@@ -46,53 +98,83 @@ def transforms(schema: Schema, option: str | None) -> tuple[str, ...]:
         option: What the command says; ``None`` for log1p in Criteo's layout and none in a table.
 
     Returns:
-        One name per numeric column.
+        One per numeric column; nothing is learned yet.
 
     Raises:
-        UserError: There is no such transform, or ``log`` is mixed with another one.
+        UserError: There is no such transform, ``log`` is mixed with another one, or an option does not fit it.
     """
     if option is not None and option not in TRANSFORMS:
-        raise UserError(f"--numeric {option} is not a valid transform; choose one of {', '.join(TRANSFORMS)}")
+        raise UserError(f"--numeric {option} is not a valid transform; choose {one_of(TRANSFORMS, option)}")
     fallback = option or ("log1p" if schema.layout == "criteo" else "none")
-    chosen = [schema.options(name).transform or schema.numeric_transform or fallback for name in schema.numeric]
-    if "log" in chosen and set(chosen) - {"log", *BUCKETS}:
+    found = []
+    for name in schema.numeric:
+        options = schema.options(name)
+        transform = options.transform or schema.numeric_transform or fallback
+        column = NumericColumn(
+            name=name, transform=transform, buckets=options.buckets, indicator=options.missing_indicator
+        )
+        at = f"schema: columns.{toml_key(name)}"
+        if column.buckets is not None and transform != "bucketize":
+            raise UserError(f'{at}.buckets: the transform is {transform}; set transform = "bucketize", or remove it')
+        if column.indicator and (column.is_category or transform == "log"):
+            raise UserError(
+                f"{at}.missing_indicator: not valid with the transform {transform}; remove it, or choose another"
+            )
+        if column.indicator and column.indicator_name in schema.names:
+            raise UserError(
+                f"{at}.missing_indicator: its column would be {column.indicator_name!r}, which is a column already; "
+                "remove one of them"
+            )
+        found.append(column)
+    chosen = {column.transform for column in found}
+    if "log" in chosen and chosen - {"log", *BUCKETS}:
         raise UserError(
             "numeric columns: log shifts all of them by one minimum, so it can't stand beside log1p or none; use log "
             "for all, or for none"
         )
-    return tuple(chosen)
+    return tuple(found)
 
 
-def prepared_schema(schema: Schema, chosen: Sequence[str]) -> Schema:
-    """Return the schema of the prepared data: bucketized numbers have become the first categorical columns.
+def with_statistics(
+    columns: Sequence[NumericColumn], statistics: Mapping[str, ColumnStatistics]
+) -> tuple[NumericColumn, ...]:
+    """Return the columns with what was learned of them."""
+    return tuple(
+        replace(column, learned=statistics[column.name]) if column.is_learned else column for column in columns
+    )
+
+
+def prepared_schema(schema: Schema, columns: Sequence[NumericColumn]) -> Schema:
+    """Return the schema of the prepared data.
+
+    Numbers that become categories are the first categorical columns, indicators of missing numbers the last numeric
+    ones.
 
     Args:
         schema: The schema of the raw data.
-        chosen: What ``transforms`` returned.
+        columns: What ``numeric_columns`` returned.
 
     Returns:
         The schema with the remaining numeric columns.
     """
-    bucketized = tuple(name for name, transform in zip(schema.numeric, chosen, strict=True) if transform in BUCKETS)
-    dense = tuple(name for name in schema.numeric if name not in bucketized)
-    columns = {name: options for name, options in schema.columns.items() if name not in bucketized}
-    return replace(schema, numeric=dense, categorical=bucketized + schema.categorical, columns=columns)
+    bucketized = tuple(column.name for column in columns if column.is_category)
+    dense = tuple(column.name for column in columns if not column.is_category)
+    dense += tuple(column.indicator_name for column in columns if column.indicator)
+    options = {name: one for name, one in schema.columns.items() if name not in bucketized}
+    return replace(schema, numeric=dense, categorical=bucketized + schema.categorical, columns=options)
 
 
-def settled(schema: Schema, chosen: Sequence[str]) -> Schema:
+def settled(schema: Schema, transforms: Mapping[str, str]) -> Schema:
     """Return the schema with every numeric column's transform named, for the sources: some numbers fit none of it.
 
     Args:
         schema: The schema of the raw data.
-        chosen: What ``transforms`` returned.
+        transforms: The transform of each numeric column.
 
     Returns:
         The same columns.
     """
-    named = {
-        name: replace(schema.options(name), transform=transform)
-        for name, transform in zip(schema.numeric, chosen, strict=True)
-    }
+    named = {name: replace(schema.options(name), transform=transform) for name, transform in transforms.items()}
     return replace(schema, columns={**schema.columns, **named})
 
 
@@ -110,7 +192,7 @@ def unfit(numbers: pl.Series, transform: str | None) -> NDArray[np.bool_]:
         >>> unfit(pl.Series([1.0, 1e39, None]), "none").tolist(), unfit(pl.Series([1.0, 0.5, 3e9]), "log").tolist()
         ([False, True, False], [False, True, True])
     """
-    if transform not in UNFIT or (transform == "none" and numbers.dtype.is_integer()):
+    if transform not in UNFIT or (transform != "log" and numbers.dtype.is_integer()):
         return np.zeros(len(numbers), np.bool_)
     values = numbers.cast(pl.Float64).fill_null(0.0).to_numpy()
     if transform == "log":
@@ -122,58 +204,111 @@ def unfit(numbers: pl.Series, transform: str | None) -> NDArray[np.bool_]:
     return np.asarray(found, np.bool_)
 
 
-def buckets(frame: pl.DataFrame, chosen: Sequence[str]) -> list[pl.Series]:
+def learned_numbers(frame: pl.DataFrame, columns: Sequence[NumericColumn]) -> NDArray[np.float64]:
+    """Take the numbers that something is learned from.
+
+    Args:
+        frame: n rows with ``n0`` ...
+        columns: What ``numeric_columns`` returned.
+
+    Returns:
+        float64 [n, L] of the L columns that are learned; NaN is missing.
+    """
+    found = [_values(frame, j) for j, column in enumerate(columns) if column.is_learned]
+    return np.stack(found, axis=1) if found else np.empty((len(frame), 0))
+
+
+def _values(frame: pl.DataFrame, j: int) -> NDArray[np.float64]:
+    return frame[f"n{j}"].cast(pl.Float64).to_numpy()
+
+
+def buckets(frame: pl.DataFrame, columns: Sequence[NumericColumn]) -> list[pl.Series]:
     """Turn the bucketized columns of a piece into categories.
 
     Args:
         frame: n rows with ``n0`` ...
-        chosen: What ``transforms`` returned.
+        columns: What ``numeric_columns`` returned.
 
     Returns:
         Int64 series, null for missing.
     """
     found = []
-    for j, transform in enumerate(chosen):
-        if transform not in BUCKETS:
+    for j, column in enumerate(columns):
+        if not column.is_category:
             continue
         number = frame[f"n{j}"].cast(pl.Float64)
         values, missing = number.fill_null(0.0).to_numpy(), number.is_null()
-        bucket = np.trunc(values) if transform == "fuxictr" else np.floor(values)
+        if column.buckets is not None:
+            assert column.learned is not None, column
+            edges = np.unique(column.learned.quantiles[1:-1])
+            found.append(pl.Series(np.searchsorted(edges, values, side="right")).cast(pl.Int64).set(missing, None))
+            continue
+        bucket = np.trunc(values) if column.transform == "fuxictr" else np.floor(values)
         large = values > 2
         bucket[large] = np.floor(np.log(values[large]) ** 2)
-        if transform == "fuxictr":
+        if column.transform == "fuxictr":
             missing = pl.Series(bucket == 0)
         # A negative code beyond 63 bits would not fit; such codes cannot be distinguished anyway.
         found.append(pl.Series(np.maximum(bucket, -(2.0**62)).astype(np.int64)).set(missing, None))
     return found
 
 
-def dense(frame: pl.DataFrame, chosen: Sequence[str]) -> NDArray[np.float32] | NDArray[np.int32]:
+def dense(frame: pl.DataFrame, columns: Sequence[NumericColumn]) -> NDArray[np.float32] | NDArray[np.int32]:
     """Turn the other numeric columns of a piece into the dense array.
 
     Args:
         frame: n rows with ``n0`` ..., none of them ``unfit``.
-        chosen: What ``transforms`` returned.
+        columns: What ``numeric_columns`` returned, with what was learned.
 
     Returns:
-        float32 [n, I]; under ``log``, whose minimum is known at the end of the file only, the integers as int32 [n, I].
+        float32 [n, I], indicators of missing numbers last; under ``log``, whose minimum is known at the end of the file
+        only, the integers as int32 [n, I].
     """
-    kept = [(j, transform) for j, transform in enumerate(chosen) if transform not in BUCKETS]
+    kept = [(j, column) for j, column in enumerate(columns) if not column.is_category]
     if not kept:
         return np.empty((len(frame), 0), np.float32)
-    if kept[0][1] == "log":
+    if kept[0][1].transform == "log":
         return np.ascontiguousarray(
             frame.select(pl.col(f"n{j}").fill_null(0).cast(pl.Int32) for j, _ in kept).to_numpy()
         )
-    numbers = {j: pl.col(f"n{j}").fill_null(0).cast(pl.Float64) for j, _ in kept}
-    columns = [_transformed(numbers[j], transform).cast(pl.Float32) for j, transform in kept]
-    return np.ascontiguousarray(frame.select(columns).to_numpy())
+    found: list[pl.Expr | pl.Series] = []
+    for j, column in kept:
+        if column.transform in LEARNED:
+            scaled = np.clip(_scaled(_values(frame, j), column), -_LARGEST, _LARGEST)
+            found.append(pl.Series(f"n{j}", scaled.astype(np.float32)))
+        else:
+            number = pl.col(f"n{j}").fill_null(0).cast(pl.Float64)
+            found.append(_transformed(number, column.transform).cast(pl.Float32))
+    found += [pl.col(f"n{j}").is_null().cast(pl.Float32).alias(f"missing{j}") for j, column in kept if column.indicator]
+    return np.ascontiguousarray(frame.select(found).to_numpy())
 
 
 def _transformed(number: pl.Expr, transform: str) -> pl.Expr:
     if transform == "log1p":
         return number.clip(lower_bound=0.0).log1p()
     return number.sign() * number.abs().log1p() if transform == "signed_log1p" else number
+
+
+def _scaled(values: NDArray[np.float64], column: NumericColumn) -> NDArray[np.float64]:
+    """float64 [n] by what was learned; NaN is missing."""
+    learned = column.learned
+    assert learned is not None, column
+    missing = np.isnan(values)
+    if column.transform == "quantile":
+        points = np.array(learned.quantiles)
+        shares = np.linspace(0, 1, len(points))
+        # Equal points: the first share for one direction, the last for the other; their mean counts ties by half.
+        found = 0.5 * (np.interp(values, points, shares) - np.interp(-values, -points[::-1], -shares[::-1]))
+        found = np.where(values <= points[0], 0.0, np.where(values >= points[-1], 1.0, found))
+        return np.where(missing, 0.5, found)
+    values = np.where(missing, learned.mean, values)
+    if column.transform == "standard":
+        return (values - learned.mean) / (learned.std or 1.0)
+    low, high = learned.minimum, learned.maximum
+    if column.transform == "clip":
+        low, high = learned.quantiles[1], learned.quantiles[-2]
+        values = np.clip(values, low, high)
+    return (values - low) / ((high - low) or 1.0)
 
 
 def shifted_log(numbers: NDArray[np.int32], minimum: int) -> NDArray[np.float32]:

@@ -10,20 +10,20 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from torchrec_deepfm.data.values import numeric
+from torchrec_deepfm.data.values.numeric import NumericColumn, buckets
 
 
-def categorical_columns(frame: pl.DataFrame, transforms: Sequence[str]) -> pl.DataFrame:
+def categorical_columns(frame: pl.DataFrame, numbers: Sequence[NumericColumn]) -> pl.DataFrame:
     """Put the categories that numbers became before the categorical columns.
 
     Args:
         frame: n rows of a ``Piece``.
-        transforms: What ``numeric.transforms`` returned.
+        numbers: What ``numeric.numeric_columns`` returned, with what was learned.
 
     Returns:
         n rows: ``c0`` ... in the order of the prepared schema, with the weights ``w{j}`` of lists.
     """
-    extra = numeric.buckets(frame, transforms)
+    extra = buckets(frame, numbers)
     kept = [series for series in frame if series.name[0] in "cw"]
     moved = [series.alias(f"{series.name[0]}{len(extra) + int(series.name[1:])}") for series in kept]
     return pl.DataFrame([*(series.alias(f"c{j}") for j, series in enumerate(extra)), *moved])

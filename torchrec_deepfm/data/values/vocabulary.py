@@ -22,7 +22,10 @@ from torchrec_deepfm.data.dataset.prepared import PreparedData, read_manifest
 from torchrec_deepfm.data.dataset.publish import digest, sync
 from torchrec_deepfm.data.schema import Schema
 from torchrec_deepfm.data.values.duckdb_session import parquet, quoted
+from torchrec_deepfm.data.values.numeric import NumericColumn
+from torchrec_deepfm.data.values.statistics import ColumnStatistics
 from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.strict_json import as_type
 
 VOCABULARY: Final = "vocabulary_{}.parquet"
 # Up to this many ids Arrow's lookup is faster than DuckDB's join, and keeps the order.
@@ -178,10 +181,15 @@ def look_up(connection: duckdb.DuckDBPyConnection, values: pl.Series, vocabulary
     return ids
 
 
-class OldVocabulary:
-    """The vocabulary of a finished folder."""
+def _points(column: NumericColumn) -> int:
+    return column.shares + 1 if column.shares else 0
 
-    def __init__(self, folder: Path, schema: Schema, transforms: Mapping[str, str]) -> None:
+
+class OldVocabulary:
+    """The vocabulary of a finished folder, and what transforms learned from its training rows."""
+
+    def __init__(self, folder: Path, schema: Schema, numbers: Sequence[NumericColumn]) -> None:
+        transforms = {column.name: column.transform for column in numbers}
         data = PreparedData.open(folder)
         self.folder, self._schema = folder, schema
         theirs = data.schema
@@ -192,6 +200,11 @@ class OldVocabulary:
                 f"column {different[0]!r} is in one of them only" if different else "the columns' order or kind differs"
             )
             raise UserError(f"--vocabulary {folder}: its categorical columns are not those of --schema; {what}")
+        if schema.numeric != theirs.numeric:
+            raise UserError(
+                f"--vocabulary {folder}: its numeric columns are {', '.join(theirs.numeric)}, now they are "
+                f"{', '.join(schema.numeric)}; use its schema"
+            )
         if schema.missing != theirs.missing:
             raise UserError(
                 f"--vocabulary {folder}: was prepared with --missing {theirs.missing}, now it is {schema.missing}; "
@@ -204,7 +217,20 @@ class OldVocabulary:
                 f"--vocabulary {folder}: numeric column {names[0]!r} was prepared with {then.get(names[0])}, now it is "
                 f"{transforms.get(names[0])}; choose the same --numeric"
             )
-        files = read_manifest(folder).get("files", {})
+        manifest = read_manifest(folder)
+        learned = manifest.get("encoding", {}).get("statistics", {})
+        self.statistics = {
+            name: as_type(one, ColumnStatistics, where=f"{folder}: statistics of {name}", remedy="prepare it again")
+            for name, one in learned.items()
+        }
+        for column in numbers:
+            theirs_learned = self.statistics.get(column.name)
+            if column.is_learned and (theirs_learned is None or len(theirs_learned.quantiles) != _points(column)):
+                raise UserError(
+                    f"--vocabulary {folder}: numeric column {column.name!r} was prepared with other buckets; choose "
+                    "the same in the schema"
+                )
+        files = manifest.get("files", {})
         self.digests: dict[str, Any] = {}
         for j in range(len(schema.categorical)):
             path = vocabulary_file(folder, j)
