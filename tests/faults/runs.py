@@ -56,7 +56,9 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 def records(run: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl, without what a clock says."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "samples_per_second"} for line in lines]
+    return [
+        {key: value for key, value in line.items() if key not in ("samples_per_second", "seconds")} for line in lines
+    ]
 
 
 def result(run: Path) -> dict[str, Any]:

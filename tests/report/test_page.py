@@ -13,13 +13,16 @@ from matplotlib.figure import Figure
 
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.report.page import (
+    BLUE,
     NOTHING,
     Block,
+    Code,
     Data,
     Link,
     PageTable,
     Paragraph,
     Picture,
+    Pictures,
     Section,
     Terms,
     embedded_data,
@@ -79,6 +82,10 @@ EVERYTHING: list[Block] = [
     PageTable([EVIL, "n"], [[EVIL, 1], [Link(EVIL, 'a"b.json'), None]], caption=EVIL),
     Picture(figure(), alt=EVIL, caption=EVIL),
     Picture(figure(), alt="again", kind="png"),
+    Pictures([Picture(figure(), alt="small"), Picture(figure(), alt="beside", caption=EVIL)]),
+    Terms({EVIL: EVIL}, large=True),
+    PageTable([EVIL], [[EVIL]], caption=EVIL, folded=True),
+    Code(EVIL),
     Data("all", {"text": EVIL}),
 ]
 
@@ -100,11 +107,11 @@ def test_nothing_is_loaded_from_elsewhere_and_no_script_runs() -> None:
 
 def test_text_is_shown_as_it_is() -> None:
     read = Reader(render(EVIL, [Section(EVIL, *EVERYTHING)], subtitle=EVIL))
-    for tag in ("title", "h1", "h2", "dt", "th", "caption", "figcaption"):
+    for tag in ("title", "h1", "h2", "dt", "th", "caption", "figcaption", "summary", "code"):
         assert read.texts[tag][0] == EVIL, tag
     assert EVIL in read.texts["td"]
     assert read.texts["p"] == [EVIL, EVIL, f"see {EVIL}."]
-    assert [a["alt"] for a in read.attributes("img")] == [EVIL, "again"]
+    assert [a["alt"] for a in read.attributes("img")] == [EVIL, "again", "small", "beside"]
     assert [a["href"] for a in read.attributes("a")] == ["plans/a.json", "#section-1", 'a"b.json']
 
 
@@ -138,6 +145,30 @@ def test_a_picture_is_inside(kind: str) -> None:
     else:
         assert head == "data:image/png;base64"
         assert raw.startswith(b"\x89PNG")
+
+
+def test_a_picture_has_colours_for_a_dark_screen() -> None:
+    """A colour of the palette has another one there; a picture of other colours is left as it is."""
+    drawn = Figure(figsize=(4, 2))
+    drawn.add_subplot().plot([0, 1], [0, 1], color=BLUE)
+    [image] = page(Picture(drawn, alt="a line")).attributes("img")
+    svg = base64.b64decode(str(image["src"]).partition(",")[2]).decode()
+    style = ElementTree.fromstring(svg).find(".//{*}style")
+    assert style is not None
+    assert style.text is not None
+    light, _, dark = style.text.partition("@media (prefers-color-scheme:dark)")
+    assert f"stroke: {BLUE}" in svg.replace(style.text, "")
+    assert BLUE not in light
+    assert f'[style*="stroke: {BLUE}"]{{stroke:#58b4f0 !important}}' in dark
+    assert "fill: #ffffff" not in svg  # no white ground
+
+
+def test_a_folded_table_shows_its_caption() -> None:
+    read = page(PageTable(["a"], [[1]], caption="One number", folded=True))
+    assert (read.texts["summary"], read.texts["td"]) == (["One number"], ["1"])
+    assert "caption" not in read.texts
+    with pytest.raises(ValueError, match="a folded table needs a caption"):
+        PageTable(["a"], [[1]], folded=True)
 
 
 def test_data_come_back() -> None:

@@ -91,6 +91,7 @@ class Train:
         from torchrec_deepfm.data.synthetic.demo import sample_data
         from torchrec_deepfm.distributed import process_group as ranks
         from torchrec_deepfm.distributed.health import longest_wait
+        from torchrec_deepfm.evaluation.field_importance import write_importance_if_small
         from torchrec_deepfm.training.quality import refuse_worse
         from torchrec_deepfm.training.seeds import train_seeds
         from torchrec_deepfm.training.trainer import train
@@ -106,7 +107,9 @@ class Train:
             # The launcher's start, and not this rank's, which may be one of many restarts.
             started = os.environ.get(STARTED) or f"{datetime.now(UTC):%Y%m%d-%H%M%S}"
             output = self.output or ranks.on_main(lambda: Path("runs") / started)
-            result = how(self.config, data, output, device, self.options, say=console.say)
+            result = how(
+                self.config, data, output, device, self.options, say=console.say, measure=write_importance_if_small
+            )
             if ranks.is_main():
                 if result.before:
                     console.say(f"{result.folder}: this training is finished, there is nothing left to do")
@@ -152,17 +155,54 @@ class Recipes:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Draw the report of a run again, finished or not; train draws it at the end."""
+    """Draw the report of a run again, finished or not, or compare runs; train draws a run's own at the end."""
 
-    run_folder: Annotated[Path, tyro.conf.arg(name="run")]
-    """Run folder that train wrote."""
+    runs: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """Run folders that train wrote; several are compared with the first."""
+    run_folder: Annotated[Path | None, tyro.conf.arg(name="run")] = None
+    """Run folder that train wrote, instead of its name alone."""
+    output: Path | None = None
+    """HTML file of a comparison. Default: compare_<second run>.html in the folder of the first."""
+    importance: bool = False
+    """Measure again which fields matter to the run, on at most 8,192 rows."""
+    data: Path | None = None
+    """Prepared folder to measure that on. Default: the one that the run was trained on."""
+
+    def __post_init__(self) -> None:
+        """Check what is drawn."""
+        if (self.run_folder is None) == (not self.runs):
+            raise UserError("report: name one run folder, with or without --run, or several to compare")
 
     def run(self) -> None:
-        """Draw the run's report."""
+        """Draw the report."""
         console.quiet()
+        measure = self.importance or self.data is not None
+        if len(self.runs) > 1:
+            if measure:
+                raise UserError("--importance, --data: these are for the report of one run; leave them out")
+            from torchrec_deepfm.training.run.comparison import write_comparison
+
+            console.say(f"wrote {write_comparison(self.runs, self.output)}")
+            return
+        if self.output is not None:
+            raise UserError("--output: a comparison of several runs is written there; name two runs")
+        folder = self.run_folder or self.runs[0]
+        if measure:
+            self._measure(folder)
         from torchrec_deepfm.training.run.report import write_run_report
 
-        console.say(f"wrote {write_run_report(self.run_folder)}")
+        console.say(f"wrote {write_run_report(folder)}")
+
+    def _measure(self, folder: Path) -> None:
+        from torchrec_deepfm.data.dataset.prepared import PreparedData
+        from torchrec_deepfm.evaluation.field_importance import write_importance
+        from torchrec_deepfm.evaluation.prepared_rows import PreparedRows
+        from torchrec_deepfm.training.run import folder as run_folder
+
+        described = run_folder.read_config(folder, "train again")
+        data = PreparedData.open(self.data or described.data)
+        PreparedRows(data, "train").check(run_folder.read(folder), folder)
+        write_importance(folder, data)
 
 
 @dataclass(frozen=True, kw_only=True)

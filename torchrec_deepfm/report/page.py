@@ -1,8 +1,9 @@
 """A report as one HTML file that needs nothing else: no network, no other file, no script. It loads no torch.
 
-A page is a title and sections; a section is a heading and blocks: paragraphs, terms with what they stand for, tables,
-pictures that matplotlib has drawn, and data for programs. All text is escaped; a picture becomes an image inside the
-file. The page forbids the browser to load anything, by a content security policy.
+A page is a title and sections; a section is a heading and blocks: paragraphs, code, terms with what they stand for,
+tables, pictures that matplotlib has drawn, and data for programs. All text is escaped; a picture becomes an image
+inside the file. The page forbids the browser to load anything, by a content security policy. It follows the reader's
+choice of a dark or a light screen, and a narrow screen shows pictures one below the other.
 
 Draw with ``matplotlib.figure.Figure`` itself, and not with ``pyplot``, which keeps every figure in a list of its own
 and may look for a screen:
@@ -51,6 +52,14 @@ if TYPE_CHECKING:
 NOTHING = "\N{EN DASH}"  # what a cell without a value shows
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
 _SCHEME = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*:")
+# Colours of the figures. Okabe and Ito, "Color Universal Design" (2008): distinct with any colour vision, and in grey.
+BLUE, ORANGE, GREEN, PURPLE = "#0072b2", "#d55e00", "#009e73", "#8f4f7f"
+INK, QUIET, GREY, FAINT = "#1c2430", "#566072", "#6b7280", "#d9dee6"
+# What a dark screen shows instead.
+_DARK = {
+    "#000000": "#e6e9ef", INK: "#e6e9ef", QUIET: "#9aa4b5", GREY: "#9aa4b5", FAINT: "#3a4250",
+    BLUE: "#58b4f0", ORANGE: "#ff9248", GREEN: "#37d0a2", PURPLE: "#d79bc8",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -102,9 +111,12 @@ class Terms:
 
     Attributes:
         items: value by name, shown in their order.
+        large: side by side in large print, for the few numbers that come first.
     """
 
     items: Mapping[str, Cell]
+    _: KW_ONLY
+    large: bool = False
 
     @property
     def shown(self) -> list[tuple[str, "_Shown"]]:
@@ -124,6 +136,7 @@ class PageTable:
         caption: what the table shows; above it.
         formats: how the numbers of a column are written, by its name, as ``format()`` takes it (``".5f"``, ``",d"``);
             otherwise whole numbers are grouped by thousands and others have four significant digits.
+        folded: the reader sees the caption, and the table after a click. Raises ``ValueError`` without a caption.
     """
 
     head: Sequence[str]
@@ -131,9 +144,12 @@ class PageTable:
     _: KW_ONLY
     caption: str = ""
     formats: Mapping[str, str] = field(default_factory=dict)
+    folded: bool = False
 
     def __post_init__(self) -> None:
         """Check that it is a table."""
+        if self.folded and not self.caption:
+            raise ValueError("a folded table needs a caption, which is all that the reader sees of it")
         for row in self.rows:
             if len(row) != len(self.head):
                 raise ValueError(f"a row has {len(row)} values, the table {len(self.head)} columns: {row}")
@@ -187,9 +203,10 @@ class Picture:
         file = io.BytesIO()
         # matplotlib would write the date and addresses of vocabularies into an SVG.
         no_date = dict.fromkeys(("Date", "Creator", "Format", "Type")) if self.kind == "svg" else {}
-        self.figure.savefig(file, format=self.kind, dpi=self.dpi, metadata=no_date)
+        self.figure.savefig(file, format=self.kind, dpi=self.dpi, metadata=no_date, transparent=self.kind == "svg")
         mime = {"svg": "image/svg+xml", "png": "image/png"}[self.kind]
-        return f"data:{mime};base64,{base64.b64encode(file.getvalue()).decode('ascii')}"
+        content = _for_dark_screens(file.getvalue()) if self.kind == "svg" else file.getvalue()
+        return f"data:{mime};base64,{base64.b64encode(content).decode('ascii')}"
 
     @property
     def width(self) -> int:
@@ -200,6 +217,28 @@ class Picture:
     def height(self) -> int:
         """Height in CSS pixels."""
         return round(96 * self.figure.get_figheight())
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Small pictures side by side, on a narrow screen one below the other.
+
+    Attributes:
+        pictures: about 4.5 inches wide each.
+    """
+
+    pictures: Sequence[Picture]
+
+
+@dataclass(frozen=True)
+class Code:
+    """Text to copy, such as a command.
+
+    Attributes:
+        text: the text.
+    """
+
+    text: str
 
 
 @dataclass(frozen=True)
@@ -228,7 +267,7 @@ class Data:
         return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
-Block = Paragraph | Terms | PageTable | Picture | Data
+Block = Paragraph | Terms | PageTable | Picture | Pictures | Code | Data
 
 
 @dataclass(frozen=True, init=False)
@@ -338,6 +377,21 @@ def _shown(value: Cell, how: str) -> _Shown:
     if isinstance(value, str):
         return _Shown(text=value)
     return _Shown(text=format(value, how or (",d" if isinstance(value, Integral) else ".4g")), number=True)
+
+
+def _for_dark_screens(svg: bytes) -> bytes:
+    """Give an SVG of matplotlib other colours on a dark screen.
+
+    Inside a page an image follows the page's colour scheme. matplotlib writes colours into style attributes, which only
+    an important rule overrides.
+    """
+    rules = "".join(
+        f'[style*="{kind}: {light}"]{{{kind}:{dark} !important}}'
+        for light, dark in _DARK.items()
+        for kind in ("fill", "stroke")
+    )
+    rules += f"svg{{fill:{_DARK[INK]}}}"  # black text has no style
+    return svg.replace(b"</style>", b"@media (prefers-color-scheme:dark){%s}</style>" % rules.encode(), 1)
 
 
 def _is_number(value: Cell) -> bool:

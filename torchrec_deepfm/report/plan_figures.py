@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 
-INK = "#1c2430"
-QUIET = "#566072"
+from torchrec_deepfm.report.page import FAINT, INK, QUIET
+
 # Okabe and Ito, "Color Universal Design" (2008): black left out, which is for text here.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999", "#5b4b8a")
 WIDE = 10.5  # inches: what the page has room for
@@ -41,7 +41,8 @@ def heat_map(
         for y, row in enumerate(values):
             for x, value in enumerate(row):
                 if math.isfinite(value):
-                    colour = "white" if norm(value) < 0.55 else "black"
+                    # Not quite black, which a dark screen shows white.
+                    colour = "white" if norm(value) < 0.55 else "#010101"
                     axes.text(x, y, short(value), ha="center", va="center", color=colour, fontsize=8.5)
     bar = figure.colorbar(image, ax=axes, pad=0.015, fraction=0.05, format=lambda value, _: short(value))
     if isinstance(norm, LogNorm):
@@ -82,7 +83,7 @@ def stacked_bars(
     axes.invert_yaxis()
     axes.set_xlabel(what, color=QUIET)
     _cut_long_bars(axes, [*starts], marks or [])
-    axes.grid(axis="x", color="#d9dee6", linewidth=0.6)
+    axes.grid(axis="x", color=FAINT, linewidth=0.6)
     axes.set_axisbelow(True)
     figure.legend(loc="outside upper left", ncols=4, frameon=False, fontsize=9, labelcolor=INK)
     _plain(axes)
@@ -105,7 +106,7 @@ def cost_by_rank(parts: Mapping[str, Sequence[float]], *, what: str) -> Figure:
     axes.set_ylim(bottom=0)
     axes.set_xlabel("rank", color=QUIET)
     axes.set_ylabel(what, color=QUIET)
-    axes.grid(axis="y", color="#d9dee6", linewidth=0.6)
+    axes.grid(axis="y", color=FAINT, linewidth=0.6)
     axes.set_axisbelow(True)
     figure.legend(loc="outside upper left", ncols=4, frameon=False, fontsize=9, labelcolor=INK)
     _plain(axes)
@@ -143,7 +144,7 @@ def scatter(predicted: Sequence[float], measured: Sequence[float], spread: Seque
         axis.set_minor_formatter(lambda value, _: short(value) if _leads(value) else "")
     axes.set_xlabel("predicted, ms", color=QUIET)
     axes.set_ylabel("measured, ms", color=QUIET)
-    axes.grid(which="both", color="#e7eaf0", linewidth=0.6)
+    axes.grid(which="both", color=FAINT, linewidth=0.6)
     axes.legend(loc="upper left", frameon=False, fontsize=9, labelcolor=INK)
     _plain(axes)
     return figure
@@ -166,7 +167,7 @@ def scaling_curve(lines: Mapping[str, Mapping[int, float]]) -> Figure:
     axes.set_ylim(bottom=0)
     axes.set_xlabel("ranks", color=QUIET)
     axes.set_ylabel("ms per step", color=QUIET)
-    axes.grid(color="#e7eaf0", linewidth=0.6)
+    axes.grid(color=FAINT, linewidth=0.6)
     axes.legend(frameon=False, fontsize=9, labelcolor=INK)
     _plain(axes)
     return figure

@@ -1,101 +1,152 @@
-"""The figures of a run's report: learning curves and reliability, by matplotlib. Loads no torch."""
+"""The figures of a training over its steps: loss, AUC, learning rates, speed. By matplotlib; loads no torch."""
 
 import math
 from collections.abc import Mapping, Sequence
-from statistics import fmean, quantiles
+from itertools import pairwise
+from statistics import fmean, median, quantiles
 from typing import TYPE_CHECKING, Any
+
+from torchrec_deepfm.report.page import BLUE, FAINT, GREEN, GREY, ORANGE, PURPLE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Most points drawn of the training loss; neighbours are averaged if there are more.
+# Most points drawn of a curve; neighbours are averaged if there are more.
 MOST_POINTS = 1000
-# The palette of Okabe and Ito: distinct with any colour vision, and in grey.
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#6B7280"
-_COLOURS = {"train": BLUE, "validation": ORANGE, "test": GREEN}
+SIZE = (4.5, 3.1)  # inches; two stand side by side, and a narrow screen shows the text in its own size
+COLOURS = {"train": BLUE, "validation": ORANGE, "test": GREEN, "sparse": BLUE, "dense": ORANGE}
+SPLITS = ("validation", "test")
+_SERIES = (BLUE, ORANGE, GREEN, PURPLE, GREY)
 _MARKERS = {"validation": "o", "test": "D"}
 
 Records = Sequence[Mapping[str, Any]]
+Curve = Sequence[tuple[int, float]]
 
 
-def learning_curves(records: Records, best_step: int | None) -> "Figure | None":
+def new_figure() -> "tuple[Figure, Axes]":
+    """Return a figure of the page's small size, and its axes."""
+    from matplotlib.figure import Figure  # slow to import: only if something is drawn
+
+    figure = Figure(figsize=SIZE, layout="constrained")
+    axes = figure.add_subplot()
+    plain(axes)
+    return figure, axes
+
+
+def learning_curves(
+    records: Records, best_step: int | None = None, entropy: float | None = None
+) -> "dict[str, Figure]":
     """Draw loss, AUC and learning rates by step.
 
     ``records``: of ``metrics.jsonl``: ``step``, ``split``, ``loss``, and ``auc`` of evaluations or ``lr`` of training.
-    Returns a panel per recorded quantity; None if no loss is finite.
+    ``entropy``: the loss of the best constant prediction. Returns a figure for each of ``log loss``, ``AUC`` and
+    ``learning rate`` that was recorded, the last only if rates change.
     """
     train = [record for record in records if record["split"] == "train"]
     losses = {
         "train": thinned(points(train, "loss")),
-        **{split: points(_last_per_step(records, split), "loss") for split in ("validation", "test")},
+        **{split: points(last_per_step(records, split), "loss") for split in SPLITS},
     }
-    aucs = {split: points(_last_per_step(records, split), "auc") for split in ("validation", "test")}
+    aucs = {split: points(last_per_step(records, split), "auc") for split in SPLITS}
     rates = {
         name: thinned(points([{"step": r["step"], **r["lr"]} for r in train if r.get("lr")], name))
         for name in _rates(train)
     }
-    if not any(losses.values()):
-        return None
-    panels = [("log loss", losses), *([("AUC", aucs)] if any(aucs.values()) else [])]
-    if any(len({rate for _, rate in curve}) > 1 for curve in rates.values()):
-        panels.append(("learning rate", rates))
-    from matplotlib.figure import Figure  # slow to import: only if something is drawn
-
-    figure = Figure(figsize=(9, 0.6 + 2.5 * len(panels)), layout="constrained")
-    axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
-    for axis, (name, curves) in zip(axes, panels, strict=True):
+    figures = {}
+    for name, curves in {"log loss": losses, "AUC": aucs, "learning rate": rates}.items():
+        if not any(curves.values()):
+            continue
+        if name == "learning rate" and not any(len({rate for _, rate in curve}) > 1 for curve in curves.values()):
+            continue
+        figures[name], axes = new_figure()
         for split, curve in curves.items():
             if curve:
-                _line(axis, split, curve)
-        axis.set_ylabel(name)
-        _epochs(axis, train)
-        if best_step is not None and name != "learning rate":
-            axis.axvline(best_step, color=GREY, linestyle=":", label="best")
+                _line(axes, split, curve)
+        _epochs(axes, train)
         if name == "log loss":
-            _cut_off_the_start(axis, [loss for _, loss in losses["train"]], [losses["validation"], losses["test"]])
+            if entropy is not None:
+                axes.axhline(entropy, color=GREY, linestyle="--", linewidth=1, label="constant prediction")
+            others = [losses["validation"], losses["test"], [] if entropy is None else [(0, entropy)]]
+            _cut_off_the_start(axes, [loss for _, loss in losses["train"]], others)
         if name == "learning rate":
-            _orders_of_magnitude(axis, [rate for curve in curves.values() for _, rate in curve])
-        axis.legend(loc="best", frameon=False, fontsize=9)
-        _plain(axis)
-    axes[-1].set_xlabel("step")
-    return figure
+            _orders_of_magnitude(axes, [rate for curve in curves.values() for _, rate in curve])
+        elif best_step is not None:
+            axes.axvline(best_step, color=GREY, linestyle=":", label="best")
+        axes.set(xlabel="step", ylabel=name)
+        axes.legend(loc="best", frameon=False, fontsize=9)
+    return figures
 
 
-def reliability_curves(splits: Mapping[str, Sequence[Mapping[str, float]]]) -> "Figure | None":
-    """Draw the share of clicks against the predicted probability, a panel per split.
+def speed_curves(records: Records, samples_per_step: int) -> "dict[str, Figure]":
+    """Draw samples per second and the time of a step by step; see ``speed``. Returns both figures, or none."""
+    found = speed(records, samples_per_step)
+    if not found:
+        return {}
+    rates = thinned([(step, rate) for step, rate, _ in found])
+    times = thinned([(step, 1e3 * seconds) for step, _, seconds in found])
+    figures = {}
+    for name, curve in {"samples per second": rates, "step time, ms": times}.items():
+        figures[name], axes = new_figure()
+        axes.plot([step for step, _ in curve], [value for _, value in curve], color=BLUE, linewidth=1.4, zorder=3)
+        middle = median(value for _, value in curve)
+        shown = f"{middle:,.0f}" if middle >= 1000 else f"{middle:.3g}"
+        axes.axhline(middle, color=GREY, linestyle="--", linewidth=1, label=f"median {shown}")
+        axes.set(xlabel="step", ylabel=name)
+        axes.set_ylim(bottom=0)
+        if name == "samples per second":
+            axes.yaxis.set_major_formatter("{x:,.0f}")
+        axes.legend(loc="lower right", frameon=False, fontsize=9)
+    return figures
 
-    ``splits``: bins by split, as ``calibration.json`` has them; ``rows``, ``predicted`` and ``observed`` are used.
-    Returns the figure, with the samples per bin below; None without bins.
+
+def compared_curves(runs: Mapping[str, Curve], name: str) -> "Figure | None":
+    """Draw one quantity of several runs by step.
+
+    ``runs``: a curve per run, which may be empty. ``name``: of the quantity. Returns None if all are empty.
     """
-    splits = {split: bins for split, bins in splits.items() if bins}
-    if not splits:
+    if not any(runs.values()):
         return None
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.6 * len(splits) + 0.4, 5.4), layout="constrained")
-    axes = figure.subplots(2, len(splits), squeeze=False, height_ratios=[3, 1])
-    for column, (split, bins) in enumerate(splits.items()):
-        curve, counts = axes[0, column], axes[1, column]
-        spans = [wilson(one["observed"], one["rows"]) for one in bins]
-        xs, ys = [one["predicted"] for one in bins], [one["observed"] for one in bins]
-        top = min(1.0, 1.05 * max(*xs, *ys, *(high for _, high in spans)) or 1.0)
-        curve.plot([0, top], [0, top], color=GREY, linestyle="--", linewidth=1, label="calibrated")
-        errors = [
-            [y - low for y, (low, _) in zip(ys, spans, strict=True)],
-            [high - y for y, (_, high) in zip(ys, spans, strict=True)],
-        ]
-        curve.errorbar(
-            xs, ys, yerr=errors, fmt="o-", color=_COLOURS[split], markersize=4, linewidth=1.2, capsize=2, label=split
-        )
-        curve.set(xlim=(0, top), ylim=(0, top), ylabel="share of clicks", title=split)
-        curve.legend(loc="upper left", frameon=False, fontsize=9)
-        counts.vlines(xs, 0, [one["rows"] for one in bins], color=_COLOURS[split], linewidth=1.5)
-        counts.set(xlim=(0, top), ylabel="samples", xlabel="predicted probability")
-        counts.set_ylim(bottom=0)
-        for axis in (curve, counts):
-            _plain(axis)
+    figure, axes = new_figure()
+    for colour, (run, curve) in zip(series(len(runs)), runs.items(), strict=True):
+        if curve:
+            marker = "o" if len(curve) <= 60 else None
+            xs, ys = [step for step, _ in curve], [value for _, value in curve]
+            axes.plot(xs, ys, label=run, color=colour, marker=marker, markersize=4, linewidth=1.4)
+    axes.set(xlabel="step", ylabel=name)
+    axes.legend(loc="best", frameon=False, fontsize=9)
     return figure
+
+
+def series(count: int) -> list[str]:
+    """Return a colour for each of some runs."""
+    return [_SERIES[i % len(_SERIES)] for i in range(count)]
+
+
+def speed(records: Records, samples_per_step: int) -> list[tuple[int, float, float]]:
+    """Work out how fast a training was between its records.
+
+    ``records``: of ``metrics.jsonl``, whose ``samples_per_second`` is that of the training up to the record.
+    ``samples_per_step``: for records of versions without ``seconds``. Returns (step, samples per second, seconds per
+    step) of the steps since the record before.
+
+    Example:
+        >>> first = {"step": 20, "split": "train", "samples_per_second": 100.0, "seconds": 2.0}
+        >>> second = {"step": 40, "split": "train", "samples_per_second": 150.0, "seconds": 4.0}
+        >>> speed([first, second], 10)
+        [(40, 200.0, 0.1)]
+    """
+    done = []
+    for record in records:
+        rate = record.get("samples_per_second")
+        if record["split"] == "train" and isinstance(rate, int | float) and math.isfinite(rate) and rate > 0:
+            seconds = record.get("seconds", record["step"] * samples_per_step / rate)
+            done.append((record["step"], rate * seconds, seconds))
+    return [
+        (step, (samples - before) / (seconds - began), (seconds - began) / (step - first))
+        for (first, before, began), (step, samples, seconds) in pairwise(done)
+        if step > first and seconds > began and samples > before
+    ]
 
 
 def points(records: Records, name: str) -> list[tuple[int, float]]:
@@ -111,7 +162,7 @@ def points(records: Records, name: str) -> list[tuple[int, float]]:
     return [(step, float(value)) for step, value in found if isinstance(value, int | float) and math.isfinite(value)]
 
 
-def thinned(curve: Sequence[tuple[int, float]], most: int = MOST_POINTS) -> list[tuple[int, float]]:
+def thinned(curve: Curve, most: int = MOST_POINTS) -> list[tuple[int, float]]:
     """Average neighbours of a curve with more points than can be distinguished.
 
     Returns the last step and the mean of each group of neighbours.
@@ -125,25 +176,17 @@ def thinned(curve: Sequence[tuple[int, float]], most: int = MOST_POINTS) -> list
     return [(part[-1][0], fmean(value for _, value in part)) for part in parts]
 
 
-def wilson(share: float, rows: float) -> tuple[float, float]:
-    """Return Wilson's 95% interval for a share of ``rows`` samples (Wilson, 1927).
-
-    Example:
-        >>> [round(bound, 4) for bound in wilson(0.0, 100)]
-        [0.0, 0.037]
-    """
-    z = 1.959963984540054
-    middle = (share + z * z / (2 * rows)) / (1 + z * z / rows)
-    half = z / (1 + z * z / rows) * math.sqrt(share * (1 - share) / rows + z * z / (4 * rows * rows))
-    return min(max(0.0, middle - half), share), max(
-        min(1.0, middle + half), share
-    )  # rounding must not exclude the share
-
-
-def _last_per_step(records: Records, split: str) -> list[Mapping[str, Any]]:
-    """The last evaluation of each step; the best state is evaluated again at the end, under its step."""
+def last_per_step(records: Records, split: str) -> list[Mapping[str, Any]]:
+    """Return the last evaluation of each step; the best state is evaluated again at the end, under its step."""
     found = {record["step"]: record for record in records if record["split"] == split}
     return [found[step] for step in sorted(found)]
+
+
+def plain(axes: "Axes") -> None:
+    """Draw axes without a frame, with faint lines across."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color=FAINT, linewidth=0.7)
+    axes.set_axisbelow(True)
 
 
 def _rates(train: Records) -> list[str]:
@@ -151,16 +194,16 @@ def _rates(train: Records) -> list[str]:
     return list(names)
 
 
-def _line(axis: "Axes", name: str, curve: Sequence[tuple[int, float]]) -> None:
+def _line(axes: "Axes", name: str, curve: Curve) -> None:
     steps, values = [step for step, _ in curve], [value for _, value in curve]
     marker = _MARKERS.get(name) if len(curve) <= 60 else None
     if len(curve) == 1:
         marker = marker or "o"
-    colour = _COLOURS.get(name, {"sparse": BLUE, "dense": ORANGE}.get(name, GREEN))
-    axis.plot(steps, values, label=name, color=colour, marker=marker, markersize=4.5, linewidth=1.4, zorder=3)
+    colour = COLOURS.get(name, GREEN)
+    axes.plot(steps, values, label=name, color=colour, marker=marker, markersize=4.5, linewidth=1.4, zorder=3)
 
 
-def _epochs(axis: "Axes", train: Records) -> None:
+def _epochs(axes: "Axes", train: Records) -> None:
     """Draw a faint line at the end of each epoch, unless there are too many."""
     ends: dict[int, int] = {}
     for record in train:
@@ -168,28 +211,22 @@ def _epochs(axis: "Axes", train: Records) -> None:
             ends[record["epoch"]] = record["step"]
     if 1 < len(ends) <= 30:
         for step in list(ends.values())[:-1]:
-            axis.axvline(step, color="#D9DEE6", linewidth=0.8, zorder=0)
+            axes.axvline(step, color=FAINT, linewidth=0.8, zorder=0)
 
 
-def _cut_off_the_start(axis: "Axes", losses: Sequence[float], others: Sequence[Sequence[tuple[int, float]]]) -> None:
+def _cut_off_the_start(axes: "Axes", losses: Sequence[float], others: Sequence[Curve]) -> None:
     """Limit the axis: the loss of the first steps may be so high that the rest looks flat."""
     if len(losses) < 20:
         return
     shown = max([quantiles(losses, n=50)[-1], *(loss for curve in others for _, loss in curve)])
     low = min([*losses, *(loss for curve in others for _, loss in curve)])
     if max(losses) > shown + 0.5 * (shown - low) > low:
-        axis.set_ylim(low - 0.05 * (shown - low), shown + 0.1 * (shown - low))
+        axes.set_ylim(low - 0.05 * (shown - low), shown + 0.1 * (shown - low))
 
 
-def _orders_of_magnitude(axis: "Axes", rates: Sequence[float]) -> None:
+def _orders_of_magnitude(axes: "Axes", rates: Sequence[float]) -> None:
     """Use a logarithmic axis if the rates differ by more than a factor of ten."""
     positive = [rate for rate in rates if rate > 0]
     if positive and max(positive) > 10 * min(positive):
-        axis.set_yscale("log")
-        axis.set_ylim(bottom=max(min(positive) / 1.5, max(positive) * 1e-5))
-
-
-def _plain(axis: "Axes") -> None:
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.grid(axis="y", color="#E5E8EE", linewidth=0.7)
-    axis.set_axisbelow(True)
+        axes.set_yscale("log")
+        axes.set_ylim(bottom=max(min(positive) / 1.5, max(positive) * 1e-5))

@@ -83,7 +83,7 @@ def evaluate(
         device: this rank's device.
         precision: as in ``TrainConfig``.
         before_step: as for ``predict``.
-        bins: most bins of the reliability curve; 0 for none.
+        bins: as for ``compute_metrics``.
 
     Returns:
         The exact metrics of all rows, the same on every rank.

@@ -347,13 +347,15 @@ class Loop:
         dist.all_reduce(total)
         if self.progress is not None:
             position = self.position
+            seconds = position.seconds + time.perf_counter() - self._started
             self.progress.train(
                 step=position.step,
                 epoch=position.epoch if ends else position.epoch + 1,
                 loss=total.item() / dist.get_world_size(),
                 lr=self._watch.newest_rates,
                 samples=self.samples,
-                rate=position.samples / (position.seconds + time.perf_counter() - self._started),
+                rate=position.samples / seconds,
+                seconds=seconds,
             )
 
     def _evaluate(self) -> bool:

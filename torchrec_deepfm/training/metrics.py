@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 
 from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.training.score_curves import ScoreCurves, score_curves
 
 
 class NotFiniteError(UserError):
@@ -53,6 +54,7 @@ class Metrics:
             model is better than the base rate. None if there is only one class.
         calibration: mean predicted click probability over the click rate; None without clicks.
         reliability: the reliability curve, if requested; not part of ``to_json``.
+        curves: ROC, precision and recall, and histogram, if requested; not part of ``to_json``.
     """
 
     rows: int
@@ -61,10 +63,11 @@ class Metrics:
     ne: float | None
     calibration: float | None
     reliability: tuple[ReliabilityBin, ...] = ()
+    curves: ScoreCurves | None = None
 
     def to_json(self) -> dict[str, float | int | None]:
         """Return the single numbers as a JSON object."""
-        return {name: value for name, value in asdict(self).items() if name != "reliability"}
+        return {name: value for name, value in asdict(self).items() if name not in ("reliability", "curves")}
 
 
 def compute_metrics(logits: NDArray[np.float32], labels: NDArray[np.float32], bins: int = 0) -> Metrics:
@@ -73,7 +76,7 @@ def compute_metrics(logits: NDArray[np.float32], labels: NDArray[np.float32], bi
     Args:
         logits: [N], N > 0.
         labels: [N] of 0 and 1.
-        bins: most bins of the reliability curve; 0 for none.
+        bins: most bins of the reliability curve; 0 for no curve of any kind.
 
     Returns:
         The metrics.
@@ -92,8 +95,15 @@ def compute_metrics(logits: NDArray[np.float32], labels: NDArray[np.float32], bi
     predicted = 0.5 + 0.5 * np.tanh(0.5 * z)  # sigmoid by tanh cannot overflow
     if rate > 0.0:
         calibration = float(np.mean(predicted)) / rate
-    curve = reliability(predicted, y, bins) if bins else ()
-    return Metrics(rows=len(z), logloss=logloss, auc=auc, ne=ne, calibration=calibration, reliability=curve)
+    return Metrics(
+        rows=len(z),
+        logloss=logloss,
+        auc=auc,
+        ne=ne,
+        calibration=calibration,
+        reliability=reliability(predicted, y, bins) if bins else (),
+        curves=score_curves(logits, labels) if bins else None,
+    )
 
 
 def reliability(predicted: NDArray[np.float64], labels: NDArray[np.float64], bins: int) -> tuple[ReliabilityBin, ...]:

@@ -8,12 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from torchrec_deepfm.data.dataset.prepared import PreparedData
-from torchrec_deepfm.data.loader.row_reader import SplitRows
 from torchrec_deepfm.errors import WorseThanConstantError
+from torchrec_deepfm.training.row_sample import sample_rows
 
 _SPLITS: Final = ("validation", "test")
-# A sample of the training rows: so many blocks of neighbouring rows, spread evenly.
-_BLOCKS, _BLOCK_ROWS = 64, 1024
+_BLOCKS: Final = 64  # of the sample of training rows
 # Root mean squares within this range train well; the FM multiplies two inputs, so 10 times as large is 100 times.
 _SMALL, _LARGE = 0.01, 10.0
 _LARGEST: Final = 1000.0
@@ -56,11 +55,7 @@ def input_warnings(data: PreparedData) -> list[str]:
     names = data.schema.numeric
     if not names:
         return []
-    rows = data.rows("train")
-    source = SplitRows(data, "train")
-    starts = sorted({int(start) for start in np.linspace(0, max(rows - _BLOCK_ROWS, 0), _BLOCKS)})
-    blocks = [source.stretch(start, min(start + _BLOCK_ROWS, rows)).dense for start in starts]
-    source.release()
+    blocks = [rows.dense for rows in sample_rows(data, "train", _BLOCKS)]
     return scale_warnings(names, np.concatenate(blocks))
 
 

@@ -30,6 +30,7 @@ def train_seeds(
     *,
     count: int,
     say: Callable[[str], None] = lambda line: None,
+    measure: Callable[[Path, PreparedData], None] = lambda folder, data: None,
 ) -> Result:
     """Train with the seeds ``config.seed``, ``config.seed`` + 1 and so on; a collective.
 
@@ -44,6 +45,7 @@ def train_seeds(
         options: as in ``train``; each run uses ``seed_<seed>`` below ``checkpoints``.
         count: how many seeds.
         say: called on rank 0 with a line for the user.
+        measure: as in ``train``.
 
     Returns:
         The folder and the summary of all runs; ``before`` if all were finished already.
@@ -62,7 +64,7 @@ def train_seeds(
         one = options
         if options.checkpoints is not None:
             one = replace(options, checkpoints=f"{options.checkpoints.rstrip('/')}/seed_{seed}")
-        result = train(replace(config, seed=seed), data, output / f"seed_{seed}", device, one, say=say)
+        result = train(replace(config, seed=seed), data, output / f"seed_{seed}", device, one, say=say, measure=measure)
         summaries[seed] = result.summary
         before = before and result.before
         gc.collect()  # free the trained model before the next one is built

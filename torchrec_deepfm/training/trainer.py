@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,10 @@ from torchrec_deepfm.training.nonfinite import record_not_finite
 from torchrec_deepfm.training.quality import click_rate, first_loss_warnings, input_warnings, result_warnings
 from torchrec_deepfm.training.run import folder as run_folder
 from torchrec_deepfm.training.run import metrics_log, progress
+from torchrec_deepfm.training.run.data_summary import write_data_summary
 from torchrec_deepfm.training.run.formats import Manifest, convert
-from torchrec_deepfm.training.run.report import CALIBRATION, report_is_drawn, write_run_report
+from torchrec_deepfm.training.run.report import report_is_drawn, write_run_report
+from torchrec_deepfm.training.run.run_files import CALIBRATION, CURVES
 from torchrec_deepfm.training.run.weights import Weights, Which, folder_of
 
 
@@ -57,6 +60,7 @@ def train(
     options: RunOptions = RunOptions(),
     *,
     say: Callable[[str], None] = lambda line: None,
+    measure: Callable[[Path, PreparedData], None] = lambda folder, data: None,
 ) -> Result:
     """Train a sharded DeepFM and evaluate it; a collective over the current process group.
 
@@ -69,6 +73,7 @@ def train(
         device: this rank's device.
         options: how this start runs.
         say: called on rank 0 with a line for the user.
+        measure: called on rank 0 with the finished run, to write more figures for its report.
 
     Returns:
         The folder and the summary of the run.
@@ -100,7 +105,7 @@ def train(
         stopping = requests_to_stop(lambda: lock.stopping() if lock else None)
         in_time = stop_before_limit(options.stop_before_limit if is_main() else 0)
         with stopping as requests, in_time, closing(Heartbeat(options.timeout)) as heartbeat:
-            training = _Training(run, data, output, device, options, say, requests, heartbeat)
+            training = _Training(run, data, output, device, options, say, measure, requests, heartbeat)
             try:
                 return training.run()
             except UserError:
@@ -135,12 +140,14 @@ class _Training:
         device: torch.device,
         options: RunOptions,
         say: Callable[[str], None],
+        measure: Callable[[Path, PreparedData], None],
         requests: Requests,
         heartbeat: Heartbeat,
     ) -> None:
         self._run, self._data, self._output, self._device = run, data, output, device
         self._target = options.checkpoints or str(output / run_folder.CHECKPOINTS)
-        self._options, self._say, self._requests, self._heartbeat = options, say, requests, heartbeat
+        self._options, self._say, self._measure = options, say, measure
+        self._requests, self._heartbeat = requests, heartbeat
         self._checkpoints: Checkpoints | None = None
         self._lowered = ""
 
@@ -202,6 +209,7 @@ class _Training:
                         self._output, self._run, sharded.plan_file, data=data, world_size=world_size
                     )
                 )
+                on_main(lambda: write_data_summary(self._output, data))
                 if is_main():
                     step, samples = loop.position.step, loop.samples
                     for line in metrics_log.forget_after(self._output, step, evaluated=loop.position.evaluated):
@@ -327,13 +335,9 @@ class _Training:
         }
         summary = _summary(config, figures, loop, own)
         summary["warnings"] = on_main(lambda: self._warnings(summary))
-        curves = {
-            split: [dataclasses.asdict(one) for one in result.reliability] for split, result in metrics[own].items()
-        }
-        calibration = {"format_version": 1, "splits": curves}
-        on_main(lambda: run_folder.write_json(self._output / CALIBRATION, calibration))
+        on_main(lambda: _write_curves(self._output, metrics[own]))
         on_main(lambda: run_folder.write_json(self._output / run_folder.SUMMARY, summary))
-        on_main(lambda: _draw(self._output, self._say))
+        on_main(lambda: _draw(self._output, self._say, lambda: self._measure(self._output, self._data)))
         return Result(folder=self._output, summary=summary)
 
     def _warnings(self, summary: Mapping[str, Any]) -> list[str]:
@@ -369,13 +373,26 @@ class _Training:
             return False
 
 
-def _draw(folder: Path, say: Callable[[str], None]) -> None:
+def _write_curves(folder: Path, metrics: Mapping[str, Metrics]) -> None:
+    """Write what the report draws of each split."""
+    bins = {split: [dataclasses.asdict(one) for one in result.reliability] for split, result in metrics.items()}
+    run_folder.write_json(folder / CALIBRATION, {"format_version": 1, "splits": bins})
+    curves = {split: dataclasses.asdict(one.curves) for split, one in metrics.items() if one.curves is not None}
+    run_folder.write_json(folder / CURVES, {"format_version": 1, "splits": curves})
+
+
+def _draw(folder: Path, say: Callable[[str], None], measure: Callable[[], object] = lambda: None) -> None:
     """Write the report; a failure is reported and does not fail the run."""
-    try:
-        write_run_report(folder)
-    except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        say(f"the report could not be drawn ({reason}); python -m torchrec_deepfm report tries again")
+    steps: dict[str, Callable[[], object]] = {
+        "fields could not be measured": measure,
+        "report could not be drawn": partial(write_run_report, folder),
+    }
+    for failed, work in steps.items():
+        try:
+            work()
+        except Exception as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            say(f"the {failed} ({reason}); python -m torchrec_deepfm report tries again")
 
 
 def _check_options(config: TrainConfig, data: PreparedData) -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shlex
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,7 +17,14 @@ from tests.faults.runs import make_data
 from torchrec_deepfm.cli import main as cli
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.report.page import NOTHING, embedded_data
-from torchrec_deepfm.report.training_curves import learning_curves, points, reliability_curves, thinned, wilson
+from torchrec_deepfm.report.score_figures import (
+    histogram_figure,
+    precision_recall_figure,
+    reliability_figure,
+    roc_figure,
+    wilson,
+)
+from torchrec_deepfm.report.training_curves import learning_curves, points, speed_curves, thinned
 from torchrec_deepfm.training.config import TrainConfig
 from torchrec_deepfm.training.run.report import write_run_report
 from torchrec_deepfm.training.trainer import train as train_run
@@ -76,6 +84,28 @@ BINS = [
     {"low": 0.0625, "high": 0.125, "rows": 25, "predicted": 0.1, "observed": 0.12},
     {"low": 0.25, "high": 0.5, "rows": 25, "predicted": 0.4, "observed": 0.36},
 ]
+CURVES: dict[str, Any] = {
+    "positives": 20, "negatives": 30, "average_precision": 0.6789, "thresholds": [2.0, 0.0, -1.0],
+    "true_positives": [10, 15, 20], "false_positives": [3, 15, 30], "edges": [-2.0, 0.0, 3.0],
+    "histogram_positives": [5, 15], "histogram_negatives": [24, 6],
+}  # fmt: skip
+DATA: dict[str, Any] = {
+    "format_version": 1,
+    "mode": "vocabulary",
+    "splits": {
+        "train": {"rows": 3840, "positives": 960, "sampled": 3840, "zero": {"user": 0.5, "<b>item": 0.0}},
+        "test": {"rows": 40, "positives": None, "sampled": 40, "zero": {"user": 0.625, "<b>item": 0.25}},
+    },
+}
+IMPORTANCE: dict[str, Any] = {
+    "format_version": 1,
+    "split": "validation",
+    "rows": 50,
+    "fields": [
+        {"field": "user", "contribution": 0.25, "auc_loss": 0.125},
+        {"field": "<b>item", "contribution": 0.5, "auc_loss": -0.01},
+    ],
+}
 
 
 def train(step: int, loss: float | None, epoch: int = 1) -> dict[str, Any]:
@@ -91,7 +121,7 @@ RECORDS = [train(20, 0.7), evaluation(20, auc=0.75), train(40, 0.5), evaluation(
 
 
 def make_run(folder: Path, **files: object) -> Path:
-    """A run's folder; `metrics` is a list of records or a text, and None leaves a file out."""
+    """A run's folder as earlier versions wrote it; `metrics` is a list of records or a text, None leaves a file out."""
     folder.mkdir()
     calibration = {"format_version": 1, "splits": {"validation": BINS, "test": BINS}}
     given = {"config": CONFIG, "plan": PLAN, "summary": SUMMARY, "calibration": calibration, "metrics": RECORDS} | files
@@ -153,33 +183,80 @@ def test_it_shows_what_the_files_say(tmp_path: Path) -> None:
     assert data["curves"]["evaluations"] == [record for record in RECORDS if record["split"] != "train"]
     error = "expected calibration error 0.0300"
     assert [image["alt"] for image in shown.images] == [
-        "The training loss goes from 0.7000 to 0.4500. The validation AUC ends at 0.8000.",
-        f"Share of clicks against prediction. validation: {error}; test: {error}.",
+        "The training loss goes from 0.7000 to 0.4500.",
+        "The validation AUC ends at 0.8000.",
+        "The learning rates by step.",
+        f"Share of clicks against prediction. validation: {error}.",
+        f"Share of clicks against prediction. test: {error}.",
+        "samples per second by step.",
+        "step time, ms by step.",
     ]
+    # 0.5 of the log loss over 0.9 of the NE
+    assert "A constant prediction of the click rate has the loss 0.5556" in shown.text
+
+
+def test_it_shows_what_newer_files_say(tmp_path: Path) -> None:
+    options = {**CONFIG["config"], "dense_lr": 0.001}
+    config = {
+        **CONFIG,
+        "config": options,
+        "machine": {"cpu": "A CPU", "load": "0.50 of 2"},
+        "versions": {"commit": "abc123"},
+    }
+    files = {"curves": {"format_version": 1, "splits": {"test": CURVES}}, "data": DATA, "importance": IMPORTANCE}
+    shown, data = read(make_run(tmp_path / "run", config=config, **files))
+    assert data["scores"] == {"test": CURVES}
+    assert data["importance"] == IMPORTANCE
+    assert ["train", "3,840", "960", "25.00%"] in shown.rows
+    assert ["test", "40", NOTHING, NOTHING] in shown.rows
+    assert ["user", "1,000", "50.00%", "62.50%"] in shown.rows
+    assert ["<b>item", "-0.01000", "0.5000"] in shown.rows
+    assert ["--dense-lr", "0.001"] in shown.rows
+    assert "1 option with its default" in shown.text
+    alts = [image["alt"] for image in shown.images]
+    assert "Precision against recall; average precision: test 0.6789." in alts
+    assert "Histogram of the scores of test: 20 of label 1, 30 of label 0." in alts
+    assert "The fields by importance, user first: loss of AUC if shuffled." in alts
+    assert all(text in shown.text for text in ("A CPU", "0.50 of 2", "abc123"))
+
+
+def test_the_command_repeats_the_run(tmp_path: Path) -> None:
+    """The command line itself reads it, into the same options."""
+    options = {"terms": ["linear", "fm"], "batch_norm": True, "sparse_lr": 0.3, "qcomms": ["fp16", "bf16"]}
+    written = {**CONFIG, "config": {**CONFIG["config"], **options}, "data": "my data", "world_size": 1}
+    shown, _ = read(make_run(tmp_path / "run", config=written))
+    [line] = [line for line in shown.text.splitlines() if line.startswith("python -m torchrec_deepfm train")]
+    words = shlex.split(line)[4:]
+    command = cli.parse(["train", *words])
+    assert (str(command.data), str(command.output)) == ("my data", f"{tmp_path / 'run'}-again")
+    assert command.config == TrainConfig(**written["config"])
+    ranks, _ = read(make_run(tmp_path / "ranks"))
+    assert "torchrun --nproc-per-node 2 -m torchrec_deepfm train --data data/own" in ranks.text
+    assert f"--plan {tmp_path / 'ranks' / 'plan.json'}" in ranks.text
 
 
 @pytest.mark.parametrize(
     ("files", "pictures", "text"),
     [
-        ({"summary": None, "calibration": None}, 1, "This run is not finished. Its last record is of step 60."),
+        ({"summary": None, "calibration": None}, 5, "This run is not finished. Its last record is of step 60."),
         ({"summary": None, "calibration": None, "metrics": None, "plan": None}, 0, "Its last record is of step 0."),
-        ({"metrics": [train(1, 0.7)]}, 2, "The training loss goes from 0.7000 to 0.7000."),
-        ({"metrics": [train(1, math.nan), evaluation(1, auc=None)]}, 2, "Learning curves"),
-        ({"metrics": [train(1, None)]}, 1, "Nothing has been recorded."),
-        ({"metrics": json.dumps(train(5, 0.5)) + '\n{"step": 6, "split": "tr'}, 2, "Learning curves"),
-        ({"metrics": [{**train(20, 0.5), "lr": {}}, evaluation(20, "test")]}, 2, "Learning curves"),
-        ({"calibration": {"splits": {"validation": [], "test": [BINS[0]]}}}, 2, "expected calibration error"),
-        ({"calibration": {"splits": {"test": [{**BINS[0], "predicted": 0.0, "observed": 0.0}]}}}, 2, "Calibration"),
+        ({"metrics": [train(1, 0.7)]}, 3, "The training loss goes from 0.7000 to 0.7000."),
+        ({"metrics": [train(1, math.nan), evaluation(1, auc=None)]}, 3, "Learning curves"),
+        ({"metrics": [train(1, None)]}, 2, "Nothing has been recorded."),
+        ({"metrics": json.dumps(train(5, 0.5)) + '\n{"step": 6, "split": "tr'}, 3, "Learning curves"),
+        ({"metrics": [{**train(20, 0.5), "lr": {}}, evaluation(20, "test")]}, 4, "Learning curves"),
+        ({"calibration": {"splits": {"validation": [], "test": [BINS[0]]}}}, 6, "expected calibration error"),
+        ({"calibration": {"splits": {"test": [{**BINS[0], "predicted": 0.0, "observed": 0.0}]}}}, 6, "Calibration"),
         (
             {"summary": {key: SUMMARY[key] for key in SUMMARY if key not in ("validation", "test", "best")}},
-            2,
+            7,
             "neither",
         ),
-        ({"summary": {**SUMMARY, "restored_step": 40}}, 2, "step 40, the best one"),
-        ({"summary": {**SUMMARY, "weights": WEIGHTS}}, 2, "best, the run's own"),
-        ({"summary": {**SUMMARY, "weights": WEIGHTS}}, 2, "checkpoint_last"),
-        ({"summary": {**SUMMARY, "best": {"metric": "auc", "value": None, "step": None}}}, 2, "Result"),
-        ({"metrics": [train(step, 1 / step, step // 9) for step in range(1, 5000)]}, 2, "Learning curves"),
+        ({"summary": {**SUMMARY, "restored_step": 40}}, 7, "step 40, the best one"),
+        ({"summary": {**SUMMARY, "weights": WEIGHTS}}, 7, "best, the run's own"),
+        ({"summary": {**SUMMARY, "weights": WEIGHTS}}, 7, "checkpoint_last"),
+        ({"summary": {**SUMMARY, "best": {"metric": "auc", "value": None, "step": None}}}, 7, "Result"),
+        ({"metrics": [train(step, 1 / step, step // 9) for step in range(1, 5000)]}, 6, "Learning curves"),
     ],
 )
 def test_odd_runs(tmp_path: Path, files: dict[str, object], pictures: int, text: str) -> None:
@@ -262,37 +339,64 @@ def test_a_report_that_is_there_is_replaced_only_by_a_whole_one(tmp_path: Path) 
         write_run_report(folder)
 
 
-def lines_of(figure: Figure) -> list[dict[str, list[tuple[float, float]]]]:
-    """What is drawn in each panel: points by label."""
-    return [
-        {str(line.get_label()): [(float(x), float(y)) for x, y in line.get_xydata()] for line in axes.get_lines()}  # type: ignore[union-attr]
-        for axes in figure.axes
-    ]
+def lines_of(figure: Figure) -> dict[str, list[tuple[float, float]]]:
+    """What is drawn: points by label."""
+    [axes] = figure.axes
+    return {str(line.get_label()): [(float(x), float(y)) for x, y in line.get_xydata()] for line in axes.get_lines()}  # type: ignore[union-attr]
 
 
 def test_the_curves_are_the_records() -> None:
-    figure = learning_curves(RECORDS, best_step=40)
-    assert figure is not None
-    loss, auc, rates = lines_of(figure)
+    figures = {name: lines_of(one) for name, one in learning_curves(RECORDS, 40, 0.69).items()}
+    loss, auc, rates = figures["log loss"], figures["AUC"], figures["learning rate"]
     assert loss["train"] == [(20, 0.7), (40, 0.5), (60, 0.45)]
     assert loss["validation"] == [(20, 0.5), (40, 0.5), (60, 0.5)]
+    assert {y for _, y in loss["constant prediction"]} == {0.69}
     assert auc["validation"] == [(20, 0.75), (40, 0.8), (60, 0.8)]
     assert rates["sparse"] == [(20, 0.1 / 20), (40, 0.1 / 40), (60, 0.1 / 60)]
     assert [x for x, _ in auc["best"]] == [40, 40]
-    again = learning_curves([*RECORDS, evaluation(40, auc=0.9)], best_step=None)  # the best state, evaluated at the end
-    assert again is not None
-    assert lines_of(again)[1]["validation"] == [(20, 0.75), (40, 0.9), (60, 0.8)]
-    assert learning_curves([], None) is None
+    again = learning_curves([*RECORDS, evaluation(40, auc=0.9)])  # the best state, evaluated at the end
+    assert lines_of(again["AUC"])["validation"] == [(20, 0.75), (40, 0.9), (60, 0.8)]
+    assert learning_curves([]) == {}
     assert len(thinned(points([train(step, 1.0) for step in range(1, 5002)], "loss"))) <= 1000
 
 
+def test_the_speed_between_records() -> None:
+    """100 samples in 2 s, then 300 in 1 s; a resumed training may record a step twice."""
+    rates = [(20, 50.0, 2.0), (20, 50.0, 2.0), (80, 400 / 3, 3.0)]
+    records = [{**train(step, 0.5), "samples_per_second": rate, "seconds": seconds} for step, rate, seconds in rates]
+    figures = speed_curves(records, 5)
+    [(step, rate)] = next(iter(lines_of(figures["samples per second"]).values()))
+    [(_, milliseconds)] = next(iter(lines_of(figures["step time, ms"]).values()))
+    assert (step, rate, milliseconds) == (80, pytest.approx(300.0), pytest.approx(1000 / 60))
+    old = [{key: value for key, value in record.items() if key != "seconds"} for record in records]
+    assert lines_of(speed_curves(old, 5)["samples per second"])["_child0"] == [(80, pytest.approx(300.0))]
+    assert speed_curves(records[:1], 5) == {}
+
+
 def test_the_reliability_curve_is_the_bins() -> None:
-    figure = reliability_curves({"test": BINS, "validation": []})
-    assert figure is not None
-    assert [axes.get_title() for axes in figure.axes] == ["test", ""]
+    figure = reliability_figure("test", BINS)
+    assert [axes.get_title() for axes in figure.axes] == ["test"]
     drawn = [[(float(x), float(y)) for x, y in line.get_xydata()] for line in figure.axes[0].get_lines()]  # type: ignore[union-attr]
     assert [(0.1, 0.12), (0.4, 0.36)] in drawn
-    assert reliability_curves({"test": []}) is None
+
+
+def test_the_score_figures_are_the_counts() -> None:
+    roc = roc_figure({"test": CURVES})
+    assert roc is not None
+    assert lines_of(roc)["test"] == [(0, 0), (0.1, 0.5), (0.5, 0.75), (1, 1)]
+    curve = precision_recall_figure({"test": CURVES})
+    assert curve is not None
+    drawn = lines_of(curve)
+    assert drawn["test, average 0.6789"] == [(0.5, 10 / 13), (0.75, 0.5), (1, 0.4)]
+    one_class = {**CURVES, "positives": 0, "true_positives": [0, 0, 0], "average_precision": None}
+    assert roc_figure({"test": one_class}) is precision_recall_figure({"test": one_class}) is None
+    axes = histogram_figure("test", CURVES).axes[0]
+    shares = {tuple(patch.get_data().values) for patch in axes.patches}  # type: ignore[attr-defined]
+    assert shares == {(0.8, 0.2), (0.25, 0.75)}
+    ticks = dict(zip([tick.get_text() for tick in axes.get_xticklabels()], axes.get_xticks(), strict=True))
+    assert ticks["0.5"] == 0.0
+    assert ticks["0.9"] == pytest.approx(math.log(9))
+    histogram_figure("test", {**CURVES, "edges": [-30.0, -29.5, -29.0]})  # no tick of the usual ones fits
 
 
 def test_wilson_is_the_root_of_its_equation() -> None:
@@ -320,5 +424,5 @@ def test_a_report_that_fails_does_not_lose_the_run(
     assert json.loads((tmp_path / "run" / "summary.json").read_text()) == result.summary
     assert not (tmp_path / "run" / "report.html").exists()
     shown, _ = read(tmp_path / "run")
-    assert len(shown.images) == 2
+    assert len(shown.images) == 8  # loss, AUC, ROC, precision; histogram and reliability of two splits
     assert train_run(config, data, tmp_path / "run", device).before

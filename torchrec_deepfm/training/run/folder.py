@@ -7,9 +7,12 @@ import os
 import platform
 import re
 import shutil
+import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from importlib.metadata import PackageNotFoundError, version
+from datetime import UTC, datetime
+from functools import cache, partial
+from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,6 +30,7 @@ from torchrec_deepfm.training.run.formats import RunFile, SavedFile, SummaryFile
 CHECKPOINT = "checkpoint"
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.json"
+DATA = "data.json"
 ENCODER = "encoder"
 PLAN = "plan.json"
 SAVED = "saved.json"
@@ -176,6 +180,7 @@ def create(folder: Path, run: RunDescription, plan: PlanFile, *, data: PreparedD
         "encoder_sha256": _keep_encoder(folder, data),
         "world_size": world_size,
         "versions": versions(),
+        "machine": machine(),
     }
     write_json(folder / CONFIG, config)
     _write(folder / PLAN, plan_json(plan))
@@ -238,7 +243,7 @@ def check_nothing_lost(folder: Path, target: str) -> str | None:
 
 def remove_new(folder: Path, *, made: bool) -> None:
     """Remove only the files that a start wrote into a folder that was absent or empty before."""
-    names = (CONFIG, PLAN, SAVED, metrics_log.NAME, run_lock.NAME)
+    names = (CONFIG, DATA, PLAN, SAVED, metrics_log.NAME, run_lock.NAME)
     for path in [*(folder / name for name in names), *folder.glob("tensorboard/events.out.tfevents.*")]:
         with contextlib.suppress(OSError):
             path.unlink()
@@ -336,15 +341,45 @@ def digest_of_schema(data: PreparedData) -> str:
     return hashlib.sha256(json.dumps(data.schema.to_json(), sort_keys=True).encode()).hexdigest()
 
 
+@cache
 def versions() -> dict[str, str]:
     """Return the versions of the packages that a run depends on, and the machine's CPU."""
     found = {"python": platform.python_version(), "machine": platform.machine(), "cpus": str(os.cpu_count())}
+    if commit := _commit():
+        found["commit"] = commit
     for name in ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "torchx", "torchrec_deepfm"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
             continue
     return found
+
+
+def machine() -> dict[str, str]:
+    """Return the model of the CPU, how many of them are busy now, and the time of the start."""
+    found = {"started": f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"}
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        if model := next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), ""):
+            found["cpu"] = model
+    with contextlib.suppress(OSError, AttributeError):  # not on Windows
+        found["load"] = f"{os.getloadavg()[0]:.2f} of {os.cpu_count()} CPUs busy in the minute before the start"
+    return found
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this package runs from, or that pip installed it from; None if unknown."""
+    source = Path(__file__).resolve().parents[3]
+    if (source / ".git").exists() and (git := shutil.which("git")):
+        ask = partial(subprocess.run, cwd=source, capture_output=True, text=True, check=False, timeout=10)
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            found = ask([git, "rev-parse", "HEAD"]).stdout.strip()
+            changed = ask([git, "status", "--porcelain", "--untracked-files=no"]).stdout.strip()
+            return f"{found}{', with changes' if changed else ''}" if found else None
+    with contextlib.suppress(PackageNotFoundError, ValueError, KeyError):
+        url = json.loads(distribution("torchrec_deepfm").read_text("direct_url.json") or "{}")
+        return str(url["vcs_info"]["commit_id"])
+    return None
 
 
 def _as_typed(value: Any) -> str:

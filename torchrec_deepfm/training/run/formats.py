@@ -42,6 +42,7 @@ class RunFile(Struct, kw_only=True):
     data: str = ""
     world_size: Ranks = 1
     versions: dict[str, str] = {}
+    machine: dict[str, str] = {}
 
     def train_config(self) -> TrainConfig:
         """Return the options.
@@ -126,6 +127,61 @@ class CalibrationFile(Struct, kw_only=True):
 
     format_version: Literal[1] = 1
     splits: dict[str, list[Bin]] = {}
+
+
+class SplitCurves(Struct, kw_only=True):
+    """The curves of a split; see ``ScoreCurves``."""
+
+    positives: Count
+    negatives: Count
+    average_precision: float | None
+    thresholds: list[float]
+    true_positives: list[Count]
+    false_positives: list[Count]
+    edges: Annotated[list[float], Meta(min_length=2)]
+    histogram_positives: list[Count]
+    histogram_negatives: list[Count]
+
+
+class CurvesFile(Struct, kw_only=True):
+    """``curves.json``: ROC, precision and recall, and histograms of each split."""
+
+    format_version: Literal[1]
+    splits: dict[str, SplitCurves]
+
+
+class SplitSummary(Struct, kw_only=True):
+    """A split in numbers; see ``data_summary``."""
+
+    rows: Count
+    positives: Count | None
+    sampled: Count
+    zero: dict[str, float]
+
+
+class DataFile(Struct, kw_only=True):
+    """``data.json``: the data of a run in numbers."""
+
+    format_version: Literal[1]
+    mode: str
+    splits: dict[str, SplitSummary]
+
+
+class FieldImportance(Struct, kw_only=True):
+    """How much a field matters; see ``inference.explain.Importance``."""
+
+    field: str
+    contribution: float
+    auc_loss: float | None
+
+
+class ImportanceFile(Struct, kw_only=True):
+    """``importance.json``: the fields of a run, most important first, and the rows that they were measured on."""
+
+    format_version: Literal[1]
+    split: str
+    rows: Positive
+    fields: list[FieldImportance]
 
 
 class SavedFile(Struct, kw_only=True):

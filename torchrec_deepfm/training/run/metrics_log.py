@@ -10,7 +10,7 @@ from msgspec import Struct
 
 from torchrec_deepfm.distributed.disk_errors import refused, unreadable
 from torchrec_deepfm.files import regular_file, write_bytes
-from torchrec_deepfm.training.run.formats import Count, convert
+from torchrec_deepfm.training.run.formats import Count, Seconds, convert
 
 NAME: Final = "metrics.jsonl"
 _LINE_LIMIT: Final = 2**20  # bytes
@@ -24,6 +24,7 @@ class Record(Struct, kw_only=True):
     epoch: Count | None = None
     loss: float | None = None
     lr: dict[str, float] | None = None
+    seconds: Seconds | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

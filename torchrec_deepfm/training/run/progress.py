@@ -69,7 +69,9 @@ class Progress:
         with contextlib.suppress(OSError):
             self._file.close()
 
-    def train(self, *, step: int, epoch: int, loss: float, lr: Mapping[str, float], samples: int, rate: float) -> None:
+    def train(
+        self, *, step: int, epoch: int, loss: float, lr: Mapping[str, float], samples: int, rate: float, seconds: float
+    ) -> None:
         """Record the steps since the last record.
 
         Args:
@@ -79,9 +81,11 @@ class Progress:
             lr: learning rates by name.
             samples: samples done, on all ranks.
             rate: samples per second of the training so far.
+            seconds: that this training has taken so far.
         """
         with self._writing():
-            self._write("train", step, {"epoch": epoch, "loss": loss, "lr": dict(lr), "samples_per_second": rate})
+            clock = {"samples_per_second": rate, "seconds": seconds}
+            self._write("train", step, {"epoch": epoch, "loss": loss, "lr": dict(lr), **clock})
             self._tensorboard.add_scalar("train/loss", loss, step)
             self._tensorboard.add_scalar("train/samples_per_second", rate, step)
             for name, value in lr.items():
