@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import subprocess
 import sys
 import zipfile
@@ -54,7 +55,7 @@ def onnx(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_command_prints_the_parity(
-    run: Path, frame: pl.DataFrame, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Path, frame: pl.DataFrame, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     main(["export", "--run", str(run), "--output", str(tmp_path / "p"), "--to", "torch-export"])
     said = capsys.readouterr().out
@@ -62,6 +63,8 @@ def test_the_command_prints_the_parity(
     assert "parity on " in said
     found = torchrec_deepfm.load(tmp_path / "p").predict(frame)
     assert np.abs(found - torchrec_deepfm.load(run).predict(frame)).max() <= 1e-6
+    check_explains(tmp_path / "p", run, frame)
+    run_readme(tmp_path / "p", monkeypatch)
     with zipfile.ZipFile(tmp_path / "p" / "model.pt2") as archive:  # none of its files is a pickle
         assert not any(archive.read(name).startswith(b"\x80\x02") for name in archive.namelist())
 
@@ -76,9 +79,79 @@ def test_onnx_scores_as_the_run(run: Path, onnx: Path, frame: pl.DataFrame) -> N
         assert np.abs(predictor.predict(frame[:size]) - expected[:size]).max(initial=0) <= 1e-6
 
 
-def test_a_package_explains_nothing(onnx: Path, frame: pl.DataFrame) -> None:
-    with pytest.raises(UserError, match="explain"):
-        torchrec_deepfm.load(onnx).explain(frame[:2])
+def check_explains(package: Path, run: Path, frame: pl.DataFrame, most: float = 1e-6) -> None:
+    """Compare every part of the logits with the run's own; see ``test_explain`` for these."""
+    found, expected = (torchrec_deepfm.load(each).explain(frame[:30]) for each in (package, run))
+    assert found.parts.bias == expected.parts.bias
+    for part in ("first_order", "factors", "deep"):
+        assert np.abs(getattr(found.parts, part) - getattr(expected.parts, part)).max() <= most, part
+    assert np.abs(found.probabilities - torchrec_deepfm.load(package).predict(frame[:30])).max() <= 1e-6
+    assert found.values == expected.values
+
+
+def test_a_package_explains_as_its_run(
+    onnx: Path, run: Path, run_data: PreparedData, frame: pl.DataFrame, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check_explains(onnx, run, frame)
+    assert torchrec_deepfm.load(onnx).explain(frame[:0]).logits.shape == (0,)
+    text = str(run_data.folder.parent / "test.tsv")
+    said = []
+    for which in (["--package", str(onnx)], ["--run", str(run)]):
+        main(["explain", *which, "--input", text])
+        said.append([line.split()[:-1] for line in capsys.readouterr().out.splitlines()])
+    assert said[0] == said[1]  # but for the last figure of a line
+    assert len(said[0]) > 20
+
+
+def run_readme(package: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:
+    """Run the blocks of a package's README as typed in its folder; return what they define."""
+    monkeypatch.chdir(package)
+    found = []
+    for block in (package / "README.md").read_text().split("```python\n")[1:]:
+        found.append({})
+        exec(block.split("```")[0], found[-1])
+    return found
+
+
+def test_aoti(
+    run: Path, run_data: PreparedData, frame: pl.DataFrame, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Compiles for some ten seconds of CPU time."""
+    monkeypatch.setitem(module.MAX_AUC_LOSS, "int8", 0.01)  # a few hundred rows: their AUC is not that exact
+    package = tmp_path / "p"
+    main(["export", "--run", str(run), "--output", str(package), "--to", "aoti", "--tables", "int8"])
+    said = capsys.readouterr()
+    assert re.search(r"^tables: .* in training, .* as int8$", said.out, re.M)
+    assert re.search(r"^parity on 300 rows of .*: largest difference .*, AUC 0.\d+ \(loss [+-]0.00", said.out, re.M)
+    assert said.err == ""
+    predictor, expected = torchrec_deepfm.load(package), torchrec_deepfm.load(run).predict(frame)
+    found = predictor.predict(frame)
+    assert 0 < np.abs(found - expected).max() < 0.01
+    for size in (0, 1, 7):
+        assert np.abs(predictor.predict(frame[:size]) - found[:size]).max(initial=0) <= 1e-6
+    check_explains(package, run, frame, most=0.02)
+    text = str(run_data.folder.parent / "test.tsv")
+    main(["predict", "--package", str(package), "--input", text, "--output", str(tmp_path / "p.parquet")])
+    assert np.abs(pl.read_parquet(tmp_path / "p.parquet")["probability"].to_numpy() - found).max() <= 1e-6
+    rows = predictor.encoder.encode(frame)
+    rows.sparse[5, 1] = 10**6
+    with pytest.raises(UserError, match=r"^column 'item': id 1000000 is not one of 0 to "):
+        predictor.score(rows)
+    capsys.readouterr()
+    raw, arrays = run_readme(package, monkeypatch)
+    assert raw["predictor"].predict([raw["row"]]).shape == (1,)  # type: ignore[attr-defined]
+    printed = capsys.readouterr().out
+    assert "row 1: probability 0." in printed
+    assert re.search(r"tensor\(\[0\.\d+, 0\.\d+\]\)", printed)
+    assert list(arrays["inputs"]) == ["dense", "ids"]  # type: ignore[call-overload]
+
+
+def test_without_a_compiler(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+    with pytest.raises(UserError, match=r"^--to aoti: no C\+\+ compiler was found"):
+        export(run, tmp_path / "p", to="aoti")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_onnx_runs_without_torch_and_this_package(onnx: Path, run: Path, frame: pl.DataFrame, tmp_path: Path) -> None:
@@ -122,7 +195,11 @@ def test_damage(onnx: Path, tmp_path: Path) -> None:
 
     def newer(folder: Path) -> None:
         content = json.loads((folder / "package.json").read_text())
-        (folder / "package.json").write_text(json.dumps(content | {"format_version": 2}))
+        (folder / "package.json").write_text(json.dumps(content | {"format_version": 3}))
+
+    def older(folder: Path) -> None:
+        content = json.loads((folder / "package.json").read_text())
+        (folder / "package.json").write_text(json.dumps(content | {"format_version": 1}))
 
     def flip(folder: Path) -> None:
         content = bytearray((folder / "model.onnx").read_bytes())
@@ -131,7 +208,8 @@ def test_damage(onnx: Path, tmp_path: Path) -> None:
 
     for name, change, message in (
         ("none", lambda folder: (folder / "package.json").unlink(), "not a run folder"),
-        ("newer", newer, "format_version is 2, this version reads up to 1; update"),
+        ("newer", newer, "format_version is 3, this version reads up to 2; update"),
+        ("older", older, "an earlier version wrote this package, .*; export the run again"),
         ("flipped", flip, "model.onnx: the file is damaged"),
         ("missing", lambda folder: (folder / "encoder" / "encoder.json").unlink(), "encoder.json: can't be read"),
         ("edited", lambda folder: (folder / "package.json").write_text("{}"), "package.json: the file is damaged"),
@@ -198,7 +276,7 @@ def test_the_graph_is_the_model_with_bags(weighted: bool) -> None:
         inputs["weights"] = torch.cat([given["tags"], given["words"]])
     assert graph.inputs == tuple(inputs)
     expected = torch.sigmoid(model(dense, kjt)).squeeze(1)
-    torch.testing.assert_close(graph(**inputs), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(graph(**inputs)["probability"], expected, rtol=0, atol=1e-6)
     inputs["ids"][4, 0] = SIZES["b"]  # the next table's first row
-    wrong = graph(**inputs)
+    wrong = graph(**inputs)["probability"]
     assert wrong.isnan().nonzero().flatten().tolist() == [4]

@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 
 from torchrec_deepfm.data.prepare.row_encoder import EncodedRows
-from torchrec_deepfm.errors import UserError
-from torchrec_deepfm.inference.scorer import ModelScorer, Parts, sigmoid
+from torchrec_deepfm.inference.parts import Parts, Scorer, sigmoid
 
 _TEXT: Final = 40
 
@@ -112,22 +111,17 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explain_rows(scorer: Any, rows: EncodedRows, values: Sequence[tuple[str, ...]]) -> Explanation:
+def explain_rows(scorer: Scorer, rows: EncodedRows, values: Sequence[tuple[str, ...]]) -> Explanation:
     """Take the logits of encoded rows apart.
 
     Args:
-        scorer: A ``ModelScorer``, or what a package scores with if it has ``parts`` and ``schema`` too.
+        scorer: The model.
         rows: n rows.
         values: Their raw values as text, F of each row.
 
     Returns:
         Their parts.
-
-    Raises:
-        UserError: The model is compiled, so that its parts can't be had.
     """
-    if not hasattr(scorer, "parts"):
-        raise UserError("this package holds a compiled model, which has no parts; explain the run that it comes from")
     schema = scorer.schema
     return Explanation(fields=(*schema.numeric, *schema.categorical), values=values, parts=scorer.parts(rows))
 
@@ -149,7 +143,7 @@ class Importance:
 
 
 def importance(
-    scorer: ModelScorer, rows: EncodedRows, labels: NDArray[np.int64] | None, *, seed: int = 0
+    scorer: Scorer, rows: EncodedRows, labels: NDArray[np.int64] | None, *, seed: int = 0
 ) -> list[Importance]:
     """Measure how much each field matters.
 

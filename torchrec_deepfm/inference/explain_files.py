@@ -129,7 +129,7 @@ def explain_files(
     head = raw.head(rows)
     explained = explain_rows(scorer, encoder.encode_piece(head), encoder.texts(head))
     labels = raw["label"].to_numpy().astype("int64") if "label" in raw.columns else None
-    fields = importance(scorer, encoder.encode_piece(raw), labels)  # type: ignore[arg-type]
+    fields = importance(scorer, encoder.encode_piece(raw), labels)
     return Explained(rows=explained, fields=fields, measured=len(raw))
 
 

@@ -17,10 +17,10 @@ from torchrec_deepfm.data.loader.loader import Loader
 from torchrec_deepfm.data.prepare.row_encoder import RowEncoder
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.files import write_bytes
-from torchrec_deepfm.inference.forms import Form, open_model, write_model
+from torchrec_deepfm.inference.forms import PROBABILITY, Form, open_model, write_model
 from torchrec_deepfm.inference.graph import ScoringGraph, Tables
 from torchrec_deepfm.inference.inputs import Arrays, Signature
-from torchrec_deepfm.inference.package import ENCODER, README, PackageFile, readme, write_package_json
+from torchrec_deepfm.inference.package import ENCODER, FORMAT_VERSION, README, PackageFile, readme, write_package_json
 from torchrec_deepfm.inference.weights import load_model
 from torchrec_deepfm.model.deepfm import DeepFM
 from torchrec_deepfm.training.metrics import compute_metrics
@@ -121,6 +121,9 @@ def export(
         num_embeddings=dict(described.num_embeddings),
     )
     model = load_model(run, checkpoint)
+    terms, bias = model.terms, float(model.bias)
+    if described.config.precision != "float32":
+        say(f"the run computes in {described.config.precision}; the package and its parity are in float32")
 
     def rows() -> Iterator[Batch]:
         if prepared is None:
@@ -136,17 +139,18 @@ def export(
         say(f"writing the model as {to}" + (" (this compiles it: a minute or two)" if to == "aoti" else ""))
         write_model(graph, to, partial)
         call = open_model(to, partial)
-        found = np.concatenate([call(_arrays(batch, signature)) for batch in rows()])
+        found = np.concatenate([call(_arrays(batch, signature), PROBABILITY)[0] for batch in rows()])
         parity = _compare(expected, found, labels, tables, source)
         say(str(parity))
-        encoder = (run / ENCODER).is_dir()
-        if encoder:
+        example = None
+        if (run / ENCODER).is_dir():
             shutil.copytree(run / ENCODER, partial / ENCODER)
+            example = RowEncoder.open(partial / ENCODER).example()
         package = PackageFile(
-            format_version=1, form=to, tables=tables, signature=signature, parity=asdict(parity),
-            versions=run_folder.versions(), files={},
+            format_version=FORMAT_VERSION, form=to, tables=tables, signature=signature, terms=terms, bias=bias,
+            factor_dim=described.config.factor_dim, parity=asdict(parity), versions=run_folder.versions(), files={},
         )  # fmt: skip
-        write_bytes(partial / README, readme(package, encoder=encoder).encode())
+        write_bytes(partial / README, readme(package, example).encode())
         write_package_json(partial, package)
     return Exported(folder=output, parity=parity, bytes_before=graph.bytes_before, bytes_after=graph.bytes_after)
 

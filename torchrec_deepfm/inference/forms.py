@@ -7,7 +7,7 @@ import zipfile
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,11 +23,21 @@ if TYPE_CHECKING:
     from torchrec_deepfm.inference.graph import ScoringGraph
 
 Form = Literal["aoti", "onnx", "torch-export"]
-Run = Callable[[Arrays], NDArray[np.float32]]
+
+
+class Run(Protocol):
+    """A model that is open: inputs to the named outputs, float32 arrays; see ``graph.py`` for both."""
+
+    def __call__(self, arrays: Arrays, *outputs: str) -> list[NDArray[np.float32]]:
+        """Compute outputs."""
+        ...
+
 
 MODEL_FILE: Final[dict[str, str]] = {"aoti": "model.pt2", "onnx": "model.onnx", "torch-export": "model.pt2"}
-OUTPUT: Final = "probability"
+PROBABILITY: Final = "probability"
+OUTPUTS: Final = (PROBABILITY, "fields", "deep")
 _ONE_FILE: Final = 2**30  # bytes; protobuf ends at 2 GiB
+_CXX: Final = "the environment variable CXX"
 _EXTRA: Final = "pip install 'torchrec_deepfm[export]'"
 
 
@@ -43,6 +53,7 @@ def write_model(graph: "ScoringGraph", form: Form, folder: Path) -> None:
         UserError: a package that the form needs is not installed.
     """
     import torch
+    from torch._inductor.exc import InductorError, InvalidCxxCompiler
 
     program = _trace(graph)
     path = folder / MODEL_FILE[form]
@@ -51,10 +62,15 @@ def write_model(graph: "ScoringGraph", form: Form, folder: Path) -> None:
             program._example_inputs = None  # torch writes them as a pickle
             torch.export.save(program, path)
         elif form == "aoti":
-            torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+            try:
+                torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+            except InductorError as error:
+                if not isinstance(error.inner_exception, InvalidCxxCompiler):
+                    raise
+                raise UserError(f"--to aoti: no C++ compiler was found; install g++, or name one in {_CXX}") from error
         else:
             try:
-                onnx = torch.onnx.export(program, dynamo=True, output_names=[OUTPUT], verbose=False)
+                onnx = torch.onnx.export(program, dynamo=True, output_names=list(OUTPUTS), verbose=False)
             except ImportError as error:
                 raise UserError(f"--to onnx: {error.name} is not installed; {_EXTRA}") from error
             assert onnx is not None
@@ -98,7 +114,7 @@ def open_model(form: Form, folder: Path, *, threads: int | None = None) -> Run:
         threads: threads per call; None for the runtime's default.
 
     Returns:
-        A function from inputs to probabilities, float32 [B].
+        The model.
 
     Raises:
         UserError: a package that the form needs is not installed, or the file can't be opened.
@@ -124,10 +140,10 @@ def open_model(form: Form, folder: Path, *, threads: int | None = None) -> Run:
             raise
         raise UserError(f"{path}: the model can't be opened ({str(error).splitlines()[0]}); export it again") from error
 
-    def run(arrays: Arrays) -> NDArray[np.float32]:
+    def run(arrays: Arrays, *outputs: str) -> list[NDArray[np.float32]]:
         with torch.no_grad():
             found = call(**{name: torch.from_numpy(array) for name, array in arrays.items()})
-        return np.asarray(found.numpy())
+        return [found[name].numpy() for name in outputs]
 
     return run
 
@@ -146,9 +162,8 @@ def _open_onnx(path: Path, threads: int | None) -> Run:
     except Exception as error:  # onnxruntime's errors have no common class
         raise UserError(f"{path}: the model can't be opened ({str(error).splitlines()[0]}); export it again") from error
 
-    def run(arrays: Arrays) -> NDArray[np.float32]:
-        [found] = session.run([OUTPUT], dict(arrays))
-        return np.asarray(found)
+    def run(arrays: Arrays, *outputs: str) -> list[NDArray[np.float32]]:
+        return list(session.run(outputs, dict(arrays)))
 
     return run
 

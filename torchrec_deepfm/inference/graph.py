@@ -11,6 +11,12 @@ The inputs, of which a model without such features lacks some:
     lengths  int64 [M, B]    ids per bag
     weights  float32 [N]     only for tables with weights
 
+The outputs, from which a prediction can be explained:
+
+    probability  float32 [B]
+    fields       float32 [B, F, R]  ``[V x | w x]`` of each field, as ``DeepFM.fields``
+    deep         float32 [B]        deep part of the logit; zero in a model without one
+
 Every lookup is one gather from one array of all tables' rows, whose tables begin at ``first_rows``. A row with an id
 that its table does not have scores NaN: the ids of one table must not read the rows of the next one.
 """
@@ -151,7 +157,7 @@ class ScoringGraph(nn.Module):
         values: Tensor | None = None,
         lengths: Tensor | None = None,
         weights: Tensor | None = None,
-    ) -> Tensor:
+    ) -> dict[str, Tensor]:
         """Score rows.
 
         Args:
@@ -162,7 +168,7 @@ class ScoringGraph(nn.Module):
             weights: float32 [N].
 
         Returns:
-            Probabilities, float32 [B].
+            The outputs by name.
         """
         parts = []
         if ids is not None:
@@ -173,9 +179,18 @@ class ScoringGraph(nn.Module):
         if self.order is not None:
             rows = rows[:, self.order]
         first_order = rows[:, :, -1].sum(1)
-        logits = self.head.combine(rows[:, 0] if dense is None else dense, rows)
+        head = self.head
+        fields = head.fields(rows[:, 0] if dense is None else dense, rows)
+        factors, first_orders = torch.split(fields, [head.factor_dim, 1], dim=2)
+        deep = (
+            torch.zeros_like(first_order) if head.over_arch is None else head.over_arch(factors.flatten(1)).squeeze(1)
+        )
+        logits = head.bias + deep
+        if head.inter_arch is not None:
+            logits = logits + head.inter_arch(factors, first_orders.squeeze(2)).squeeze(1)
         # Not every runtime's ReLU passes on NaN.
-        return torch.where(torch.isnan(first_order), first_order, torch.sigmoid(logits.squeeze(1)))
+        probability = torch.where(torch.isnan(first_order), first_order, torch.sigmoid(logits))
+        return {"probability": probability, "fields": fields, "deep": deep}
 
     def _look_up(self, ids: Tensor, first_rows: Tensor, sizes: Tensor) -> Tensor:
         known = (ids >= 0) & (ids < sizes)

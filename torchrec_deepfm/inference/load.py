@@ -4,7 +4,6 @@ Shape letters: n rows.
 """
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from torchrec_deepfm.data.dataset.prepared import PreparedData
-from torchrec_deepfm.data.prepare.row_encoder import EncodedRows, RowEncoder
+from torchrec_deepfm.data.prepare.row_encoder import RowEncoder
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.inference.explain import Explanation, explain_rows
+from torchrec_deepfm.inference.parts import Scorer
 from torchrec_deepfm.inference.scorer import ModelScorer
 from torchrec_deepfm.inference.weights import load_model
 from torchrec_deepfm.training.run import folder as run_folder
@@ -31,14 +31,14 @@ class Predictor:
     Args:
         path: The run or package that it comes from.
         encoder: Encodes rows.
-        score: Gives the click probabilities of encoded rows, float32 [n]; a ``ModelScorer`` for a run.
+        score: Gives the click probabilities of encoded rows, float32 [n], and what their logits are made of.
         sha256: Digest that distinguishes trained models.
     """
 
     path: Path
     sha256: str
     encoder: RowEncoder
-    score: Callable[[EncodedRows], NDArray[np.float32]]
+    score: Scorer
 
     def predict(self, frame: Any, *, on_bad_row: Literal["error", "skip"] = "error") -> NDArray[np.float32]:
         """Predict the click probabilities of rows.
@@ -67,7 +67,7 @@ class Predictor:
             The parts, which sum to the logits; see ``Explanation``.
 
         Raises:
-            UserError: As ``predict``; or a package whose model has no parts.
+            UserError: As ``predict``.
         """
         raw = self.encoder.read(frame)
         return explain_rows(self.score, self.encoder.encode_piece(raw), self.encoder.texts(raw))

@@ -7,10 +7,10 @@ encoder/        what turns raw rows into ids and numbers; see ``RowEncoder``
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 import numpy as np
@@ -18,16 +18,18 @@ from numpy.typing import NDArray
 
 from torchrec_deepfm.data.dataset.publish import digest
 from torchrec_deepfm.data.prepare.row_encoder import EncodedRows, RowEncoder
+from torchrec_deepfm.data.schema import Schema
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.files import check_seal, read_bytes, seal, write_bytes
-from torchrec_deepfm.inference.forms import MODEL_FILE, Form, Run, open_model
+from torchrec_deepfm.inference.forms import MODEL_FILE, OUTPUTS, PROBABILITY, Form, Run, open_model
 from torchrec_deepfm.inference.inputs import Signature
+from torchrec_deepfm.inference.parts import Parts
 from torchrec_deepfm.strict_json import as_type, parse_json
 
 PACKAGE: Final = "package.json"
 README: Final = "README.md"
 ENCODER: Final = "encoder"
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 _MAX_BYTES: Final = 64 << 20
 _AGAIN: Final = "export the run again"
 
@@ -49,15 +51,21 @@ class PackageFile:
         form: of the model.
         tables: how its tables are stored.
         signature: the inputs.
+        factor_dim: columns of V.
+        terms: of the logit, as in ``TrainConfig``.
+        bias: of the logit.
         parity: how the model was compared with the run's own; see ``export.Parity``.
         versions: of the packages that wrote it.
         files: every other file by its path in the folder.
     """
 
-    format_version: Literal[1]
+    format_version: Literal[2]
     form: Form
     tables: Literal["fp32", "int8", "int4"]
     signature: Signature
+    factor_dim: Annotated[int, msgspec.Meta(ge=1)]
+    terms: tuple[Literal["linear", "fm", "deep"], ...]
+    bias: float
     parity: dict[str, float | int | str | None]
     versions: dict[str, str]
     files: dict[str, FileEntry]
@@ -98,6 +106,8 @@ def read_package(folder: Path) -> PackageFile:
         raise UserError(
             f"{path}: format_version is {version}, this version reads up to {FORMAT_VERSION}; update torchrec_deepfm"
         )
+    if version == 1:
+        raise UserError(f"{path}: an earlier version wrote this package, without what explains it; {_AGAIN}")
     if not check_seal(content):
         raise UserError(f"{path}: the file is damaged (its checksum does not fit); {_AGAIN}")
     raw.pop("sha256")
@@ -116,21 +126,48 @@ def read_package(folder: Path) -> PackageFile:
     return found
 
 
-Score = Callable[[EncodedRows], NDArray[np.float32]]
+class PackageScorer:
+    """Scores and explains encoded rows by an exported model; ids are checked before it runs.
+
+    Args:
+        package: the content of ``package.json``.
+        run: the model.
+        schema: the columns of encoded rows.
+    """
+
+    def __init__(self, package: PackageFile, run: Run, schema: Schema) -> None:
+        self.schema, self._package, self._run = schema, package, run
+
+    def __call__(self, rows: EncodedRows) -> NDArray[np.float32]:
+        """Return the click probabilities, float32 [n]."""
+        parts = [self._run(self._inputs(each), PROBABILITY)[0] for each in rows.batches()]
+        return np.concatenate(parts) if parts else np.empty(0, np.float32)
+
+    def logits(self, rows: EncodedRows) -> NDArray[np.float64]:
+        """Return the logits, float64 [n]."""
+        return self.parts(rows).logits
+
+    def parts(self, rows: EncodedRows) -> Parts:
+        """Return what the logits are made of, n rows."""
+        terms, fields = self._package.terms, len(self.schema.numeric) + len(self.schema.categorical)
+        columns = self._package.factor_dim + 1
+        found = [self._run(self._inputs(each), *OUTPUTS[1:]) for each in rows.batches()]
+        values = np.concatenate([np.empty((0, fields, columns), np.float32), *(each for each, _ in found)]).astype(
+            float
+        )
+        deep = np.concatenate([np.empty(0, np.float32), *(each for _, each in found)]).astype(float)
+        return Parts(
+            bias=self._package.bias,
+            first_order=values[:, :, -1] * ("linear" in terms),
+            factors=values[:, :, :-1] * ("fm" in terms),
+            deep=deep,
+        )
+
+    def _inputs(self, rows: EncodedRows) -> Mapping[str, NDArray[Any]]:
+        return self._package.signature.from_rows(rows)
 
 
-def scorer(package: PackageFile, run: Run) -> Score:
-    """Return a function from encoded rows to probabilities, float32 [n]; it checks the ids first."""
-
-    def score(rows: EncodedRows) -> NDArray[np.float32]:
-        if not len(rows.dense):
-            return np.empty(0, np.float32)
-        return run(package.signature.from_rows(rows))
-
-    return score
-
-
-def open_package(folder: Path | str, *, threads: int | None = None) -> tuple[RowEncoder, Score]:
+def open_package(folder: Path | str, *, threads: int | None = None) -> tuple[RowEncoder, PackageScorer]:
     """Open a package to score rows with.
 
     Args:
@@ -138,7 +175,7 @@ def open_package(folder: Path | str, *, threads: int | None = None) -> tuple[Row
         threads: threads per call of the model; None for the runtime's default.
 
     Returns:
-        The encoder of raw rows, and a function from its rows to probabilities, float32 [n].
+        The encoder of raw rows, and what scores its rows.
 
     Raises:
         UserError: the folder is not a package, is damaged or of a newer format, its encoder is of another run, or a
@@ -157,11 +194,14 @@ def open_package(folder: Path | str, *, threads: int | None = None) -> tuple[Row
         encoder.num_embeddings
     ) != signature.num_embeddings:
         raise UserError(f"{folder / ENCODER}: the encoder is of another run than the model; {_AGAIN}")
-    return encoder, scorer(package, open_model(package.form, folder, threads=threads))
+    return encoder, PackageScorer(package, open_model(package.form, folder, threads=threads), schema)
 
 
-def readme(package: PackageFile, *, encoder: bool) -> str:
-    """Write the text of ``README.md``: what the folder holds and how to run it."""
+def readme(package: PackageFile, example: Mapping[str, Any] | None) -> str:
+    """Write the text of ``README.md``: what the folder holds and how to run it.
+
+    ``example``: a raw row; ``None`` for a package without encoder.
+    """
     signature = package.signature
     shapes = {
         "dense": f"np.zeros((2, {len(signature.dense)}), np.float32)",
@@ -184,14 +224,14 @@ def readme(package: PackageFile, *, encoder: bool) -> str:
             "import torch",
             'model = torch.export.load("model.pt2").module()',
             f"inputs = {{{inputs}}}",
-            "print(model(**{name: torch.from_numpy(value) for name, value in inputs.items()}))",
+            "print(model(**{name: torch.from_numpy(value) for name, value in inputs.items()})['probability'])",
         ],
         "aoti": [
             "import numpy as np",
             "import torch",
             'model = torch._inductor.aoti_load_package("model.pt2")',
             f"inputs = {{{inputs}}}",
-            "print(model(**{name: torch.from_numpy(value) for name, value in inputs.items()}))",
+            "print(model(**{name: torch.from_numpy(value) for name, value in inputs.items()})['probability'])",
         ],
     }[package.form]
     needs = (
@@ -210,13 +250,16 @@ def readme(package: PackageFile, *, encoder: bool) -> str:
         f"Form {package.form}, tables {package.tables}. Parity with the trained model: {json.dumps(package.parity)}.",
         "",
     ]
-    if encoder:
+    if example is not None:
         text += [
             "Raw rows, with torchrec_deepfm installed:",
             "",
             "```python",
             "import torchrec_deepfm",
-            'print(torchrec_deepfm.load(".").predict([{"column": "value"}]))',
+            'predictor = torchrec_deepfm.load(".")',
+            f"row = {dict(example)!r}",
+            "print(predictor.predict([row]))",
+            "print(predictor.explain([row]).text(0))",
             "```",
             "",
         ]
@@ -231,7 +274,13 @@ def readme(package: PackageFile, *, encoder: bool) -> str:
         "",
         *(f"- `{name}`: {meaning[name]}" for name in signature.inputs),
         "",
-        "The output `probability` is float32 [B]; it is NaN for a row with an id that the model does not have.",
+        "Outputs; the last two explain the first one, whose logit is the sum of the bias and the terms",
+        f"{', '.join(package.terms)}:",
+        "",
+        "- `probability`: float32 [B]; NaN for a row with an id that the model does not have",
+        f"- `fields`: float32 [B, F, {package.factor_dim + 1}]: `[V x | w x]` of each field, numeric ones first",
+        "- `deep`: float32 [B]: the deep part of the logit",
+        "",
         f"`{PACKAGE}` lists the features, the number of ids of each, versions and checksums.",
         "",
     ]

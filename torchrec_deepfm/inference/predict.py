@@ -29,7 +29,8 @@ from torchrec_deepfm.data.raw.table_source import open_tables
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.files import check_local, check_target, write_bytes
 from torchrec_deepfm.inference.load import Predictor, spread
-from torchrec_deepfm.inference.scorer import ModelScorer, sigmoid
+from torchrec_deepfm.inference.parts import sigmoid
+from torchrec_deepfm.inference.scorer import ModelScorer
 
 T = TypeVar("T")
 

@@ -5,8 +5,6 @@ Shape letters: n rows, B rows of a batch, F fields, K factor_dim.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,36 +15,11 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec_deepfm.data.loader.batch import key_jagged
 from torchrec_deepfm.data.prepare.row_encoder import EncodedRows
 from torchrec_deepfm.data.schema import Schema
+from torchrec_deepfm.inference.parts import Parts, sigmoid
 from torchrec_deepfm.model.deepfm import DeepFM
 from torchrec_deepfm.training.evaluation import autocast
 
-BATCH_ROWS = 8192
 _CPU = torch.device("cpu")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Parts:
-    """What the logits of n rows are made of; a term that the model was trained without is zero.
-
-    Args:
-        bias: The global bias.
-        first_order: float64 [n, F], ``w_j x_j``.
-        factors: float64 [n, F, K], ``V_j x_j``, whose inner products are the pairs.
-        deep: float64 [n].
-    """
-
-    bias: float
-    first_order: NDArray[np.float64]
-    factors: NDArray[np.float64]
-    deep: NDArray[np.float64]
-
-    @property
-    def logits(self) -> NDArray[np.float64]:
-        """Their sum, float64 [n]."""
-        squared = self.factors.sum(axis=1) ** 2 - (self.factors**2).sum(axis=1)
-        pairs: NDArray[np.float64] = 0.5 * squared.sum(axis=1)
-        total: NDArray[np.float64] = self.bias + self.first_order.sum(axis=1) + pairs + self.deep
-        return total
 
 
 class ModelScorer:
@@ -74,12 +47,13 @@ class ModelScorer:
         return logits
 
     def batches(self, rows: EncodedRows) -> Iterator[tuple[int, int, Tensor, KeyedJaggedTensor]]:
-        """Yield the first row and one past the last, and the model's inputs, of at most ``BATCH_ROWS`` rows."""
-        for start in range(0, len(rows), BATCH_ROWS):
-            part = rows.slice(start, min(start + BATCH_ROWS, len(rows)))
+        """Yield the first row and one past the last, and the model's inputs, of each of ``rows.batches()``."""
+        start = 0
+        for part in rows.batches():
             by_key = np.ascontiguousarray(part.sparse.T)
             sparse = key_jagged(self.schema, by_key, part.bags, len(part))
             yield start, start + len(part), torch.from_numpy(np.ascontiguousarray(part.dense)), sparse
+            start += len(part)
 
     def parts(self, rows: EncodedRows) -> Parts:
         """Return what the logits are made of, n rows."""
@@ -89,9 +63,7 @@ class ModelScorer:
         factors, deep = np.zeros((len(rows), fields, width)), np.zeros(len(rows))
         for start, stop, dense, sparse in self.batches(rows):
             with self.computing():
-                looked_up = model.sparse_arch(sparse)
-                if model.dense_arch is not None:
-                    looked_up = torch.cat([model.dense_arch(dense), looked_up], dim=1)
+                looked_up = model.fields(dense, model.sparse_arch(sparse))
                 if "linear" in terms:
                     first[start:stop] = looked_up[:, :, width].numpy()
                 if "fm" in terms:
@@ -110,8 +82,3 @@ class ModelScorer:
                 yield
         finally:
             torch.set_float32_matmul_precision(before)
-
-
-def sigmoid(logits: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
-    """Return probabilities in float64, where different logits stay different."""
-    return 0.5 + 0.5 * np.tanh(0.5 * logits.astype(np.float64))

@@ -126,9 +126,7 @@ class DeepFM(nn.Module):
         Returns:
             [B, 1] logits.
         """
-        rows_BFR = sparse_rows
-        if self.dense_arch is not None:
-            rows_BFR = torch.cat([self.dense_arch(dense_features), rows_BFR], dim=1)
+        rows_BFR = self.fields(dense_features, sparse_rows)
         factors_BFK, first_order_BF1 = torch.split(rows_BFR, [self.factor_dim, 1], dim=2)
 
         logits_B1 = self.bias
@@ -138,6 +136,20 @@ class DeepFM(nn.Module):
             # Under autocast the MLP speaks bfloat16; the sum of the terms stays in the type of the rows.
             logits_B1 = logits_B1 + self.over_arch(factors_BFK.flatten(1)).to(logits_B1.dtype)
         return logits_B1
+
+    def fields(self, dense_features: Tensor, sparse_rows: Tensor) -> Tensor:
+        """Put the rows of numeric features, each times its feature, before looked-up ones.
+
+        Args:
+            dense_features: [B, I].
+            sparse_rows: [B, S, R].
+
+        Returns:
+            [B, F, R]: ``[V x | w x]`` of each field.
+        """
+        if self.dense_arch is None:
+            return sparse_rows
+        return torch.cat([self.dense_arch(dense_features), sparse_rows], dim=1)
 
     def compile_dense_path(self, **options: Any) -> None:
         """Compile everything after the look-ups in place, as ``torch.nn.Module.compile`` does.

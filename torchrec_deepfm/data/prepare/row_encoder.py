@@ -8,7 +8,7 @@ Shape letters: n rows, I numeric columns, F1 categorical columns with one id per
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -36,6 +36,7 @@ from torchrec_deepfm.strict_json import as_type, parse_json
 
 ENCODER: Final = "encoder.json"
 FORMAT_VERSION: Final = 1
+BATCH_ROWS: Final = 8192
 _MAX_BYTES: Final = 64 << 20
 _Count = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
 
@@ -76,6 +77,11 @@ class EncodedRows:
             weights = None if one.weights is None else one.weights[first:last]
             bags[name] = CopiedBags(ids=one.ids[first:last], lengths=one.lengths[start:stop], weights=weights)
         return EncodedRows(dense=self.dense[start:stop], sparse=self.sparse[start:stop], bags=bags, bad={})
+
+    def batches(self) -> Iterator["EncodedRows"]:
+        """Yield all rows in order, ``BATCH_ROWS`` at a time: activations of more would take much memory."""
+        for start in range(0, len(self), BATCH_ROWS):
+            yield self.slice(start, min(start + BATCH_ROWS, len(self)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,6 +264,23 @@ class RowEncoder:
             row = min(bad)
             raise UserError(f"row {row + 1}, {bad[row]}; correct it, or skip such rows (on_bad_row='skip')")
         return raw, bad
+
+    def example(self) -> dict[str, Any]:
+        """Make a raw row to try: the most frequent categories, or None where they are hashed, and 0 for numbers."""
+        raw, row = self.raw_schema, dict.fromkeys(self.raw_schema.columns_read[1:])
+        row |= dict.fromkeys(raw.numeric, 0)
+        first = len(self.schema.categorical) - len(raw.categorical)  # before them are the bucketized numbers
+        for j, name in enumerate(raw.categorical):
+            value = self._vocabularies[first + j].most_frequent if self._vocabularies else None
+            options = raw.options(name)
+            if value is None:
+                continue
+            if raw.layout == "criteo":
+                value = f"{value:08x}"
+            row[name] = [value] if options.list and options.separator is None else value
+            if options.weights is not None:
+                row[options.weights] = [1.0]
+        return row
 
     def texts(self, raw: pl.DataFrame) -> list[tuple[str, ...]]:
         """Write the raw values of each row as text, in the order of the model's fields.

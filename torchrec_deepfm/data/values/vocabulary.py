@@ -111,6 +111,11 @@ class Vocabulary:
         """Type of the values."""
         return self._values.dtype
 
+    @property
+    def most_frequent(self) -> Any:
+        """The value of id 1; None for missing, or without any value."""
+        return self._values[0] if len(self) else None
+
     def ids(self, values: pl.Series) -> NDArray[np.int32]:
         """Turn values into ids.
 
