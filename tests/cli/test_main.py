@@ -80,6 +80,7 @@ OPTIONS = {
         "resume",
         "checkpoints",
         "plan",
+        "hardware",
         "constraint",
         "qcomms",
         "timeout",

@@ -1,7 +1,7 @@
 """The commands that measure: ``experiment`` and ``calibrate``. They load torch when they run."""
 
 import os
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -10,7 +10,6 @@ import tyro
 from torchrec_deepfm import console, launch
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.files import check_target
-from torchrec_deepfm.processes import local_world_size
 from torchrec_deepfm.sharding.inputs.hardware import MAX_BATCH_SIZE, MAX_RANKS
 from torchrec_deepfm.sharding.inputs.sharding_types import FusedOptimizer
 
@@ -125,8 +124,9 @@ class ExperimentCommand:
 
             def write() -> None:
                 from torchrec_deepfm.experiment.plans import summarize, write_experiment
+                from torchrec_deepfm.sharding.runtime.local_hardware import device_name
 
-                experiment = summarize(measured, plans, options, hardware, device=_device_name(device), scaling=scaling)
+                experiment = summarize(measured, plans, options, hardware, device=device_name(device), scaling=scaling)
                 write_experiment(experiment, self.output)
                 console.say(experiment_table(experiment))
                 console.say(f"wrote {self.output}{os.sep}: results.json, plans{os.sep}, report.html")
@@ -137,10 +137,11 @@ class ExperimentCommand:
         from torchrec_deepfm.distributed import process_group as ranks
         from torchrec_deepfm.experiment.plans import PlanSelection, check_output, make_plans, predict_scaling
         from torchrec_deepfm.sharding.inputs.tables import read_tables
+        from torchrec_deepfm.sharding.runtime.local_hardware import describe_hardware
 
         check_output(self.output)
         tables = read_tables(self.tables, self.dim)
-        hardware = _hardware(self.hardware, device)
+        hardware = describe_hardware(self.hardware, device)
         wanted = PlanSelection(files=self.plans, rules=self.rules, sweep=self.sweep or not (self.plans or self.rules))
         plans = make_plans(wanted, tables, hardware, ranks.count(), self.batch_size, self.optimizer)
         counts = self.scaling or tuple(ranks.count() * times for times in (1, 2, 4, 8))
@@ -245,51 +246,3 @@ def _agreement_line(name: str, experiment: "Experiment") -> str:
         return f"{name:<44}{len(experiment.plans):>6}{'-':>9}{'-':>10}{'-':>9}  -"
     rank = "-" if found.spearman is None else f"{found.spearman:.3f}"
     return f"{name:<44}{found.plans:>6}{experiment.mean_error():>9.1%}{rank:>10}{found.regret:>9.1%}  {found.picked}"
-
-
-def _hardware(named: str | None, device: "torch.device") -> "Hardware":
-    """The description to predict with, with the hosts that these ranks are on."""
-    from torchrec_deepfm.experiment.memory import host_bytes
-    from torchrec_deepfm.sharding.inputs.hardware_toml import read_hardware
-    from torchrec_deepfm.sharding.inputs.presets import PRESETS
-
-    local = local_world_size()
-    if named is not None:
-        hardware = read_hardware(named)
-    elif device.type == "cpu":
-        hardware = replace(PRESETS["cpu"], ddr_bytes=host_bytes() // local)
-    else:
-        hardware = _gpu_preset(_device_name(device), _gpu_bytes(device))
-    if hardware.compute_device != device.type:
-        raise UserError(
-            f"--hardware {named}: it describes {hardware.compute_device} ranks, these are {device.type} ranks; leave "
-            "the option out, or name another one"
-        )
-    return replace(hardware, ranks_per_host=local)
-
-
-def _gpu_preset(name: str, capacity: int) -> "Hardware":
-    """The preset of a GPU such as "NVIDIA A100-SXM4-40GB", with so many bytes; the driver keeps some for itself."""
-    from torchrec_deepfm.sharding.inputs.presets import PRESETS
-
-    fitting = [
-        preset
-        for preset in PRESETS.values()
-        if preset.name.partition("-")[0].upper() in name.upper() and (preset.hbm_bytes or 0) * 0.85 < capacity
-    ]
-    if not fitting:
-        raise UserError(f"no preset for {name}; name one with --hardware, or a TOML file")
-    # "GB200" holds "B200" too.
-    return max(fitting, key=lambda preset: (len(preset.name.partition("-")[0]), preset.hbm_bytes or 0))
-
-
-def _device_name(device: "torch.device") -> str:
-    import torch
-
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
-
-def _gpu_bytes(device: "torch.device") -> int:
-    import torch
-
-    return int(torch.cuda.get_device_properties(device).total_memory)

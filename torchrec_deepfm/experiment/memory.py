@@ -1,6 +1,5 @@
 """The most memory that a piece of work needs in this process."""
 
-import os
 from pathlib import Path
 
 import torch
@@ -38,11 +37,6 @@ class PeakMemory:
         if self._device.type == "cuda":
             return int(torch.cuda.max_memory_allocated(self._device)) - self._before
         return max(_resident("VmHWM:") - self._before, 0)
-
-
-def host_bytes() -> int:
-    """Return the memory of this host."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _resident(key: str) -> int:

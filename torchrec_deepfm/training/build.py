@@ -23,6 +23,7 @@ from torchrec_deepfm.sharding.inputs.sharding_types import IN_MEMORY_KERNELS
 from torchrec_deepfm.sharding.plan.plan import PlanFile
 from torchrec_deepfm.sharding.plan.torchrec_plan import find_embedding_bags, to_sharding_plan
 from torchrec_deepfm.sharding.runtime.init_tables import initialize_tables
+from torchrec_deepfm.sharding.runtime.local_hardware import known_hardware
 from torchrec_deepfm.sharding.runtime.plan_model import DATA_PARALLEL_ROWS, plan_model, read_fitting_plan
 from torchrec_deepfm.sharding.runtime.sharder import make_sharder
 from torchrec_deepfm.training.config import TrainConfig
@@ -90,6 +91,7 @@ def build_model(
     is_weighted: bool = False,
     constraints: Mapping[str, ParameterConstraints] | Sequence[str] = (),
     plan: Path | PlanFile | None = None,
+    hardware: str | None = None,
 ) -> Sharded:
     """Build ``DeepFMTrain`` sharded over the current process group; a collective.
 
@@ -102,6 +104,7 @@ def build_model(
         device: this rank's device.
         is_weighted: whether the batches carry weights, for all ids or for none (``bool(data.schema.weighted)``).
         constraints: for the planner, by table; or rules, see ``sharding.inputs.constraints``.
+        hardware: what the ranks run on, for the planner: a preset or a TOML file. Default: the GPU's preset.
         plan: a fitting plan, or a plan file that rank 0 reads, to use instead of the planner.
 
     Returns:
@@ -159,6 +162,8 @@ def build_model(
             device=device,
             sharder=sharder,
             constraints=by_table,
+            hardware=known_hardware(hardware, device),
+            optimizer=config.sparse_optimizer,
             ema=bool(config.ema),
         )
 

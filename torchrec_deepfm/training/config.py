@@ -222,6 +222,9 @@ class RunOptions:
     """Folder, or URL such as s3://bucket/run, for the checkpoints. Default: in the run folder."""
     plan: Path | None = None
     """File of a plan that says where the tables go: of the command plan, or the plan.json of a run."""
+    hardware: str | None = None
+    """What the ranks run on: a preset, or a TOML file such as calibrate writes. The balanced planner then places the
+    tables where it predicts faster steps than TorchRec's planner. Default: the GPU's preset; none on CPUs."""
     constraints: Annotated[
         tuple[str | tuple[str, ...], ...],
         tyro.conf.arg(name="constraint", metavar="RULE [RULE ...]"),

@@ -19,6 +19,7 @@ from torchrec_deepfm.distributed.run_lock import RunLock
 from torchrec_deepfm.distributed.stop_signals import Preempted, Requests, requests_to_stop
 from torchrec_deepfm.distributed.time_limit import stop_before_limit
 from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.sharding.plan.plan import PlanFile
 from torchrec_deepfm.training.build import Sharded, build_model
 from torchrec_deepfm.training.checkpoint.manager import Checkpoints, save_model, try_load_model
 from torchrec_deepfm.training.checkpoint.store import MANIFEST
@@ -174,6 +175,7 @@ class _Training:
             is_weighted=self._run.weighted,
             constraints=self._options.rules,
             plan=self._options.plan,
+            hardware=self._options.hardware,
         )
         checkpoints = self._checkpoints = Checkpoints(
             self._target,
@@ -211,6 +213,8 @@ class _Training:
                 )
                 on_main(lambda: write_data_summary(self._output, data))
                 if is_main():
+                    if world_size > 1:
+                        self._say(_planner_line(sharded.plan_file, self._options.plan))
                     step, samples = loop.position.step, loop.samples
                     for line in metrics_log.forget_after(self._output, step, evaluated=loop.position.evaluated):
                         self._say(line)
@@ -461,3 +465,12 @@ def _summary(config: TrainConfig, figures: Mapping[str, Mapping[str, Any]], loop
         "batch_size": config.batch_size,
         "world_size": dist.get_world_size(),
     }
+
+
+def _planner_line(plan: PlanFile, file: Path | None) -> str:
+    """Whose plan places the tables."""
+    who = f"the plan {file}" if file else "the balanced planner" if plan.search == "balanced" else "TorchRec's planner"
+    line = f"Tables placed by {who}"
+    if plan.predicted is not None and plan.hardware is not None and file is None:
+        line += f", {plan.predicted.critical_path_ms:.2f} ms per step predicted for {plan.hardware.name}"
+    return line

@@ -20,10 +20,12 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from torchrec_deepfm import embedding_tables
 from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.sharding.estimate import predict
 from torchrec_deepfm.sharding.inputs.constraints import in_device_memory, parse_constraints
 from torchrec_deepfm.sharding.inputs.presets import PRESETS
 from torchrec_deepfm.sharding.inputs.sharding_types import SHARDING_TYPES, SparseOptimizer
 from torchrec_deepfm.sharding.inputs.tables import Table
+from torchrec_deepfm.sharding.inputs.topology import topology as hardware_topology
 from torchrec_deepfm.sharding.plan.io import save_plan
 from torchrec_deepfm.sharding.plan.plan import PlanFile, PlannedShard, PlannedTable
 from torchrec_deepfm.sharding.plan.torchrec_plan import to_sharding_plan
@@ -83,6 +85,29 @@ def test_a_constraint_chooses_the_type(kind: str) -> None:
     widths = {shard.sizes[1] for table in found.values() for shard in table.shards}
     # Without a width of the user's, columns are cut in two: TorchRec by itself would leave 32 columns whole.
     assert widths == ({16} if kind in ("column_wise", "table_column_wise", "grid_shard") else {32})
+
+
+@pytest.mark.parametrize(("hardware", "winner"), [("h100", "balanced"), ("cpu", "torchrec")])
+def test_the_planner_that_predicts_the_faster_step_for_known_hardware(hardware: str, winner: str) -> None:
+    """Sixteen H100: TorchRec's planner never cuts 32 columns by itself. One table for two CPU ranks: a draw."""
+    sizes, ranks = (SIZES, 16) if hardware == "h100" else ({"C1": 40}, 2)
+    tables, at = embedding_tables(sizes, factor_dim=31), PRESETS[hardware]
+    device = torch.device(at.compute_device)
+    options: dict[str, Any] = {
+        "replicated": set(), "batch_size": 4096, "device": device, "sharder": make_sharder(device),
+        "topology": hardware_topology(at, ranks),
+    }  # fmt: skip
+    if hardware == "cpu":
+        options["constraints"] = parse_constraints(["C1=table_wise"], tables, compute_device="cpu", world_size=2)
+    alone = plan_model(Model(tables), tables, **options)
+    found = plan_model(Model(tables), tables, hardware=at, optimizer="sgd", **options)
+    sizes_of = [Table(name=f"t_{name}", num_embeddings=rows, embedding_dim=32) for name, rows in sizes.items()]
+    torchrecs = predict(alone, sizes_of, at, optimizer="sgd").critical_path_ms
+    assert found.predicted is not None
+    assert (found.search == "balanced") == (winner == "balanced")
+    assert (found.predicted.critical_path_ms < 0.99 * torchrecs) == (winner == "balanced")
+    if winner == "torchrec":
+        assert found.without_predictions().tables == alone.tables
 
 
 def test_kernels_in_the_hosts_memory() -> None:

@@ -1,6 +1,7 @@
 """``train --constraint`` and ``--plan`` on two real ranks: what comes out, and how their mistakes reach every rank."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -43,9 +44,14 @@ def everything(folder: str) -> dict[str, Any]:
     train(CONFIG, data, home / "by rules", CPU, RunOptions(constraints=RULES))
     train(CONFIG, data, home / "by plan", CPU, RunOptions(plan=home / "by rules" / "plan.json"))
     train(CONFIG, data, home / "by planner", CPU)
+    options = RunOptions(hardware=str(home / "here.toml"))
+    said: list[str] = []
+    train(CONFIG, data, home / "by hardware", CPU, options, say=said.append)
     on_main(lambda: unfinished(home / "by rules", home / "gone on with"))
     train(CONFIG, data, home / "gone on with", CPU, RunOptions(plan=home / "by planner" / "plan.json"))
     return {
+        "placed": [line for line in said if line.startswith("Tables placed by")],
+        "hardware": refusal(folder, hardware="h100"),
         "one rank": refusal(folder, plan=home / "one rank.json"),
         "absent": refusal(folder, plan=home / "absent.json"),
         "both": refusal(folder, plan=home / "by rules" / "plan.json", constraints=RULES),
@@ -70,6 +76,7 @@ def home(data: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> Path:
         }
         for name, rows in data.num_embeddings.items()
     ]  # fmt: skip
+    (home / "here.toml").write_text('base = "cpu"\nintra_host_bandwidth = "0.4 GB/s"\n[extra]\nshard_ms = 0.05\n')
     head = {
         "format": "torchrec_deepfm.plan", "format_version": 2, "world_size": 1, "local_world_size": 1,
         "batch_size": None, "search": "by hand", "hardware": None, "made_with": {}, "predicted": None,
@@ -109,8 +116,19 @@ def test_a_run_goes_on_under_another_plan(told: list[dict[str, Any]], home: Path
 
 
 def test_mistakes_reach_every_rank_in_one_line(told: list[dict[str, Any]], home: Path) -> None:
+    placed = [each.pop("placed") for each in told]
     assert told[0] == told[1]
+    assert placed[1] == []
+    assert re.fullmatch(
+        r"Tables placed by (the balanced|TorchRec's) planner, \d+\.\d\d ms per step predicted for here", *placed[0]
+    )
+    plan = load_plan(home / "by hardware" / "plan.json")
+    assert plan.predicted is not None
+    assert plan.hardware is not None
+    assert (plan.hardware.name, plan.hardware.intra_host_bandwidth) == ("here", 4e8)
     assert told[0] == {
+        "hardware": "--hardware h100: it describes cuda ranks, these are cpu ranks; leave the option out, or name "
+        "another one",
         "one rank": FOR_ONE.format(home / "one rank.json"),
         "absent": f"{home / 'absent.json'}: no such file; make a plan with plan, or name a run's plan.json",
         "both": "--plan and --constraint: a plan already places every table; leave one of them out",

@@ -1,4 +1,4 @@
-"""Who holds what: TorchRec's planner on the hardware at hand, GPUs where there are, else CPU ranks; or a saved plan."""
+"""Who holds what: a plan for the ranks at hand, by TorchRec's planner or the balanced one; or a saved plan."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -28,19 +28,22 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.processes import local_world_size, pod_size
-from torchrec_deepfm.sharding.estimate import memory_by_rank, storage_estimator
+from torchrec_deepfm.sharding.estimate import memory_by_rank, storage_estimator, with_prediction
 from torchrec_deepfm.sharding.inputs.constraints import in_device_memory
-from torchrec_deepfm.sharding.inputs.hardware import RESERVED
+from torchrec_deepfm.sharding.inputs.hardware import RESERVED, Hardware
 from torchrec_deepfm.sharding.inputs.sharding_types import COLUMN_TYPES, SparseOptimizer, default_min_partition
 from torchrec_deepfm.sharding.inputs.tables import Table
+from torchrec_deepfm.sharding.inputs.topology import topology as hardware_topology
 from torchrec_deepfm.sharding.plan.io import load_plan
 from torchrec_deepfm.sharding.plan.plan import PlanFile
 from torchrec_deepfm.sharding.plan.torchrec_plan import from_sharding_plan
 from torchrec_deepfm.sharding.plan.validate import check_fits, check_memory
 from torchrec_deepfm.sharding.runtime.planner_errors import explain
+from torchrec_deepfm.sharding.search.plan_tables import Planning, critical_path_ms
 
 DATA_PARALLEL_ROWS = "--data-parallel-rows"
 _DATA_PARALLEL = ShardingType.DATA_PARALLEL.value
+_WINS = 0.99  # less than a percent of difference is below what any estimate says
 
 
 def plan_model(
@@ -54,9 +57,14 @@ def plan_model(
     replicated_by: str = DATA_PARALLEL_ROWS,
     constraints: Mapping[str, ParameterConstraints] | None = None,
     topology: Topology | None = None,
+    hardware: Hardware | None = None,
+    optimizer: SparseOptimizer = "rowwise_adagrad",
     ema: bool = False,
 ) -> PlanFile:
-    """Plan where the tables go with TorchRec's planner; on one rank, for all ranks of the process group.
+    """Plan where the tables go; on one rank, for all ranks of the process group.
+
+    TorchRec's planner plans. Where the hardware is known and the balanced search predicts faster steps for it, its plan
+    is taken.
 
     Args:
         module: the model, its tables on ``meta``.
@@ -70,6 +78,8 @@ def plan_model(
         replicated_by: the option that selects these tables, for messages.
         constraints: what the planner may do with single tables, by name, instead of the above.
         topology: the ranks and their memory; by default those at hand.
+        hardware: the ranks at hand; without it, TorchRec's planner plans for its own bandwidths.
+        optimizer: of the tables, for its memory.
         ema: whether a moving average of the weights is kept: it takes as much memory as they do, and every table then
             stays in the device's memory.
 
@@ -82,7 +92,8 @@ def plan_model(
     constraints = constraints or {}
     kinds = {name: each.sharding_types for name, each in constraints.items() if each.sharding_types}
     check_replicated(replicated, kinds, tables, "--constraint", replicated_by)
-    topology = topology or local_topology(device)
+    if topology is None:
+        topology = hardware_topology(hardware, dist.get_world_size()) if hardware else local_topology(device)
     given = in_device_memory(tables, constraints) if ema else constraints
     allowed = {table.name: _allowed(table, replicated, given, device) for table in tables}
     estimators = [
@@ -98,13 +109,13 @@ def plan_model(
         constraints=allowed,
     )
     try:
-        plan = planner.plan(module, [sharder])
+        made = planner.plan(module, [sharder])
     except PlannerError as error:
         options = planner._enumerator.last_stored_search_space  # type: ignore[attr-defined]
         reserved = planner._storage_reservation.last_reserved_topology
         raise explain(error, options or [], reserved or topology, proposals=planner._num_proposals, ema=ema) from error
-    return from_sharding_plan(
-        plan,
+    plan = from_sharding_plan(
+        made,
         tables,
         world_size=topology.world_size,
         local_world_size=topology.local_world_size,
@@ -112,6 +123,18 @@ def plan_model(
         batch_size=batch_size,
         search="constraints" if constraints else "torchrec",
     )
+    if hardware is None or topology.world_size == 1 or len(replicated) == len(tables):
+        return plan
+    free = {
+        name: replace(each, min_partition=given[name].min_partition if name in given else None)
+        for name, each in allowed.items()
+    }
+    listed = [table_of(table, free[table.name]) for table in tables]
+    plan = with_prediction(plan, listed, hardware, optimizer=optimizer, ema=ema)
+    balanced = Planning(
+        listed, hardware, topology.world_size, batch_size, constraints=free, optimizer=optimizer, ema=ema
+    ).plan()
+    return balanced if critical_path_ms(balanced) < critical_path_ms(plan) * _WINS else plan
 
 
 def read_fitting_plan(
@@ -160,10 +183,7 @@ def read_fitting_plan(
         replicated, {table.name: [table.sharding_type] for table in plan.tables}, tables, where, replicated_by
     )
     topology = local_topology(device)
-    sizes = [
-        Table(name=table.name, num_embeddings=table.num_embeddings, embedding_dim=table.embedding_dim)
-        for table in tables
-    ]
+    sizes = [table_of(table) for table in tables]
     held = memory_by_rank(plan, sizes, topology, batch_size=batch_size, optimizer=optimizer, ema=ema)
     for tier in ("hbm", "ddr"):
         check_memory(
@@ -174,6 +194,17 @@ def read_fitting_plan(
             where=where,
         )
     return plan
+
+
+def table_of(table: EmbeddingBagConfig, constraint: ParameterConstraints | None = None) -> Table:
+    """Describe a model's table to the balanced search."""
+    pooling = (constraint or ParameterConstraints()).pooling_factors
+    return Table(
+        name=table.name,
+        num_embeddings=table.num_embeddings,
+        embedding_dim=table.embedding_dim,
+        pooling_factor=sum(pooling) / len(pooling),
+    )
 
 
 def check_replicated(

@@ -1,0 +1,86 @@
+"""What the ranks at hand run on, as a description of hardware."""
+
+import os
+from dataclasses import replace
+
+import torch
+
+from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.processes import local_world_size, pod_size
+from torchrec_deepfm.sharding.inputs.hardware import Hardware
+from torchrec_deepfm.sharding.inputs.hardware_toml import read_hardware
+from torchrec_deepfm.sharding.inputs.presets import PRESETS
+
+
+def host_bytes() -> int:
+    """Return the memory of this host."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def device_name(device: torch.device) -> str:
+    """Return the name of a GPU, or ``cpu``."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def describe_hardware(named: str | None, device: torch.device) -> Hardware:
+    """Describe the ranks at hand, with their ranks per host.
+
+    Args:
+        named: A preset or a TOML file. Default: the preset of the GPU, or ``cpu`` with the memory of this host.
+        device: This rank's device.
+
+    Returns:
+        The description.
+
+    Raises:
+        UserError: There is no such description, no preset for this GPU, or it describes another device.
+    """
+    local = local_world_size()
+    if named is not None:
+        hardware = read_hardware(named)
+    elif device.type == "cpu":
+        hardware = replace(PRESETS["cpu"], ddr_bytes=host_bytes() // local)
+    else:
+        name = device_name(device)
+        found = gpu_preset(name, int(torch.cuda.get_device_properties(device).total_memory))
+        if found is None:
+            raise UserError(f"no preset for {name}; name one with --hardware, or a TOML file")
+        hardware = found
+    if hardware.compute_device != device.type:
+        raise UserError(
+            f"--hardware {named}: it describes {hardware.compute_device} ranks, these are {device.type} ranks; leave "
+            "the option out, or name another one"
+        )
+    return replace(hardware, ranks_per_host=local, pod_size=pod_size())
+
+
+def known_hardware(named: str | None, device: torch.device) -> Hardware | None:
+    """Describe the ranks at hand with the memory that they have; None where nothing says how fast they are.
+
+    The preset ``cpu`` describes no particular machine, so CPU ranks are known by a calibrated file only.
+    """
+    if named is None:
+        if device.type == "cpu":
+            return None
+        total = int(torch.cuda.get_device_properties(device).total_memory)
+        if gpu_preset(device_name(device), total) is None:
+            return None
+    hardware = describe_hardware(named, device)
+    hbm = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+    return replace(hardware, hbm_bytes=hbm, ddr_bytes=host_bytes() // local_world_size())
+
+
+def gpu_preset(name: str, capacity: int) -> Hardware | None:
+    """Return the preset of a GPU with so many bytes, of which the driver keeps some; None where there is none.
+
+    Example:
+        >>> [gpu_preset(name, 80 * 2**30).name for name in ("NVIDIA A100-SXM4-80GB", "NVIDIA H100 80GB HBM3")]
+        ['a100-80', 'h100']
+    """
+    fitting = [
+        preset
+        for preset in PRESETS.values()
+        if preset.name.partition("-")[0].upper() in name.upper() and (preset.hbm_bytes or 0) * 0.85 < capacity
+    ]
+    # "GB200" holds "B200" too.
+    return max(fitting, key=lambda preset: (len(preset.name.partition("-")[0]), preset.hbm_bytes or 0), default=None)
