@@ -58,7 +58,7 @@ def _launch(
         name: the job's name
         env: environment variables of the ranks (ENV1=v1,ENV2=v2)
         mounts: folders and volumes of a container (type=bind,src=/host/data,dst=/data,readonly)
-        tracker: folder or fsspec address where TorchX's tracker keeps the run's options, metrics and artifacts
+        tracker: configuration file of TorchX's fsspec tracker, which keeps the run's options, metrics and files
         max_retries: how often the scheduler may start the job again; it resumes
         max_restarts: how often torchelastic may start the ranks again, each time from the last checkpoint
         rdzv_port: port on the first host where several hosts meet; another one for each job there (one host uses none)

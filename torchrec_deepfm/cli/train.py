@@ -93,11 +93,13 @@ class Train:
         from torchrec_deepfm.distributed.health import longest_wait
         from torchrec_deepfm.evaluation.field_importance import write_importance_if_small
         from torchrec_deepfm.training.quality import refuse_worse
+        from torchrec_deepfm.training.run.tracker import job_tracker, track
         from torchrec_deepfm.training.seeds import train_seeds
         from torchrec_deepfm.training.trainer import train
 
         how = partial(train_seeds, count=self.seeds) if self.seeds > 1 else train
         with ranks.process_group(longest_wait(self.options.timeout)) as device:
+            ranks.on_main(lambda: job_tracker() is not None)  # refuses one that cannot be opened
             if self.data is None:
                 sample = Path("data") / "synthetic"
                 folder = ranks.on_main(lambda: sample_data(sample, console.say).folder)
@@ -119,6 +121,7 @@ class Train:
                     console.say(console.metrics_table(console.splits(result.summary)))
                 else:
                     console.say(console.training_summary(result.summary, result.folder))
+            ranks.on_main(lambda: track(job_tracker(), result.folder, self.config, result.summary))
             ranks.on_main(lambda: refuse_worse(result.summary, str(result.folder), self.max_ne))
 
 
