@@ -3,7 +3,7 @@
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +13,7 @@ import numpy as np
 
 from torchrec_deepfm.data.dataset.prepared import LABELS, SPLITS
 from torchrec_deepfm.data.prepare.npy_appender import read_rows
+from torchrec_deepfm.data.prepare.options import SPLITS_BY_ROW
 from torchrec_deepfm.data.prepare.stage import Part, Unit
 from torchrec_deepfm.data.raw.criteo_text import TextLog
 from torchrec_deepfm.data.raw.source import Source
@@ -25,6 +26,8 @@ SPLITS_BY_LOT: Final = {
     "8:1:1": {"train": range(8), "validation": range(8, 9), "test": range(9, 10)},
     "9:1": {"train": range(9), "test": range(9, 10)},
 }
+# Buckets of rows whose split follows from their values; ``row_splits.py`` deals them.
+LOTS_BY_ROW: Final = {"train": range(1), "validation": range(1, 2), "test": range(2, 3)}
 LAST_DAY: Final = "last-day"
 NONE: Final = "none"
 # Up to this many files of a split have their own arrays; of more, neighbours share arrays.
@@ -78,6 +81,8 @@ def find_inputs(
     way = "files" if held_out else split or "8:1:1"
     paths = {part: _expand(entries, schema) for part, entries in named.items()}
     _check_distinct(paths)
+    if way in SPLITS_BY_ROW and schema.layout != "table":
+        raise UserError(f"--split {way}: Criteo's text has no such column; choose --split last-day, or name files")
     days = _days(paths)
     sources = _open(paths, schema, piece_bytes)
     _check_distinct({part: [source.path for source in opened] for part, opened in sources.items()})
@@ -96,7 +101,7 @@ def find_inputs(
     numbers = sorted(days) if days is not None else range(len(groups))
     units = []
     for i, (number, group) in enumerate(zip(numbers, groups, strict=True)):
-        lots = SPLITS_BY_LOT.get(way)
+        lots = LOTS_BY_ROW if way in SPLITS_BY_ROW else SPLITS_BY_LOT.get(way)
         if lots is None:
             parts: tuple[Part, ...] = (Part(stem=f"day_{number}", split="train"),)
         else:
@@ -240,7 +245,9 @@ def days_of_splits(
                 splits["validation"], splits["test"] = ([half] for half in _halves(day, folder))
             elif counts["rows"]:
                 splits[part.split].append(day)
-    wanted = SPLITS_BY_LOT.get(inputs.split, {})
+    wanted: Iterable[str] = SPLITS_BY_LOT.get(inputs.split, {})
+    if inputs.split in SPLITS_BY_ROW:
+        wanted = ("train",) if inputs.split == "column" else SPLITS
     for split in wanted:
         if not splits[split]:
             total = sum(record["rows"] for record in records)

@@ -1,5 +1,6 @@
 """The options of ``prepare`` and their ranges."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, get_args
@@ -12,9 +13,55 @@ from torchrec_deepfm.units import parse_bytes
 MIN_MEMORY: Final = 1 << 30
 MIN_COUNT: Final = 10
 
-Split = Literal["8:1:1", "9:1", "last-day", "none"]
+Split = Literal["8:1:1", "9:1", "last-day", "time", "leave-last-out", "column", "none"]
+# Splits that follow from values of the rows, and the option that each needs.
+SPLITS_BY_ROW: Final = {"time": "time", "leave-last-out": "user", "column": "split_column"}
+_SPAN: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
 Missing = Literal["value", "rare"]
 OnBadRow = Literal["error", "skip"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitBy:
+    """The columns that rows are split by.
+
+    Raises:
+        UserError: a value is out of its range; the message names the option.
+    """
+
+    time: str | None = None
+    """Column with the time of a row: for --split time (the first 8 tenths train, then one each) and leave-last-out.
+    With other splits, held-out rows that are earlier than training rows are counted."""
+    gap: str = "0"
+    """With --split time: rows within this time after the end of a split are left out, such as 1d, 12h or 30m; a plain
+    number where the time is one."""
+    user: str | None = None
+    """Column with the user, for --split leave-last-out: the last rows of each user are for test, those before them
+    for validation."""
+    leave: int = 1
+    """With leave-last-out: rows of each user to leave out for test, and as many for validation."""
+    split_column: str | None = None
+    """Column for --split column: train, validation or test in each row."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if self.leave < 1:
+            raise UserError(f"--leave {self.leave}: must be at least 1")
+        if re.fullmatch(r"(\d+\.?\d*)\s*([smhdw]?)", self.gap) is None:
+            raise UserError(f"--gap {self.gap}: not a time; give a number with s, m, h, d or w, such as 1d")
+
+    @property
+    def gap_amount(self) -> tuple[float, bool]:
+        """The gap: seconds and True where it has a unit, else a number and False."""
+        unit = self.gap[-1:] if self.gap[-1:] in _SPAN else ""
+        number = float(self.gap.removesuffix(unit).strip())
+        return (number * _SPAN[unit], True) if unit else (number, False)
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """The columns to read, by role."""
+        named = {"time": self.time, "user": self.user, "split_column": self.split_column}
+        return {role: name for role, name in named.items() if name is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +73,11 @@ class PrepareOptions:
     """
 
     split: Split | None = None
-    """How to split the input where no files are given for validation and test: 8:1:1, 9:1 (no validation), last-day
-    (halved: validation, test), or none. Default: 8:1:1; for criteo-terabyte last-day."""
+    """How to split the input where no files are given for validation and test: by random 8:1:1 or 9:1 (no
+    validation), last-day (halved: validation, test), time, leave-last-out (of each user), column (which names the
+    split), or none. Default: 8:1:1; for criteo-terabyte last-day."""
+    split_by: Annotated[SplitBy, tyro.conf.arg(name="")] = SplitBy()
+    """The columns that rows are split by."""
     numeric_transform: Annotated[str | None, tyro.conf.arg(name="numeric")] = None
     """What becomes of numbers: log1p, signed_log1p, log (as TorchRec's script), bucketize (extra categories),
     fuxictr (the same as FuxiCTR makes them), or none. Default: what the schema says; else log1p for Criteo, none
@@ -60,6 +110,13 @@ class PrepareOptions:
             value = getattr(self, name)
             if value is not None and value not in get_args(choices):
                 raise UserError(f"--{name.replace('_', '-')} {value}: choose {one_of(get_args(choices), value)}")
+        for split, role in SPLITS_BY_ROW.items():
+            if self.split == split and role not in self.split_by.columns:
+                raise UserError(f"--split {split}: give the column, --{role.replace('_', '-')} NAME")
+            if self.split != split and role in self.split_by.columns and role != "time":
+                raise UserError(f"--{role.replace('_', '-')}: only valid with --split {split}; leave it out")
+        if self.split != "time" and self.split_by.gap_amount[0]:
+            raise UserError("--gap: only valid with --split time; leave it out")
         if self.min_count is not None and self.min_count < 1:
             raise UserError(f"--min-count {self.min_count}: must be at least 1")
         if self.threads is not None and self.threads < 1:

@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -45,6 +45,7 @@ from torchrec_deepfm.data.prepare.provenance import (
     versions,
     what_changed,
 )
+from torchrec_deepfm.data.prepare.row_splits import RowSplits
 from torchrec_deepfm.data.prepare.stage import Stager, Unit, skipped_rows
 from torchrec_deepfm.data.prepare.survey import statistics, summary, survey, surveyed_units
 from torchrec_deepfm.data.prepare.work_folder import WorkFolder, check_room, estimate_bytes
@@ -108,6 +109,21 @@ class Job:
             separate=separate,
         )
         self._work = WorkFolder(output)
+        self._row_splits = RowSplits(
+            split=self._inputs.split,
+            by=options.split_by,
+            schema=self._reading,
+            work=self._work,
+            skip_bad=options.on_bad_row == "skip",
+            halved=self._inputs.halved,
+        )
+        if options.split_by.columns and raw.layout != "table":
+            raise UserError("--time: Criteo's text has no column for it; leave it out")
+        if options.split_by.columns:
+            self._row_splits.check(source for unit in self._inputs.units for source in unit.sources)
+        if self._row_splits.deals:
+            units = [replace(unit, lots=self._row_splits.lots_file(unit)) for unit in self._inputs.units]
+            self._inputs = replace(self._inputs, units=tuple(units))
         self._connection = connect(self._work.spill, memory=int(memory * DUCKDB_SHARE), threads=options.threads)
         self._stager = Stager(
             work=self._work,
@@ -117,7 +133,7 @@ class Job:
             skip_bad=options.on_bad_row == "skip",
         )
         counts = not options.hash and self._old is None
-        self._made = {
+        self._made: dict[str, Any] = {
             "mode": "hash" if options.hash else "vocabulary",
             "min_count": common if counts else None,
             "num_embeddings": self._hash_sizes,
@@ -130,6 +146,8 @@ class Job:
             "sources": {part: [source_name(one) for one in sources] for part, sources in self._inputs.sources.items()},
             "versions": versions(),
         }
+        if options.split_by.columns:  # folders of earlier versions have no such key
+            self._made["split_by"] = asdict(options.split_by)
 
     def run(self) -> PreparedData:
         """Do what is left to do; see ``prepare``."""
@@ -162,6 +180,7 @@ class Job:
         try:
             self._together(enter)
             self._work.share()
+            self._split_rows()
             self._learn()
             self._together(self._stage)
             units = [(unit, self._record(unit)) for unit in self._inputs.units]
@@ -268,6 +287,7 @@ class Job:
             for unit in changed:
                 self._work.forget(unit.name)
                 self._work.forget(f"survey_{unit.name}")
+                self._work.forget(f"survey_split_{unit.name}")
         for name, state in states.items():
             if self._work.record(f"source_{name}") != json.loads(json.dumps(state)):
                 self._work.write_record(f"source_{name}", state)
@@ -279,6 +299,29 @@ class Job:
         what = what_changed(before, unit_state(unit), unit)
         if what:
             raise UserError(f"{what} while it was read; run the same command again when nothing writes to it")
+
+    def _split_rows(self) -> None:
+        """Settle the split of rows that follows from their values, and name rows that leak across time."""
+        units = self._inputs.units if self._options.split_by.columns else ()
+        if not units:
+            return
+        said: list[str] = []
+
+        def collect() -> None:
+            mine = self._workers.mine(list(enumerate(units)), [float(unit.bytes) for unit in units])
+            with Phase("split", sum(unit.bytes for _, unit in mine) / 1e6, report=self._report) as phase:
+                for place, unit in mine:
+                    with self._unchanged(unit):
+                        self._row_splits.collect(unit, place, phase.shares(unit.bytes / 1e6))
+
+        def settle() -> None:
+            if self._workers.is_main:
+                said.extend(self._row_splits.settle(units, self._connection, self._forget_rows))
+
+        self._together(collect)
+        self._together(settle)
+        for line in said:
+            self._say(line)
 
     def _learn(self) -> None:
         """Learn from the training rows what the transforms of numbers need."""
@@ -319,7 +362,7 @@ class Job:
 
     def _forget_rows(self) -> None:
         """Forget all rows that were prepared."""
-        for pattern in ("sum_*", "encode_*", "stage_*"):
+        for pattern in ("sum_*", "encode_*", "stage_*", "survey_stage_*"):
             self._work.forget(pattern)
         for path in self._work.out.glob("vocabulary_*"):
             path.unlink()

@@ -40,7 +40,7 @@ OnPiece = Callable[[int, float], None]
 class Part:
     """The destination of some of a source's rows.
 
-    ``lots``: their random buckets, of 0 to 9; ``None``: all rows.
+    ``lots``: their random buckets, of 0 to 9, or what ``row_splits.py`` dealt them; ``None``: all rows.
     """
 
     stem: str
@@ -53,13 +53,14 @@ class Unit:
     """Sources whose rows share arrays, one after another, and where these rows go.
 
     ``sources``: the raw rows; one source, or many small files of a table. ``entropy``: seed of the buckets; unused with
-    one part.
+    one part. ``lots``: file with the bucket of each row, where it follows from its values.
     """
 
     name: str
     sources: tuple[Source, ...]
     parts: tuple[Part, ...]
     entropy: tuple[int, ...] = ()
+    lots: Path | None = None
 
     @property
     def bytes(self) -> int:
@@ -280,10 +281,13 @@ def deal(unit: Unit, first: int, rows: int) -> Iterator[tuple[Part, NDArray[np.b
     if len(unit.parts) == 1:
         yield unit.parts[0], None
         return
-    # 64 random bits per row, so that those of any range can be computed without the rows before it.
-    bits = np.random.PCG64(np.random.SeedSequence(unit.entropy))
-    bits.advance(first)
-    lots = (np.random.Generator(bits).random(rows) * 10).astype(np.int8)
+    if unit.lots is not None:
+        lots = np.load(unit.lots, mmap_mode="r")[first : first + rows]
+    else:
+        # 64 random bits per row, so that those of any range can be computed without the rows before it.
+        bits = np.random.PCG64(np.random.SeedSequence(unit.entropy))
+        bits.advance(first)
+        lots = (np.random.Generator(bits).random(rows) * 10).astype(np.int8)
     for part in unit.parts:
         assert part.lots is not None
         yield part, (lots >= part.lots.start) & (lots < part.lots.stop)
