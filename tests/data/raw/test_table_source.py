@@ -447,15 +447,22 @@ def test_an_unknown_protocol():
     )
 
 
+KINDS = (
+    "a Parquet file (.parquet), a CSV with a header (.csv, .tsv, also .gz or .zst), ORC (.orc), Arrow (.arrow, "
+    ".feather) or JSON lines (.jsonl)"
+)
+
+
 @pytest.mark.parametrize(
     ("files", "expected"),
     [
-        ([], ("no data in this folder; give a Parquet file (.parquet) or a CSV with a header (.csv, .tsv, also .gz or "
-             ".zst), or a folder of such files")),
+        ([], f"no data in this folder; give {KINDS}, or a folder of such files"),
         (["a.csv", "b.pq"], "the folder mixes Parquet and CSV files; name the files, or use two folders"),
-        (["a.csv", "b.csv.bz2"], ("'b.csv.bz2' is not a Parquet file (.parquet) or a CSV with a header (.csv, .tsv, "
-                                  "also .gz or .zst); move it, or name the files one by one")),
-        (["day=1/a.csv"], "contains the folder 'day=1'; name the folders that contain the files"),
+        (["a.csv", "b.csv.bz2"], f"'b.csv.bz2' is not {KINDS}; move it, or name the files one by one"),
+        (["a.orc", "d/b.jsonl"], "the folder mixes ORC and JSON lines files; name the files, or use two folders"),
+        (["day=1/a.csv", "b.csv"], "only some files lie in a folder day=...; name the folders of one kind"),
+        (["_delta_log/0.json", "a.parquet"], ("a Delta table, whose folder also holds rows that were deleted; write it "
+                                              "as plain Parquet first")),
     ],
 )  # fmt: skip
 def test_folders_that_are_no_table(tmp_path, files, expected):
@@ -469,10 +476,7 @@ def test_no_such_file(tmp_path):
     path = tmp_path / "t.parquet"
     assert message(path) == f"{path}: no such file or folder; check the path"
     path = text_file(tmp_path / "t.data", "y,n,c\n")
-    assert message(path) == (
-        f"{path}: the name has no known ending; give a Parquet file (.parquet) or a CSV with a header (.csv, .tsv, "
-        "also .gz or .zst), or a folder of such files"
-    )
+    assert message(path) == (f"{path}: the name has no known ending; give {KINDS}, or a folder of such files")
 
 
 def test_long_values_end_a_piece_early_and_always_at_the_same_row(tmp_path, monkeypatch):

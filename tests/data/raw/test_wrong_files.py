@@ -40,7 +40,11 @@ OTHERS = "other bytes follow the end of the"
         ("t.csv", b"PK\x03\x04..", "this is a ZIP archive or an Excel sheet; unpack it, or save the sheet as CSV"),
         ("t.csv", CSV.decode().encode("utf-16"), "this is UTF-16 text; save it as UTF-8"),
         ("t.csv", CSV.decode().encode("utf-16-le"), "this is binary data or UTF-16 text; give text in UTF-8"),
-        ("t.csv", b'{"y": 1}\n', "this is JSON; write it as CSV with a header, or as Parquet"),
+        (
+            "t.csv",
+            b'{"y": 1}\n',
+            "this is JSON; name it .jsonl if it has an object in each line, or write it as Parquet",
+        ),
         ("t.csv", b"<!DOCTYPE html>", "this is a web page; download the file itself"),
         ("t.csv", b"\n\n", "the file is empty; give a CSV whose first row holds the column names"),
     ],

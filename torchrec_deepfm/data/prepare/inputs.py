@@ -15,6 +15,7 @@ from torchrec_deepfm.data.dataset.prepared import LABELS, SPLITS
 from torchrec_deepfm.data.prepare.npy_appender import read_rows
 from torchrec_deepfm.data.prepare.options import SPLITS_BY_ROW
 from torchrec_deepfm.data.prepare.stage import Part, Unit
+from torchrec_deepfm.data.raw.chunk_files import ChunkTable
 from torchrec_deepfm.data.raw.criteo_text import TextLog
 from torchrec_deepfm.data.raw.source import Source
 from torchrec_deepfm.data.raw.table_source import TableSource, open_tables, unify
@@ -40,6 +41,10 @@ BYTES_OF_A_ROW: Final = 256
 _DAY: Final = re.compile(r"day_(\d+)(?:\.[^/]*)?")
 
 
+# What a user names: a file, a folder, an address, or rows in memory.
+Entry = str | Path | ChunkTable
+
+
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
     """What is to be read.
@@ -59,7 +64,7 @@ class Inputs:
 
 
 def find_inputs(
-    named: Mapping[str, Sequence[str | Path]],
+    named: Mapping[str, Sequence[Entry]],
     schema: Schema,
     *,
     split: str | None,
@@ -80,10 +85,11 @@ def find_inputs(
         )
     way = "files" if held_out else split or "8:1:1"
     paths = {part: _expand(entries, schema) for part, entries in named.items()}
-    _check_distinct(paths)
+    _check_distinct({part: [one for one in entries if isinstance(one, str)] for part, entries in paths.items()})
     if way in SPLITS_BY_ROW and schema.layout != "table":
         raise UserError(f"--split {way}: Criteo's text has no such column; choose --split last-day, or name files")
-    days = _days(paths)
+    files = {part: [path for path in entries if isinstance(path, str)] for part, entries in paths.items()}
+    days = _days(files) if len(files["train"]) == len(paths["train"]) else None
     sources = _open(paths, schema, piece_bytes)
     _check_distinct({part: [source.path for source in opened] for part, opened in sources.items()})
     if days is not None and len(days) != len(sources["train"]):
@@ -161,12 +167,13 @@ def _groups(sources: Sequence[Source], *, separate: bool) -> list[tuple[Source, 
     return [tuple(group) for group in groups]
 
 
-def _expand(entries: Sequence[str | Path], schema: Schema) -> list[str]:
+def _expand(entries: Sequence[Entry], schema: Schema) -> list[str | ChunkTable]:
     """Replace a folder of text logs by its days."""
     if schema.layout != "criteo":
-        return [str(entry) for entry in entries]
-    paths = []
+        return [entry if isinstance(entry, ChunkTable) else str(entry) for entry in entries]
+    paths: list[str | ChunkTable] = []
     for entry in entries:
+        assert not isinstance(entry, ChunkTable)
         folder = Path(entry)
         if not folder.is_dir():
             paths.append(str(entry))
@@ -214,10 +221,10 @@ def _days(paths: Mapping[str, Sequence[str]]) -> list[int] | None:
     return [int(match[1]) for match in train if match is not None]
 
 
-def _open(paths: Mapping[str, Sequence[str]], schema: Schema, piece_bytes: int) -> dict[str, list[Source]]:
+def _open(paths: Mapping[str, Sequence[str | ChunkTable]], schema: Schema, piece_bytes: int) -> dict[str, list[Source]]:
     if schema.layout == "criteo":
         return {
-            part: [TextLog(Path(entry), schema, piece_bytes=piece_bytes) for entry in entries]
+            part: [TextLog(Path(str(entry)), schema, piece_bytes=piece_bytes) for entry in entries]
             for part, entries in paths.items()
         }
     rows = max(piece_bytes // BYTES_OF_A_ROW, 1)

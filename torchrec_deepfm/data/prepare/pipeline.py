@@ -75,7 +75,7 @@ class Job:
 
     def __init__(
         self,
-        named: Mapping[str, Sequence[str | Path]],
+        named: Mapping[str, Sequence[found.Entry]],
         output: Path,
         raw: Schema,
         options: PrepareOptions,

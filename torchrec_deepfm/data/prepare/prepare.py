@@ -12,15 +12,19 @@ from torchrec_deepfm.data.dataset.prepared import PreparedData
 from torchrec_deepfm.data.prepare.options import PrepareOptions
 from torchrec_deepfm.data.prepare.pipeline import Job
 from torchrec_deepfm.data.prepare.workers import Workers
+from torchrec_deepfm.data.raw.addresses import File
+from torchrec_deepfm.data.raw.chunk_files import ChunkTable
+from torchrec_deepfm.data.raw.frames import as_arrow
 from torchrec_deepfm.data.schema import CRITEO_KAGGLE, Schema
+from torchrec_deepfm.errors import UserError
 
 
 def prepare(
-    inputs: Sequence[str | Path],
+    inputs: Any,
     output: Path,
     *,
-    validation: Sequence[str | Path] = (),
-    test: Sequence[str | Path] = (),
+    validation: Any = (),
+    test: Any = (),
     schema: Schema = CRITEO_KAGGLE,
     options: PrepareOptions = PrepareOptions(),
     workers: Workers | None = None,
@@ -33,11 +37,12 @@ def prepare(
     as one that was not. A call whose folder is finished returns it.
 
     Args:
-        inputs: Training files: Criteo's text (plain, ``.gz``, ``.zst``) or tables, as the schema says.
+        inputs: Training files: Criteo's text (plain, ``.gz``, ``.zst``) or tables, as the schema says. Or the rows of
+            a table: a pandas or polars DataFrame, an Arrow table, a Dataset of Hugging Face, or a list of dicts.
         output: The folder to write. It appears whole at the end or not at all; ``.NAME.partial`` beside it is the work
             folder meanwhile.
-        validation: Validation files. Without these and ``test``, the rows of ``inputs`` are split.
-        test: Test files.
+        validation: Validation files or rows. Without these and ``test``, the rows of ``inputs`` are split.
+        test: Test files or rows.
         schema: The columns of all files.
         options: What becomes of them.
         workers: This process's place among those that share the work; alone by default.
@@ -54,5 +59,22 @@ def prepare(
     options = replace(options, **fields)
     if options.missing is not None:
         schema = replace(schema, missing=options.missing)
-    named = {"train": list(inputs), "validation": list(validation), "test": list(test)}
+    columns = (*schema.columns_read, *options.split_by.columns.values())
+    given = {"train": inputs, "validation": validation, "test": test}
+    named = {part: _named(part, rows, schema, columns) for part, rows in given.items()}
     return Job(named, output, schema, options, workers or Workers(), report).run()
+
+
+def _named(part: str, given: Any, schema: Schema, columns: Sequence[str]) -> list[str | Path | ChunkTable]:
+    """Files as they are named; rows in memory as an opened table."""
+    if isinstance(given, str | Path):
+        return [given]
+    if isinstance(given, Sequence) and all(isinstance(one, str | Path) for one in given):
+        return list(given)
+    if schema.layout != "table":
+        raise UserError('rows in memory need a schema of named columns; give schema=Schema(..., layout="table")')
+    try:
+        rows = as_arrow(given, list(dict.fromkeys(columns)))
+    except UserError as error:
+        raise UserError(f"{part} rows: {error}") from error
+    return [ChunkTable(File(name=f"{part} rows", bytes=rows.nbytes, path=""), memory=rows)]

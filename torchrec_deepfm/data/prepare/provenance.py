@@ -1,5 +1,6 @@
 """The origin of a prepared folder: sources and versions for its manifest."""
 
+import io
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -8,10 +9,13 @@ from pathlib import Path
 from typing import IO, Any, Final
 
 import fsspec
+import pyarrow as pa
 import xxhash
 
 from torchrec_deepfm.data.prepare.stage import Unit
+from torchrec_deepfm.data.raw.chunk_files import ChunkTable
 from torchrec_deepfm.data.raw.source import Source
+from torchrec_deepfm.data.raw.table_source import TableSource
 from torchrec_deepfm.errors import UserError
 
 TRUTH: Final = "truth.json"
@@ -27,6 +31,11 @@ def source_state(source: Source) -> dict[str, int | str]:
     Returns ``bytes``; ``etag`` where the file system of an address gives one, which represents the whole content. Else
     ``digest``, XXH3 of head and tail, and, unless that covers all of it, ``modified``, the time of the last change.
     """
+    if isinstance(source, TableSource) and isinstance(source.file, ChunkTable) and source.file.memory is not None:
+        hashing = _Hashing()
+        with pa.ipc.new_stream(pa.PythonFile(hashing, mode="w"), source.file.memory.schema) as stream:
+            stream.write_table(source.file.memory)
+        return {"bytes": source.bytes, "digest": hashing.digest.hexdigest()}
     try:
         if "://" not in source.path and "::" not in source.path:
             stat = Path(source.path).stat()
@@ -47,6 +56,20 @@ def source_state(source: Source) -> dict[str, int | str]:
         raise UserError(
             f"{source.path}: can't be read ({' '.join(str(error).split())}); check path and permissions"
         ) from error
+
+
+class _Hashing(io.RawIOBase):
+    """A file that keeps the digest of what is written."""
+
+    def __init__(self) -> None:
+        self.digest = xxhash.xxh3_128()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self.digest.update(bytes(data))
+        return len(data)
 
 
 def _state(file: IO[bytes], size: int, modified: int | str) -> dict[str, int | str]:
@@ -77,14 +100,14 @@ def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     return ""
 
 
-def known_optimum(named: Mapping[str, Sequence[str | Path]]) -> dict[str, dict[str, float]]:
+def known_optimum(named: Mapping[str, Sequence[Any]]) -> dict[str, dict[str, float]]:
     """Read the best reachable metrics that ``synthetic`` leaves beside its files, for splits of one whole file.
 
     Returns ``auc`` and ``logloss`` by split, where they are known.
     """
     optimum = {}
     for split, paths in named.items():
-        if len(paths) != 1:
+        if len(paths) != 1 or not isinstance(paths[0], str | Path):
             continue
         source = Path(paths[0])
         path = source.parent / TRUTH

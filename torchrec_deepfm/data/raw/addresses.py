@@ -3,25 +3,38 @@
 This module finds and opens files; ``table_files.py`` reads them.
 """
 
+import glob
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
+from urllib.parse import unquote
 
 import fsspec
 import pyarrow as pa
 from fsspec.registry import known_implementations
 
+from torchrec_deepfm.data.raw.file_kind import compression
 from torchrec_deepfm.errors import UserError
 
 PARQUET: Final = (".parquet", ".pq")
 CSV: Final = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".csv.zst", ".tsv.zst")
-_SUFFIXES: Final = (*PARQUET, *CSV)
+ORC: Final = (".orc",)
+ARROW: Final = (".arrow", ".feather", ".ipc")
+JSON: Final = tuple(f"{name}{packed}" for name in (".jsonl", ".ndjson") for packed in ("", ".gz", ".zst"))
+_FORMATS: Final = {"Parquet": PARQUET, "CSV": CSV, "ORC": ORC, "Arrow": ARROW, "JSON lines": JSON}
+_SUFFIXES: Final = (*PARQUET, *CSV, *ORC, *ARROW, *JSON)
+# What Hive and Spark call the folder of missing values.
+_MISSING: Final = "__HIVE_DEFAULT_PARTITION__"
 # Files that often lie beside data. Any other unknown file is an error: skipped silently, it could be half of the rows.
 _BESIDE: Final = (".md", ".txt", ".toml", ".json", ".crc")
-_KINDS: Final = "a Parquet file (.parquet) or a CSV with a header (.csv, .tsv, also .gz or .zst)"
+_KINDS: Final = (
+    "a Parquet file (.parquet), a CSV with a header (.csv, .tsv, also .gz or .zst), ORC (.orc), Arrow (.arrow, "
+    ".feather) or JSON lines (.jsonl)"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,18 +42,29 @@ class File:
     """One file of a table.
 
     ``name``: as the user named it; a file of a folder has the folder's name before its own. ``filesystem``: the fsspec
-    file system, ``None`` for a local path.
+    file system, ``None`` for a local path. ``partitions``: what the names of folders such as ``day=3`` say.
     """
 
     name: str
     bytes: int
     path: str
     filesystem: Any = None
+    partitions: Mapping[str, int | str | None] = field(default_factory=dict)
 
     @property
     def suffix(self) -> str:
         """The ending that gives the format: one of ``PARQUET`` or ``CSV``."""
         return _suffix(self.path)
+
+    @property
+    def format(self) -> str:
+        """The format in words, as messages give it."""
+        return next((name for name, suffixes in _FORMATS.items() if self.suffix in suffixes), "")
+
+    def unpacked(self, opened: Any) -> Any:
+        """The content of the opened file without its compression."""
+        codec = compression(self.path)
+        return pa.CompressedInputStream(opened, codec) if codec else opened
 
     @contextmanager
     def open(self) -> Iterator[Any]:
@@ -68,14 +92,40 @@ class File:
 def find_files(named: str) -> list[File]:
     """Find the files of a table.
 
-    ``named``: a local path or an fsspec address, of one file or of a folder of files. Returns one file, or the files of
-    the folder in natural order (``part-2`` before ``part-10``).
+    ``named``: a local path or an fsspec address, of one file, of a folder of files and folders, or a pattern such as
+    ``clicks/*.parquet``. Returns the files, in natural order (``part-2`` before ``part-10``).
     """
     files = _find_remote(named) if "://" in named or "::" in named else _find_local(named)
-    kinds = {file.suffix in PARQUET for file in files}
+    kinds = sorted({file.format for file in files}, key=list(_FORMATS).index)
     if len(kinds) > 1:
-        raise UserError(f"{named}: the folder mixes Parquet and CSV files; name the files, or use two folders")
+        raise UserError(f"{named}: the folder mixes {' and '.join(kinds)} files; name the files, or use two folders")
+    return _typed(files, named)
+
+
+def _typed(files: list[File], named: str) -> list[File]:
+    """Make integers of partitions that are integers in every file."""
+    for file in files:
+        if set(file.partitions) != set(files[0].partitions):
+            other = sorted(set(file.partitions) ^ set(files[0].partitions))[0]
+            raise UserError(f"{named}: only some files lie in a folder {other}=...; name the folders of one kind")
+    for name in files[0].partitions:
+        values = [file.partitions[name] for file in files]
+        if all(value is None or re.fullmatch(r"-?(0|[1-9]\d{0,17})", str(value)) for value in values):
+            files = [
+                replace(file, partitions={**file.partitions, name: None if value is None else int(value)})
+                for file, value in zip(files, values, strict=True)
+            ]
     return files
+
+
+def _partitions(relative: str) -> dict[str, int | str | None]:
+    """What the folders in a path say."""
+    found: dict[str, int | str | None] = {}
+    for part in PurePosixPath(relative).parts[:-1]:
+        key, equals, value = part.partition("=")
+        if equals and key:
+            found[key] = None if value == _MISSING else unquote(value)
+    return found
 
 
 def one_line(error: BaseException) -> str:
@@ -103,11 +153,26 @@ def _find_local(named: str) -> list[File]:
     path = Path(named)
     try:
         if path.is_dir():
-            entries = [(entry.name, entry.is_dir()) for entry in path.iterdir()]
+            entries = [
+                (Path(folder, name).relative_to(path).as_posix(), Path(folder, name).is_dir())
+                for folder, folders, names in os.walk(path, followlinks=True, onerror=_raise)
+                for name in (*folders, *names)
+            ]
             return [
-                File(name=str(path / name), bytes=(path / name).stat().st_size, path=str(path / name))
+                File(
+                    name=str(path / name),
+                    bytes=(path / name).stat().st_size,
+                    path=str(path / name),
+                    partitions=_partitions(name),
+                )
                 for name in _tables_of(named, entries)
             ]
+        if glob.has_magic(named) and not path.exists():
+            # Path.glob takes no absolute pattern.
+            matches = sorted(glob.glob(named, recursive=True), key=_natural)  # noqa: PTH207
+            if not matches:
+                raise UserError(f"{named}: nothing matches this pattern; check it")
+            return [file for match in matches for file in _find_local(match)]
         size = path.stat().st_size
     except FileNotFoundError as error:
         raise UserError(f"{named}: no such file or folder; check the path") from error
@@ -115,6 +180,10 @@ def _find_local(named: str) -> list[File]:
         raise UserError(f"{named}: can't be read ({error.strerror}); check its permissions") from error
     _check_kind(named, path.name)
     return [File(name=named, bytes=size, path=str(path))]
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def find_text(named: str) -> File:
@@ -185,11 +254,17 @@ def _connect(named: str) -> tuple[Any, str]:
 def _find_remote(named: str) -> list[File]:
     filesystem, path = _connect(named)
     try:
+        if glob.has_magic(path) and not filesystem.exists(path):
+            matches = sorted(filesystem.glob(path), key=_natural)
+            if not matches:
+                raise UserError(f"{named}: nothing matches this pattern; check it")
+            return [file for match in matches for file in _find_remote(filesystem.unstrip_protocol(match))]
         info = filesystem.info(path)
         if info["type"] == "directory":
-            # fsspec caches listings, and a table may have grown since.
-            listed = filesystem.ls(path, detail=True, refresh=True)
-            entries = {PurePosixPath(entry["name"].rstrip("/")).name: entry for entry in listed}
+            filesystem.invalidate_cache()  # fsspec caches listings, and a table may have grown since
+            root = info["name"].rstrip("/")
+            listed = filesystem.find(path, withdirs=True, detail=True).values()
+            entries = {entry["name"].rstrip("/").removeprefix(root).lstrip("/"): entry for entry in listed}
             found = _tables_of(named, [(name, entry["type"] == "directory") for name, entry in entries.items()])
             folder = named.rstrip("/")
             return [
@@ -198,6 +273,7 @@ def _find_remote(named: str) -> list[File]:
                     bytes=int(entries[name]["size"] or 0),
                     path=entries[name]["name"],
                     filesystem=filesystem,
+                    partitions=_partitions(name),
                 )
                 for name in found
             ]
@@ -219,14 +295,20 @@ def _check_kind(named: str, path: str) -> None:
 
 def _tables_of(named: str, entries: list[tuple[str, bool]]) -> list[str]:
     """The names of the data files among a folder's (name, is a folder) entries, in natural order."""
-    seen = [(name, folder) for name, folder in entries if name and not name.startswith((".", "_"))]
+    names = {name for name, _ in entries}
+    if "_delta_log" in names:
+        raise UserError(
+            f"{named}: a Delta table, whose folder also holds rows that were deleted; write it as plain Parquet first"
+        )
+    seen = [
+        (name, folder)
+        for name, folder in entries
+        if name and not any(part.startswith((".", "_")) and "=" not in part for part in PurePosixPath(name).parts)
+    ]
     files = [name for name, folder in seen if not folder and not name.lower().endswith(_BESIDE)]
     for name in sorted(files):
         if not _suffix(name):
             raise UserError(f"{named}: {name!r} is not {_KINDS}; move it, or name the files one by one")
-    inner = sorted(name for name, folder in seen if folder)
-    if inner:
-        raise UserError(f"{named}: contains the folder {inner[0]!r}; name the folders that contain the files")
     if not files:
         raise UserError(f"{named}: no data in this folder; give {_KINDS}, or a folder of such files")
     return sorted(files, key=_natural)

@@ -9,15 +9,27 @@ from torchrec_deepfm.errors import UserError
 COMPRESSIONS: Final = {".gz": "gzip", ".zst": "zstd"}
 HEAD_BYTES: Final = 16
 
-_MAGIC: Final = {b"\x1f\x8b\x08": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"PAR1\x15": ".parquet"}
-_KINDS: Final = {".gz": "gzip data", ".zst": "Zstandard data", ".parquet": "a Parquet file"}
+_MAGIC: Final = {
+    b"\x1f\x8b\x08": ".gz",
+    b"\x28\xb5\x2f\xfd": ".zst",
+    b"PAR1\x15": ".parquet",
+    b"ARROW1\0\0": ".arrow",
+    b"ORC": ".orc",
+}
+_KINDS: Final = {
+    ".gz": "gzip data",
+    ".zst": "Zstandard data",
+    ".parquet": "a Parquet file",
+    ".arrow": "an Arrow (Feather) file",
+    ".orc": "an ORC file",
+}
+_ALIKE: Final = {".pq": ".parquet", ".feather": ".arrow", ".ipc": ".arrow", ".ndjson": ".jsonl"}
 _OTHERS: Final = {
     b"PK\x03\x04": ("a ZIP archive or an Excel sheet", "unpack it, or save the sheet as CSV"),
     b"BZh": ("bzip2 data", "unpack it, or compress it with gzip"),
     b"\xfd7zXZ\0": ("xz data", "unpack it, or compress it with gzip"),
-    b"ARROW1\0\0": ("an Arrow (Feather) file", "write it as Parquet"),
     b"\x93NUMPY": ("a NumPy array", "write it as Parquet"),
-    b'{"': ("JSON", "write it as CSV with a header, or as Parquet"),
+    b'{"': ("JSON", "name it .jsonl if it has an object in each line, or write it as Parquet"),
     b"<!DOCTYPE": ("a web page", "download the file itself"),
     b"<html": ("a web page", "download the file itself"),
     b"\xff\xfe": ("UTF-16 text", "save it as UTF-8"),
@@ -35,14 +47,17 @@ def check_head(name: str, path: str, head: bytes) -> None:
 
     ``head``: its first ``HEAD_BYTES`` bytes, fewer where it is shorter.
     """
-    suffix = PurePath(path.lower()).suffix.replace(".pq", ".parquet")
+    suffix = PurePath(path.lower()).suffix
+    suffix = _ALIKE.get(suffix, suffix)
     for magic, (kind, remedy) in _OTHERS.items():
+        if suffix == ".jsonl" and magic == b'{"':
+            continue
         if head.startswith(magic) and (magic != b"BZh" or head[4:10] == b"1AY&SY"):
             raise UserError(f"{name}: this is {kind}; {remedy}")
     found = next((ending for magic, ending in _MAGIC.items() if head.startswith(magic)), "")
     if found and found != suffix:
         raise UserError(f"{name}: this is {_KINDS[found]}, but its name does not end in {found}; rename it")
-    if not found and suffix != ".parquet" and b"\0" in head:
+    if not found and suffix not in _KINDS and b"\0" in head:
         raise UserError(f"{name}: this is binary data or UTF-16 text; give text in UTF-8")
     if head and not found and suffix in COMPRESSIONS:
         raise UserError(f"{name}: this is not {_KINDS[suffix]}; if it is plain text, remove {suffix} from its name")

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from torchrec_deepfm.errors import UserError, did_you_mean, shown
 
-_TAKEN: Final = "a pandas or polars DataFrame, an Arrow table, or a list of dicts"
+_TAKEN: Final = "a pandas or polars DataFrame, an Arrow table, a Hugging Face Dataset, or a list of dicts"
 _FEW: Final = 8
 
 
@@ -21,7 +21,8 @@ def as_arrow(frame: Any, names: Sequence[str]) -> pa.Table:
     """Take columns out of rows in memory.
 
     Args:
-        frame: n rows: a pandas or polars DataFrame, an Arrow table or record batch, or a list of dicts.
+        frame: n rows: a pandas or polars DataFrame, an Arrow table or record batch, a Dataset of Hugging Face's
+            ``datasets``, or a list of dicts.
         names: The wanted columns.
 
     Returns:
@@ -36,6 +37,8 @@ def as_arrow(frame: Any, names: Sequence[str]) -> pa.Table:
     """
     if isinstance(frame, pl.LazyFrame):
         frame = frame.collect()
+    if type(frame).__module__.partition(".")[0] == "datasets" and hasattr(frame, "with_format"):
+        frame = frame.with_format("arrow")[:]  # in the order of its rows, whatever was shuffled or selected
     if isinstance(frame, pl.DataFrame):
         _check_names(frame.columns, names)
         table = frame.select(names).to_arrow()

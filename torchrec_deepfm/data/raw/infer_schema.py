@@ -15,8 +15,8 @@ import pyarrow as pa
 
 from torchrec_deepfm.data.raw import columns as cells
 from torchrec_deepfm.data.raw.addresses import find_files
+from torchrec_deepfm.data.raw.chunk_files import TableFile, open_table
 from torchrec_deepfm.data.raw.column_roles import SampledColumn, sampled, sort
-from torchrec_deepfm.data.raw.table_files import CsvTable, ParquetTable, open_table
 from torchrec_deepfm.data.raw.table_source import delimiter_in, is_number, missing_column
 from torchrec_deepfm.data.schema import LabelRule, toml_text
 from torchrec_deepfm.errors import UserError
@@ -62,7 +62,8 @@ def infer_schema(named: str, *, label: str | None = None, sample_rows: int = 100
         shown = ", ".join(map(repr, list(first.fields)[:_SHOWN]))
         raise UserError(
             f"{first.file.name}: its first row looks like data ({shown}), and a CSV begins with the column names; add "
-            "such a row, or pass --label NAME if these are names. Criteo's own text needs no schema"
+            "such a row, or write a schema with header = [names], or pass --label NAME if these are names. Criteo's "
+            "own text needs no schema"
         )
     found = _find_label(named, columns, rule or label)
     others = [column for column in columns if column is not found]
@@ -128,7 +129,7 @@ def write_inferred(named: str, output: Path, label: str | None = None) -> None:
         ) from error
 
 
-def _open(named: str) -> tuple[list[ParquetTable | CsvTable], str | None]:
+def _open(named: str) -> tuple[list[TableFile], str | None]:
     """The files of a table, and the delimiter of a CSV if its name does not say it."""
     files = find_files(named)
     tables = [open_table(file) for file in files]
@@ -137,7 +138,7 @@ def _open(named: str) -> tuple[list[ParquetTable | CsvTable], str | None]:
     return (tables if delimiter is None else [open_table(file, delimiter) for file in files]), delimiter
 
 
-def _sample(tables: Sequence[ParquetTable | CsvTable], rows: int) -> dict[str, pa.ChunkedArray]:
+def _sample(tables: Sequence[TableFile], rows: int) -> dict[str, pa.ChunkedArray]:
     """The first rows of a table, a file after the other as far as they have the first one's columns and types."""
     names = list(tables[0].fields)
     parts: list[pa.Table] = []

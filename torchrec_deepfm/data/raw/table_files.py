@@ -19,8 +19,8 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
-from torchrec_deepfm.data.raw.addresses import PARQUET, File, one_line
-from torchrec_deepfm.data.raw.file_kind import COMPRESSIONS, HEAD_BYTES, check_head, compression, explain_damage
+from torchrec_deepfm.data.raw.addresses import File, one_line
+from torchrec_deepfm.data.raw.file_kind import COMPRESSIONS, HEAD_BYTES, check_head, explain_damage
 from torchrec_deepfm.errors import UserError
 
 # Rows that are decoded at once, bytes of a CSV that are parsed at once (a row must fit), and bytes of a Parquet column
@@ -68,8 +68,8 @@ class ParquetTable:
 
     def __init__(self, file: File) -> None:
         self.file = file
-        with file.open() as opened, _one_line_errors(file):
-            _check_head(file, opened)
+        with file.open() as opened, one_line_errors(file):
+            checked(file, opened)
             parquet = pa.parquet.ParquetFile(opened)
             names = parquet.schema_arrow.names
             self.fields: dict[str, pa.DataType] = dict(zip(names, parquet.schema_arrow.types, strict=True))
@@ -87,7 +87,7 @@ class ParquetTable:
         while groups and skip >= self._groups[groups[0]]:
             skip -= self._groups[groups.pop(0)]
         row = start
-        with self.file.open() as opened, _one_line_errors(self.file):
+        with self.file.open() as opened, one_line_errors(self.file):
             # Buffered instead of pre-fetched: a row group of any size then takes little memory.
             parquet = pa.parquet.ParquetFile(opened, buffer_size=_BUFFER_BYTES, pre_buffer=False)
             # Arrow can't join lists of dictionary values over row groups: then it gets one at a time.
@@ -109,7 +109,8 @@ class CsvTable:
     Rows are counted as a spreadsheet counts them, the header being row 1: blank lines are not rows, and a row whose
     quoted cells hold newlines is one row.
 
-    ``delimiter``: between the cells; ``None`` takes it from the file's name.
+    ``delimiter``: between the cells; ``None`` takes it from the file's name. ``header``: the column names of a file
+    without such a row.
 
     Attributes:
         file: Where it lies.
@@ -119,18 +120,18 @@ class CsvTable:
         first_row: Number that messages give to the first row.
     """
 
-    first_row = 2
     is_text = True
     rows = None
 
-    def __init__(self, file: File, delimiter: str | None = None) -> None:
-        self.file = file
+    def __init__(self, file: File, delimiter: str | None = None, header: Sequence[str] = ()) -> None:
+        self.file, self.header = file, tuple(header)
+        self.first_row = 1 if header else 2
         self.delimiter = delimiter or ("\t" if file.suffix.startswith(".tsv") else ",")
         if file.bytes == 0:
             raise UserError(f"{file.name}: {_EMPTY}")
         broken: list[Any] = []
-        with file.open() as opened, _one_line_errors(file):
-            _check_head(file, opened)
+        with file.open() as opened, one_line_errors(file):
+            checked(file, opened)
             with _reading(self, opened, None, broken) as reader:
                 names = reader.names
                 rows = any(batch.num_rows for batch in reader) if not broken else True
@@ -150,9 +151,9 @@ class CsvTable:
         read = wanted if self._last in wanted or self._last in self.twice else [*wanted, self._last]
         broken: list[Any] = []
         row, last = 0, None
-        with self.file.open() as opened, _one_line_errors(self.file), _reading(self, opened, read, broken) as reader:
+        with self.file.open() as opened, one_line_errors(self.file), _reading(self, opened, read, broken) as reader:
             for batch in reader:
-                places, rows = _take(broken, row, batch.num_rows)
+                places, rows = _take(broken, row, batch.num_rows, self.first_row)
                 table = pa.Table.from_batches([batch])
                 last = table.column(self._last)[-1].as_py() if self._last in read and table.num_rows else last
                 if row + rows > start:
@@ -166,7 +167,7 @@ class CsvTable:
                     )
                 row += rows
             if broken:  # the file ends in broken rows
-                places, rows = _take(broken, row, -1)
+                places, rows = _take(broken, row, -1, self.first_row)
                 cut = max(start - row, 0)
                 kept = {place - cut: what for place, what in places.items() if place >= cut}
                 if kept:
@@ -177,8 +178,8 @@ class CsvTable:
 
     def _check_closed(self) -> None:
         """Find an unclosed quote: it turns the rest of the file into one cell, and no parser reports it."""
-        with self.file.open() as opened, _one_line_errors(self.file):
-            binary = cast("io.RawIOBase", _unpacked(self.file, opened))
+        with self.file.open() as opened, one_line_errors(self.file):
+            binary = cast("io.RawIOBase", self.file.unpacked(opened))
             text = io.TextIOWrapper(io.BufferedReader(binary), encoding="utf-8", errors="replace", newline="")
             try:
                 for _ in csv.reader(text, delimiter=self.delimiter, strict=True):
@@ -221,9 +222,11 @@ def _reading(table: CsvTable, file: Any, names: list[str] | None, broken: list[A
     source = file if isinstance(file, pa.NativeFile) else pa.PythonFile(lend(_Lent(file)), mode="r")
     try:
         batches.reader = pa.csv.open_csv(
-            _unpacked(table.file, source),
+            table.file.unpacked(source),
             # One thread: the numbers of broken rows are known only then.
-            read_options=pa.csv.ReadOptions(use_threads=False, block_size=_BLOCK_BYTES),
+            read_options=pa.csv.ReadOptions(
+                use_threads=False, block_size=_BLOCK_BYTES, column_names=list(table.header) or None
+            ),
             parse_options=pa.csv.ParseOptions(
                 delimiter=table.delimiter, newlines_in_values=True, invalid_row_handler=lend(keep)
             ),
@@ -265,35 +268,23 @@ class _Lent:
         return getattr(self._file, name)
 
 
-def _check_head(file: File, opened: Any) -> None:
+def checked(file: File, opened: Any) -> None:
+    """Raise where the first bytes contradict the file's name."""
     check_head(file.name, file.path, opened.read(HEAD_BYTES))
     opened.seek(0)
 
 
-def _unpacked(file: File, opened: Any) -> Any:
-    codec = compression(file.path)
-    return pa.CompressedInputStream(opened, codec) if codec else opened
-
-
-def open_table(file: File, delimiter: str | None = None) -> ParquetTable | CsvTable:
-    """Open one file of a table.
-
-    ``delimiter``: between the cells of a CSV; ``None`` takes it from the file's name. Returns the file, its columns
-    known.
-    """
-    return ParquetTable(file) if file.suffix in PARQUET else CsvTable(file, delimiter)
-
-
-class _one_line_errors:  # noqa: N801 (used as a function)
+class one_line_errors:  # noqa: N801 (used as a function)
     """Turn what pyarrow finds wrong with a file into one line that names it."""
 
     def __init__(self, file: File) -> None:
         self.file = file
 
     def __enter__(self) -> None:
-        pass
+        """Return nothing."""
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Raise the line in place of the error."""
         name = self.file.name
         if isinstance(error, UserError) or error is None:
             return
@@ -321,9 +312,9 @@ class _one_line_errors:  # noqa: N801 (used as a function)
         if isinstance(error, OSError) and suffix in COMPRESSIONS:
             raise UserError(f"{name}: {explain_damage(suffix, error)}") from error
         if isinstance(error, pa.ArrowException | OSError | EOFError):
-            what = "CSV" if self.file.suffix not in PARQUET else "Parquet"
             raise UserError(
-                f"{name}: the file can't be read as {what} ({one_line(error)}); download or write the file again"
+                f"{name}: the file can't be read as {self.file.format} ({one_line(error)}); download or write the "
+                "file again"
             ) from error
 
 
@@ -332,14 +323,16 @@ def _has_inner_dictionary(arrow: pa.DataType) -> bool:
     return any(pa.types.is_dictionary(kind) or _has_inner_dictionary(kind) for kind in inner)
 
 
-def _take(broken: list[Any], first: int, good: int) -> tuple[dict[int, str], int]:
-    """Take the broken rows that lie among the next `good` rows; -1 takes all. Row 1 is the header.
+def _take(broken: list[Any], first: int, good: int, first_row: int) -> tuple[dict[int, str], int]:
+    """Take the broken rows that lie among the next `good` rows; -1 takes all. Row 1 is the header, if there is one.
 
     ``broken``: what the parser left out, in order. It reads ahead, so some may belong to a later batch. Returns what is
     wrong at each broken place of the batch, and the batch's number of rows, broken ones included.
     """
     places: dict[int, str] = {}
-    while broken and (good < 0 or broken[0].number - 2 - first < good + len(places)):
+    while broken and (good < 0 or broken[0].number - first_row - first < good + len(places)):
         row = broken.pop(0)
-        places[row.number - 2 - first] = f"the row has {row.actual_columns} cells, the header {row.expected_columns}"
+        places[row.number - first_row - first] = (
+            f"the row has {row.actual_columns} cells, the header {row.expected_columns}"
+        )
     return places, max(good, 0) + len(places)

@@ -14,8 +14,9 @@ import pyarrow as pa
 
 from torchrec_deepfm.data.raw import columns as cells
 from torchrec_deepfm.data.raw.addresses import find_files
+from torchrec_deepfm.data.raw.chunk_files import ChunkTable, TableFile, open_table
 from torchrec_deepfm.data.raw.source import JoinedPiece, Piece, Skipped
-from torchrec_deepfm.data.raw.table_files import BATCH_ROWS, CsvTable, ParquetTable, open_table
+from torchrec_deepfm.data.raw.table_files import BATCH_ROWS, CsvTable
 from torchrec_deepfm.data.raw.table_frame import category_types, table_frame
 from torchrec_deepfm.data.schema import Schema, toml_key, toml_text
 from torchrec_deepfm.errors import UserError
@@ -36,7 +37,7 @@ class TableSource:
     ``keep``: columns that pieces carry along unchanged, without a label where not ``labelled``.
     """
 
-    file: ParquetTable | CsvTable
+    file: TableFile
     schema: Schema
     types: tuple[str | None, ...]
     piece_rows: int
@@ -150,7 +151,7 @@ class TableSource:
 
 
 def open_tables(
-    named: str,
+    named: str | ChunkTable,
     schema: Schema,
     *,
     piece_rows: int = 262_144,
@@ -161,7 +162,8 @@ def open_tables(
     r"""Open the files of a table and check that they have the columns of the schema.
 
     Args:
-        named: A local path or an fsspec address of one Parquet or CSV file, or of a folder of such files.
+        named: A local path, a pattern or an fsspec address of one file, or of a folder of such files; or an opened
+            table.
         schema: The columns.
         piece_rows: Most rows of a piece.
         types: Types that the categories had in training; ``None`` derives them from the files.
@@ -187,7 +189,11 @@ def open_tables(
     """
     if piece_rows < 1:
         raise UserError(f"piece_rows: {piece_rows} is too small; give 1 or more")
-    tables = [open_table(file, schema.delimiter) for file in find_files(named)]
+    if isinstance(named, ChunkTable):
+        tables: list[TableFile] = [named]
+        named = named.file.name
+    else:
+        tables = [open_table(file, schema.delimiter, schema.header) for file in find_files(named)]
     filled = [table for table in tables if not table.is_empty]
     if not filled:
         raise UserError(f"{named}: the table has no rows; give one with data or leave it out")
@@ -268,7 +274,7 @@ def _word(kind: str) -> str:
     return "text" if kind == "string" else "integers"
 
 
-def missing_column(table: ParquetTable | CsvTable, name: str, *, role: str = "", remedy: str = _REMEDY) -> UserError:
+def missing_column(table: TableFile, name: str, *, role: str = "", remedy: str = _REMEDY) -> UserError:
     """Build the error for a missing column.
 
     ``role``: its use, where the name does not show it: "the weights of column 'b'". The error names the closest column.
@@ -312,7 +318,7 @@ def _columns_read(schema: Schema, *, labelled: bool) -> tuple[str, ...]:
 
 
 def _source(
-    table: ParquetTable | CsvTable,
+    table: TableFile,
     schema: Schema,
     piece_rows: int,
     types: Sequence[str | None] | None,

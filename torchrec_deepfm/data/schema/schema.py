@@ -35,6 +35,7 @@ class Schema:
             ``.tsv`` a tab).
         missing: With a vocabulary, ``value`` counts a missing value as a separate value; ``rare`` gives it id 0, as for
             rare values. Hashing always gives it id 0.
+        header: The names of all columns of a CSV without a first row of names, in its order.
 
     Raises:
         UserError: A name is empty or used twice, there is no categorical column, or an option does not fit its column.
@@ -52,6 +53,7 @@ class Schema:
     numeric_transform: str | None = None
     delimiter: str | None = None
     missing: str = "value"
+    header: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Check the names, then the options against them."""
@@ -82,6 +84,13 @@ class Schema:
                 f"delimiter: {self.delimiter!r} is not valid; give one ASCII character, not a quote or newline",
                 where="schema",
             )
+        header: Any = self.header
+        if isinstance(header, str) or not all(isinstance(name, str) and name for name in header):
+            raise UserError(f"header: {header!r} is not a list of column names; give text in [ ]", where="schema")
+        object.__setattr__(self, "header", tuple(header))
+        if header and (self.layout != "table" or len(set(header)) < len(header)):
+            what = "only valid for a CSV" if self.layout != "table" else "names a column twice"
+            raise UserError(f"header: {what}; correct it", where="schema")
         # A copy, so that the caller's mapping may change.
         object.__setattr__(self, "columns", dict(self.columns))
         for name, column in self.columns.items():
@@ -226,6 +235,8 @@ class Schema:
                 value[key] = getattr(self, key)
         if self.missing != "value":
             value["missing"] = self.missing
+        if self.header:
+            value["header"] = list(self.header)
         columns = {name: column.to_json() for name, column in self.columns.items()}
         if any(columns.values()):
             value["columns"] = {name: options for name, options in columns.items() if options}
@@ -274,7 +285,9 @@ def build(value: Mapping[str, Any], *, layout: str) -> Schema:
     if not isinstance(tables, Mapping):
         raise UserError("columns: not a table; write [columns.NAME] and the options below it", where="schema")
     columns = {name: _column(name, options) for name, options in tables.items()}
-    rest = {key: value[key] for key in ("layout", "numeric_transform", "delimiter", "missing") if key in value}
+    rest = {
+        key: value[key] for key in ("layout", "numeric_transform", "delimiter", "missing", "header") if key in value
+    }
     return Schema(
         label=value["label"],
         numeric=tuple(value["numeric"]),
