@@ -1,4 +1,4 @@
-"""Commands that use a trained model: ``predict``, ``explain``, ``export``."""
+"""Commands that use a trained model: ``predict``, ``explain``, ``export``, ``serve``."""
 
 import os
 from collections.abc import Iterator
@@ -11,6 +11,7 @@ import tyro
 
 from torchrec_deepfm import console
 from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.inference.serve.limits import Limits
 from torchrec_deepfm.units import format_bytes
 
 if TYPE_CHECKING:
@@ -128,16 +129,65 @@ class Export:
         console.say(f"wrote {done.folder} ({format_bytes(size)}); {done.folder / 'README.md'} shows how to run it")
 
 
-def _load(run: Path | None, package: Path | None, checkpoint: str | None, data: Path | None) -> "Predictor":
+@dataclass(frozen=True, kw_only=True)
+class Serve:
+    """Serve a trained model over HTTP: /predict, /explain, /health, /metrics, and a page at / to try a row."""
+
+    run_folder: Annotated[Path | None, tyro.conf.arg(name="run")] = None
+    """Run folder that train wrote."""
+    package: Path | None = None
+    """Folder that export wrote, instead of a run; perhaps a link, which SIGHUP follows again."""
+    checkpoint: str | None = None
+    """Of a run: best, last or a step. Default: the weights that its summary measures."""
+    host: str = "127.0.0.1"
+    """Address to listen on; the default can't be reached from other machines."""
+    port: int = 8000
+    """Port; 0 takes a free one."""
+    threads: int = 1
+    """Threads per call of the model."""
+    limits: Limits = Limits()  # noqa: RUF009 (frozen)
+    """Limits of requests."""
+
+    def run(self) -> None:
+        """Serve until SIGTERM or Ctrl-C."""
+        path = _one_of(self.run_folder, self.package)
+        if self.threads < 1:
+            raise UserError(f"--threads {self.threads}: must be at least 1")
+        console.quiet()
+        os.environ["POLARS_MAX_THREADS"] = "1"  # a batch is small
+        try:
+            from torchrec_deepfm.inference.serve.model import ServedModel
+            from torchrec_deepfm.inference.serve.server import serve
+        except ImportError as error:
+            if error.name is None or error.name.partition(".")[0] not in _SERVE_NEEDS:
+                raise
+            raise UserError(f"{error.name} is not installed; pip install 'torchrec_deepfm[serve]'") from error
+
+        def read() -> ServedModel:
+            return ServedModel(path, checkpoint=self.checkpoint, threads=self.threads)
+
+        serve(read, host=self.host, port=self.port, limits=self.limits, say=console.say)
+
+
+_SERVE_NEEDS = ("fastapi", "pydantic", "starlette", "uvicorn", "h11", "prometheus_client", "typing_extensions")
+
+
+def _one_of(run: Path | None, package: Path | None) -> Path:
+    """The folder that one of the two options names."""
     if (run is None) == (package is None):
         raise UserError("--run, --package: name one of the two")
+    if package is not None and not (package / "package.json").exists():
+        raise UserError(f"--package {package}: not a package (no package.json); name the folder that export wrote")
+    return run or package or Path()
+
+
+def _load(run: Path | None, package: Path | None, checkpoint: str | None, data: Path | None) -> "Predictor":
+    path = _one_of(run, package)
     console.quiet()
     os.environ["POLARS_MAX_THREADS"] = str(console.threads())  # read when polars is loaded
-    from torchrec_deepfm.inference.load import PACKAGE, load
+    from torchrec_deepfm.inference.load import load
 
-    if package is not None and not (package / PACKAGE).exists():
-        raise UserError(f"--package {package}: not a package (no {PACKAGE}); name the folder that export wrote")
-    return load(run or package or Path(), checkpoint, data=data)
+    return load(path, checkpoint, data=data)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ import tyro
 from torchrec_deepfm import console
 from torchrec_deepfm.cli.data import InferSchema, Prepare, Synthetic, Verify
 from torchrec_deepfm.cli.experiment import CalibrateCommand, ExperimentCommand
-from torchrec_deepfm.cli.infer import Explain, Export, Predict
+from torchrec_deepfm.cli.infer import Explain, Export, Predict, Serve
 from torchrec_deepfm.cli.options import REGISTRY
 from torchrec_deepfm.cli.parse_errors import one_line_errors
 from torchrec_deepfm.cli.plan import DiffPlans, PlanCommand, ShowPlan
@@ -58,6 +58,7 @@ COMMANDS: dict[str, type[Any]] = {
     "predict": Predict,
     "explain": Explain,
     "export": Export,
+    "serve": Serve,
     "plan": PlanCommand,
     "plan show": ShowPlan,
     "plan diff": DiffPlans,
@@ -133,7 +134,7 @@ def _overview() -> str:
     commands = (f"  {name:<14} {str(command.__doc__).splitlines()[0]}" for name, command in COMMANDS.items())
     return f"""usage: {PROG} COMMAND [OPTIONS]
 
-DeepFM on TorchRec: make data, prepare, train, evaluate, predict, explain.
+DeepFM on TorchRec: make data, prepare, train, evaluate, predict, explain, serve.
 
 {_filled(chr(10).join(commands), indent=17)}
 

@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Final, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from torchrec_deepfm.data.dataset.prepared import PreparedData
@@ -74,7 +75,11 @@ class Predictor:
 
 
 def load(
-    run_or_package: Path | str, checkpoint: str | int | None = None, *, data: Path | str | None = None
+    run_or_package: Path | str,
+    checkpoint: str | int | None = None,
+    *,
+    data: Path | str | None = None,
+    threads: int | None = None,
 ) -> Predictor:
     """Load a trained model for predictions: no process group, memory for one copy of the tables.
 
@@ -82,6 +87,7 @@ def load(
         run_or_package: Folder that ``train`` or ``export`` wrote.
         checkpoint: Of a run, as for ``load_model``: ``None`` for its own weights, ``"best"``, ``"last"`` or a step.
         data: The prepared folder of a run that an earlier version trained, which kept no copy of the encoder.
+        threads: Threads per call of the model; of torch, these are the process's. ``None`` for the default.
 
     Returns:
         The predictor.
@@ -96,8 +102,10 @@ def load(
             raise UserError(f"{path}: this is a package, which has weights and encoder of its own; leave {option} out")
         from torchrec_deepfm.inference.package import open_package  # which a run does not need
 
-        encoder, score = open_package(path)
+        encoder, score = open_package(path, threads=threads)
         return Predictor(path=path, sha256=_digest(path / PACKAGE), encoder=encoder, score=score)
+    if threads is not None:
+        torch.set_num_threads(threads)
     run = run_folder.read(path)
     encoder = encoder_of(path, None if data is None else Path(data))
     if dict(run.num_embeddings) != dict(encoder.num_embeddings) or run.numeric != encoder.schema.numeric:

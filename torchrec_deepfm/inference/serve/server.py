@@ -1,0 +1,240 @@
+"""``serve``: one process, one model at a time, until SIGTERM; SIGHUP reads the model again.
+
+The event loop of uvicorn reads and checks requests; a thread scores them (``batching.py``).
+"""
+
+import asyncio
+import contextlib
+import ipaddress
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+import uvicorn
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.types import Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.inference.serve.app import make_app
+from torchrec_deepfm.inference.serve.batching import Batcher
+from torchrec_deepfm.inference.serve.limits import Limits
+from torchrec_deepfm.inference.serve.metrics import Metrics
+from torchrec_deepfm.inference.serve.model import ServedModel
+
+_HEADER_BYTES: Final = 16 << 10
+_HEADER_SECONDS: Final = 10.0
+_PATHS: Final = ("/", "/predict", "/explain", "/health", "/metrics", "/openapi.json")
+
+
+class _Served:
+    """A model with its application, and how many requests are inside."""
+
+    def __init__(self, model: ServedModel, limits: Limits, metrics: Metrics) -> None:
+        self.model = model
+        self.batcher = Batcher(
+            model.answer,
+            rows=limits.batch_rows,
+            wait=limits.batch_wait_ms / 1e3,
+            queue_rows=limits.queue_rows,
+            observe=metrics.batch_rows.observe,
+        )
+        self.app = make_app(model, self.batcher, limits, metrics)
+        self.inside = 0
+        self.empty = asyncio.Event()
+
+    async def retire(self) -> None:
+        """Answer the requests that are inside, then end."""
+        while self.inside:
+            self.empty.clear()
+            await self.empty.wait()
+        await self.batcher.close()
+
+
+class Service:
+    """The application that uvicorn runs: every request goes to the newest model and stays with it.
+
+    Args:
+        read: Reads the model, at the start and at each reload.
+        limits: Limits of requests.
+        say: Called with lines for the user.
+    """
+
+    def __init__(self, read: Callable[[], ServedModel], limits: Limits, say: Callable[[str], None]) -> None:
+        self._read, self._limits, self._say = read, limits, say
+        self.metrics = Metrics()
+        self._served: _Served | None = None
+        self._lock = asyncio.Lock()
+
+    async def start(self, model: ServedModel) -> None:
+        """Answer with a model from now on; the one before answers what it has taken."""
+        before, self._served = self._served, _Served(model, self._limits, self.metrics)
+        batcher = self._served.batcher
+        self.metrics.waiting.set_function(lambda: batcher.waiting)
+        self.metrics.model.clear()
+        self.metrics.model.labels(model.sha256).set(1)
+        if before is not None:
+            await before.retire()
+
+    async def reload(self) -> None:
+        """Read the model again; if that fails, the one before stays."""
+        async with self._lock:
+            try:
+                model = await asyncio.to_thread(self._read)
+            except Exception as error:  # whatever is wrong with the new one must not end the service
+                self.metrics.reloads.labels("failed").inc()
+                self._say(f"reload failed, the model before still answers: {' '.join(str(error).splitlines())}")
+                return
+            await self.start(model)
+            self.metrics.reloads.labels("done").inc()
+            self._say(f"reloaded {model.name}, model {model.sha256[:12]}")
+
+    async def stop(self) -> None:
+        """Answer what was taken, then end."""
+        if self._served is not None:
+            await self._served.retire()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request, as an ASGI application does."""
+        served = self._served
+        assert served is not None
+        path, start, status = scope["path"] if scope["path"] in _PATHS else "other", time.perf_counter(), 500
+
+        async def sending(message: Any) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        served.inside += 1
+        try:
+            await served.app(scope, receive, sending)
+        finally:
+            served.inside -= 1
+            served.empty.set()
+            self.metrics.requests.labels(path, status).inc()
+            self.metrics.seconds.labels(path).observe(time.perf_counter() - start)
+
+
+class _Protocol(H11Protocol):
+    """Closes a connection whose request line and headers do not come, on which uvicorn would wait for ever."""
+
+    _late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch()
+
+    def _watch(self) -> None:
+        # The next request's answer may be under way: its body and answer have a limit of their own.
+        waits = self.cycle is None or self.cycle.response_complete
+        if not waits and self._late is not None:
+            self._late.cancel()
+            self._late = None
+        elif waits and self._late is None:
+            self._late = asyncio.get_running_loop().call_later(_HEADER_SECONDS, self._close)
+
+    def _close(self) -> None:
+        self._late = None
+        if (self.cycle is None or self.cycle.response_complete) and not self.transport.is_closing():
+            self.transport.close()
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server with our signals: it ends with exit code 0 after SIGTERM."""
+
+    def __init__(self, config: uvicorn.Config, reload: Callable[[], None], started: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._reload, self._started = reload, started
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._started()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(signum, self.handle_exit, signum, None)
+        loop.add_signal_handler(signal.SIGHUP, self._reload)
+        yield
+
+
+def serve(read: Callable[[], ServedModel], *, host: str, port: int, limits: Limits, say: Callable[[str], None]) -> None:
+    """Serve a model until SIGTERM or Ctrl-C; what was accepted before is answered.
+
+    Args:
+        read: Reads the model, at the start and at SIGHUP.
+        host: Address to listen on.
+        port: Port; 0 takes a free one.
+        limits: Limits of requests.
+        say: Called with lines for the user.
+
+    Raises:
+        UserError: The model can't be read, or the address can't be listened on.
+    """
+    with _listen(host, port) as listener:
+        asyncio.run(run(read(), read, listener, limits, say))
+
+
+async def run(
+    model: ServedModel,
+    read: Callable[[], ServedModel],
+    listener: socket.socket,
+    limits: Limits,
+    say: Callable[[str], None],
+) -> None:
+    """Serve on a socket that listens already; see ``serve``."""
+    service = Service(read, limits, say)
+    await service.start(model)
+    address, port = listener.getsockname()[:2]
+    name = f"[{address}]" if ":" in address else address
+    local = ipaddress.ip_address(address).is_loopback
+    # A page of another site may reach this machine's own addresses by a name that it makes point here.
+    app = TrustedHostMiddleware(service, ["127.0.0.1", "localhost", "[::1]"] if local else ["*"])
+    reloads: set[asyncio.Task[None]] = set()
+
+    def reload() -> None:
+        task = asyncio.create_task(service.reload())
+        reloads.add(task)
+        task.add_done_callback(reloads.discard)
+
+    def started() -> None:
+        if not local:
+            say(f"warning: {name} can be reached from other machines, without password or encryption")
+        say(f"serving {model.name} on http://{name}:{port} (model {model.sha256[:12]}); SIGHUP reloads, SIGTERM stops")
+
+    config = uvicorn.Config(
+        app,
+        http=_Protocol,
+        ws="none",
+        lifespan="off",
+        log_level="error",
+        access_log=False,
+        server_header=False,
+        h11_max_incomplete_event_size=_HEADER_BYTES,
+        limit_concurrency=limits.max_connections,
+        timeout_graceful_shutdown=int(limits.timeout) + 1,
+    )
+    await _Server(config, reload, started).serve([listener])
+    for task in list(reloads):
+        await task
+    await service.stop()
+    say("stopped; all requests that were accepted are answered")
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    if not 0 <= port < 2**16:
+        raise UserError(f"--port {port}: must be 0 to {2**16 - 1:,}")
+    try:
+        [family, _, _, _, address], *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        return socket.create_server(address[:2], family=family, backlog=1024)
+    except (OSError, UnicodeError) as error:
+        what = getattr(error, "strerror", None) or error
+        raise UserError(f"--host {host} --port {port}: can't listen there ({what}); choose another one") from error
