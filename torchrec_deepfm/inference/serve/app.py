@@ -1,9 +1,12 @@
 """The routes of the service, for one model."""
 
 import asyncio
+import secrets
 from collections.abc import Awaitable, Callable
+from importlib import resources
 from typing import Annotated, Any, Final
 
+import jinja2
 import msgspec
 import pyarrow as pa
 from fastapi import FastAPI, Request, Response
@@ -23,6 +26,14 @@ from torchrec_deepfm.inference.serve.rows import Fault, JsonRows, RequestError
 EXPLAIN_ROWS: Final = 100
 _PAIRS: Final = 20
 _BODIES: Final = 16  # of the largest size, held at once
+# A page that the browser lets load nothing, run no other script, and stand in no frame.
+_POLICY: Final = (
+    "default-src 'none'; script-src 'nonce-{0}'; style-src 'nonce-{0}'; connect-src 'self'; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'"
+)
+_PAGE: Final = jinja2.Environment(autoescape=True).from_string(
+    (resources.files(__package__) / "page.html.j2").read_text("utf-8")
+)
 _RETRY: Final = {"Retry-After": "1"}
 
 
@@ -185,6 +196,13 @@ def make_app(model: ServedModel, batcher: Batcher, limits: Limits, metrics: Metr
             return _json({"rows": listed, "model": model.sha256})
 
         return await answered(request, answer)
+
+    @app.get("/", response_class=Response)
+    async def page() -> Response:
+        """A page to try a row."""
+        nonce = secrets.token_urlsafe(16)
+        text = _PAGE.render(columns=model.columns, name=model.name, sha256=model.sha256, nonce=nonce)
+        return Response(text, media_type="text/html", headers={"Content-Security-Policy": _POLICY.format(nonce)})
 
     @app.get("/health", response_model=Health)
     async def health() -> Response:

@@ -50,7 +50,7 @@ def read_stream(body: bytes, columns: Sequence[Column], most: int) -> pa.Table:
                 if texts > MAX_UNFOLDED:
                     raise RequestError(413, Fault("the rows hold more than 64 MiB of text; send fewer"))
                 batches.append(pa.record_batch({one.name: _plain(batch.column(one.name)) for one in columns}))
-    except (pa.ArrowException, OSError, struct.error, IndexError) as error:
+    except (pa.ArrowException, OSError, UnicodeError, struct.error) as error:
         line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise RequestError(400, Fault(f"the body is not a valid Arrow IPC stream: {line}")) from error
     if not rows:

@@ -109,6 +109,12 @@ class Column:
         return several | None if self.separator is None else several | _TEXT | None
 
     @property
+    def hint(self) -> str:
+        """What a cell may hold, in a word or two for a form."""
+        word = {"string": "text", "hex": "hexadecimal"}.get(self.kind, self.kind)
+        return word if not self.is_list else f"list of {word}, by {self.separator or ','}"
+
+    @property
     def words(self) -> str:
         """What a cell may hold."""
         one = _KINDS[self.kind].words
