@@ -154,6 +154,12 @@ def export(*args: str, **options: Any) -> specs.AppDef:
 
 
 @_component(*OF_RANKS)
+def serve(*args: str, **options: Any) -> specs.AppDef:
+    """Serves a run or a package over HTTP, in one process, until it is stopped."""
+    return _launch("serve", args, **options)
+
+
+@_component(*OF_RANKS)
 def plan(*args: str, **options: Any) -> specs.AppDef:
     """Plans the placement of tables on any described hardware, in one process."""
     return _launch("plan", args, **options)

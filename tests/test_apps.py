@@ -16,7 +16,7 @@ from torchrec_deepfm import named_resources
 
 ROOT = Path(__file__).resolve().parent.parent
 FILE = ROOT / "apps" / "deepfm.py"
-COMPONENTS = ["evaluate", "experiment", "export", "plan", "predict", "prepare", "train"]
+COMPONENTS = ["evaluate", "experiment", "export", "plan", "predict", "prepare", "serve", "train"]
 
 
 def load(path: Path) -> ModuleType:

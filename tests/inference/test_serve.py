@@ -5,8 +5,11 @@ import contextlib
 import io
 import json
 import os
+import re
+import shutil
 import signal
 import socket
+import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -544,3 +547,30 @@ def test_a_model_without_numbers_is_not_served(run: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("torchrec_deepfm.inference.serve.model.load", lambda *args, **options: broken)
     with pytest.raises(UserError, match="can't score a row of missing values"):
         ServedModel(run)
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="no curl here")
+def test_the_commands_of_the_page(run: Path, tmp_path: Path) -> None:
+    """docs/inference.md's service, in a process of its own, on a free port."""
+    page = (Path(__file__).parents[2] / "docs" / "inference.md").read_text()
+    [block] = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
+    start, predict, health = block.splitlines()
+    export(run, tmp_path / "package", to="onnx")
+    words = start.replace("8000", "0").split()[1:]
+    with subprocess.Popen([sys.executable, *words], cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            port = re.search(r"on http://127.0.0.1:(\d+)", process.stdout.readline())[1]  # type: ignore[index]
+            said = [
+                json.loads(
+                    subprocess.run(line.replace("8000", port), shell=True, capture_output=True, check=True).stdout
+                )
+                for line in (predict, health)
+            ]
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
+    row = {"row": 3, "noise": 0.5, "user": "1f", "item": "2a", "shop": None}
+    assert said[0]["probabilities"] == pytest.approx(load(run).predict([row]).tolist(), abs=1e-6)
+    assert said[1] == {"status": "ok", "model": load(tmp_path / "package").sha256, "path": "package"}

@@ -1,0 +1,181 @@
+"""Latency and rate of ``serve`` under load; every answer is compared with ``predict``'s.
+
+    python -m benchmarks.inference.serve_load
+
+A synthetic log, prepared and trained (39 fields, factor_dim 15, MLP 400-400-400), exported to ONNX, served by a process. A
+client process beside it sends at a fixed rate (open loop: a slow answer does not slow the next request); its times count
+from when a request was due. Capacity is the rate with 32 requests always under way. Rows per request: 1 and 64.
+"""
+
+import asyncio
+import json
+import multiprocessing
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import polars as pl
+import tyro
+
+from benchmarks._lib.commands import environment, module_command, torchrec_deepfm
+from benchmarks._lib.formatting import markdown
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What to measure."""
+
+    rows: int = 100_000
+    """Rows to train on."""
+    seconds: float = 4.0
+    """Of each load."""
+    loads: tuple[float, ...] = (0.5, 0.7, 1.0, 3.0)
+    """Of capacity."""
+    batches: tuple[int, ...] = (1, 64)
+    """Rows per request."""
+    package: Path | None = None
+    """Serve this package, made before; and test.tsv beside it."""
+
+
+class Client:
+    """Connections that are kept, plain HTTP/1.1 on asyncio's streams."""
+
+    def __init__(self, port: int, bodies: list[bytes]) -> None:
+        self._port = port
+        head = (
+            "POST /predict HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n"
+        )
+        self._requests = [head.format(len(body)).encode() + body for body in bodies]
+        self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+
+    async def ask(self, number: int) -> tuple[int, bytes]:
+        """Send a request; return status and body."""
+        streams = self._idle.pop() if self._idle else await asyncio.open_connection("127.0.0.1", self._port)
+        reader, writer = streams
+        writer.write(self._requests[number % len(self._requests)])
+        head = await reader.readuntil(b"\r\n\r\n")
+        body = await reader.readexactly(int(re.search(rb"content-length: (\d+)", head)[1]))  # type: ignore[index]
+        self._idle.append(streams)
+        return int(head[9:12]), body
+
+
+async def closed(client: Client, seconds: float) -> float:
+    """Requests per second with 32 always under way."""
+    done, end = 0, time.perf_counter() + seconds
+
+    async def one(number: int) -> None:
+        nonlocal done
+        while time.perf_counter() < end:
+            status, _ = await client.ask(number)
+            assert status == 200, status
+            done += 1
+
+    await asyncio.gather(*(one(number) for number in range(32)))
+    return done / seconds
+
+
+async def opened(client: Client, rate: float, seconds: float) -> list[tuple[int, float, int, bytes]]:
+    """Send at a rate; return number, seconds since it was due, status (0: lost) and body of each request."""
+    found: list[tuple[int, float, int, bytes]] = []
+    start = time.perf_counter()
+
+    async def one(number: int, due: float) -> None:
+        try:
+            status, body = await client.ask(number)
+        except (OSError, asyncio.IncompleteReadError):
+            status, body = 0, b""
+        found.append((number, time.perf_counter() - due, status, body))
+
+    tasks = []
+    for number in range(int(rate * seconds)):
+        due = start + number / rate
+        if (wait := due - time.perf_counter()) > 0:
+            await asyncio.sleep(wait)
+        tasks.append(asyncio.create_task(one(number, due)))
+    await asyncio.gather(*tasks)
+    return found
+
+
+def client_main(port: int, folder: Path, options: Options) -> None:
+    """The client's process: writes a line for each load."""
+    lines: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = json.loads((folder / "rows.json").read_text())
+    expected = np.load(folder / "expected.npy")
+    for size in options.batches:
+        places = range(0, len(rows) - size, size)
+        bodies = [json.dumps({"rows": rows[place : place + size]}).encode() for place in places]
+        client = Client(port, bodies)
+
+        async def measure(size: int = size, client: Client = client, count: int = len(bodies)) -> None:
+            await closed(client, 1)
+            capacity = await closed(client, options.seconds)
+            for load in options.loads:
+                found = await opened(client, load * capacity, options.seconds)
+                wrong = 0
+                for number, _, status, body in found:
+                    if status == 200:
+                        place = number % count * size
+                        given = np.array(json.loads(body)["probabilities"])
+                        wrong += not np.abs(given - expected[place : place + size]).max() <= 1e-6
+                times = 1e3 * np.array([seconds for _, seconds, status, _ in found if status == 200])
+                statuses = Counter(status for _, _, status, _ in found)
+                lines.append({
+                    "rows": size, "load": load, "rate": load * capacity, "answered": len(times) / options.seconds,
+                    "p50": float(np.quantile(times, 0.5)), "p99": float(np.quantile(times, 0.99)), "wrong": wrong,
+                    "lost": statuses[0], "429": statuses[429], "503": statuses[503],
+                })  # fmt: skip
+
+        asyncio.run(measure())
+    (folder / "lines.json").write_text(json.dumps(lines))
+
+
+def main(options: Options) -> None:
+    """Print a table."""
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        package = options.package or folder / "package"
+        text = package.parent / "test.tsv"
+        if options.package is None:
+            data, text = folder / "data", folder / "raw/test.tsv"
+            torchrec_deepfm("synthetic", "--output", folder / "raw", "--rows", options.rows)
+            torchrec_deepfm("prepare", "--input", folder / "raw/day_0.tsv", "--output", data, "--min-count", 3)
+            torchrec_deepfm("train", "--data", data, "--output", folder / "run", "--recipe", "synthetic",
+                            "--epochs", 1, "--factor-dim", 15, "--over-arch-layer-sizes", 400, 400, 400)  # fmt: skip
+            torchrec_deepfm("export", "--run", folder / "run", "--output", package, "--to", "onnx")
+        from torchrec_deepfm.inference.load import load
+
+        predictor = load(package)
+        names = predictor.encoder.raw_schema.names
+        frame = pl.read_csv(text, separator="\t", has_header=False, new_columns=names).drop(names[0]).head(6400)
+        (folder / "rows.json").write_text(json.dumps(frame.to_dicts()))
+        np.save(folder / "expected.npy", predictor.predict(frame))
+        command = module_command("torchrec_deepfm", "serve", "--package", package, "--port", 0)
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment()) as server:
+            assert server.stdout is not None
+            port = int(re.search(r":(\d+) ", server.stdout.readline())[1])  # type: ignore[index]
+            client = multiprocessing.get_context("spawn").Process(target=client_main, args=(port, folder, options))
+            client.start()
+            client.join()
+            server.terminate()
+            code = server.wait(60)
+        if client.exitcode or code:
+            sys.exit(f"client {client.exitcode}, server {code}")
+        lines = json.loads((folder / "lines.json").read_text())
+        head = ("rows", "of capacity", "sent/s", "answered/s", "p50 ms", "p99 ms", "429", "503", "lost", "wrong")
+        table = [
+            (x["rows"], x["load"], f"{x['rate']:,.0f}", f"{x['answered']:,.0f}", f"{x['p50']:.1f}", f"{x['p99']:.1f}",
+             x["429"], x["503"], x["lost"], x["wrong"])
+            for x in lines
+        ]  # fmt: skip
+        print(markdown(head, table))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
