@@ -2,9 +2,9 @@
 
     python -m benchmarks.inference.serve_load
 
-A synthetic log, prepared and trained (39 fields, factor_dim 15, MLP 400-400-400), exported to ONNX, served by a process. A
-client process beside it sends at a fixed rate (open loop: a slow answer does not slow the next request); its times count
-from when a request was due. Capacity is the rate with 32 requests always under way. Rows per request: 1 and 64.
+A synthetic log, prepared and trained (39 fields, factor_dim 15, MLP 400-400-400), exported to ONNX, served by one
+process. A client process beside it sends at a fixed rate (open loop: a slow answer does not slow the next request); its
+times count from when a request was due. Capacity is the rate with 32 requests always under way.
 """
 
 import asyncio
