@@ -102,6 +102,9 @@ def set_up(*, dependencies_only: bool = False) -> None:
         pip("torchrec", "--no-deps", "torchrec")
         needed += ["fbgemm-gpu-cpu" if name_of(one) == "fbgemm-gpu" else one for one in requirements_of("torchrec")]
     pip("everything else", *needed)
+    if not dependencies_only:
+        # Its protobuf schema only, for a test: it asks for a urllib3 that TorchX refuses.
+        pip("Triton's schema", "--no-deps", "tritonclient")
     if dependencies_only:
         UNFINISHED.unlink()
         return  # without the stamp: `make setup` in this folder goes on from here

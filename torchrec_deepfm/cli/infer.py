@@ -115,6 +115,8 @@ class Export:
     """Weights to export: best, last or a step. Default: the run's own, which its summary measures."""
     data: Path | None = None
     """Prepared folder whose rows the package is compared on. Default: the data that the run was trained on."""
+    layout: Literal["package", "triton"] = "package"
+    """triton adds config.pbtxt and moves model.onnx to 1/, so that OUTPUT is a model of Triton's repository too."""
 
     def run(self) -> None:
         """Run the command."""
@@ -123,7 +125,7 @@ class Export:
 
         done = export(
             self.run_folder, self.output, to=self.to, tables=self.tables, checkpoint=self.checkpoint, data=self.data,
-            say=console.say,
+            layout=self.layout, say=console.say,
         )  # fmt: skip
         size = sum(path.stat().st_size for path in done.folder.rglob("*") if path.is_file())
         console.say(f"wrote {done.folder} ({format_bytes(size)}); {done.folder / 'README.md'} shows how to run it")

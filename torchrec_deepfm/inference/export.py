@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from torchrec_deepfm.inference.forms import PROBABILITY, Form, open_model, write
 from torchrec_deepfm.inference.graph import ScoringGraph, Tables
 from torchrec_deepfm.inference.inputs import Arrays, Signature
 from torchrec_deepfm.inference.package import ENCODER, FORMAT_VERSION, README, PackageFile, readme, write_package_json
+from torchrec_deepfm.inference.triton import lay_out
 from torchrec_deepfm.inference.weights import load_model
 from torchrec_deepfm.model.deepfm import DeepFM
 from torchrec_deepfm.training.metrics import compute_metrics
@@ -83,6 +85,7 @@ def export(
     tables: Tables = "fp32",
     checkpoint: str | int | None = None,
     data: Path | None = None,
+    layout: Literal["package", "triton"] = "package",
     say: Callable[[str], None] = lambda line: None,
 ) -> Exported:
     """Write a run as a package.
@@ -95,6 +98,7 @@ def export(
         checkpoint: as in ``load_model``.
         data: prepared folder whose validation rows are scored by the package and the run; by default the one that the
             run was trained on. Without it float32 tables are compared on random rows.
+        layout: ``triton`` makes the package a model of Triton's repository too; ONNX only.
         say: called with lines for the user.
 
     Returns:
@@ -105,6 +109,8 @@ def export(
             is written then.
     """
     check_free(output)
+    if layout == "triton" and to != "onnx":
+        raise UserError(f"--layout triton: Triton's onnxruntime runs ONNX, not {to}; add --to onnx")
     described = run_folder.read(run)
     prepared = _open_data(run, data)
     bags = _bags(run, prepared)
@@ -150,6 +156,8 @@ def export(
             format_version=FORMAT_VERSION, form=to, tables=tables, signature=signature, terms=terms, bias=bias,
             factor_dim=described.config.factor_dim, parity=asdict(parity), versions=run_folder.versions(), files={},
         )  # fmt: skip
+        if layout == "triton":
+            lay_out(partial, signature, described.config.factor_dim)
         write_bytes(partial / README, readme(package, example).encode())
         write_package_json(partial, package)
     return Exported(folder=output, parity=parity, bytes_before=graph.bytes_before, bytes_after=graph.bytes_after)

@@ -24,6 +24,7 @@ from torchrec_deepfm.files import check_seal, read_bytes, seal, write_bytes
 from torchrec_deepfm.inference.forms import MODEL_FILE, OUTPUTS, PROBABILITY, Form, Run, open_model
 from torchrec_deepfm.inference.inputs import Signature
 from torchrec_deepfm.inference.parts import Parts
+from torchrec_deepfm.inference.triton import VERSION
 from torchrec_deepfm.strict_json import as_type, parse_json
 
 PACKAGE: Final = "package.json"
@@ -112,7 +113,7 @@ def read_package(folder: Path) -> PackageFile:
         raise UserError(f"{path}: the file is damaged (its checksum does not fit); {_AGAIN}")
     raw.pop("sha256")
     found = as_type(raw, PackageFile, where=str(path), remedy=_AGAIN)
-    if MODEL_FILE[found.form] not in found.files:
+    if not {MODEL_FILE[found.form], f"{VERSION}/{MODEL_FILE[found.form]}"} & set(found.files):
         raise UserError(f"{path}: does not list {MODEL_FILE[found.form]}; {_AGAIN}")
     for name, entry in found.files.items():
         if Path(name).is_absolute() or ".." in Path(name).parts:
@@ -194,7 +195,8 @@ def open_package(folder: Path | str, *, threads: int | None = None) -> tuple[Row
         encoder.num_embeddings
     ) != signature.num_embeddings:
         raise UserError(f"{folder / ENCODER}: the encoder is of another run than the model; {_AGAIN}")
-    return encoder, PackageScorer(package, open_model(package.form, folder, threads=threads), schema)
+    where = folder if MODEL_FILE[package.form] in package.files else folder / VERSION
+    return encoder, PackageScorer(package, open_model(package.form, where, threads=threads), schema)
 
 
 def readme(package: PackageFile, example: Mapping[str, Any] | None) -> str:
