@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -385,15 +386,18 @@ def table_encoder(tmp_path_factory: pytest.TempPathFactory) -> RowEncoder:
     """Every kind of column, hashed."""
     folder = tmp_path_factory.mktemp("kinds")
     schema = Schema(
-        label="y", numeric=("x",), categorical=("text", "whole", "tags", "cut"), layout="table",
+        label="y", numeric=("x",), categorical=("text", "whole", "tags", "cut", "hour", "day", "both"), layout="table",
         columns={
+            "hour": Column(of="at", part="hour"), "day": Column(of="seconds", part="weekday", format="s"),
+            "both": Column(cross=("text", "whole")),
             "whole": Column(type="integer"), "tags": Column(list=True, weights="w", type="integer"),
             "cut": Column(list=True, separator="|", type="string"),
         },
     )  # fmt: skip
     frame = pl.DataFrame(
         {"y": [0, 1, 1], "x": [1.5, 2.0, None], "text": ["a", "b", None], "whole": [1, 2, 3],
-         "tags": [[1], [2, 3], []], "w": [[1.0], [0.5, 2.0], []], "cut": ["p|q", "", None]}
+         "tags": [[1], [2, 3], []], "w": [[1.0], [0.5, 2.0], []], "cut": ["p|q", "", None],
+         "at": ["2024-01-01 05:00:00"] * 3, "seconds": [1.7e9, 0.0, None]}
     )  # fmt: skip
     frame.write_parquet(folder / "raw.parquet")
     data = prepare(
@@ -406,13 +410,32 @@ def table_encoder(tmp_path_factory: pytest.TempPathFactory) -> RowEncoder:
 def test_every_kind_of_column(table_encoder: RowEncoder) -> None:
     """JSON and Arrow give the ids that the encoder gives for the same Python values."""
     rows = [
-        {"x": 3, "text": "a", "whole": 7, "tags": [4, 5], "w": [1, 0.25], "cut": "p|z"},
-        {"x": None, "text": None, "whole": None, "tags": None, "w": None, "cut": None},
-        {"x": 1e9, "text": "12", "whole": -(2**63), "tags": [], "w": [], "cut": "q"},
+        {
+            "x": 3,
+            "text": "a",
+            "whole": 7,
+            "tags": [4, 5],
+            "w": [1, 0.25],
+            "cut": "p|z",
+            "at": "2024-05-06 07:08:09",
+            "seconds": 1715000000,
+        },
+        {"x": None, "text": None, "whole": None, "tags": None, "w": None, "cut": None, "at": None, "seconds": None},
+        {
+            "x": 1e9,
+            "text": "12",
+            "whole": -(2**63),
+            "tags": [],
+            "w": [],
+            "cut": "q",
+            "at": "2024-05-07",
+            "seconds": 1715100000,
+        },
     ]
     columns = columns_of(table_encoder)
     odd = [dict(row) for row in rows]
     odd[0] |= {"whole": "7", "cut": "p|z"}
+    odd[0]["seconds"] = 1715000000.0
     odd[2] |= {"text": 12, "whole": str(-(2**63))}
     expected = table_encoder.encode(rows)
     table = JsonRows(columns, 9).read(json.dumps({"rows": odd}).encode())
@@ -420,7 +443,11 @@ def test_every_kind_of_column(table_encoder: RowEncoder) -> None:
     views = read_stream(polars_stream(pl.DataFrame(pa.Table.from_pylist(rows))), columns, 9)
     coded = pa.Table.from_pylist(rows)
     coded = coded.set_column(coded.schema.get_field_index("text"), "text", coded["text"].dictionary_encode())
-    for given in (table, streamed, views, read_stream(stream(coded), columns, 9)):
+    timed = pa.Table.from_pylist(rows)
+    place = timed.schema.get_field_index("at")
+    stamps = pa.array([None if row["at"] is None else datetime.fromisoformat(row["at"]) for row in rows])
+    timed = read_stream(stream(timed.set_column(place, "at", stamps)), columns, 9)
+    for given in (table, streamed, views, timed, read_stream(stream(coded), columns, 9)):
         found = table_encoder.encode(given)
         assert found.dense.tolist() == expected.dense.tolist()
         assert found.sparse.tolist() == expected.sparse.tolist()
@@ -438,6 +465,7 @@ def test_every_kind_of_column(table_encoder: RowEncoder) -> None:
         ({"tags": [1] * 1025}, "a list of at most 1,024 values"),
         ({"text": "a" * 1025}, "a text of at most 1,024 characters"),
         ({"text": 1.5}, "a text of at most"),
+        ({"at": 5}, "a time as text"),
         ({"w": [1e999, 1]}, "each a finite number"),
     ):
         with pytest.raises(RequestError) as refused:
@@ -459,7 +487,8 @@ def test_arrow_bombs(table_encoder: RowEncoder) -> None:
     """A small stream that unfolds to a lot, or points outside itself."""
     columns = columns_of(table_encoder)
     good = pa.table(
-        {"x": [1.0], "text": ["a"], "whole": [1], "tags": [[1]], "w": [[1.0]], "cut": ["p"]}
+        {"x": [1.0], "text": ["a"], "whole": [1], "tags": [[1]], "w": [[1.0]], "cut": ["p"], "at": ["2024-05-06"],
+         "seconds": [0]}
     )  # fmt: skip
 
     def replaced(name: str, array: Any) -> pa.Table:

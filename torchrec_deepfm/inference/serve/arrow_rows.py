@@ -81,6 +81,8 @@ def _text_bytes(array: pa.Array, column: Column) -> int:
         return _text_bytes(array.flatten(), replace(column, is_list=False))
     if types.is_null(kind) or types.is_boolean(kind) or types.is_integer(kind) or types.is_floating(kind):
         return 0
+    if column.kind.endswith("time") and (types.is_timestamp(kind) or types.is_date(kind)):
+        return 0
     if types.is_string_view(kind):  # Arrow has no function for their length: the first of four 32-bit words
         lengths = pa.array(np.frombuffer(array.buffers()[1], np.int32)[4 * array.offset :: 4][: len(array)])
     elif types.is_dictionary(kind) and types.is_string(kind.value_type) | types.is_large_string(kind.value_type):

@@ -80,6 +80,8 @@ _KINDS: Final = {
         pa.large_string(),
         lambda value: value if isinstance(value, str) else f"{value:x}",
     ),
+    "time": _Kind(_TEXT, "a time as text", pa.large_string(), str),
+    "coded time": _Kind(_TEXT | _INTEGER | _NUMBER, "a time as in training, text or number", pa.large_string(), str),
 }
 
 
@@ -89,7 +91,7 @@ class Column:
 
     Args:
         name: Its name.
-        kind: ``number``, ``integer``, ``string`` or ``hex``.
+        kind: A key of ``_KINDS``.
         is_list: Whether a cell holds several values.
         separator: What separates them if the cell is a text.
     """
@@ -160,14 +162,25 @@ class Column:
 
 
 def columns_of(encoder: RowEncoder) -> tuple[Column, ...]:
-    """Return the columns that rows of a request have: those of the raw rows without the label."""
-    schema, found = encoder.raw_schema, [Column(name, "number") for name in encoder.raw_schema.numeric]
-    for name, kind in zip(schema.categorical, encoder.types, strict=True):
-        options = schema.options(name)
-        found.append(Column(name, kind or "string", options.list, options.separator))
-    for name in schema.weighted:
-        options = schema.options(name)
-        found.append(Column(str(options.weights), "number", True, options.separator))
+    """Return the columns that rows of a request have: those that a table must have, without the label."""
+    schema, kinds = encoder.raw_schema, dict(zip(encoder.raw_schema.categorical, encoder.types, strict=True))
+    weights = {schema.options(name).weights: schema.options(name).separator for name in schema.weighted}
+    found = []
+    for source in schema.columns_read[1:]:
+        if source in weights:
+            found.append(Column(source, "number", True, weights[source]))
+            continue
+        readers = [name for name in (*schema.numeric, *schema.categorical) if schema.source(name) == source]
+        values = [name for name in readers if schema.options(name).part is None]
+        if not values:  # only parts of this time are used, or it ends an age
+            timed = [name for name in (*schema.numeric, *schema.categorical) if schema.options(name).until == source]
+            written = any(schema.options(name).format for name in (*readers, *timed))
+            found.append(Column(source, "coded time" if written else "time"))
+            continue
+        used = {"number" if name in schema.numeric else kinds[name] or "string" for name in values}
+        kind = used.pop() if len(used) == 1 else "integer"  # what is a category and a number at once
+        options = schema.options(values[-1])
+        found.append(Column(source, kind, options.list, options.separator))
     return tuple(found)
 
 
