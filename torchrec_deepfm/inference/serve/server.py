@@ -197,7 +197,7 @@ async def run(
     name = f"[{address}]" if ":" in address else address
     local = ipaddress.ip_address(address).is_loopback
     # A page of another site may reach this machine's own addresses by a name that it makes point here.
-    app = TrustedHostMiddleware(service, ["127.0.0.1", "localhost", "[::1]"] if local else ["*"])
+    app = TrustedHostMiddleware(service, ["127.0.0.1", "localhost", "[::1]", name] if local else ["*"])
     reloads: set[asyncio.Task[None]] = set()
 
     def reload() -> None:
