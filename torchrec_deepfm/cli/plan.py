@@ -13,7 +13,7 @@ from torchrec_deepfm import console
 from torchrec_deepfm.errors import UserError, one_of
 from torchrec_deepfm.files import check_target
 from torchrec_deepfm.sharding.inputs.sharding_types import FusedOptimizer
-from torchrec_deepfm.sharding.plan.plan import OLD_SEARCHES, PlanFile, Search
+from torchrec_deepfm.sharding.plan.plan import OLD_SEARCHES, Objective, PlanFile, Search
 
 
 def _search(words: list[str]) -> str:
@@ -92,6 +92,9 @@ class PlanCommand:
     """Samples per rank and step."""
     search: SearchOption = "balanced"
     """balanced, or torchrec: TorchRec's own planner."""
+    objective: Objective = "all"
+    """Time of the slowest rank that balanced makes small: all terms; total: without the exchange of ids (TorchRec's
+    Perf.total); hidden-ids: ids overlap with look-ups and updates, as in a pipelined training."""
     constraint: Annotated[
         tuple[tuple[str, ...], ...], tyro.conf.arg(metavar="RULE [RULE ...]"), tyro.conf.UseAppendAction
     ] = ()
@@ -140,6 +143,7 @@ class PlanCommand:
             self.ranks,
             self.batch_size,
             constraints=constraints,
+            objective=self.objective,
             optimizer=self.optimizer,
             ema=self.ema,
         )

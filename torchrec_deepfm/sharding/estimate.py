@@ -1,10 +1,11 @@
-"""What a plan costs, by TorchRec's own estimators, every term of it.
+"""What a plan costs, by TorchRec's estimators, every term of it.
 
 For each shard TorchRec estimates six terms in milliseconds: the look-up and the update of rows (``fwd_compute``,
 ``bwd_compute``), the exchange of pooled rows and of their gradients (``fwd_comms``, ``bwd_comms``), ``prefetch`` of
-cached rows, and the exchange of ids (``input_dist_comms``). Its ``Perf.total``, by which its planner chooses, leaves
-the last one out. Here a rank's time is the sum of all six over its shards, and the **critical path** is the time of the
-slowest rank. The fixed costs of ``hardware.extra`` (``EXTRA`` lists them) are added.
+cached rows, and the exchange of ids (``input_dist_comms``, corrected in ``perf_config``). Its ``Perf.total``, by which
+its planner chooses, leaves the last one out. Here a rank's time is the sum of all six over its shards, and the
+**critical path** is the time of the slowest rank. The fixed costs of ``hardware.extra`` (``EXTRA`` lists them) are
+added. ``plan.Objective`` lists the other ways to add the terms up.
 """
 
 import math
@@ -15,7 +16,6 @@ import torch
 from torch import nn
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
-from torchrec.distributed.planner.constants import DEFAULT_PERF_ESTIMATOR
 from torchrec.distributed.planner.enumerators import get_partition_by_type
 from torchrec.distributed.planner.estimator.estimator import EmbeddingPerfEstimatorFactory
 from torchrec.distributed.planner.shard_estimators import EmbeddingStorageEstimator
@@ -40,6 +40,7 @@ from torchrec_deepfm.sharding.inputs.sharding_types import SparseOptimizer
 from torchrec_deepfm.sharding.inputs.sparse_optimizers import SPARSE_OPTIMIZERS
 from torchrec_deepfm.sharding.inputs.tables import Table
 from torchrec_deepfm.sharding.inputs.topology import topology
+from torchrec_deepfm.sharding.perf_config import ARRIVING_IDS
 from torchrec_deepfm.sharding.plan.plan import Cost, PlanFile, PlannedTable, Predicted
 
 
@@ -166,10 +167,8 @@ def shard_estimators(
     *,
     ema: bool = False,
 ) -> list[ShardEstimator]:
-    """Make the estimators of times and of memory that TorchRec's planner uses, but run once for equal shards."""
-    perf = EmbeddingPerfEstimatorFactory.create(
-        DEFAULT_PERF_ESTIMATOR, topology=planner_topology, constraints=constraints
-    )
+    """Make TorchRec's estimators of times and of memory, with the ids that arrive, run once for equal shards."""
+    perf = EmbeddingPerfEstimatorFactory.create(ARRIVING_IDS, topology=planner_topology, constraints=constraints)
     storage = storage_estimator(planner_topology, constraints, ema=ema)
     return [SharedShardEstimator(perf, hardware.extra.get("shard_ms", 0.0)), SharedShardEstimator(storage)]
 

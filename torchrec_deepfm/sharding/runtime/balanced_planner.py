@@ -6,7 +6,7 @@ import torch.distributed as dist
 from torch import nn
 from torchrec.distributed.comm import get_local_size
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
-from torchrec.distributed.planner.constants import BATCH_SIZE, DEFAULT_PERF_ESTIMATOR
+from torchrec.distributed.planner.constants import BATCH_SIZE
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 from torchrec.distributed.planner.estimator.estimator import EmbeddingPerfEstimatorFactory
 from torchrec.distributed.planner.planners import EmbeddingPlannerBase, get_device_type
@@ -22,6 +22,7 @@ from torchrec_deepfm.sharding.estimate import SharedShardEstimator
 from torchrec_deepfm.sharding.inputs.constraints import keep_to_possible
 from torchrec_deepfm.sharding.inputs.hardware import RESERVED
 from torchrec_deepfm.sharding.inputs.sharding_types import CUDA_KERNELS
+from torchrec_deepfm.sharding.perf_config import ARRIVING_IDS
 from torchrec_deepfm.sharding.runtime.planner_errors import explain
 from torchrec_deepfm.sharding.search.assignment import Effort
 from torchrec_deepfm.sharding.search.enumerator import WidthEnumerator
@@ -83,9 +84,7 @@ class BalancedPlanner(EmbeddingPlannerBase):
         self._estimators: list[ShardEstimator] = [
             SharedShardEstimator(each)
             for each in (
-                EmbeddingPerfEstimatorFactory.create(
-                    DEFAULT_PERF_ESTIMATOR, topology=topology, constraints=constraints
-                ),
+                EmbeddingPerfEstimatorFactory.create(ARRIVING_IDS, topology=topology, constraints=constraints),
                 EmbeddingStorageEstimator(topology=topology, constraints=constraints),
             )
         ]

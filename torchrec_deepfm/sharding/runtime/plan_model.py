@@ -39,7 +39,7 @@ from torchrec_deepfm.sharding.plan.plan import PlanFile
 from torchrec_deepfm.sharding.plan.torchrec_plan import from_sharding_plan
 from torchrec_deepfm.sharding.plan.validate import check_fits, check_memory
 from torchrec_deepfm.sharding.runtime.planner_errors import explain
-from torchrec_deepfm.sharding.search.plan_tables import Planning, critical_path_ms
+from torchrec_deepfm.sharding.search.plan_tables import Planning
 
 DATA_PARALLEL_ROWS = "--data-parallel-rows"
 _DATA_PARALLEL = ShardingType.DATA_PARALLEL.value
@@ -134,7 +134,9 @@ def plan_model(
     balanced = Planning(
         listed, hardware, topology.world_size, batch_size, constraints=free, optimizer=optimizer, ema=ema
     ).plan()
-    return balanced if critical_path_ms(balanced) < critical_path_ms(plan) * _WINS else plan
+    assert balanced.predicted is not None
+    assert plan.predicted is not None
+    return balanced if balanced.predicted.critical_path_ms < plan.predicted.critical_path_ms * _WINS else plan
 
 
 def read_fitting_plan(

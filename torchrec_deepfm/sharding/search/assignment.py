@@ -87,7 +87,20 @@ def choose(
         >>> choose(machine, [[whole, halves]]).ways
         (1,)
     """
-    return _Search(machine, ways, effort or Effort()).run(starts)
+    effort = effort or Effort()
+    # More pieces than ranks rarely pay and crowd out other starts: first without them.
+    few = [[number for number, way in enumerate(options) if _has_room(machine, way)] for options in ways]
+    if all(few) and any(len(kept) < len(options) for kept, options in zip(few, ways, strict=True)):
+        kept = [[options[number] for number in numbers] for options, numbers in zip(ways, few, strict=True)]
+        found = _Search(machine, kept, effort).run()
+        first = tuple(numbers[way] for numbers, way in zip(few, found.ways, strict=True))
+        starts = (first, *starts)
+    return _Search(machine, ways, effort).run(starts)
+
+
+def _has_room(machine: Machine, way: PlacementOption) -> bool:
+    """Whether each piece can have a slot of its own."""
+    return way.count <= {"every rank": 1, "any host": machine.hosts, "any rank": machine.ranks}[way.where]
 
 
 @dataclass(frozen=True)

@@ -38,8 +38,7 @@ class WidthEnumerator(EmbeddingEnumerator):
     All that TorchRec's enumerator offers is offered here, except what could only make a plan worse, or no plan at all
     (unless a constraint leaves nothing else): table_column_wise, which by the estimates is column_wise with fewer
     places; types that can't run (``sharding_types.why_rows_impossible``); and kernels that keep rows in host memory if
-    ``host_memory`` is false. Of the narrower widths those that make more blocks than hosts, or more column shards than
-    ranks, are left out too.
+    ``host_memory`` is false.
 
     Args:
         topology: The ranks.
@@ -167,18 +166,10 @@ class WidthEnumerator(EmbeddingEnumerator):
         return [option for option in options if not without.get(option.sharding_type)] or options
 
     def _widths(self, option: ShardingOption) -> list[int]:
-        kind, columns = option.sharding_type, option.tensor.shape[1]
-        hosts = max(self._world_size // self._local_world_size, 1)
-        most = {
-            ShardingType.COLUMN_WISE.value: self._world_size,
-            ShardingType.TABLE_COLUMN_WISE.value: self._local_world_size,
-            ShardingType.GRID_SHARD.value: hosts,
-        }[kind]
-        widths = [
-            width
-            for width in range(4 * -(-self._min_width // 4), columns, 4)
-            if columns % width == 0 and columns // width <= most
-        ]
+        columns = option.tensor.shape[1]
+        # More shards than ranks may fill the ranks more evenly; on one rank they only cost more.
+        narrower = range(4 * -(-self._min_width // 4), columns if self._world_size > 1 else 0, 4)
+        widths = [width for width in narrower if columns % width == 0]
         torchrecs = default_min_partition(columns)
         if torchrecs is not None and torchrecs >= WIDE_ENOUGH and torchrecs not in widths:
             widths.append(torchrecs)

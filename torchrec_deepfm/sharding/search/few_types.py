@@ -58,4 +58,4 @@ def _try(
 
 def _cost(plan: PlanFile) -> float:
     assert plan.predicted is not None
-    return plan.predicted.critical_path_ms
+    return plan.predicted.slowest_ms(plan.objective)

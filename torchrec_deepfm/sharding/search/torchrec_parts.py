@@ -15,7 +15,8 @@
 Each works with TorchRec's own parts in the place of the others.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 from torchrec.distributed.planner.partitioners import GreedyPerfPartitioner
@@ -24,45 +25,58 @@ from torchrec.distributed.planner.types import (
     Enumerator,
     PartitionByType,
     Partitioner,
+    Perf,
     PerfModel,
     PlannerError,
     PlannerErrorType,
     Proposer,
-    Shard,
     ShardingOption,
     Topology,
 )
 from torchrec.distributed.types import ShardingType
 
 from torchrec_deepfm.sharding.inputs.sharding_types import WIDE_ENOUGH
+from torchrec_deepfm.sharding.plan.plan import Objective
 from torchrec_deepfm.sharding.search.assignment import Choice, Effort, choose
 from torchrec_deepfm.sharding.search.placement import Machine, PlacementOption, place
+from torchrec_deepfm.sharding.search.torchrec_proposals import greedy_proposals
 
 
-def shard_ms(shard: Shard) -> float:
-    """Return the milliseconds of a shard: ``Perf.total`` and the exchange of ids, which it leaves out."""
-    assert shard.perf is not None
-    return float(shard.perf.total + shard.perf.input_dist_comms)
+def perf_ms(perf: Perf, objective: Objective) -> float:
+    """Return the milliseconds of a shard, or of a rank, under an objective, as ``plan.Cost.ms`` does."""
+    ids = perf.input_dist_comms
+    kernels = perf.fwd_compute + perf.bwd_compute + perf.prefetch_compute
+    return float(perf.total + {"all": ids, "total": 0.0, "hidden-ids": max(ids - kernels, 0.0)}[objective])
 
 
 class AllTermsPerfModel(PerfModel):
-    """Rates a plan by its slowest rank with all terms: the critical path.
+    """Rates a plan by its slowest rank, all terms counted: the critical path.
 
     Args:
         topology: The ranks.
+        objective: Which terms count.
     """
 
-    def __init__(self, topology: Topology) -> None:
+    def __init__(self, topology: Topology, objective: Objective = "all") -> None:
         self._ranks = topology.world_size
+        self._objective = objective
 
     def rate(self, plan: list[ShardingOption]) -> float:
         """Return milliseconds of the slowest rank."""
-        ms = [0.0] * self._ranks
+        alike: list[dict[int, list[Any]]] = [{} for _ in range(self._ranks)]  # shards of a size share their Perf
         for option in plan:
             for shard in option.shards:
                 assert shard.rank is not None
-                ms[shard.rank] += shard_ms(shard)
-        return max(ms)
+                alike[shard.rank].setdefault(id(shard.perf), [shard.perf, 0])[1] += 1
+        return max(self._rank_ms(held.values()) for held in alike)
+
+    def _rank_ms(self, held: Iterable[Sequence[Any]]) -> float:
+        ids = kernels = rest = 0.0
+        for perf, count in held:
+            ids += count * perf.input_dist_comms
+            kernels += count * (perf.fwd_compute + perf.bwd_compute + perf.prefetch_compute)
+            rest += count * (perf.fwd_comms + perf.bwd_comms)
+        return perf_ms(Perf(kernels, rest, 0.0, 0.0, ids), self._objective)
 
 
 class BalancedPartitioner(Partitioner):
@@ -70,7 +84,13 @@ class BalancedPartitioner(Partitioner):
 
     TorchRec's greedy one places the largest tables first, by ``Perf.total``. A proposal with tables that must stay
     together (embedding towers) is left to that one.
+
+    Args:
+        objective: Which terms of a shard count; ``hidden-ids`` hides a shard's ids behind its own kernels only.
     """
+
+    def __init__(self, objective: Objective = "all") -> None:
+        self._objective = objective
 
     def partition(self, proposal: list[ShardingOption], storage_constraint: Topology) -> list[ShardingOption]:
         """Give every shard a rank, in place; raise ``PlannerError`` (``PARTITION``) where they do not fit."""
@@ -79,7 +99,7 @@ class BalancedPartitioner(Partitioner):
         machine = machine_of(storage_constraint)
         if any(len(option.shards) % machine.ranks_per_host for option in proposal if _by_host(option)):
             raise PlannerError("the shards of a host do not fill it", PlannerErrorType.PARTITION)
-        ways = [placement_option(option, machine) for option in proposal]
+        ways = [placement_option(option, machine, self._objective) for option in proposal]
         found = place(machine, ways)
         if found.short:
             raise PlannerError(
@@ -112,10 +132,12 @@ class BalancedProposer(Proposer):
         effort: How long to search.
         fallbacks: Whether to propose TorchRec's where the plan found fits nowhere. With ``BalancedPartitioner`` that
             can't help: the search has tried the same placements.
+        objective: Which terms of a shard count, as for ``BalancedPartitioner``.
     """
 
-    def __init__(self, effort: Effort | None = None, *, fallbacks: bool = True) -> None:
+    def __init__(self, effort: Effort | None = None, *, fallbacks: bool = True, objective: Objective = "all") -> None:
         self._effort = effort or Effort()
+        self._objective = objective
         self._with_fallbacks = fallbacks
         self._options: list[list[ShardingOption]] = []
         self._next: list[ShardingOption] | None = None
@@ -131,7 +153,7 @@ class BalancedProposer(Proposer):
         for option in search_space:
             by_table.setdefault(option.fqn, []).append(option)
         self._options = list(by_table.values())
-        self._next = [min(options, key=_max_shard_ms) for options in self._options] or None
+        self._next = [min(options, key=self._max_shard_ms) for options in self._options] or None
         self._fallbacks = []
         if self._with_fallbacks:
             self._fallbacks = [GreedyProposer(), GreedyProposer(use_depth=False), UniformProposer()]
@@ -170,47 +192,26 @@ class BalancedProposer(Proposer):
 
     def _search(self, storage_constraint: Topology) -> list[ShardingOption]:
         machine = machine_of(storage_constraint)
-        ways = [[placement_option(option, machine) for option in options] for options in self._options]
-        self.choice = choose(machine, ways, self._effort, starts=_greedy_proposals(self._options))
+        ways = [[placement_option(option, machine, self._objective) for option in options] for options in self._options]
+        self.choice = choose(machine, ways, self._effort, starts=greedy_proposals(_torchrecs(self._options)))
         return [options[number] for options, number in zip(self._options, self.choice.ways, strict=True)]
 
+    def _max_shard_ms(self, option: ShardingOption) -> float:
+        return max(perf_ms(shard.perf, self._objective) for shard in option.shards if shard.perf is not None)
 
-def _greedy_proposals(options: Sequence[Sequence[ShardingOption]]) -> list[tuple[int, ...]]:
-    """The proposals of TorchRec's greedy proposers, for the options that its enumerator would offer.
 
-    They ignore feedback: the table that takes the most memory gets its next more expensive option. TorchRec's own code
-    sums every shard of every table again at each step, which is too slow for a thousand ranks.
-    """
-    known = [[(number, option) for number, option in enumerate(each) if _torchrecs(option)] for each in options]
-    known = [some or list(enumerate(each)) for some, each in zip(known, options, strict=True)]
-    found: list[tuple[int, ...]] = []
-    for total in (max, sum):
-        ways = [sorted((total(_perf_totals(option)), number) for number, option in each) for each in known]
-        sizes = [{number: _memory(option) for number, option in each} for each in known]
-        at = [0] * len(ways)
-        while True:
-            found.append(tuple(each[step][1] for each, step in zip(ways, at, strict=True)))
-            left = [table for table, each in enumerate(ways) if at[table] + 1 < len(each)]
-            if not left:
-                break
-            at[max(left, key=lambda table: sizes[table][found[-1][table]])] += 1
+def _torchrecs(options: Sequence[Sequence[ShardingOption]]) -> list[dict[int, ShardingOption]]:
+    """The options of each table that TorchRec's enumerator would offer, by number: no grid, only the whole width."""
+    found = []
+    for each in options:
+        known = {
+            number: option
+            for number, option in enumerate(each)
+            if option.sharding_type != ShardingType.GRID_SHARD.value
+            and option.shards[0].size[1] >= min(option.tensor.shape[1], WIDE_ENOUGH)
+        }
+        found.append(known or dict(enumerate(each)))
     return found
-
-
-def _torchrecs(option: ShardingOption) -> bool:
-    """Whether TorchRec's enumerator would offer this: no grid, and of narrow tables only the whole width."""
-    width = option.shards[0].size[1]
-    return option.sharding_type != ShardingType.GRID_SHARD.value and width >= min(option.tensor.shape[1], WIDE_ENOUGH)
-
-
-def _perf_totals(option: ShardingOption) -> list[float]:
-    return [float(shard.perf.total) for shard in option.shards if shard.perf is not None]
-
-
-def _memory(option: ShardingOption) -> tuple[int, int, int, int]:
-    held = [shard.storage for shard in option.shards if shard.storage is not None]
-    hbm, ddr = [each.hbm for each in held], [each.ddr for each in held]
-    return max(hbm), sum(hbm), max(ddr), sum(ddr)
 
 
 def machine_of(ranks: Topology) -> Machine:
@@ -224,12 +225,12 @@ def machine_of(ranks: Topology) -> Machine:
     )
 
 
-def placement_option(option: ShardingOption, machine: Machine) -> PlacementOption:
+def placement_option(option: ShardingOption, machine: Machine, objective: Objective = "all") -> PlacementOption:
     """Describe an option as pieces; shards of unequal rows count as the largest of them."""
     distinct = {(id(shard.perf), id(shard.storage)): shard for shard in option.shards}.values()
     hbm = max(shard.storage.hbm for shard in distinct if shard.storage is not None)
     ddr = max(shard.storage.ddr for shard in distinct if shard.storage is not None)
-    ms = max(shard_ms(shard) for shard in distinct)
+    ms = max(perf_ms(shard.perf, objective) for shard in distinct if shard.perf is not None)
     if option.partition_by == PartitionByType.UNIFORM.value:
         return PlacementOption(where="every rank", count=1, ms=ms, hbm=hbm, ddr=ddr)
     if _by_host(option):
@@ -240,7 +241,3 @@ def placement_option(option: ShardingOption, machine: Machine) -> PlacementOptio
 
 def _by_host(option: ShardingOption) -> bool:
     return option.sharding_type in (ShardingType.TABLE_ROW_WISE.value, ShardingType.GRID_SHARD.value)
-
-
-def _max_shard_ms(option: ShardingOption) -> float:
-    return max(shard_ms(shard) for shard in option.shards)

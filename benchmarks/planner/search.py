@@ -1,0 +1,390 @@
+"""The balanced search against every rival, over random lists of tables and hosts, scored by code of its own.
+
+    python -m benchmarks.planner.search --output cases.csv                    # 300 cases of seed 0
+    python -m benchmarks.planner.search --preset criteo --ranks 8 16 --output criteo.csv
+    python -m benchmarks.planner.search --preset dcnv2 --output dcnv2.csv
+
+Rivals, all with TorchRec's partitioner: TorchRec's planner as it comes; each of its proposers with its options
+(``DynamicProgrammingProposer`` too) at every ``min_partition``; and a loop that a user would tune: tables above a
+threshold sharded one way, the others replicated, the best of 4 thresholds x 9 ways. Each is asked for its best plan by
+each objective. Plans are scored by ``score``: TorchRec's equations written down again, which import nothing of the
+search and none of TorchRec's estimators.
+
+A rival's run ends after ``--seconds``; its best plan until then counts.
+"""
+
+import csv
+import itertools
+import math
+import random
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import tyro
+
+from torchrec_deepfm import console
+
+console.quiet()
+
+from torchrec.distributed.planner import ParameterConstraints  # noqa: E402
+from torchrec.distributed.planner.proposers import (  # noqa: E402
+    DynamicProgrammingProposer,
+    GreedyProposer,
+    GridSearchProposer,
+    UniformProposer,
+)
+
+from torchrec_deepfm.errors import UserError  # noqa: E402
+from torchrec_deepfm.sharding.inputs.hardware import RESERVED, Hardware  # noqa: E402
+from torchrec_deepfm.sharding.inputs.presets import PRESETS  # noqa: E402
+from torchrec_deepfm.sharding.inputs.tables import Table, criteo_dcnv2_tables, criteo_tables  # noqa: E402
+from torchrec_deepfm.sharding.plan.plan import Objective  # noqa: E402
+from torchrec_deepfm.sharding.search import plan_tables  # noqa: E402
+
+OBJECTIVES: Final[tuple[Objective, ...]] = ("total", "all")
+PROPOSERS: Final = {
+    "greedy": lambda: [GreedyProposer(), GreedyProposer(use_depth=False)],
+    "uniform": lambda: [UniformProposer(), UniformProposer(use_depth=False)],
+    "grid search": lambda: [GridSearchProposer()],
+    "dynamic programming": lambda: [DynamicProgrammingProposer()],
+}
+WAYS: Final = (
+    ("table_wise", None),
+    ("row_wise", None),
+    ("table_row_wise", None),
+    ("column_wise", 8),
+    ("column_wise", 16),
+    ("column_wise", 32),
+    ("column_wise", 64),
+    ("grid_shard", 16),
+    ("grid_shard", 32),
+)
+THRESHOLDS: Final = (1e3, 1e4, 1e5, 1e6)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What to compare."""
+
+    preset: Literal["random", "criteo", "dcnv2"] = "random"
+    """random lists of tables, or Criteo Terabyte (one-hot), or MLPerf's DCNv2 (multi-hot), 128 wide."""
+    cases: int = 300
+    """Random cases."""
+    seed: int = 0
+    """Of the random cases."""
+    first: int = 0
+    """Random cases to skip, so that several processes can share them."""
+    ranks: tuple[int, ...] = (16, 32, 64, 128)
+    """Numbers of ranks of criteo and dcnv2."""
+    rivals: tuple[Literal["torchrec", "proposers", "loop"], ...] = ("torchrec", "proposers", "loop")
+    """Whom to compare with."""
+    seconds: int = 20
+    """Time limit of each rival's run."""
+    output: Path | None = None
+    """CSV file for the results."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A task; ``memory`` says how much there is."""
+
+    tables: tuple[Table, ...]
+    hardware: Hardware
+    ranks: int
+    batch_size: int
+    name: str
+    memory: str
+
+
+# --- the independent score ---------------------------------------------------------------------------------------
+
+
+def score(placed: Sequence[tuple[Table, str, str, Sequence[tuple[int, int, int]]]], case: Case) -> dict[str, float]:
+    """Return milliseconds of the slowest rank by each objective.
+
+    Args:
+        placed: For each table its sharding type, kernel, and (rank, rows, columns) of every shard.
+        case: What it is for.
+    """
+    total, ids = [0.0] * case.ranks, [0.0] * case.ranks
+    for table, kind, kernel, shards in placed:
+        costs: dict[tuple[int, int], tuple[float, float]] = {}
+        for rank, rows, columns in shards:
+            if (rows, columns) not in costs:
+                costs[rows, columns] = shard_ms(table, kind, kernel, rows, columns, case)
+            total[rank] += costs[rows, columns][0]
+            ids[rank] += costs[rows, columns][1]
+    return {"total": max(total), "all": max(map(sum, zip(total, ids, strict=True)))}
+
+
+def shard_ms(table: Table, kind: str, kernel: str, rows: int, columns: int, case: Case) -> tuple[float, float]:
+    """TorchRec's equations for one shard of float32: milliseconds without ids, and those of the ids that arrive."""
+    hardware, ranks = case.hardware, case.ranks
+    local = min(hardware.ranks_per_host, ranks)
+    hosts = ranks // local
+    gpu = hardware.compute_device == "cuda"
+    memory = (hardware.hbm_bandwidth if gpu else hardware.ddr_bandwidth) / 1e3  # bytes per millisecond
+    slow = hardware.hbm_to_ddr_bandwidth / 1e3
+    device = {
+        "fused": memory,
+        "dense": memory / 2,
+        "fused_uvm": slow / 10,
+        "fused_uvm_caching": (0.2 * memory + 0.8 * slow) / 10,
+    }[kernel]
+    intra, inter = hardware.intra_host_bandwidth / 1e3, hardware.inter_host_bandwidth / 1e3
+    link = intra if hosts == 1 else inter
+    looked_up = case.batch_size * table.pooling_factor * (1 if kind == "data_parallel" else ranks)
+    looked_up /= {"row_wise": ranks, "table_row_wise": local, "grid_shard": local}.get(kind, 1)
+    samples = case.batch_size * (1 if kind == "data_parallel" else ranks)
+    whole_rows = kind in ("table_wise", "column_wise", "table_column_wise")
+    penalty = (1.0 if columns >= 128 else 1.15 if columns >= 64 else 1.75) if whole_rows else 1.0
+    id_bytes = math.ceil(8 * looked_up) * (2 if table.weighted else 1)
+    read = id_bytes + 4 * looked_up * (max(columns, 32) if whole_rows else columns) + 4 * samples * columns
+    forward = read * penalty / device
+    compute = forward * 3 + (forward * 1.1 if table.weighted else 0.0)
+    pooled = 4 * samples * columns
+    if kind == "data_parallel":
+        size, rings = 4 * rows * columns, min(ranks / local, 2)
+        reduced = size * (2 * rings - 1) / rings / (inter * local) * (2 if ranks > 2 * local else 1)
+        return compute + reduced + size * 9.22 / device, 0.0
+    if whole_rows:
+        comms = 2 * pooled / link
+    elif kind == "row_wise":
+        comms = 2 * pooled / link + pooled * 2.455 / device
+    else:
+        across = pooled / local / inter if hosts > 1 else 0.0
+        comms = 2 * (pooled / intra + across) + pooled * 2.455 / device
+    arriving = case.batch_size * table.pooling_factor * ranks * rows / table.num_embeddings
+    return compute + comms, arriving * (12 if table.weighted else 8) / link
+
+
+# --- cases --------------------------------------------------------------------------------------------------------
+
+
+def cases(options: Options) -> Iterator[Case]:
+    """Yield the cases; a random one depends on the seed and its number only."""
+    base = PRESETS["torchrec"]
+    if options.preset != "random":
+        tables = criteo_tables(128) if options.preset == "criteo" else criteo_dcnv2_tables(128)
+        for ranks in options.ranks:
+            yield Case(tables=tables, hardware=base, ranks=ranks, batch_size=8192, name=options.preset, memory="enough")
+        return
+    for number in range(options.first, options.first + options.cases):
+        yield random_case(random.Random(f"{options.seed} {number}"))
+
+
+def random_case(draw: random.Random) -> Case:
+    """Draw tables (20 to 200, power-law rows), hosts, ranks and memory."""
+    per_host = draw.choice([1, 4, 5, 8, 24, 40, 72])
+    hosts = draw.choice([each for each in (1, 2, 3, 4, 8, 16, 32, 64, 128) if each * per_host <= 1024])
+    ranks = per_host * hosts
+    count = draw.choice([20, 26, 40, 60] if ranks > 128 else [20, 26, 40, 60, 100, 200])
+    style = draw.choice(["one-hot", "multi-hot"])
+    widths = draw.choice([(16,), (64,), (128,), (256,), (16, 64, 128), (12, 36, 100), (48, 96, 192)])
+    tables = []
+    for number in range(count):
+        rows = int(min(10 ** (1.5 + draw.paretovariate(1.1)), 4e7))
+        pooling = 1.0 if style == "one-hot" else float(min(round(draw.paretovariate(0.8)), 100))
+        tables.append(
+            Table(
+                name=f"t{number}",
+                num_embeddings=rows,
+                embedding_dim=draw.choice(widths),
+                pooling_factor=pooling,
+                weighted=style == "multi-hot" and draw.random() < 0.1,
+            )
+        )
+    hardware = replace(PRESETS[draw.choice(["torchrec", "h100", "a100-80"])], ranks_per_host=per_host)
+    memory = draw.choice(["enough", "enough", "tight", "UVM"])
+    weights = sum(table.gib for table in tables) * 2**30
+    if memory != "enough":
+        per_rank = weights / ranks / (1 - RESERVED) * (1.6 if memory == "tight" else 0.7)
+        buffers = 8192 * ranks * 16 * sum(table.embedding_dim for table in tables) / ranks
+        hardware = replace(hardware, hbm_bytes=math.ceil(per_rank + buffers + 2**28))
+    return Case(tables=tuple(tables), hardware=hardware, ranks=ranks, batch_size=8192, name=style, memory=memory)
+
+
+# --- planners -----------------------------------------------------------------------------------------------------
+
+
+def torchrec_plan(
+    case: Case,
+    seconds: float,
+    proposers: list[Any] | None = None,
+    constraints: Mapping[str, ParameterConstraints] | None = None,
+) -> dict[str, float] | None:
+    """Run TorchRec's planner, perhaps with other proposers; None where it finds no plan."""
+    planner = plan_tables.make_planner(
+        case.tables, case.hardware, case.ranks, batch_size=case.batch_size, constraints=constraints, search="torchrec"
+    )
+    planner._timeout_seconds = max(1, math.ceil(seconds))
+    if proposers is not None:
+        planner._proposers = proposers
+    try:
+        planner.plan(plan_tables.table_module(case.tables), [plan_tables.AllTypesSharder()])
+    except (plan_tables.PlannerError, RuntimeError):
+        return None
+    tables = {table.name: table for table in case.tables}
+    return score(
+        [
+            (
+                tables[option.name],
+                option.sharding_type,
+                option.compute_kernel,
+                [(shard.rank, shard.size[0], shard.size[1]) for shard in option.shards],
+            )
+            for option in planner._best_plan
+        ],
+        case,
+    )
+
+
+def balanced_plan(case: Case, objective: Objective) -> tuple[dict[str, float] | None, str]:
+    """Plan with the balanced search; its scores, and the types that it takes."""
+    try:
+        plan = plan_tables.plan_tables(
+            case.tables, case.hardware, case.ranks, batch_size=case.batch_size, objective=objective
+        )
+    except UserError:
+        return None, ""
+    tables = {table.name: table for table in case.tables}
+    found = score(
+        [
+            (
+                tables[table.name],
+                table.sharding_type,
+                table.compute_kernel,
+                [(shard.rank, *shard.sizes) for shard in table.shards],
+            )
+            for table in plan.tables
+        ],
+        case,
+    )
+    counts = Counter(table.sharding_type for table in plan.tables)
+    return found, ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
+
+
+def tuned_loop(case: Case, seconds: float) -> list[dict[str, float]]:
+    """The plans of a loop over thresholds and ways."""
+    end = time.monotonic() + seconds
+    found = []
+    for threshold, (kind, width) in itertools.product(THRESHOLDS, WAYS):
+        if time.monotonic() > end:
+            break
+        rules = {}
+        for table in case.tables:
+            large = table.num_embeddings > threshold and (width is None or table.embedding_dim % width == 0)
+            small = ParameterConstraints(sharding_types=["data_parallel"])
+            rules[table.name] = ParameterConstraints(sharding_types=[kind], min_partition=width) if large else small
+        plan = torchrec_plan(case, end - time.monotonic(), constraints=rules)
+        found += [] if plan is None else [plan]
+    return found
+
+
+def best_proposers(case: Case, seconds: float) -> dict[str, list[dict[str, float]]]:
+    """The plans of each proposer at every ``min_partition``."""
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in PROPOSERS}
+    for name, make in PROPOSERS.items():
+        end = time.monotonic() + seconds
+        for width in (None, 8, 16, 32, 64):
+            if time.monotonic() > end:
+                break
+            rules = {
+                table.name: ParameterConstraints(min_partition=width)
+                for table in case.tables
+                if width is not None and table.embedding_dim % width == 0
+            }
+            plan = torchrec_plan(case, end - time.monotonic(), make(), rules)
+            found[name] += [] if plan is None else [plan]
+    return found
+
+
+def compare(case: Case, options: Options) -> dict[str, object]:
+    """Run everybody on a case; a row of the results."""
+    row: dict[str, object] = {
+        "tables": len(case.tables),
+        "kind": case.name,
+        "memory": case.memory,
+        "ranks": case.ranks,
+        "per host": case.hardware.local_world_size(case.ranks),
+        "hardware": case.hardware.name,
+    }
+    rivals: dict[str, list[dict[str, float]]] = {}
+    for objective in OBJECTIVES:
+        begin = time.perf_counter()
+        found, types = balanced_plan(case, objective)
+        row[f"balanced {objective} s"] = round(time.perf_counter() - begin, 1)
+        row[f"balanced {objective}"] = None if found is None else found[objective]
+        if found is not None:
+            row[f"other of {objective}"] = found["all" if objective == "total" else "total"]
+            row[f"types {objective}"] = types
+    if "torchrec" in options.rivals:
+        begin = time.perf_counter()
+        plan = torchrec_plan(case, options.seconds)
+        row["torchrec s"] = round(time.perf_counter() - begin, 1)
+        rivals["torchrec"] = [] if plan is None else [plan]
+    if "proposers" in options.rivals:
+        rivals |= best_proposers(case, options.seconds)
+    if "loop" in options.rivals:
+        begin = time.perf_counter()
+        rivals["tuned loop"] = tuned_loop(case, options.seconds)
+        row["tuned loop s"] = round(time.perf_counter() - begin, 1)
+    for (name, plans), objective in itertools.product(rivals.items(), OBJECTIVES):
+        row[f"{name} {objective}"] = min((plan[objective] for plan in plans), default=None)
+    return row
+
+
+def worse_than(row: Mapping[str, object]) -> list[str]:
+    """The rivals that are better than the balanced search by an objective."""
+    found = []
+    for objective, name in itertools.product(OBJECTIVES, ("torchrec", *PROPOSERS, "tuned loop")):
+        mine, theirs = row.get(f"balanced {objective}"), row.get(f"{name} {objective}")
+        if isinstance(theirs, float) and (not isinstance(mine, float) or mine > theirs * (1 + 1e-6)):
+            found.append(f"{name} {objective} {theirs if mine is None else float(mine) / theirs:.3f}")  # type: ignore[arg-type]
+    return found
+
+
+def main(options: Options) -> None:
+    """Run all cases; write them one after another, and print a summary."""
+    rows: list[dict[str, object]] = []
+    for number, case in enumerate(cases(options)):
+        row = compare(case, options)
+        rows.append(row)
+        worse = worse_than(row)
+        shown = " ".join(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values())
+        print(f"{number}: {shown}{'  WORSE THAN ' + ', '.join(worse) if worse else ''}", flush=True)
+        if options.output is not None:
+            names = list(dict.fromkeys(name for each in rows for name in each))
+            with options.output.open("w", newline="") as file:
+                writer = csv.DictWriter(file, names)
+                writer.writeheader()
+                writer.writerows(rows)
+    summarise(rows)
+
+
+def summarise(rows: Sequence[Mapping[str, object]]) -> None:
+    """Print, for each rival and objective, how often and by how much the balanced search is better."""
+    for name, objective in itertools.product(("torchrec", *PROPOSERS, "tuned loop"), OBJECTIVES):
+        pairs = [(row.get(f"{name} {objective}"), row.get(f"balanced {objective}")) for row in rows]
+        ratios = sorted(
+            theirs / mine for theirs, mine in pairs if isinstance(theirs, float) and isinstance(mine, float)
+        )
+        if ratios:
+            worse = sum(ratio < 1 - 1e-6 for ratio in ratios)
+            only = sum(theirs is None and mine is not None for theirs, mine in pairs)
+            missed = sum(theirs is not None and mine is None for theirs, mine in pairs)
+            print(
+                f"{name}, {objective}: {len(ratios)} cases, balanced worse in {worse} (least ratio {ratios[0]:.3f}), "
+                f"median {ratios[len(ratios) // 2]:.2f}, most {ratios[-1]:.1f}; only balanced found a plan: {only}, "
+                f"only the rival: {missed}"
+            )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
+    sys.exit(0)
