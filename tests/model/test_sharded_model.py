@@ -34,7 +34,8 @@ from torchrec_deepfm.training.metrics import Metrics, compute_metrics
 from torchrec_deepfm.training.optimizers import fuse_sparse_optimizer
 
 K = 5  # rows of 8 columns [v (5) | w | padding (2)]: the second column shard begins inside v
-SIZES = {"a": 2 * BLOCK_ROWS + 3001, "b": 50, "c": 9}  # halves of "a" begin and end inside blocks
+# Halves of "a" begin and end inside blocks. Not in alphabetical order: sorting the fields by name has to fail.
+SIZES = {"a": 2 * BLOCK_ROWS + 3001, "c": 9, "b": 50}
 EBC = "model.sparse_arch.embedding_bag_collection"
 TABLE = f"{EBC}.embedding_bags.t_{{}}.weight"
 RATE = 0.5
