@@ -1,9 +1,9 @@
 """What the checksums of blocks cost the loader, and a training step.
 
-    python -m benchmarks.data.checksum_cost
+    python -m benchmarks.data.checksum_cost [--epochs 3]
 
 Days of Criteo's shape with random values, in the page cache. Passes with and without comparing take turns in one
-process; each is the first of its loader, so that every block is compared in it. The last line is the processor's time
+process; each has a new loader, which compares every block in its first epoch. The last line is the processor's time
 for the comparison alone, as a share of the time that a training takes per sample.
 """
 
@@ -31,6 +31,8 @@ class Options:
     """Samples of a batch."""
     repeats: int = 9
     """Passes of each kind."""
+    epochs: int = 1
+    """Epochs of a pass."""
     threads: int = 2
     """CPU threads."""
     training_rate: float = 87_519.0
@@ -80,13 +82,15 @@ def main(options: Options) -> None:
 
         def rate(kind: str, shuffle: bool) -> float:
             loader = Loader(kinds[kind], "train", batch_size=options.batch_size, shuffle=shuffle, drop_last=True)
-            started = time.perf_counter()
-            samples = options.batch_size * sum(1 for _ in loader)
-            return samples / (time.perf_counter() - started)
+            started, batches = time.perf_counter(), 0
+            for epoch in range(options.epochs):
+                loader.set_epoch(epoch)
+                batches += sum(1 for _ in loader)
+            return options.batch_size * batches / (time.perf_counter() - started)
 
         print(
             f"torch {torch.__version__}, xxhash {xxhash.VERSION}; {data.rows('train'):,} rows, batch "
-            f"{options.batch_size}, {options.threads} threads, {options.repeats} passes"
+            f"{options.batch_size}, {options.threads} threads, {options.repeats} passes of {options.epochs} epochs"
         )
         for shuffle in (True, False):
             rates: dict[str, list[float]] = {kind: [] for kind in kinds}
