@@ -1,6 +1,7 @@
 """What the checksums of blocks cost the loader, and a training step.
 
-    python -m benchmarks.data.checksum_cost [--epochs 3]
+    python -m benchmarks.data.checksum_cost
+    python -m benchmarks.data.checksum_cost --epochs 3
 
 Days of Criteo's shape with random values, in the page cache. Passes with and without comparing take turns in one
 process; each has a new loader, which compares every block in its first epoch. The last line is the processor's time
