@@ -188,7 +188,7 @@ def random_case(draw: random.Random) -> Case:
     widths = draw.choice([(16,), (64,), (128,), (256,), (16, 64, 128), (12, 36, 100), (48, 96, 192)])
     tables = []
     for number in range(count):
-        rows = int(min(10 ** (1.5 + draw.paretovariate(1.1)), 4e7))
+        rows = int(min(10 ** min(1.5 + draw.paretovariate(1.1), 8.0), 4e7))
         pooling = 1.0 if style == "one-hot" else float(min(round(draw.paretovariate(0.8)), 100))
         tables.append(
             Table(
