@@ -21,7 +21,7 @@ from torchrec_deepfm.distributed import process_group
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.inference import predict as module
 from torchrec_deepfm.inference.load import Predictor, load
-from torchrec_deepfm.inference.predict import predict_files
+from torchrec_deepfm.inference.predict import open_sources, predict_files
 
 
 @pytest.fixture(scope="session")
@@ -152,6 +152,38 @@ def test_ranks_and_resumed_calls_end_in_the_same_bytes(
     whole = calls - 100 + pieces
     assert whole == -(-text.stat().st_size // 1000)
     assert [float(np.float32(one or 0)) for one in probabilities(tmp_path / "p.parquet")] == probabilities(output)
+
+
+def test_two_calls_at_once(predictor: Predictor, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_LOCK_SECONDS", 0.1)
+
+    def second(rows: Any) -> Any:
+        with pytest.raises(UserError, match=r"another predict is writing it; wait for its end, or name another file$"):
+            predict_files(predictor, [str(text)], output)
+        return predictor.score(rows)
+
+    output = tmp_path / "p.parquet"
+    assert predict_files(replace(predictor, score=second), [str(text)], output).rows == 300
+    assert list(tmp_path.iterdir()) == [output]
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+def test_a_rank_parses_its_own_pieces(text: Path, predictor: Predictor, tmp_path: Path, ending: str) -> None:
+    """The others are read, and their lines counted, so that messages name the right ones."""
+    path = tmp_path / "rows.tsv"
+    path.write_bytes(text.read_text().replace("\n", ending).encode())
+    [source] = open_sources(predictor.encoder, [str(path)])
+    start = {"start": 0, "line": 0, "skip_bad": False}
+    every = list(source.pieces(**start))
+    odd = list(source.share(**start, mine=lambda number: number % 2 == 1))
+    assert len(odd) == len(every) > 4
+    for number, (found, expected) in enumerate(zip(odd, every, strict=True)):
+        if number % 2 == 0:
+            assert found is None
+        else:
+            assert (found.end, found.line, found.done) == (expected.end, expected.line, expected.done)
+            assert found.frame.equals(expected.frame)
 
 
 def test_refusals(run: Path, text: Path, tmp_path: Path, capsys: Any) -> None:

@@ -109,8 +109,8 @@ class Export:
     """Folder of the package; must not exist, or be empty."""
     to: Literal["aoti", "onnx", "torch-export"]
     """onnx runs in onnxruntime without torch; torch-export in torch; aoti is compiled for this machine's CPU."""
-    tables: Literal["fp32", "int8", "int4"] = "fp32"
-    """How the tables are stored. int8 and int4 are refused if they lose more than 0.0005 or 0.002 of AUC."""
+    tables: Literal["fp32", "fp16", "int8", "int4"] = "fp32"
+    """How the tables are stored. fp16, int8, int4 are refused if they lose more than 0.0001, 0.0005, 0.002 of AUC."""
     checkpoint: str | None = None
     """Weights to export: best, last or a step. Default: the run's own, which its summary measures."""
     data: Path | None = None

@@ -30,25 +30,31 @@ from torch import Tensor, nn
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.model.deepfm import DeepFM
 
-Tables = Literal["fp32", "int8", "int4"]
+Tables = Literal["fp32", "fp16", "int8", "int4"]
 _BLOCK_ROWS = 65_536
 _LEVELS = {"int8": 255, "int4": 15}
 
 
 class FloatRows(nn.Module):
-    """The rows of all tables, float32 [V, R], without padding."""
+    """The rows of all tables, float32 or float16 [V, R], without padding."""
 
-    def __init__(self, num_rows: int, factor_dim: int) -> None:
+    def __init__(self, num_rows: int, factor_dim: int, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.rows = nn.Buffer(torch.empty(num_rows, factor_dim + 1))
+        self.rows = nn.Buffer(torch.empty(num_rows, factor_dim + 1, dtype=dtype))
 
     def write(self, first: int, rows: Tensor) -> None:
-        """Write the rows [n, R] of a block from row ``first`` on."""
+        """Write the rows [n, R] of a block from row ``first`` on.
+
+        Raises:
+            UserError: a weight is too large for float16.
+        """
+        if self.rows.dtype == torch.float16:
+            _check_half(rows)
         self.rows[first : first + len(rows)] = rows
 
     def forward(self, index: Tensor) -> Tensor:
         """Return the rows [..., R] at an index [...]."""
-        return self.rows[index]
+        return self.rows[index].float()
 
 
 class QuantizedRows(nn.Module):
@@ -72,8 +78,7 @@ class QuantizedRows(nn.Module):
         Raises:
             UserError: a weight is too large for float16.
         """
-        if rows.numel() and float(rows.abs().max()) > torch.finfo(torch.float16).max:
-            raise UserError("--tables: a weight of the tables is larger than 65,504; take --tables fp32")
+        _check_half(rows)
         v = rows[:, : self._factor_dim]
         bounds = torch.stack(v.aminmax(dim=1), dim=1).half()
         low, high = bounds[:, :1].float(), bounds[:, 1:].float()
@@ -135,7 +140,10 @@ class ScoringGraph(nn.Module):
         k = model.factor_dim
         self.bytes_before, self._columns = sum(sizes) * collection.embedding_bag_configs()[0].embedding_dim * 4, k + 1
         self.rows: FloatRows | QuantizedRows
-        self.rows = FloatRows(sum(sizes), k) if tables == "fp32" else QuantizedRows(sum(sizes), k, tables)
+        if tables in ("fp32", "fp16"):
+            self.rows = FloatRows(sum(sizes), k, torch.float16 if tables == "fp16" else torch.float32)
+        else:
+            self.rows = QuantizedRows(sum(sizes), k, tables)
         for first, config in zip(first_rows, list(collection.embedding_bag_configs()), strict=True):
             table: Tensor = collection.embedding_bags[config.name].weight.detach()  # type: ignore[operator]
             for start in range(0, len(table), _BLOCK_ROWS):
@@ -211,6 +219,11 @@ class ScoringGraph(nn.Module):
             rows = rows * weights.unsqueeze(1)
         pooled = torch.zeros(count * batch, self._columns).index_add(0, bag, rows)
         return pooled.view(count, batch, self._columns).transpose(0, 1)
+
+
+def _check_half(rows: Tensor) -> None:
+    if rows.numel() and float(rows.abs().max()) > torch.finfo(torch.float16).max:
+        raise UserError("--tables: a weight of the tables is larger than 65,504; take --tables fp32")
 
 
 def _buffer(numbers: Sequence[int], places: Sequence[int]) -> nn.Buffer:

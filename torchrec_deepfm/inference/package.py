@@ -62,7 +62,7 @@ class PackageFile:
 
     format_version: Literal[2]
     form: Form
-    tables: Literal["fp32", "int8", "int4"]
+    tables: Literal["fp32", "fp16", "int8", "int4"]
     signature: Signature
     factor_dim: Annotated[int, msgspec.Meta(ge=1)]
     terms: tuple[Literal["linear", "fm", "deep"], ...]

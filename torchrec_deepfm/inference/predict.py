@@ -7,8 +7,9 @@ part, and any number of ranks, which take turns with the pieces, ends in the sam
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
 
@@ -16,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from torchrec_deepfm.data.prepare.progress import Phase
@@ -39,6 +41,7 @@ _JOB: Final = b"torchrec_deepfm.job"
 _NEXT: Final = b"torchrec_deepfm.next"
 _PIECE_BYTES: Final = 1 << 26
 _PIECE_ROWS: Final = 262_144
+_LOCK_SECONDS: Final = 5.0  # a rank that was killed may not be gone yet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,25 +134,23 @@ def predict_files(
         "on_bad_row": on_bad_row,
     }
     parts = _Parts(output, json.dumps(job))
-    before = _agreed(ranks, lambda: parts.enter([Path(one) for one in inputs if "://" not in one]))
-    if before is not None:
-        return before
+    failed: UserError | None = None
     try:
-        with Phase("predict", sum(source.bytes for source in sources) / 1e6, report=report) as phase:
-            for number, source, piece in _pieces(sources, parts.finished(), skip_bad=on_bad_row == "skip"):
-                mine = number % ranks.count == ranks.rank and not parts.path(number).exists()
-                if mine:
-                    parts.write(number, _scored(predictor, piece), (source, piece.end, piece.line))
-                phase.add(0, len(piece.frame))
-    except UserError as error:
-        failed: UserError | None = error
-    else:
-        failed = None
-    for other in ranks.gather(failed):
-        if other is not None:
-            _agreed(ranks, parts.leave)
-            raise failed or other
-    return _agreed(ranks, parts.join)
+        before = _agreed(ranks, lambda: parts.enter([Path(one) for one in inputs if "://" not in one]))
+        if before is not None:
+            return before
+        try:
+            with Phase("predict", sum(source.bytes for source in sources) / 1e6, report=report) as phase:
+                parts.write_all(sources, ranks, phase, partial(_scored, predictor), skip_bad=on_bad_row == "skip")
+        except UserError as error:
+            failed = error
+        for other in ranks.gather(failed):
+            if other is not None:
+                _agreed(ranks, parts.leave)
+                raise failed or other
+        return _agreed(ranks, parts.join)
+    finally:
+        parts.release()
 
 
 def _agreed(ranks: Workers, work: Callable[[], T]) -> T:
@@ -164,18 +165,6 @@ def _agreed(ranks: Workers, work: Callable[[], T]) -> T:
     if isinstance(agreed, UserError):
         raise agreed
     return agreed  # type: ignore[no-any-return]
-
-
-def _pieces(
-    sources: Sequence[Source], finished: tuple[int, tuple[int, int, int]], *, skip_bad: bool
-) -> Iterator[tuple[int, int, Piece]]:
-    """(Number of the piece, place of its source, the piece), from the first unfinished one on."""
-    number, (first, end, line) = finished
-    for place, source in enumerate(sources[first:], first):
-        for piece in source.pieces(start=end, line=line, skip_bad=skip_bad):
-            yield number, place, piece
-            number += 1
-        end = line = 0
 
 
 def _scored(predictor: Predictor, piece: Piece) -> pa.Table:
@@ -196,6 +185,7 @@ class _Parts:
     def __init__(self, output: Path, job: str) -> None:
         self._output, self._job = output, job
         self._folder = output.with_name(f".{output.name}.partial")
+        self._lock = FileLock(self._folder / "lock", thread_local=False)
         self._resumed = False
 
     def path(self, number: int) -> Path:
@@ -210,6 +200,7 @@ class _Parts:
         job = self._folder / "job.json"
         try:
             self._folder.mkdir(exist_ok=True)
+            self._lock.acquire(timeout=_LOCK_SECONDS)
             self._resumed = job.exists()
             if self._resumed and job.read_text() != self._job:
                 raise UserError(
@@ -217,6 +208,10 @@ class _Parts:
                     "run that one again, or remove this folder"
                 )
             write_bytes(job, self._job.encode())
+        except Timeout as error:
+            raise UserError(
+                f"--output {self._output}: another predict is writing it; wait for its end, or name another file"
+            ) from error
         except OSError as error:
             raise _refused(self._output, error) from error
         return None
@@ -241,6 +236,30 @@ class _Parts:
         place, end, line = json.loads(pq.read_metadata(self.path(number - 1)).metadata[_NEXT])
         return number, (place, end, line)
 
+    def write_all(
+        self,
+        sources: Sequence[Source],
+        ranks: Workers,
+        phase: Phase,
+        work: Callable[[Piece], pa.Table],
+        *,
+        skip_bad: bool,
+    ) -> None:
+        """Write this rank's unfinished parts."""
+        number, (first, end, line) = self.finished()
+        for place, source in enumerate(sources[first:], first):
+            before, report = number, phase.shares(source.bytes / 1e6)
+
+            def mine(i: int, before: int = before) -> bool:
+                return (before + i) % ranks.count == ranks.rank and not self.path(before + i).exists()
+
+            for piece in source.share(start=end, line=line, skip_bad=skip_bad, mine=mine):
+                if piece is not None:
+                    self.write(number, work(piece), (place, piece.end, piece.line))
+                    report(len(piece.frame), piece.done)
+                number += 1
+            end = line = 0
+
     def write(self, number: int, table: pa.Table, after: tuple[int, int, int]) -> None:
         """Write a part, whole or not at all."""
         draft = self._folder / f"draft_{number:06d}"
@@ -254,6 +273,10 @@ class _Parts:
         """Remove the folder after an error, unless an earlier call has left work in it."""
         if not self._resumed:
             shutil.rmtree(self._folder, ignore_errors=True)
+
+    def release(self) -> None:
+        """Let others write this output."""
+        self._lock.release()
 
     def join(self) -> Predicted:
         """Make one file of all parts."""

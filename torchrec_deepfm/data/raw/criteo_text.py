@@ -5,8 +5,9 @@ block that fails in any way is checked again line by line, by one regular expres
 So the rule has one home, good data are fast, and a bad line is named.
 """
 
+import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -86,12 +87,28 @@ class TextLog:
 
         ``start``: where a piece ended, in bytes of uncompressed text. Yields pieces of whole lines.
         """
+        for piece in self.share(start=start, line=line, skip_bad=skip_bad, mine=lambda number: True):
+            assert piece is not None
+            yield piece
+
+    def share(self, *, start: int, line: int, skip_bad: bool, mine: Callable[[int], bool]) -> Iterator[Piece | None]:
+        """Read some of the pieces; of the others only the bytes are read, and ``None`` is yielded.
+
+        ``mine``: whether to parse a piece, by its number from 0 on; the rest as for ``pieces``.
+        """
         # One piece and one block ahead: reading and unpacking, parsing, and the caller run at the same time.
-        with _ahead(self._blocks(start)) as blocks, _ahead(self._parsed(blocks, start, line, skip_bad)) as pieces:
+        with _ahead(self._blocks(start)) as blocks, _ahead(self._parsed(blocks, start, line, skip_bad, mine)) as pieces:
             yield from pieces
 
-    def _parsed(self, blocks: Iterator[tuple[bytes, float]], start: int, line: int, skip_bad: bool) -> Iterator[Piece]:
-        while True:
+    def _parsed(
+        self,
+        blocks: Iterator[tuple[bytes, float]],
+        start: int,
+        line: int,
+        skip_bad: bool,
+        mine: Callable[[int], bool],
+    ) -> Iterator[Piece | None]:
+        for number in itertools.count():
             try:
                 block = next(blocks, None)
             except OSError as error:
@@ -99,9 +116,9 @@ class TextLog:
             if block is None:
                 return
             text, done = block
-            piece = self._piece(text, start, line, done, skip_bad)
+            piece = self._piece(text, start, line, done, skip_bad) if mine(number) else None
             yield piece
-            start, line = piece.end, piece.line
+            start, line = start + len(text), line + _lines(_normal(text))
 
     def _blocks(self, start: int) -> Iterator[tuple[bytes, float]]:
         """Cut the text from ``start`` on into blocks of whole lines."""
@@ -155,9 +172,8 @@ class TextLog:
         size = len(text)
         if start == 0 and text.startswith(_BYTE_ORDER_MARK):
             text = text[len(_BYTE_ORDER_MARK) :]
-        if b"\r" in text:
-            text = text.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-        lines = _count(text, _NEWLINE) + (not text.endswith(b"\n") and bool(text))
+        text = _normal(text)
+        lines = _lines(text)
         frame = _parse(text, self._schema, labelled=self._labelled)
         if frame is not None and self._unfit(frame):
             frame = None
@@ -257,6 +273,15 @@ def _count(text: bytes, byte: int) -> int:
     return sum(int(np.count_nonzero(array[i : i + _CACHED] == byte)) for i in range(0, len(array), _CACHED))
 
 
+def _normal(text: bytes) -> bytes:
+    """Lines that end in newlines."""
+    return text.replace(b"\r\n", b"\n").replace(b"\r", b"\n") if b"\r" in text else text
+
+
+def _lines(text: bytes) -> int:
+    return _count(text, _NEWLINE) + (not text.endswith(b"\n") and bool(text))
+
+
 def _names(schema: Schema, *, labelled: bool) -> tuple[str, ...]:
     return schema.names if labelled else schema.names[1:]
 
@@ -281,7 +306,7 @@ def _parse(text: bytes, schema: Schema, *, labelled: bool) -> pl.DataFrame | Non
     """Parse a block of good lines; ``None`` where anything is out of the ordinary."""
     if not text:
         return None
-    lines = _count(text, _NEWLINE) + (not text.endswith(b"\n"))
+    lines = _lines(text)
     # Together these exclude everything that Polars accepts silently. It refuses a line that is too long, so the
     # right number of tabs over all lines means the right number in each.
     tabs = len(_names(schema, labelled=labelled)) - 1

@@ -5,7 +5,7 @@
 Shape letters: n rows of a piece, I numeric columns, F categorical columns.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -64,6 +64,10 @@ class Source(Protocol):
         ``start``: ``end`` of the previous piece, or 0. ``line``: ``line`` of the previous piece, or 0. Yields the
         pieces. Their borders are the same however often reading was resumed.
         """
+        ...
+
+    def share(self, *, start: int, line: int, skip_bad: bool, mine: Callable[[int], bool]) -> Iterator[Piece | None]:
+        """As ``pieces``, with ``None`` in place of each piece whose number, from 0 on, is not ``mine``."""
         ...
 
 

@@ -5,7 +5,7 @@ become ``source.Piece``s whose borders depend on nothing but the rows before the
 """
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -84,6 +84,11 @@ class TableSource:
                 frames, kept, skipped, size, begin = [], [], [], 0, row
         if frames:
             yield self._piece(frames, kept, skipped, row, 1.0)
+
+    def share(self, *, start: int, line: int, skip_bad: bool, mine: Callable[[int], bool]) -> Iterator[Piece | None]:
+        """Read some of the pieces; ``None`` stands for the others, which have to be read to find where they end."""
+        for number, piece in enumerate(self.pieces(start=start, line=line, skip_bad=skip_bad)):
+            yield piece if mine(number) else None
 
     @property
     def _cut(self) -> tuple[int, int]:
