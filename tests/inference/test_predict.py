@@ -12,6 +12,7 @@ import pytest
 import torch.distributed as dist
 from sklearn.metrics import roc_auc_score
 
+import torchrec_deepfm
 from tests.inference.test_load import by_hand, read_raw
 from tests.support.ranks import run_ranks
 from torchrec_deepfm.cli.main import main
@@ -20,7 +21,7 @@ from torchrec_deepfm.data.prepare.workers import Workers
 from torchrec_deepfm.distributed import process_group
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.inference import predict as module
-from torchrec_deepfm.inference.load import Predictor, load
+from torchrec_deepfm.inference.load import Predictor, load, load_sharded
 from torchrec_deepfm.inference.predict import open_sources, predict_files
 
 
@@ -120,6 +121,37 @@ def on_ranks(run: str, text: str, output: str) -> int:
     return predict_files(load(run), [text], Path(output), ranks=ranks).rows
 
 
+def sharded_on_ranks(run: str, text: str, output: str) -> list[int]:
+    small_pieces()
+    ranks = Workers(rank=dist.get_rank(), count=dist.get_world_size(), gather=process_group.gather)
+    predictor = load_sharded(Path(run))
+    written = predict_files(predictor, [text], Path(output), ranks=ranks).rows
+    bad = Path(output).with_name("bad.tsv")
+    if ranks.is_main:
+        lines = Path(text).read_text().splitlines()
+        lines[100] = "9" + lines[100]
+        bad.write_text("\n".join(lines) + "\n")
+    process_group.gather(None)
+    with pytest.raises(UserError, match="line 101, column label"):  # on every rank, none hangs
+        predict_files(predictor, [str(bad)], Path(output).with_name("none.parquet"), ranks=ranks)
+    model = predictor.score._model  # type: ignore[union-attr]
+    local = [p for name, p in model.sparse_arch.named_parameters() if "weight" in name]
+    return [written, sum(each.numel() for each in local)]
+
+
+@pytest.mark.usefixtures("small")
+def test_sharded_tables_end_in_the_same_bytes(predictor: Predictor, run: Path, text: Path, tmp_path: Path) -> None:
+    predict_files(predictor, [str(text)], tmp_path / "p.parquet")
+    output = tmp_path / "ranks" / "p.parquet"
+    output.parent.mkdir()
+    found = run_ranks(sharded_on_ranks, 2, str(run), str(text), str(output))
+    assert [rows for rows, _ in found] == [300, 300]
+    assert output.read_bytes() == (tmp_path / "p.parquet").read_bytes()
+    assert sorted(path.name for path in output.parent.iterdir()) == ["bad.tsv", "p.parquet"]
+    whole = sum(each.numel() for each in torchrec_deepfm.load_model(run).sparse_arch.parameters())
+    assert all(local < whole for _, local in found)
+
+
 @pytest.mark.usefixtures("small")
 def test_ranks_and_resumed_calls_end_in_the_same_bytes(
     predictor: Predictor, run: Path, text: Path, tmp_path: Path
@@ -202,6 +234,7 @@ def test_refusals(run: Path, text: Path, tmp_path: Path, capsys: Any) -> None:
         (["--run", str(run), "--input", one, "--output", out, "--keep", "probability"], "of this name already"),
         (["--run", str(run), "--input", one, "--output", one], "this command reads or writes that file already"),
         (["--run", str(run), "--input", one, "--output", out, "--checkpoint", "3"], "no such checkpoint"),
+        (["--run", str(run), "--input", one, "--output", out, "--shard-tables", "always"], "there is one rank; start"),
     ]:
         with pytest.raises(SystemExit) as stop:
             main(["predict", *words])

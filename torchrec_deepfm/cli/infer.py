@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -39,13 +40,22 @@ class Predict:
     """Columns of the input to carry along."""
     on_bad_row: Literal["error", "skip"] = "error"
     """Stop at a row that does not fit, or give it a null."""
+    shard_tables: Literal["auto", "always", "never"] = "auto"
+    """Shard a run's tables over the ranks; auto: where copies for all ranks take more than half of a host's memory."""
 
     def run(self) -> None:
         """Write the predictions."""
-        predictor = _load(self.run_folder, self.package, self.checkpoint, self.data)
-        from torchrec_deepfm.inference.predict import predict_files
-
+        if self.shard_tables == "always" and "RANK" not in os.environ:
+            raise UserError("--shard-tables always: there is one rank; start several, such as torchx run ... -j 1x2")
+        if self.shard_tables == "always" and self.run_folder is None:
+            raise UserError("--shard-tables always: a package's tables can't be sharded; give --run")
+        load = partial(_load, self.run_folder, self.package, self.checkpoint, self.data)
+        predictor = None if "RANK" in os.environ else load()
         with _workers() as ranks:
+            if predictor is None:
+                predictor = self._sharded() or load()
+            from torchrec_deepfm.inference.predict import predict_files
+
             found = predict_files(
                 predictor,
                 self.input,
@@ -59,6 +69,19 @@ class Predict:
             bad = f", {found.bad:,} bad ones without a probability" if found.bad else ""
             before = "is finished already: " if found.before else ""
             console.say(f"{self.output}: {before}{found.rows:,} rows{bad}")
+
+    def _sharded(self) -> "Predictor | None":
+        """The run with sharded tables, if they are to be."""
+        console.quiet()
+        if self.run_folder is None or self.package is not None or self.shard_tables == "never":
+            return None
+        os.environ["POLARS_MAX_THREADS"] = str(console.threads())
+        from torchrec_deepfm.distributed.process_group import count, gather
+        from torchrec_deepfm.inference.load import load_sharded
+        from torchrec_deepfm.inference.sharded import fits_every_rank
+
+        wanted = self.shard_tables == "always" or not all(gather(fits_every_rank(self.run_folder)))
+        return load_sharded(self.run_folder, self.checkpoint, data=self.data) if wanted and count() > 1 else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.inference.explain import Explanation, explain_rows
 from torchrec_deepfm.inference.parts import Scorer
 from torchrec_deepfm.inference.scorer import ModelScorer
+from torchrec_deepfm.inference.sharded import ShardedScorer
 from torchrec_deepfm.inference.weights import load_model
 from torchrec_deepfm.training.run import folder as run_folder
 
@@ -39,7 +40,7 @@ class Predictor:
     path: Path
     sha256: str
     encoder: RowEncoder
-    score: Scorer
+    score: Scorer | ShardedScorer
 
     def predict(self, frame: Any, *, on_bad_row: Literal["error", "skip"] = "error") -> NDArray[np.float32]:
         """Predict the click probabilities of rows.
@@ -55,6 +56,7 @@ class Predictor:
         Raises:
             UserError: A column is absent or of a wrong type, or a value does not fit; the message names row and column.
         """
+        assert not isinstance(self.score, ShardedScorer), "its calls are collectives: predict_files makes them"
         rows = self.encoder.encode(frame, on_bad_row=on_bad_row)
         return spread(self.score(rows), rows.bad)
 
@@ -70,6 +72,7 @@ class Predictor:
         Raises:
             UserError: As ``predict``.
         """
+        assert not isinstance(self.score, ShardedScorer)
         raw = self.encoder.read(frame)
         return explain_rows(self.score, self.encoder.encode_piece(raw), self.encoder.texts(raw))
 
@@ -102,22 +105,31 @@ def load(
             raise UserError(f"{path}: this is a package, which has weights and encoder of its own; leave {option} out")
         from torchrec_deepfm.inference.package import open_package  # which a run does not need
 
-        encoder, score = open_package(path, threads=threads)
-        return Predictor(path=path, sha256=_digest(path / PACKAGE), encoder=encoder, score=score)
+        encoder, package = open_package(path, threads=threads)
+        return Predictor(path=path, sha256=_digest(path / PACKAGE), encoder=encoder, score=package)
     if threads is not None:
         torch.set_num_threads(threads)
+    encoder, sha256 = open_run(path, checkpoint, None if data is None else Path(data))
+    precision = run_folder.read(path).config.precision
+    score = ModelScorer(load_model(path, checkpoint), encoder.schema, precision)
+    return Predictor(path=path, sha256=sha256, encoder=encoder, score=score)
+
+
+def load_sharded(run: Path, checkpoint: str | int | None = None, *, data: Path | None = None) -> Predictor:
+    """Load a run for ``predict_files`` alone, its tables sharded over the ranks of the process group; a collective."""
+    encoder, sha256 = open_run(run, checkpoint, data)
+    return Predictor(path=run, sha256=sha256, encoder=encoder, score=ShardedScorer(run, checkpoint, encoder.schema))
+
+
+def open_run(path: Path, checkpoint: str | int | None, data: Path | None = None) -> tuple[RowEncoder, str]:
+    """Open the encoder of a run, and digest what distinguishes its trained model; see ``load``."""
     run = run_folder.read(path)
-    encoder = encoder_of(path, None if data is None else Path(data))
+    encoder = encoder_of(path, data)
     if dict(run.num_embeddings) != dict(encoder.num_embeddings) or run.numeric != encoder.schema.numeric:
         raise UserError(f"{path / run_folder.ENCODER}: encodes other columns than the model has; {_RESTORE}")
     # The figures of a finished training are its own, the seconds that it took among them.
     files = [path / name for name in (run_folder.CONFIG, run_folder.SUMMARY, run_folder.SAVED)]
-    return Predictor(
-        path=path,
-        sha256=_digest(*files, more=str(checkpoint)),
-        encoder=encoder,
-        score=ModelScorer(load_model(path, checkpoint), encoder.schema, run.config.precision),
-    )
+    return encoder, _digest(*files, more=str(checkpoint))
 
 
 _RESTORE: Final = "restore the folder, or train again"

@@ -7,9 +7,8 @@ part, and any number of ranks, which take turns with the pieces, ends in the sam
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
 
@@ -22,7 +21,7 @@ from numpy.typing import NDArray
 
 from torchrec_deepfm.data.prepare.progress import Phase
 from torchrec_deepfm.data.prepare.provenance import source_state
-from torchrec_deepfm.data.prepare.row_encoder import RowEncoder
+from torchrec_deepfm.data.prepare.row_encoder import EncodedRows, RowEncoder
 from torchrec_deepfm.data.prepare.workers import Workers
 from torchrec_deepfm.data.raw.addresses import find_text, is_table
 from torchrec_deepfm.data.raw.criteo_text import TextLog
@@ -31,8 +30,9 @@ from torchrec_deepfm.data.raw.table_source import open_tables
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.files import check_local, check_target, write_bytes
 from torchrec_deepfm.inference.load import Predictor, spread
-from torchrec_deepfm.inference.parts import sigmoid
+from torchrec_deepfm.inference.parts import Scorer, sigmoid
 from torchrec_deepfm.inference.scorer import ModelScorer
+from torchrec_deepfm.inference.sharded import ShardedScorer
 
 T = TypeVar("T")
 
@@ -139,9 +139,18 @@ def predict_files(
         before = _agreed(ranks, lambda: parts.enter([Path(one) for one in inputs if "://" not in one]))
         if before is not None:
             return before
+        start = _agreed(ranks, parts.finished)
         try:
             with Phase("predict", sum(source.bytes for source in sources) / 1e6, report=report) as phase:
-                parts.write_all(sources, ranks, phase, partial(_scored, predictor), skip_bad=on_bad_row == "skip")
+                own = parts.own(sources, ranks, phase, start, skip_bad=on_bad_row == "skip")
+                if isinstance(predictor.score, ShardedScorer):
+                    _score_together(predictor, predictor.score, ranks, own, parts)
+                else:
+                    for number, place, piece in own:
+                        rows = predictor.encoder.encode_piece(piece.frame)
+                        parts.write(
+                            number, _table(predictor, piece, _probabilities(predictor.score, rows)), place, piece
+                        )
         except UserError as error:
             failed = error
         for other in ranks.gather(failed):
@@ -167,10 +176,42 @@ def _agreed(ranks: Workers, work: Callable[[], T]) -> T:
     return agreed  # type: ignore[no-any-return]
 
 
-def _scored(predictor: Predictor, piece: Piece) -> pa.Table:
-    rows = predictor.encoder.encode_piece(piece.frame)
-    score = predictor.score
-    probabilities: NDArray[Any] = sigmoid(score.logits(rows)) if isinstance(score, ModelScorer) else score(rows)
+def _probabilities(score: Scorer, rows: EncodedRows) -> NDArray[Any]:
+    return sigmoid(score.logits(rows)) if isinstance(score, ModelScorer) else score(rows)
+
+
+def _score_together(
+    predictor: Predictor,
+    score: ShardedScorer,
+    ranks: Workers,
+    own: Iterator[tuple[int, int, Piece]],
+    parts: "_Parts",
+) -> None:
+    """Score a piece of each rank at a time; an error of one rank ends the round of all."""
+    error: UserError | None = None
+    while True:
+        piece = rows = None
+        if error is None:
+            try:
+                number, place, piece = next(own, (0, 0, None))
+                rows = None if piece is None else predictor.encoder.encode_piece(piece.frame)
+            except UserError as found:
+                error = found
+        states = ranks.gather(error or (piece is not None))
+        errors = [state for state in states if isinstance(state, UserError)]
+        if errors:
+            raise errors[0]
+        if not any(states):
+            return
+        probabilities = sigmoid(score.logits(rows))
+        if piece is not None:
+            try:
+                parts.write(number, _table(predictor, piece, probabilities), place, piece)
+            except UserError as found:
+                error = found
+
+
+def _table(predictor: Predictor, piece: Piece, probabilities: NDArray[Any]) -> pa.Table:
     if not np.isfinite(probabilities).all():
         raise UserError(f"{predictor.path}: a prediction is not finite, so these weights can't be used; train again")
     everywhere = spread(probabilities.astype(np.float64), [one.place for one in piece.skipped])
@@ -236,17 +277,17 @@ class _Parts:
         place, end, line = json.loads(pq.read_metadata(self.path(number - 1)).metadata[_NEXT])
         return number, (place, end, line)
 
-    def write_all(
+    def own(
         self,
         sources: Sequence[Source],
         ranks: Workers,
         phase: Phase,
-        work: Callable[[Piece], pa.Table],
+        start: tuple[int, tuple[int, int, int]],
         *,
         skip_bad: bool,
-    ) -> None:
-        """Write this rank's unfinished parts."""
-        number, (first, end, line) = self.finished()
+    ) -> Iterator[tuple[int, int, Piece]]:
+        """Yield this rank's unfinished pieces: number, place of the source, the piece."""
+        number, (first, end, line) = start
         for place, source in enumerate(sources[first:], first):
             before, report = number, phase.shares(source.bytes / 1e6)
 
@@ -255,13 +296,14 @@ class _Parts:
 
             for piece in source.share(start=end, line=line, skip_bad=skip_bad, mine=mine):
                 if piece is not None:
-                    self.write(number, work(piece), (place, piece.end, piece.line))
+                    yield number, place, piece
                     report(len(piece.frame), piece.done)
                 number += 1
             end = line = 0
 
-    def write(self, number: int, table: pa.Table, after: tuple[int, int, int]) -> None:
-        """Write a part, whole or not at all."""
+    def write(self, number: int, table: pa.Table, place: int, piece: Piece) -> None:
+        """Write the part of a piece, whole or not at all."""
+        after = (place, piece.end, piece.line)
         draft = self._folder / f"draft_{number:06d}"
         try:
             pq.write_table(table.replace_schema_metadata({_NEXT: json.dumps(after)}), draft)

@@ -4,7 +4,7 @@ Shape letters: n rows, B rows of a batch, F fields, K factor_dim.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import numpy as np
 import torch
@@ -72,13 +72,18 @@ class ModelScorer:
                     deep[start:stop] = model.over_arch(looked_up[:, :, :width].flatten(1)).float().squeeze(1).numpy()
         return Parts(bias=float(model.bias), first_order=first, factors=factors, deep=deep)
 
-    @contextmanager
-    def computing(self) -> Iterator[None]:
+    def computing(self) -> AbstractContextManager[None]:
         """The precision of the run, which other work in this process does not see."""
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("medium" if self._precision == "medium" else "highest")
-        try:
-            with torch.inference_mode(), autocast(self._precision, _CPU):
-                yield
-        finally:
-            torch.set_float32_matmul_precision(before)
+        return computing(self._precision, torch.inference_mode())
+
+
+@contextmanager
+def computing(precision: str, mode: AbstractContextManager[object]) -> Iterator[None]:
+    """Compute in a precision, as in ``TrainConfig``, which other work in this process does not see."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium" if precision == "medium" else "highest")
+    try:
+        with mode, autocast(precision, _CPU):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
