@@ -129,15 +129,20 @@ def test_the_metrics_by_user(one: dict[str, Any], rows: dict[str, Any]) -> None:
     assert one["rows_without_user"] == int((~known).sum())
 
 
-def test_the_slices(one: dict[str, Any], rows: dict[str, Any]) -> None:
-    codes, counts = np.unique(rows[COUNTRY], return_counts=True)
+def test_the_slices(one: dict[str, Any], rows: dict[str, Any], data: PreparedData) -> None:
+    """Their values are those of the raw text; rare ones and missing ones are one slice."""
+    lines = [line.split("\t") for path in raw_files(data.folder) for line in Path(path).read_text().splitlines()]
+    texts = [line[13 + int(COUNTRY[1:])] for line in lines]
+    keys = np.where([text == "" for text in texts], 0, rows[COUNTRY])
+    value = dict(zip(keys.tolist(), [text.rjust(8, "0") for text in texts], strict=True))
+    codes, counts = np.unique(keys, return_counts=True)
     order = sorted(zip(-counts, codes, strict=True))
     found = one["slices"][COUNTRY]
-    assert [each.get("value") for each in found] == [None if code == 0 else code for _, code in order[:4]] + [None]
+    assert [each.get("value") for each in found] == [value[code] if code else None for _, code in order[:4]] + [None]
     assert found[-1]["others"] == len(codes) - 4
     assert sum(each["rows"] for each in found) == len(rows["labels"])
     for each, (_, code) in zip(found, order[:4], strict=False):
-        mine = rows[COUNTRY] == code
+        mine = keys == code
         assert each["auc"] == pytest.approx(roc_auc_score(rows["labels"][mine], rows[0][mine]), abs=1e-6)
         assert each["rows"] == mine.sum()
 
@@ -280,6 +285,7 @@ def test_another_evaluation_is_not_overwritten_without_a_word(
         (["--bootstrap", "1"], "--bootstrap 1: give 0 for no intervals, or at least 2, such as 1000"),
         (["--confidence", "1"], "--confidence 1.0: must lie between 0 and 1, such as 0.95"),
         (["--seed", "-1"], "--seed -1: must not be negative"),
+        (["--input", "x.tsv"], "--data, --input: give one of the two, a prepared folder or raw files"),
         (["--slices", "0"], "--slices 0: must be at least 1"),
         (["--compare-checkpoint", "best"], "--compare-checkpoint: name the other run with --compare"),
         (["--compare", "{data}"], "--run {data}: not a run folder (no config.json); name the folder that train wrote"),

@@ -227,6 +227,8 @@ class Evaluate:
         """Check what is evaluated."""
         if (self.data is None) == (not self.input):
             raise UserError("--data, --input: give one of the two, a prepared folder or raw files")
+        if self.input and self.options.split is not None:
+            raise UserError(f"--split {self.options.split}: raw files have no splits; leave it out, or give --data")
 
     def run(self) -> None:
         """Print the metrics of the run's final weights."""

@@ -61,7 +61,7 @@ def evaluate_run(
     columns += [] if options.by_user is None else [("--by-user", options.by_user)]
     rows: Rows
     if isinstance(data, PreparedData):
-        rows = PreparedRows(data, options.split, columns)
+        rows = PreparedRows(data, options.split or "test", columns)
         for run, one in zip(runs, folders, strict=True):
             rows.check(run, one)
     else:

@@ -28,7 +28,7 @@ class Keys:
     """
 
     codes: NDArray[np.int64]
-    names: Sequence[str] | None = None
+    names: Sequence[str | None] | None = None
 
     def name(self, code: int) -> str | int | None:
         """The value of a code; None where it is missing."""

@@ -18,8 +18,8 @@ class EvaluateOptions:
         UserError: a value is out of its range; the message names the option.
     """
 
-    split: Split = "test"
-    """Split of a prepared folder."""
+    split: Split | None = None
+    """Split of a prepared folder. Default: test."""
     checkpoint: str | None = None
     """Which weights: best, last or a number of steps. Default: the run's own, those of summary.json."""
     by: tuple[str, ...] = ()

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import torch
 import torch.distributed as dist
 
 from torchrec_deepfm.data.dataset.prepared import PreparedData
 from torchrec_deepfm.data.loader.loader import Loader
 from torchrec_deepfm.data.loader.row_reader import SplitRows
+from torchrec_deepfm.data.schema import Schema
+from torchrec_deepfm.data.values.vocabulary import vocabulary_file
 from torchrec_deepfm.errors import UserError, one_of
 from torchrec_deepfm.evaluation.figures import Keys
 from torchrec_deepfm.training.run import folder as run_folder
@@ -91,7 +94,10 @@ class PreparedRows:
             raise UserError(f"{option} {name}: {kind}; choose {one_of(schema.one_hot, name)}")
 
     def column(self, name: str) -> Keys:
-        """Read the ids of a column. Id 0 of ``prepare`` stands for missing and rare values, so it is missing here."""
+        """Read the values of a column; its ids where they are hashed or another tool wrote them.
+
+        Id 0 of ``prepare`` stands for rare values and mostly for missing ones, so it is missing here.
+        """
         data, rows = self._data, SplitRows(self._data, self._split)
         j, found = data.schema.one_hot.index(name), np.empty(data.rows(self._split), np.int64)
         for start in range(0, len(found), _PIECE):
@@ -103,4 +109,18 @@ class PreparedRows:
             found[found == 0] = -1
         elif data.external.modulo:
             found %= data.num_embeddings[name]
-        return Keys(codes=found)
+        names = self._values(name)
+        if names is not None:
+            found[np.array([value is None for value in names])[found]] = -1
+        return Keys(codes=found, names=names)
+
+    def _values(self, name: str) -> list[str | None] | None:
+        """The value of each id as text, None for missing; None without a vocabulary."""
+        data = self._data
+        if data.external is not None or data.made.get("mode") != "vocabulary" or "raw_schema" not in data.made:
+            return None
+        raw, j = Schema.from_json(data.made["raw_schema"]), data.schema.categorical.index(name)
+        values = pl.read_parquet(vocabulary_file(data.folder, j), columns=["value"], glob=False)["value"]
+        if raw.layout == "criteo" and name in raw.categorical:
+            return [None, *(None if value is None else f"{value:08x}" for value in values)]
+        return [None, *values.cast(pl.String)]
