@@ -218,6 +218,9 @@ def test_a_column_that_raw_files_lack(runs: Path, data: PreparedData, capsys: py
     assert said.startswith("error: --by country: ")
     assert "there is no column 'country'" in said
     assert said.count("\n") == 1
+    with pytest.raises(SystemExit):
+        cli_main.main(["evaluate", "--run", str(runs / "run_0"), "--input", "x.tsv", "--split", "test"])
+    assert "--split test: raw files have no splits; leave it out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
