@@ -17,7 +17,7 @@ from torchrec_deepfm.units import format_bytes
 
 if TYPE_CHECKING:
     from torchrec_deepfm.data.prepare.workers import Workers
-    from torchrec_deepfm.inference.load import Predictor
+    from torchrec_deepfm.inference.load import Predictor, ShardedPredictor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class Predict:
         if self.shard_tables == "always" and self.run_folder is None:
             raise UserError("--shard-tables always: a package's tables can't be sharded; give --run")
         load = partial(_load, self.run_folder, self.package, self.checkpoint, self.data)
-        predictor = None if "RANK" in os.environ else load()
+        predictor: Predictor | ShardedPredictor | None = None if "RANK" in os.environ else load()
         with _workers() as ranks:
             if predictor is None:
                 predictor = self._sharded() or load()
@@ -70,7 +70,7 @@ class Predict:
             before = "is finished already: " if found.before else ""
             console.say(f"{self.output}: {before}{found.rows:,} rows{bad}")
 
-    def _sharded(self) -> "Predictor | None":
+    def _sharded(self) -> "ShardedPredictor | None":
         """The run with sharded tables, if they are to be."""
         console.quiet()
         if self.run_folder is None or self.package is not None or self.shard_tables == "never":

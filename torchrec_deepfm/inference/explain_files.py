@@ -12,7 +12,6 @@ from torchrec_deepfm.files import check_target
 from torchrec_deepfm.inference.explain import Explanation, Importance, explain_rows, importance
 from torchrec_deepfm.inference.load import Predictor
 from torchrec_deepfm.inference.predict import open_sources
-from torchrec_deepfm.inference.sharded import ShardedScorer
 from torchrec_deepfm.report.page import PageTable, Paragraph, Section, write_page
 
 
@@ -127,7 +126,6 @@ def explain_files(
             break
     raw = pl.concat(frames, how="vertical_relaxed")
     encoder, scorer = predictor.encoder, predictor.score
-    assert not isinstance(scorer, ShardedScorer)
     head = raw.head(rows)
     explained = explain_rows(scorer, encoder.encode_piece(head), encoder.texts(head))
     labels = raw["label"].to_numpy().astype("int64") if "label" in raw.columns else None

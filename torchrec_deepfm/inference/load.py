@@ -40,7 +40,7 @@ class Predictor:
     path: Path
     sha256: str
     encoder: RowEncoder
-    score: Scorer | ShardedScorer
+    score: Scorer
 
     def predict(self, frame: Any, *, on_bad_row: Literal["error", "skip"] = "error") -> NDArray[np.float32]:
         """Predict the click probabilities of rows.
@@ -56,7 +56,6 @@ class Predictor:
         Raises:
             UserError: A column is absent or of a wrong type, or a value does not fit; the message names row and column.
         """
-        assert not isinstance(self.score, ShardedScorer), "its calls are collectives: predict_files makes them"
         rows = self.encoder.encode(frame, on_bad_row=on_bad_row)
         return spread(self.score(rows), rows.bad)
 
@@ -72,7 +71,6 @@ class Predictor:
         Raises:
             UserError: As ``predict``.
         """
-        assert not isinstance(self.score, ShardedScorer)
         raw = self.encoder.read(frame)
         return explain_rows(self.score, self.encoder.encode_piece(raw), self.encoder.texts(raw))
 
@@ -115,10 +113,21 @@ def load(
     return Predictor(path=path, sha256=sha256, encoder=encoder, score=score)
 
 
-def load_sharded(run: Path, checkpoint: str | int | None = None, *, data: Path | None = None) -> Predictor:
+@dataclass(frozen=True, kw_only=True)
+class ShardedPredictor:
+    """What ``predict_files`` takes in place of a ``Predictor`` on ranks that share the tables of a run."""
+
+    path: Path
+    sha256: str
+    encoder: RowEncoder
+    score: ShardedScorer
+
+
+def load_sharded(run: Path, checkpoint: str | int | None = None, *, data: Path | None = None) -> ShardedPredictor:
     """Load a run for ``predict_files`` alone, its tables sharded over the ranks of the process group; a collective."""
     encoder, sha256 = open_run(run, checkpoint, data)
-    return Predictor(path=run, sha256=sha256, encoder=encoder, score=ShardedScorer(run, checkpoint, encoder.schema))
+    score = ShardedScorer(run, checkpoint, encoder.schema)
+    return ShardedPredictor(path=run, sha256=sha256, encoder=encoder, score=score)
 
 
 def open_run(path: Path, checkpoint: str | int | None, data: Path | None = None) -> tuple[RowEncoder, str]:

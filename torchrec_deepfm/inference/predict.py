@@ -29,10 +29,9 @@ from torchrec_deepfm.data.raw.source import Piece, Source
 from torchrec_deepfm.data.raw.table_source import open_tables
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.files import check_local, check_target, write_bytes
-from torchrec_deepfm.inference.load import Predictor, spread
+from torchrec_deepfm.inference.load import Predictor, ShardedPredictor, spread
 from torchrec_deepfm.inference.parts import Scorer, sigmoid
 from torchrec_deepfm.inference.scorer import ModelScorer
-from torchrec_deepfm.inference.sharded import ShardedScorer
 
 T = TypeVar("T")
 
@@ -95,7 +94,7 @@ def open_sources(
 
 
 def predict_files(
-    predictor: Predictor,
+    predictor: Predictor | ShardedPredictor,
     inputs: Sequence[str],
     output: Path,
     *,
@@ -143,8 +142,8 @@ def predict_files(
         try:
             with Phase("predict", sum(source.bytes for source in sources) / 1e6, report=report) as phase:
                 own = parts.own(sources, ranks, phase, start, skip_bad=on_bad_row == "skip")
-                if isinstance(predictor.score, ShardedScorer):
-                    _score_together(predictor, predictor.score, ranks, own, parts)
+                if isinstance(predictor, ShardedPredictor):
+                    _score_together(predictor, ranks, own, parts)
                 else:
                     for number, place, piece in own:
                         rows = predictor.encoder.encode_piece(piece.frame)
@@ -181,8 +180,7 @@ def _probabilities(score: Scorer, rows: EncodedRows) -> NDArray[Any]:
 
 
 def _score_together(
-    predictor: Predictor,
-    score: ShardedScorer,
+    predictor: ShardedPredictor,
     ranks: Workers,
     own: Iterator[tuple[int, int, Piece]],
     parts: "_Parts",
@@ -203,7 +201,7 @@ def _score_together(
             raise errors[0]
         if not any(states):
             return
-        probabilities = sigmoid(score.logits(rows))
+        probabilities = sigmoid(predictor.score.logits(rows))
         if piece is not None:
             try:
                 parts.write(number, _table(predictor, piece, probabilities), place, piece)
@@ -211,7 +209,7 @@ def _score_together(
                 error = found
 
 
-def _table(predictor: Predictor, piece: Piece, probabilities: NDArray[Any]) -> pa.Table:
+def _table(predictor: Predictor | ShardedPredictor, piece: Piece, probabilities: NDArray[Any]) -> pa.Table:
     if not np.isfinite(probabilities).all():
         raise UserError(f"{predictor.path}: a prediction is not finite, so these weights can't be used; train again")
     everywhere = spread(probabilities.astype(np.float64), [one.place for one in piece.skipped])
