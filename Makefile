@@ -2,7 +2,10 @@
 PYTHON ?= python3
 BIN = .venv/bin
 # Options of torchx and of the job: make train ARGS="-- --recipe paper"
-RANKS ?= 1x2
+# A rank for each GPU that may be used; two without any.
+GPUS = $(shell if [ -n "$${CUDA_VISIBLE_DEVICES+set}" ]; then echo "$$CUDA_VISIBLE_DEVICES" | tr ',' '\n'; \
+	else nvidia-smi -L 2>/dev/null | grep '^GPU '; fi | grep -c '^[^-]')
+RANKS ?= 1x$(patsubst 0,2,$(GPUS))
 ARGS ?=
 # A worker per core. The tests of a file stay together, as they share what their fixtures have made.
 PYTEST = $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
@@ -11,7 +14,7 @@ PYTEST = $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile --n
 
 help:  ## say what there is (the default)
 	@echo "make setup   prepare .venv: CUDA builds where nvidia-smi answers, CPU builds elsewhere"
-	@echo "make train   set up, then train through TorchX on two ranks (RANKS=1x4, ARGS=\"-- --help\")"
+	@echo "make train   set up, then train through TorchX, a rank per GPU, two without (RANKS=1x4, ARGS=\"-- --help\")"
 	@echo "make test    set up, then run all tests in parallel (ARGS=\"-k model\")"
 	@echo "make faults  set up, then the long fault campaign: kills, signals, full disks (half an hour)"
 	@echo "make mutants break the code in many places, one after the other: do the tests see each? (some ten minutes)"

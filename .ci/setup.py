@@ -9,7 +9,7 @@ knows what pip does not: that TorchRec asks for the CUDA build of FBGEMM whereve
 machine without a GPU comes from an index of its own.
 
 Where `nvidia-smi` answers, the CUDA builds are taken, otherwise the CPU builds; DEVICE=cpu or DEVICE=cuda decides
-instead. TORCH_INDEX_URL names the index to take torch from.
+instead. TORCH_INDEX_URL names the index to take torch from, and with a GPU FBGEMM too.
 """
 
 import sys
@@ -101,6 +101,9 @@ def set_up(*, dependencies_only: bool = False) -> None:
         needed = [one for one in needed if name_of(one) != "torchrec"]
         pip("torchrec", "--no-deps", "torchrec")
         needed += ["fbgemm-gpu-cpu" if name_of(one) == "fbgemm-gpu" else one for one in requirements_of("torchrec")]
+    elif os.environ.get("TORCH_INDEX_URL"):
+        # An index is for one version of CUDA; FBGEMM of another one would not load.
+        pip("FBGEMM, from the index of torch", "--no-deps", "fbgemm-gpu", *torch_index(device))
     pip("everything else", *needed)
     if not dependencies_only:
         # Its protobuf schema only, for a test: it asks for a urllib3 that TorchX refuses.

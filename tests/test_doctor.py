@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -27,6 +28,7 @@ def without(installed: dict[str, str], *names: str) -> dict[str, str]:
     [
         (CPU, ON_CPU),
         (CUDA, ON_GPU),
+        (CUDA, replace(ON_GPU, gpus=2, names=("NVIDIA H100", "NVIDIA L4"), capabilities=("9.0", "8.9"))),
         (
             {**CPU, "torch": "2.11.0", "fbgemm-gpu-cpu": "1.6.0", "torchrec": "1.6.1"},
             Probe(reached=ALL, torch_version="2.11.0+cpu"),
@@ -109,6 +111,37 @@ def test_what_fits_is_left_alone(installed: dict[str, str], probe: Probe) -> Non
             (
                 f"fbgemm-gpu-cpu 1.8.0 does not load (crashed with SIGSEGV): {PIP} uninstall -y fbgemm-gpu-cpu && "
                 f"{PIP} install --no-deps 'fbgemm-gpu-cpu==1.8.*'"
+            ),
+        ),
+        (
+            CUDA,
+            replace(ON_GPU, reached=("torch",), names=("Tesla T4",), capabilities=("7.5",), error="no kernel image"),
+            (
+                "GPU 0 (Tesla T4) has compute capability 7.5, and the wheels of fbgemm-gpu hold kernels for 8.x, 9.0 "
+                "and 10.x: hide it with CUDA_VISIBLE_DEVICES, or build FBGEMM from its source for this GPU"
+            ),
+        ),
+        (
+            CUDA,
+            replace(ON_GPU, reached=("torch",), gpus=0, error="OSError: libnvidia-ml.so.1: cannot open shared object"),
+            (
+                "fbgemm-gpu 1.8.0 needs NVIDIA's driver (libnvidia-ml.so.1), which is not on this machine: install the "
+                "driver, or take the CPU builds with DEVICE=cpu make setup"
+            ),
+        ),
+        (
+            CUDA,
+            Probe(
+                reached=("torch",),
+                torch_version="2.13.0+cu126",
+                cuda="12.6",
+                gpus=1,
+                error="OSError: libcudart.so.13: cannot open shared object file",
+            ),
+            (
+                "fbgemm-gpu 1.8.0 is built for CUDA 13, but torch 2.13.0+cu126 for CUDA 12.6; take both from one "
+                f"index: {PIP} install --no-deps --force-reinstall --index-url https://download.pytorch.org/whl/cu126 "
+                "'fbgemm-gpu==1.8.*'"
             ),
         ),
         (

@@ -31,7 +31,10 @@ warnings.simplefilter("ignore")
 def done(stage, **facts):
     print(json.dumps({"stage": stage, **facts}), flush=True)
 import torch
-done("torch", version=torch.__version__, cuda=torch.version.cuda, gpus=torch.cuda.device_count())
+gpus = torch.cuda.device_count()
+names = [torch.cuda.get_device_name(i) for i in range(gpus)]
+capabilities = ["{}.{}".format(*torch.cuda.get_device_capability(i)) for i in range(gpus)]
+done("torch", version=torch.__version__, cuda=torch.version.cuda, gpus=gpus, names=names, capabilities=capabilities)
 import fbgemm_gpu
 device = "cuda" if torch.cuda.is_available() else "cpu"
 offsets = torch.ops.fbgemm.asynchronous_complete_cumsum(torch.tensor([2, 0, 1], device=device))
@@ -40,6 +43,8 @@ done("fbgemm_gpu", device=device)
 import torchrec
 done("torchrec")
 """
+# Beginnings of the compute capabilities that wheels of fbgemm-gpu 1.8 hold kernels for: sm_80, sm_90, sm_100, no PTX.
+_FBGEMM_GENERATIONS = ("8.", "9.", "10.")
 _STAGES = ("torch", "fbgemm_gpu", "torchrec")
 
 
@@ -52,6 +57,8 @@ class Probe:
         torch_version: torch's full version with its build, such as "2.13.0+cpu"; empty if torch did not load.
         cuda: the CUDA version that torch is built for; None for a CPU build.
         gpus: how many GPUs torch sees.
+        names: of the GPUs.
+        capabilities: of the GPUs, such as "9.0".
         error: the last line of the failing stage's output; empty if all were passed.
     """
 
@@ -59,6 +66,8 @@ class Probe:
     torch_version: str = ""
     cuda: str | None = None
     gpus: int = 0
+    names: tuple[str, ...] = ()
+    capabilities: tuple[str, ...] = ()
     error: str = ""
 
 
@@ -105,6 +114,8 @@ def check() -> Diagnosis:
     versions |= {name: installed.get(name, "-") for name in DISTRIBUTIONS}
     if probe.torch_version:
         versions["torch"] = f"{probe.torch_version} ({build})"
+    if probe.cuda and not probe.gpus:
+        versions["torch"] += "; training runs on the CPU"
     return Diagnosis(versions=versions, problems=tuple(find_problems(installed, probe)))
 
 
@@ -175,6 +186,19 @@ def _fbgemm_problems(installed: Mapping[str, str], probe: Probe, minor: str | No
         return [f"fbgemm-gpu-cpu {version} has no kernels for the GPU that torch {torch} uses: {replace}"]
     if minor and _numbers(version) != _numbers(minor):
         return [f"{name} {version} is built for another torch than {torch}: {replace}"]
+    for gpu, (gpu_name, capability) in enumerate(zip(probe.names, probe.capabilities, strict=True)):
+        if name == "fbgemm-gpu" and not capability.startswith(_FBGEMM_GENERATIONS):
+            line = f"GPU {gpu} ({gpu_name}) has compute capability {capability}, and the wheels of fbgemm-gpu hold "
+            remedy = "hide it with CUDA_VISIBLE_DEVICES, or build FBGEMM from its source for this GPU"
+            return [f"{line}kernels for 8.x, 9.0 and 10.x: {remedy}"]
+    if "fbgemm_gpu" not in probe.reached and (driver := re.search(r"lib(nvidia-ml|cuda)\.so\.1\b", probe.error)):
+        line = f"fbgemm-gpu {version} needs NVIDIA's driver ({driver[0]}), which is not on this machine"
+        return [f"{line}: install the driver, or take the CPU builds with DEVICE=cpu make setup"]
+    if "fbgemm_gpu" not in probe.reached and (linked := re.search(r"libcudart\.so\.(\d+)", probe.error)):
+        index = f"https://download.pytorch.org/whl/cu{(probe.cuda or '').replace('.', '')}"
+        line = f"{name} {version} is built for CUDA {linked[1]}, but torch {torch} for CUDA {probe.cuda}"
+        repair = _pip("install", "--no-deps", "--force-reinstall", "--index-url", index, spec)
+        return [f"{line}; take both from one index: {repair}"]
     if "fbgemm_gpu" not in probe.reached:
         return [f"{name} {version} does not load ({probe.error}): {replace}"]
     return []
@@ -201,6 +225,8 @@ def run_probe() -> Probe:
         torch_version=torch.get("version", ""),
         cuda=torch.get("cuda"),
         gpus=torch.get("gpus", 0),
+        names=tuple(torch.get("names", ())),
+        capabilities=tuple(torch.get("capabilities", ())),
         error="" if reached == _STAGES else complaint,
     )
 

@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,7 @@ def run(*words: object) -> None:
 
 
 @pytest.fixture(scope="module")
-def walk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Walk]:
+def walk(tmp_path_factory: pytest.TempPathFactory) -> Walk:
     folder = tmp_path_factory.mktemp("walk")
     generate(folder / "raw", rows=2000, seed=0)
     prepare(
@@ -53,6 +52,11 @@ def walk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Walk]:
     with pretend_gpu() as trained:
         run("train", "--data", folder / "data", "--output", folder / "gpu", *OPTIONS)
         run("evaluate", "--run", folder / "gpu", "--data", folder / "data")
+    rules = ["--constraint", "C1=table_wise:kernel=fused_uvm_caching"]
+    plain = [word for word in OPTIONS if word not in ("--ema", "0.5")]
+    run("train", "--data", folder / "data", "--output", folder / "cpu_plain", *plain)
+    with pretend_gpu():
+        run("train", "--data", folder / "data", "--output", folder / "caching", *plain, *rules)
     # As if killed after its first checkpoint.
     shutil.copytree(folder / "gpu", folder / "resumed")
     (folder / "resumed" / "summary.json").unlink()
@@ -68,7 +72,7 @@ def walk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Walk]:
     with pretend_gpu() as measured:
         words = ["--tables", tables, "--batch-size", "32", "--steps", "2", "--turns", "1"]
         run("experiment", *words, "--output", folder / "experiment")
-    yield Walk(folder=folder, train=trained, resume=resumed, predict=predicted, experiment=measured)
+    return Walk(folder=folder, train=trained, resume=resumed, predict=predicted, experiment=measured)
 
 
 def figures(run: Path) -> Any:
@@ -86,6 +90,13 @@ def test_training_on_a_gpu_computes_what_the_cpu_does(walk: Walk) -> None:
     assert figures(walk.folder / "gpu") == figures(walk.folder / "cpu")
     evaluated = json.loads((walk.folder / "gpu" / "evaluate_test.json").read_text())
     assert evaluated["auc"] == figures(walk.folder / "cpu")[1]["auc"]
+
+
+def test_a_plan_that_caches_fetches_ahead_and_computes_the_same(walk: Walk) -> None:
+    assert losses(walk.folder / "caching") == losses(walk.folder / "cpu_plain")
+    assert figures(walk.folder / "caching") == figures(walk.folder / "cpu_plain")
+    tables = json.loads((walk.folder / "caching" / "plan.json").read_text())["tables"]
+    assert [table["compute_kernel"] for table in tables if table["name"] == "t_C1"] == ["fused_uvm_caching"]
 
 
 def test_a_resumed_training_ends_in_the_same_figures(walk: Walk) -> None:

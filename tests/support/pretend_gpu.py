@@ -191,7 +191,7 @@ def pretend_gpu(count: int = 1, properties: Properties = Properties()) -> Iterat
             stack.enter_context(mock.patch.object(torch.cuda, name, answer))
         stack.enter_context(mock.patch.object(torch, "Event", Event))
         stack.enter_context(mock.patch.object(torch.Tensor, "pin_memory", lambda self, device=None: self))
-        stack.enter_context(mock.patch.object(torch.Tensor, "record_stream", lambda self, stream: None))
+        stack.enter_context(mock.patch.object(torch.Tensor, "record_stream", return_value=None))
         stack.enter_context(mock.patch.object(torchrec_plan, "placement", place))
         stack.enter_context(mock.patch.object(DataLoadingThread, "run", load))
         stack.enter_context(mock.patch.object(dist, "init_process_group", init))

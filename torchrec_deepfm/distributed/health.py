@@ -19,10 +19,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from torchrec_deepfm.distributed.process_group import FAILED, USER_ERROR
 from torchrec_deepfm.errors import UserError
 
 _KEY = "torchrec_deepfm/heartbeat"
 _SECONDS_BETWEEN_BEATS = 1.0
+_BEATS_AFTER_FAILURE = 10
 # The phases of a step. A step that takes this many times as long as the slowest one so far may have stalled.
 _STEP = ("training", "reading data")
 _TIMES_THE_SLOWEST = 20.0
@@ -103,7 +105,7 @@ class Heartbeat:
         self._now = ("start", 0)
         self._waited = self._slowest = 0.0
         self._step_began: float | None = None
-        self._count = 0
+        self._count = self._failed_beats = 0
         self._end = threading.Event()
         self._store: Any = None
         if dist.get_world_size() > 1:
@@ -174,6 +176,7 @@ class Heartbeat:
             last = now
             try:
                 self._write()
+                self._end_with_failed_peer()
                 if self._waited < self._timeout / 2:
                     looked, seen, silence = self._waited, [], {}
                 elif self._waited - looked >= self._timeout / 10:
@@ -186,6 +189,17 @@ class Heartbeat:
                     self._end_if_stalled(beats, silent)
             except (RuntimeError, ValueError):  # the store or the group is gone: this process ends too
                 return
+
+    def _end_with_failed_peer(self) -> None:
+        """End this process some seconds after a rank has failed.
+
+        A main thread in gloo or Python ends by itself. One that waits inside NCCL would only end by its watchdog.
+        """
+        if not self._failed_beats and not any(self._store.check([key]) for key in (USER_ERROR, FAILED)):
+            return
+        self._failed_beats += 1
+        if self._failed_beats > _BEATS_AFTER_FAILURE:
+            os._exit(UserError.exit_code if self._store.check([USER_ERROR]) else 1)
 
     def _end_if_stalled(self, beats: list[dict[str, Any]], silent: list[int]) -> None:
         """End this process if a rank has stalled; the first rank that finds it prints a line."""

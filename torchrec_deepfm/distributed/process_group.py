@@ -1,6 +1,8 @@
 """The process group: a single process, or a rank that torchrun or TorchX started."""
 
+import contextlib
 import os
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from torchrec_deepfm.distributed.cpu_memory import keep_freed_memory
 from torchrec_deepfm.distributed.disk_errors import refused
@@ -17,7 +20,9 @@ from torchrec_deepfm.processes import local_world_size
 
 T = TypeVar("T")
 
-_USER_ERROR = "torchrec_deepfm/user_error"
+# Keys of the group's store: the message of a rank's UserError, and whether a rank has failed in another way.
+USER_ERROR = "torchrec_deepfm/user_error"
+FAILED = "torchrec_deepfm/failed"
 
 
 @contextmanager
@@ -36,32 +41,89 @@ def process_group(timeout: float = 1800.0, *, cpu: bool = False) -> Iterator[tor
     Raises:
         UserError: fewer GPUs than local ranks; or a UserError that stopped another rank.
     """
-    device = torch.device("cpu")
-    if torch.cuda.is_available() and not cpu:
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        ranks_here = local_world_size()
-        if ranks_here > torch.cuda.device_count():
-            raise UserError(
-                f"{ranks_here} ranks on this host, but {torch.cuda.device_count()} GPUs: start at most one rank "
-                "per GPU (-j), or hide the GPUs with CUDA_VISIBLE_DEVICES= to train on the CPU"
-            )
-        device = torch.device("cuda", local_rank)
+    device = torch.device("cpu") if cpu else _own_device()
+    if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
         keep_freed_memory()
     _stay_on_this_host()
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
-    else:
+    limit = timedelta(seconds=timeout)
+    options: dict[str, Any] = {"backend": "gloo", "timeout": limit}
+    if device.type == "cuda":
+        # With its device NCCL connects at once, so that what is wrong between the GPUs shows here, and not in a step.
+        options |= {"backend": "cpu:gloo,cuda:nccl", "device_id": device}
+    if "RANK" not in os.environ:
         store = torch._C._distributed_c10d.HashStore()  # torch.distributed re-exports it, but not for mypy
-        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+        options |= {"store": store, "rank": 0, "world_size": 1}
+    elif device.type == "cuda" and torch.cuda.device_count() < local_world_size():
+        options |= _meet_with_own_gpus(device, limit)
+    dist.init_process_group(**options)
     try:
         with raise_on_all_ranks():
             yield device
         dist.barrier()  # no rank closes connections that another one still uses
+    except BaseException:
+        if device.type == "cuda":
+            # The others wait inside NCCL for this rank; its own shutdown would wait for them.
+            dist.distributed_c10d._abort_process_group()
+        raise
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _own_device() -> torch.device:
+    """This rank's GPU; the CPU where there is none."""
+    if not torch.cuda.is_available():
+        _report_no_gpu()
+        return torch.device("cpu")
+    gpus, ranks_here = torch.cuda.device_count(), local_world_size()
+    if 1 < gpus < ranks_here:
+        raise UserError(
+            f"{ranks_here} ranks on this host, but {gpus} GPUs: start at most one rank per GPU (-j), or hide the GPUs "
+            "with CUDA_VISIBLE_DEVICES= to train on the CPU"
+        )
+    # Schedulers may show each rank one GPU of its own, as slurm's --gpus-per-task=1 does.
+    return torch.device("cuda", 0 if gpus == 1 else int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def _report_no_gpu() -> None:
+    """Report on rank 0 that a CUDA build finds no GPU, unless they are hidden."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if torch.version.cuda is None or hidden or os.environ.get("RANK", "0") != "0":
+        return
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+        reason = "no GPU is found"
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition(". ")[0].splitlines()[0]
+    sys.stderr.write(
+        f"warning: training on the CPU, although this torch is built for CUDA {torch.version.cuda}: {reason}; "
+        "nvidia-smi lists GPUs and driver, CUDA_VISIBLE_DEVICES= silences this\n"
+    )
+    sys.stderr.flush()
+
+
+def _meet_with_own_gpus(device: torch.device, timeout: timedelta) -> dict[str, Any]:
+    """Check that ranks which see one GPU each do not see the same one; options for ``init_process_group``.
+
+    NCCL would refuse the GPU later, with a page of its own.
+    """
+    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    store.set_timeout(timeout)
+    store = torch._C._distributed_c10d.PrefixStore("default_pg", store)
+    mine = f"{socket.gethostname()}/{torch.cuda.get_device_properties(device).uuid}"
+    store.set(f"torchrec_deepfm/gpu/{rank}", mine)
+    seen: dict[str, int] = {}
+    for other in range(world_size):
+        gpu = store.get(f"torchrec_deepfm/gpu/{other}").decode()
+        if gpu in seen:
+            raise UserError(
+                f"ranks {seen[gpu]} and {other} have the same GPU: start at most one rank per GPU (-j), or hide the "
+                "GPUs with CUDA_VISIBLE_DEVICES= to train on the CPU"
+            )
+        seen[gpu] = other
+    return {"store": store, "rank": rank, "world_size": world_size}
 
 
 def _stay_on_this_host() -> None:
@@ -91,18 +153,20 @@ def raise_on_all_ranks() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        store.set(_USER_ERROR, str(error))
+        store.set(USER_ERROR, str(error))
         raise
     except Exception as error:
         message = _peer_error(store)
         if message is None:
+            with contextlib.suppress(RuntimeError):  # the store has ended too
+                store.set(FAILED, str(dist.get_rank()))
             raise
         raise UserError(message) from error
 
 
 def _peer_error(store: torch._C._distributed_c10d.Store) -> str | None:
     try:
-        return store.get(_USER_ERROR).decode() if store.check([_USER_ERROR]) else None
+        return store.get(USER_ERROR).decode() if store.check([USER_ERROR]) else None
     except RuntimeError:  # the store ended with the process that held it
         return None
 

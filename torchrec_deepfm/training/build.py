@@ -2,16 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torchrec import EmbeddingBagCollection
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import ParameterConstraints
-from torchrec.distributed.types import ShardingPlan, ShardingType
+from torchrec.distributed.types import CacheParams, ShardingPlan, ShardingType
 
 from torchrec_deepfm.distributed.process_group import on_main
 from torchrec_deepfm.errors import UserError
@@ -30,6 +31,7 @@ from torchrec_deepfm.training.config import TrainConfig
 from torchrec_deepfm.training.optimizers import fuse_sparse_optimizer
 from torchrec_deepfm.training.regularisers import penalise_looked_up_rows
 
+_CACHING = EmbeddingComputeKernel.FUSED_UVM_CACHING.value
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
     "tanh": nn.Tanh,
@@ -52,6 +54,11 @@ class Sharded:
     model: DistributedModelParallel
     plan: ShardingPlan
     plan_file: PlanFile
+
+    @property
+    def prefetch(self) -> bool:
+        """Whether the plan caches rows on the device that the pipeline is to fetch ahead."""
+        return any(table.compute_kernel == _CACHING for table in self.plan_file.tables)
 
 
 def make_deepfm(
@@ -118,7 +125,10 @@ def build_model(
         raise UserError("--plan and --constraint: a plan already places every table; leave one of them out")
     sharder = make_sharder(device, *config.qcomms_both)
     torch.manual_seed(config.seed)  # the dense part is equal on every rank
-    deepfm = make_deepfm(config, num_embeddings, dense_in_features, device, is_weighted=is_weighted)
+    # Drawn on the CPU and moved, so that a training starts from the same weights on every device.
+    cpu = torch.device("cpu")
+    deepfm = make_deepfm(config, num_embeddings, dense_in_features, cpu, is_weighted=is_weighted)
+    _move_dense(deepfm, device)
     ebc = deepfm.sparse_arch.embedding_bag_collection
     tables = ebc.embedding_bag_configs()
     penalise_looked_up_rows(deepfm.sparse_arch, config, device)
@@ -170,10 +180,27 @@ def build_model(
     found = on_main(find_plan)
     sharding_plan = to_sharding_plan(found, find_embedding_bags(train_model), device)
     _check_plan(config, sharding_plan, replicated)
+    _prefetch_caches(sharding_plan)
     model = DistributedModelParallel(train_model, device=device, plan=sharding_plan, sharders=[sharder])  # type: ignore[list-item]
     initialize_tables(model, tables, factor_dim=config.factor_dim, std=config.init_std, seed=config.seed)
     torch.manual_seed(config.seed + 1 + dist.get_rank())  # dropout: another stream on every rank
     return Sharded(model=model, plan=sharding_plan, plan_file=found)
+
+
+def _move_dense(deepfm: DeepFM, device: torch.device) -> None:
+    """Move everything but the tables, which are on ``meta``."""
+    for module in deepfm.children():
+        if module is not deepfm.sparse_arch:
+            module.to(device)
+    deepfm.bias.data = deepfm.bias.data.to(device)
+
+
+def _prefetch_caches(plan: ShardingPlan) -> None:
+    """Let the caches of a plan be filled one batch ahead, as ``PrefetchTrainPipelineSparseDist`` does."""
+    for module in plan.plan.values():
+        for sharding in module.values():  # type: ignore[attr-defined]
+            if sharding.compute_kernel == _CACHING:
+                sharding.cache_params = replace(sharding.cache_params or CacheParams(), prefetch_pipeline=True)
 
 
 def _check_penalties(config: TrainConfig, fused: Sequence[str]) -> None:

@@ -1,5 +1,6 @@
 """The training loop: steps, records, evaluations, checkpoints, and how to resume from any step."""
 
+import itertools
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torchrec.datasets.utils import Batch
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+from torchrec.distributed.train_pipeline import PrefetchTrainPipelineSparseDist, TrainPipelineSparseDist
 
 from torchrec_deepfm.data.loader.loader import Loader
 from torchrec_deepfm.distributed.health import DataFiles, Heartbeat, longest_wait
@@ -52,6 +53,7 @@ class LoopContext:
         files: the data files.
         folder: of the run.
         timeout: seconds after which a step may count as stalled.
+        prefetch: whether the plan caches rows on the device.
     """
 
     config: TrainConfig
@@ -65,6 +67,7 @@ class LoopContext:
     files: DataFiles
     folder: Path
     timeout: float
+    prefetch: bool = False
 
 
 class Loop:
@@ -97,9 +100,7 @@ class Loop:
         self._tensors = TrainingTensors(model, self._optimizer, config.sparse_optimizer)
         self._rank_state = RankState(model, context.device, config.seed)
         self.average = MovingAverage(model, config.ema, config.ema_every) if config.ema else None
-        self._pipeline: TrainPipelineSparseDist[Batch, tuple[Tensor, Tensor, Tensor]] = TrainPipelineSparseDist(
-            model, self._optimizer, context.device, execute_all_batches=True, custom_model_fwd=self._forward
-        )
+        self._pipeline = self._make_pipeline()
         self._control = Control(longest_wait(context.timeout))
         self._pending_losses: list[Tensor] = []  # since the last record
         # On a GPU the pending losses are checked together: reading each would wait for the GPU.
@@ -181,6 +182,12 @@ class Loop:
             if self.average is not None:
                 self.average.update(position.step, last=last)
             self._after(ends, last=last)
+            goes_on = not last and not self.tracker.stopped
+            if goes_on and self._context.prefetch and self._is_evaluated(position.step, ends):
+                if position.row:
+                    loader.load_state_dict(self._loader_state(position))
+                batches = self._batches()
+                self._pipeline = self._make_pipeline()  # an empty one of this kind can't be attached again
         self.position.seconds += time.perf_counter() - self._started
         # TorchRec silently falls back for a model that cannot be traced: it trains too, but overlaps nothing.
         assert not trained or self._pipeline._pipelined_modules, "the sparse arch is not pipelined"
@@ -258,11 +265,9 @@ class Loop:
         if position.step % RECORD_EVERY == 0 or last:
             self._record(ends)
         signum, bad = self._control.exchange(self._context.requests.signum, self._watch.bad_step)
-        due = self._context.validation is not None and (
-            position.step % config.eval_every == 0 if config.eval_every else ends
-        )
+        due = self._is_evaluated(position.step, ends)
         position.evaluated = not due or last  # the last evaluation comes after the loop
-        self._watch.refuse(bad, self._context.folder, self._context.checkpoints)
+        self._watch.refuse(bad, self._context.folder, self._context.checkpoints, self._context.train)
         if signum:
             self._pause()
             self.stop(signum)
@@ -282,6 +287,22 @@ class Loop:
             self._save()
             self._started = time.perf_counter()
 
+    def _make_pipeline(self) -> "TrainPipelineSparseDist[Batch, tuple[Tensor, Tensor, Tensor]]":
+        # Rows that a plan caches on the GPU are fetched one batch ahead.
+        kind = PrefetchTrainPipelineSparseDist if self._context.prefetch else TrainPipelineSparseDist
+        return kind(
+            self._model,
+            self._optimizer,
+            self._context.device,
+            execute_all_batches=True,
+            custom_model_fwd=self._forward,
+        )
+
+    def _is_evaluated(self, step: int, ends: bool) -> bool:
+        """Whether an evaluation comes after a step, which may end its epoch."""
+        every = self._config.eval_every
+        return self._context.validation is not None and (step % every == 0 if every else ends)
+
     def _pause(self) -> None:
         now = time.perf_counter()
         self.position.seconds += now - self._started
@@ -292,13 +313,17 @@ class Loop:
             return self._model(batch)  # type: ignore[no-any-return]
 
     def _batches(self) -> Iterator[Batch]:
-        """The batches of all epochs in one stream, so that the pipeline stays full between epochs."""
+        """The batches of all epochs in one stream, so that the pipeline stays full between epochs.
+
+        With rows fetched ahead it ends before each evaluation: a look-up takes the rows that were fetched first, and
+        those of the evaluation would be the next step's.
+        """
         step = self.position.step
         for epoch in range(self.position.epoch, self._config.epochs):
             if epoch > self.position.epoch or self.position.row == 0:
                 self._context.train.set_epoch(epoch)
             batches = iter(self._context.train)
-            while True:
+            for number in itertools.count():
                 self._context.files.check()
                 self._context.heartbeat.at("reading data", self.position.step + 1)
                 batch = next(batches, None)
@@ -306,8 +331,11 @@ class Loop:
                 if batch is None:
                     break
                 step += 1
-                self._watch.batch(step, batch)
+                self._watch.batch(step, self._context.train.position(number))
                 yield batch
+                ends = number + 1 == self._context.train.steps_left
+                if self._context.prefetch and self._is_evaluated(step, ends):
+                    return
 
     def _loader_state(self, position: TrainingPosition) -> dict[str, Any]:
         return self._context.train.state_dict() | {"epoch": position.epoch, "row": position.row}
@@ -318,7 +346,7 @@ class Loop:
             self._watch.check(self.position.step - len(self._pending_losses) + 1, self._pending_losses)
         signum, bad = self._control.now(self._context.requests.signum, self._watch.bad_step)
         del signum  # read again at the next step
-        self._watch.refuse(bad, self._context.folder, self._context.checkpoints)
+        self._watch.refuse(bad, self._context.folder, self._context.checkpoints, self._context.train)
         state = self._tensors.to_save()
         if self.average is not None:
             state |= self.average.to_save()

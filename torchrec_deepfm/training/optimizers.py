@@ -1,10 +1,10 @@
 """Optimizers: that of the tables, fused into the backward pass; Adam for the rest; one schedule over both."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
@@ -46,7 +46,7 @@ def make_optimizer(model: DistributedModelParallel, config: TrainConfig) -> Comb
     }
     dense = KeyedOptimizerWrapper(
         {name: weight for name, weight in rest.items() if name not in tables},
-        lambda parameters: torch.optim.Adam(parameters, lr=config.dense_lr),
+        lambda parameters: torch.optim.Adam(parameters, lr=config.dense_lr, fused=_is_on_gpu(parameters)),
     )
     fused: KeyedOptimizer = model.fused_optimizer
     parts: list[KeyedOptimizer | tuple[str, KeyedOptimizer]] = [fused, dense]
@@ -61,6 +61,11 @@ def make_optimizer(model: DistributedModelParallel, config: TrainConfig) -> Comb
     if hook is not None:
         combined.register_step_pre_hook(hook)
     return combined
+
+
+def _is_on_gpu(parameters: Sequence[Tensor]) -> bool:
+    """Whether Adam may be one kernel, with its count of steps on the device too; on a CPU it gains nothing."""
+    return all(parameter.is_cuda for parameter in parameters)
 
 
 def schedule(config: TrainConfig, total_steps: int) -> Callable[[float], float]:

@@ -198,6 +198,7 @@ class _Training:
                 files=DataFiles(data.folder),
                 folder=self._output,
                 timeout=self._options.timeout,
+                prefetch=sharded.prefetch,
             ),
         )
         try:

@@ -24,10 +24,10 @@ _REPAIR = "the folder is damaged or was not written by prepare; prepare the data
 class Assembler:
     """Checks every value of a batch and builds its tensors.
 
-    ``source``: the split's rows; it locates a bad value for messages.
+    ``source``: the split's rows; it locates a bad value for messages. ``pin_memory``: batches are for a GPU.
     """
 
-    def __init__(self, data: PreparedData, source: SplitRows, batch_size: int) -> None:
+    def __init__(self, data: PreparedData, source: SplitRows, batch_size: int, *, pin_memory: bool = False) -> None:
         self._data, self._source, self._batch_size = data, source, batch_size
         schema = data.schema
         self._keys = list(schema.categorical)
@@ -38,7 +38,10 @@ class Assembler:
         self._plain = not schema.multi_hot
         # One id per row and key: these parts are the same in every batch; TorchRec would compute them each time.
         self._lengths = torch.ones(len(self._keys) * batch_size, dtype=torch.int32)
-        self._offsets = torch.arange(len(self._keys) * batch_size + 1, dtype=torch.int32)
+        # A GPU computes the offsets from the lengths sooner than they would travel there.
+        self._offsets = None if pin_memory else torch.arange(len(self._keys) * batch_size + 1, dtype=torch.int32)
+        if pin_memory:
+            self._lengths = self._lengths.pin_memory()
         self._length_per_key = [batch_size] * len(self._keys)
         self._offset_per_key = [batch_size * i for i in range(len(self._keys) + 1)]
 

@@ -129,7 +129,7 @@ class Loader:
         self._shuffle, self._seed, self._drop_last = shuffle, seed, drop_last
         self._pin_memory, self._prefetch = pin_memory, prefetch
         self._source = SplitRows(data, split)
-        self._assembler = Assembler(data, self._source, batch_size)
+        self._assembler = Assembler(data, self._source, batch_size, pin_memory=pin_memory)
         self._run = self._begin_run(epoch=0, row=0)
 
     @property

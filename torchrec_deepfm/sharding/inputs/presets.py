@@ -1,6 +1,7 @@
 """Hardware by name, each description with its source. Loads no torch."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Final
 
@@ -8,6 +9,7 @@ from torchrec_deepfm.errors import UserError, one_of, shown
 from torchrec_deepfm.sharding.inputs.hardware import Hardware
 
 _GIB: Final = 2**30
+_DDR4_HOST: Final = 204.8e9  # bytes per second
 _DGX: Final = "one such adapter per GPU; NVLink and PCIe as one direction of the published figure"
 
 
@@ -38,6 +40,36 @@ def _dgx(
         intra_host_bandwidth=nvlink * 1e9,
         inter_host_bandwidth=adapter * 1e9,
         source=f"{source}; {_DGX}",
+    )
+
+
+def _pcie(
+    name: str,
+    *,
+    ranks: int,
+    gb: int,
+    bandwidth: float,
+    ddr: int,
+    pcie: float,
+    adapter: float,
+    source: str,
+) -> Hardware:
+    """A host of ``ranks`` GPUs without NVLink.
+
+    ``gb``: a GPU's memory in GB. ``ddr``: the host's, in GiB. Bandwidths in GB/s.
+    """
+    return Hardware(
+        name=name,
+        compute_device="cuda",
+        ranks_per_host=ranks,
+        hbm_bytes=gb * 10**9,  # of GDDR with ECC a device reports no more
+        ddr_bytes=ddr * _GIB // ranks,
+        hbm_bandwidth=bandwidth * 1e9,
+        ddr_bandwidth=_DDR4_HOST / ranks,
+        hbm_to_ddr_bandwidth=pcie * 1e9,
+        intra_host_bandwidth=pcie * 1e9,
+        inter_host_bandwidth=adapter * 1e9,
+        source=f"{source}; one direction of PCIe between GPUs, the adapter shared out over them, 8 channels DDR4-3200",
     )
 
 
@@ -132,6 +164,51 @@ PRESETS: Final[Mapping[str, Hardware]] = MappingProxyType(
                 "GB/s each, of which one direction counts: NVIDIA GH200 Grace Hopper Superchip data sheet (2023); one "
                 "GPU per host with an adapter of 400 Gb/s and no NVLink between hosts: for NVL32 give pod_size = 32",
             ),
+            _pcie(
+                "l4",
+                ranks=8,
+                gb=24,
+                bandwidth=300,
+                ddr=384,
+                pcie=32,
+                adapter=1.56,
+                source="24 GB at 300 GB/s, PCIe 4.0 x16: NVIDIA L4 Tensor Core GPU data sheet (2023); hosts of 8 with "
+                "384 GB and 100 Gb/s: Google Cloud, machine type g2-standard-96 (2024)",
+            ),
+            _pcie(
+                "a10g",
+                ranks=8,
+                gb=24,
+                bandwidth=600,
+                ddr=768,
+                pcie=32,
+                adapter=1.56,
+                source="24 GB at 600 GB/s, PCIe 4.0 x16: NVIDIA A10 Tensor Core GPU data sheet (2021), whose memory "
+                "the A10G shares; hosts of 8 with 768 GiB and 100 Gb/s: Amazon EC2, instance type g5.48xlarge (2021)",
+            ),
+            _pcie(
+                "t4",
+                ranks=4,
+                gb=16,
+                bandwidth=320,
+                ddr=192,
+                pcie=16,
+                adapter=1.56,
+                source="16 GB at 320 GB/s, PCIe 3.0 x16: NVIDIA T4 Tensor Core GPU product brief (2019); hosts of 4 "
+                "with 192 GiB and 50 Gb/s: Amazon EC2, instance type g4dn.12xlarge (2019). FBGEMM's wheels hold no "
+                "kernels for it (compute capability 7.5)",
+            ),
+            _pcie(
+                "rtx4090",
+                ranks=2,
+                gb=24,
+                bandwidth=1008,
+                ddr=128,
+                pcie=32,
+                adapter=0.63,
+                source="24 GB at 1,008 GB/s, PCIe 4.0 x16, no NVLink: NVIDIA Ada GPU architecture white paper (2022); "
+                "a workstation of 2 with 128 GB of host memory and 10 Gb/s is assumed",
+            ),
             Hardware(
                 name="cpu",
                 compute_device="cpu",
@@ -170,3 +247,22 @@ def preset(name: object) -> Hardware:
     if isinstance(name, str) and name.lower() in PRESETS:
         return PRESETS[name.lower()]
     raise UserError(f"hardware {shown(name)}: no such preset; choose {one_of(PRESETS, name)}, or name a TOML file")
+
+
+def from_properties(name: str, memory: int, bandwidth: float) -> Hardware:
+    """Describe a GPU without a preset by what its driver reports.
+
+    Args:
+        name: its name.
+        memory: bytes of its memory.
+        bandwidth: bytes per second from its memory.
+
+    Returns:
+        The description, with the links of the preset l4, the slowest of today's.
+
+    Example:
+        >>> from_properties("NVIDIA L40S", 48 * 10**9, 864e9).hbm_bandwidth / 1e9
+        864.0
+    """
+    source = f"memory as the driver reports it; links and host of the preset l4 ({PRESETS['l4'].source})"
+    return replace(PRESETS["l4"], name=name, hbm_bytes=memory, hbm_bandwidth=bandwidth, source=source)

@@ -42,6 +42,8 @@ def to_module_plan(
     tables: Iterable[PlannedTable], local_world_size: int, device: torch.device
 ) -> EmbeddingModuleShardingPlan:
     """Convert the planned tables of one collection."""
+    # A rank that sees no GPU but its own calls it cuda:0.
+    gpus = 1 if device.type == "cuda" and torch.cuda.device_count() == 1 else local_world_size
     found = EmbeddingModuleShardingPlan()
     for table in tables:
         spec = None
@@ -51,7 +53,7 @@ def to_module_plan(
                     ShardMetadata(
                         shard_sizes=list(shard.sizes),
                         shard_offsets=list(shard.offsets),
-                        placement=placement(device.type, shard.rank, local_world_size),
+                        placement=placement(device.type, shard.rank, gpus),
                     )
                     for shard in table.shards
                 ]

@@ -1,6 +1,8 @@
 """What the ranks at hand run on, as a description of hardware."""
 
+import itertools
 import os
+import re
 from dataclasses import replace
 
 import torch
@@ -9,7 +11,7 @@ from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.processes import local_world_size, pod_size
 from torchrec_deepfm.sharding.inputs.hardware import Hardware
 from torchrec_deepfm.sharding.inputs.hardware_toml import read_hardware
-from torchrec_deepfm.sharding.inputs.presets import PRESETS
+from torchrec_deepfm.sharding.inputs.presets import PRESETS, from_properties
 
 
 def host_bytes() -> int:
@@ -26,14 +28,15 @@ def describe_hardware(named: str | None, device: torch.device) -> Hardware:
     """Describe the ranks at hand, with their ranks per host.
 
     Args:
-        named: A preset or a TOML file. Default: the preset of the GPU, or ``cpu`` with the memory of this host.
+        named: A preset or a TOML file. Default: the preset of the GPU, or what its driver reports; ``cpu`` with the
+            memory of this host.
         device: This rank's device.
 
     Returns:
         The description.
 
     Raises:
-        UserError: There is no such description, no preset for this GPU, or it describes another device.
+        UserError: There is no such description, or it describes another device.
     """
     local = local_world_size()
     if named is not None:
@@ -41,11 +44,9 @@ def describe_hardware(named: str | None, device: torch.device) -> Hardware:
     elif device.type == "cpu":
         hardware = replace(PRESETS["cpu"], ddr_bytes=host_bytes() // local)
     else:
-        name = device_name(device)
-        found = gpu_preset(name, int(torch.cuda.get_device_properties(device).total_memory))
-        if found is None:
-            raise UserError(f"no preset for {name}; name one with --hardware, or a TOML file")
-        hardware = found
+        own = torch.cuda.get_device_properties(device)
+        bandwidth = 2.0 * 1e3 * own.memory_clock_rate * own.memory_bus_width / 8  # two transfers per clock
+        hardware = gpu_preset(own.name, own.total_memory) or from_properties(own.name, own.total_memory, bandwidth)
     if hardware.compute_device != device.type:
         raise UserError(
             f"--hardware {named}: it describes {hardware.compute_device} ranks, these are {device.type} ranks; leave "
@@ -77,10 +78,11 @@ def gpu_preset(name: str, capacity: int) -> Hardware | None:
         >>> [gpu_preset(name, 80 * 2**30).name for name in ("NVIDIA A100-SXM4-80GB", "NVIDIA H100 80GB HBM3")]
         ['a100-80', 'h100']
     """
+    words = re.split(r"[\s-]+", name.lower())
+    words += ["".join(pair) for pair in itertools.pairwise(words)]  # RTX 4090
     fitting = [
         preset
         for preset in PRESETS.values()
-        if preset.name.partition("-")[0].upper() in name.upper() and (preset.hbm_bytes or 0) * 0.85 < capacity
+        if preset.name.partition("-")[0] in words and (preset.hbm_bytes or 0) * 0.85 < capacity
     ]
-    # "GB200" holds "B200" too.
-    return max(fitting, key=lambda preset: (len(preset.name.partition("-")[0]), preset.hbm_bytes or 0), default=None)
+    return max(fitting, key=lambda preset: preset.hbm_bytes or 0, default=None)

@@ -105,8 +105,9 @@ class CpuStager(AsyncStager):
                 key = (name, cut.offsets)
                 buffer = self._buffers.get(key)
                 if buffer is None or buffer.shape != cut.tensor.shape or buffer.dtype != cut.tensor.dtype:
-                    buffer = torch.empty_like(cut.tensor, device="cpu", memory_format=torch.contiguous_format)
-                    buffer.requires_grad_(False)
+                    # Pinned, or the copies from the GPU would wait for each other.
+                    pinned = cut.tensor.is_cuda
+                    buffer = torch.empty(cut.tensor.shape, dtype=cut.tensor.dtype, pin_memory=pinned)
                 buffer.copy_(cut.tensor.detach(), non_blocking=cut.tensor.is_cuda)
                 used[key] = buffer
                 cuts.append(Cut(cut.offsets, buffer))

@@ -27,9 +27,10 @@ class RankState:
             Its rows, and the counts that the manifest records for ``to_read``.
         """
         random = _random_state(self._device)
+        kept = [loss.to(self._device) for loss in losses]  # of before a resume they are on the CPU
         rows = {
             "random": random,
-            "losses": torch.stack([loss.float().cpu() for loss in losses]) if losses else torch.empty(0),
+            "losses": torch.stack(kept).float().cpu() if kept else torch.empty(0),
             **{f"model.{name}": value for name, value in local_buffers(self._model).items()},
         }
         counts = {"world_size": dist.get_world_size(), "random": len(random), "losses": len(losses)}
