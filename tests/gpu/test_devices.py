@@ -24,6 +24,7 @@ from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.sharding.inputs.tables import Table
 from torchrec_deepfm.sharding.plan.torchrec_plan import to_sharding_plan
 from torchrec_deepfm.sharding.runtime.local_hardware import describe_hardware
+from torchrec_deepfm.training.checkpoint.tensors import optimizer_values
 
 ROOT = Path(__file__).resolve().parents[2]
 FOUR = {"LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4"}
@@ -139,6 +140,14 @@ def test_a_rank_that_waits_inside_nccl_ends_after_its_peer_has_failed(key: str, 
         assert ended == [], "a main thread that is in gloo or in Python may end by itself"
         heartbeat._end_with_failed_peer()
     assert ended == [code]
+
+
+@pytest.mark.parametrize(("fused", "device"), [(True, "meta"), (None, "cpu")])
+def test_a_resumed_adam_counts_its_steps_where_its_kernel_does(fused: bool | None, device: str) -> None:
+    weight = torch.nn.Parameter(torch.zeros(2, device="meta"))
+    adam = torch.optim.Adam([weight])
+    adam.defaults["fused"] = fused  # torch itself refuses it on meta
+    assert dict(optimizer_values(adam, weight))["step"].device.type == device
 
 
 @pytest.mark.parametrize(

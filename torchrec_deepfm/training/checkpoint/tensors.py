@@ -267,7 +267,8 @@ def optimizer_values(optimizer: torch.optim.Optimizer, parameter: Any) -> Iterat
     """
     values = optimizer.state[parameter]
     if isinstance(optimizer, torch.optim.Adam) and not values:
-        values["step"] = torch.tensor(0.0)
+        # Adam counts on the CPU, except in its fused kernel.
+        values["step"] = torch.tensor(0.0, device=parameter.device if optimizer.defaults["fused"] else None)
         values["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         values["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
     for kind in sorted(values):
@@ -289,7 +290,7 @@ def _overlaps(borders: Sequence[int], column: int, count: int) -> dict[int, int]
 
 def _merge(moment: Tensor, read: Tensor, widths: Sequence[int]) -> Callable[[], None]:
     def merge() -> None:
-        weights = torch.tensor(widths, dtype=torch.float64) / sum(widths)
+        weights = torch.tensor(widths, dtype=torch.float64, device=read.device) / sum(widths)
         moment.copy_((read.double() * weights).sum(1).view(moment.shape))
 
     return merge
