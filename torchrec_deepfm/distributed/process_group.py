@@ -15,6 +15,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from torchrec_deepfm.distributed.cpu_memory import keep_freed_memory
 from torchrec_deepfm.distributed.disk_errors import refused
+from torchrec_deepfm.distributed.stop_signals import Preempted
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.processes import local_world_size
 
@@ -158,8 +159,9 @@ def raise_on_all_ranks() -> Iterator[None]:
     except Exception as error:
         message = _peer_error(store)
         if message is None:
-            with contextlib.suppress(RuntimeError):  # the store has ended too
-                store.set(FAILED, str(dist.get_rank()))
+            if not isinstance(error, Preempted):  # on request all ranks stop together
+                with contextlib.suppress(RuntimeError):  # the store has ended too
+                    store.set(FAILED, str(dist.get_rank()))
             raise
         raise UserError(message) from error
 
