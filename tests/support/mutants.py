@@ -96,7 +96,11 @@ TRAINING: Final = [
     ),
     Mutant("return (step + 1) / warmup_steps", "return step / warmup_steps", "test_optimizers.py"),
     Mutant("math.pow(left, config.decay_power)", "left", "test_optimizers.py"),
-    Mutant("torch.optim.Adam(parameters, lr=config.dense_lr)", "torch.optim.Adam(parameters)", "test_optimizers.py"),
+    Mutant(
+        "torch.optim.Adam(parameters, lr=config.dense_lr, fused=_is_on_gpu(parameters))",
+        "torch.optim.Adam(parameters)",
+        "test_optimizers.py",
+    ),
     Mutant(
         "addcmul_(weight.detach(), penalty)", "addcmul_(weight.detach(), penalty, value=0.5)", "test_regularisers.py"
     ),
