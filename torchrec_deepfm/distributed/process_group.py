@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 # Keys of the group's store: the message of a rank's UserError, and whether a rank has failed in another way.
 USER_ERROR = "torchrec_deepfm/user_error"
-FAILED = "torchrec_deepfm/failed"
+FAILED = f"torchrec_deepfm/failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
 
 @contextmanager

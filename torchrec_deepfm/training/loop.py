@@ -267,7 +267,7 @@ class Loop:
         signum, bad = self._control.exchange(self._context.requests.signum, self._watch.bad_step)
         due = self._is_evaluated(position.step, ends)
         position.evaluated = not due or last  # the last evaluation comes after the loop
-        self._watch.refuse(bad, self._context.folder, self._context.checkpoints, self._context.train)
+        self._watch.refuse(bad, self._context.folder, self._context.checkpoints)
         if signum:
             self._pause()
             self.stop(signum)
@@ -331,7 +331,7 @@ class Loop:
                 if batch is None:
                     break
                 step += 1
-                self._watch.batch(step, self._context.train.position(number))
+                self._watch.batch(step, batch)
                 yield batch
                 ends = number + 1 == self._context.train.steps_left
                 if self._context.prefetch and self._is_evaluated(step, ends):
@@ -346,7 +346,7 @@ class Loop:
             self._watch.check(self.position.step - len(self._pending_losses) + 1, self._pending_losses)
         signum, bad = self._control.now(self._context.requests.signum, self._watch.bad_step)
         del signum  # read again at the next step
-        self._watch.refuse(bad, self._context.folder, self._context.checkpoints, self._context.train)
+        self._watch.refuse(bad, self._context.folder, self._context.checkpoints)
         state = self._tensors.to_save()
         if self.average is not None:
             state |= self.average.to_save()

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torchrec.datasets.utils import Batch
 
-from torchrec_deepfm.data.loader.loader import Loader
 from torchrec_deepfm.distributed.disk_errors import refused
 from torchrec_deepfm.distributed.process_group import is_main, on_main
 from torchrec_deepfm.errors import UserError
@@ -25,7 +24,7 @@ _AHEAD = 8
 
 
 class LossWatch:
-    """Keeps the places of the last batches in the data, and their learning rates, until their losses have been checked.
+    """Keeps the last batches and learning rates until their losses have been checked.
 
     Attributes:
         bad_step: the first step whose loss was not finite on this rank; None without one.
@@ -33,12 +32,12 @@ class LossWatch:
 
     def __init__(self, *, late: int) -> None:
         self.bad_step: int | None = None
-        self._places: deque[tuple[int, Mapping[str, Any]]] = deque(maxlen=_AHEAD + late)
+        self._batches: deque[tuple[int, Batch]] = deque(maxlen=_AHEAD + late)
         self._rates: deque[tuple[int, Mapping[str, float]]] = deque(maxlen=_AHEAD + late)
 
-    def batch(self, step: int, place: Mapping[str, Any]) -> None:
-        """Keep where the batch of a coming step lies in the data: the loader's state before it."""
-        self._places.append((step, place))
+    def batch(self, step: int, batch: Batch) -> None:
+        """Keep the batch of a coming step."""
+        self._batches.append((step, batch))
 
     def rates(self, step: int, rates: Mapping[str, float]) -> None:
         """Keep the learning rates of a step."""
@@ -57,14 +56,13 @@ class LossWatch:
             bad = (first_step + i for i, value in enumerate(values) if not math.isfinite(value))
             self.bad_step = next(bad, None)
 
-    def refuse(self, bad_step: int | None, run: Path, checkpoints: Checkpoints, loader: Loader) -> None:
+    def refuse(self, bad_step: int | None, run: Path, checkpoints: Checkpoints) -> None:
         """End the training if a loss is not finite; a collective.
 
         Args:
             bad_step: the first one over all ranks; None without one.
             run: the run's folder; gets a folder with each rank's batch.
             checkpoints: of the run.
-            loader: of the batches; the bad one is read again.
 
         Raises:
             UserError: ``bad_step`` is given.
@@ -75,12 +73,10 @@ class LossWatch:
         saved = checkpoints.saved
         rates = next((rates for step, rates in self._rates if step == bad_step), {})
         folder = _folder(run, bad_step)
-        place = next((place for step, place in self._places if step == bad_step), None)
+        batch = next((batch for step, batch in self._batches if step == bad_step), None)
         try:
             folder.mkdir(exist_ok=True)
-            if place is not None:
-                loader.load_state_dict(place)
-                batch = loader.batch(0)
+            if batch is not None:
                 content = io.BytesIO()
                 torch.save(_plain(batch), content)
                 write_bytes(folder / f"rank_{dist.get_rank()}.pt", content.getvalue())
