@@ -116,6 +116,7 @@ OPTIONS = {
         "output",
         "overwrite",
     },
+    "plan --compare": {"compare", "tables", "ranks", "dim", "batch-size", "constraint", "report"},
     "plan": {
         "tables",
         "hardware",

@@ -9,8 +9,12 @@ from pathlib import Path
 import pytest
 
 from torchrec_deepfm.cli import main as cli
+from torchrec_deepfm.report.page import embedded_data
+from torchrec_deepfm.sharding.inputs.hardware_toml import read_hardware
+from torchrec_deepfm.sharding.inputs.tables import Table
 from torchrec_deepfm.sharding.plan.io import load_plan
 from torchrec_deepfm.sharding.plan.text import diff_text, ranks_text
+from torchrec_deepfm.sharding.search.plan_tables import plan_tables
 
 
 def run(*words: object) -> None:
@@ -218,3 +222,52 @@ def test_wrong_words_get_one_line(words: list[str], told: str, capsys: pytest.Ca
     assert (stopped.value.code, captured.out) == (2, "")
     assert captured.err.startswith(f"error: {told}")
     assert captured.err.count("\n") == 1
+
+
+def test_kinds_of_hardware_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tables = [Table(name=f"t{n}", num_embeddings=10**6, embedding_dim=64, pooling_factor=n + 1) for n in range(4)]
+    (tmp_path / "tables.json").write_text(json.dumps([vars(table) for table in tables]))
+    (tmp_path / "ours.toml").write_text('base = "h100"\ndollars_per_hour = 2.5\n')
+    words = ["--tables", tmp_path / "tables.json", "--ranks", 8, 12, 16, "--batch-size", 512, "--report"]
+    run("plan", "--compare", tmp_path / "ours.toml", "b200", *words, tmp_path / "c.html")
+    lines = capsys.readouterr().out.splitlines()
+    found = embedded_data((tmp_path / "c.html").read_text())["compared"]
+    assert [(row["hardware"], row["ranks"]) for row in found] == [
+        (name, ranks) for name in ("ours", "b200") for ranks in (8, 12, 16)
+    ]
+    for row in found:
+        line = next(line for line in lines if line.split()[:2] == [row["hardware"], str(row["ranks"])])
+        if row["ranks"] == 12:
+            assert row["step_ms"] is None
+            assert "no plan: 12 ranks on" in line
+            continue
+        hardware = read_hardware("b200" if row["hardware"] == "b200" else str(tmp_path / "ours.toml"))
+        plan = plan_tables(tables, hardware, row["ranks"], batch_size=512)
+        assert plan.predicted is not None
+        assert row["step_ms"] == pytest.approx(plan.predicted.critical_path_ms)
+        steps = 1e9 / (512 * row["ranks"])  # for a billion samples
+        dollars = steps * row["step_ms"] / 1000 / 3600 * row["ranks"] * 2.5
+        assert row["dollars"] == (pytest.approx(dollars) if row["hardware"] == "ours" else None)
+        assert f"{row['step_ms']:.2f}" in line.split()
+        assert line.split()[-1] == ("-" if row["hardware"] == "b200" else f"{dollars:,.2f}")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--compare", "h100", "--tables", "criteo-terabyte", "--ranks", "0"], "--ranks 0: must be at least 1"),
+        (["--compare", "h1oo", "--tables", "criteo-terabyte", "--ranks", "8"], "hardware 'h1oo': no such preset"),
+        (
+            ["--compare", "h100", "--tables", "criteo-terabyte", "--ranks", "12"],
+            "no plan for any of these: 12 ranks on",
+        ),
+        (["--compare", "--tables", "criteo-terabyte", "--ranks", "8"], "--compare: needs at least one value"),
+        (["--compare", "h100", "H100", "--tables", "criteo-terabyte", "--ranks", "8"], "--compare: two descriptions"),
+        (["--compare", "h100", "--ranks", "8"], "option --tables is missing"),
+    ],
+)
+def test_what_can_not_be_compared_is_refused(words: list[str], message: str, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["plan", *words])
+    assert stopped.value.code == 2
+    assert message in capfd.readouterr().err.splitlines()[-1]

@@ -23,7 +23,7 @@ from torchrec_deepfm.cli.experiment import CalibrateCommand, ExperimentCommand
 from torchrec_deepfm.cli.infer import Explain, Export, Predict, Serve
 from torchrec_deepfm.cli.options import REGISTRY
 from torchrec_deepfm.cli.parse_errors import one_line_errors
-from torchrec_deepfm.cli.plan import DiffPlans, PlanCommand, ShowPlan
+from torchrec_deepfm.cli.plan import ComparePlans, DiffPlans, PlanCommand, ShowPlan
 from torchrec_deepfm.cli.train import Evaluate, Recipes, Report, Train
 from torchrec_deepfm.distributed.stop_signals import Preempted
 from torchrec_deepfm.errors import UserError, one_of, shown
@@ -62,6 +62,7 @@ COMMANDS: dict[str, type[Any]] = {
     "plan": PlanCommand,
     "plan show": ShowPlan,
     "plan diff": DiffPlans,
+    "plan --compare": ComparePlans,
     "experiment": ExperimentCommand,
     "calibrate": CalibrateCommand,
     "doctor": Doctor,
@@ -106,8 +107,10 @@ def parse(argv: Sequence[str]) -> Any:
             where only a local path works.
         SystemExit: after ``--help``.
     """
-    length = 2 if " ".join(argv[:2]) in COMMANDS else 1
+    length = 2 if " ".join(argv[:2]) in COMMANDS and not argv[1].startswith("-") else 1
     name, options = " ".join(argv[:length]), argv[length:]
+    if name == "plan" and "--compare" in options:
+        name = "plan --compare"
     if name in ("-h", "--help"):
         print(_overview())
         sys.exit(0)

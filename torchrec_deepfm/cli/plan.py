@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import tyro
 
@@ -14,6 +14,10 @@ from torchrec_deepfm.errors import UserError, one_of
 from torchrec_deepfm.files import check_target
 from torchrec_deepfm.sharding.inputs.sharding_types import FusedOptimizer
 from torchrec_deepfm.sharding.plan.plan import OLD_SEARCHES, Objective, PlanFile, Search
+
+if TYPE_CHECKING:
+    from torchrec_deepfm.sharding.plan.report import ComparedRow
+    from torchrec_deepfm.sharding.search.compare import Compared
 
 
 def _search(words: list[str]) -> str:
@@ -153,6 +157,81 @@ class PlanCommand:
         console.say(plan_text(plan, bound_ms=bound, reserved=RESERVED))
         console.say(f"\nwrote {self.output}")
         _write_report(plan, self.report)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparePlans:
+    """Plan the same tables for several kinds of hardware and numbers of ranks, and compare."""
+
+    compare: tuple[str, ...]
+    """Kinds of hardware: presets or TOML files. With dollars_per_hour in a file, prices are compared too."""
+    tables: str
+    """criteo-terabyte, criteo-dcnv2, a TOML, JSON or CSV file of tables, or a prepared folder."""
+    ranks: tuple[int, ...]
+    """Numbers of ranks."""
+    dim: int | None = None
+    """Width of every table, instead of the one in --tables."""
+    batch_size: int = 8192
+    """Samples per rank and step."""
+    constraint: Annotated[
+        tuple[tuple[str, ...], ...], tyro.conf.arg(metavar="RULE [RULE ...]"), tyro.conf.UseAppendAction
+    ] = ()
+    """How a table may be sharded, as for plan."""
+    report: Path | None = None
+    """HTML file for the table and a picture."""
+
+    def run(self) -> None:
+        """Search for the plans and print the table."""
+        console.quiet()
+        if os.environ.get("RANK", "0") != "0":
+            return
+        from torchrec_deepfm.sharding.inputs.hardware import MAX_BATCH_SIZE, MAX_RANKS
+        from torchrec_deepfm.sharding.inputs.hardware_toml import read_hardware
+        from torchrec_deepfm.sharding.inputs.tables import read_tables
+
+        for option, values in (("compare", self.compare), ("ranks", self.ranks)):
+            if not values:
+                raise UserError(f"--{option}: needs at least one value")
+        limits = [("ranks", count, MAX_RANKS) for count in self.ranks]
+        for option, value, most in (*limits, ("batch-size", self.batch_size, MAX_BATCH_SIZE)):
+            if not 1 <= value <= most:
+                raise UserError(f"--{option} {value}: must be at {'least 1' if value < 1 else f'most {most:,}'}")
+        _check_report(self.report, [Path(self.tables), *map(Path, self.compare)])
+        tables = read_tables(self.tables, self.dim)
+        kinds = [read_hardware(each) for each in dict.fromkeys(self.compare)]
+        if twice := next((each.name for each in kinds if [one.name for one in kinds].count(each.name) > 1), None):
+            raise UserError(f"--compare: two descriptions have the name {twice}; give one of them another name")
+
+        from torchrec_deepfm.sharding.search.compare import compare, comparison_text
+
+        found = compare(
+            tables,
+            kinds,
+            list(dict.fromkeys(self.ranks)),
+            batch_size=self.batch_size,
+            rules=tuple(itertools.chain.from_iterable(self.constraint)),
+            say=console.say,
+        )
+        console.say(f"{len(tables)} tables, {self.batch_size:,} samples per rank; steps without their dense part:")
+        console.say(comparison_text(found))
+        if self.report is not None:
+            from torchrec_deepfm.sharding.plan.report import write_comparison_report
+
+            write_comparison_report([_compared_row(each) for each in found], self.report)
+            console.say(f"wrote {self.report}")
+
+
+def _compared_row(each: "Compared") -> "ComparedRow":
+    from torchrec_deepfm.sharding.plan.report import ComparedRow
+
+    return ComparedRow(
+        hardware=each.hardware.name,
+        ranks=each.ranks,
+        step_ms=each.step_ms,
+        samples_per_second=each.samples_per_second,
+        dollars=each.dollars,
+        why=each.why,
+    )
 
 
 def _check_report(report: Path | None, inputs: Sequence[Path]) -> None:

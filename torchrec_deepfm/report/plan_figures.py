@@ -145,13 +145,13 @@ def scatter(predicted: Sequence[float], measured: Sequence[float], spread: Seque
     axes.set_xlabel("predicted, ms", color=QUIET)
     axes.set_ylabel("measured, ms", color=QUIET)
     axes.grid(which="both", color=FAINT, linewidth=0.6)
-    axes.legend(loc="upper left", frameon=False, fontsize=9, labelcolor=INK)
+    figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=9, labelcolor=INK)
     _plain(axes)
     return figure
 
 
-def scaling_curve(lines: Mapping[str, Mapping[int, float]]) -> Figure:
-    """Draw milliseconds over the number of ranks, one line per name."""
+def scaling_curve(lines: Mapping[str, Mapping[int, float]], *, what: str = "ms per step") -> Figure:
+    """Draw an amount over the number of ranks, one line per name."""
     figure = Figure(figsize=(7.5, 4.2), layout="constrained")
     axes = figure.add_subplot()
     every = sorted({ranks for line in lines.values() for ranks in line})
@@ -166,9 +166,9 @@ def scaling_curve(lines: Mapping[str, Mapping[int, float]]) -> Figure:
     axes.minorticks_off()
     axes.set_ylim(bottom=0)
     axes.set_xlabel("ranks", color=QUIET)
-    axes.set_ylabel("ms per step", color=QUIET)
+    axes.set_ylabel(what, color=QUIET)
     axes.grid(color=FAINT, linewidth=0.6)
-    axes.legend(frameon=False, fontsize=9, labelcolor=INK)
+    figure.legend(loc="outside upper left", ncols=4, frameon=False, fontsize=9, labelcolor=INK)
     _plain(axes)
     return figure
 

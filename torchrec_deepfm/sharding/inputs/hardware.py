@@ -61,6 +61,7 @@ class Hardware:
         inter_host_bandwidth: Bytes per second that a rank sends to other hosts, one direction.
         pod_size: Hosts of an NVLink domain, inside which ``intra_host_bandwidth`` holds. TorchRec's name.
         source: Where the figures come from.
+        dollars_per_hour: Price of a rank, where known.
         extra: Fixed costs in milliseconds, with the keys of ``EXTRA``.
 
     Raises:
@@ -84,6 +85,7 @@ class Hardware:
     inter_host_bandwidth: Bandwidth
     source: Text
     pod_size: Annotated[int, Meta(ge=1, le=MAX_RANKS)] = 1
+    dollars_per_hour: Annotated[float, Meta(gt=0, le=1e9)] | None = None
     extra: Mapping[FixedCost, FixedMilliseconds] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:

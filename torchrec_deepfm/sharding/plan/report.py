@@ -4,11 +4,12 @@ What a picture shows is in the page as data too (``page.embedded_data``), by the
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchrec_deepfm.report import plan_figures
-from torchrec_deepfm.report.page import Cell, Data, PageTable, Picture, Section, Terms, write_page
+from torchrec_deepfm.report.page import Block, Cell, Data, PageTable, Picture, Section, Terms, write_page
 from torchrec_deepfm.sharding.plan.plan import TERMS, PlanFile, PlannedTable
 from torchrec_deepfm.sharding.plan.text import ranks_text
 
@@ -168,3 +169,46 @@ def _tables(plan: PlanFile) -> PageTable:
 
 def _table_bytes(table: PlannedTable) -> int:
     return table.num_embeddings * table.embedding_dim * 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparedRow:
+    """One kind of hardware at one number of ranks; None where there is no plan, or no price (``why``)."""
+
+    hardware: str
+    ranks: int
+    step_ms: float | None
+    samples_per_second: float | None
+    dollars: float | None
+    why: str
+
+
+def write_comparison_report(rows: Sequence[ComparedRow], path: Path) -> None:
+    """Write the page of ``plan --compare``: milliseconds per step over ranks, dollars where prices are known."""
+    known = [row for row in rows if row.step_ms is not None]
+    blocks: list[Block] = []
+    pictures: list[tuple[str, dict[tuple[str, int], float | None], str]] = [
+        ("Step", {(row.hardware, row.ranks): row.step_ms for row in known}, "ms per step"),
+        ("Price", {(row.hardware, row.ranks): row.dollars for row in known}, "dollars per billion samples"),
+    ]
+    sections = []
+    for heading, values, what in pictures:
+        lines: dict[str, dict[int, float]] = {}
+        for (name, ranks), value in values.items():
+            if value is not None:
+                lines.setdefault(name, {})[ranks] = value
+        if lines:
+            best = min((value, name, ranks) for name, line in lines.items() for ranks, value in line.items())
+            picture = Picture(
+                plan_figures.scaling_curve(lines, what=what),
+                alt=f"Lines of {what} over ranks; the least is {best[0]:.4g} with {best[2]:,} ranks of {best[1]}.",
+                caption=f"Predicted {what}, without the dense part of the model.",
+            )
+            sections.append(Section(heading, picture))
+    head = ("Hardware", "Ranks", "Step, ms", "Samples per second", "Dollars per billion samples", "No plan because")
+    cells: list[Sequence[Cell]] = [
+        (row.hardware, row.ranks, row.step_ms, row.samples_per_second, row.dollars, row.why or None) for row in rows
+    ]
+    blocks += [PageTable(head, cells, formats={"Samples per second": ",.0f", "Dollars per billion samples": ",.2f"})]
+    blocks += [Data("compared", [vars(row) for row in rows])]
+    write_page(path, "Hardware compared", [Section("Table", *blocks), *sections])

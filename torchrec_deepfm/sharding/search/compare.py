@@ -1,0 +1,116 @@
+"""Plans of the same tables for several kinds of hardware and numbers of ranks, side by side."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.sharding.inputs.constraints import parse_constraints
+from torchrec_deepfm.sharding.inputs.hardware import Hardware
+from torchrec_deepfm.sharding.inputs.tables import Table
+from torchrec_deepfm.sharding.plan.plan import PlanFile
+from torchrec_deepfm.sharding.search.plan_tables import Planning
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """One kind of hardware at one number of ranks.
+
+    Attributes:
+        hardware: The hardware.
+        ranks: How many ranks.
+        plan: The plan, with predictions; None where there is none.
+        why: Why there is none.
+    """
+
+    hardware: Hardware
+    ranks: int
+    plan: PlanFile | None = None
+    why: str = ""
+
+    @property
+    def step_ms(self) -> float | None:
+        """Milliseconds per step of the slowest rank."""
+        return None if self.plan is None or self.plan.predicted is None else self.plan.predicted.critical_path_ms
+
+    @property
+    def samples_per_second(self) -> float | None:
+        """Samples of all ranks per second."""
+        if self.plan is None or self.plan.batch_size is None or not self.step_ms:
+            return None
+        return self.plan.batch_size * self.ranks / self.step_ms * 1000
+
+    @property
+    def dollars(self) -> float | None:
+        """Dollars per billion samples; None without a price."""
+        if self.hardware.dollars_per_hour is None or self.samples_per_second is None:
+            return None
+        return self.hardware.dollars_per_hour * self.ranks / 3600 / self.samples_per_second * 1e9
+
+
+def compare(
+    tables: Sequence[Table],
+    kinds: Sequence[Hardware],
+    counts: Sequence[int],
+    *,
+    batch_size: int,
+    rules: Sequence[str] = (),
+    say: Callable[[str], None] = lambda line: None,
+) -> list[Compared]:
+    """Plan the tables for every kind of hardware at every number of ranks.
+
+    Args:
+        tables: The tables.
+        kinds: The kinds of hardware.
+        counts: Numbers of ranks.
+        batch_size: Samples per rank and step.
+        rules: Constraints, as ``parse_constraints`` takes them.
+        say: Called with a line before each plan.
+
+    Returns:
+        One for each kind and number, in this order; where ranks do not fill their hosts, or tables do not fit, it says
+        so.
+
+    Raises:
+        UserError: There is no plan for any of them; the message gives the first reason.
+    """
+    found = []
+    for hardware in kinds:
+        for ranks in counts:
+            say(f"planning for {ranks:,} ranks of {hardware.name}")
+            try:
+                constraints = parse_constraints(
+                    rules,
+                    tables,
+                    compute_device=hardware.compute_device,
+                    world_size=ranks,
+                    local_world_size=hardware.local_world_size(ranks) * hardware.pod_size_of(ranks),
+                )
+                plan = Planning(tables, hardware, ranks, batch_size, constraints=constraints).checked_plan("balanced")
+                found.append(Compared(hardware=hardware, ranks=ranks, plan=plan))
+            except UserError as error:
+                found.append(Compared(hardware=hardware, ranks=ranks, why=str(error)))
+    if all(each.plan is None for each in found):
+        raise UserError(f"no plan for any of these: {found[0].why}")
+    return found
+
+
+def comparison_text(found: Sequence[Compared]) -> str:
+    """Lay out a comparison as a table for a terminal; the columns of prices only where there are some."""
+    priced = any(each.hardware.dollars_per_hour is not None for each in found)
+    wide = max(len("hardware"), *(len(each.hardware.name) for each in found))
+    price = f"{'$/hour':>10}{'$/1e9 samples':>15}" if priced else ""
+    lines = [f"{'hardware':<{wide}}{'ranks':>7}{'ms per step':>13}{'samples/s':>15}{'balance':>9}{price}"]
+    for each in found:
+        head = f"{each.hardware.name:<{wide}}{each.ranks:>7,}"
+        if each.plan is None or each.plan.predicted is None or each.samples_per_second is None:
+            lines.append(f"{head}  no plan: {each.why or 'the tables cost nothing here'}")
+            continue
+        predicted = each.plan.predicted
+        line = f"{head}{predicted.critical_path_ms:>13.2f}{each.samples_per_second:>15,.0f}"
+        line += f"{predicted.mean_ms / predicted.critical_path_ms:>9.0%}"
+        if priced:
+            hourly = None if each.hardware.dollars_per_hour is None else each.hardware.dollars_per_hour * each.ranks
+            line += f"{'-' if hourly is None else f'{hourly:,.2f}':>10}"
+            line += f"{'-' if each.dollars is None else f'{each.dollars:,.2f}':>15}"
+        lines.append(line)
+    return "\n".join(lines)
