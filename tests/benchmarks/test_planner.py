@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.planner import search
+from benchmarks.planner import dlrm_tasks, search
 from tests.benchmarks.scripts import run
 from torchrec_deepfm.sharding.inputs.presets import PRESETS
 from torchrec_deepfm.sharding.inputs.tables import Table
@@ -56,3 +56,8 @@ def test_the_benchmarks_own_equations_give_what_the_estimators_do() -> None:
     scores = search.score(placed, case)
     for objective in search.OBJECTIVES:
         assert scores[objective] == pytest.approx(plan.predicted.slowest_ms(objective), rel=1e-6)
+
+
+def test_tasks_of_the_dlrm_data_sets(capsys: pytest.CaptureFixture[str]) -> None:
+    run(dlrm_tasks, "--tasks", 2, "--smallest", 4, "--largest", 6)
+    assert "balanced worse in 0 of 2" in capsys.readouterr().out

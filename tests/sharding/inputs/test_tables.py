@@ -1,10 +1,12 @@
 """Lists of tables: Criteo Terabyte's, files, prepared folders, and what is refused."""
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.sharding.inputs.tables import Table, read_tables
@@ -61,6 +63,44 @@ def test_criteo_dcnv2_has_the_ids_per_sample_of_mlperfs_command() -> None:
     assert {table.embedding_dim for table in read_tables("criteo-dcnv2", 16)} == {16}
 
 
+def test_tables_of_the_dlrm_data_sets(tmp_path: Path) -> None:
+    """Three tables of two bags: [4, 0], [] | [7] | nothing at all; rows and means are counted here by hand."""
+    path = tmp_path / "fbgemm.pt"
+    lengths = torch.tensor([[2, 0], [0, 1], [0, 0]], dtype=torch.int32)
+    torch.save((torch.tensor([4, 0, 7]), torch.tensor([0, 2, 2, 2, 3, 3, 3]), lengths), path)
+    sizes = [(table.num_embeddings, table.pooling_factor) for table in read_tables(str(path))]
+    assert sizes == [(5, 1.0), (8, 0.5), (1, 0.001)]
+    assert {table.embedding_dim for table in read_tables(str(path))} == {128}
+    assert {table.embedding_dim for table in read_tables(str(path), dim=16)} == {16}
+    bins = {f"bin_{n}": 0.0 for n in range(17)}
+    neuroshard = [{"row": 5, "pooling_factor": 1.0, **bins}, {"row": 8, "pooling_factor": 0.5, **bins}]
+    (tmp_path / "neuro.json").write_text(json.dumps(neuroshard))
+    names = [(table.name, table.num_embeddings, table.embedding_dim) for table in read_tables(f"{tmp_path}/neuro.json")]
+    assert names == [("t0", 5, 128), ("t1", 8, 128)]
+    dreamshard = {"tables": [{"index": 7, "dim": 16, "row": 5, "pooling_factor": 3, **bins}]}
+    (tmp_path / "dream.json").write_text(json.dumps(dreamshard))
+    [table] = read_tables(f"{tmp_path}/dream.json")
+    assert table == Table(name="t7", num_embeddings=5, embedding_dim=16, pooling_factor=3.0)
+
+
+@pytest.mark.parametrize(
+    ("held", "message"),
+    [
+        (b"not a file of torch", "not a file of tensors"),
+        ({"a": torch.ones(2)}, "does not hold three tensors"),
+        ((torch.ones(2), torch.ones(3), torch.ones(1, 2)), "are not those of ids"),
+        ((torch.tensor([1, 2]), torch.tensor([0, 1, 9]), torch.tensor([[1, 1]])), "do not divide its 2 ids"),
+        ((torch.tensor([1, -2]), torch.tensor([0, 1, 2]), torch.tensor([[1, 1]])), "table 0 has a negative id"),
+    ],
+)
+def test_other_tensors_are_refused_in_one_line(held: object, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    torch.save(held, path) if not isinstance(held, bytes) else path.write_bytes(held)
+    with pytest.raises(UserError, match=message) as caught:
+        read_tables(str(path))
+    assert "\n" not in str(caught.value)
+
+
 def one(**given: object) -> str:
     import json
 
@@ -106,7 +146,7 @@ def one(**given: object) -> str:
             "tables[0] (a).num_embeddings: expected a whole number, not 'x'; co",
         ),
         ("a.csv", "", "tables: expected a list of length >= 1, not []"),
-        ("a.txt", "a", "a list of tables is a .toml, .json or .csv file"),
+        ("a.txt", "a", "a list of tables is a .toml, .json, .csv or .pt file"),
     ],
 )
 def test_a_wrong_file_is_told_with_its_table(name: str, text: str, told: str, tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ A file is TOML, JSON or CSV. ``embedding_dim``, ``pooling_factor`` and ``weighte
     num_embeddings = 5000000
     pooling_factor = 20.0         # ids per sample, on average
 
-JSON has the same keys; CSV has a line of their names, then one line per table.
+JSON has the same keys; CSV has a line of their names, then one line per table. ``.pt`` and JSON files of the DLRM data
+sets are read too (``dlrm_datasets``); where they give no width it is 128.
 """
 
 import csv
@@ -29,6 +30,7 @@ from torchrec_deepfm.data.schema import CRITEO_TERABYTE
 from torchrec_deepfm.errors import UserError, did_you_mean
 from torchrec_deepfm.files import parse_toml, read_text
 from torchrec_deepfm.model.table_name import feature_of, table_name
+from torchrec_deepfm.sharding.inputs.dlrm_datasets import from_table_config, is_table_config, read_dlrm_tensors
 from torchrec_deepfm.sharding.inputs.sharding_types import MAX_POOLING_FACTOR
 from torchrec_deepfm.strict_json import as_type, parse_json
 
@@ -39,7 +41,7 @@ DCNV2_POOLING_FACTORS: Final = (3, 2, 1, 2, 6, 1, 1, 1, 1, 7, 3, 8, 1, 6, 9, 5, 
 PREPARED_DIM: Final = 12  # ceil4(10 + 1): what a DeepFM with the paper's k = 10 packs into a row
 
 _MAX_BYTES: Final = 64 << 20
-_SUFFIXES: Final = (".toml", ".json", ".csv")
+_SUFFIXES: Final = (".toml", ".json", ".csv", ".pt")
 _REMEDY: Final = "correct it (every table has name, num_embeddings and embedding_dim; --dim sets one width for all)"
 _BOOL: Final = {"true": True, "false": False}
 
@@ -164,7 +166,9 @@ def read_tables(source: str, dim: int | None = None) -> tuple[Table, ...]:
     if path.suffix in _SUFFIXES:
         return _file_tables(path, dim)
     if path.is_file():
-        raise UserError(f"{path}: a list of tables is a .toml, .json or .csv file; add the right suffix to its name")
+        raise UserError(
+            f"{path}: a list of tables is a .toml, .json, .csv or .pt file; add the right suffix to its name"
+        )
     raise UserError(
         f"tables {source!r}: neither {' nor '.join(NAMED_TABLES)} nor a file nor a prepared folder; name one of them"
         + did_you_mean(source, NAMED_TABLES)
@@ -193,14 +197,23 @@ def _prepared_tables(folder: Path, dim: int) -> tuple[Table, ...]:
 
 
 def _file_tables(path: Path, dim: int | None) -> tuple[Table, ...]:
+    if path.suffix == ".pt":
+        return _listed_tables(path, read_dlrm_tensors(path), CRITEO_DIM if dim is None else dim)
     text = read_text(path, most=_MAX_BYTES, what="list of tables", instead="name another one")
     if path.suffix == ".csv":
         raw: Any = _parse_csv(path, text)
     else:
         raw = parse_toml(path, text) if path.suffix == ".toml" else parse_json(text, where=str(path), remedy=_REMEDY)
+    return _listed_tables(path, raw, dim)
+
+
+def _listed_tables(path: Path, raw: Any, dim: int | None) -> tuple[Table, ...]:
     raw = {"tables": raw} if isinstance(raw, list) else raw
     if isinstance(raw, dict) and isinstance(listed := raw.get("tables"), list):
         width = {"embedding_dim": raw.pop("embedding_dim")} if "embedding_dim" in raw else {}
+        if any(map(is_table_config, listed)):
+            width = width or {"embedding_dim": CRITEO_DIM}
+            listed = [from_table_config(n, one) if is_table_config(one) else one for n, one in enumerate(listed)]
         forced = {} if dim is None else {"embedding_dim": dim}
         raw["tables"] = [{**width, **each, **forced} if isinstance(each, dict) else each for each in listed]
     tables = as_type(raw, _TableFile, where=str(path), remedy=_REMEDY).tables
