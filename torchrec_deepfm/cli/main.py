@@ -107,7 +107,7 @@ def parse(argv: Sequence[str]) -> Any:
             where only a local path works.
         SystemExit: after ``--help``.
     """
-    length = 2 if " ".join(argv[:2]) in COMMANDS and not argv[1].startswith("-") else 1
+    length = 2 if len(argv) > 1 and " ".join(argv[:2]) in COMMANDS and not argv[1].startswith("-") else 1
     name, options = " ".join(argv[:length]), argv[length:]
     if name == "plan" and "--compare" in options:
         name = "plan --compare"
