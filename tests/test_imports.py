@@ -19,7 +19,7 @@ BASE = {"errors", "processes", "units", "files", "strict_json", "data.schema"}
 # What each part may import of the package. A module belongs to the longest name here that begins its own; every part
 # may import itself. "" is the package's own __init__.
 ALLOWED = {
-    "": {"inference", "model"},  # public names, loaded on first use
+    "": {"inference", "model", "notebook"},  # public names, loaded on first use
     "errors": set(),
     "units": {"errors"},
     "files": {"errors", "units"},
@@ -47,6 +47,11 @@ ALLOWED = {
     "evaluation": BASE
     | {"processes", "console", "report", "model", "data", "sharding", "distributed", "training", "inference"},
     "inference": BASE | {"processes", "console", "report", "model", "data", "sharding", "distributed", "training"},
+    "notebook": BASE
+    | {
+        "processes", "console", "cpu_threads", "report", "model", "data", "sharding", "distributed", "training",
+        "evaluation", "inference",
+    },
     "cli": BASE
     | {
         "console", "processes", "doctor", "launch", "report", "model", "data", "sharding", "distributed", "training",
@@ -83,6 +88,7 @@ WITHOUT_TORCH = [
     "sharding.inputs.presets",
     "sharding.inputs.tables",
     "sharding.plan.text",
+    "notebook.fit",
     "cli.main",
     "cli.experiment",
     "cli.plan",

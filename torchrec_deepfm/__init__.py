@@ -13,15 +13,26 @@ if TYPE_CHECKING:
     from torchrec_deepfm.model.deepfm import DeepFM, DeepFMTrain
     from torchrec_deepfm.model.fm import FactorizationMachine
     from torchrec_deepfm.model.tables import embedding_tables
+    from torchrec_deepfm.notebook.fit import fit
 
 __version__ = "0.1.0"
-__all__ = ["DeepFM", "DeepFMTrain", "FactorizationMachine", "__version__", "embedding_tables", "load", "load_model"]
+__all__ = [
+    "DeepFM",
+    "DeepFMTrain",
+    "FactorizationMachine",
+    "__version__",
+    "embedding_tables",
+    "fit",
+    "load",
+    "load_model",
+]
 
 _HOME = {
     "DeepFM": "torchrec_deepfm.model.deepfm",
     "DeepFMTrain": "torchrec_deepfm.model.deepfm",
     "FactorizationMachine": "torchrec_deepfm.model.fm",
     "embedding_tables": "torchrec_deepfm.model.tables",
+    "fit": "torchrec_deepfm.notebook.fit",
     "load": "torchrec_deepfm.inference.load",
     "load_model": "torchrec_deepfm.inference.weights",
 }

@@ -62,6 +62,7 @@ def train(
     *,
     say: Callable[[str], None] = lambda line: None,
     measure: Callable[[Path, PreparedData], None] = lambda folder, data: None,
+    show: bool = True,
 ) -> Result:
     """Train a sharded DeepFM and evaluate it; a collective over the current process group.
 
@@ -75,6 +76,7 @@ def train(
         options: how this start runs.
         say: called on rank 0 with a line for the user.
         measure: called on rank 0 with the finished run, to write more figures for its report.
+        show: print the progress.
 
     Returns:
         The folder and the summary of the run.
@@ -106,7 +108,7 @@ def train(
         stopping = requests_to_stop(lambda: lock.stopping() if lock else None)
         in_time = stop_before_limit(options.stop_before_limit if is_main() else 0)
         with stopping as requests, in_time, closing(Heartbeat(options.timeout)) as heartbeat:
-            training = _Training(run, data, output, device, options, say, measure, requests, heartbeat)
+            training = _Training(run, data, output, device, options, say, measure, show, requests, heartbeat)
             try:
                 return training.run()
             except UserError:
@@ -142,12 +144,13 @@ class _Training:
         options: RunOptions,
         say: Callable[[str], None],
         measure: Callable[[Path, PreparedData], None],
+        show: bool,
         requests: Requests,
         heartbeat: Heartbeat,
     ) -> None:
         self._run, self._data, self._output, self._device = run, data, output, device
         self._target = options.checkpoints or str(output / run_folder.CHECKPOINTS)
-        self._options, self._say, self._measure = options, say, measure
+        self._options, self._say, self._measure, self._show = options, say, measure, show
         self._requests, self._heartbeat = requests, heartbeat
         self._checkpoints: Checkpoints | None = None
         self._lowered = ""
@@ -225,6 +228,7 @@ class _Training:
                         done_step=step,
                         done_samples=samples,
                         click_rate=click_rate(data),
+                        show=self._show,
                     )
                     for line in input_warnings(data):
                         self._say(f"warning: {line}")

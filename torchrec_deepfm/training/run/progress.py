@@ -4,13 +4,14 @@ import contextlib
 import json
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Never
 
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
+from tqdm import TqdmWarning, tqdm
 
 from torchrec_deepfm import console
 from torchrec_deepfm.distributed.disk_errors import refused
@@ -24,9 +25,11 @@ SECONDS_BETWEEN_LINES = 5.0
 class Progress:
     """Reports a training, on the screen and in the run's folder.
 
-    On a terminal a bar shows samples/s and the running loss; elsewhere a plain line does, every few seconds.
+    On a terminal and in a notebook a bar shows samples/s and the running loss; elsewhere a plain line does, every few
+    seconds.
 
     ``folder``: the run's folder; gets ``metrics.jsonl`` and ``tensorboard/``. ``click_rate``: of the training split.
+    ``show``: print at all.
     """
 
     def __init__(
@@ -37,6 +40,7 @@ class Progress:
         done_step: int = 0,
         done_samples: int = 0,
         click_rate: float | None = None,
+        show: bool = True,
     ) -> None:
         self._path = folder / metrics_log.NAME
         with self._writing():
@@ -50,8 +54,9 @@ class Progress:
         self._begins, self._click_rate = done_step == 0, click_rate
         self._last_line = time.monotonic()
         self._bar: tqdm[Never] | None = None
-        if sys.stderr.isatty():
-            self._bar = tqdm(
+        self._show = show
+        if show and (sys.stderr.isatty() or _in_notebook()):
+            self._bar = _bar_class()(
                 total=total_samples,
                 initial=done_samples,
                 unit=" samples",
@@ -118,6 +123,8 @@ class Progress:
 
     def say(self, line: str) -> None:
         """Print a line, above the bar where there is one."""
+        if not self._show:
+            return
         if self._bar is not None:
             self._bar.write(line, file=sys.stderr)
         else:
@@ -132,3 +139,15 @@ class Progress:
 
     def _write(self, split: str, step: int, values: Mapping[str, object]) -> None:
         self._file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
+
+
+def _in_notebook() -> bool:
+    return "ipykernel" in sys.modules
+
+
+def _bar_class() -> "type[tqdm[Never]]":
+    """The bar for a notebook with ipywidgets, or that of a terminal."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TqdmWarning)  # that ipywidgets is not installed
+        from tqdm.autonotebook import tqdm as bar
+    return bar

@@ -1,0 +1,1 @@
+"""Training from Python: ``fit`` for a table in memory."""

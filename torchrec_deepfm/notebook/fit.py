@@ -1,0 +1,289 @@
+"""``fit``: from a table in memory to a trained run, in this process, without a launcher."""
+
+import gc
+import html
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from torchrec_deepfm import console
+from torchrec_deepfm.cpu_threads import choose_threads
+from torchrec_deepfm.data.prepare.options import PrepareOptions
+from torchrec_deepfm.data.raw.frames import as_arrow
+from torchrec_deepfm.data.schema import Schema, read_schema
+from torchrec_deepfm.errors import UserError, did_you_mean
+from torchrec_deepfm.training.config import TrainConfig
+from torchrec_deepfm.training.recipes import recipe as named_recipe
+from torchrec_deepfm.training.run.report import REPORT, write_run_report
+
+if TYPE_CHECKING:
+    from torchrec_deepfm.inference.explain import Explanation
+    from torchrec_deepfm.inference.load import Predictor
+
+_TRAIN: Final = {field.name for field in fields(TrainConfig)}
+_PREPARE: Final = {field.name for field in fields(PrepareOptions)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunReport:
+    """The report of a run; a notebook shows it.
+
+    Attributes:
+        path: the HTML file.
+    """
+
+    path: Path
+
+    def _repr_html_(self) -> str:
+        page = html.escape(self.path.read_text(encoding="utf-8"), quote=True)
+        return f'<iframe srcdoc="{page}" style="width:100%;height:48rem;border:0"></iframe>'
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A trained model with its folder.
+
+    Attributes:
+        folder: the run's folder, as ``train`` writes it. Without ``output`` it is temporary and ends with this object.
+        schema: the columns, as TOML.
+        summary: the content of ``summary.json``.
+    """
+
+    folder: Path
+    schema: str
+    summary: Mapping[str, Any]
+    _keeps: tuple[TemporaryDirectory[str], ...] = ()
+
+    @property
+    def metrics(self) -> dict[str, Mapping[str, Any]]:
+        """AUC, log loss, normalised entropy and calibration of the validation and the test split."""
+        return console.splits(self.summary)
+
+    @cached_property
+    def predictor(self) -> "Predictor":
+        """The trained model, as ``load`` opens it."""
+        from torchrec_deepfm.inference.load import load
+
+        with _nothing_left_behind():
+            return load(self.folder)
+
+    def predict(self, frame: Any) -> NDArray[np.float32]:
+        """Predict the click probabilities of rows, float32 [n]; see ``Predictor.predict``."""
+        return self.predictor.predict(frame)
+
+    def explain(self, frame: Any) -> "Explanation":
+        """Take the logits of rows apart; see ``Predictor.explain``."""
+        return self.predictor.explain(frame)
+
+    def report(self) -> RunReport:
+        """Return the report, which a notebook shows; ``path`` is its file."""
+        path = self.folder / REPORT
+        return RunReport(path=path if path.exists() else write_run_report(self.folder))
+
+    def __repr__(self) -> str:
+        """Return folder and metrics."""
+        return f"Run in {self.folder}\n{console.metrics_table(self.metrics)}"
+
+
+def fit(
+    frame: Any,
+    label: str = "label",
+    *,
+    validation: Any = None,
+    test: Any = None,
+    schema: Schema | Path | str | None = None,
+    recipe: TrainConfig | str | None = None,
+    output: Path | str | None = None,
+    show: bool = True,
+    **options: Any,
+) -> Run:
+    """Train a DeepFM on rows in memory, in this process.
+
+    The columns are looked at as by ``schema infer``, the rows are prepared in a temporary folder and trained on as by
+    ``train``. No process group, environment variable, warning filter or signal handler is left behind. Ctrl-C, or a
+    notebook's stop button, raises ``KeyboardInterrupt``; with ``output``, the state is saved first.
+
+    Args:
+        frame: n rows: a pandas or polars DataFrame, an Arrow table, or a list of dicts.
+        label: the column of labels, or a comparison such as ``rating >= 4``; not with ``schema``.
+        validation: rows to evaluate on; without these and ``test``, a tenth of ``frame`` each, at random.
+        test: rows of the final test.
+        schema: the columns, or a TOML file with them; inferred by default.
+        recipe: options of the training, or the name of a recipe; by default ``small_table`` for that many rows.
+        output: a new folder for the run; temporary by default.
+        show: print the schema, the progress and the metrics.
+        **options: fields of ``TrainConfig``, such as ``epochs=3``, and of ``PrepareOptions``, such as ``min_count=2``.
+
+    Returns:
+        The run.
+
+    Raises:
+        UserError: rows or options are wrong, or this process is one of several ranks.
+
+    Example:
+        >>> rows = [{"user": f"u{i % 7}", "item": f"i{i % 5}", "click": int(i % 7 + i % 5 > 5)} for i in range(4000)]
+        >>> run = fit(rows, "click", show=False, epochs=2)
+        >>> run.metrics["test"]["auc"] > 0.9, run.predict(rows[:2]).shape
+        (True, (2,))
+    """
+    prepare_options, train_options = _sorted_options(options)
+    if "RANK" in os.environ:
+        raise UserError("fit: trains in one process, and this is one of several ranks; use the command train there")
+    with ExitStack() as stack:
+        stack.enter_context(_nothing_left_behind())
+        say: Callable[[str], None] = console.say if show else lambda line: None
+        work = Path(stack.enter_context(TemporaryDirectory(prefix="torchrec_deepfm-")))
+        files = {"train": _write(frame, work / "train.parquet")}
+        for name, rows in (("validation", validation), ("test", test)):
+            if rows is not None:
+                files[name] = _write(rows, work / f"{name}.parquet")
+        columns, text = _schema(schema, label, files["train"])
+        say(text)
+        from torchrec_deepfm.data.prepare.prepare import prepare
+
+        data = prepare(
+            [files["train"]],
+            work / "prepared",
+            validation=[files[name] for name in files if name == "validation"],
+            test=[files[name] for name in files if name == "test"],
+            schema=columns,
+            report=lambda line: say(line.replace(f"{work}{os.sep}", "")),
+            **prepare_options,
+        )
+        config = _config(recipe, data.rows("train"), bool(data.rows("validation")), train_options)
+        keeps = [] if output is not None else [TemporaryDirectory(prefix="torchrec_deepfm-run-")]
+        folder = Path(output) if output is not None else Path(keeps[0].name) / "run"
+        summary = _train(config, data, folder, say, show)
+        say(console.training_summary(summary, folder))
+    return Run(folder=folder, schema=text, summary=summary, _keeps=tuple(keeps))
+
+
+def small_table(rows: int, *, validation: bool = True) -> TrainConfig:
+    """Return options for a table of so many training rows.
+
+    At least 64 steps per epoch as far as batches of 64 rows allow. With a ``validation`` split, up to 20 epochs, until
+    two in a row are no better.
+    """
+    batch = 64
+    while batch < 2048 and batch * 128 <= rows:
+        batch *= 2
+    early: dict[str, Any] = {"epochs": 20, "patience": 2} if validation else {"epochs": 3}
+    return TrainConfig(
+        **early, batch_size=min(batch, max(rows, 1)), over_arch_layer_sizes=(64, 32), dropout=0.2, sparse_lr=0.05
+    )
+
+
+def _sorted_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options of ``prepare`` and of the training; the seed is of both."""
+    for name in options:
+        if name not in _PREPARE | _TRAIN:
+            raise UserError(f"fit: unknown option {name!r}{did_you_mean(name, sorted(_PREPARE | _TRAIN))}")
+    return (
+        {name: value for name, value in options.items() if name in _PREPARE},
+        {name: value for name, value in options.items() if name in _TRAIN},
+    )
+
+
+def _write(frame: Any, path: Path) -> Path:
+    table = as_arrow(frame, _names(frame))
+    if not len(table):
+        raise UserError(f"fit: the {path.stem} rows are empty; give rows with data")
+    pq.write_table(table, path)
+    return path
+
+
+def _names(frame: Any) -> list[str]:
+    """The columns of a frame; of a list of dicts those of any row."""
+    if isinstance(frame, pl.LazyFrame):
+        return frame.collect_schema().names()
+    if isinstance(frame, pa.RecordBatch | pa.Table):
+        return list(frame.schema.names)
+    if hasattr(frame, "columns"):
+        return [str(name) for name in frame.columns]
+    if isinstance(frame, list) and all(isinstance(row, Mapping) for row in frame):
+        return list(dict.fromkeys(str(name) for row in frame for name in row))
+    return []  # as_arrow says what it takes
+
+
+def _schema(schema: Schema | Path | str | None, label: str, train: Path) -> tuple[Schema, str]:
+    if isinstance(schema, Schema):
+        return schema, repr(schema)
+    if schema is not None:
+        return read_schema(schema), Path(schema).read_text(encoding="utf-8")
+    from torchrec_deepfm.data.raw.infer_schema import infer_schema
+
+    text = infer_schema(str(train), label=label).replace(f'"{train}"', "the frame")
+    path = train.with_name("schema.toml")
+    path.write_text(text, encoding="utf-8")
+    return read_schema(path), text
+
+
+def _config(recipe: TrainConfig | str | None, rows: int, validation: bool, options: Mapping[str, Any]) -> TrainConfig:
+    if recipe is None:
+        recipe = small_table(rows, validation=validation)
+    config = named_recipe(recipe) if isinstance(recipe, str) else recipe
+    return replace(config, **options)
+
+
+def _train(config: TrainConfig, data: Any, folder: Path, say: Callable[[str], None], show: bool) -> dict[str, Any]:
+    import torch.distributed as dist
+
+    from torchrec_deepfm.distributed.process_group import process_group
+    from torchrec_deepfm.distributed.stop_signals import Preempted
+    from torchrec_deepfm.evaluation.field_importance import write_importance_if_small
+    from torchrec_deepfm.training.config import RunOptions
+    from torchrec_deepfm.training.trainer import train
+
+    if dist.is_initialized():
+        raise UserError("fit: this process has a process group already; destroy it, or use train inside it")
+    try:
+        with process_group() as device:
+            options = RunOptions(resume="never")
+            result = train(config, data, folder, device, options, say=say, measure=write_importance_if_small, show=show)
+    except Preempted as request:
+        if request.signum == signal.SIGINT:
+            raise KeyboardInterrupt(str(request)) from request
+        raise SystemExit(request.exit_code) from request
+    finally:
+        gc.collect()  # the sharded model holds itself in cycles
+    return result.summary
+
+
+@contextmanager
+def _nothing_left_behind() -> Iterator[None]:
+    """Undo what a training changes in its process: environment, warnings, random state, precision of products."""
+    before, hook = dict(os.environ), sys.excepthook  # each process group wraps the hook once more
+    loaded = "torch" in sys.modules
+    try:
+        with warnings.catch_warnings():
+            if not loaded:
+                choose_threads()  # read once, when torch is loaded
+            console.quiet()
+            import torch
+
+            precision = torch.get_float32_matmul_precision()
+            state = torch.random.get_rng_state()
+            try:
+                yield
+            finally:
+                torch.set_float32_matmul_precision(precision)
+                torch.random.set_rng_state(state)
+    finally:
+        sys.excepthook = hook
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
