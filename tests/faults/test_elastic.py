@@ -56,7 +56,7 @@ def kill_host(host: Job) -> None:
 @pytest.mark.campaign
 def test_a_host_comes_and_goes(tmp_path: Path) -> None:
     data = make_data(tmp_path / "data").folder
-    env = environment(tmp_path / "log", FAULTS_SLEEP="0.1")
+    env = environment(tmp_path / "log", FAULTS_SLEEP="0.3")  # the first host must not finish before the second is up
     port = free_port()
     first = agent(data, tmp_path / "run", port, env)
     until(tmp_path / "log", [first], ranks=1, steps=5)
