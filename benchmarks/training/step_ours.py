@@ -1,0 +1,61 @@
+"""This project's side of ``speed.py``: the trainer's step, sharded by DMP, through TrainPipelineSparseDist."""
+
+import itertools
+import os
+from importlib.metadata import version
+
+from benchmarks._lib.windows import serve
+from benchmarks.training.random_criteo import KEYS, build, training_rank
+from benchmarks.training.step_arrays import arguments, draw
+
+
+def main() -> None:
+    options = arguments()
+    with training_rank(options.device, int(os.environ["OMP_NUM_THREADS"])) as device:
+        import torch
+        from torchrec.datasets.utils import Batch
+        from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+        from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+        from torchrec_deepfm.training.evaluation import autocast
+
+        torch.set_float32_matmul_precision("medium" if options.precision == "medium" else "highest")
+        rows = draw(options.rows, options.batch_size)
+        model, optimizer, _ = build(options.rows, options.batch_size, device, factor_dim=options.factor_dim)
+        lengths = torch.ones(len(KEYS) * options.batch_size, dtype=torch.int32)
+        batches = itertools.cycle(
+            [
+                Batch(
+                    dense_features=torch.from_numpy(dense),
+                    sparse_features=KeyedJaggedTensor.from_lengths_sync(
+                        KEYS, torch.from_numpy(ids.T.copy()).flatten().int(), lengths
+                    ),
+                    labels=torch.from_numpy(labels).int(),
+                )
+                for dense, ids, labels in zip(rows.dense, rows.ids, rows.labels, strict=True)
+            ]
+        )
+
+        def with_loss(batch: Batch) -> object:
+            with autocast(options.precision, device):
+                return model(batch)
+
+        pipeline = TrainPipelineSparseDist(model, optimizer, device, custom_model_fwd=with_loss)
+
+        def train() -> int:
+            pipeline.progress(batches)
+            return int(options.batch_size)
+
+        def forward() -> int:
+            with torch.no_grad():
+                with_loss(next(batches).to(device))
+            return int(options.batch_size)
+
+        model.train(options.work == "train")
+        serve(
+            train if options.work == "train" else forward, {"torch": torch.__version__, "torchrec": version("torchrec")}
+        )
+
+
+if __name__ == "__main__":
+    main()
