@@ -131,7 +131,8 @@ def test_a_file_with_one_component_needs_no_default(tmp_path: Path) -> None:
             (
                 "error: apps/deepfm.py: has no component 'nothing'; write apps/deepfm.py:evaluate or "
                 "apps/deepfm.py:experiment or apps/deepfm.py:export or apps/deepfm.py:plan or "
-                "apps/deepfm.py:predict or apps/deepfm.py:prepare or apps/deepfm.py:train"
+                "apps/deepfm.py:predict or apps/deepfm.py:prepare or apps/deepfm.py:serve or "
+                "apps/deepfm.py:train"
             ),
         ),
         (

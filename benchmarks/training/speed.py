@@ -5,7 +5,7 @@
     python -m benchmarks.training.speed --rows 10_000_000 --sides bf16 bare-bf16
     python -m benchmarks.training.speed --device cuda --sides bf16 bare-bf16 --batch-size 65536
 
-Every side is a process with the same rows in memory (``step_arrays.py``); one works at a time, in windows. Windows in
+Every side is a process with the same rows in memory (``criteo_rows.py``); one works at a time, in windows. Windows in
 which anything else used more than a twentieth of a core are repeated. Printed are each side's median and ratio, and the
 floors: the rate of the MLP's matrix products alone, and that of copying memory.
 """
@@ -25,7 +25,7 @@ from benchmarks._lib.commands import module_command
 from benchmarks._lib.formatting import markdown, spread, versions_line
 from benchmarks._lib.peer_environments import peer_python
 from benchmarks._lib.windows import Window, Worker
-from benchmarks.training.step_arrays import CATEGORICAL, HIDDEN, NUMERIC
+from benchmarks.training.criteo_rows import CATEGORICAL, HIDDEN, NUMERIC
 
 SIDES = {
     "bf16": ("step_ours", "bf16"),

@@ -1,6 +1,10 @@
 """The side of bare FBGEMM in ``speed.py``: a DeepFM of one table-batched look-up and a compiled head, unsharded.
 
 Nothing of TorchRec or of this project's model: what the kernels themselves allow.
+
+    python -m benchmarks.training.step_bare --precision bf16
+
+``speed.py`` starts it and says when to work.
 """
 
 import itertools
@@ -14,7 +18,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import ComputeDevice
 from torch import Tensor, nn
 
 from benchmarks._lib.windows import serve
-from benchmarks.training.step_arrays import CATEGORICAL, HIDDEN, NUMERIC, arguments, draw
+from benchmarks.training.criteo_rows import CATEGORICAL, HIDDEN, NUMERIC, arguments, draw
 
 
 class Head(nn.Module):

@@ -1,4 +1,9 @@
-"""The side of DeepCTR-Torch's DeepFM in ``speed.py``, in its own environment: Adam over whole tables."""
+"""The side of DeepCTR-Torch's DeepFM in ``speed.py``, in its own environment: Adam over whole tables.
+
+    .bench/deepctr/bin/python -m benchmarks.training.step_deepctr --precision bf16
+
+``speed.py`` starts it and says when to work.
+"""
 
 import itertools
 from importlib.metadata import version
@@ -8,7 +13,7 @@ from deepctr_torch.inputs import DenseFeat, SparseFeat
 from deepctr_torch.models import DeepFM
 
 from benchmarks._lib.windows import serve
-from benchmarks.training.step_arrays import CATEGORICAL, HIDDEN, NUMERIC, arguments, draw
+from benchmarks.training.criteo_rows import CATEGORICAL, HIDDEN, NUMERIC, arguments, draw
 
 
 def main() -> None:

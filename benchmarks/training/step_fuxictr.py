@@ -1,4 +1,9 @@
-"""The side of FuxiCTR's DeepFM in ``speed.py``, in its own environment: Adam over whole tables."""
+"""The side of FuxiCTR's DeepFM in ``speed.py``, in its own environment: Adam over whole tables.
+
+    .bench/fuxictr-models/bin/python -m benchmarks.training.step_fuxictr --precision bf16
+
+``speed.py`` starts it and says when to work.
+"""
 
 import itertools
 import logging
@@ -12,7 +17,7 @@ from fuxictr.features import FeatureMap
 
 from benchmarks._lib.windows import serve
 from benchmarks.quality.train_fuxictr import DeepFM
-from benchmarks.training.step_arrays import CATEGORICAL, HIDDEN, NUMERIC, arguments, draw
+from benchmarks.training.criteo_rows import CATEGORICAL, HIDDEN, NUMERIC, arguments, draw
 
 
 def main() -> None:

@@ -1,12 +1,17 @@
-"""This project's side of ``speed.py``: the trainer's step, sharded by DMP, through TrainPipelineSparseDist."""
+"""This project's side of ``speed.py``: the trainer's step, sharded by DMP, through TrainPipelineSparseDist.
+
+    python -m benchmarks.training.step_ours --precision bf16
+
+``speed.py`` starts it and says when to work.
+"""
 
 import itertools
 import os
 from importlib.metadata import version
 
 from benchmarks._lib.windows import serve
+from benchmarks.training.criteo_rows import arguments, draw
 from benchmarks.training.random_criteo import KEYS, build, training_rank
-from benchmarks.training.step_arrays import arguments, draw
 
 
 def main() -> None:

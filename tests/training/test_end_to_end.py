@@ -31,12 +31,6 @@ def test_readme_has_the_two_commands() -> None:
     assert commands()[:2] == ["make train", "make test"]
 
 
-def test_make_train_is_torchx_run() -> None:
-    makefile = (ROOT / "Makefile").read_text()
-    assert re.search(r"^RANKS \?= 1x2$", makefile, re.MULTILINE)
-    assert "\n\t$(BIN)/torchx run apps/deepfm.py -j $(RANKS) $(ARGS)\n" in makefile
-
-
 @pytest.fixture(scope="module")
 def outputs(workspace: Workspace) -> dict[str, str]:
     """What each command of README printed: in order, in one copy of the repository, its environment on the path."""
