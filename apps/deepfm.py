@@ -18,7 +18,7 @@ from typing import Any, Callable, Dict, List, Optional
 from torchx import specs
 from torchx.components.dist import ddp, parse_nnodes
 
-# What a bare `torchx run apps/deepfm.py` means; torchrec_deepfm.torchx_run reads it.
+# What a bare `torchx run apps/deepfm.py` means; torchrec_deepfm.launch.torchx_run reads it.
 DEFAULT_COMPONENT = "train"
 
 # Per rank, where neither the options nor a named resource say: what one of eight ranks of a usual GPU host has.
@@ -85,7 +85,7 @@ def _launch(
     )
     (role,) = app.roles
     role.name = command  # the prefix of every output line: "train/0", not "torchrec_deepfm/0"
-    # torchrun, behind a launcher that reports the failure of a rank in one line (torchrec_deepfm/launch.py).
+    # torchrun, behind a launcher that reports the failure of a rank in one line (torchrec_deepfm/launch/launcher.py).
     front = f"python -m torchrec_deepfm.launch --max_restarts {max_restarts} "
     role.args = [arg.replace("torchrun ", front, 1) for arg in role.args]
     return app

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "torchrec_deepfm"
 
-BASE = {"errors", "processes", "units", "files", "strict_json", "data.schema"}
+BASE = {"errors", "launch.processes", "units", "files", "strict_json", "data.schema"}
 # What each part may import of the package. A module belongs to the longest name here that begins its own; every part
 # may import itself. "" is the package's own __init__.
 ALLOWED = {
@@ -23,41 +23,46 @@ ALLOWED = {
     "errors": set(),
     "units": {"errors"},
     "files": {"errors", "units"},
-    "console": {"errors", "processes", "units"},
+    "console": {"errors", "launch.processes", "units"},
     "doctor": set(),
-    "cpu_threads": set(),
-    "interrupt": set(),
-    "processes": set(),
-    "rendezvous": {"errors"},
+    "launch.cpu_threads": set(),
+    "launch.interrupt": set(),
+    "launch.processes": set(),
+    "launch.rendezvous": {"errors"},
     "strict_json": {"errors", "files", "units"},
     "deepfm": set(),
-    "named_resources": set(),
-    "schedulers": {"errors"},
-    "launch": {"cpu_threads", "errors", "interrupt", "processes", "rendezvous"},
-    "torchx_run": {"cpu_threads", "errors", "launch", "processes", "schedulers"},
+    "launch.named_resources": set(),
+    "launch.schedulers": {"errors"},
+    "launch": {"errors", "launch.cpu_threads", "launch.launcher", "launch.processes"},  # __main__
+    "launch.launcher": {"launch.cpu_threads", "errors", "launch.interrupt", "launch.processes", "launch.rendezvous"},
+    "launch.torchx_run": {"launch.cpu_threads", "errors", "launch.launcher", "launch.processes", "launch.schedulers"},
     "data.schema": {"errors", "files", "units"},
     "model": BASE,
     "data": BASE,
     "report": {"errors", "files", "units"},
     "sharding": BASE | {"report", "model", "data"},
-    "distributed": BASE | {"processes"},
-    "training": BASE | {"processes", "console", "report", "model", "data", "sharding", "distributed"},
+    "distributed": BASE,
+    "training": BASE | {"console", "report", "model", "data", "sharding", "distributed"},
     "experiment": BASE
-    | {"processes", "launch", "console", "report", "model", "data", "sharding", "distributed", "training"},
+    | {
+        "launch.launcher", "console", "report", "model", "data", "sharding", "distributed",
+        "training",
+    },
     "evaluation": BASE
-    | {"processes", "console", "report", "model", "data", "sharding", "distributed", "training", "inference"},
-    "inference": BASE | {"processes", "console", "report", "model", "data", "sharding", "distributed", "training"},
+    | {"console", "report", "model", "data", "sharding", "distributed", "training", "inference"},
+    "inference": BASE
+    | {"console", "report", "model", "data", "sharding", "distributed", "training"},
     "notebook": BASE
     | {
-        "processes", "console", "cpu_threads", "report", "model", "data", "sharding", "distributed", "training",
-        "evaluation", "inference",
+        "console", "launch.cpu_threads", "report", "model", "data", "sharding", "distributed",
+        "training", "evaluation", "inference",
     },
     "cli": BASE
     | {
-        "console", "processes", "doctor", "launch", "report", "model", "data", "sharding", "distributed", "training",
-        "evaluation", "experiment", "inference",
+        "console", "doctor", "launch.launcher", "report", "model", "data", "sharding", "distributed",
+        "training", "evaluation", "experiment", "inference",
     },
-    "__main__": {"cli", "cpu_threads", "interrupt", "processes"},
+    "__main__": {"cli", "launch.cpu_threads", "launch.interrupt", "launch.processes"},
 }  # fmt: skip
 WITHOUT_TORCH = [
     "",
@@ -72,11 +77,11 @@ WITHOUT_TORCH = [
     "training.memory_estimate",
     "training.run.report",
     "report.training_curves",
-    "cpu_threads",
+    "launch.cpu_threads",
     "doctor",
-    "launch",
-    "processes",
-    "torchx_run",
+    "launch.launcher",
+    "launch.processes",
+    "launch.torchx_run",
     "console",
     "experiment.report",
     "sharding.plan.report",

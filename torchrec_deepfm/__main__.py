@@ -5,8 +5,8 @@ import signal
 import sys
 from typing import NoReturn
 
-from torchrec_deepfm.interrupt import Interrupt
-from torchrec_deepfm.processes import UNDER_LAUNCHER, end_with_parent, local_world_size
+from torchrec_deepfm.launch.interrupt import Interrupt
+from torchrec_deepfm.launch.processes import UNDER_LAUNCHER, end_with_parent, local_world_size
 
 
 def main() -> NoReturn:
@@ -36,7 +36,7 @@ def main() -> NoReturn:
 def run() -> int:
     """Run the command line and give back its exit code."""
     from torchrec_deepfm.cli.main import main as run_command
-    from torchrec_deepfm.cpu_threads import choose_threads
+    from torchrec_deepfm.launch.cpu_threads import choose_threads
 
     end_with_parent(os.environ.get(UNDER_LAUNCHER), signal.SIGKILL)
     choose_threads(local_world_size())

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torchrec_deepfm.processes import local_world_size
+from torchrec_deepfm.launch.processes import local_world_size
 
 # Known and harmless warnings, by message; all others are shown.
 _WARNINGS = (

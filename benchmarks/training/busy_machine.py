@@ -23,7 +23,7 @@ from pathlib import Path
 import tyro
 
 from benchmarks.training.random_criteo import make_pipeline
-from torchrec_deepfm.cpu_threads import choose_threads, usable_cores
+from torchrec_deepfm.launch.cpu_threads import choose_threads, usable_cores
 
 WARM_UP = 3  # steps
 

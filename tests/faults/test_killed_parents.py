@@ -11,7 +11,7 @@ from pathlib import Path
 from tests.faults.jobs import ROOT
 from tests.faults.runs import make_data
 from torchrec_deepfm.distributed.run_lock import RunLock
-from torchrec_deepfm.processes import is_ending
+from torchrec_deepfm.launch.processes import is_ending
 
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
 TORCHX = [str(Path(sys.executable).parent / "torchx"), "run", "-s", "local_cwd", "apps/deepfm.py", "-j", "1x2", "--"]

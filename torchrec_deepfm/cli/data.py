@@ -104,7 +104,7 @@ class Verify:
         from torchrec_deepfm.data.dataset.verify import verify
 
         files = verify(self.folder, console.say)
-        console.say(f"{self.folder}: {files} files are what was written")
+        console.say(f"{self.folder}: {files} files verified")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from torchrec_deepfm import console, launch
+from torchrec_deepfm import console
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.files import check_target
+from torchrec_deepfm.launch import launcher
 from torchrec_deepfm.sharding.inputs.hardware import MAX_BATCH_SIZE, MAX_RANKS
 from torchrec_deepfm.sharding.inputs.sharding_types import FusedOptimizer
 
@@ -91,7 +92,7 @@ class ExperimentCommand:
             read_tables(self.tables, self.dim)
             count = self.ranks or torch.cuda.device_count() or 2
             if count > 1:
-                launch.main(["--standalone", "--nproc_per_node", str(count), "-m", "torchrec_deepfm", *self.words()])
+                launcher.main(["--standalone", "--nproc_per_node", str(count), "-m", "torchrec_deepfm", *self.words()])
                 return
         self._run_as_rank()
 

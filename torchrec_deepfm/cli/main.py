@@ -28,7 +28,7 @@ from torchrec_deepfm.cli.train import Evaluate, Recipes, Report, Train
 from torchrec_deepfm.distributed.stop_signals import Preempted
 from torchrec_deepfm.errors import UserError, one_of, shown
 from torchrec_deepfm.files import check_local
-from torchrec_deepfm.launch import exit_with
+from torchrec_deepfm.launch.launcher import exit_with
 
 PROG = "python -m torchrec_deepfm"
 

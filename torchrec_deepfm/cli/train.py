@@ -15,7 +15,7 @@ from torchrec_deepfm import console
 from torchrec_deepfm.cli.options import Unset, given
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.evaluation.options import EvaluateOptions
-from torchrec_deepfm.launch import STARTED
+from torchrec_deepfm.launch.launcher import STARTED
 from torchrec_deepfm.training.config import (
     CheckpointConfig,
     EvaluationConfig,

@@ -17,7 +17,7 @@ from torchrec_deepfm.distributed.cpu_memory import keep_freed_memory
 from torchrec_deepfm.distributed.disk_errors import refused
 from torchrec_deepfm.distributed.stop_signals import Preempted
 from torchrec_deepfm.errors import UserError
-from torchrec_deepfm.processes import local_world_size
+from torchrec_deepfm.launch.processes import local_world_size
 
 T = TypeVar("T")
 

@@ -13,7 +13,7 @@ from filelock import FileLock
 
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.files import check_local, read_bytes, regular_file
-from torchrec_deepfm.processes import is_ending
+from torchrec_deepfm.launch.processes import is_ending
 
 NAME = ".lock"
 # A holder that looks alive may just have been killed, or asked to stop and not have noticed.

@@ -21,8 +21,8 @@ from torchrec_deepfm.data.prepare.row_encoder import EncodedRows
 from torchrec_deepfm.data.schema import Schema
 from torchrec_deepfm.distributed.process_group import gather, on_main
 from torchrec_deepfm.inference.scorer import computing
+from torchrec_deepfm.launch.processes import local_world_size
 from torchrec_deepfm.model.table_name import table_name
-from torchrec_deepfm.processes import local_world_size
 from torchrec_deepfm.training.build import build_model
 from torchrec_deepfm.training.checkpoint.manager import load_model
 from torchrec_deepfm.training.run import folder as run_folder

@@ -21,11 +21,11 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from torchrec_deepfm import console
-from torchrec_deepfm.cpu_threads import choose_threads
 from torchrec_deepfm.data.prepare.options import PrepareOptions
 from torchrec_deepfm.data.raw.frames import as_arrow
 from torchrec_deepfm.data.schema import Schema, read_schema
 from torchrec_deepfm.errors import UserError, did_you_mean
+from torchrec_deepfm.launch.cpu_threads import choose_threads
 from torchrec_deepfm.training.config import TrainConfig
 from torchrec_deepfm.training.recipes import recipe as named_recipe
 from torchrec_deepfm.training.run.report import REPORT, write_run_report

@@ -16,9 +16,9 @@ from torchrec.distributed.types import CacheParams, ShardingPlan, ShardingType
 
 from torchrec_deepfm.distributed.process_group import on_main
 from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.launch.processes import local_world_size
 from torchrec_deepfm.model.deepfm import DeepFM, DeepFMTrain
 from torchrec_deepfm.model.tables import embedding_tables
-from torchrec_deepfm.processes import local_world_size
 from torchrec_deepfm.sharding.inputs.constraints import parse_constraints
 from torchrec_deepfm.sharding.inputs.sharding_types import IN_MEMORY_KERNELS
 from torchrec_deepfm.sharding.plan.plan import PlanFile

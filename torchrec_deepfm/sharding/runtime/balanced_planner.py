@@ -17,7 +17,7 @@ from torchrec.distributed.planner.types import PlannerError, ShardEstimator, Sha
 from torchrec.distributed.types import ModuleSharder, ShardingPlan
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
-from torchrec_deepfm.processes import pod_size
+from torchrec_deepfm.launch.processes import pod_size
 from torchrec_deepfm.sharding.estimate import SharedShardEstimator
 from torchrec_deepfm.sharding.inputs.constraints import keep_to_possible
 from torchrec_deepfm.sharding.inputs.hardware import RESERVED

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from torchrec_deepfm.errors import UserError
-from torchrec_deepfm.processes import local_world_size, pod_size
+from torchrec_deepfm.launch.processes import local_world_size, pod_size
 from torchrec_deepfm.sharding.inputs.hardware import Hardware
 from torchrec_deepfm.sharding.inputs.hardware_toml import read_hardware
 from torchrec_deepfm.sharding.inputs.presets import PRESETS, from_properties

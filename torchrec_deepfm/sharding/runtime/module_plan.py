@@ -11,7 +11,7 @@ from torchrec.distributed.sharding_plan import get_default_sharders
 from torchrec.distributed.types import ModuleSharder, ShardingPlan
 
 from torchrec_deepfm.errors import UserError
-from torchrec_deepfm.processes import local_world_size, pod_size
+from torchrec_deepfm.launch.processes import local_world_size, pod_size
 from torchrec_deepfm.sharding.plan.io import load_plan, save_plan
 from torchrec_deepfm.sharding.plan.plan import PlanFile, PlannedTable
 from torchrec_deepfm.sharding.plan.torchrec_plan import planned_table, to_module_plan

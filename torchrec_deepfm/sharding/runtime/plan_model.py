@@ -27,7 +27,7 @@ from torchrec.distributed.types import ShardingType
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from torchrec_deepfm.errors import UserError
-from torchrec_deepfm.processes import local_world_size, pod_size
+from torchrec_deepfm.launch.processes import local_world_size, pod_size
 from torchrec_deepfm.sharding.estimate import memory_by_rank, storage_estimator, with_prediction
 from torchrec_deepfm.sharding.inputs.constraints import in_device_memory
 from torchrec_deepfm.sharding.inputs.hardware import RESERVED, Hardware

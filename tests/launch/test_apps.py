@@ -10,11 +10,12 @@ import pytest
 from torchx import specs
 from torchx.components.component_test_base import ComponentTestCase
 from torchx.specs import AppDef, BindMount
+from torchx.specs.builders import materialize_appdef
 from torchx.specs.finder import ComponentValidationException
 
-from torchrec_deepfm import named_resources
+from torchrec_deepfm.launch import named_resources
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FILE = ROOT / "apps" / "deepfm.py"
 COMPONENTS = ["evaluate", "experiment", "export", "plan", "predict", "prepare", "serve", "train"]
 
@@ -37,6 +38,10 @@ class TestAsTorchXSeesThem(ComponentTestCase):
     def test_all_components(self) -> None:
         for name in COMPONENTS:
             self.validate(deepfm, name)
+            words = ["--cpu", "3", "--memMB", "4000", "--mounts", "type=bind,src=/raw,dst=/data", "--", "--help"]
+            (role,) = materialize_appdef(getattr(deepfm, name), words).roles
+            assert (role.name, role.resource.cpu, role.resource.memMB) == (name, 3, 4000)
+            assert role.args[-1].endswith(f" -m torchrec_deepfm {name} --help")
 
     def test_the_validator_can_fail(self) -> None:
         broken = Path(self.test_dir) / "broken.py"

@@ -21,11 +21,11 @@ from torch.distributed.elastic.rendezvous.api import RendezvousStateError
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import _NodeDesc, _RendezvousState
 
 from tests.faults.runs import make_data
-from torchrec_deepfm import rendezvous
 from torchrec_deepfm.errors import UserError
-from torchrec_deepfm.rendezvous import read_state
+from torchrec_deepfm.launch import rendezvous
+from torchrec_deepfm.launch.rendezvous import read_state
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
 TORCHX = [str(Path(sys.executable).parent / "torchx"), "run", "-s", "local_cwd", "apps/deepfm.py", "-j", "1x2", "--"]
 LAUNCH = [sys.executable, "-m", "torchrec_deepfm.launch"]
@@ -112,7 +112,7 @@ def is_loopback(address: str) -> bool:
 def test_a_process_alone_listens_on_the_loopback_address_only() -> None:
     program = (
         "import os; from torchrec_deepfm.distributed.process_group import process_group\n"
-        "from tests.test_rendezvous import listening\n"
+        "from tests.launch.test_rendezvous import listening\n"
         "with process_group(): print(*listening(os.getpid()))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, env=ENV)

@@ -23,9 +23,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from torchrec_deepfm.cpu_threads import choose_threads
 from torchrec_deepfm.errors import USER_ERROR_EXIT_CODES, UserError
-from torchrec_deepfm.processes import UNDER_LAUNCHER, UNDER_TORCHX, end_with_parent
+from torchrec_deepfm.launch.cpu_threads import choose_threads
+from torchrec_deepfm.launch.processes import UNDER_LAUNCHER, UNDER_TORCHX, end_with_parent
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -106,7 +106,7 @@ def _launch(argv: list[str] | None) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
     from torch.distributed.elastic.rendezvous.api import RendezvousError
 
-    from torchrec_deepfm import rendezvous
+    from torchrec_deepfm.launch import rendezvous
 
     # These log stopped and failed ranks, error files and signals, which the one line replaces.
     for name in ("multiprocessing.api", "multiprocessing.errors.error_handler", "agent.server.api"):
@@ -156,15 +156,3 @@ def _restart_only_failures() -> None:
         return result
 
     LocalElasticAgent._monitor_workers = monitor_and_give_up  # type: ignore[method-assign]
-
-
-if __name__ == "__main__":
-    exit_code = 0
-    try:
-        main()
-    except SystemExit as stop:
-        exit_code = stop.code if isinstance(stop.code, int) else 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # torchelastic's threads that copy the ranks' output may outlive a signal, and the interpreter would wait for them.
-    os._exit(exit_code)

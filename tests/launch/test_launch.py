@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 
 from tests.support.ranks import run_module
-from torchrec_deepfm.cpu_threads import SPIN_COUNT
+from torchrec_deepfm.launch.cpu_threads import SPIN_COUNT
 
-MISTAKE = "from torchrec_deepfm import errors, launch; launch.exit_with(errors.UserError('day_0 row 3: label 7'))"
+MISTAKE = (
+    "from torchrec_deepfm.errors import UserError; from torchrec_deepfm.launch.launcher import exit_with; "
+    "exit_with(UserError('day_0 row 3: label 7'))"
+)
 
 
 def ranks(tmp_path: Path, program: str, **env: str) -> subprocess.CompletedProcess[str]:

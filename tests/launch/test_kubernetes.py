@@ -7,7 +7,7 @@ import pytest
 from kubernetes.client import ApiClient
 from torchx.schedulers.kubernetes_scheduler import create_scheduler
 
-from tests.test_apps import deepfm
+from tests.launch.test_apps import deepfm
 
 VERSION = "1.30"
 

@@ -25,8 +25,8 @@ from torchx.schedulers import get_default_scheduler_name, local_scheduler
 from torchx.specs import AppStatus
 
 from torchrec_deepfm.errors import USER_ERROR_EXIT_CODES, UserError
-from torchrec_deepfm.processes import UNDER_TORCHX
-from torchrec_deepfm.schedulers import check_packages, explained
+from torchrec_deepfm.launch.processes import UNDER_TORCHX
+from torchrec_deepfm.launch.schedulers import check_packages, explained
 
 _PACKAGE = __name__.partition(".")[0]
 
@@ -51,6 +51,7 @@ class Run(CmdRun):
         last_words = _LastWords()
         # TorchX logs the status of a failed job here, as a block of some ten lines.
         logging.getLogger(CmdRun.__module__).addFilter(last_words)
+        logging.getLogger(local_scheduler.__name__).addFilter(_is_no_gpu_advice)
         words = args.component_name_and_args
         try:
             args.component_name_and_args = one_word_per_repeat(with_component(words))
@@ -83,6 +84,11 @@ class Run(CmdRun):
             raise
         finally:
             logging.getLogger(CmdRun.__module__).removeFilter(last_words)
+
+
+def _is_no_gpu_advice(record: logging.LogRecord) -> bool:
+    """Drops TorchX's advice to divide the GPUs of this machine among replicas: the ranks of a launcher do that."""
+    return "Running multiple role replicas that require GPUs" not in str(record.msg)
 
 
 class _LastWords(logging.Filter):

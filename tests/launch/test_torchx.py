@@ -12,7 +12,7 @@ import pytest
 
 from torchrec_deepfm.cli.main import Train, parse
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TORCHX = Path(sys.executable).parent / "torchx"
 
 
@@ -136,10 +136,10 @@ def test_a_file_with_one_component_needs_no_default(tmp_path: Path) -> None:
             ),
         ),
         (
-            ["tests/test_torchx.py"],
+            ["tests/launch/test_torchx.py"],
             (
-                "error: tests/test_torchx.py: has no TorchX component, that is, no function with the return type "
-                "specs.AppDef"
+                "error: tests/launch/test_torchx.py: has no TorchX component, that is, no function with the return "
+                "type specs.AppDef"
             ),
         ),
         (
@@ -185,7 +185,8 @@ def job(tmp_path: Path) -> str:
 
 def test_a_users_mistake_in_a_job_is_the_last_line(job: str) -> None:
     program = (
-        "from torchrec_deepfm import launch, errors; launch.exit_with(errors.UserError('--data x: no such folder'))"
+        "from torchrec_deepfm.errors import UserError; from torchrec_deepfm.launch.launcher import exit_with; "
+        "exit_with(UserError('--data x: no such folder'))"
     )
     run = torchx("run", job, "--program", program)
     assert run.returncode == 2
@@ -202,6 +203,7 @@ def test_a_users_mistake_on_two_ranks_is_told_once_by_them_and_last_by_torchx(tm
     assert told[0].startswith("train/0 error: ")
     assert told[1] == run.stderr.splitlines()[-1]
     assert "Traceback" not in run.stdout + run.stderr
+    assert "CUDA_VISIBLE_DEVICES" not in run.stderr  # TorchX's advice: here the ranks divide the GPUs themselves
     assert not output.exists()
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from torchrec_deepfm import cpu_threads
-from torchrec_deepfm.cpu_threads import SPIN_COUNT, choose_threads, usable_cores
+from torchrec_deepfm.launch import cpu_threads
+from torchrec_deepfm.launch.cpu_threads import SPIN_COUNT, choose_threads, usable_cores
 
 # What the command line sets before it loads torch, and what torch then makes of it.
 PROGRAM = """

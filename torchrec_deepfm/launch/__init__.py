@@ -1,0 +1,1 @@
+"""How commands become ranks: torchrun in one line per failure, TorchX, threads and signals of processes."""
