@@ -4,7 +4,7 @@
     python -m benchmarks.training.busy_machine --ranks 2
     python -m benchmarks.training.busy_machine --ways torch product 0 5000  # counts of GOMP_SPINCOUNT too
 
-The step is that of ``step_time.py``. ``torch`` is torch's default; with ``--ranks``, an equal share of the cores per
+The step is that of ``speed.py``. ``torch`` is torch's default; with ``--ranks``, an equal share of the cores per
 process. ``product`` is the choice of ``python -m torchrec_deepfm`` (``cpu_threads.py``); a number is the same with
 another ``GOMP_SPINCOUNT``. Each setting has its own processes, which start once and then wait without using a core.
 Settings alternate in windows of some seconds; medians over the rounds are printed. The fair share beside n spinning

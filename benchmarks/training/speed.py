@@ -26,6 +26,7 @@ from benchmarks._lib.formatting import markdown, spread, versions_line
 from benchmarks._lib.peer_environments import peer_python
 from benchmarks._lib.windows import Window, Worker
 from benchmarks.training.criteo_rows import CATEGORICAL, HIDDEN, NUMERIC
+from benchmarks.training.random_criteo import seconds
 
 SIDES = {
     "bf16": ("step_ours", "bf16"),
@@ -115,6 +116,7 @@ def floors(options: Options) -> dict[str, float]:
     import torch
 
     torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
     sizes = ((NUMERIC + CATEGORICAL) * options.factor_dim, *HIDDEN)
     found = {}
     for precision, kind in (("float32", torch.float32), ("bf16", torch.bfloat16)):
@@ -123,26 +125,13 @@ def floors(options: Options) -> dict[str, float]:
             for n, m in itertools.pairwise(sizes)
         ]
         products = 3 if options.work == "train" else 1  # backward: the gradients of input and weight
-        best = min(timed(lambda: [a @ b for a, b in layers], options.device) for _ in range(20))  # noqa: B023
+        best = min(seconds(device, lambda: [a @ b for a, b in layers]) for _ in range(20))  # noqa: B023
         found[f"products in {precision}, samples/s"] = options.batch_size / (products * best)
     source = torch.empty(64 << 20, device=options.device)
     target = torch.empty_like(source)
-    best = min(timed(lambda: target.copy_(source), options.device) for _ in range(10))
+    best = min(seconds(device, lambda: target.copy_(source)) for _ in range(10))
     found["copy, GB/s"] = 2 * source.nbytes / best / 1e9
     return found
-
-
-def timed(work: Any, device: str) -> float:
-    """Time some work in seconds, the device's queue included."""
-    import torch
-
-    if device == "cuda":
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    work()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
 
 
 def report(
@@ -172,12 +161,19 @@ def report(
                 name + mark,
                 spread(rates),
                 f"{reference / middle:.2f}",
-                f"{statistics.median(window.cpu for window in windows):.2f}",
+                f"{statistics.median(1e3 * options.batch_size * one.cpu / one.rate for one in windows):.1f}",
                 f"{middle / products:.0%}",
                 len(spoilt[name]),
             ]
         )
-    head = ["side", "samples/s", f"{options.sides[0]} / side", "cores used", "of products alone", "windows repeated"]
+    head = [
+        "side",
+        "samples/s",
+        f"{options.sides[0]} / side",
+        "CPU ms per step",
+        "of products alone",
+        "windows repeated",
+    ]
     print(markdown(head, lines))
     print(", ".join(f"{name}: {value:,.0f}" for name, value in floor.items()))
     if options.output is not None:
