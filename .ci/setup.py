@@ -110,7 +110,7 @@ def set_up(*, dependencies_only: bool = False) -> None:
         pip("Triton's schema", "--no-deps", "tritonclient")
     if dependencies_only:
         UNFINISHED.unlink()
-        return  # without the stamp: `make setup` in this folder goes on from here
+        return  # without the stamp: `make setup` in this folder resumes from here
     pip("torchrec_deepfm itself, editable", "--no-deps", "--no-build-isolation", "--editable", str(ROOT))
     # Last, so that a set-up is never called done that does not work.
     step("check that torch, FBGEMM and TorchRec fit together", [VENV_PYTHON, "-m", "torchrec_deepfm.doctor"])
@@ -140,7 +140,7 @@ def make_venv(device: str) -> None:
 
 
 def torch_index(device: str) -> list[str]:
-    """The options that tell pip where to look for torch."""
+    """The options of pip for where to look for torch."""
     index = os.environ.get("TORCH_INDEX_URL")
     if not index and device == "cpu" and sys.platform == "linux":  # elsewhere the usual wheel is the CPU's
         index = TORCH_CPU_INDEX if answers(f"{TORCH_CPU_INDEX}/torch/") else None
@@ -179,7 +179,7 @@ def step(title: str, command: list[str | Path]) -> None:
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, check=False)
     print(f" {time.monotonic() - start:.0f} s" if done.returncode == 0 else " failed")
     if done.returncode > 0 and UNFINISHED.exists():
-        UNFINISHED.unlink()  # pip ended by itself and left .venv in order: the next run goes on from here
+        UNFINISHED.unlink()  # pip ended by itself and left .venv in order: the next run resumes from here
     if done.returncode != 0:
         print(done.stdout, file=sys.stderr)
         raise SetupError(f"set-up stopped at: {title}; the lines above say why. Then run it again")

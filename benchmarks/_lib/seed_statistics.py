@@ -59,7 +59,7 @@ def comparison(difference: float, error: float, *, known: bool, digits: int = 4)
     Args:
         difference: Of two means.
         error: Its standard error.
-        known: False if each sample has one value, so that there is no error to compare with.
+        known: False if each sample has one value, so that no error can be computed.
         digits: Decimals.
     """
     if not known:

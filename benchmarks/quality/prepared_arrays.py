@@ -71,7 +71,7 @@ def _read(folder: Path, days: list[dict[str, Any]]) -> Split:
         rows = slice(day["start"], day["start"] + day["rows"])
         for kind, found in parts.items():
             path = folder / f"{day['stem']}_{kind}.npy"
-            # without numeric columns there is no dense array
+            # data without numeric columns have no dense array
             part = np.load(path)[rows] if path.exists() else np.zeros((day["rows"], 0), np.float32)
             found.append(part)
     return Split(

@@ -154,7 +154,7 @@ def rows(data: str, *, precision: str, peers: bool, quick: bool = False) -> list
         (DEEPCTR, "default settings", "train_deepctr", default, "deepctr"),
         (DEEPCTR, "same settings", "train_deepctr", _peer_settings(deepfm), "deepctr"),
         (TORCHREC, "unchanged", "train_simple_deepfm", torchrec | {"loss": "as is"}, ""),
-        (TORCHREC, "loss corrected", "train_simple_deepfm", torchrec | {"loss": "mended"}, ""),
+        (TORCHREC, "loss corrected", "train_simple_deepfm", torchrec | {"loss": "fixed"}, ""),
     ]
     for model, variant, worker, settings, environment in of_peers:
         if peers or not environment:

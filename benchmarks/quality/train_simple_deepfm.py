@@ -5,7 +5,7 @@
 TorchRec has no training for this model: here Adam over all parameters, the best epoch by validation AUC, the rate
 divided by ten when that does not rise, a stop after ``patience`` epochs without a rise. The model ends in a Sigmoid.
 With ``loss`` "as is" its output is treated as a logit, as by TorchRec's ``SimpleDeepFMNNWrapper`` (the double sigmoid
-of docs/model.md); with "mended" as the probability that it is.
+of docs/model.md); with "fixed" as the probability that it is.
 """
 
 import copy

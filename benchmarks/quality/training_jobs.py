@@ -23,7 +23,7 @@ _SAVED_VARIANTS = {
     "default settings": "its own",
     "same settings": "as ours",
     "unchanged": "as is",
-    "loss corrected": "loss mended",
+    "loss corrected": "loss fixed",
 }
 
 

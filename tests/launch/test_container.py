@@ -63,7 +63,7 @@ def test_the_steps_of_the_image_give_a_command_that_runs(tmp_path: Path) -> None
     assert "usage: " in shown.stdout
     (package,) = {path.parent for path in here.glob(".venv/lib/*/site-packages/torchrec_deepfm/deepfm.py")}
     assert not (package / "deepfm.py").is_symlink()
-    asked = ["torchx", "run", "torchrec_deepfm.deepfm:synthetic-is-none"]
+    asked = ["torchx", "run", "torchrec_deepfm.deepfm:nothing"]
     refused = subprocess.run(asked, cwd=home, env=env, capture_output=True, text=True, check=False)
     assert refused.returncode == 2
     job = ["torchx", "run", "torchrec_deepfm.deepfm:train", "--", "--help"]

@@ -1,4 +1,4 @@
-"""What TorchX's schedulers need on this machine, told in one line where it is missing."""
+"""What TorchX's schedulers need on this machine; what is missing is reported in one line."""
 
 import importlib.util
 import subprocess
