@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from torchrec_deepfm.data.prepare.npy_appender import GrowingArray
+from torchrec_deepfm.data.prepare.passes.npy_appender import GrowingArray
 from torchrec_deepfm.distributed.run_lock import RunLock
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.files import is_partial, read_bytes, regular_file, write_bytes

@@ -16,7 +16,7 @@ _WARNINGS = (
     r"`broadcast_buffers` is deprecated",  # TorchRec passes it to DistributedDataParallel
     r"[\s\S]*Failed to import: fbgemm_gpu",  # operators that the CPU build of FBGEMM leaves out
     r"`torch\.distributed\.(all_gather_into|reduce_scatter)_tensor` is deprecated",  # row-wise sharding calls them
-    # Of data_parallel tables on CPU; tests/training/test_optimizers.py proves their gradients right.
+    # Of data_parallel tables on CPU; tests/training/optim/test_optimizers.py proves their gradients right.
     r"fbgemm::dense_embedding_codegen_lookup_function: an autograd kernel was not registered",
     # Of load_model, which needs no process group.
     r"torch\.distributed is disabled, unavailable or uninitialized, assuming the intent is to load in a single",

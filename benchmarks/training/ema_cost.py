@@ -47,8 +47,8 @@ def main(options: Options) -> None:
 
 def measure(options: Options, rows: int, device: Any) -> None:
     """Measure and print one size of the tables."""
-    from torchrec_deepfm.training.ema import MovingAverage
-    from torchrec_deepfm.training.evaluation import autocast
+    from torchrec_deepfm.training.optim.ema import MovingAverage
+    from torchrec_deepfm.training.scoring.evaluation import autocast
 
     model, optimizer, _ = build(rows, options.batch_size, device)
     average = MovingAverage(model, 0.99)

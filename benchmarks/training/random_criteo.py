@@ -51,7 +51,7 @@ def build(rows: int, batch_size: int, device: Any, *, factor_dim: int = 15, drop
     """
     from torchrec_deepfm.training.build import build_model
     from torchrec_deepfm.training.config import TrainConfig
-    from torchrec_deepfm.training.optimizers import make_optimizer
+    from torchrec_deepfm.training.optim.optimizers import make_optimizer
 
     config = TrainConfig(factor_dim=factor_dim, dropout=dropout, batch_size=batch_size)
     model = build_model(config, dict.fromkeys(KEYS, rows // len(KEYS)), NUMERIC, device).model
@@ -102,7 +102,7 @@ def make_pipeline(
     import torch.distributed as dist
     from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
-    from torchrec_deepfm.training.evaluation import autocast
+    from torchrec_deepfm.training.scoring.evaluation import autocast
 
     model, optimizer, _ = build(rows, batch_size, device, **options)
     torch.manual_seed(dist.get_rank())

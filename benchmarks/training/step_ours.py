@@ -22,7 +22,7 @@ def main() -> None:
         from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
         from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-        from torchrec_deepfm.training.evaluation import autocast
+        from torchrec_deepfm.training.scoring.evaluation import autocast
 
         torch.set_float32_matmul_precision("medium" if options.precision == "medium" else "highest")
         rows = draw(options.rows, options.batch_size)

@@ -21,7 +21,7 @@ from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.evaluation.evaluate import evaluate_run
 from torchrec_deepfm.evaluation.options import EvaluateOptions
 from torchrec_deepfm.training.config import TrainConfig
-from torchrec_deepfm.training.evaluation import gather_predictions
+from torchrec_deepfm.training.scoring.evaluation import gather_predictions
 from torchrec_deepfm.training.trainer import train
 
 USER, COUNTRY = "C14", "C6"

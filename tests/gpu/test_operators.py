@@ -21,8 +21,8 @@ from tests.support.ranks import one_rank
 from tests.support.samples import draw, to_batch
 from torchrec_deepfm.training.build import build_model
 from torchrec_deepfm.training.config import TrainConfig
-from torchrec_deepfm.training.evaluation import autocast
-from torchrec_deepfm.training.optimizers import make_optimizer
+from torchrec_deepfm.training.optim.optimizers import make_optimizer
+from torchrec_deepfm.training.scoring.evaluation import autocast
 
 SIZES = {"a": 50, "b": 30, "c": 4}
 

@@ -21,7 +21,7 @@ from torchrec_deepfm.data.dataset.prepared import PreparedData
 from torchrec_deepfm.data.loader.loader import Loader
 from torchrec_deepfm.training.build import build_model
 from torchrec_deepfm.training.config import TrainConfig
-from torchrec_deepfm.training.optimizers import make_optimizer
+from torchrec_deepfm.training.optim.optimizers import make_optimizer
 from torchrec_deepfm.training.trainer import train
 
 K, RATE, BATCH, STEPS = 3, 0.3, 8, 4  # BATCH of both ranks together

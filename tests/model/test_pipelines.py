@@ -19,7 +19,7 @@ from tests.support.samples import batches_of_rank, draw
 from torchrec_deepfm import DeepFM, DeepFMTrain, embedding_tables
 from torchrec_deepfm.training.build import build_model
 from torchrec_deepfm.training.config import TrainConfig
-from torchrec_deepfm.training.optimizers import fuse_sparse_optimizer, make_optimizer
+from torchrec_deepfm.training.optim.optimizers import fuse_sparse_optimizer, make_optimizer
 
 SIZES = {"a": 30, "b": 20, "c": 7}
 CONFIG = TrainConfig(

@@ -29,9 +29,9 @@ from torchrec_deepfm import DeepFM, DeepFMTrain, embedding_tables
 from torchrec_deepfm.distributed.process_group import on_main
 from torchrec_deepfm.sharding.runtime.init_tables import BLOCK_ROWS, initialize_tables
 from torchrec_deepfm.training.config import TrainConfig
-from torchrec_deepfm.training.evaluation import gather_predictions
-from torchrec_deepfm.training.metrics import Metrics, compute_metrics
-from torchrec_deepfm.training.optimizers import fuse_sparse_optimizer
+from torchrec_deepfm.training.optim.optimizers import fuse_sparse_optimizer
+from torchrec_deepfm.training.scoring.evaluation import gather_predictions
+from torchrec_deepfm.training.scoring.metrics import Metrics, compute_metrics
 
 K = 5  # rows of 8 columns [v (5) | w | padding (2)]: the second column shard begins inside v
 # Halves of "a" begin and end inside blocks. Not in alphabetical order: sorting the fields by name has to fail.

@@ -92,7 +92,7 @@ class Train:
         from torchrec_deepfm.distributed import process_group as ranks
         from torchrec_deepfm.distributed.health import longest_wait
         from torchrec_deepfm.evaluation.field_importance import write_importance_if_small
-        from torchrec_deepfm.training.quality import refuse_worse
+        from torchrec_deepfm.training.monitoring.quality import refuse_worse
         from torchrec_deepfm.training.run.tracker import job_tracker, track
         from torchrec_deepfm.training.seeds import train_seeds
         from torchrec_deepfm.training.trainer import train

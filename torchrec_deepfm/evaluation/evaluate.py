@@ -19,11 +19,11 @@ from torchrec_deepfm.evaluation.raw_rows import RawRows
 from torchrec_deepfm.files import check_target, read_bytes, write_text
 from torchrec_deepfm.training.build import build_model
 from torchrec_deepfm.training.checkpoint.manager import load_model
-from torchrec_deepfm.training.evaluation import Predictions, predict
-from torchrec_deepfm.training.metrics import lift
 from torchrec_deepfm.training.run import folder as run_folder
 from torchrec_deepfm.training.run.formats import JSON_LIMIT
 from torchrec_deepfm.training.run.weights import Weights, find_weights
+from torchrec_deepfm.training.scoring.evaluation import Predictions, predict
+from torchrec_deepfm.training.scoring.metrics import lift
 
 FORMAT_VERSION = 1
 Rows = PreparedRows | RawRows

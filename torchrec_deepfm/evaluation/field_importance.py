@@ -13,9 +13,9 @@ from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.inference.explain import importance
 from torchrec_deepfm.inference.scorer import ModelScorer
 from torchrec_deepfm.inference.weights import load_model
-from torchrec_deepfm.training.row_sample import sample_rows
 from torchrec_deepfm.training.run import folder as run_folder
 from torchrec_deepfm.training.run.run_files import IMPORTANCE
+from torchrec_deepfm.training.scoring.row_sample import sample_rows
 
 _BLOCKS: Final = 8
 # Tables up to this size are loaded once more at the end of a training; larger ones only if asked for.

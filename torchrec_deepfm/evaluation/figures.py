@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from torchrec_deepfm.evaluation.bootstrap import ROWS, USERS, Bootstrap, RowMetrics, Times, intervals
 from torchrec_deepfm.evaluation.ranking import user_metrics
-from torchrec_deepfm.training.metrics import compute_metrics
+from torchrec_deepfm.training.scoring.metrics import compute_metrics
 
 Values = Mapping[str, float | None]
 Measure = Callable[[Times], Values]

@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torchrec.datasets.utils import Batch
 
 from torchrec_deepfm.data.loader.batch import key_jagged
-from torchrec_deepfm.data.prepare.provenance import source_state
 from torchrec_deepfm.data.prepare.row_encoder import RowEncoder
+from torchrec_deepfm.data.prepare.sources.provenance import source_state
 from torchrec_deepfm.data.raw.source import Piece
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.evaluation.figures import Keys

@@ -34,7 +34,7 @@ from torchrec_deepfm.sharding.plan.torchrec_plan import find_embedding_bags, to_
 from torchrec_deepfm.sharding.runtime.sharder import make_sharder
 from torchrec_deepfm.training.build import build_model
 from torchrec_deepfm.training.config import TrainConfig
-from torchrec_deepfm.training.optimizers import fuse_sparse_optimizer, make_optimizer
+from torchrec_deepfm.training.optim.optimizers import fuse_sparse_optimizer, make_optimizer
 
 DENSE_IN_FEATURES = 13  # Criteo's
 

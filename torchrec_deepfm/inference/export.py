@@ -27,8 +27,8 @@ from torchrec_deepfm.inference.package import ENCODER, FORMAT_VERSION, README, P
 from torchrec_deepfm.inference.triton import lay_out
 from torchrec_deepfm.inference.weights import load_model
 from torchrec_deepfm.model.deepfm import DeepFM
-from torchrec_deepfm.training.metrics import compute_metrics
 from torchrec_deepfm.training.run import folder as run_folder
+from torchrec_deepfm.training.scoring.metrics import compute_metrics
 from torchrec_deepfm.units import format_bytes
 
 BATCH = 2048

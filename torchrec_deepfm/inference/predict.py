@@ -20,8 +20,8 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from torchrec_deepfm.data.prepare.progress import Phase
-from torchrec_deepfm.data.prepare.provenance import source_state
 from torchrec_deepfm.data.prepare.row_encoder import EncodedRows, RowEncoder
+from torchrec_deepfm.data.prepare.sources.provenance import source_state
 from torchrec_deepfm.data.prepare.workers import Workers
 from torchrec_deepfm.data.raw.addresses import find_text, is_table
 from torchrec_deepfm.data.raw.criteo_text import TextLog

@@ -17,7 +17,7 @@ from torchrec_deepfm.data.prepare.row_encoder import EncodedRows
 from torchrec_deepfm.data.schema import Schema
 from torchrec_deepfm.inference.parts import Parts, sigmoid
 from torchrec_deepfm.model.deepfm import DeepFM
-from torchrec_deepfm.training.evaluation import autocast
+from torchrec_deepfm.training.scoring.evaluation import autocast
 
 _CPU = torch.device("cpu")
 

@@ -28,8 +28,8 @@ from torchrec_deepfm.sharding.runtime.local_hardware import known_hardware
 from torchrec_deepfm.sharding.runtime.plan_model import DATA_PARALLEL_ROWS, plan_model, read_fitting_plan
 from torchrec_deepfm.sharding.runtime.sharder import make_sharder
 from torchrec_deepfm.training.config import TrainConfig
-from torchrec_deepfm.training.optimizers import fuse_sparse_optimizer
-from torchrec_deepfm.training.regularisers import penalise_looked_up_rows
+from torchrec_deepfm.training.optim.optimizers import fuse_sparse_optimizer
+from torchrec_deepfm.training.optim.regularisers import penalise_looked_up_rows
 
 _CACHING = EmbeddingComputeKernel.FUSED_UVM_CACHING.value
 _ACTIVATIONS: dict[str, type[nn.Module]] = {

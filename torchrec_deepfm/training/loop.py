@@ -27,14 +27,14 @@ from torchrec_deepfm.training.checkpoint.manager import Checkpoints
 from torchrec_deepfm.training.checkpoint.rank_state import RankState
 from torchrec_deepfm.training.checkpoint.tensors import TrainingTensors
 from torchrec_deepfm.training.config import Metric, TrainConfig
-from torchrec_deepfm.training.early_stopping import Tracker, Verdict
-from torchrec_deepfm.training.ema import MovingAverage
-from torchrec_deepfm.training.evaluation import autocast, evaluate
-from torchrec_deepfm.training.metrics import Metrics, NotFiniteError
-from torchrec_deepfm.training.nonfinite import LossWatch, refuse_predictions
-from torchrec_deepfm.training.optimizers import make_optimizer, make_scheduler, set_rates
+from torchrec_deepfm.training.monitoring.early_stopping import Tracker, Verdict
+from torchrec_deepfm.training.monitoring.nonfinite import LossWatch, refuse_predictions
+from torchrec_deepfm.training.optim.ema import MovingAverage
+from torchrec_deepfm.training.optim.optimizers import make_optimizer, make_scheduler, set_rates
 from torchrec_deepfm.training.run.formats import RECORD_EVERY, Manifest, TrainingPosition
 from torchrec_deepfm.training.run.progress import Progress
+from torchrec_deepfm.training.scoring.evaluation import autocast, evaluate
+from torchrec_deepfm.training.scoring.metrics import Metrics, NotFiniteError
 
 
 @dataclass(frozen=True, kw_only=True)

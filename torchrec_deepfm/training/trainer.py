@@ -24,11 +24,9 @@ from torchrec_deepfm.training.build import Sharded, build_model
 from torchrec_deepfm.training.checkpoint.manager import Checkpoints, save_model, try_load_model
 from torchrec_deepfm.training.checkpoint.store import MANIFEST
 from torchrec_deepfm.training.config import RunOptions, TrainConfig
-from torchrec_deepfm.training.evaluation import evaluate
 from torchrec_deepfm.training.loop import Loop, LoopContext
-from torchrec_deepfm.training.metrics import RELIABILITY_BINS, Metrics, NotFiniteError, lift
-from torchrec_deepfm.training.nonfinite import record_not_finite
-from torchrec_deepfm.training.quality import click_rate, first_loss_warnings, input_warnings, result_warnings
+from torchrec_deepfm.training.monitoring.nonfinite import record_not_finite
+from torchrec_deepfm.training.monitoring.quality import click_rate, first_loss_warnings, input_warnings, result_warnings
 from torchrec_deepfm.training.run import folder as run_folder
 from torchrec_deepfm.training.run import metrics_log, progress
 from torchrec_deepfm.training.run.data_summary import write_data_summary
@@ -36,6 +34,8 @@ from torchrec_deepfm.training.run.formats import Manifest, convert
 from torchrec_deepfm.training.run.report import report_is_drawn, write_run_report
 from torchrec_deepfm.training.run.run_files import CALIBRATION, CURVES
 from torchrec_deepfm.training.run.weights import Weights, Which, folder_of
+from torchrec_deepfm.training.scoring.evaluation import evaluate
+from torchrec_deepfm.training.scoring.metrics import RELIABILITY_BINS, Metrics, NotFiniteError, lift
 
 
 @dataclass(frozen=True, kw_only=True)

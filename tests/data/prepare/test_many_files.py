@@ -20,8 +20,8 @@ from tests.support.data_tables import parquet, text_file
 from torchrec_deepfm.data.dataset import npy_mmap
 from torchrec_deepfm.data.dataset.prepared import PreparedData
 from torchrec_deepfm.data.loader.loader import Loader
-from torchrec_deepfm.data.prepare import inputs
 from torchrec_deepfm.data.prepare.prepare import prepare
+from torchrec_deepfm.data.prepare.sources import inputs
 from torchrec_deepfm.data.prepare.work_folder import WorkFolder
 from torchrec_deepfm.data.schema import Column, Schema
 from torchrec_deepfm.errors import UserError

@@ -22,10 +22,10 @@ from tests.support.raw_oracle import SMALL, random_text
 from torchrec_deepfm.cli import main as cli
 from torchrec_deepfm.data.dataset.publish import disk_errors
 from torchrec_deepfm.data.prepare import pipeline as module
-from torchrec_deepfm.data.prepare import stage
 from torchrec_deepfm.data.prepare.options import PrepareOptions
+from torchrec_deepfm.data.prepare.passes import stage
 from torchrec_deepfm.data.prepare.prepare import prepare
-from torchrec_deepfm.data.prepare.provenance import difference
+from torchrec_deepfm.data.prepare.sources.provenance import difference
 from torchrec_deepfm.data.prepare.work_folder import WorkFolder
 from torchrec_deepfm.data.schema import Schema
 from torchrec_deepfm.errors import UserError
@@ -200,7 +200,7 @@ def test_a_copy_of_a_source_is_the_same_where_its_digest_says_so(tmp_path, monke
     prepare(paths, tmp_path / "out", schema=SMALL, report=lines.append)
     assert lines == [f"{tmp_path / 'out'} is finished already"]
     # Where head and tail are not all of it, the middle could be other bytes.
-    monkeypatch.setattr("torchrec_deepfm.data.prepare.provenance.EDGE_BYTES", 100)
+    monkeypatch.setattr("torchrec_deepfm.data.prepare.sources.provenance.EDGE_BYTES", 100)
     paths[0].write_bytes(random_text(200, 0, SMALL))
     prepare(paths, tmp_path / "large", schema=SMALL)
     os.utime(paths[0], (1, 1))

@@ -16,10 +16,10 @@ from tests.support.raw_oracle import splits_of
 from torchrec_deepfm.data.dataset.verify import verify
 from torchrec_deepfm.data.loader.loader import Loader
 from torchrec_deepfm.data.prepare import pipeline as module
-from torchrec_deepfm.data.prepare import stage
-from torchrec_deepfm.data.prepare.inputs import BYTES_OF_A_ROW
 from torchrec_deepfm.data.prepare.options import PrepareOptions
+from torchrec_deepfm.data.prepare.passes import stage
 from torchrec_deepfm.data.prepare.prepare import prepare
+from torchrec_deepfm.data.prepare.sources.inputs import BYTES_OF_A_ROW
 from torchrec_deepfm.data.schema import Column, Schema, read_schema
 from torchrec_deepfm.data.values import numeric
 from torchrec_deepfm.errors import UserError

@@ -12,10 +12,10 @@ from sklearn.preprocessing import KBinsDiscretizer, MinMaxScaler, QuantileTransf
 from tests.support.raw_oracle import splits_of
 from torchrec_deepfm.data.dataset.prepared import PreparedData
 from torchrec_deepfm.data.prepare import pipeline as module
-from torchrec_deepfm.data.prepare.inputs import BYTES_OF_A_ROW
 from torchrec_deepfm.data.prepare.options import PrepareOptions
 from torchrec_deepfm.data.prepare.prepare import prepare
 from torchrec_deepfm.data.prepare.row_encoder import RowEncoder
+from torchrec_deepfm.data.prepare.sources.inputs import BYTES_OF_A_ROW
 from torchrec_deepfm.data.prepare.work_folder import WorkFolder
 from torchrec_deepfm.data.schema import Column, Schema
 from torchrec_deepfm.data.values import numeric

@@ -34,7 +34,7 @@ from torchrec_deepfm.sharding.runtime.planner_errors import explain
 from torchrec_deepfm.sharding.runtime.sharder import AllTypesSharder, make_sharder
 from torchrec_deepfm.sharding.search.plan_tables import plan_tables
 from torchrec_deepfm.training.config import TrainConfig
-from torchrec_deepfm.training.optimizers import fuse_sparse_optimizer
+from torchrec_deepfm.training.optim.optimizers import fuse_sparse_optimizer
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 GIB = 2**30

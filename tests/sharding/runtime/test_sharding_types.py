@@ -32,7 +32,7 @@ from torchrec_deepfm.sharding.plan.io import load_plan, save_plan
 from torchrec_deepfm.sharding.plan.torchrec_plan import find_embedding_bags, to_sharding_plan
 from torchrec_deepfm.training.build import Sharded, build_model
 from torchrec_deepfm.training.config import TrainConfig
-from torchrec_deepfm.training.optimizers import make_optimizer
+from torchrec_deepfm.training.optim.optimizers import make_optimizer
 
 # Rows of 12 columns [v (10) | w | padding]: three column shards of 4.
 K, SIZES = 10, {"a": 37, "b": 1, "c": 24, "d": 3, "e": 50, "f": 7, "g": 41}

@@ -24,8 +24,8 @@ from torchrec_deepfm.training.checkpoint.dcp import TensorCuts
 from torchrec_deepfm.training.checkpoint.manager import Checkpoints
 from torchrec_deepfm.training.checkpoint.tensors import TrainingTensors
 from torchrec_deepfm.training.config import TrainConfig
-from torchrec_deepfm.training.ema import MovingAverage
-from torchrec_deepfm.training.optimizers import make_optimizer
+from torchrec_deepfm.training.optim.ema import MovingAverage
+from torchrec_deepfm.training.optim.optimizers import make_optimizer
 
 SIZES = {"a": 37, "b": 24, "c": 5}
 NUMERIC = 2

@@ -19,7 +19,7 @@ from torchrec_deepfm.data.dataset.prepared import PreparedData
 from torchrec_deepfm.training import loop
 from torchrec_deepfm.training.build import build_model
 from torchrec_deepfm.training.config import TrainConfig
-from torchrec_deepfm.training.ema import MovingAverage
+from torchrec_deepfm.training.optim.ema import MovingAverage
 from torchrec_deepfm.training.trainer import train
 
 CONFIG = TrainConfig(

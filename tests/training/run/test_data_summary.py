@@ -4,8 +4,8 @@ from pathlib import Path
 
 from tests.faults.runs import ROWS, SCHEMA, make_data
 from torchrec_deepfm.data.prepare.prepare import prepare
-from torchrec_deepfm.training.row_sample import sample_rows
 from torchrec_deepfm.training.run.data_summary import data_summary
+from torchrec_deepfm.training.scoring.row_sample import sample_rows
 
 
 def test_it_counts_the_rows(tmp_path: Path) -> None:

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from torchrec_deepfm.data.prepare.inputs import Inputs
-from torchrec_deepfm.data.prepare.provenance import source_name
-from torchrec_deepfm.data.prepare.stage import Unit
+from torchrec_deepfm.data.prepare.passes.stage import Unit
+from torchrec_deepfm.data.prepare.sources.inputs import Inputs
+from torchrec_deepfm.data.prepare.sources.provenance import source_name
 from torchrec_deepfm.data.prepare.work_folder import WorkFolder
 from torchrec_deepfm.data.raw.table_source import TableSource
 from torchrec_deepfm.data.values.numeric import NumericColumn

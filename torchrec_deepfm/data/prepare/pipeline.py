@@ -29,14 +29,23 @@ from torchrec_deepfm.data.dataset.publish import (
     disk_errors,
 )
 from torchrec_deepfm.data.loader import epoch_order
-from torchrec_deepfm.data.prepare import inputs as found
-from torchrec_deepfm.data.prepare.checksum_files import Splits, borders_of_stems, parts_of, take_sums, write_checksums
-from torchrec_deepfm.data.prepare.encode import encode_stem
-from torchrec_deepfm.data.prepare.inputs import days_of_splits
 from torchrec_deepfm.data.prepare.manifest import Staged, encoding, recorded_sources, skipped
 from torchrec_deepfm.data.prepare.options import MIN_COUNT, PrepareOptions
+from torchrec_deepfm.data.prepare.passes.checksum_files import (
+    Splits,
+    borders_of_stems,
+    parts_of,
+    take_sums,
+    write_checksums,
+)
+from torchrec_deepfm.data.prepare.passes.encode import encode_stem
+from torchrec_deepfm.data.prepare.passes.row_splits import RowSplits
+from torchrec_deepfm.data.prepare.passes.stage import Stager, Unit, skipped_rows
+from torchrec_deepfm.data.prepare.passes.survey import statistics, summary, survey, surveyed_units
 from torchrec_deepfm.data.prepare.progress import Phase
-from torchrec_deepfm.data.prepare.provenance import (
+from torchrec_deepfm.data.prepare.sources import inputs as found
+from torchrec_deepfm.data.prepare.sources.inputs import days_of_splits
+from torchrec_deepfm.data.prepare.sources.provenance import (
     difference,
     known_optimum,
     source_name,
@@ -45,9 +54,6 @@ from torchrec_deepfm.data.prepare.provenance import (
     versions,
     what_changed,
 )
-from torchrec_deepfm.data.prepare.row_splits import RowSplits
-from torchrec_deepfm.data.prepare.stage import Stager, Unit, skipped_rows
-from torchrec_deepfm.data.prepare.survey import statistics, summary, survey, surveyed_units
 from torchrec_deepfm.data.prepare.work_folder import WorkFolder, check_room, estimate_bytes
 from torchrec_deepfm.data.prepare.workers import Workers
 from torchrec_deepfm.data.schema import Schema

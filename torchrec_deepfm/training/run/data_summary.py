@@ -6,8 +6,8 @@ from typing import Any, Final
 import numpy as np
 
 from torchrec_deepfm.data.dataset.prepared import SPLITS, PreparedData
-from torchrec_deepfm.training.row_sample import sample_rows
 from torchrec_deepfm.training.run import folder as run_folder
+from torchrec_deepfm.training.scoring.row_sample import sample_rows
 
 _BLOCKS: Final = 64
 

@@ -14,7 +14,7 @@ from torchrec_deepfm.files import read_bytes
 from torchrec_deepfm.sharding.plan.io import parse_plan
 from torchrec_deepfm.sharding.plan.plan import FORMAT_VERSION
 from torchrec_deepfm.training.config import TrainConfig
-from torchrec_deepfm.training.early_stopping import TrackerState
+from torchrec_deepfm.training.monitoring.early_stopping import TrackerState
 
 T = TypeVar("T")
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from torchrec_deepfm.data.dataset.prepared import DENSE, LABELS, SPARSE
 from torchrec_deepfm.data.dataset.publish import sync
-from torchrec_deepfm.data.prepare.npy_appender import GrowingArray, read_rows
+from torchrec_deepfm.data.prepare.passes.npy_appender import GrowingArray, read_rows
 from torchrec_deepfm.data.prepare.work_folder import WorkFolder
 from torchrec_deepfm.data.raw.source import JoinedPiece, Source
 from torchrec_deepfm.data.raw.table_source import TableSource, joined_pieces

@@ -16,7 +16,7 @@ from torchrec.distributed.train_pipeline import EvalPipelineSparseDist
 
 from torchrec_deepfm.distributed.process_group import on_main
 from torchrec_deepfm.training.checkpoint.tensors import averaged_buffers
-from torchrec_deepfm.training.metrics import Metrics, NotFiniteError, compute_metrics
+from torchrec_deepfm.training.scoring.metrics import Metrics, NotFiniteError, compute_metrics
 
 
 class Batches(Protocol):

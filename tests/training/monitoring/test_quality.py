@@ -12,7 +12,7 @@ from tests.support.ranks import run_module
 from torchrec_deepfm.data.dataset.prepared import PreparedData
 from torchrec_deepfm.data.prepare.prepare import prepare
 from torchrec_deepfm.data.schema import Schema
-from torchrec_deepfm.training.quality import (
+from torchrec_deepfm.training.monitoring.quality import (
     binary_entropy,
     click_rate,
     first_loss_warnings,

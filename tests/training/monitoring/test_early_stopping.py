@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchrec_deepfm.training.early_stopping import Tracker, TrackerState
 from torchrec_deepfm.training.loop import monitored
-from torchrec_deepfm.training.metrics import Metrics
+from torchrec_deepfm.training.monitoring.early_stopping import Tracker, TrackerState
 from torchrec_deepfm.training.run.formats import convert
+from torchrec_deepfm.training.scoring.metrics import Metrics
 
 VALUES = st.lists(st.one_of(st.none(), st.just(math.nan), st.integers(0, 5).map(lambda n: n / 5)), max_size=25)
 

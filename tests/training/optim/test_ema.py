@@ -21,9 +21,9 @@ from torchrec_deepfm.sharding.runtime.plan_model import local_topology
 from torchrec_deepfm.training import build
 from torchrec_deepfm.training.build import build_model
 from torchrec_deepfm.training.config import TrainConfig
-from torchrec_deepfm.training.ema import MovingAverage
 from torchrec_deepfm.training.memory_estimate import size_of
-from torchrec_deepfm.training.optimizers import make_optimizer
+from torchrec_deepfm.training.optim.ema import MovingAverage
+from torchrec_deepfm.training.optim.optimizers import make_optimizer
 from torchrec_deepfm.training.trainer import train
 
 SIZES = {"big": 40, "small": 6}
@@ -62,7 +62,7 @@ def test_the_average_is_what_its_equation_says(
 
 
 def test_large_tables_change_places_in_parts(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torchrec_deepfm.training.ema._CHUNK", 20)  # 2 rows of 8, 20 of what has one number each
+    monkeypatch.setattr("torchrec_deepfm.training.optim.ema._CHUNK", 20)  # 2 rows of 8, 20 of what has one number each
     model = build_model(CONFIG, SIZES, 2, device).model
     average, before = MovingAverage(model, 0.9), read_state(model)
     with torch.no_grad():

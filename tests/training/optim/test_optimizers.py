@@ -15,7 +15,7 @@ from tests.support.samples import draw, read_state, to_batch, write_state
 from torchrec_deepfm import DeepFM, DeepFMTrain, embedding_tables
 from torchrec_deepfm.training.build import build_model
 from torchrec_deepfm.training.config import TrainConfig
-from torchrec_deepfm.training.optimizers import make_optimizer, make_scheduler, schedule
+from torchrec_deepfm.training.optim.optimizers import make_optimizer, make_scheduler, schedule
 
 TABLE = "model.sparse_arch.embedding_bag_collection.embedding_bags.t_{}.weight"
 

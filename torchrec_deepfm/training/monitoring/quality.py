@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from torchrec_deepfm.data.dataset.prepared import PreparedData
 from torchrec_deepfm.errors import WorseThanConstantError
-from torchrec_deepfm.training.row_sample import sample_rows
+from torchrec_deepfm.training.scoring.row_sample import sample_rows
 
 _SPLITS: Final = ("validation", "test")
 _BLOCKS: Final = 64  # of the sample of training rows

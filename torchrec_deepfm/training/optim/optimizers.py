@@ -13,7 +13,7 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from torchrec_deepfm.sharding.inputs.sparse_optimizers import SPARSE_OPTIMIZERS
 from torchrec_deepfm.training.config import TrainConfig
-from torchrec_deepfm.training.regularisers import before_step, is_table
+from torchrec_deepfm.training.optim.regularisers import before_step, is_table
 
 
 def fuse_sparse_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> None:

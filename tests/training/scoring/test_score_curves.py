@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, roc_curve
 
-from torchrec_deepfm.training.score_curves import GRID, PER_DOUBLING, score_curves
+from torchrec_deepfm.training.scoring.score_curves import GRID, PER_DOUBLING, score_curves
 
 
 @given(st.lists(st.tuples(st.integers(-4, 4), st.integers(0, 1)), min_size=1, max_size=60))

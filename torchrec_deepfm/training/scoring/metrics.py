@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 
 from torchrec_deepfm.errors import UserError
-from torchrec_deepfm.training.score_curves import ScoreCurves, score_curves
+from torchrec_deepfm.training.scoring.score_curves import ScoreCurves, score_curves
 
 
 class NotFiniteError(UserError):

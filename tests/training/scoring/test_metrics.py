@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.calibration import calibration_curve
 
-from torchrec_deepfm.training.metrics import Metrics, compute_metrics, lift, reliability
+from torchrec_deepfm.training.scoring.metrics import Metrics, compute_metrics, lift, reliability
 
 
 def compute(logits: list[float], labels: list[int]) -> Metrics:

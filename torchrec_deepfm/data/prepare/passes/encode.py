@@ -12,7 +12,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from torchrec_deepfm.data.dataset.prepared import SPARSE
-from torchrec_deepfm.data.prepare.npy_appender import GrowingArray
+from torchrec_deepfm.data.prepare.passes.npy_appender import GrowingArray
 from torchrec_deepfm.data.prepare.work_folder import WorkFolder
 from torchrec_deepfm.data.schema import Schema
 from torchrec_deepfm.data.values.row_columns import flat

@@ -12,9 +12,9 @@ from typing import Any, Final
 import numpy as np
 
 from torchrec_deepfm.data.dataset.prepared import LABELS, SPLITS
-from torchrec_deepfm.data.prepare.npy_appender import read_rows
 from torchrec_deepfm.data.prepare.options import SPLITS_BY_ROW
-from torchrec_deepfm.data.prepare.stage import Part, Unit
+from torchrec_deepfm.data.prepare.passes.npy_appender import read_rows
+from torchrec_deepfm.data.prepare.passes.stage import Part, Unit
 from torchrec_deepfm.data.raw.chunk_files import ChunkTable
 from torchrec_deepfm.data.raw.criteo_text import TextLog
 from torchrec_deepfm.data.raw.source import Source

@@ -12,7 +12,7 @@ from torchrec import EmbeddingBagCollection
 from torchrec.datasets.utils import Batch
 
 from tests.support.samples import draw, read_state, to_batch, write_state
-from tests.training.test_optimizers import SIZES, UPDATES, adam, train_sharded
+from tests.training.optim.test_optimizers import SIZES, UPDATES, adam, train_sharded
 from torchrec_deepfm import DeepFM, DeepFMTrain, embedding_tables
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.training.build import build_model

@@ -1,0 +1,1 @@
+"""The passes over the rows, one after another."""

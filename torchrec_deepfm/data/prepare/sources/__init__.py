@@ -1,0 +1,1 @@
+"""What is read: files, their units, where their rows go."""
