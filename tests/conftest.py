@@ -1,13 +1,14 @@
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.support.end_to_end import Workspace
+from tests.support.pictures import undrawn
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +28,13 @@ if (
 LONG = ("training/test_end_to_end.py", "test_docs.py", "tests/training/", "tests/experiment/", "tests/sharding/")
 
 collect_ignore = ["support/preload.py"]  # only for a process that is about to fork
+
+
+@pytest.fixture(scope="module", autouse=True)
+def pictures(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Reports are drawn only in modules with the mark `pictures`."""
+    with nullcontext() if request.node.get_closest_marker("pictures") else undrawn():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,8 @@ from torchrec_deepfm.sharding.plan.io import save_plan
 from torchrec_deepfm.sharding.plan.plan import Cost, PlanFile, Predicted
 from torchrec_deepfm.sharding.plan.report import write_plan_report
 
+pytestmark = pytest.mark.pictures
+
 TABLES = (
     Table(name="a", num_embeddings=1000, embedding_dim=16),
     Table(name="b", num_embeddings=500, embedding_dim=16),

@@ -1,6 +1,7 @@
 """The folder of an experiment: it reads back what was written, and says what is wrong with a damaged one."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,14 +25,21 @@ def example() -> Experiment:
     return experiment(TABLES, plans, {"one": 10.0, "two": 12.0}, cpu(2))
 
 
-def test_it_reads_what_it_wrote(tmp_path: Path) -> None:
-    write_experiment(example(), tmp_path / "here")
-    assert read_experiment(tmp_path / "here") == example()
-    assert read_experiment(tmp_path / "here" / "results.json") == example()
-    assert sorted(path.relative_to(tmp_path / "here").as_posix() for path in (tmp_path / "here").rglob("*.*")) == [
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the example; copy it to change it."""
+    folder = tmp_path_factory.mktemp("written") / "here"
+    write_experiment(example(), folder)
+    return folder
+
+
+def test_it_reads_what_it_wrote(written: Path) -> None:
+    assert read_experiment(written) == example()
+    assert read_experiment(written / "results.json") == example()
+    assert sorted(path.relative_to(written).as_posix() for path in written.rglob("*.*")) == [
         "plans/one.json", "plans/two.json", "report.html", "results.json",
     ]  # fmt: skip
-    assert list(tmp_path.iterdir()) == [tmp_path / "here"]
+    assert list(written.parent.iterdir()) == [written]
 
 
 def test_a_step_is_the_median_over_turns_of_the_slowest_rank() -> None:
@@ -116,8 +124,8 @@ def put(value: Any, *keys: Any) -> Callable[[Any], None]:
         (put("other", "format"), "not the results of an experiment; name a folder that experiment wr"),
     ],
 )
-def test_damage_is_told(tmp_path: Path, change: Callable[[Any], None], message: str) -> None:
-    write_experiment(example(), tmp_path / "here")
+def test_damage_is_reported(written: Path, tmp_path: Path, change: Callable[[Any], None], message: str) -> None:
+    shutil.copytree(written, tmp_path / "here")
     path = tmp_path / "here" / "results.json"
     raw = json.loads(path.read_text())
     change(raw)

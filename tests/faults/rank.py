@@ -23,6 +23,7 @@ import torch
 
 from tests.faults.runs import rows_of
 from tests.support.fork import LAUNCHER
+from tests.support.pictures import undrawn
 from torchrec_deepfm import __main__ as command_line
 from torchrec_deepfm.training import loop
 from torchrec_deepfm.training.checkpoint import dcp, manager, store
@@ -169,7 +170,8 @@ def main() -> None:
 
     store._sync_folder = sync_and_fail
     sys.argv = ["torchrec_deepfm", "train", *sys.argv[1:]]
-    code = command_line.run()
+    with undrawn():
+        code = command_line.run()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -23,6 +23,8 @@ from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.notebook.fit import Run, small_table
 from torchrec_deepfm.training.loop import Loop
 
+pytestmark = pytest.mark.pictures
+
 QUICK: dict[str, Any] = {"show": False, "epochs": 2, "batch_size": 100, "over_arch_layer_sizes": (8,), "sparse_lr": 0.1}
 
 

@@ -30,6 +30,8 @@ from torchrec_deepfm.report.page import (
     write_page,
 )
 
+pytestmark = pytest.mark.pictures
+
 EVIL = "</script><script>alert(1)</script><img src=x onerror='a()'> & \"quoted\" {{ 7 * 7 }}"
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 

@@ -10,9 +10,11 @@ from unittest import mock
 
 sys.modules["pandas"] = None  # type: ignore[assignment]  # makes its import fail
 with mock.patch("warnings.showwarning"):
+    import matplotlib.figure  # noqa: F401
     import pytest  # noqa: F401
     import sklearn.metrics  # noqa: F401
     import torch.distributed.checkpoint
+    import torch.distributed.optim
     import torch.distributed.run
     import torch.utils.tensorboard  # noqa: F401
     import torchrec.distributed.planner  # noqa: F401

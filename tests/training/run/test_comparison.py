@@ -11,6 +11,8 @@ from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.report.page import NOTHING, embedded_data
 from torchrec_deepfm.training.run.comparison import write_comparison
 
+pytestmark = pytest.mark.pictures
+
 
 def compare(*folders: Path) -> tuple[Cells, dict[str, Any]]:
     html = write_comparison(folders).read_text(encoding="utf-8")

@@ -29,6 +29,8 @@ from torchrec_deepfm.training.config import TrainConfig
 from torchrec_deepfm.training.run.report import write_run_report
 from torchrec_deepfm.training.trainer import train as train_run
 
+pytestmark = pytest.mark.pictures
+
 CONFIG: dict[str, Any] = {
     "format_version": 1,
     "config": {"factor_dim": 4, "dropout": 0.0, "over_arch_layer_sizes": [32, 16], "epochs": 2},
