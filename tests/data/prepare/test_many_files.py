@@ -14,15 +14,14 @@ import pyarrow as pa
 import pytest
 
 from tests.data.prepare.test_prepare import small_pieces
-from tests.data.prepare.test_resume import content
 from tests.support.data_folders import make
 from tests.support.data_tables import parquet, text_file
+from tests.support.stopped_prepare import content, stop_at_each_record
 from torchrec_deepfm.data.dataset import npy_mmap
 from torchrec_deepfm.data.dataset.prepared import PreparedData
 from torchrec_deepfm.data.loader.loader import Loader
 from torchrec_deepfm.data.prepare.prepare import prepare
 from torchrec_deepfm.data.prepare.sources import inputs
-from torchrec_deepfm.data.prepare.work_folder import WorkFolder
 from torchrec_deepfm.data.schema import Column, Schema
 from torchrec_deepfm.errors import UserError
 
@@ -104,32 +103,14 @@ def test_large_files_share_by_their_size(tmp_path, monkeypatch):
 
 
 def test_a_kill_after_every_record(tmp_path, monkeypatch):
+    """Up to the first checksum: those of the other arrays are test_resume's."""
     small_pieces(monkeypatch, piece_bytes=256 * 40)
-    paths = write_files(tmp_path / "many", 40)
-    monkeypatch.setattr(inputs, "SHARED_BYTES", paths[0].stat().st_size * 20)
-    whole = content(prepare(paths, tmp_path / "whole", schema=SCHEMA, min_count=1).folder)
-    write_record, stops = WorkFolder.write_record, 0
-    while True:
-        written = 0
-
-        def stopping(self, name, record, stops=stops):
-            nonlocal written
-            write_record(self, name, record)
-            written += 1
-            if written > stops:
-                raise KeyboardInterrupt
-
-        monkeypatch.setattr(WorkFolder, "write_record", stopping)
-        try:
-            prepare(paths, tmp_path / "out", schema=SCHEMA, min_count=1)
-            break
-        except KeyboardInterrupt:
-            stops += 1
-            monkeypatch.setattr(WorkFolder, "write_record", write_record)
-            assert content(prepare(paths, tmp_path / "out", schema=SCHEMA, min_count=1).folder) == whole
-            shutil.rmtree(tmp_path / "out")
-    assert content(tmp_path / "out") == whole
-    assert stops > 15
+    paths = write_files(tmp_path / "many", inputs.SEPARATE + 2)
+    monkeypatch.setattr(inputs, "SHARED_BYTES", paths[0].stat().st_size * 12)  # two groups
+    stops = stop_at_each_record(
+        lambda folder: prepare(paths, folder, schema=SCHEMA, min_count=1), tmp_path / "out", last="sum_"
+    )
+    assert stops > 20
 
 
 def test_bad_rows_are_named_by_file_and_row(tmp_path):

@@ -14,6 +14,7 @@ import pytest
 from tests.support.fork import ROOT, Fork
 from tests.support.ranks import run_module, run_modules
 from tests.support.raw_oracle import random_text
+from tests.support.stopped_prepare import content
 from torchrec_deepfm.data.prepare.prepare import prepare
 from torchrec_deepfm.data.prepare.work_folder import WorkFolder
 
@@ -24,10 +25,6 @@ MODES = {
         {"hash": True, "num_embeddings": 1000, "numeric_transform": "quantile"},
     ),
 }
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ import pytest
 
 from tests.data.prepare.test_prepare import small_pieces, write
 from tests.support.raw_oracle import SMALL, random_text
+from tests.support.stopped_prepare import content, stop_at_each_record
 from torchrec_deepfm.cli import main as cli
 from torchrec_deepfm.data.dataset.publish import disk_errors
 from torchrec_deepfm.data.prepare import pipeline as module
@@ -32,10 +33,6 @@ from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.files import seal
 
 KILLS = 20
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def run(paths, output, options) -> None:
@@ -100,41 +97,10 @@ def test_a_kill_after_every_record(tmp_path, monkeypatch, options):
     options = {**options, "schema": SMALL}
     paths = write(tmp_path, **{f"day_{i}": random_text(150, i, SMALL) for i in range(2)})
     paths = [path.rename(path.with_suffix("")) for path in paths]
-    whole = content(prepare(paths, tmp_path / "whole", **options).folder)
-    write_record = WorkFolder.write_record
-
-    class Killed(BaseException):
-        pass
-
-    stops = 0
-    for before in (True, False):
-        done = -1
-        while True:
-            done += 1
-            count = 0
-
-            def stopping(self, name, record, done=done, before=before):
-                nonlocal count
-                if not before:
-                    write_record(self, name, record)
-                count += 1
-                if count > done:
-                    raise Killed
-                if before:
-                    write_record(self, name, record)
-
-            monkeypatch.setattr(WorkFolder, "write_record", stopping)
-            try:
-                prepare(paths, tmp_path / "out", **options)
-            except Killed:
-                stops += 1
-                monkeypatch.setattr(WorkFolder, "write_record", write_record)
-                assert content(prepare(paths, tmp_path / "out", **options).folder) == whole
-                shutil.rmtree(tmp_path / "out")
-                continue
-            assert content(tmp_path / "out") == whole
-            shutil.rmtree(tmp_path / "out")
-            break
+    stops = sum(
+        stop_at_each_record(lambda folder: prepare(paths, folder, **options), tmp_path / "out", before=before)
+        for before in (True, False)
+    )
     assert stops > 20
 
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -10,13 +9,13 @@ import pytest
 from sklearn.preprocessing import KBinsDiscretizer, MinMaxScaler, QuantileTransformer, StandardScaler
 
 from tests.support.raw_oracle import splits_of
+from tests.support.stopped_prepare import StoppedError, content, stopping
 from torchrec_deepfm.data.dataset.prepared import PreparedData
 from torchrec_deepfm.data.prepare import pipeline as module
 from torchrec_deepfm.data.prepare.options import PrepareOptions
 from torchrec_deepfm.data.prepare.prepare import prepare
 from torchrec_deepfm.data.prepare.row_encoder import RowEncoder
 from torchrec_deepfm.data.prepare.sources.inputs import BYTES_OF_A_ROW
-from torchrec_deepfm.data.prepare.work_folder import WorkFolder
 from torchrec_deepfm.data.schema import Column, Schema
 from torchrec_deepfm.data.values import numeric
 from torchrec_deepfm.data.values import statistics as learning
@@ -118,10 +117,6 @@ def test_the_manifest_and_the_encoder_keep_them(prepared, tmp_path):
     assert [text[5] for text in texts] == [str(int(math.isnan(value))) for value in rows["quantile"][:50].to_list()]
 
 
-def content(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
 def test_neither_pieces_nor_files_in_between_matter(prepared, tmp_path, monkeypatch):
     """Blocks of several sizes of pieces; with fewer drawn rows the quantiles are still the same ones."""
     rows, _, _ = prepared
@@ -139,22 +134,13 @@ def test_neither_pieces_nor_files_in_between_matter(prepared, tmp_path, monkeypa
     assert kept[500] == pytest.approx(float(rows["quantile"][:1800].fill_nan(None).median()), rel=0.5)
 
 
-def test_a_source_that_changed_changes_them_all(tmp_path, monkeypatch):
+def test_a_source_that_changed_changes_them_all(tmp_path):
     """Stopped after the first file is staged; then the second one changes, and with it the scale of the first."""
     paths = [tmp_path / "0.parquet", tmp_path / "1.parquet"]
     for i, path in enumerate(paths):
         frame(300, i).write_parquet(path)
-    write_record = WorkFolder.write_record
-
-    def stopping(self, name, record):
-        write_record(self, name, record)
-        if name == "stage_train_0" and record["finished"]:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(WorkFolder, "write_record", stopping)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(StoppedError), stopping(lambda name, record: name == "stage_train_0" and record["finished"]):
         prepare(paths, tmp_path / "out", schema=SCHEMA, min_count=1)
-    monkeypatch.undo()
     frame(400, 7).write_parquet(paths[1])
     data = prepare(paths, tmp_path / "out", schema=SCHEMA, min_count=1)
     assert content(data.folder) == content(prepare(paths, tmp_path / "fresh", schema=SCHEMA, min_count=1).folder)

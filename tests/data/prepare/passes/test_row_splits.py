@@ -1,7 +1,6 @@
 """Splits by time, by user and by a column, row by row against plain Python."""
 
 import random
-import shutil
 from collections import defaultdict
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -10,6 +9,7 @@ import polars as pl
 import pytest
 
 from tests.support.ranks import run_module
+from tests.support.stopped_prepare import StoppedError, content, stop_at_each_record, stopping
 from torchrec_deepfm.data.prepare.options import SplitBy
 from torchrec_deepfm.data.prepare.prepare import prepare
 from torchrec_deepfm.data.prepare.work_folder import WorkFolder
@@ -185,41 +185,15 @@ def test_bad_rows_are_left_out_before(tmp_path):
     assert rows["train"] | rows["validation"] | rows["test"] == good
 
 
-def content(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def test_stopped_anywhere_and_on_two_ranks(tmp_path, monkeypatch):
-    """After each record, with a transform that learns; and by two ranks."""
+def test_stopped_anywhere_and_on_two_ranks(tmp_path):
+    """After each record up to the first checksum, with a transform that learns; and by two ranks."""
     make(tmp_path, 120)
     schema = Schema(
         label="y", numeric=("n",), categorical=("c",), columns={"n": Column(transform="quantile")}, layout="table"
     )
     options = {"schema": schema, "split": "time", "time": "t", "gap": "3600", "min_count": 1}
+    assert stop_at_each_record(lambda out: run(tmp_path, out.name, **options), tmp_path / "out", last="sum_") > 10
     whole = content(run(tmp_path, "whole", **options)[0].folder)
-    write_record = WorkFolder.write_record
-    stops = 0
-    for stop in range(100):
-        count = 0
-
-        def stopping(self, name, record, stop=stop):
-            nonlocal count
-            write_record(self, name, record)
-            count += 1
-            if count > stop:
-                raise KeyboardInterrupt
-
-        monkeypatch.setattr(WorkFolder, "write_record", stopping)
-        try:
-            run(tmp_path, **options)
-        except KeyboardInterrupt:
-            stops += 1
-            monkeypatch.setattr(WorkFolder, "write_record", write_record)
-            assert content(run(tmp_path, **options)[0].folder) == whole
-            shutil.rmtree(tmp_path / "out")
-            continue
-        break
-    assert stops > 10
     text = 'label = "y"\nnumeric = ["n"]\ncategorical = ["c"]\n[columns.n]\ntransform = "quantile"\n'
     (tmp_path / "schema.toml").write_text(text)
     files = [tmp_path / f"part-{i}.parquet" for i in range(3)]
@@ -230,19 +204,13 @@ def test_stopped_anywhere_and_on_two_ranks(tmp_path, monkeypatch):
     assert content(tmp_path / "ranks") == whole
 
 
-def test_a_changed_file_moves_the_border(tmp_path, monkeypatch):
+def test_a_changed_file_moves_the_border(tmp_path):
     frame = make(tmp_path)
-    write_record = WorkFolder.write_record
-
-    def stopping(self, name, record):
-        write_record(self, name, record)
-        if name == "stage_train_1" and record["finished"]:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(WorkFolder, "write_record", stopping)
-    with pytest.raises(KeyboardInterrupt):
+    with (
+        pytest.raises(StoppedError),
+        stopping(lambda name, record: name == "stage_train_1" and record["finished"]),
+    ):
         run(tmp_path, split="time", time="t")
-    monkeypatch.undo()
     later = frame[334:].with_columns(pl.col("t") + 10**7)
     later.write_parquet(tmp_path / "part-2.parquet")
     data, _ = run(tmp_path, split="time", time="t")
