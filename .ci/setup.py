@@ -72,15 +72,8 @@ def main() -> int:
 
 
 def set_up(*, dependencies_only: bool = False) -> None:
-    device = os.environ.get("DEVICE") or ("cuda" if has_gpu() else "cpu")
-    if device not in ("cpu", "cuda"):
-        raise SetupError(f"DEVICE={device}: write DEVICE=cpu or DEVICE=cuda")
-    fingerprint = hashlib.sha256(
-        b"\0".join(
-            [*(path.read_bytes() for path in (PYPROJECT, CONSTRAINTS, Path(__file__))), device.encode()]
-            + [str(part).encode() for part in (sys.version_info, VENV)]  # a moved .venv does not work
-        )
-    ).hexdigest()
+    device = chosen_device()
+    fingerprint = fingerprint_of(device)
     if STAMP.is_file() and STAMP.read_text() == fingerprint and VENV_PYTHON.exists():
         return
 
@@ -117,6 +110,20 @@ def set_up(*, dependencies_only: bool = False) -> None:
 
     UNFINISHED.unlink()
     STAMP.write_text(fingerprint)
+
+
+def chosen_device() -> str:
+    device = os.environ.get("DEVICE") or ("cuda" if has_gpu() else "cpu")
+    if device not in ("cpu", "cuda"):
+        raise SetupError(f"DEVICE={device}: write DEVICE=cpu or DEVICE=cuda")
+    return device
+
+
+def fingerprint_of(device: str) -> str:
+    """All that .venv depends on."""
+    files = [path.read_bytes() for path in (PYPROJECT, CONSTRAINTS, Path(__file__))]
+    rest = [device, sys.version_info, VENV]  # a moved .venv does not work
+    return hashlib.sha256(b"\0".join([*files, *(str(part).encode() for part in rest)])).hexdigest()
 
 
 def has_gpu() -> bool:

@@ -17,7 +17,7 @@ import pytest
 
 from benchmarks._lib import resource_usage
 from benchmarks.data import big_log, engines, loader_speed, prepare_scale, prepare_speed, shuffle_mixing
-from tests.benchmarks.scripts import run
+from tests.benchmarks.scripts import forked, run
 
 LINE = re.compile(rb"[01](\t(-?[0-9]+)?){13}(\t([0-9a-f]{8})?){26}\n")
 MIB = 1 << 20
@@ -268,7 +268,8 @@ def test_mixing_separates_good_orders_from_bad_ones(capsys: pytest.CaptureFixtur
 
 
 def test_loader_speed(capsys: pytest.CaptureFixture[str]) -> None:
-    run(loader_speed, "--rows", 16_000, "--days", 2, "--batch-size", 512, "--repeats", 1)
+    with forked(loader_speed):
+        run(loader_speed, "--rows", 16_000, "--days", 2, "--batch-size", 512, "--repeats", 1)
     found = capsys.readouterr().out.splitlines()
     kinds = [
         "Loader, in order",

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,9 @@ import pytest
 import torch
 from torchrec import EmbeddingBagCollection, KeyedJaggedTensor
 
-from benchmarks._lib import seed_statistics
+from benchmarks._lib import commands, seed_statistics
 from benchmarks.quality import prepared_arrays, settings, table, train_deepfm, training_jobs, variants, write_tables
-from tests.benchmarks.scripts import run
+from tests.benchmarks.scripts import forked, run
 from torchrec_deepfm import embedding_tables
 from torchrec_deepfm.data.dataset.prepared import PreparedData
 from torchrec_deepfm.data.loader.loader import Loader
@@ -185,6 +186,13 @@ def test_results_saved_under_the_first_names_are_found(tmp_path: Path) -> None:
 # whole runs
 
 
+@pytest.fixture
+def processes() -> Iterator[None]:
+    with forked(training_jobs, commands):
+        yield
+
+
+@pytest.mark.usefixtures("processes")
 def test_quality_from_data_to_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ("--output", tmp_path, "--datasets", "synthetic", "frappe", "--quick", "--no-peers", "--shared", tmp_path)
     run(table, *words, "--models", "FM &", "DeepFM", "scikit", "--seeds", 3)

@@ -278,7 +278,8 @@ def test_other_options_over_a_run(data: Path, tmp_path: Path, undisturbed: dict[
     assert {path: path.stat().st_mtime_ns for path in undisturbed[1].rglob("*")} == before
 
 
-@pytest.mark.parametrize(("ranks", "then"), [(2, 1), pytest.param(1, 2, marks=CAMPAIGN)])
+@CAMPAIGN
+@pytest.mark.parametrize(("ranks", "then"), [(2, 1), (1, 2)])
 def test_another_number_of_ranks(
     data: Path, tmp_path: Path, undisturbed: dict[int, Path], ranks: int, then: int
 ) -> None:

@@ -184,9 +184,8 @@ def test_a_loss_that_is_no_number(data: Path, tmp_path: Path) -> None:
     assert (about["step"], about["checkpoint"]) == (10, 8)
 
 
-@pytest.mark.parametrize(
-    ("do", "how"), [pytest.param("stop", "training, no heartbeat", marks=CAMPAIGN), ("busy", "training")]
-)
+@CAMPAIGN
+@pytest.mark.parametrize(("do", "how"), [("stop", "training, no heartbeat"), ("busy", "training")])
 def test_a_rank_that_stalls_is_named_and_started_again(data: Path, tmp_path: Path, do: str, how: str) -> None:
     env = environment(tmp_path / "log", [{"at": "step", "rank": 1, "step": 10, "do": do}], FAULTS_SLEEP="0.3")
     words = command(data, tmp_path / "run", ranks=2, restarts=1, options=("--timeout", "5"))

@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from tests.faults.jobs import ROOT
 from tests.faults.runs import make_data
 from torchrec_deepfm.distributed.run_lock import RunLock
@@ -37,6 +39,7 @@ def wait_until(found: Callable[[], object], log: Path, seconds: float = 120) -> 
         time.sleep(0.05)
 
 
+@pytest.mark.campaign
 def test_ranks_end_with_torchx_and_with_their_launcher(tmp_path: Path) -> None:
     data, run = make_data(tmp_path / "data").folder, tmp_path / "run"
     options = ["--recipe", "smoke", "--batch-size", "50", "--epochs", "1000", "--checkpoint-every", "20"]

@@ -90,8 +90,10 @@ def wait_for(found: object, process: "subprocess.Popen[bytes]", folder: Path) ->
 
 @pytest.mark.parametrize(
     "front",
-    [TORCHX, [*LAUNCH, "--nproc_per_node", "2", "-m", "torchrec_deepfm", "train"]],
-    ids=["torchx", "launch"],
+    [
+        pytest.param(TORCHX, id="torchx", marks=pytest.mark.campaign),
+        pytest.param([*LAUNCH, "--nproc_per_node", "2", "-m", "torchrec_deepfm", "train"], id="launch"),
+    ],
 )
 def test_a_job_on_one_host_listens_on_the_loopback_address_only(tmp_path: Path, front: list[str]) -> None:
     data, run = make_data(tmp_path / "data").folder, tmp_path / "run"

@@ -194,7 +194,8 @@ def test_a_users_mistake_in_a_job_is_the_last_line(job: str) -> None:
     assert "AppStatus" not in run.stderr
 
 
-def test_a_users_mistake_on_two_ranks_is_told_once_by_them_and_last_by_torchx(tmp_path: Path) -> None:
+@pytest.mark.campaign
+def test_a_users_mistake_on_two_ranks_is_reported_once_by_them_and_last_by_torchx(tmp_path: Path) -> None:
     output = tmp_path / "never"
     run = torchx("run", "apps/deepfm.py", "-j", "1x2", "--", "--data", "nowhere", "--output", str(output))
     assert run.returncode == 2
