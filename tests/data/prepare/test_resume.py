@@ -48,6 +48,7 @@ MODES = {
 }
 
 
+@pytest.mark.campaign
 def test_twenty_kills_twenty_identical_folders(tmp_path):
     """SIGKILL at random moments, up to three in a row, then a run to the end."""
     context = multiprocessing.get_context("forkserver")
@@ -90,11 +91,13 @@ def test_twenty_kills_twenty_identical_folders(tmp_path):
     assert resumed >= KILLS // 4, "the kills came too early to prove anything"
 
 
-@pytest.mark.parametrize("options", MODES.values(), ids=MODES)
-def test_a_kill_after_every_record(tmp_path, monkeypatch, options):
+@pytest.mark.parametrize(
+    "mode", [pytest.param(mode, marks=[pytest.mark.campaign] * (mode != "vocabulary")) for mode in MODES]
+)
+def test_a_kill_after_every_record(tmp_path, monkeypatch, mode):
     """Stopped right after each record is written, and right before."""
     small_pieces(monkeypatch, piece_bytes=3000, block_rows=100)
-    options = {**options, "schema": SMALL}
+    options = {**MODES[mode], "schema": SMALL}
     paths = write(tmp_path, **{f"day_{i}": random_text(150, i, SMALL) for i in range(2)})
     paths = [path.rename(path.with_suffix("")) for path in paths]
     stops = sum(
