@@ -176,7 +176,7 @@ def small_table(rows: int, *, validation: bool = True) -> TrainConfig:
     """Return options for a table of so many training rows.
 
     At least 64 steps per epoch as far as batches of 64 rows allow. With a ``validation`` split, up to 20 epochs, until
-    two in a row are no better.
+    two in a row are not better.
     """
     batch = 64
     while batch < 2048 and batch * 128 <= rows:

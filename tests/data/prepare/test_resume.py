@@ -115,7 +115,7 @@ def test_it_goes_on_from_the_last_piece(tmp_path, monkeypatch):
     add, starts = stage.Stager._add, []
 
     def adding(self, unit, piece, files, record):
-        starts.append(record["start"][1])
+        starts.append(record.start[1])
         if len(starts) == 8:
             raise KeyboardInterrupt
         add(self, unit, piece, files, record)

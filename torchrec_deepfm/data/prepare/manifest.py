@@ -1,17 +1,64 @@
 """What the manifest of a prepared folder records, besides its files, of how it was made."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from torchrec_deepfm.data.prepare.passes.stage import Unit
-from torchrec_deepfm.data.prepare.sources.inputs import Inputs
+import numpy as np
+
+from torchrec_deepfm.data.dataset.prepared import LABELS, SPLITS
+from torchrec_deepfm.data.prepare.options import SPLITS_BY_ROW
+from torchrec_deepfm.data.prepare.passes.npy_appender import read_rows
+from torchrec_deepfm.data.prepare.passes.stage_record import Staged
+from torchrec_deepfm.data.prepare.sources.inputs import SPLITS_BY_LOT, Inputs
 from torchrec_deepfm.data.prepare.sources.provenance import source_name
 from torchrec_deepfm.data.prepare.work_folder import WorkFolder
 from torchrec_deepfm.data.raw.table_source import TableSource
 from torchrec_deepfm.data.values.numeric import NumericColumn
+from torchrec_deepfm.errors import UserError
 
-Staged = Sequence[tuple[Unit, Mapping[str, Any]]]
+
+def days_of_splits(inputs: Inputs, units: Staged, folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """List the days of each split, as in the manifest.
+
+    Returns ``stem``, ``start``, ``rows`` and ``positives`` of each day, by split.
+    """
+    splits: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
+    for unit, record in units:
+        for part in unit.parts:
+            counts = record.stems[part.stem]
+            day = {"stem": part.stem, "start": 0, "rows": counts.rows, "positives": counts.positives}
+            if part.stem == inputs.halved:
+                splits["validation"], splits["test"] = ([half] for half in _halves(day, folder))
+            elif counts.rows:
+                splits[part.split].append(day)
+    wanted: Iterable[str] = SPLITS_BY_LOT.get(inputs.split, {})
+    if inputs.split in SPLITS_BY_ROW:
+        wanted = ("train",) if inputs.split == "column" else SPLITS
+    for split in wanted:
+        if not splits[split]:
+            total = sum(record.rows for _, record in units)
+            raise UserError(
+                f"--input: {total} rows are too few to split {inputs.split}, the {split} part is empty; "
+                "give more rows, or --validation and --test"
+            )
+    return splits
+
+
+def _halves(day: Mapping[str, Any], folder: Path) -> list[dict[str, Any]]:
+    """As TorchRec and MLPerf halve the last day: the first half, the longer one, for validation."""
+    if day["rows"] < 2:
+        raise UserError(f"--split last-day: {day['stem']} has one row and can't be halved; name a longer file")
+    middle = -(-day["rows"] // 2)
+    first, seen = 0, 0
+    for labels in read_rows(folder / f"{day['stem']}{LABELS}", (1,), np.int32):
+        first += int(labels[: max(middle - seen, 0)].sum())
+        seen += len(labels)
+    return [
+        {"stem": day["stem"], "start": 0, "rows": middle, "positives": first},
+        {"stem": day["stem"], "start": middle, "rows": day["rows"] - middle, "positives": day["positives"] - first},
+    ]
 
 
 def recorded_sources(inputs: Inputs, work: WorkFolder) -> dict[str, list[dict[str, Any]]]:
@@ -31,7 +78,7 @@ def encoding(inputs: Inputs, units: Staged, numbers: Sequence[NumericColumn]) ->
     ``statistics`` of numbers.
     """
     tables = [one for part in inputs.sources.values() for one in part if isinstance(one, TableSource)]
-    training = [record["minimum"] for unit, record in units if any(inputs.trains(part) for part in unit.parts)]
+    training = [record.minimum for unit, record in units if any(inputs.trains(part) for part in unit.parts)]
     found: dict[str, Any] = {
         "types": dict(zip(tables[0].schema.categorical, tables[0].types, strict=True)) if tables else None,
         "minimum": min((least for least in training if least is not None), default=None),
@@ -43,7 +90,7 @@ def encoding(inputs: Inputs, units: Staged, numbers: Sequence[NumericColumn]) ->
 def skipped(units: Staged) -> list[dict[str, Any]]:
     """List the bad rows that were left out, by source."""
     return [
-        {"name": source_name(unit.sources[int(place)]), **rows}
+        {"name": source_name(unit.sources[int(place)]), **asdict(rows)}
         for unit, record in units
-        for place, rows in record["skipped"].items()
+        for place, rows in record.skipped.items()
     ]

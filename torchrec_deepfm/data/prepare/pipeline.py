@@ -4,10 +4,9 @@ Read (``stage.py``), count (``vocabulary.py``), encode (``encode.py``), check, a
 these and agree after each that all went well. ``work_folder.py`` describes how a killed one resumes.
 """
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +28,7 @@ from torchrec_deepfm.data.dataset.publish import (
     disk_errors,
 )
 from torchrec_deepfm.data.loader import epoch_order
-from torchrec_deepfm.data.prepare.manifest import Staged, encoding, recorded_sources, skipped
+from torchrec_deepfm.data.prepare.manifest import days_of_splits, encoding, recorded_sources, skipped
 from torchrec_deepfm.data.prepare.options import MIN_COUNT, PrepareOptions
 from torchrec_deepfm.data.prepare.passes.checksum_files import (
     Splits,
@@ -40,20 +39,18 @@ from torchrec_deepfm.data.prepare.passes.checksum_files import (
 )
 from torchrec_deepfm.data.prepare.passes.encode import encode_stem
 from torchrec_deepfm.data.prepare.passes.row_splits import RowSplits
-from torchrec_deepfm.data.prepare.passes.stage import Stager, Unit, skipped_rows
+from torchrec_deepfm.data.prepare.passes.stage import Stager
+from torchrec_deepfm.data.prepare.passes.stage_record import Staged, read_record, staged_record
 from torchrec_deepfm.data.prepare.passes.survey import statistics, summary, survey, surveyed_units
 from torchrec_deepfm.data.prepare.progress import Phase
+from torchrec_deepfm.data.prepare.resume import drop_changed, finished_output, forget_rows, unchanged
 from torchrec_deepfm.data.prepare.sources import inputs as found
-from torchrec_deepfm.data.prepare.sources.inputs import days_of_splits
 from torchrec_deepfm.data.prepare.sources.provenance import (
-    difference,
     known_optimum,
     source_name,
-    source_state,
-    unit_state,
     versions,
-    what_changed,
 )
+from torchrec_deepfm.data.prepare.sources.units import Unit
 from torchrec_deepfm.data.prepare.work_folder import WorkFolder, check_room, estimate_bytes
 from torchrec_deepfm.data.prepare.workers import Workers
 from torchrec_deepfm.data.schema import Schema
@@ -160,7 +157,7 @@ class Job:
         finished: PreparedData | UserError | None = None
         if self._workers.is_main:
             try:
-                finished = self._finished()
+                finished = finished_output(self._output, self._made, self._inputs)
             except UserError as error:
                 finished = error
         finished = self._workers.gather(finished)[0]
@@ -168,6 +165,9 @@ class Job:
             raise finished
         if finished is not None:
             assert isinstance(finished, PreparedData)
+            if self._workers.is_main and self._work.path.exists():  # a kill between the last two steps leaves it
+                self._work.remove()
+            self._say(f"{self._output} is finished already")
             return finished
         resumed: bool | None = None
 
@@ -181,7 +181,8 @@ class Job:
                 if resumed:
                     self._say(f"resuming in {self._work.path}")
                 self._check_room()
-                self._drop_changed()
+                skip_bad = self._stager.skip_bad
+                drop_changed(self._inputs, self._work, skip_bad=skip_bad, report=self._say)
 
         try:
             self._together(enter)
@@ -189,8 +190,8 @@ class Job:
             self._split_rows()
             self._learn()
             self._together(self._stage)
-            units = [(unit, self._record(unit)) for unit in self._inputs.units]
-            splits = days_of_splits(self._inputs, [record for _, record in units], self._work.out)
+            units = [(unit, staged_record(self._work, unit)) for unit in self._inputs.units]
+            splits = days_of_splits(self._inputs, units, self._work.out)
             if self._hash_sizes is None:
                 self._together(lambda: self._count(units))
                 self._together(lambda: self._encode(units))
@@ -239,72 +240,11 @@ class Job:
             if peer_error is not None:
                 raise (error or peer_error)
 
-    def _finished(self) -> PreparedData | None:
-        """The output, where this very call has made it already."""
-        if not (self._output / MANIFEST).exists():
-            return None
-        try:
-            data = PreparedData.open(self._output)
-        except UserError:
-            return None
-        made, sources = dict(data.made), data.made.get("sources", {})
-        made["sources"] = {part: [one["name"] for one in listed] for part, listed in sources.items()}
-        if made != json.loads(json.dumps(self._made)):
-            return None
-        for part, opened in self._inputs.sources.items():
-            for source, before in zip(opened, sources[part], strict=True):
-                what = difference(before, source_state(source))
-                if what:
-                    raise UserError(
-                        f"{self._output}: it was made from other content of {source.path} ({what}); "
-                        "name another output, or remove this one to prepare again"
-                    )
-        if self._work.path.exists():  # a kill between the last two steps leaves it
-            self._work.remove()
-        self._say(f"{self._output} is finished already")
-        return data
-
     def _check_room(self) -> None:
         heads = found.heads(self._inputs.units, self._reading, piece_bytes=_HEAD_BYTES)
         log = self._stager.takes_logs
         needed = estimate_bytes(heads, self._schema, staged=self._hash_sizes is None, log=log)
         check_room(self._output, needed, self._work.path)
-
-    def _drop_changed(self) -> None:
-        """Forget what was read from sources that have changed since, and before that all that followed from it.
-
-        The new state is written last: a kill on the way finds the change again.
-        """
-        states = {unit.name: unit_state(unit) for unit in self._inputs.units}
-        changed = []
-        for unit in self._inputs.units:
-            before, record = self._work.record(f"source_{unit.name}"), self._work.record(unit.name)
-            what = "" if before is None else what_changed(before, states[unit.name], unit)
-            if what:
-                changed.append(unit)
-                self._say(f"{what}: reading it anew")
-            elif record is not None and skipped_rows(record) and not self._stager.skip_bad:
-                changed.append(unit)  # it was read under --on-bad-row skip
-        if changed:
-            self._work.forget("sum_*")
-            self._work.forget("encode_*")
-            for path in self._work.out.glob("vocabulary_*"):
-                path.unlink()
-            for unit in changed:
-                self._work.forget(unit.name)
-                self._work.forget(f"survey_{unit.name}")
-                self._work.forget(f"survey_split_{unit.name}")
-        for name, state in states.items():
-            if self._work.record(f"source_{name}") != json.loads(json.dumps(state)):
-                self._work.write_record(f"source_{name}", state)
-
-    def _check_unchanged(self, unit: Unit) -> None:
-        """Check that nobody wrote to the sources of a unit while they were read."""
-        before = self._work.record(f"source_{unit.name}")
-        assert before is not None
-        what = what_changed(before, unit_state(unit), unit)
-        if what:
-            raise UserError(f"{what} while it was read; run the same command again when nothing writes to it")
 
     def _split_rows(self) -> None:
         """Settle the split of rows that follows from their values, and name rows that leak across time."""
@@ -317,12 +257,12 @@ class Job:
             mine = self._workers.mine(list(enumerate(units)), [float(unit.bytes) for unit in units])
             with Phase("split", sum(unit.bytes for _, unit in mine) / 1e6, report=self._report) as phase:
                 for place, unit in mine:
-                    with self._unchanged(unit):
+                    with unchanged(unit, self._work):
                         self._row_splits.collect(unit, place, phase.shares(unit.bytes / 1e6))
 
         def settle() -> None:
             if self._workers.is_main:
-                said.extend(self._row_splits.settle(units, self._connection, self._forget_rows))
+                said.extend(self._row_splits.settle(units, self._connection, partial(forget_rows, self._work)))
 
         self._together(collect)
         self._together(settle)
@@ -343,7 +283,7 @@ class Job:
             def join() -> None:
                 nonlocal joined
                 if self._workers.is_main:
-                    joined = statistics(units, self._numbers, self._work, self._forget_rows)
+                    joined = statistics(units, self._numbers, self._work, partial(forget_rows, self._work))
 
             self._together(join)
             found = self._workers.gather(joined)[0]
@@ -356,7 +296,7 @@ class Job:
         mine = self._workers.mine(units, [float(unit.bytes) for unit in units])
         with Phase("learn", sum(unit.bytes for unit in mine) / 1e6, report=self._report) as phase:
             for unit in mine:
-                with self._unchanged(unit):
+                with unchanged(unit, self._work):
                     survey(
                         unit,
                         self._inputs,
@@ -366,28 +306,6 @@ class Job:
                         on_piece=phase.shares(unit.bytes / 1e6),
                     )
 
-    def _forget_rows(self) -> None:
-        """Forget all rows that were prepared."""
-        for pattern in ("sum_*", "encode_*", "stage_*", "survey_stage_*"):
-            self._work.forget(pattern)
-        for path in self._work.out.glob("vocabulary_*"):
-            path.unlink()
-
-    @contextmanager
-    def _unchanged(self, unit: Unit) -> Iterator[None]:
-        """Check that nobody wrote to the sources of a unit while they were read."""
-        try:
-            yield
-        except UserError:
-            self._check_unchanged(unit)  # then that is why
-            raise
-        self._check_unchanged(unit)
-
-    def _record(self, unit: Unit) -> dict[str, Any]:
-        record = self._work.record(unit.name)
-        assert record is not None
-        return record
-
     def _stage(self) -> None:
         weights = [float(unit.bytes) for unit in self._inputs.units]
         mine = self._workers.mine(self._inputs.units, weights)
@@ -395,10 +313,10 @@ class Job:
         many: list[Unit] = []
         with Phase("read", size, report=self._report) as phase:
             for unit in mine:
-                before = self._work.record(unit.name)
-                if before is not None and before["finished"]:
+                before = read_record(self._work, unit)
+                if before is not None and before.finished:
                     continue
-                with self._unchanged(unit):
+                with unchanged(unit, self._work):
                     self._stager.stage(unit, phase.shares(unit.bytes / 1e6))
                 if len(unit.sources) == 1:
                     self._say_read(unit)
@@ -408,11 +326,11 @@ class Job:
             self._say_read(*many)
 
     def _say_read(self, *units: Unit) -> None:
-        records = [self._record(unit) for unit in units]
-        bad = sum(map(skipped_rows, records))
+        records = [staged_record(self._work, unit) for unit in units]
+        bad = sum(record.skipped_rows for record in records)
         left_out = f", {bad:,} bad ones skipped" if bad else ""
         all_sources = replace(units[0], sources=tuple(source for unit in units for source in unit.sources))
-        self._say(f"read {all_sources}: {sum(record['rows'] for record in records):,} rows{left_out}")
+        self._say(f"read {all_sources}: {sum(record.rows for record in records):,} rows{left_out}")
 
     def _count(self, units: Staged) -> None:
         columns = range(len(self._schema.categorical))
@@ -452,14 +370,14 @@ class Job:
 
     def _encode(self, units: Staged) -> None:
         stems = [(part.stem, record) for unit, record in units for part in unit.parts]
-        weights = [float(record["stems"][stem]["rows"]) for stem, record in stems]
+        weights = [float(record.stems[stem].rows) for stem, record in stems]
         mine = self._workers.mine(stems, weights)
-        total = sum(record["stems"][stem]["rows"] for stem, record in mine)
+        total = sum(record.stems[stem].rows for stem, record in mine)
         row_bytes = max(4 * len(self._schema.categorical), _ROW_BYTES)
         block_rows = max(int(self._options.memory_bytes * BLOCK_SHARE / row_bytes), 1)
         with Phase("encode", total, report=self._report) as phase:
             for stem, record in mine:
-                if not record["stems"][stem]["rows"]:
+                if not record.stems[stem].rows:
                     continue
                 encode_stem(
                     self._connection,
@@ -481,7 +399,7 @@ class Job:
     def _check_sums(self, units: Staged, splits: Splits) -> None:
         """Take the checksums of every file that will be in the folder, of its blocks too."""
         stems = borders_of_stems(splits)
-        rows = {part.stem: record["stems"][part.stem]["rows"] for unit, record in units for part in unit.parts}
+        rows = {part.stem: record.stems[part.stem].rows for unit, record in units for part in unit.parts}
         files = {name: stem for stem in stems for name in stem_files(self._schema, stem)}
         names = [*files, *self._vocabularies()]
         mine = self._workers.mine(names, [float(rows[files[name]]) if name in files else 0.0 for name in names])

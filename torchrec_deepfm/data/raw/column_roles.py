@@ -132,7 +132,7 @@ def sort(
 
 
 def _parts_of_time(column: SampledColumn, names: set[str]) -> list[SampledColumn]:
-    """Categories that a column of times becomes: the hour, if it has one, and the weekday; none if it is no such."""
+    """Categories that a column of times becomes: the hour, if it has one, and the weekday; none for other columns."""
     given = _given(column.series)
     if column.kind.is_list or not len(given):
         return []

@@ -28,7 +28,7 @@ _PATTERNS: Final = {
     "%Y%m%d%H%M": (1990, 2069),
     "%Y%m%d%H%M%S": (1990, 2069),
 }
-_SURE: Final = 20  # different numbers that are dates by a pattern, from which they are no coincidence
+_SURE: Final = 20  # different numbers that are dates by a pattern, from which on they are taken for dates
 
 
 def is_time(arrow: pa.DataType) -> bool:
@@ -73,7 +73,7 @@ def local_times(column: pa.ChunkedArray, options: Column) -> Values:
     """Read times as a clock of the time zone shows them.
 
     Instants (numbers since 1970, times with a zone) are converted to the zone; others are taken as they stand. Returns
-    n values Datetime("us"); what is no time is a fault.
+    n values Datetime("us"); other values are faults.
     """
     arrow, zone = stored(column.type), options.timezone or "UTC"
     kind = kind_of(arrow)

@@ -91,7 +91,7 @@ class NumericColumn:
 def numeric_columns(schema: Schema, option: str | None) -> tuple[NumericColumn, ...]:
     """Settle the transform of every numeric column.
 
-    A column's own option goes before the schema's, the schema's before the command's.
+    A column's own option overrides the schema's, and the schema's overrides the command's.
 
     Args:
         schema: The columns.
@@ -290,7 +290,7 @@ def _transformed(number: pl.Expr, transform: str) -> pl.Expr:
 
 
 def _scaled(values: NDArray[np.float64], column: NumericColumn) -> NDArray[np.float64]:
-    """float64 [n] by what was learned; NaN is missing."""
+    """float64 [n], transformed with the learned statistics; NaN is missing."""
     learned = column.learned
     assert learned is not None, column
     missing = np.isnan(values)

@@ -21,5 +21,5 @@ class Metrics:
             registry=self.registry,
         )
         self.waiting = Gauge("deepfm_waiting_rows", "Rows that wait for the model.", registry=self.registry)
-        self.reloads = Counter("deepfm_reloads", "SIGHUPs by what came of them.", ["result"], registry=self.registry)
+        self.reloads = Counter("deepfm_reloads", "SIGHUPs by outcome.", ["result"], registry=self.registry)
         self.model = Gauge("deepfm_model_info", "1 for the model that answers.", ["sha256"], registry=self.registry)

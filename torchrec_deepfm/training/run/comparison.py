@@ -21,7 +21,7 @@ from torchrec_deepfm.report.training_curves import (
 from torchrec_deepfm.training.run.report import DAMAGED, calibration_error, damaged, words
 from torchrec_deepfm.training.run.run_files import RunFiles, read_run
 
-_MOST: Final = 5  # runs: as many colours as can be told apart
+_MOST: Final = 5  # runs: more colours are hard to distinguish
 _METRICS: Final = {"AUC": "auc", "log loss": "logloss", "NE": "ne", "calibration": "calibration"}
 
 
@@ -66,7 +66,7 @@ def write_comparison(folders: Sequence[Path], output: Path | None = None) -> Pat
 
 
 def _names(runs: Sequence[RunFiles]) -> dict[str, RunFiles]:
-    """The runs by their folders' names, with as many parents as tell them apart."""
+    """The runs by their folders' names, with as many parents as make them unique."""
     parts = [run.folder.resolve().parts for run in runs]
     for count in range(1, max(map(len, parts)) + 1):
         names = [os.fsencode(Path(*one[-count:])).decode("utf-8", "replace") for one in parts]

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from torchrec_deepfm.data.dataset.publish import sync
 from torchrec_deepfm.data.prepare.options import SPLITS_BY_ROW, SplitBy
-from torchrec_deepfm.data.prepare.passes.stage import OnPiece, Unit, deal
 from torchrec_deepfm.data.prepare.sources.inputs import LOTS_BY_ROW
+from torchrec_deepfm.data.prepare.sources.units import OnPiece, Unit, deal
 from torchrec_deepfm.data.prepare.work_folder import WorkFolder
 from torchrec_deepfm.data.raw import dates
 from torchrec_deepfm.data.raw.columns import scalars, shown_value

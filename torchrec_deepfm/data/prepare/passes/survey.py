@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from torchrec_deepfm.data.dataset.publish import sync
-from torchrec_deepfm.data.prepare.passes.stage import OnPiece, Unit, deal
 from torchrec_deepfm.data.prepare.sources.inputs import Inputs
+from torchrec_deepfm.data.prepare.sources.units import OnPiece, Unit, deal
 from torchrec_deepfm.data.prepare.work_folder import WorkFolder
 from torchrec_deepfm.data.values.numeric import NumericColumn, learned_numbers
 from torchrec_deepfm.data.values.statistics import ColumnStatistics, Survey, merged

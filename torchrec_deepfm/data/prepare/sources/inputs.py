@@ -3,18 +3,14 @@
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-import numpy as np
-
-from torchrec_deepfm.data.dataset.prepared import LABELS, SPLITS
 from torchrec_deepfm.data.prepare.options import SPLITS_BY_ROW
-from torchrec_deepfm.data.prepare.passes.npy_appender import read_rows
-from torchrec_deepfm.data.prepare.passes.stage import Part, Unit
+from torchrec_deepfm.data.prepare.sources.units import Part, Unit
 from torchrec_deepfm.data.raw.chunk_files import ChunkTable
 from torchrec_deepfm.data.raw.criteo_text import TextLog
 from torchrec_deepfm.data.raw.source import Source
@@ -234,47 +230,3 @@ def _open(paths: Mapping[str, Sequence[str | ChunkTable]], schema: Schema, piece
     }
     alike = iter(unify([source for part in opened.values() for source in part]))
     return {part: [next(alike) for _ in sources] for part, sources in opened.items()}
-
-
-def days_of_splits(
-    inputs: Inputs, records: Sequence[Mapping[str, Any]], folder: Path
-) -> dict[str, list[dict[str, Any]]]:
-    """List the days of each split, as in the manifest.
-
-    Returns ``stem``, ``start``, ``rows`` and ``positives`` of each day, by split.
-    """
-    splits: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
-    for unit, record in zip(inputs.units, records, strict=True):
-        for part in unit.parts:
-            counts = record["stems"][part.stem]
-            day = {"stem": part.stem, "start": 0, "rows": counts["rows"], "positives": counts["positives"]}
-            if part.stem == inputs.halved:
-                splits["validation"], splits["test"] = ([half] for half in _halves(day, folder))
-            elif counts["rows"]:
-                splits[part.split].append(day)
-    wanted: Iterable[str] = SPLITS_BY_LOT.get(inputs.split, {})
-    if inputs.split in SPLITS_BY_ROW:
-        wanted = ("train",) if inputs.split == "column" else SPLITS
-    for split in wanted:
-        if not splits[split]:
-            total = sum(record["rows"] for record in records)
-            raise UserError(
-                f"--input: {total} rows are too few to split {inputs.split}, the {split} part is empty; "
-                "give more rows, or --validation and --test"
-            )
-    return splits
-
-
-def _halves(day: Mapping[str, Any], folder: Path) -> list[dict[str, Any]]:
-    """As TorchRec and MLPerf halve the last day: the first half, the longer one, for validation."""
-    if day["rows"] < 2:
-        raise UserError(f"--split last-day: {day['stem']} has one row and can't be halved; name a longer file")
-    middle = -(-day["rows"] // 2)
-    first, seen = 0, 0
-    for labels in read_rows(folder / f"{day['stem']}{LABELS}", (1,), np.int32):
-        first += int(labels[: max(middle - seen, 0)].sum())
-        seen += len(labels)
-    return [
-        {"stem": day["stem"], "start": 0, "rows": middle, "positives": first},
-        {"stem": day["stem"], "start": middle, "rows": day["rows"] - middle, "positives": day["positives"] - first},
-    ]

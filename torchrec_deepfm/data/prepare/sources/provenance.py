@@ -12,7 +12,7 @@ import fsspec
 import pyarrow as pa
 import xxhash
 
-from torchrec_deepfm.data.prepare.passes.stage import Unit
+from torchrec_deepfm.data.prepare.sources.units import Unit
 from torchrec_deepfm.data.raw.chunk_files import ChunkTable
 from torchrec_deepfm.data.raw.source import Source
 from torchrec_deepfm.data.raw.table_source import TableSource
