@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 
     from torchrec_deepfm.data.dataset.prepared import PreparedData
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores, and torch reads this when it is loaded
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; torch and Polars read these when they are loaded
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("POLARS_MAX_THREADS", "1")
 
 if (
     signal.getsignal(signal.SIGINT) is signal.SIG_IGN

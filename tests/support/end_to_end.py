@@ -38,7 +38,7 @@ class Workspace:
         environment = {
             key: value
             for key, value in os.environ.items()
-            if not key.startswith(("PYTEST", "TORCH", "OMP", "MAKE", "ARGS"))
+            if not key.startswith(("PYTEST", "TORCH", "OMP", "POLARS", "MAKE", "ARGS"))
         }
         environment["PATH"] = f"{self.folder / '.venv' / 'bin'}{os.pathsep}{environment['PATH']}"
         return subprocess.run(
