@@ -1,8 +1,9 @@
 """The balanced search against every rival, over random lists of tables and hosts, scored by code of its own.
 
-    python -m benchmarks.planner.search --output cases.csv                    # 300 cases of seed 0
-    python -m benchmarks.planner.search --preset criteo --ranks 8 16 --output criteo.csv
-    python -m benchmarks.planner.search --preset dcnv2 --output dcnv2.csv
+    python -m benchmarks.planner.search --output cases.jsonl                  # 300 cases of seed 0; again: resumes
+    python -m benchmarks.planner.search --preset criteo --ranks 8 16 --output criteo.jsonl
+    python -m benchmarks.planner.search --preset dcnv2 --output dcnv2.jsonl
+    python -m benchmarks.planner.search --cases 0 --output cases.jsonl        # the summary of what is there
 
 Rivals, all with TorchRec's partitioner: TorchRec's planner as it comes; each of its proposers with its options
 (``DynamicProgrammingProposer`` too) at every ``min_partition``; and a loop that a user would tune: tables above a
@@ -10,18 +11,20 @@ threshold sharded one way, the others replicated, the best of 4 thresholds x 9 w
 each objective. Plans are scored by ``score``: TorchRec's equations written down again, which import nothing of the
 search and none of TorchRec's estimators.
 
-A rival's run ends after ``--seconds``; its best plan until then counts.
+A rival has ``--seconds`` of CPU time per case. Where they run out its best plan until then counts, and the case is
+counted as such. Cases are drawn by their number, so what is finished is skipped when the command runs again.
 """
 
-import csv
 import itertools
+import json
 import math
 import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -38,16 +41,20 @@ from torchrec.distributed.planner.proposers import (  # noqa: E402
     GridSearchProposer,
     UniformProposer,
 )
+from torchrec.distributed.planner.types import Enumerator, PlannerError, Proposer, ShardingOption  # noqa: E402
 
 from torchrec_deepfm.errors import UserError  # noqa: E402
+from torchrec_deepfm.sharding.estimate import table_module  # noqa: E402
 from torchrec_deepfm.sharding.inputs.hardware import RESERVED, Hardware  # noqa: E402
 from torchrec_deepfm.sharding.inputs.presets import PRESETS  # noqa: E402
 from torchrec_deepfm.sharding.inputs.tables import Table, criteo_dcnv2_tables, criteo_tables  # noqa: E402
 from torchrec_deepfm.sharding.plan.plan import Objective  # noqa: E402
-from torchrec_deepfm.sharding.search import plan_tables  # noqa: E402
+from torchrec_deepfm.sharding.runtime.sharder import AllTypesSharder  # noqa: E402
+from torchrec_deepfm.sharding.search.plan_tables import plan_tables, torchrec_planner  # noqa: E402
 
+Kernel = str | tuple[str, float]
 OBJECTIVES: Final[tuple[Objective, ...]] = ("total", "all")
-PROPOSERS: Final = {
+PROPOSERS: Final[dict[str, Callable[[], list[Proposer]]]] = {
     "greedy": lambda: [GreedyProposer(), GreedyProposer(use_depth=False)],
     "uniform": lambda: [UniformProposer(), UniformProposer(use_depth=False)],
     "grid search": lambda: [GridSearchProposer()],
@@ -78,15 +85,15 @@ class Options:
     seed: int = 0
     """Of the random cases."""
     first: int = 0
-    """Random cases to skip, so that several processes can share them."""
+    """Number of the first random case, so that several processes can share them."""
     ranks: tuple[int, ...] = (16, 32, 64, 128)
     """Numbers of ranks of criteo and dcnv2."""
     rivals: tuple[Literal["torchrec", "proposers", "loop"], ...] = ("torchrec", "proposers", "loop")
     """Whom to compare with."""
     seconds: int = 20
-    """Time limit of each rival's run."""
+    """CPU time of each rival per case."""
     output: Path | None = None
-    """CSV file for the results."""
+    """File for the results, a line of JSON per case. Cases that it has are not run again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,11 +111,12 @@ class Case:
 # --- the independent score ---------------------------------------------------------------------------------------
 
 
-def score(placed: Sequence[tuple[Table, str, str, Sequence[tuple[int, int, int]]]], case: Case) -> dict[str, float]:
+def score(placed: Sequence[tuple[Table, str, Kernel, Sequence[tuple[int, int, int]]]], case: Case) -> dict[str, float]:
     """Return milliseconds of the slowest rank by each objective.
 
     Args:
-        placed: For each table its sharding type, kernel, and (rank, rows, columns) of every shard.
+        placed: For each table its sharding type, kernel (with its share of cached rows, if not 0.2), and
+            (rank, rows, columns) of every shard.
         case: What it is for.
     """
     total, ids = [0.0] * case.ranks, [0.0] * case.ranks
@@ -122,9 +130,10 @@ def score(placed: Sequence[tuple[Table, str, str, Sequence[tuple[int, int, int]]
     return {"total": max(total), "all": max(map(sum, zip(total, ids, strict=True)))}
 
 
-def shard_ms(table: Table, kind: str, kernel: str, rows: int, columns: int, case: Case) -> tuple[float, float]:
+def shard_ms(table: Table, kind: str, kernel: Kernel, rows: int, columns: int, case: Case) -> tuple[float, float]:
     """TorchRec's equations for one shard of float32: milliseconds without ids, and those of the ids that arrive."""
     hardware, ranks = case.hardware, case.ranks
+    kernel, cached = (kernel, 0.2) if isinstance(kernel, str) else kernel
     local = min(hardware.ranks_per_host, ranks)
     hosts = ranks // local
     gpu = hardware.compute_device == "cuda"
@@ -134,7 +143,7 @@ def shard_ms(table: Table, kind: str, kernel: str, rows: int, columns: int, case
         "fused": memory,
         "dense": memory / 2,
         "fused_uvm": slow / 10,
-        "fused_uvm_caching": (0.2 * memory + 0.8 * slow) / 10,
+        "fused_uvm_caching": (cached * memory + (1 - cached) * slow) / 10,
     }[kernel]
     intra, inter = hardware.intra_host_bandwidth / 1e3, hardware.inter_host_bandwidth / 1e3
     link = intra if hosts == 1 else inter
@@ -166,16 +175,19 @@ def shard_ms(table: Table, kind: str, kernel: str, rows: int, columns: int, case
 # --- cases --------------------------------------------------------------------------------------------------------
 
 
-def cases(options: Options) -> Iterator[Case]:
-    """Yield the cases; a random one depends on the seed and its number only."""
+def cases(options: Options) -> Iterator[tuple[str, Case]]:
+    """Yield the cases with their names; a random one depends on the seed and its number only."""
     base = PRESETS["torchrec"]
     if options.preset != "random":
         tables = criteo_tables(128) if options.preset == "criteo" else criteo_dcnv2_tables(128)
         for ranks in options.ranks:
-            yield Case(tables=tables, hardware=base, ranks=ranks, batch_size=8192, name=options.preset, memory="enough")
+            yield (
+                f"{options.preset} {ranks}",
+                Case(tables=tables, hardware=base, ranks=ranks, batch_size=8192, name=options.preset, memory="enough"),
+            )
         return
     for number in range(options.first, options.first + options.cases):
-        yield random_case(random.Random(f"{options.seed} {number}"))
+        yield f"{options.seed} {number}", random_case(random.Random(f"{options.seed} {number}"))
 
 
 def random_case(draw: random.Random) -> Case:
@@ -183,7 +195,7 @@ def random_case(draw: random.Random) -> Case:
     per_host = draw.choice([1, 4, 5, 8, 24, 40, 72])
     hosts = draw.choice([each for each in (1, 2, 3, 4, 8, 16, 32, 64, 128) if each * per_host <= 1024])
     ranks = per_host * hosts
-    count = draw.choice([20, 26, 40, 60] if ranks > 128 else [20, 26, 40, 60, 100, 200])
+    count = draw.choice([20, 20, 26, 26, 40, 60] if ranks > 128 else [20, 20, 26, 26, 26, 40, 40, 60, 100, 200])
     style = draw.choice(["one-hot", "multi-hot"])
     widths = draw.choice([(16,), (64,), (128,), (256,), (16, 64, 128), (12, 36, 100), (48, 96, 192)])
     tables = []
@@ -212,44 +224,76 @@ def random_case(draw: random.Random) -> Case:
 # --- planners -----------------------------------------------------------------------------------------------------
 
 
+@dataclass
+class Clock:
+    """CPU time that is left to a rival."""
+
+    end: float
+    ran_out: bool = False
+
+    @classmethod
+    def of(cls, seconds: float) -> "Clock":
+        """Start one."""
+        return cls(time.process_time() + seconds)
+
+    def left(self) -> bool:
+        """Whether there is time; remembers when there was none."""
+        self.ran_out |= time.process_time() > self.end
+        return not self.ran_out
+
+
+class TimedProposer(Proposer):
+    """A proposer of TorchRec's that ends with its rival's time.
+
+    Args:
+        proposer: The proposer.
+        clock: The time.
+    """
+
+    def __init__(self, proposer: Proposer, clock: Clock) -> None:
+        self._proposer, self._clock = proposer, clock
+
+    def load(self, search_space: list[ShardingOption], enumerator: Enumerator | None = None) -> None:
+        """Take the options of all tables."""
+        if self._clock.left():
+            self._proposer.load(search_space, enumerator)
+
+    def propose(self) -> list[ShardingOption] | None:
+        """Return the next proposal while there is time."""
+        return self._proposer.propose() if self._clock.left() else None
+
+    def feedback(self, *args: Any, **named: Any) -> None:
+        """Pass on the outcome of a proposal."""
+        self._proposer.feedback(*args, **named)
+
+
 def torchrec_plan(
     case: Case,
-    seconds: float,
-    proposers: list[Any] | None = None,
+    clock: Clock,
+    proposers: list[Proposer] | None = None,
     constraints: Mapping[str, ParameterConstraints] | None = None,
 ) -> dict[str, float] | None:
     """Run TorchRec's planner, perhaps with other proposers; None where it finds no plan."""
-    planner = plan_tables.make_planner(
-        case.tables, case.hardware, case.ranks, batch_size=case.batch_size, constraints=constraints, search="torchrec"
+    planner = torchrec_planner(
+        case.tables, case.hardware, case.ranks, batch_size=case.batch_size, constraints=constraints
     )
-    planner._timeout_seconds = max(1, math.ceil(seconds))
-    if proposers is not None:
-        planner._proposers = proposers
+    planner._proposers = [TimedProposer(each, clock) for each in proposers or planner._proposers]
     try:
-        planner.plan(plan_tables.table_module(case.tables), [plan_tables.AllTypesSharder()])
-    except (plan_tables.PlannerError, RuntimeError):
+        planner.plan(table_module(case.tables), [AllTypesSharder()])  # type: ignore[list-item]
+    except (PlannerError, RuntimeError):
         return None
     tables = {table.name: table for table in case.tables}
-    return score(
-        [
-            (
-                tables[option.name],
-                option.sharding_type,
-                option.compute_kernel,
-                [(shard.rank, shard.size[0], shard.size[1]) for shard in option.shards],
-            )
-            for option in planner._best_plan
-        ],
-        case,
-    )
+    placed = []
+    for option in planner._best_plan or []:
+        shards = [(int(shard.rank or 0), shard.size[0], shard.size[1]) for shard in option.shards]
+        placed.append((tables[option.name], option.sharding_type, option.compute_kernel, shards))
+    return score(placed, case)
 
 
 def balanced_plan(case: Case, objective: Objective) -> tuple[dict[str, float] | None, str]:
     """Plan with the balanced search; its scores, and the types that it takes."""
     try:
-        plan = plan_tables.plan_tables(
-            case.tables, case.hardware, case.ranks, batch_size=case.batch_size, objective=objective
-        )
+        plan = plan_tables(case.tables, case.hardware, case.ranks, batch_size=case.batch_size, objective=objective)
     except UserError:
         return None, ""
     tables = {table.name: table for table in case.tables}
@@ -258,7 +302,7 @@ def balanced_plan(case: Case, objective: Objective) -> tuple[dict[str, float] | 
             (
                 tables[table.name],
                 table.sharding_type,
-                table.compute_kernel,
+                (table.compute_kernel, table.kernel_options.get("cache_load_factor", 0.2)),
                 [(shard.rank, *shard.sizes) for shard in table.shards],
             )
             for table in plan.tables
@@ -269,44 +313,41 @@ def balanced_plan(case: Case, objective: Objective) -> tuple[dict[str, float] | 
     return found, ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
 
 
-def tuned_loop(case: Case, seconds: float) -> list[dict[str, float]]:
+def tuned_loop(case: Case, clock: Clock) -> list[dict[str, float]]:
     """The plans of a loop over thresholds and ways."""
-    end = time.monotonic() + seconds
     found = []
     for threshold, (kind, width) in itertools.product(THRESHOLDS, WAYS):
-        if time.monotonic() > end:
+        if not clock.left():
             break
         rules = {}
         for table in case.tables:
             large = table.num_embeddings > threshold and (width is None or table.embedding_dim % width == 0)
             small = ParameterConstraints(sharding_types=["data_parallel"])
             rules[table.name] = ParameterConstraints(sharding_types=[kind], min_partition=width) if large else small
-        plan = torchrec_plan(case, end - time.monotonic(), constraints=rules)
+        plan = torchrec_plan(case, clock, constraints=rules)
         found += [] if plan is None else [plan]
     return found
 
 
-def best_proposers(case: Case, seconds: float) -> dict[str, list[dict[str, float]]]:
-    """The plans of each proposer at every ``min_partition``."""
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in PROPOSERS}
-    for name, make in PROPOSERS.items():
-        end = time.monotonic() + seconds
-        for width in (None, 8, 16, 32, 64):
-            if time.monotonic() > end:
-                break
-            rules = {
-                table.name: ParameterConstraints(min_partition=width)
-                for table in case.tables
-                if width is not None and table.embedding_dim % width == 0
-            }
-            plan = torchrec_plan(case, end - time.monotonic(), make(), rules)
-            found[name] += [] if plan is None else [plan]
+def best_of_proposer(case: Case, clock: Clock, make: Callable[[], list[Proposer]]) -> list[dict[str, float]]:
+    """The plans of a proposer at every ``min_partition``."""
+    found = []
+    for width in (None, 8, 16, 32, 64):
+        if not clock.left():
+            break
+        rules = {
+            table.name: ParameterConstraints(min_partition=width)
+            for table in case.tables
+            if width is not None and table.embedding_dim % width == 0
+        }
+        plan = torchrec_plan(case, clock, make(), rules)
+        found += [] if plan is None else [plan]
     return found
 
 
-def compare(case: Case, options: Options) -> dict[str, object]:
-    """Run everybody on a case; a row of the results."""
-    row: dict[str, object] = {
+def compare(case: Case, options: Options) -> dict[str, Any]:
+    """Run everybody on a case; a line of the results."""
+    row: dict[str, Any] = {
         "tables": len(case.tables),
         "kind": case.name,
         "memory": case.memory,
@@ -314,28 +355,27 @@ def compare(case: Case, options: Options) -> dict[str, object]:
         "per host": case.hardware.local_world_size(case.ranks),
         "hardware": case.hardware.name,
     }
-    rivals: dict[str, list[dict[str, float]]] = {}
     for objective in OBJECTIVES:
-        begin = time.perf_counter()
+        begin = time.process_time()
         found, types = balanced_plan(case, objective)
-        row[f"balanced {objective} s"] = round(time.perf_counter() - begin, 1)
+        row[f"balanced {objective} s"] = round(time.process_time() - begin, 1)
         row[f"balanced {objective}"] = None if found is None else found[objective]
-        if found is not None:
-            row[f"other of {objective}"] = found["all" if objective == "total" else "total"]
-            row[f"types {objective}"] = types
+        row[f"types {objective}"] = types
+    rivals: dict[str, Callable[[Clock], list[dict[str, float]]]] = {}
     if "torchrec" in options.rivals:
-        begin = time.perf_counter()
-        plan = torchrec_plan(case, options.seconds)
-        row["torchrec s"] = round(time.perf_counter() - begin, 1)
-        rivals["torchrec"] = [] if plan is None else [plan]
+        rivals["torchrec"] = lambda clock: [plan] if (plan := torchrec_plan(case, clock)) else []
     if "proposers" in options.rivals:
-        rivals |= best_proposers(case, options.seconds)
+        rivals |= {name: partial(best_of_proposer, case, make=make) for name, make in PROPOSERS.items()}
     if "loop" in options.rivals:
-        begin = time.perf_counter()
-        rivals["tuned loop"] = tuned_loop(case, options.seconds)
-        row["tuned loop s"] = round(time.perf_counter() - begin, 1)
-    for (name, plans), objective in itertools.product(rivals.items(), OBJECTIVES):
-        row[f"{name} {objective}"] = min((plan[objective] for plan in plans), default=None)
+        rivals["tuned loop"] = partial(tuned_loop, case)
+    row["ran out of time"] = []
+    for name, run in rivals.items():
+        clock, begin = Clock.of(options.seconds), time.process_time()
+        plans = run(clock)
+        row[f"{name} s"] = round(time.process_time() - begin, 1)
+        row["ran out of time"] += [name] if clock.ran_out else []
+        for objective in OBJECTIVES:
+            row[f"{name} {objective}"] = min((plan[objective] for plan in plans), default=None)
     return row
 
 
@@ -350,39 +390,40 @@ def worse_than(row: Mapping[str, object]) -> list[str]:
 
 
 def main(options: Options) -> None:
-    """Run all cases; write them one after another, and print a summary."""
-    rows: list[dict[str, object]] = []
-    for number, case in enumerate(cases(options)):
-        row = compare(case, options)
-        rows.append(row)
+    """Run the cases that the file does not have yet, write each when it is finished, and print a summary."""
+    rows: dict[str, dict[str, Any]] = {}
+    if options.output is not None and options.output.exists():
+        for line in options.output.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            rows[row["case"]] = row
+    for name, case in cases(options):
+        if name in rows:
+            continue
+        rows[name] = row = {"case": name, **compare(case, options)}
         worse = worse_than(row)
         shown = " ".join(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values())
-        print(f"{number}: {shown}{'  WORSE THAN ' + ', '.join(worse) if worse else ''}", flush=True)
+        print(f"{shown}{'  WORSE THAN ' + ', '.join(worse) if worse else ''}", flush=True)
         if options.output is not None:
-            names = list(dict.fromkeys(name for each in rows for name in each))
-            with options.output.open("w", newline="") as file:
-                writer = csv.DictWriter(file, names)
-                writer.writeheader()
-                writer.writerows(rows)
-    summarise(rows)
+            with options.output.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+    summarise(list(rows.values()))
 
 
-def summarise(rows: Sequence[Mapping[str, object]]) -> None:
+def summarise(rows: Sequence[Mapping[str, Any]]) -> None:
     """Print, for each rival and objective, how often and by how much the balanced search is better."""
+    print(f"{len(rows)} cases")
+    print(f"{'rival':<21}{'objective':<11}{'cases':>6}{'balanced worse':>16}{'rival : balanced, least':>25}"
+          f"{'median':>8}{'most':>8}{'planned by balanced only':>26}{'rival only':>12}{'out of time':>13}")  # fmt: skip
     for name, objective in itertools.product(("torchrec", *PROPOSERS, "tuned loop"), OBJECTIVES):
-        pairs = [(row.get(f"{name} {objective}"), row.get(f"balanced {objective}")) for row in rows]
-        ratios = sorted(
-            theirs / mine for theirs, mine in pairs if isinstance(theirs, float) and isinstance(mine, float)
-        )
+        asked = [row for row in rows if f"{name} {objective}" in row]
+        pairs = [(row[f"{name} {objective}"], row[f"balanced {objective}"]) for row in asked]
+        ratios = sorted(theirs / mine for theirs, mine in pairs if theirs is not None and mine is not None)
         if ratios:
-            worse = sum(ratio < 1 - 1e-6 for ratio in ratios)
-            only = sum(theirs is None and mine is not None for theirs, mine in pairs)
-            missed = sum(theirs is not None and mine is None for theirs, mine in pairs)
-            print(
-                f"{name}, {objective}: {len(ratios)} cases, balanced worse in {worse} (least ratio {ratios[0]:.3f}), "
-                f"median {ratios[len(ratios) // 2]:.2f}, most {ratios[-1]:.1f}; only balanced found a plan: {only}, "
-                f"only the rival: {missed}"
-            )
+            print(f"{name:<21}{objective:<11}{len(asked):>6}{sum(ratio < 1 - 1e-6 for ratio in ratios):>16}"
+                  f"{ratios[0]:>25.3f}{ratios[len(ratios) // 2]:>8.2f}{ratios[-1]:>8.1f}"
+                  f"{sum(theirs is None and mine is not None for theirs, mine in pairs):>26}"
+                  f"{sum(theirs is not None and mine is None for theirs, mine in pairs):>12}"
+                  f"{sum(name in row['ran out of time'] for row in asked):>13}")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -38,8 +38,10 @@ from torchrec_deepfm.sharding.inputs.presets import PRESETS
 from torchrec_deepfm.sharding.inputs.tables import Table, criteo_tables
 from torchrec_deepfm.sharding.inputs.topology import topology
 from torchrec_deepfm.sharding.plan.io import load_plan, save_plan
+from torchrec_deepfm.sharding.plan.plan import Objective
 from torchrec_deepfm.sharding.runtime.balanced_planner import BalancedPlanner
 from torchrec_deepfm.sharding.runtime.module_plan import load_sharding_plan, save_sharding_plan
+from torchrec_deepfm.sharding.search import best_plan
 from torchrec_deepfm.sharding.search.plan_tables import plan_tables
 
 META = torch.device("meta")
@@ -247,11 +249,48 @@ def test_the_planner_finds_what_the_command_finds() -> None:
         )
         for each in tables
     ]
-    planner = BalancedPlanner(at, 8192)
-    planner.plan(EmbeddingBagCollection(tables=configs, device=META), [EmbeddingBagCollectionSharder()])  # type: ignore[list-item]
-    plan = plan_tables(tables, PRESETS["h100"], 16, batch_size=8192)
-    assert plan.predicted is not None
-    assert planner.critical_path_ms == pytest.approx(plan.predicted.critical_path_ms, rel=0.01)
+    objectives: tuple[Objective, ...] = ("all", "total")
+    for objective in objectives:
+        planner = BalancedPlanner(at, 8192, objective=objective)
+        planner.plan(EmbeddingBagCollection(tables=configs, device=META), [EmbeddingBagCollectionSharder()])  # type: ignore[list-item]
+        plan = plan_tables(tables, PRESETS["h100"], 16, batch_size=8192, objective=objective)
+        assert plan.predicted is not None
+        assert planner.critical_path_ms == pytest.approx(plan.predicted.slowest_ms(objective), rel=0.01)
+
+
+@pytest.mark.parametrize("enumerated_again", [True, False])
+def test_torchrecs_plan_is_found_where_the_search_is_worse(
+    enumerated_again: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At any number of ranks: the search is crippled, it finds nothing."""
+    at = topology(PRESETS["torchrec"], 128)
+    monkeypatch.setattr(best_plan, "_ENUMERATE_AGAIN", 2**17 if enumerated_again else 0)
+    monkeypatch.setattr(best_plan.BestPlan, "balanced", lambda *_, **__: None)
+    model = EmbeddingBagCollection(
+        tables=[
+            EmbeddingBagConfig(name=f"t{n}", feature_names=[f"f{n}"], num_embeddings=10**5, embedding_dim=64)
+            for n in range(10)
+        ],
+        device=META,
+    )
+    sharders: list[Any] = [EmbeddingBagCollectionSharder()]
+    planner = BalancedPlanner(at, 512)
+    planner.plan(model, sharders)
+    torchrecs = EmbeddingShardingPlanner(
+        topology=at,
+        batch_size=512,
+        storage_reservation=FixedPercentageStorageReservation(percentage=0.15),
+        stats=NoopEmbeddingStats(),
+    )
+    torchrecs.plan(model, sharders)
+    assert planner.search == "torchrec"
+    assert planner.critical_path_ms is not None
+    slowest = [0.0] * 128
+    for option in torchrecs._best_plan or []:
+        for shard in option.shards:
+            assert shard.perf is not None
+            slowest[shard.rank or 0] += shard.perf.total + shard.perf.input_dist_comms
+    assert planner.critical_path_ms <= max(slowest) * (1 + 1e-9)
 
 
 def test_constraints_and_lack_of_memory() -> None:

@@ -15,16 +15,18 @@ from torchrec.distributed.planner.storage_reservations import FixedPercentageSto
 
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.sharding.estimate import shard_estimators, table_constraints, table_module
+from torchrec_deepfm.sharding.inputs.hardware import RESERVED
 from torchrec_deepfm.sharding.inputs.presets import PRESETS
 from torchrec_deepfm.sharding.inputs.tables import Table, criteo_tables
 from torchrec_deepfm.sharding.inputs.topology import topology
 from torchrec_deepfm.sharding.plan.plan import Objective, PlanFile
+from torchrec_deepfm.sharding.plan.text import plan_text
 from torchrec_deepfm.sharding.plan.validate import check_fits, check_sound
 from torchrec_deepfm.sharding.search.assignment import Effort, choose
 from torchrec_deepfm.sharding.search.enumerator import WidthEnumerator
 from torchrec_deepfm.sharding.search.lower_bound import lower_bound
 from torchrec_deepfm.sharding.search.placement import Machine, PlacementOption, fill, place
-from torchrec_deepfm.sharding.search.plan_tables import RESERVED, lower_bound_ms, plan_tables
+from torchrec_deepfm.sharding.search.plan_tables import lower_bound_ms, plan_tables
 from torchrec_deepfm.sharding.search.torchrec_parts import (
     AllTermsPerfModel,
     BalancedPartitioner,
@@ -268,6 +270,23 @@ def test_tight_memory_is_kept_where_torchrec_keeps_it() -> None:
     assert critical_path(balanced) <= critical_path(torchrec)
     assert balanced.predicted is not None
     assert max(cost.hbm_bytes for cost in balanced.predicted.per_rank) <= hardware.hbm_bytes * (1 - RESERVED)
+
+
+def test_the_size_of_caches_is_searched() -> None:
+    """No worse than one size for all tables: 3.44 ms at 0.5 where TorchRec's 0.2 takes 5.52."""
+    tables = criteo_tables(128)
+    weights = sum(table.gib for table in tables) * 2**30
+    hardware = replace(PRESETS["torchrec"], hbm_bytes=int(weights / 8 / 1.3 / (1 - RESERVED)))
+    plan = plan_tables(tables, hardware, 8, batch_size=8192)
+    assert critical_path(plan) < 3.44
+    cached = [table for table in plan.tables if table.compute_kernel == "fused_uvm_caching"]
+    assert {table.kernel_options["cache_load_factor"] for table in cached}
+    assert f"{len(cached)} table(s) have rows in host memory, {len(cached)} of them with" in plan_text(plan)
+    assert plan.predicted is not None
+    assert max(cost.hbm_bytes for cost in plan.predicted.per_rank) <= hardware.hbm_bytes * (1 - RESERVED)
+    named = {table.name: ParameterConstraints(compute_kernels=["fused", "dense"]) for table in tables}
+    with pytest.raises(UserError, match=r"or keep rows in host memory \(--constraint with kernel=fused_uvm_caching"):
+        plan_tables(tables, hardware, 8, batch_size=8192, constraints=named)
 
 
 @pytest.mark.parametrize("part", ["all", "proposer", "partitioner", "enumerator"])

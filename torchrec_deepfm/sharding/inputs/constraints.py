@@ -156,7 +156,7 @@ def in_device_memory(
 
 def keep_to_possible(
     constraints: Mapping[str, ParameterConstraints],
-    tables: Sequence[NamedTable],
+    tables: Sequence[TableSize],
     *,
     compute_device: str,
     world_size: int,

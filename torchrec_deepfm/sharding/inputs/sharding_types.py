@@ -27,6 +27,8 @@ KERNELS = ("dense", "fused", "fused_uvm", "fused_uvm_caching")
 CUDA_KERNELS = ("fused_uvm", "fused_uvm_caching")
 IN_MEMORY_KERNELS = ("dense", "fused")  # weights lie in the device's own memory, every row up to date
 
+DEFAULT_CACHE_SHARE = 0.2  # of a table's rows in the cache of fused_uvm_caching: TorchRec's and FBGEMM's default
+
 COLUMN_ALIGNMENT = 4  # FBGEMM's fused kernels want the local width of a table to be a multiple of it
 MAX_POOLING_FACTOR = 1_000_000  # ids a sample; far beyond any bag, and no product of it overflows
 WIDE_ENOUGH = 128  # columns of a shard, TorchRec's own default (planner.constants.MIN_CW_DIM)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Final
 
+from torchrec_deepfm.sharding.inputs.sharding_types import DEFAULT_CACHE_SHARE
 from torchrec_deepfm.sharding.plan.plan import TERMS, Cost, PlanFile, PlannedTable
 from torchrec_deepfm.units import format_bytes
 
@@ -35,7 +36,7 @@ def plan_text(plan: PlanFile, *, bound_ms: float | None = None, reserved: float 
     )
     lines = [head]
     if plan.predicted is not None:
-        lines += ["", *_costs(plan, bound_ms), "", *_memory(plan, reserved)]
+        lines += ["", *_costs(plan, bound_ms), "", *_memory(plan, reserved), *_caches(plan)]
     return "\n".join([*lines, "", *_tables(plan)])
 
 
@@ -83,6 +84,21 @@ def _memory(plan: PlanFile, reserved: float) -> list[str]:
             f"mean {format_bytes(_mean(costs, key))}{of} per rank{less}"
         )
     return lines
+
+
+def _caches(plan: PlanFile) -> list[str]:
+    """What tables with rows in host memory cost, for whoever wonders why the plan is slow."""
+    shares = [
+        float(table.kernel_options.get("cache_load_factor", DEFAULT_CACHE_SHARE))
+        for table in plan.tables
+        if table.compute_kernel == "fused_uvm_caching"
+    ]
+    uncached = sum(table.compute_kernel == "fused_uvm" for table in plan.tables)
+    if not shares and not uncached:
+        return []
+    of_cached = f", {len(shares)} of them with {min(shares):.0%} to {max(shares):.0%} of rows in a cache on the GPU"
+    held = f"{len(shares) + uncached} table(s) have rows in host memory{of_cached if shares else ''}"
+    return [f"{held}; with more ranks, or larger GPUs, they fit GPU memory"]
 
 
 def _tables(plan: PlanFile) -> list[str]:

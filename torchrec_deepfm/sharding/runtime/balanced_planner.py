@@ -1,55 +1,49 @@
 """The balanced search as a planner of TorchRec, for any model: it makes the plan for ``DistributedModelParallel``."""
 
-from typing import Any
-
 import torch.distributed as dist
 from torch import nn
 from torchrec.distributed.comm import get_local_size
-from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
+from torchrec.distributed.planner import ParameterConstraints, Topology
 from torchrec.distributed.planner.constants import BATCH_SIZE
-from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 from torchrec.distributed.planner.estimator.estimator import EmbeddingPerfEstimatorFactory
 from torchrec.distributed.planner.planners import EmbeddingPlannerBase, get_device_type
 from torchrec.distributed.planner.shard_estimators import EmbeddingStorageEstimator
 from torchrec.distributed.planner.stats import NoopEmbeddingStats
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
-from torchrec.distributed.planner.types import PlannerError, ShardEstimator, ShardingOption, StorageReservation
+from torchrec.distributed.planner.types import ShardEstimator, ShardingOption, StorageReservation
 from torchrec.distributed.types import ModuleSharder, ShardingPlan
-from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from torchrec_deepfm.launch.processes import pod_size
 from torchrec_deepfm.sharding.estimate import SharedShardEstimator
 from torchrec_deepfm.sharding.inputs.constraints import keep_to_possible
 from torchrec_deepfm.sharding.inputs.hardware import RESERVED
-from torchrec_deepfm.sharding.inputs.sharding_types import CUDA_KERNELS
 from torchrec_deepfm.sharding.perf_config import ARRIVING_IDS
+from torchrec_deepfm.sharding.plan.plan import Objective
+from torchrec_deepfm.sharding.runtime.module_plan import sharded_tables
 from torchrec_deepfm.sharding.runtime.planner_errors import explain
 from torchrec_deepfm.sharding.search.assignment import Effort
+from torchrec_deepfm.sharding.search.best_plan import BestPlan
 from torchrec_deepfm.sharding.search.enumerator import WidthEnumerator
-from torchrec_deepfm.sharding.search.plan_tables import EnumeratedOptions
-from torchrec_deepfm.sharding.search.torchrec_parts import AllTermsPerfModel, BalancedPartitioner, BalancedProposer
-
-_RUN_TORCHREC_UP_TO = 1000  # ranks times tables: its own search takes seconds above
 
 
 class BalancedPlanner(EmbeddingPlannerBase):
     """Plans any model of TorchRec by the balanced search: several collections, pooled or not, weighted or not, towers.
 
     It takes the place of ``EmbeddingShardingPlanner``, and keeps the plan of that one where it is the faster by the
-    same estimates (it runs it up to 1,000 ranks times tables). Kernels with rows in host memory are tried where the
-    others leave no room.
+    objective. Kernels with rows in host memory are tried where the others leave no room.
 
     Args:
         topology: The ranks. Default: those of the process group, with TorchRec's bandwidths.
             ``inputs.topology.topology`` makes one from a hardware description.
         batch_size: Samples per rank and step.
         constraints: What may be done with single tables, by name, such as their ``pooling_factors``.
+        objective: What is made small (``plan.Objective``): ``all`` terms, ``total``, or ``hidden-ids``.
         storage_reservation: Memory that tables may not take. Default: 15% of a rank's.
         effort: How long the search runs.
 
     Attributes:
         search: ``balanced`` or ``torchrec``, whose plan it was; None before ``plan``.
-        critical_path_ms: Predicted milliseconds per step of the slowest rank; None before ``plan``.
+        critical_path_ms: Predicted milliseconds per step of the slowest rank under the objective; None before ``plan``.
         options: The plan as TorchRec's options, with ranks and estimates.
 
     Example:
@@ -69,6 +63,7 @@ class BalancedPlanner(EmbeddingPlannerBase):
         batch_size: int | None = None,
         constraints: dict[str, ParameterConstraints] | None = None,
         *,
+        objective: Objective = "all",
         storage_reservation: StorageReservation | None = None,
         effort: Effort | None = None,
     ) -> None:
@@ -96,7 +91,7 @@ class BalancedPlanner(EmbeddingPlannerBase):
             constraints=constraints,
             stats=NoopEmbeddingStats(),
         )
-        self._effort = effort
+        self._objective, self._effort = objective, effort
         self.search: str | None = None
         self.critical_path_ms: float | None = None
         self.options: list[ShardingOption] = []
@@ -114,69 +109,34 @@ class BalancedPlanner(EmbeddingPlannerBase):
         Raises:
             UserError: The tables fit no plan, or constraints leave a table none.
         """
-        options = self._enumerator.enumerate(module, sharders)
-        if not options:
-            return ShardingPlan({})
-        named = {name for name, each in (self._constraints or {}).items() if each.compute_kernels}
-        in_memory = [each for each in options if each.name in named or each.compute_kernel not in CUDA_KERNELS]
-        found: list[tuple[float, str, ShardingPlan, list[ShardingOption]]] = []
-        why: PlannerError | None = None
-        for search, planner in (
-            ("balanced", self._balanced(in_memory)),
-            ("balanced", self._balanced(options) if len(in_memory) < len(options) else None),
-            ("torchrec", self._torchrec(options)),
-        ):
-            if planner is None:
-                continue
-            try:
-                made = planner.plan(module, sharders)
-            except PlannerError as error:
-                why = error
-                continue
-            best = planner._best_plan or []
-            found.append((AllTermsPerfModel(self._topology).rate(best), search, made, best))
-        if not found:
-            assert why is not None
-            reserved = self._storage_reservation.last_reserved_topology or self._topology
-            raise explain(why, options, reserved, ranks_option="world_size") from why
-        self.critical_path_ms, self.search, plan, self.options = min(found, key=lambda each: each[0])
-        return plan
-
-    def _balanced(self, options: list[ShardingOption]) -> EmbeddingShardingPlanner:
-        return self._inner(
-            enumerator=EnumeratedOptions(options),
-            proposer=BalancedProposer(self._effort),
-            partitioner=BalancedPartitioner(),
-            performance_model=AllTermsPerfModel(self._topology),
-        )
-
-    def _torchrec(self, options: list[ShardingOption]) -> EmbeddingShardingPlanner | None:
-        tables = {
-            option.name: EmbeddingBagConfig(
-                name=option.name,
-                feature_names=[],
-                num_embeddings=option.tensor.shape[0],
-                embedding_dim=option.tensor.shape[1],
-            )
-            for option in options
-        }
-        if self._topology.world_size * len(tables) > _RUN_TORCHREC_UP_TO:
-            return None
-        possible = keep_to_possible(
-            self._constraints or {},
-            list(tables.values()),
-            compute_device=self._topology.compute_device,
-            world_size=self._topology.world_size,
-            local_world_size=self._topology.intra_group_size,
-        )
-        return self._inner(enumerator=EmbeddingEnumerator(self._topology, self._batch_size, possible, self._estimators))
-
-    def _inner(self, **parts: Any) -> EmbeddingShardingPlanner:
-        return EmbeddingShardingPlanner(
+        best = BestPlan(
+            module,
+            sharders,
             topology=self._topology,
             batch_size=self._batch_size,
             constraints=self._constraints,
+            estimators=self._estimators,
             storage_reservation=self._storage_reservation,
-            stats=NoopEmbeddingStats(),
-            **parts,
+            objective=self._objective,
+            effort=self._effort,
+            torchrec_constraints=self._possible(module, sharders),
+        )
+        if not best.options:
+            return ShardingPlan({})
+        found = best.find()
+        if found is None:
+            assert best.error is not None
+            raise explain(best.error, best.options, best.reserved, ranks_option="world_size") from best.error
+        self.critical_path_ms, self.search, self.options = found.ms, found.search, found.options
+        return found.sharding_plan
+
+    def _possible(self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]]) -> dict[str, ParameterConstraints]:
+        """Constraints that keep TorchRec's own search to types that these ranks can run."""
+        sizes = {name: table for tables in sharded_tables(module, sharders).values() for name, table in tables.items()}
+        return keep_to_possible(
+            self._constraints or {},
+            list(sizes.values()),
+            compute_device=self._topology.compute_device,
+            world_size=self._topology.world_size,
+            local_world_size=self._topology.intra_group_size,
         )

@@ -44,7 +44,7 @@ def load_sharding_plan(
         UserError: The file is not a sound plan, or does not fit the model's tables, the ranks or the device.
     """
     plan, where = load_plan(Path(path)), str(path)
-    there = _sharded_tables(module, sharders)
+    there = sharded_tables(module, sharders)
     by_module: dict[str, list[PlannedTable]] = {name: [] for name in there}
     for table in plan.tables:
         homes = [name for name in there if table.name in there[name] and table.module in ("", name)]
@@ -101,7 +101,7 @@ def save_sharding_plan(
     Raises:
         UserError: The file can't be written, or the plan has kernels that a file does not hold.
     """
-    there = _sharded_tables(module, sharders)
+    there = sharded_tables(module, sharders)
     tables = tuple(
         planned_table(name, there[at][name].sizes, sharding, world_size, module=at if len(plan.plan) > 1 else "")
         for at, tables in plan.plan.items()
@@ -120,26 +120,29 @@ def save_sharding_plan(
 
 
 @dataclass(frozen=True)
-class _ShardedTable:
+class ShardedTable:
+    """A table of a model, and its size."""
+
     name: str
     num_embeddings: int
     embedding_dim: int
 
     @property
     def sizes(self) -> tuple[int, int]:
+        """Its rows and columns."""
         return self.num_embeddings, self.embedding_dim
 
 
-def _sharded_tables(module: nn.Module, sharders: Sharders | None) -> Mapping[str, Mapping[str, _ShardedTable]]:
-    """The tables of a model that sharders shard, by path of their module."""
+def sharded_tables(module: nn.Module, sharders: Sharders | None) -> Mapping[str, Mapping[str, ShardedTable]]:
+    """Return the tables of a model that sharders shard, by path of their module."""
     by_type = {sharder.module_type: sharder for sharder in sharders or get_default_sharders()}
-    found: dict[str, dict[str, _ShardedTable]] = {}
+    found: dict[str, dict[str, ShardedTable]] = {}
     queue = [("", module)]
     while queue:
         path, child = queue.pop(0)
         if (sharder := by_type.get(type(child))) is not None:
             sizes = {name: tuple(each.shape) for name, each in sharder.shardable_parameters(child).items()}
-            found[path] = {name: _ShardedTable(name, *shape) for name, shape in sizes.items()}
+            found[path] = {name: ShardedTable(name, *shape) for name, shape in sizes.items()}
         else:
             queue += [(f"{path}.{name}".removeprefix("."), each) for name, each in child.named_children()]
     return found

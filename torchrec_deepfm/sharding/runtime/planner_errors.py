@@ -11,6 +11,7 @@ The kind of a ``PlannerError`` is misleading:
 So the options themselves are checked: the least that some rank must hold of each table, and all ranks of all tables.
 """
 
+import itertools
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -18,6 +19,7 @@ from collections.abc import Iterable, Sequence
 from torchrec.distributed.planner.types import PlannerError, PlannerErrorType, ShardingOption, Storage, Topology
 
 from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.sharding.inputs.sharding_types import CUDA_KERNELS
 from torchrec_deepfm.units import format_bytes
 
 
@@ -79,7 +81,7 @@ def out_of_memory(
                 f"{format_bytes(getattr(held, tier))} of it with "
                 f"{beside}, but has {format_bytes(getattr(largest, tier))} of {_memory(tier, on_gpu)} for "
                 f"tables: use more ranks ({ranks_option}), let it be row_wise or column_wise (--constraint), or take "
-                "fewer rows or columns" + _without(ema)
+                "fewer rows or columns" + _host_rows(tier, choices, ema=ema) + _without(ema)
             )
         totals = [[_known(shard.storage) for shard in option.shards] for option in choices]
         totals = [shards for shards in totals if all(_overfull(each, largest) <= 1.0 for each in shards)]
@@ -92,13 +94,22 @@ def out_of_memory(
             return UserError(
                 f"the {len(by_table)} tables take {format_bytes(needed)} with {beside}, but {len(capacity)} "
                 f"rank(s) have {format_bytes(there)} of {_memory(tier, on_gpu)} for tables: use at least {ranks} ranks "
-                f"({ranks_option}), or take fewer rows or columns" + _without(ema)
+                f"({ranks_option}), or take fewer rows or columns"
+                + _host_rows(tier, itertools.chain.from_iterable(by_table.values()), ema=ema)
+                + _without(ema)
             )
     return None
 
 
 def _without(ema: bool) -> str:
     return ", or train without --ema" if ema else ""
+
+
+def _host_rows(tier: str, options: Iterable[ShardingOption], *, ema: bool) -> str:
+    """The remedy that some tables have where GPU memory is short and no option keeps rows in host memory."""
+    if tier != "hbm" or ema or any(option.compute_kernel in CUDA_KERNELS for option in options):
+        return ""
+    return ", or keep rows in host memory (--constraint with kernel=fused_uvm_caching:cache_load_factor=0.5)"
 
 
 def _known(storage: Storage | None) -> Storage:

@@ -13,7 +13,7 @@ Letters: T tables, O ways of a table (padded), W ranks.
 
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import numpy as np
@@ -39,6 +39,7 @@ class Effort:
         starts: Starts to improve, of all that were placed.
         placed_starts: Starts to place, of all that were made.
         placements: Placements in all.
+        placed_tables: Tables of these placements in all, which bounds the time for long lists; fewer above 256 ranks.
         single_moves: Changes of one table to place, for pairs of them.
         paired_moves: Of those, how many to pair.
     """
@@ -46,6 +47,7 @@ class Effort:
     starts: int = 12
     placed_starts: int = 400
     placements: int = 4000
+    placed_tables: int = 300_000
     single_moves: int = 60
     paired_moves: int = 12
 
@@ -88,6 +90,10 @@ def choose(
         (1,)
     """
     effort = effort or Effort()
+    tables = len(ways) * max(machine.ranks // 256, 1)  # each takes so much longer to place
+    placements = max(min(effort.placements, effort.placed_tables // tables), effort.starts)
+    placed_starts = min(effort.placed_starts, placements // 3 + 1)
+    effort = replace(effort, placements=placements, placed_starts=placed_starts)
     # More pieces than ranks rarely pay and crowd out other starts: first without them.
     few = [[number for number, way in enumerate(options) if _has_room(machine, way)] for options in ways]
     if all(few) and any(len(kept) < len(options) for kept, options in zip(few, ways, strict=True)):
@@ -279,7 +285,9 @@ class _Arrays:
         tables = np.arange(len(choice.ways))
         now = np.array(choice.ways)
         at = (tables, now)
-        others = np.array([np.delete(self.piece[at], table).max(initial=0.0) for table in tables])[:, None]
+        largest = int(self.piece[at].argmax())
+        others = np.full((len(tables), 1), self.piece[at][largest])
+        others[largest] = np.delete(self.piece[at], largest).max(initial=0.0)
         every = self.every[at].sum() - self.every[at][:, None] + self.every
         share = self.share[at].sum() - self.share[at][:, None] + self.share
         bound = self._bound(every, share, np.maximum(others, self.piece))

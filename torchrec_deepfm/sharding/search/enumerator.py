@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Final
 
@@ -10,8 +10,8 @@ from torch import nn
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.planner.constants import BATCH_SIZE
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
-from torchrec.distributed.planner.types import ParameterConstraints, ShardEstimator, ShardingOption, Topology
-from torchrec.distributed.types import ModuleSharder, ShardingType
+from torchrec.distributed.planner.types import ParameterConstraints, Shard, ShardEstimator, ShardingOption, Topology
+from torchrec.distributed.types import CacheParams, ModuleSharder, ShardingType
 
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.sharding.inputs.sharding_types import (
@@ -23,6 +23,9 @@ from torchrec_deepfm.sharding.inputs.sharding_types import (
 from torchrec_deepfm.sharding.inputs.tables import Table
 
 MIN_WIDTH: Final = 8
+
+CACHE_SHARES: Final = (0.05, 0.1, 0.35, 0.5, 0.65, 0.8, 0.95)
+"""Shares of rows in a cache on the GPU to try, beside TorchRec's 0.2."""
 
 _UVM: Final = (EmbeddingComputeKernel.FUSED_UVM.value, EmbeddingComputeKernel.FUSED_UVM_CACHING.value)
 _NO_DEVICE: Final = "none"  # a device group that no topology has: TorchRec then skips the table
@@ -106,6 +109,19 @@ class WidthEnumerator(EmbeddingEnumerator):
         self._last_stored_module, self._last_stored_sharders = module, sharders
         self._last_stored_search_space = options
         return options
+
+    def other_cache_sizes(self, options: Iterable[ShardingOption]) -> list[ShardingOption]:
+        """Return each ``fused_uvm_caching`` option with caches of other sizes, where no constraint names one."""
+        found = []
+        for option in options:
+            if option.compute_kernel == _UVM[1] and option.cache_params is None:
+                for share in CACHE_SHARES:
+                    other = copy.copy(option)
+                    other.cache_params = CacheParams(load_factor=share)
+                    other.shards = [Shard(size=each.size, offset=each.offset) for each in option.shards]
+                    found.append(other)
+        self.populate_estimates(found)
+        return found
 
     def populate_estimates(self, sharding_options: list[ShardingOption]) -> None:
         """Estimate options; those that TorchRec's ``enumerate`` makes are kept for later, when all are known."""

@@ -1,4 +1,4 @@
-"""The least that any plan may cost under the estimates: what stands in the way of a better one. Standard library only.
+"""The least that any plan may cost under the estimates: what no better one gets below. Numpy only, no TorchRec.
 
 Two bounds, both from the estimates of single pieces (``balance.PlacementOption``), memory left aside:
 
@@ -12,6 +12,8 @@ Two bounds, both from the estimates of single pieces (``balance.PlacementOption`
 
 import math
 from collections.abc import Iterable, Sequence
+
+import numpy as np
 
 from torchrec_deepfm.sharding.search.placement import PlacementOption
 
@@ -35,23 +37,18 @@ def _copies(way: PlacementOption, ranks: int, ranks_per_host: int) -> int:
 
 def _by_shares(ranks: int, ranks_per_host: int, ways: Sequence[Sequence[PlacementOption]]) -> float:
     """The first bound: the least T whose usable ways share out to at most T."""
-    best = math.inf
-    for bound in sorted({way.ms for options in ways for way in options}):
-        shares = [
-            min(
-                (
-                    way.ms * way.count * _copies(way, ranks, ranks_per_host) / ranks
-                    for way in options
-                    if way.ms <= bound
-                ),
-                default=math.inf,
-            )
-            for options in ways
-        ]
-        # With this bound on pieces T is at least both; a larger bound may do with smaller shares.
-        best = min(best, max(bound if math.isfinite(sum(shares)) else math.inf, sum(shares)))
+    prices = np.unique([way.ms for options in ways for way in options])
+    # With a bound on pieces T is at least both that and the shares; a larger bound may do with smaller shares.
+    mean = np.zeros(len(prices))
+    for options in ways:
+        least = np.full(len(prices), np.inf)
+        for way in options:
+            first = int(np.searchsorted(prices, way.ms))
+            share = way.ms * way.count * _copies(way, ranks, ranks_per_host) / ranks
+            least[first] = min(least[first], share)
+        mean += np.minimum.accumulate(least)
     # Between two prices of pieces nothing changes, so T may lie below the price that made it usable only by the shares.
-    return best
+    return float(np.where(np.isfinite(mean), np.maximum(prices, mean), np.inf).min(initial=np.inf))
 
 
 def _by_pieces(ranks: int, ranks_per_host: int, ways: Sequence[Sequence[PlacementOption]]) -> float:

@@ -9,6 +9,8 @@ A way to shard a table comes as equal **pieces**. One of them lies
 Letters: W ranks, L ranks on a host, H = W / L hosts.
 """
 
+import heapq
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -21,6 +23,7 @@ Floats = NDArray[np.float64]
 Counts = NDArray[np.int64]
 
 _MOST_CANDIDATES = 1 << 22  # starts of pieces that are looked at together, to bound memory
+_PIECES_PER_GROUP = 150  # equal pieces from which they are faster placed at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,13 +105,10 @@ def place(machine: Machine, ways: Sequence[PlacementOption], *, where: bool = Tr
         >>> place(machine, ways).ms.tolist()
         [4.0, 5.0]
     """
-    ms = np.zeros(machine.ranks)
-    hbm, ddr = machine.hbm.copy(), machine.ddr.copy()
-    for way in ways:
-        if way.where == "every rank":
-            ms += way.ms
-            hbm -= way.hbm
-            ddr -= way.ddr
+    everywhere = [way for way in ways if way.where == "every rank"]
+    ms = np.full(machine.ranks, sum(way.ms for way in everywhere), float)
+    hbm = machine.hbm - sum(way.hbm for way in everywhere)
+    ddr = machine.ddr - sum(way.ddr for way in everywhere)
     short = float(np.maximum(-hbm, 0).sum() + np.maximum(-ddr, 0).sum())
     found: list[Counts] = [np.zeros(0, np.int64)] * len(ways)
     hosts = (machine.hosts, machine.ranks_per_host)
@@ -127,14 +127,27 @@ def _fill(
     ways: Sequence[PlacementOption], where: Where, load: Floats, room: tuple[Floats, Floats], found: list[Counts] | None
 ) -> float:
     """Place all pieces of a kind; changes load and room, and returns the bytes for which there was no room."""
-    hbm, ddr = room
     groups: dict[tuple[float, int, int], list[int]] = {}
     for number, way in enumerate(ways):
         if way.where == where:
             groups.setdefault((way.ms, way.hbm, way.ddr), []).append(number)
-    short = 0.0
-    for (ms, piece_hbm, piece_ddr), members in sorted(groups.items(), reverse=True):
-        count = sum(ways[number].count for number in members)
+    ordered = sorted(groups.items(), reverse=True)
+    counts = [sum(ways[number].count for number in members) for _, members in ordered]
+    by_piece = sum(counts) < _PIECES_PER_GROUP * len(counts)
+    short, taken = (_fill_by_piece if by_piece else _fill_by_group)([key for key, _ in ordered], counts, load, room)
+    if found is not None:
+        for (_, members), each in zip(ordered, taken, strict=True):
+            _deal(ways, members, each, found)
+    return short
+
+
+def _fill_by_group(
+    pieces: Sequence[tuple[float, int, int]], counts: Sequence[int], load: Floats, room: tuple[Floats, Floats]
+) -> tuple[float, list[Counts]]:
+    """Place all equal pieces at once; return the bytes without room, and how many each slot takes of each kind."""
+    hbm, ddr = room
+    short, found = 0.0, []
+    for (ms, piece_hbm, piece_ddr), count in zip(pieces, counts, strict=True):
         most = np.full(len(load), count, np.int64)
         for piece, left in ((piece_hbm, hbm), (piece_ddr, ddr)):
             if piece:
@@ -147,9 +160,45 @@ def _fill(
         load += taken * ms
         hbm -= taken * piece_hbm
         ddr -= taken * piece_ddr
-        if found is not None:
-            _deal(ways, members, taken, found)
-    return short
+        found.append(taken)
+    return short, found
+
+
+def _fill_by_piece(
+    pieces: Sequence[tuple[float, int, int]], counts: Sequence[int], load: Floats, room: tuple[Floats, Floats]
+) -> tuple[float, list[Counts]]:
+    """The same one piece at a time, which is faster where few are equal."""
+    loads, hbm, ddr = load.tolist(), room[0].tolist(), room[1].tolist()
+    heap = [(ms, slot) for slot, ms in enumerate(loads)]
+    heapq.heapify(heap)
+    short, found = 0.0, []
+    for (ms, piece_hbm, piece_ddr), count in zip(pieces, counts, strict=True):
+        least_hbm: float = piece_hbm
+        least_ddr: float = piece_ddr
+        slots: list[int] = []
+        full: list[tuple[float, int]] = []
+        while len(slots) < count:
+            if not heap:
+                short += float(count - len(slots)) * (piece_hbm + piece_ddr)
+                heap, full = full, []
+                heapq.heapify(heap)
+                least_hbm = least_ddr = -math.inf  # taken without room
+                continue
+            before, slot = heap[0]
+            if least_hbm > hbm[slot] or least_ddr > ddr[slot]:
+                full.append(heapq.heappop(heap))
+                continue
+            heapq.heapreplace(heap, (before + ms, slot))
+            hbm[slot] -= piece_hbm
+            ddr[slot] -= piece_ddr
+            slots.append(slot)
+        for each in full:
+            heapq.heappush(heap, each)
+        found.append(np.bincount(slots, minlength=len(loads)))
+    for ms, slot in heap:
+        load[slot] = ms
+    room[0][:], room[1][:] = hbm, ddr
+    return short, found
 
 
 def fill(load: Floats, most: Counts, count: int, ms: float) -> Counts:

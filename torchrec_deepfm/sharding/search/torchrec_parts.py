@@ -15,10 +15,13 @@
 Each works with TorchRec's own parts in the place of the others.
 """
 
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+from torchrec.distributed.planner import ParameterConstraints
 from torchrec.distributed.planner.partitioners import GreedyPerfPartitioner
 from torchrec.distributed.planner.proposers import GreedyProposer, UniformProposer
 from torchrec.distributed.planner.types import (
@@ -35,7 +38,7 @@ from torchrec.distributed.planner.types import (
 )
 from torchrec.distributed.types import ShardingType
 
-from torchrec_deepfm.sharding.inputs.sharding_types import WIDE_ENOUGH
+from torchrec_deepfm.sharding.inputs.sharding_types import COLUMN_TYPES, WIDE_ENOUGH, default_min_partition
 from torchrec_deepfm.sharding.plan.plan import Objective
 from torchrec_deepfm.sharding.search.assignment import Choice, Effort, choose
 from torchrec_deepfm.sharding.search.placement import Machine, PlacementOption, place
@@ -193,24 +196,40 @@ class BalancedProposer(Proposer):
     def _search(self, storage_constraint: Topology) -> list[ShardingOption]:
         machine = machine_of(storage_constraint)
         ways = [[placement_option(option, machine, self._objective) for option in options] for options in self._options]
-        self.choice = choose(machine, ways, self._effort, starts=greedy_proposals(_torchrecs(self._options)))
+        theirs = {id(option) for option in torchrecs_options(itertools.chain.from_iterable(self._options))}
+        known = [
+            {number: option for number, option in enumerate(each) if id(option) in theirs} for each in self._options
+        ]
+        self.choice = choose(machine, ways, self._effort, starts=greedy_proposals(known))
         return [options[number] for options, number in zip(self._options, self.choice.ways, strict=True)]
 
     def _max_shard_ms(self, option: ShardingOption) -> float:
         return max(perf_ms(shard.perf, self._objective) for shard in option.shards if shard.perf is not None)
 
 
-def _torchrecs(options: Sequence[Sequence[ShardingOption]]) -> list[dict[int, ShardingOption]]:
-    """The options of each table that TorchRec's enumerator would offer, by number: no grid, only the whole width."""
-    found = []
-    for each in options:
-        known = {
-            number: option
-            for number, option in enumerate(each)
-            if option.sharding_type != ShardingType.GRID_SHARD.value
-            and option.shards[0].size[1] >= min(option.tensor.shape[1], WIDE_ENOUGH)
-        }
-        found.append(known or dict(enumerate(each)))
+def torchrecs_options(
+    options: Iterable[ShardingOption], constraints: Mapping[str, ParameterConstraints] = MappingProxyType({})
+) -> list[ShardingOption]:
+    """Return the options that TorchRec's enumerator would offer: grid_shard only if asked, and one width of columns."""
+    by_table: dict[str, list[ShardingOption]] = {}
+    for option in options:
+        by_table.setdefault(option.fqn, []).append(option)
+    found: list[ShardingOption] = []
+    for each in by_table.values():
+        given = constraints.get(each[0].name, ParameterConstraints())
+        columns = each[0].tensor.shape[1]
+        width = max(default_min_partition(columns) or columns, min(columns, WIDE_ENOUGH))
+        known = [
+            option
+            for option in each
+            if (option.sharding_type != ShardingType.GRID_SHARD.value or given.sharding_types)
+            and (
+                option.sharding_type not in COLUMN_TYPES
+                or given.min_partition is not None
+                or option.shards[0].size[1] == width
+            )
+        ]
+        found += known or each
     return found
 
 

@@ -1,0 +1,247 @@
+"""The best plan of several searches: the balanced one, also with rows in host memory, and TorchRec's own.
+
+A plan of TorchRec's planner is kept where it is better by the objective, at any number of ranks.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final
+
+from torch import nn
+from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
+from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
+from torchrec.distributed.planner.stats import NoopEmbeddingStats
+from torchrec.distributed.planner.types import (
+    Enumerator,
+    PlannerError,
+    ShardEstimator,
+    ShardingOption,
+    StorageReservation,
+)
+from torchrec.distributed.types import ModuleSharder, ShardingPlan
+
+from torchrec_deepfm.sharding.inputs.sharding_types import CUDA_KERNELS
+from torchrec_deepfm.sharding.plan.plan import Objective
+from torchrec_deepfm.sharding.search.assignment import Effort
+from torchrec_deepfm.sharding.search.enumerator import WidthEnumerator
+from torchrec_deepfm.sharding.search.lower_bound import lower_bound
+from torchrec_deepfm.sharding.search.placement import PlacementOption
+from torchrec_deepfm.sharding.search.torchrec_parts import (
+    AllTermsPerfModel,
+    BalancedPartitioner,
+    BalancedProposer,
+    machine_of,
+    perf_ms,
+    placement_option,
+    torchrecs_options,
+)
+from torchrec_deepfm.sharding.search.torchrec_proposals import ProposalsThatMayWin
+
+# Ranks times tables up to which TorchRec's enumerator makes its options: that takes a minute there. Above, they are
+# picked from those at hand, the same except table_column_wise, which costs what column_wise does.
+_ENUMERATE_AGAIN: Final = 2**17
+_SAME: Final = 1e-9  # relative: what is left of equal sums in another order
+
+Sharders = list[ModuleSharder[nn.Module]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoundPlan:
+    """A plan.
+
+    Attributes:
+        sharding_plan: For ``DistributedModelParallel``.
+        options: TorchRec's options that it is made of, with ranks and estimates.
+        search: ``balanced`` or ``torchrec``: whose it is.
+        ms: Milliseconds of the slowest rank under the objective.
+    """
+
+    sharding_plan: ShardingPlan
+    options: list[ShardingOption]
+    search: str
+    ms: float
+
+
+class BestPlan:
+    """Searches for the best plan of one model.
+
+    Args:
+        module: The model.
+        sharders: What the plan will be applied with.
+        topology: The ranks.
+        batch_size: Samples per rank and step.
+        constraints: What may be done with single tables, by name.
+        estimators: Of times and of memory.
+        storage_reservation: Memory that tables may not take.
+        objective: What is made small.
+        effort: How long the balanced search runs.
+        group_ms: Milliseconds of each sharding type in a plan.
+        in_device_memory: Whether all tables must stay in the device's memory.
+        torchrec_constraints: Those of TorchRec's own search. Default: the same.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        sharders: Sharders,
+        *,
+        topology: Topology,
+        batch_size: int,
+        constraints: dict[str, ParameterConstraints] | None,
+        estimators: list[ShardEstimator],
+        storage_reservation: StorageReservation,
+        objective: Objective = "all",
+        effort: Effort | None = None,
+        group_ms: float = 0.0,
+        in_device_memory: bool = False,
+        torchrec_constraints: dict[str, ParameterConstraints] | None = None,
+    ) -> None:
+        self._module, self._sharders, self._topology, self._batch_size = module, sharders, topology, batch_size
+        self._constraints, self._estimators, self._reservation = constraints, estimators, storage_reservation
+        self._objective, self._effort, self._group_ms = objective, effort, group_ms
+        self._in_device_memory = in_device_memory or topology.compute_device == "cpu"
+        self._torchrec_constraints = constraints if torchrec_constraints is None else torchrec_constraints
+        self._enumerator = WidthEnumerator(
+            topology, batch_size, constraints, estimators, host_memory=not self._in_device_memory
+        )
+        self.options: list[ShardingOption] = self._enumerator.enumerate(module, sharders)
+        """All options of all tables, kernels in host memory included."""
+        self.error: PlannerError | None = None
+        """Why the last search found no plan."""
+
+    @property
+    def reserved(self) -> Topology:
+        """The ranks with the memory that tables may take."""
+        return self._reservation.last_reserved_topology or self._topology
+
+    def lower_bound_ms(self) -> float:
+        """Return a time that no plan made of the options goes below (``lower_bound.lower_bound``)."""
+        machine = machine_of(self._topology)
+        by_table: dict[str, list[PlacementOption]] = {}
+        for option in self.options:
+            by_table.setdefault(option.fqn, []).append(placement_option(option, machine, self._additive))
+        return self._group_ms + lower_bound(machine.ranks, machine.ranks_per_host, list(by_table.values()))
+
+    def find(self, fits: Callable[[list[ShardingOption]], bool] = lambda options: True) -> FoundPlan | None:
+        """Return the best plan of all searches that the ranks can run; None where nothing fits.
+
+        Args:
+            fits: Whether the ranks can run a plan.
+        """
+        best: FoundPlan | None = None
+        bound = self.lower_bound_ms() * (1 + _SAME)
+        # Ids that hide behind kernels do not add up over shards: the search takes what is below and what is above.
+        scores: tuple[Objective, ...] = (
+            ("total", "hidden-ids") if self._objective == "hidden-ids" else (self._objective,)
+        )
+        attempts: list[Callable[[], FoundPlan | None]] = [partial(self.balanced, score) for score in scores]
+        if not self._in_device_memory:
+            attempts.append(partial(self.balanced, scores[-1], host_memory=True))
+        attempts.append(lambda: self._torchrec(math.inf if best is None else best.ms))
+        for attempt in attempts:
+            of_host_memory = isinstance(attempt, partial) and attempt.keywords.get("host_memory")
+            if best is not None and (best.ms <= bound or (of_host_memory and self._is_half_empty(best))):
+                continue  # nothing can be better, or memory is not the limit
+            found = attempt()
+            if found is not None and fits(found.options):
+                best = found if best is None or found.ms < best.ms * (1 - _SAME) else best
+        return best
+
+    def balanced(self, score: Objective, *, host_memory: bool = False) -> FoundPlan | None:
+        """Run the balanced search once, by an objective of its own."""
+        if host_memory:
+            options = [*self.options, *self._enumerator.other_cache_sizes(self.options)]
+        else:
+            named = {name for name, given in (self._constraints or {}).items() if given.compute_kernels}
+            options = [each for each in self.options if each.name in named or each.compute_kernel not in CUDA_KERNELS]
+        return self._run(
+            "balanced",
+            enumerator=EnumeratedOptions(options),
+            proposer=BalancedProposer(self._effort, fallbacks=False, objective=score),
+            partitioner=BalancedPartitioner(score),
+        )
+
+    def _torchrec(self, known_ms: float) -> FoundPlan | None:
+        """The best of what TorchRec's planner would place, if it may be better than a plan of ``known_ms``.
+
+        TorchRec's enumerator, proposals and partitioner; its own plan is among them.
+        """
+        tables = {option.fqn for option in self.options}
+        ranks = self._topology.world_size
+        enumerator: Enumerator
+        if ranks * len(tables) <= _ENUMERATE_AGAIN:
+            enumerator = EmbeddingEnumerator(
+                self._topology, self._batch_size, self._torchrec_constraints, self._estimators
+            )
+        else:
+            enumerator = EnumeratedOptions(torchrecs_options(self.options, self._constraints or {}))
+        ms = partial(perf_ms, objective=self._additive)
+        proposer = ProposalsThatMayWin(ranks, known_ms - self._group_ms, ms)
+        before = self.error
+        found = self._run("torchrec", enumerator=enumerator, proposer=proposer)
+        self.error = before or self.error  # that nothing can win explains nothing
+        return found
+
+    def _run(self, search: str, **parts: Any) -> FoundPlan | None:
+        rated = AllTermsPerfModel(self._topology, self._objective)
+        planner = EmbeddingShardingPlanner(
+            topology=self._topology,
+            batch_size=self._batch_size,
+            constraints=self._constraints,
+            storage_reservation=self._reservation,
+            stats=NoopEmbeddingStats(),
+            performance_model=rated,
+            **parts,
+        )
+        try:
+            made = planner.plan(self._module, self._sharders)
+        except PlannerError as error:
+            self.error = error
+            return None
+        except RuntimeError as error:  # TorchRec's enumerator stops where constraints leave a table no type
+            if search == "balanced" or not str(error).startswith("No available sharding type"):
+                raise
+            return None
+        options = planner._best_plan or []
+        types = {option.sharding_type for option in options}
+        return FoundPlan(
+            sharding_plan=made,
+            options=options,
+            search=search,
+            ms=rated.rate(options) + self._group_ms * len(types),
+        )
+
+    @property
+    def _additive(self) -> Objective:
+        """What a rank takes at least under the objective, and is a sum over its shards."""
+        return "total" if self._objective == "hidden-ids" else self._objective
+
+    def _is_half_empty(self, found: FoundPlan) -> bool:
+        """Whether the fullest rank has more than half of the memory left that tables may take."""
+        held = [0] * self._topology.world_size
+        for option in found.options:
+            for shard in option.shards:
+                assert shard.rank is not None
+                assert shard.storage is not None
+                held[shard.rank] += shard.storage.hbm
+        return max(held) < 0.5 * min(device.storage.hbm for device in self.reserved.devices)
+
+
+class EnumeratedOptions(Enumerator):
+    """Gives TorchRec's planner options that were enumerated and estimated before.
+
+    Args:
+        options: Options of all tables, with their estimates.
+    """
+
+    def __init__(self, options: list[ShardingOption]) -> None:
+        self.last_stored_search_space = options
+
+    def enumerate(self, module: nn.Module, sharders: Sharders) -> list[ShardingOption]:
+        """Return the options."""
+        return self.last_stored_search_space
+
+    def populate_estimates(self, sharding_options: list[ShardingOption]) -> None:
+        """Leave the estimates as they are."""
