@@ -13,11 +13,13 @@ if TYPE_CHECKING:
     from torchrec_deepfm.model.deepfm import DeepFM, DeepFMTrain
     from torchrec_deepfm.model.fm import FactorizationMachine
     from torchrec_deepfm.model.tables import embedding_tables
+    from torchrec_deepfm.notebook.classifier import DeepFMClassifier
     from torchrec_deepfm.notebook.fit import fit
 
 __version__ = "0.1.0"
 __all__ = [
     "DeepFM",
+    "DeepFMClassifier",
     "DeepFMTrain",
     "FactorizationMachine",
     "__version__",
@@ -29,6 +31,7 @@ __all__ = [
 
 _HOME = {
     "DeepFM": "torchrec_deepfm.model.deepfm",
+    "DeepFMClassifier": "torchrec_deepfm.notebook.classifier",
     "DeepFMTrain": "torchrec_deepfm.model.deepfm",
     "FactorizationMachine": "torchrec_deepfm.model.fm",
     "embedding_tables": "torchrec_deepfm.model.tables",

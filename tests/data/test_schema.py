@@ -34,7 +34,13 @@ def test_json_round_trip():
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        (("y", ("a",), ()), "schema: no categorical column; name at least one under 'categorical'"),
+        (
+            ("y", ("a",), ()),
+            (
+                "schema: no categorical column; name at least one under 'categorical', "
+                'or give a number transform = "bucketize"'
+            ),
+        ),
         (("y", ("a",), ("a",)), "schema: column 'a' appears twice; give every column a different name"),
         (("y", ("y",), ("a",)), "schema: column 'y' appears twice; give every column a different name"),
         (("", ("b",), ("a",)), "schema: '' is not a valid column name; give every column a non-empty name"),

@@ -52,7 +52,7 @@ class ModelScorer:
         for part in rows.batches():
             by_key = np.ascontiguousarray(part.sparse.T)
             sparse = key_jagged(self.schema, by_key, part.bags, len(part))
-            yield start, start + len(part), torch.from_numpy(np.ascontiguousarray(part.dense)), sparse
+            yield start, start + len(part), torch.tensor(part.dense), sparse
             start += len(part)
 
     def parts(self, rows: EncodedRows) -> Parts:

@@ -1,1 +1,1 @@
-"""Training from Python: ``fit`` for a table in memory."""
+"""Training from Python: ``fit`` for a table in memory, ``DeepFMClassifier`` for scikit-learn."""

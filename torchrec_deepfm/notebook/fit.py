@@ -15,15 +15,13 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
-import polars as pl
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from torchrec_deepfm import console
 from torchrec_deepfm.data.prepare.options import PrepareOptions
-from torchrec_deepfm.data.raw.frames import as_arrow
-from torchrec_deepfm.data.schema import Schema, read_schema
+from torchrec_deepfm.data.raw.frames import as_arrow, frame_columns
+from torchrec_deepfm.data.schema import Schema, parse_schema, read_schema
 from torchrec_deepfm.errors import UserError, did_you_mean
 from torchrec_deepfm.launch.cpu_threads import choose_threads
 from torchrec_deepfm.training.config import TrainConfig
@@ -36,6 +34,9 @@ if TYPE_CHECKING:
 
 _TRAIN: Final = {field.name for field in fields(TrainConfig)}
 _PREPARE: Final = {field.name for field in fields(PrepareOptions)}
+
+_NEVER: Final = 2**31
+_MANY: Final = 1_000_000  # rows of tables whose memory is given back at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,27 +148,27 @@ def fit(
         stack.enter_context(_nothing_left_behind())
         say: Callable[[str], None] = console.say if show else lambda line: None
         work = Path(stack.enter_context(TemporaryDirectory(prefix="torchrec_deepfm-")))
-        files = {"train": _write(frame, work / "train.parquet")}
-        for name, rows in (("validation", validation), ("test", test)):
-            if rows is not None:
-                files[name] = _write(rows, work / f"{name}.parquet")
-        columns, text = _schema(schema, label, files["train"])
+        given = {"train": frame, "validation": validation, "test": test}
+        tables = {name: _table(name, rows) for name, rows in given.items() if rows is not None}
+        columns, text = _schema(schema, label, tables["train"])
         say(text)
         from torchrec_deepfm.data.prepare.prepare import prepare
 
         data = prepare(
-            [files["train"]],
+            tables["train"],
             work / "prepared",
-            validation=[files[name] for name in files if name == "validation"],
-            test=[files[name] for name in files if name == "test"],
+            validation=tables.get("validation", ()),
+            test=tables.get("test", ()),
             schema=columns,
             report=lambda line: say(line.replace(f"{work}{os.sep}", "")),
             **prepare_options,
         )
         config = _config(recipe, data.rows("train"), bool(data.rows("validation")), train_options)
+        if output is None and "checkpoint_every" not in options:  # nobody resumes it
+            config = replace(config, checkpoint_every=_NEVER)
         keeps = [] if output is not None else [TemporaryDirectory(prefix="torchrec_deepfm-run-")]
         folder = Path(output) if output is not None else Path(keeps[0].name) / "run"
-        summary = _train(config, data, folder, say, show)
+        summary = _train(config, data, folder, say, show=show, report=output is not None)
         say(console.training_summary(summary, folder))
     return Run(folder=folder, schema=text, summary=summary, _keeps=tuple(keeps))
 
@@ -198,38 +199,29 @@ def _sorted_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[st
     )
 
 
-def _write(frame: Any, path: Path) -> Path:
-    table = as_arrow(frame, _names(frame))
+def _table(name: str, frame: Any) -> pa.Table:
+    table = as_arrow(frame, frame_columns(frame))
     if not len(table):
-        raise UserError(f"fit: the {path.stem} rows are empty; give rows with data")
-    pq.write_table(table, path)
-    return path
+        raise UserError(f"fit: the {name} rows are empty; give rows with data")
+    return table
 
 
-def _names(frame: Any) -> list[str]:
-    """The columns of a frame; of a list of dicts those of any row."""
-    if isinstance(frame, pl.LazyFrame):
-        return frame.collect_schema().names()
-    if isinstance(frame, pa.RecordBatch | pa.Table):
-        return list(frame.schema.names)
-    if hasattr(frame, "columns"):
-        return [str(name) for name in frame.columns]
-    if isinstance(frame, list) and all(isinstance(row, Mapping) for row in frame):
-        return list(dict.fromkeys(str(name) for row in frame for name in row))
-    return []  # as_arrow says what it takes
-
-
-def _schema(schema: Schema | Path | str | None, label: str, train: Path) -> tuple[Schema, str]:
+def _schema(schema: Schema | Path | str | None, label: str, train: pa.Table) -> tuple[Schema, str]:
     if isinstance(schema, Schema):
         return schema, repr(schema)
     if schema is not None:
         return read_schema(schema), Path(schema).read_text(encoding="utf-8")
+    text = inferred(train, label)
+    return parse_schema(text, Path("schema")), text
+
+
+def inferred(rows: pa.Table, label: str, *, keep: bool = False) -> str:
+    """Guess the schema of rows in memory, as TOML; see ``infer_schema``."""
+    from torchrec_deepfm.data.raw.chunk_files import ChunkTable
     from torchrec_deepfm.data.raw.infer_schema import infer_schema
 
-    text = infer_schema(str(train), label=label).replace(f'"{train}"', "the frame")
-    path = train.with_name("schema.toml")
-    path.write_text(text, encoding="utf-8")
-    return read_schema(path), text
+    text = infer_schema(ChunkTable.of_rows("train rows", rows), label=label, keep=keep)
+    return text.replace('"train rows"', "the frame")
 
 
 def _config(recipe: TrainConfig | str | None, rows: int, validation: bool, options: Mapping[str, Any]) -> TrainConfig:
@@ -239,7 +231,9 @@ def _config(recipe: TrainConfig | str | None, rows: int, validation: bool, optio
     return replace(config, **options)
 
 
-def _train(config: TrainConfig, data: Any, folder: Path, say: Callable[[str], None], show: bool) -> dict[str, Any]:
+def _train(
+    config: TrainConfig, data: Any, folder: Path, say: Callable[[str], None], *, show: bool, report: bool
+) -> dict[str, Any]:
     import torch.distributed as dist
 
     from torchrec_deepfm.distributed.process_group import process_group
@@ -253,13 +247,15 @@ def _train(config: TrainConfig, data: Any, folder: Path, say: Callable[[str], No
     try:
         with process_group() as device:
             options = RunOptions(resume="never")
-            result = train(config, data, folder, device, options, say=say, measure=write_importance_if_small, show=show)
+            measure = write_importance_if_small
+            result = train(config, data, folder, device, options, say=say, measure=measure, show=show, report=report)
     except Preempted as request:
         if request.signum == signal.SIGINT:
             raise KeyboardInterrupt(str(request)) from request
         raise SystemExit(request.exit_code) from request
     finally:
-        gc.collect()  # the sharded model holds itself in cycles
+        if sum(data.num_embeddings.values()) > _MANY:
+            gc.collect()  # the sharded model holds itself in cycles
     return result.summary
 
 

@@ -63,6 +63,7 @@ def train(
     say: Callable[[str], None] = lambda line: None,
     measure: Callable[[Path, PreparedData], None] = lambda folder, data: None,
     show: bool = True,
+    report: bool = True,
 ) -> Result:
     """Train a sharded DeepFM and evaluate it; a collective over the current process group.
 
@@ -77,6 +78,7 @@ def train(
         say: called on rank 0 with a line for the user.
         measure: called on rank 0 with the finished run, to write more figures for its report.
         show: print the progress.
+        report: draw the report at the end; it can be drawn later too.
 
     Returns:
         The folder and the summary of the run.
@@ -108,7 +110,7 @@ def train(
         stopping = requests_to_stop(lambda: lock.stopping() if lock else None)
         in_time = stop_before_limit(options.stop_before_limit if is_main() else 0)
         with stopping as requests, in_time, closing(Heartbeat(options.timeout)) as heartbeat:
-            training = _Training(run, data, output, device, options, say, measure, show, requests, heartbeat)
+            training = _Training(run, data, output, device, options, say, measure, show, report, requests, heartbeat)
             try:
                 return training.run()
             except UserError:
@@ -145,12 +147,14 @@ class _Training:
         say: Callable[[str], None],
         measure: Callable[[Path, PreparedData], None],
         show: bool,
+        report: bool,
         requests: Requests,
         heartbeat: Heartbeat,
     ) -> None:
         self._run, self._data, self._output, self._device = run, data, output, device
         self._target = options.checkpoints or str(output / run_folder.CHECKPOINTS)
-        self._options, self._say, self._measure, self._show = options, say, measure, show
+        self._options, self._say, self._measure = options, say, measure
+        self._show, self._report = show, report
         self._requests, self._heartbeat = requests, heartbeat
         self._checkpoints: Checkpoints | None = None
         self._lowered = ""
@@ -346,7 +350,8 @@ class _Training:
         summary["warnings"] = on_main(lambda: self._warnings(summary))
         on_main(lambda: _write_curves(self._output, metrics[own]))
         on_main(lambda: run_folder.write_json(self._output / run_folder.SUMMARY, summary))
-        on_main(lambda: _draw(self._output, self._say, lambda: self._measure(self._output, self._data)))
+        measure = partial(self._measure, self._output, self._data)
+        on_main(lambda: _draw(self._output, self._say, measure, report=self._report))
         return Result(folder=self._output, summary=summary)
 
     def _warnings(self, summary: Mapping[str, Any]) -> list[str]:
@@ -390,12 +395,13 @@ def _write_curves(folder: Path, metrics: Mapping[str, Metrics]) -> None:
     run_folder.write_json(folder / CURVES, {"format_version": 1, "splits": curves})
 
 
-def _draw(folder: Path, say: Callable[[str], None], measure: Callable[[], object] = lambda: None) -> None:
+def _draw(
+    folder: Path, say: Callable[[str], None], measure: Callable[[], object] = lambda: None, *, report: bool = True
+) -> None:
     """Write the report; a failure is reported and does not fail the run."""
-    steps: dict[str, Callable[[], object]] = {
-        "fields could not be measured": measure,
-        "report could not be drawn": partial(write_run_report, folder),
-    }
+    steps: dict[str, Callable[[], object]] = {"fields could not be measured": measure}
+    if report:
+        steps["report could not be drawn"] = partial(write_run_report, folder)
     for failed, work in steps.items():
         try:
             work()

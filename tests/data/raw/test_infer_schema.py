@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from tests.support.data_tables import parquet, text_file
 from tests.support.messy_tables import avazu_like, movielens_like
+from torchrec_deepfm.data.prepare.prepare import prepare
 from torchrec_deepfm.data.raw.infer_schema import infer_schema, write_inferred
 from torchrec_deepfm.data.raw.table_source import open_tables
 from torchrec_deepfm.data.schema import Column, read_schema
@@ -238,9 +239,12 @@ def test_only_the_first_rows_are_read(tmp_path):
             "no column 'ratings'; the file has 'rating' (did you mean 'rating'?); name another --label",
         ),
         (
-            {"y": [1, 0], "price": [0.5, 1]},
+            {"y": [1, 0], "price": [None, None]},
             None,
-            "no column looks like a category, and a model needs one; write the schema by hand, docs/tables.md",
+            (
+                "no column looks like a feature, and a model needs one; write the schema by hand, docs/tables.md; "
+                "'price' is left out: no value in these rows"
+            ),
         ),
         ({"y": pa.array([], "int8")}, None, "the table has no rows; give one with data"),
     ],
@@ -250,6 +254,30 @@ def test_tables_that_give_no_schema(tmp_path, cells, label, expected):
     with pytest.raises(UserError) as caught:
         infer_schema(str(path), label=label)
     assert str(caught.value) == f"{path}: {expected}"
+
+
+def test_numbers_alone_are_cut_into_buckets(tmp_path):
+    path = parquet(tmp_path / "t.parquet", {"y": [1, 0, 1], "price": [0.5, 1.25, 2.5], "x": [0.5, 1, 1.5]})
+    schema = read_back(tmp_path, infer_schema(str(path)))
+    assert (schema.numeric, schema.categorical) == (("price", "x", "price_bucket", "x_bucket"), ())
+    assert schema.options("x_bucket") == Column(of="x", transform="bucketize", buckets=16)
+    data = prepare([path], tmp_path / "data", schema=schema, split="none", min_count=1)
+    assert (data.schema.numeric, data.schema.categorical) == (("price", "x"), ("price_bucket", "x_bucket"))
+
+
+def test_whatever_can_be_read_is_kept_if_asked(tmp_path):
+    rows = range(200)
+    cells = {
+        "y": [i % 2 for i in rows],
+        "key": [f"k{i}" for i in rows],
+        "same": ["a"] * 200,
+        "leak": [i % 2 for i in rows],
+    }
+    path = parquet(tmp_path / "t.parquet", cells | {"id": list(rows), "empty": [None] * 200})
+    with pytest.raises(UserError, match="no column looks like a feature"):
+        infer_schema(str(path))
+    schema = read_back(tmp_path, infer_schema(str(path), keep=True))
+    assert schema.categorical == ("key", "same", "leak", "id")
 
 
 def test_a_label_by_a_threshold(tmp_path):

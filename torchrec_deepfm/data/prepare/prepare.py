@@ -12,7 +12,6 @@ from torchrec_deepfm.data.dataset.prepared import PreparedData
 from torchrec_deepfm.data.prepare.options import PrepareOptions
 from torchrec_deepfm.data.prepare.pipeline import Job
 from torchrec_deepfm.data.prepare.workers import Workers
-from torchrec_deepfm.data.raw.addresses import File
 from torchrec_deepfm.data.raw.chunk_files import ChunkTable
 from torchrec_deepfm.data.raw.frames import as_arrow
 from torchrec_deepfm.data.schema import CRITEO_KAGGLE, Schema
@@ -77,4 +76,4 @@ def _named(part: str, given: Any, schema: Schema, columns: Sequence[str]) -> lis
         rows = as_arrow(given, list(dict.fromkeys(columns)))
     except UserError as error:
         raise UserError(f"{part} rows: {error}") from error
-    return [ChunkTable(File(name=f"{part} rows", bytes=rows.nbytes, path=""), memory=rows)]
+    return [ChunkTable.of_rows(f"{part} rows", rows)]

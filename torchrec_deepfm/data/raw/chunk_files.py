@@ -39,6 +39,11 @@ class ChunkTable:
             self.twice = {name for name in schema.names if schema.names.count(name) > 1}
             self.is_empty = not any(chunk.num_rows for chunk, _ in chunks)
 
+    @classmethod
+    def of_rows(cls, name: str, rows: pa.Table) -> "ChunkTable":
+        """Rows in memory; ``name`` stands for a file's in messages."""
+        return cls(File(name=name, bytes=rows.nbytes, path=""), memory=rows)
+
     def batches(self, names: Sequence[str], start: int = 0) -> Iterator[Batch]:
         """Continue reading at a row; yields batches whose sizes depend on the file."""
         skip = start

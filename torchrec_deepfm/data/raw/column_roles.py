@@ -34,6 +34,7 @@ _HEAVY: Final = 30.0  # excess kurtosis of tails on both sides
 _ABSENT: Final = 0.01  # share missing from which a number gets an indicator
 _LONG_AGO: Final = 10**8  # seconds: three years; times since 1970, or dates such as 20240131
 _EXAMPLES: Final = 3
+_BUCKETS: Final = 16  # of a number, in a table without categories
 
 
 @dataclass
@@ -93,11 +94,12 @@ def sampled(name: str, column: pa.ChunkedArray, *, text: bool) -> SampledColumn:
 
 
 def sort(
-    columns: Sequence[SampledColumn], labels: NDArray[np.float64]
+    columns: Sequence[SampledColumn], labels: NDArray[np.float64], *, keep: bool = False
 ) -> tuple[list[SampledColumn], list[SampledColumn], list[SampledColumn]]:
     """Divide columns into numeric, categorical and left out ones, and set the reason and the options of each.
 
-    ``labels``: [n] of 0 and 1.
+    ``labels``: [n] of 0 and 1. ``keep``: leave out only what can't be read. Numbers without any category are also cut
+    into buckets.
     """
     places: dict[str, list[SampledColumn]] = {"numeric": [], "categorical": [], "left out": []}
     weights = [column for column in columns if column.kind == column_types.Kind("float", True)]
@@ -107,8 +109,8 @@ def sort(
         if parts := _parts_of_time(column, {other.name for other in columns}):
             places["categorical"] += parts
             continue
-        place, column.why = _place(column)
-        if place != "left out" and (auc := _label_auc(column, labels)) > _LEAK:
+        place, column.why = _place(column, keep=keep)
+        if place != "left out" and not keep and (auc := _label_auc(column, labels)) > _LEAK:
             place, column.why = (
                 "left out",
                 f"it alone gives the label away (AUC {auc:.3f}); is it known before the label?",
@@ -128,6 +130,20 @@ def sort(
         else:
             weight.why = "lists of decimal numbers; as the weights of a list column they stand in its options"
             places["left out"].append(weight)
+    if not places["categorical"]:
+        names = {column.name for column in columns}
+        places["numeric"] += [
+            SampledColumn(
+                f"{column.name}_bucket",
+                column.kind,
+                column.series,
+                column.rows,
+                options={"of": column.name, "transform": "bucketize", "buckets": _BUCKETS},
+                why=f"{_BUCKETS} buckets, since a model needs a category",
+            )
+            for column in places["numeric"]
+            if f"{column.name}_bucket" not in names
+        ]
     return places["numeric"], places["categorical"], places["left out"]
 
 
@@ -205,7 +221,7 @@ def _looks_like(cells_: pl.Series) -> str:
     return "text" if given.cast(pl.Float64, strict=False).null_count() else "float"
 
 
-def _place(column: SampledColumn) -> tuple[str, str]:
+def _place(column: SampledColumn, *, keep: bool) -> tuple[str, str]:
     """Where a column goes, and why."""
     kind, given = column.kind, _given(column.series)
     if kind.scalar not in column_types.TAKEN:
@@ -216,7 +232,7 @@ def _place(column: SampledColumn) -> tuple[str, str]:
         column.options["list"] = True
         return "categorical", "lists"
     different = given.n_unique()
-    enough = column.rows >= _MIN_ROWS
+    enough = column.rows >= _MIN_ROWS and not keep
     if different == 1 and len(given) == column.rows and enough:
         return "left out", "the same value in every row"
     if kind.scalar == "boolean":

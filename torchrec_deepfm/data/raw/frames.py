@@ -63,6 +63,21 @@ def as_arrow(frame: Any, names: Sequence[str]) -> pa.Table:
     return pa.table({name: _typeless_if_missing(table.column(name)) for name in names})
 
 
+def frame_columns(frame: Any) -> list[str]:
+    """The columns of a frame; of a list of dicts those of any row."""
+    if isinstance(frame, pl.LazyFrame):
+        return frame.collect_schema().names()
+    if isinstance(frame, pa.RecordBatch | pa.Table):
+        return list(frame.schema.names)
+    if hasattr(frame, "column_names"):  # of Hugging Face
+        return list(frame.column_names)
+    if hasattr(frame, "columns"):
+        return [str(name) for name in frame.columns]
+    if isinstance(frame, list) and all(isinstance(row, Mapping) for row in frame):
+        return list(dict.fromkeys(str(name) for row in frame for name in row))
+    return []  # as_arrow says what it takes
+
+
 def _check_names(there: Sequence[str], names: Sequence[str]) -> None:
     for name in names:
         if name not in there:

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from torchrec_deepfm.data.raw import columns as cells
 from torchrec_deepfm.data.raw.addresses import find_files
-from torchrec_deepfm.data.raw.chunk_files import TableFile, open_table
+from torchrec_deepfm.data.raw.chunk_files import ChunkTable, TableFile, open_table
 from torchrec_deepfm.data.raw.column_roles import SampledColumn, sampled, sort
 from torchrec_deepfm.data.raw.table_source import delimiter_in, is_number, missing_column
 from torchrec_deepfm.data.schema import LabelRule, toml_text
@@ -29,21 +29,26 @@ _RATINGS: Final = ("rating", "ratings", "stars", "score", "overall")
 _SHOWN: Final = 4
 
 
-def infer_schema(named: str, *, label: str | None = None, sample_rows: int = 100_000) -> str:
+def infer_schema(
+    named: str | ChunkTable, *, label: str | None = None, sample_rows: int = 100_000, keep: bool = False
+) -> str:
     """Guess a schema from the first rows of a table.
 
     Args:
-        named: A local path or fsspec address of a Parquet or CSV file, or of a folder of such files.
+        named: A local path or fsspec address of a Parquet or CSV file, or of a folder of such files; or rows in memory.
         label: Name of the 0/1 column, or a comparison such as ``rating >= 4``; ``None`` looks for one.
         sample_rows: Rows to look at.
+        keep: Whether columns that can be read are kept whatever they hold: keys, constants, what gives the label away.
 
     Returns:
         TOML that ``read_schema`` takes, with a comment beside each column.
 
     Raises:
-        UserError: The table can't be read, no column looks like a label, or none like a category.
+        UserError: The table can't be read, no column looks like a label, or none like a feature.
     """
-    tables, delimiter = _open(named)
+    tables: Sequence[TableFile]
+    tables, delimiter = ([named], None) if isinstance(named, ChunkTable) else _open(named)
+    named = named.file.name if isinstance(named, ChunkTable) else named
     tables = [table for table in tables if not table.is_empty]
     if not tables:
         raise UserError(f"{named}: the table has no rows; give one with data")
@@ -68,11 +73,11 @@ def infer_schema(named: str, *, label: str | None = None, sample_rows: int = 100
     found = _find_label(named, columns, rule or label)
     others = [column for column in columns if column is not found]
     labels = cells.labels(pa.chunked_array([found.series.to_arrow()]), rule).series.to_numpy()
-    numeric, categorical, left_out = sort(others, labels)
-    if not categorical:
+    numeric, categorical, left_out = sort(others, labels, keep=keep)
+    if not (numeric or categorical):
         reasons = "".join(f"; {column.name!r} is left out: {column.why}" for column in left_out[:_SHOWN])
         raise UserError(
-            f"{named}: no column looks like a category, and a model needs one; write the schema by hand, docs/tables.md"
+            f"{named}: no column looks like a feature, and a model needs one; write the schema by hand, docs/tables.md"
             f"{reasons}"
         )
     rows = found.rows

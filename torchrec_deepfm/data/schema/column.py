@@ -13,6 +13,7 @@ from torchrec_deepfm.errors import UserError, one_of
 TRANSFORMS: Final = (
     "standard", "minmax", "clip", "quantile", "log1p", "signed_log1p", "log", "bucketize", "fuxictr", "none",
 )  # fmt: skip
+BUCKETS: Final = ("bucketize", "fuxictr")  # make a category of a number
 TYPES: Final = ("string", "integer")
 
 PARTS: Final = ("hour", "weekday", "day", "month", "age")

@@ -33,11 +33,16 @@ def read_schema(path: Path | str) -> Schema:
     """
     path = Path(path)
     text = read_text(path, most=_MAX_TOML_BYTES, what="schema", instead="name a TOML file, or write one: schema infer")
-    value = parse_toml(path, text)
+    return parse_schema(text, path)
+
+
+def parse_schema(text: str, where: Path) -> Schema:
+    """Read the content of a schema's file; ``where`` names it in messages."""
+    value = parse_toml(where, text)
     try:
         return build(value, layout="table")
     except UserError as error:
-        raise UserError(error.what, where=path) from error
+        raise UserError(error.what, where=where) from error
 
 
 def load_schema(name_or_path: str) -> Schema:

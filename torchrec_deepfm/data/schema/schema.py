@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from torchrec_deepfm.data.schema.column import LIST_ONLY, TRANSFORMS, Column, check_choice, is_date, toml_key
+from torchrec_deepfm.data.schema.column import BUCKETS, LIST_ONLY, TRANSFORMS, Column, check_choice, is_date, toml_key
 from torchrec_deepfm.data.schema.label_rule import LabelRule
 from torchrec_deepfm.errors import UserError, did_you_mean, one_of
 
@@ -20,7 +20,8 @@ _DEFAULTS: Final = Column()
 class Schema:
     """The columns of a click log: one label, I numeric ones and F categorical ones.
 
-    Criteo's text has them in this order; in a table they are found by name. I may be 0, F may not.
+    Criteo's text has them in this order; in a table they are found by name. F may be 0 if a number becomes categories
+    (``bucketize``).
 
     Args:
         label: Name of the 0/1 column, or a comparison such as ``rating >= 4``.
@@ -38,7 +39,7 @@ class Schema:
         header: The names of all columns of a CSV without a first row of names, in its order.
 
     Raises:
-        UserError: A name is empty or used twice, there is no categorical column, or an option does not fit its column.
+        UserError: A name is empty or used twice, there is no category at all, or an option does not fit its column.
 
     Example:
         >>> Schema(label="click", numeric=("price",), categorical=("user", "item")).names
@@ -57,8 +58,6 @@ class Schema:
 
     def __post_init__(self) -> None:
         """Check the names, then the options against them."""
-        if not self.categorical:
-            raise UserError("no categorical column; name at least one under 'categorical'", where="schema")
         seen: set[str] = set()
         for name in self.names:
             if not isinstance(name, str) or not name:
@@ -96,6 +95,14 @@ class Schema:
         for name, column in self.columns.items():
             self._check_column(name, column)
         self._check_sources()
+        if not self.categorical and not any(
+            (self.options(name).transform or self.numeric_transform) in BUCKETS for name in self.numeric
+        ):
+            raise UserError(
+                "no categorical column; name at least one under 'categorical', or give a number transform = "
+                '"bucketize"',
+                where="schema",
+            )
 
     def _check_column(self, name: str, column: Column) -> None:
         place = f"columns.{toml_key(name)}"

@@ -29,12 +29,11 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from torchrec_deepfm.data.schema import TRANSFORMS, Schema, toml_key
+from torchrec_deepfm.data.schema import BUCKETS, TRANSFORMS, Schema, toml_key
 from torchrec_deepfm.data.values.statistics import ColumnStatistics
 from torchrec_deepfm.errors import UserError, one_of
 
-# Transforms that make a category of a number, and those whose dense value depends on the training rows.
-BUCKETS: Final = ("bucketize", "fuxictr")
+# Transforms whose dense value depends on the training rows.
 LEARNED: Final = ("standard", "minmax", "clip", "quantile")
 # Equal shares of the rows that the quantiles of a transform divide.
 _SHARES: Final = {"clip": 100, "quantile": 1000}
