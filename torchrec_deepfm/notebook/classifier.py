@@ -164,8 +164,7 @@ class DeepFMClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     def predict(self, X: Any) -> NDArray[Any]:  # noqa: N803
         """Predict the more probable class of n rows, [n]; see ``predict_proba``."""
         positive = self.predict_proba(X)[:, 1] > 0.5  # raises before fit
-        classes: NDArray[Any] = self.classes_
-        return classes[positive.astype(int)]
+        return np.asarray(self.classes_[positive.astype(int)])
 
     def __sklearn_tags__(self) -> Any:
         """Say what scikit-learn may give to this estimator."""
