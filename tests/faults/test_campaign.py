@@ -162,7 +162,7 @@ def test_ctrl_c_once_and_twice(data: Path, tmp_path: Path, undisturbed: dict[int
 COUNT = """
 import sys
 from pathlib import Path
-from tests.faults.campaign import Tally
+from tests.faults.attempts import Tally
 
 tally = Tally()
 for place in sys.argv[2:]:

@@ -1,26 +1,20 @@
-"""Tables of a user's own, against the plain Python values that were written into them."""
+"""Parquet tables of a user's own, against the plain Python values that were written into them."""
 
-import csv
 import decimal
-import gzip
-import importlib.util
-import io
 import itertools
 import math
 import pickle
 import random
 import struct
-from pathlib import Path
 
-import fsspec
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.support.data_tables import BAGS, SMALL, message, parquet, rows_of, small, text_file
+from tests.support.data_tables import BAGS, SMALL, parquet, rows_of, small, text_file
 from torchrec_deepfm.data.raw import table_files
 from torchrec_deepfm.data.raw import table_source as table_module
 from torchrec_deepfm.data.raw.table_source import open_tables
@@ -50,7 +44,7 @@ FLOATS = st.floats(allow_infinity=False)
 TEXTS = st.text(st.characters(codec="utf-8"), max_size=6)
 
 
-def number(value):
+def to_number(value):
     """What a number of any type becomes."""
     return None if value is None or math.isnan(value) else float(value)
 
@@ -69,15 +63,15 @@ LABELS = [
     (pa.dictionary(pa.int8(), pa.int64()), between(0, 1), int),
 ]
 NUMBERS = [
-    (pa.bool_(), maybe(st.booleans()), number),
-    (pa.int64(), maybe(between(-(2**63), 2**63 - 1)), number),
-    (pa.uint64(), maybe(between(0, 2**64 - 1)), number),
-    (pa.float32(), maybe(st.floats(width=32, allow_infinity=False)), number),
-    (pa.float64(), maybe(FLOATS), number),
-    (pa.float16(), maybe(st.floats(width=16, allow_infinity=False)), number),
-    (pa.decimal128(12, 3), maybe(decimals(12, 3)), number),
-    (pa.decimal128(30, 0), maybe(decimals(30, 0)), number),
-    (pa.null(), st.none(), number),
+    (pa.bool_(), maybe(st.booleans()), to_number),
+    (pa.int64(), maybe(between(-(2**63), 2**63 - 1)), to_number),
+    (pa.uint64(), maybe(between(0, 2**64 - 1)), to_number),
+    (pa.float32(), maybe(st.floats(width=32, allow_infinity=False)), to_number),
+    (pa.float64(), maybe(FLOATS), to_number),
+    (pa.float16(), maybe(st.floats(width=16, allow_infinity=False)), to_number),
+    (pa.decimal128(12, 3), maybe(decimals(12, 3)), to_number),
+    (pa.decimal128(30, 0), maybe(decimals(30, 0)), to_number),
+    (pa.null(), st.none(), to_number),
 ]
 SCALARS = {
     "integer": [
@@ -213,140 +207,6 @@ def test_types_of_a_frame(tmp_path, kind, dtype):
     assert (source.path, source.bytes) == (str(tmp_path / "t.parquet"), (tmp_path / "t.parquet").stat().st_size)
 
 
-# CSV ------------------------------------------------------------------------------------------------------------------
-
-CSV = Schema(
-    label="y",
-    numeric=("n 1",),
-    categorical=("tëxt", "number", "bag"),
-    columns={
-        "number": Column(type="integer"),
-        "bag": Column(list=True, separator="|", type="integer", weights="loads"),
-    },
-    layout="table",
-)
-CELLS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=6)
-CSV_ROWS = st.tuples(
-    st.sampled_from(["0", "1", "true", "FALSE", "1.0", " 0"]),
-    maybe(FLOATS | between(-(10**25), 10**25)),
-    maybe(CELLS),
-    maybe(between(-(2**63), 2**63 - 1)),
-    maybe(st.lists(maybe(between(-9, 10**12)), min_size=1, max_size=3)),
-)
-
-
-def csv_expected(row):
-    label, value, text, whole, bag = row
-    bag = None if bag is None or bag == [None] else bag  # an empty cell is a missing list
-    kept = None if bag is None else [v for v in bag if v is not None]
-    weights = None if bag is None else [j + 0.5 for j, v in enumerate(bag) if v is not None]
-    return (1 if label.strip().lower() in ("1", "true", "1.0") else 0, number(value), text, whole, kept, weights)
-
-
-def cell(value):
-    return "" if value is None else str(value)
-
-
-def csv_text(rows, *, delimiter=",", ending="\r\n"):
-    out = io.StringIO(newline="")
-    # Python 3.11 quotes a lone CR only where CR is among the line's end.
-    quoting = csv.QUOTE_MINIMAL if ending == "\r\n" else csv.QUOTE_ALL
-    writer = csv.writer(out, delimiter=delimiter, lineterminator=ending, quoting=quoting)
-    writer.writerow(["unread", "bag", "y", "n 1", "tëxt", "number", "loads"])
-    for label, value, text, whole, bag in rows:
-        cells = "|".join(map(cell, bag or ()))
-        loads = "|".join(f"{j + 0.5}" for j, _ in enumerate(bag or ())) if cells else ""
-        writer.writerow(["x", cells, label, cell(value), cell(text), cell(whole), loads])
-    return out.getvalue()
-
-
-@MANY
-@given(st.lists(CSV_ROWS, min_size=1, max_size=12), st.data())
-@example([("1", 1e400, 'é,\n"', 3, [None, 4])], None)
-def test_csv_holds_what_was_written(tmp_path, rows, data):
-    def draw(values, otherwise):
-        return otherwise if data is None else data.draw(values)
-
-    rows = [(label, None if value == math.inf else value, *rest) for label, value, *rest in rows]
-    suffix = draw(st.sampled_from([".csv", ".tsv", ".csv.gz", ".tsv.gz", ".csv.zst"]), ".csv")
-    text = csv_text(
-        rows, delimiter="\t" if ".tsv" in suffix else ",", ending=draw(st.sampled_from(["\n", "\r\n"]), "\n")
-    )
-    content = text.encode("utf-8-sig" if draw(st.booleans(), False) else "utf-8")
-    if suffix.endswith(".gz"):
-        content = gzip.compress(content)
-    if suffix.endswith(".zst"):
-        content = bytes(pa.Codec("zstd").compress(content, asbytes=True))
-    path = text_file(tmp_path / f"t{suffix}", content)
-    [source] = open_tables(str(path), CSV, piece_rows=draw(between(1, 13), 1))
-    pieces = list(source.pieces())
-    assert [row for piece in pieces for row in piece.frame.rows()] == [csv_expected(row) for row in rows]
-    at = draw(between(0, len(pieces) - 1), 0)
-    again = list(source.pieces(start=pieces[at].end))
-    assert [p.frame.rows() for p in again] == [p.frame.rows() for p in pieces[at + 1 :]]
-
-
-def test_broken_and_bad_rows_are_left_out_and_listed_wherever_reading_begins(tmp_path, monkeypatch):
-    """Against a plain count of the rows, over many blocks, with blank lines, and newlines in cells."""
-    monkeypatch.setattr(table_files, "_BLOCK_BYTES", 300)
-    draw = random.Random(5)
-    lines, good, bad = [], [], []
-    for number in range(2, 900):
-        kind = draw.choices(["good", "many", "few", "label", "number"], [20, 1, 1, 1, 1])[0]
-        value = f"v{number}\n" if draw.random() < 0.1 else f"v{number}"
-        lines.append(
-            {
-                "good": f'1,{number},"{value}"',
-                "many": f"1,{number},x,y,z",
-                "few": "1",
-                "label": f"{number},2,x",
-                "number": f"0,two,{number}",
-            }[kind]
-            + ("\n\n" if draw.random() < 0.1 else "\n")
-        )
-        if kind == "good":
-            good.append((1, float(number), value))
-        else:
-            bad.append(
-                (
-                    number,
-                    {
-                        "many": "the row has 5 cells, the header 3",
-                        "few": "the row has 1 cells, the header 3",
-                        "label": f"column 'y': '{number}' is not a valid label (expected 0 or 1)",
-                        "number": "column 'n': 'two' is not a number",
-                    }[kind],
-                )
-            )
-    path = text_file(tmp_path / "t.csv", "y,n,c\n" + "".join(lines))
-    for piece_rows in (7, 64, 1000):
-        [source] = open_tables(str(path), SMALL, piece_rows=piece_rows)
-        pieces = list(source.pieces(skip_bad=True))
-        assert [row for piece in pieces for row in piece.frame.rows()] == good
-        assert [(one.line, one.reason) for piece in pieces for one in piece.skipped] == bad
-        assert [piece.end for piece in pieces] == [*range(piece_rows, 898, piece_rows), 898]
-        for before, piece in itertools.pairwise(pieces):
-            again = next(iter(source.pieces(start=before.end, skip_bad=True)))
-            assert (again.frame.rows(), again.skipped, again.end) == (piece.frame.rows(), piece.skipped, piece.end)
-    number, reason = bad[0]
-    assert message(path) == f"{path}: row {number}, {reason}; repair or remove the row"
-
-
-def test_a_csv_that_ends_in_broken_rows(tmp_path):
-    path = text_file(tmp_path / "t.csv", "y,n,c\n1,2,a\n1,2\n1\n")
-    [source] = open_tables(str(path), SMALL)
-    [piece] = source.pieces(skip_bad=True)
-    assert piece.frame.rows() == [(1, 2.0, "a")]
-    assert [one.line for one in piece.skipped] == [3, 4]
-    assert (piece.end, piece.line) == (3, 4)
-    assert list(source.pieces(start=3, skip_bad=True)) == []
-
-
-def test_delimiter_of_the_schema(tmp_path):
-    schema = Schema(label="y", numeric=("n",), categorical=("c",), layout="table", delimiter=";")
-    assert rows_of(text_file(tmp_path / "t.csv", "y;n;c\n1;1.5;a,b\n"), schema) == [(1, 1.5, "a,b")]
-
-
 def test_options_that_change_a_type(tmp_path):
     schema = Schema(
         label="y",
@@ -386,97 +246,6 @@ def test_text_lists_in_parquet_are_cut(tmp_path):
         (0, None, None),
         (1, ["x", "y"], [1.0, 4.0]),
     ]
-
-
-# Where tables lie -----------------------------------------------------------------------------------------------------
-
-
-def test_a_folder_in_natural_order(tmp_path):
-    folder = tmp_path / "clicks.parquet"
-    folder.mkdir()
-    for number in (10, 9, 1):
-        small(folder / f"part-{number}.parquet", c=[f"{number}", "x"])
-    parquet(
-        folder / "part-2.parquet",
-        {"y": pa.array([], pa.int8()), "n": pa.array([], pa.int8()), "c": pa.array([], "string")},
-    )
-    for name in ("_SUCCESS", ".part-1.parquet.crc", "schema.toml", "README.md"):
-        (folder / name).write_text("")
-    sources = open_tables(str(folder), SMALL)
-    assert [Path(source.path).name for source in sources] == ["part-1.parquet", "part-9.parquet", "part-10.parquet"]
-    assert [row[2] for row in rows_of(folder, SMALL)] == ["1", "x", "9", "x", "10", "x"]
-
-
-def test_memory_file_system():
-    memory = fsspec.filesystem("memory")
-    memory.makedirs("/clicks", exist_ok=True)
-    try:
-        for name, content in {"b.csv": "y,n,c\n1,2,b\n", "a.csv": "c,y,n\nä,0,\n"}.items():
-            memory.pipe(f"/clicks/{name}", content.encode())
-        memory.pipe("/clicks 2.csv.gz", gzip.compress(b"y,n,c\n1,2,b\n"))
-        out = io.BytesIO()
-        parquet(out, {"y": [1], "n": [1], "c": ["x"]})
-        memory.pipe("/one.parquet", out.getvalue())
-        assert rows_of("memory://clicks", SMALL) == [(0, None, "ä"), (1, 2.0, "b")]
-        assert [source.path for source in open_tables("memory://clicks/", SMALL)] == [
-            "memory://clicks/a.csv",
-            "memory://clicks/b.csv",
-        ]
-        assert rows_of("memory://clicks 2.csv.gz", SMALL) == [(1, 2.0, "b")]
-        [source] = open_tables("memory://one.parquet", SMALL)
-        assert source.bytes == len(out.getvalue())
-        assert [piece.frame.rows() for piece in source.pieces()] == [[(1, 1.0, "x")]]
-        memory.pipe("/one.parquet", out.getvalue()[:-9])
-        assert message("memory://one.parquet").startswith("memory://one.parquet: the file can't be read as Parquet (")
-        assert message("memory://none.csv") == "memory://none.csv: nothing exists at this address; check it"
-    finally:
-        memory.store.clear()
-        memory.pseudo_dirs[:] = [""]
-
-
-@pytest.mark.skipif(importlib.util.find_spec("s3fs") is not None, reason="needs an environment without s3fs")
-def test_a_missing_driver_is_named():
-    assert message("s3://bucket/t.parquet") == (
-        "s3://bucket/t.parquet: s3:// needs the package s3fs, which is not installed; run: pip install s3fs"
-    )
-
-
-def test_an_unknown_protocol():
-    assert message("nonsense://a.csv") == (
-        "nonsense://a.csv: Protocol not known: nonsense; give a local path or an address that fsspec knows, such as s3://"
-    )
-
-
-KINDS = (
-    "a Parquet file (.parquet), a CSV with a header (.csv, .tsv, also .gz or .zst), ORC (.orc), Arrow (.arrow, "
-    ".feather) or JSON lines (.jsonl)"
-)
-
-
-@pytest.mark.parametrize(
-    ("files", "expected"),
-    [
-        ([], f"no data in this folder; give {KINDS}, or a folder of such files"),
-        (["a.csv", "b.pq"], "the folder mixes Parquet and CSV files; name the files, or use two folders"),
-        (["a.csv", "b.csv.bz2"], f"'b.csv.bz2' is not {KINDS}; move it, or name the files one by one"),
-        (["a.orc", "d/b.jsonl"], "the folder mixes ORC and JSON lines files; name the files, or use two folders"),
-        (["day=1/a.csv", "b.csv"], "only some files lie in a folder day=...; name the folders of one kind"),
-        (["_delta_log/0.json", "a.parquet"], ("a Delta table, whose folder also holds rows that were deleted; write it "
-                                              "as plain Parquet first")),
-    ],
-)  # fmt: skip
-def test_folders_that_are_no_table(tmp_path, files, expected):
-    for name in files:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("")
-    assert message(tmp_path) == f"{tmp_path}: {expected}"
-
-
-def test_no_such_file(tmp_path):
-    path = tmp_path / "t.parquet"
-    assert message(path) == f"{path}: no such file or folder; check the path"
-    path = text_file(tmp_path / "t.data", "y,n,c\n")
-    assert message(path) == (f"{path}: the name has no known ending; give {KINDS}, or a folder of such files")
 
 
 def test_long_values_end_a_piece_early_and_always_at_the_same_row(tmp_path, monkeypatch):
