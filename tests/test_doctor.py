@@ -162,7 +162,7 @@ def test_one_problem_is_one_line_with_its_remedy(installed: dict[str, str], prob
     assert find_problems(installed, probe) == [problem]
 
 
-def test_several_problems_are_all_told() -> None:
+def test_several_problems_are_all_reported() -> None:
     problems = find_problems({"torch": "2.13.0+cpu"}, Probe(reached=("torch",), torch_version="2.13.0+cpu", error="x"))
     assert [problem.split(" is not installed")[0] for problem in problems] == [
         "FBGEMM",

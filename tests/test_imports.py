@@ -140,7 +140,7 @@ def imports(module: str, path: Path, known: dict[str, Path]) -> Iterator[tuple[i
             while inside and inside not in known:  # the last word may be a name in a module
                 inside = inside.rpartition(".")[0]
             if isinstance(node, ast.Constant) and not inside:
-                continue  # a name of ours, but no module's: the format of a file
+                continue  # a name of the package's own, but no module's: the format of a file
             yield node.lineno, inside
 
 

@@ -69,17 +69,17 @@ def test_a_plan_is_written_shown_and_compared(tmp_path: Path, capsys: pytest.Cap
     torchrec = planned(tmp_path, "torchrec.json", "--search", "torchrec", "--constraint", "C1=row_wise")
     capsys.readouterr()
     run("plan", "diff", balanced, torchrec)
-    told = capsys.readouterr().out
+    reported = capsys.readouterr().out
     before = next(table for table in raw["tables"] if table["name"] == "t_C1")
-    assert f"t_C1: {before['sharding_type']} -> row_wise; {len(before['shards'])} -> 16 shards" in told
+    assert f"t_C1: {before['sharding_type']} -> row_wise; {len(before['shards'])} -> 16 shards" in reported
     other = load_plan(torchrec).predicted
     assert other is not None
-    assert f"critical path: {path:.2f} -> {other.critical_path_ms:.2f} ms" in told
+    assert f"critical path: {path:.2f} -> {other.critical_path_ms:.2f} ms" in reported
     run("plan", "diff", balanced, balanced)
     assert capsys.readouterr().out == f"{balanced} and {balanced} place 26 tables alike\n"
 
 
-def test_single_differences_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_single_differences_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = planned(tmp_path, "a.json", "--dim", 16)
     raw = json.loads(path.read_text())
     table = next(table for table in raw["tables"] if table["sharding_type"] != "data_parallel")
@@ -88,10 +88,10 @@ def test_single_differences_are_told(tmp_path: Path, capsys: pytest.CaptureFixtu
     table["ranks"][0] = moved["rank"]
     (tmp_path / "b.json").write_text(json.dumps(raw))
     one, other = load_plan(path), load_plan(tmp_path / "b.json")
-    told = diff_text(one, other, ("a", "b")).splitlines()
-    assert told[0] == "a -> b: 1 of 26 tables placed differently"
-    assert told[1].startswith(f"{table['name']}: ranks ")
-    assert told[-1].startswith(("GPU memory of the fullest rank", "host memory"))
+    reported = diff_text(one, other, ("a", "b")).splitlines()
+    assert reported[0] == "a -> b: 1 of 26 tables placed differently"
+    assert reported[1].startswith(f"{table['name']}: ranks ")
+    assert reported[-1].startswith(("GPU memory of the fullest rank", "host memory"))
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_a_plan_for_cpu_ranks_leaves_none_without_a_row(search: str, name: str, 
     assert all(min(shard.sizes) >= 1 for table in plan.tables for shard in table.shards)
 
 
-def test_a_reader_that_leaves_early_is_no_error() -> None:
+def test_a_reader_that_leaves_early_is_not_an_error() -> None:
     command = f"{sys.executable} -m torchrec_deepfm plan --help | head -n 1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=300)
     assert done.stdout.startswith("usage")
@@ -134,7 +134,7 @@ GOOD = {"--tables": "criteo-terabyte", "--hardware": "h100", "--ranks": "16", "-
 
 
 @pytest.mark.parametrize(
-    ("changed", "told"),
+    ("changed", "reported"),
     [
         ({"--ranks": "12"}, "12 ranks on h100: not a multiple of the 8 ranks of a host; take 8 or 16"),
         ({"--ranks": "9" * 30}, f"--ranks {'9' * 30}: must be at most 65,536"),
@@ -171,7 +171,7 @@ GOOD = {"--tables": "criteo-terabyte", "--hardware": "h100", "--ranks": "16", "-
 )
 def test_bad_input_gets_one_line_and_leaves_nothing(
     changed: dict[str, str | None],
-    told: str,
+    reported: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -189,7 +189,7 @@ def test_bad_input_gets_one_line_and_leaves_nothing(
         run("plan", *words)
     captured = capsys.readouterr()
     assert stopped.value.code == 2
-    assert captured.err.startswith(f"error: {told}")
+    assert captured.err.startswith(f"error: {reported}")
     assert captured.err.count("\n") == 1
     assert captured.out == ""
     assert {path.name: path.read_text() for path in tmp_path.iterdir() if path.is_file()} == before
@@ -198,7 +198,7 @@ def test_bad_input_gets_one_line_and_leaves_nothing(
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "reported"),
     [
         (["shwo", "a.json"], "unknown option shwo; python -m torchrec_deepfm plan --help lists the options"),
         (["show"], "option file is missing"),
@@ -215,12 +215,12 @@ def test_bad_input_gets_one_line_and_leaves_nothing(
         (["--tables", "x", "--ranks", "8"], "option --hardware is missing"),
     ],
 )
-def test_wrong_words_get_one_line(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_words_get_one_line(words: list[str], reported: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         run("plan", *words)
     captured = capsys.readouterr()
     assert (stopped.value.code, captured.out) == (2, "")
-    assert captured.err.startswith(f"error: {told}")
+    assert captured.err.startswith(f"error: {reported}")
     assert captured.err.count("\n") == 1
 
 

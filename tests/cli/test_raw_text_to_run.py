@@ -54,9 +54,9 @@ def test_from_raw_text_to_an_evaluated_run(tmp_path: Path) -> None:
     (tmp_path / "run" / "report.html").unlink()
     drawn = run("report", "--run", "run")
     assert (drawn.returncode, drawn.stdout, drawn.stderr) == (0, "wrote run/report.html\n", "")
-    told = run("recipes", "smoke", "--data", "data")
-    assert (told.returncode, told.stderr) == (0, "")
-    assert f"steps             {summary['steps']:,} of 256 samples" in told.stdout
+    reported = run("recipes", "smoke", "--data", "data")
+    assert (reported.returncode, reported.stderr) == (0, "")
+    assert f"steps             {summary['steps']:,} of 256 samples" in reported.stdout
 
     again = run("train", "--data", "data", "--output", "run", "--recipe", "smoke")
     assert (again.returncode, again.stderr) == (0, "")

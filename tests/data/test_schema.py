@@ -249,7 +249,7 @@ def test_mistakes_in_toml(tmp_path, text, expected):
         (None, "no such file; name a TOML file, or write one: schema infer"),
     ],
 )
-def test_files_that_are_no_schema(tmp_path, content, expected):
+def test_files_that_are_not_a_schema(tmp_path, content, expected):
     path = tmp_path / "schema.toml"
     if content is not None:
         path.write_bytes(content)
@@ -261,7 +261,7 @@ def test_files_that_are_no_schema(tmp_path, content, expected):
         assert str(caught.value) == f"{path}: {expected}"
 
 
-def test_a_folder_is_no_schema(tmp_path):
+def test_a_folder_is_not_a_schema(tmp_path):
     with pytest.raises(UserError, match="this can't be read"):
         read_schema(tmp_path)
 

@@ -97,7 +97,7 @@ def test_the_slowest_rank_is_fitted_not_the_first() -> None:
     assert found.hardware.extra["step_ms"] == pytest.approx(10)
 
 
-def test_a_bandwidth_that_costs_nothing_is_told() -> None:
+def test_a_bandwidth_that_costs_nothing_is_reported() -> None:
     column = [*BANDWIDTHS, *EXTRA].index
     measurements = []
     for amount in (1.0, 2.0, 3.0):

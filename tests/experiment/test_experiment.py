@@ -164,8 +164,8 @@ def test_predictions_are_those_of_predict(folder: Path, experiment: Experiment) 
     hardware = experiment.hardware
     tables = read_tables(str(folder / "tables.toml"))
     for one in experiment.plans:
-        told = predict(load_plan(folder / "out" / "plans" / f"{one.name}.json"), tables, hardware)
-        assert one.plan.predicted == told
+        reported = predict(load_plan(folder / "out" / "plans" / f"{one.name}.json"), tables, hardware)
+        assert one.plan.predicted == reported
     for name, kinds in KINDS.items():
         written = {
             table.name: table.sharding_type for table in load_plan(folder / "out" / "plans" / f"{name}.json").tables
@@ -190,11 +190,11 @@ def test_the_report_shows_what_the_results_say(folder: Path) -> None:
 
 def test_calibrate_reads_the_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cli.main(["calibrate", str(folder / "out"), "--output", str(folder / "mine.toml")])
-    told = capsys.readouterr().out
-    assert "spearman" in told
+    reported = capsys.readouterr().out
+    assert "spearman" in reported
     (folder / "out" / "report-calibrated.html").unlink()
     cli.main(["calibrate", str(folder / "out" / "results.json"), "--output", str(folder / "mine.toml")])
-    assert capsys.readouterr().out == told
+    assert capsys.readouterr().out == reported
     assert (folder / "out" / "report-calibrated.html").exists()
     assert "ranks_per_host = 2" in (folder / "mine.toml").read_text()
 

@@ -148,8 +148,8 @@ class Campaign:
                     if code == 143:
                         tally.faults["SIGTERM to all ranks"] += 1
                         # Ranks that are done when the signal arrives have nothing to save.
-                        told = re.search(r"stopped by SIGTERM after step \d+, saved in", err)
-                        expect(told or (place / "run" / "summary.json").exists(), f"no step is named: {err}")
+                        reported = re.search(r"stopped by SIGTERM after step \d+, saved in", err)
+                        expect(reported or (place / "run" / "summary.json").exists(), f"no step is named: {err}")
                     else:
                         expect(code == 0, err)
                 tally.compare(place, undisturbed)
@@ -236,7 +236,7 @@ class Campaign:
                         os.kill(pid, signal.SIGKILL)
 
     def other_plans(self, tally: Tally) -> None:
-        """Kill at random moments and go on under another plan each time, on two ranks."""
+        """Kill at random moments and resume under another plan each time, on two ranks."""
         plans = [
             ("user=row_wise", "item=table_wise"),
             ("user=table_wise", "item=row_wise"),
@@ -247,7 +247,7 @@ class Campaign:
         self._changes(tally, "another plan", self.times(4), starts, (2, SAVES), {})
 
     def other_ranks(self, tally: Tally) -> None:
-        """Kill at random moments and go on with another number of ranks each time, and another plan."""
+        """Kill at random moments and resume with another number of ranks each time, and another plan."""
         starts = [
             (2, ("--constraint", "user=row_wise", "item=row_wise")),
             (1, ()),

@@ -51,7 +51,7 @@ def fault(at: str, step: int) -> None:
         match each["do"]:
             case "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
-            case "kill once saved":  # a save goes on beside the steps
+            case "kill once saved":  # a save continues beside the steps
                 _checkpoints.wait()
                 os.kill(os.getpid(), signal.SIGKILL)
             case "stop":
@@ -100,7 +100,7 @@ def fill(path: Path) -> None:
 
 
 def before(owner: Any, name: str, call: Callable[..., None]) -> None:
-    """Let something happen before a function of ours."""
+    """Let something happen before a function of the package."""
     inner = getattr(owner, name)
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -111,7 +111,7 @@ def before(owner: Any, name: str, call: Callable[..., None]) -> None:
 
 
 def after(owner: Any, name: str, call: Callable[..., None]) -> None:
-    """Let something happen after a function of ours."""
+    """Let something happen after a function of the package."""
     inner = getattr(owner, name)
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:

@@ -66,9 +66,9 @@ def test_ranks_are_killed_and_torchelastic_starts_them_again(
     code, out, err = run(command(data, tmp_path / "run", ranks=2, restarts=4), env)
     assert code == 0, err
     assert all((tmp_path / "log" / f"fault_{number}").exists() for number in range(len(faults)))
-    went_on = [int(step) for step in re.findall(r"Resuming from step (\d+)", out)]
-    assert len(went_on) == 3
-    assert went_on[0] <= 8 < went_on[1] <= 16 < went_on[2] <= 24  # the newest may not have been on disk yet
+    resumed_at = [int(step) for step in re.findall(r"Resuming from step (\d+)", out)]
+    assert len(resumed_at) == 3
+    assert resumed_at[0] <= 8 < resumed_at[1] <= 16 < resumed_at[2] <= 24  # the newest may not have been on disk yet
     assert_as_undisturbed(tmp_path / "run", tmp_path / "log", undisturbed[2])
 
 
@@ -91,7 +91,7 @@ def test_a_kill_in_each_phase_of_a_save(data: Path, tmp_path: Path, undisturbed:
 
 @pytest.mark.parametrize(("ranks", "do"), [(2, "term parent"), pytest.param(1, "term", marks=CAMPAIGN)])
 def test_sigterm(data: Path, tmp_path: Path, undisturbed: dict[int, Path], ranks: int, do: str) -> None:
-    """On all ranks through torchrun, and in one process; each goes on where it stopped."""
+    """On all ranks through torchrun, and in one process; each resumes where it stopped."""
     fault = {"at": "step", "rank": ranks - 1, "step": 13, "do": do}
     code, _, err = run(
         command(data, tmp_path / "run", ranks=ranks), environment(tmp_path / "log", [fault], FAULTS_SLEEP="0.05")
@@ -112,7 +112,7 @@ def test_sigterm(data: Path, tmp_path: Path, undisturbed: dict[int, Path], ranks
 @pytest.mark.parametrize("step", [15, 40])
 def test_sigterm_during_an_evaluation(data: Path, tmp_path: Path, undisturbed: dict[int, Path], step: int) -> None:
     """Between two epochs' worth of steps, and after the last step; the evaluation is done again."""
-    small = ("--batch-size", "100")  # three steps of evaluation: told at the first, all ranks know at the second
+    small = ("--batch-size", "100")  # three steps of evaluation: asked at the first, all ranks know at the second
     env = environment(tmp_path / "log", [{"at": "evaluation", "rank": 0, "step": step, "do": "term"}])
     code, _, err = run(command(data, tmp_path / "run", options=small), env)
     assert code == 143
@@ -217,7 +217,7 @@ DAMAGES = [(name, how) for name in FILES for how in ("cut", "flipped", "removed"
 @pytest.fixture(scope="module")
 def killed(data: Path, folder: Path) -> Path:
     """A folder with a run that was killed at step 18, and its log."""
-    # Not in the middle of its last save, which goes on beside the steps.
+    # Not in the middle of its last save, which continues beside the steps.
     env = environment(folder / "killed" / "log", [{"at": "step", "rank": 0, "step": 18, "do": "kill once saved"}])
     code, _, _ = run(command(data, folder / "killed" / "run"), env)
     assert code == -signal.SIGKILL
@@ -235,9 +235,9 @@ def test_damaged_checkpoints_are_refused_by_name(
     shutil.copytree(killed, tmp_path, dirs_exist_ok=True)
     damage(tmp_path / "run" / "checkpoints" / "step_00000016" / name, how)
     code, out, err = run(command(data, tmp_path / "run"), environment(tmp_path / "log"))
-    told = [line for line in out.splitlines() if line.startswith("not used: ")]
-    assert len(told) == 1
-    assert f"step_00000016: {name}" in told[0], told
+    reported = [line for line in out.splitlines() if line.startswith("not used: ")]
+    assert len(reported) == 1
+    assert f"step_00000016: {name}" in reported[0], reported
     assert "Resuming from step 15 of" in out
     assert (code, err) == (0, "")
     assert_same_run(tmp_path / "run", undisturbed[1])

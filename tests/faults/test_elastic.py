@@ -73,7 +73,7 @@ def test_a_host_comes_and_goes(tmp_path: Path) -> None:
     assert max(line["step"] for line in lines[:joined]) == lines[joined]["step"] - 1
     assert len(re.findall("Resuming from step", out + second.out)) == 2
     # A step that was done again counts as it was done last; then every row has been seen once in each epoch, but for
-    # the few at an epoch's end that are no full batch.
+    # the few at an epoch's end that do not fill a batch.
     last: dict[int, list[dict[str, Any]]] = {}
     for line in lines:
         before = last.get(line["step"], [])

@@ -99,8 +99,8 @@ def test_metrics_that_cannot_be_written(data: Path, tmp_path: Path, small_disk: 
     env = environment(tmp_path / "log", [fault], FAULTS_SLEEP="0.03")
     code, _, err = run(command(data, small_disk / "run", options=options), env)
     assert code == 2
-    told = r"error: {}(/saved\.json)?: no space is left on the device; free some, then run the same command again\n"
-    assert re.fullmatch(told.format(re.escape(str(small_disk / "run"))), err)
+    reported = r"error: {}(/saved\.json)?: no space is left on the device; free some, then run the same command again\n"
+    assert re.fullmatch(reported.format(re.escape(str(small_disk / "run"))), err)
     assert saved_steps(tmp_path / "checkpoints")[-1] >= 16
     (small_disk / "filling").unlink()
     code, out, err = run(command(data, small_disk / "run", options=options), env)
@@ -111,9 +111,9 @@ def test_metrics_that_cannot_be_written(data: Path, tmp_path: Path, small_disk: 
 
 @CAMPAIGN
 @pytest.mark.parametrize(
-    ("do", "told"), [("shrink", "has changed while it was read"), ("vanish", "has vanished while it was")]
+    ("do", "reported"), [("shrink", "has changed while it was read"), ("vanish", "has vanished while it was")]
 )
-def test_data_that_shrink_or_vanish(data: Path, tmp_path: Path, undisturbed: Path, do: str, told: str) -> None:
+def test_data_that_shrink_or_vanish(data: Path, tmp_path: Path, undisturbed: Path, do: str, reported: str) -> None:
     copy = tmp_path / "data"
     shutil.copytree(data, copy)
     fault = {"at": "step", "rank": 0, "step": 10, "do": do, "path": str(copy)}
@@ -121,7 +121,7 @@ def test_data_that_shrink_or_vanish(data: Path, tmp_path: Path, undisturbed: Pat
     code, _, err = run(command(copy, tmp_path / "run"), env)
     assert code == 2
     assert err.startswith(f"error: {copy}/")
-    assert told in err
+    assert reported in err
     assert err.endswith(f"{GO_ON}\n")
     assert err.count("\n") == 1
     shutil.rmtree(copy)
@@ -158,7 +158,7 @@ def test_memory_runs_out(data: Path, tmp_path: Path, undisturbed: Path) -> None:
     assert_same_run(tmp_path / "run", undisturbed)
 
 
-def test_a_loss_that_is_no_number(data: Path, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_a_number(data: Path, tmp_path: Path) -> None:
     env = environment(tmp_path / "log", [{"at": "step", "rank": 0, "step": 10, "do": "nan"}], FAULTS_SLEEP="0.03")
     code, _, err = run(command(data, tmp_path / "run"), env)
     assert code == 2
@@ -191,11 +191,11 @@ def test_a_rank_that_stalls_is_named_and_started_again(data: Path, tmp_path: Pat
     words = command(data, tmp_path / "run", ranks=2, restarts=1, options=("--timeout", "5"))
     code, out, err = run(words, env)
     assert code == 0, err
-    told = [line for line in err.splitlines() if "stalled" in line]
-    assert len(told) == 1
+    reported = [line for line in err.splitlines() if "stalled" in line]
+    assert len(reported) == 1
     line = rf"rank 1 \(process \d+ on {os.uname().nodename}, step (\d+), {how}\) stalled, and rank 0 waited \d+ s; "
-    found = re.match(line + "the ranks start again if --max_restarts allows it", told[0])
-    assert found is not None, told[0]
+    found = re.match(line + "the ranks start again if --max_restarts allows it", reported[0])
+    assert found is not None, reported[0]
     assert 5 <= int(found[1]) <= 10  # a rank shows each second where it is
     assert "Resuming from step 8" in out
     assert_each_row_once(tmp_path / "log", epochs=2, global_batch=GLOBAL_BATCH)

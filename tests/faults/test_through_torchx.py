@@ -1,4 +1,4 @@
-"""A rank that dies under `torchx run`: torchelastic starts it again, and the training goes on, without a hand."""
+"""A rank that dies under `torchx run`: torchelastic starts it again, and the training resumes, without a hand."""
 
 import json
 import os

@@ -151,13 +151,13 @@ def test_a_resumed_adam_counts_its_steps_where_its_kernel_does(fused: bool | Non
 
 
 @pytest.mark.parametrize(
-    ("visible", "cuda", "told"),
+    ("visible", "cuda", "reported"),
     [(None, "13.0", True), ("0", "13.0", True), ("", "13.0", False), ("-1", "13.0", False), (None, None, False)],
 )
 def test_a_cuda_build_without_a_driver_says_so(
     visible: str | None,
     cuda: str | None,
-    told: bool,
+    reported: bool,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -174,7 +174,7 @@ def test_a_cuda_build_without_a_driver_says_so(
         "warning: training on the CPU, although this torch is built for CUDA 13.0: Found no NVIDIA driver on your "
         "system; nvidia-smi lists GPUs and driver, CUDA_VISIBLE_DEVICES= silences this\n"
     )
-    assert capsys.readouterr().err == (line if told else "")
+    assert capsys.readouterr().err == (line if reported else "")
 
 
 @pytest.mark.parametrize(

@@ -23,12 +23,12 @@ def ranks(tmp_path: Path, program: str, **env: str) -> subprocess.CompletedProce
 
 
 @pytest.mark.parametrize("program", [MISTAKE, f"if rank == 1:\n    {MISTAKE}\ntime.sleep(60)"], ids=["both", "one"])
-def test_a_users_mistake_is_told_once(tmp_path: Path, program: str) -> None:
+def test_a_users_mistake_is_reported_once(tmp_path: Path, program: str) -> None:
     run = ranks(tmp_path, program)
     assert (run.returncode, run.stderr) == (2, "error: day_0 row 3: label 7\n")
 
 
-def test_it_is_told_although_another_rank_fails_over_it(tmp_path: Path) -> None:
+def test_it_is_reported_although_another_rank_fails_over_it(tmp_path: Path) -> None:
     # Rank 0 loses its peer and fails at once, before rank 1's mistake is known.
     run = ranks(tmp_path, f"if rank == 0:\n    sys.exit(1)\n{MISTAKE}")
     assert run.returncode in (1, 2)

@@ -148,7 +148,7 @@ def test_a_file_with_one_component_needs_no_default(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_wrong_name_is_told_in_one_line(words: list[str], line: str) -> None:
+def test_a_wrong_name_is_reported_in_one_line(words: list[str], line: str) -> None:
     run = torchx("run", *words)
     assert (run.returncode, run.stdout, run.stderr) == (2, "", f"{line}\n")
 
@@ -199,16 +199,16 @@ def test_a_users_mistake_on_two_ranks_is_reported_once_by_them_and_last_by_torch
     output = tmp_path / "never"
     run = torchx("run", "apps/deepfm.py", "-j", "1x2", "--", "--data", "nowhere", "--output", str(output))
     assert run.returncode == 2
-    told = [line for line in run.stderr.splitlines() if "nowhere: no such folder; make it with prepare" in line]
-    assert len(told) == 2
-    assert told[0].startswith("train/0 error: ")
-    assert told[1] == run.stderr.splitlines()[-1]
+    reported = [line for line in run.stderr.splitlines() if "nowhere: no such folder; make it with prepare" in line]
+    assert len(reported) == 2
+    assert reported[0].startswith("train/0 error: ")
+    assert reported[1] == run.stderr.splitlines()[-1]
     assert "Traceback" not in run.stdout + run.stderr
     assert "CUDA_VISIBLE_DEVICES" not in run.stderr  # TorchX's advice: here the ranks divide the GPUs themselves
     assert not output.exists()
 
 
-def test_any_other_failure_of_a_job_is_told_as_torchx_does(job: str) -> None:
+def test_any_other_failure_of_a_job_is_reported_as_torchx_does(job: str) -> None:
     run = torchx("run", job, "--program", "raise SystemExit(2)")
     assert run.returncode == 1
     assert "AppStatus" in run.stderr

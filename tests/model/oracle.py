@@ -1,4 +1,6 @@
-"""The equation of arXiv 1703.04247 in plain Python floats, term by term, over all pairs. Nothing of ours is in it.
+"""The equation of arXiv 1703.04247 in plain Python floats, term by term, over all pairs.
+
+Nothing of the package is in it.
 
 A bag is a list of (id, weight). A table is a list of rows of floats, [v (k) | w | ...].
 """

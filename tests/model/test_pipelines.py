@@ -77,46 +77,46 @@ def every_pipeline() -> dict[str, Any]:
     def fresh() -> DistributedModelParallel:
         return build_model(CONFIG, SIZES, 2, CPU).model
 
-    told: dict[str, Any] = {"plain": plain_loop(fresh())}
+    reported: dict[str, Any] = {"plain": plain_loop(fresh())}
     model = fresh()
     base = TrainPipelineBase(model, make_optimizer(model, CONFIG), CPU)
-    told["base"] = [loss.item() for loss, _, _ in through(base)]
+    reported["base"] = [loss.item() for loss, _, _ in through(base)]
 
     model = fresh()
     sparse = TrainPipelineSparseDist(model, make_optimizer(model, CONFIG), CPU)
-    told["sparse"] = [loss.item() for loss, _, _ in through(sparse)]
-    told["sparse modules"] = pipelined(sparse)
+    reported["sparse"] = [loss.item() for loss, _, _ in through(sparse)]
+    reported["sparse modules"] = pipelined(sparse)
     sparse.detach()
 
     model.eval()
     with torch.no_grad():
-        told["plain logits"] = torch.stack([model(batch)[1][1] for batch in batches()])
+        reported["plain logits"] = torch.stack([model(batch)[1][1] for batch in batches()])
         evaluation = EvalPipelineSparseDist(model, None, CPU)
-        told["logits"] = torch.stack([logits for _, logits, _ in through(evaluation)])
-    told["evaluation modules"] = pipelined(evaluation)
+        reported["logits"] = torch.stack([logits for _, logits, _ in through(evaluation)])
+    reported["evaluation modules"] = pipelined(evaluation)
 
     ebc = EmbeddingBagCollection(tables=embedding_tables(SIZES, 3), device=torch.device("meta"))
     fuse_sparse_optimizer(ebc.parameters(), CONFIG)
     wrapped = DistributedModelParallel(Arithmetic(DeepFMTrain(DeepFM(ebc, 2, (8,), 3))), device=CPU)
     fallback = TrainPipelineSparseDist(wrapped, make_optimizer(wrapped, CONFIG), CPU)
-    told["fallback losses"] = len(through(fallback))
-    told["fallback modules"] = pipelined(fallback)
-    return told
+    reported["fallback losses"] = len(through(fallback))
+    reported["fallback modules"] = pipelined(fallback)
+    return reported
 
 
-def assert_pipelines_are_plain_loops(told: dict[str, Any]) -> None:
-    assert len(set(told["plain"])) == STEPS
-    assert told["base"] == pytest.approx(told["plain"], rel=1e-6)
-    assert told["sparse"] == pytest.approx(told["plain"], rel=1e-6)
-    torch.testing.assert_close(told["logits"], told["plain logits"], rtol=1e-6, atol=1e-6)
-    assert told["sparse modules"] == ["ShardedEmbeddingBagCollection"]
-    assert told["evaluation modules"] == ["ShardedEmbeddingBagCollection"]
+def assert_pipelines_are_plain_loops(reported: dict[str, Any]) -> None:
+    assert len(set(reported["plain"])) == STEPS
+    assert reported["base"] == pytest.approx(reported["plain"], rel=1e-6)
+    assert reported["sparse"] == pytest.approx(reported["plain"], rel=1e-6)
+    torch.testing.assert_close(reported["logits"], reported["plain logits"], rtol=1e-6, atol=1e-6)
+    assert reported["sparse modules"] == ["ShardedEmbeddingBagCollection"]
+    assert reported["evaluation modules"] == ["ShardedEmbeddingBagCollection"]
 
 
-def assert_the_fallback_is_seen(told: dict[str, Any]) -> None:
+def assert_the_fallback_is_seen(reported: dict[str, Any]) -> None:
     """It trains, and only the list of pipelined modules tells that nothing is overlapped."""
-    assert told["fallback losses"] == STEPS
-    assert told["fallback modules"] == []
+    assert reported["fallback losses"] == STEPS
+    assert reported["fallback modules"] == []
 
 
 @pytest.fixture(scope="module")
@@ -125,9 +125,9 @@ def ranks() -> list[dict[str, Any]]:
 
 
 def test_on_one_rank(device: torch.device) -> None:
-    told = every_pipeline()
-    assert_pipelines_are_plain_loops(told)
-    assert_the_fallback_is_seen(told)
+    reported = every_pipeline()
+    assert_pipelines_are_plain_loops(reported)
+    assert_the_fallback_is_seen(reported)
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -174,7 +174,7 @@ def test_known_plans_of_criteo_cost_what_is_known(ranks: int, kind: str, width: 
     assert predict(made, tables, HARDWARE).critical_path_ms == pytest.approx(wanted, abs=0.005)
 
 
-def test_what_does_not_go_together_is_told() -> None:
+def test_what_does_not_go_together_is_reported() -> None:
     made = plan("column_wise", 16, column_shards(64))
     with pytest.raises(UserError, match="the plan is for 16 ranks, not for 8"):
         predict(made, [TABLE], HARDWARE, 8)

@@ -1,4 +1,4 @@
-"""Small tables for tests, and what is told about bad ones."""
+"""Small tables for tests, and what is reported about bad ones."""
 
 import pyarrow as pa
 import pyarrow.parquet as pq

@@ -20,7 +20,7 @@ def float32(value: float) -> float:
 
 
 def parse(text: bytes, schema: Schema) -> list[tuple[int, list[float], list[int | None]]]:
-    """(label, numbers, categories) of every row; blank lines are no rows."""
+    """(label, numbers, categories) of every row; blank lines are not rows."""
     rows = []
     for line in text.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n"):
         if not line:

@@ -83,7 +83,7 @@ def test_every_recipe_says_where_it_comes_from(name: str) -> None:
 
 
 def test_the_text_of_a_recipe_is_a_command_line(tmp_path: Path) -> None:
-    """The options that are told, given to train, are the recipe."""
+    """The options that are reported, given to train, are the recipe."""
     text = recipe_text("criteo-x4").partition("Options that differ")[2].partition("Commands:")[0]
     words = []
     for option, value in re.findall(r"^  (--[a-z0-9-]+) +(.*)$", text, re.MULTILINE):

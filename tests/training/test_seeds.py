@@ -26,11 +26,11 @@ def test_seeds_are_added_to_those_that_are_there(tmp_path: Path, device: torch.d
     first = train_seeds(CONFIG, data, output, device, count=2)
     assert not first.before
     times = {path: path.stat().st_mtime_ns for path in output.glob("seed_*/*") if path.is_file()}
-    told: list[str] = []
-    found = train_seeds(CONFIG, data, output, device, count=3, say=told.append)
+    reported: list[str] = []
+    found = train_seeds(CONFIG, data, output, device, count=3, say=reported.append)
     assert not found.before
     assert {path: path.stat().st_mtime_ns for path in times} == times, "a finished run was trained again"
-    assert told[0] == f"seed 4, 1 of 3: {output / 'seed_4'}"
+    assert reported[0] == f"seed 4, 1 of 3: {output / 'seed_4'}"
     summary = json.loads((output / "summary.json").read_text(encoding="utf-8"))
     assert summary == found.summary
     assert (summary["seeds"], summary["validation"]["rows"]) == ([4, 5, 6], 300)
@@ -56,7 +56,7 @@ def test_seeds_are_added_to_those_that_are_there(tmp_path: Path, device: torch.d
     with pytest.raises(UserError) as others:
         train_seeds(replace(CONFIG, seed=20, dropout=0.25), data, output, device, count=2)
     assert str(others.value).startswith(f"--output {output / 'seed_4'}: holds a run with --dropout 0.5, not 0.25; ")
-    # Such a folder is no run.
+    # Such a folder is not a run.
     with pytest.raises(UserError) as no_run:
         evaluated(output, data, "test", device)
     assert str(no_run.value) == (

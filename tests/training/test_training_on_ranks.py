@@ -87,12 +87,12 @@ def alone(data: PreparedData, folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def told(data: PreparedData, folder: Path) -> list[dict[str, Any]]:
+def reported(data: PreparedData, folder: Path) -> list[dict[str, Any]]:
     return run_ranks(train_and_evaluate, 2, data.folder, folder / "two", folder / "two_damaged")
 
 
 @pytest.fixture(scope="module")
-def two(told: list[dict[str, Any]], folder: Path) -> Path:
+def two(reported: list[dict[str, Any]], folder: Path) -> Path:
     return folder / "two"
 
 
@@ -156,17 +156,17 @@ def test_evaluations_come_when_they_are_asked_for(two: Path) -> None:
     assert records(two, "validation")[-1]["auc"] == read(two / "summary.json")["validation"]["auc"]
 
 
-def test_the_summary_is_the_same_on_every_rank(told: list[dict[str, Any]], two: Path) -> None:
+def test_the_summary_is_the_same_on_every_rank(reported: list[dict[str, Any]], two: Path) -> None:
     clocks = ("train_seconds", "samples_per_second")  # each rank has its own
-    summaries = [{name: value for name, value in rank["summary"].items() if name not in clocks} for rank in told]
+    summaries = [{name: value for name, value in rank["summary"].items() if name not in clocks} for rank in reported]
     assert summaries[0] == summaries[1]
-    assert read(two / "summary.json") == told[0]["summary"]
+    assert read(two / "summary.json") == reported[0]["summary"]
     assert (summaries[0]["steps"], summaries[0]["batch_size"], summaries[0]["world_size"]) == (STEPS, 200, 2)
 
 
-def test_evaluation_says_what_the_training_said(told: list[dict[str, Any]], two: Path) -> None:
+def test_evaluation_says_what_the_training_said(reported: list[dict[str, Any]], two: Path) -> None:
     summary = read(two / "summary.json")
-    for rank in told:
+    for rank in reported:
         for split in ("validation", "test"):
             assert rank["evaluated"][split] == pytest.approx(summary[split], rel=1e-9)
 
@@ -214,8 +214,8 @@ def test_a_run_without_a_checkpoint(two: Path, data: PreparedData, device: torch
     )
 
 
-def test_a_damaged_checkpoint_on_two_ranks(told: list[dict[str, Any]], folder: Path) -> None:
-    for rank in told:
+def test_a_damaged_checkpoint_on_two_ranks(reported: list[dict[str, Any]], folder: Path) -> None:
+    for rank in reported:
         assert rank["refusal"].startswith(f"{folder / 'two_damaged' / 'checkpoint'}: the checkpoint can't be read (")
         assert len(rank["refusal"].splitlines()) == 1
 

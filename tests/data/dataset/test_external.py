@@ -82,8 +82,8 @@ def theirs(folder: Path, stage: str, **options) -> InMemoryBinaryCriteoIterDataP
 
 
 def assert_same_batches(folder: Path, data: PreparedData, stage: str, **options) -> None:
-    ours = Loader(data, STAGES[stage], batch_size=8, drop_last=True)
-    for their, our in zip(theirs(folder, stage, **options), ours, strict=True):
+    loaded = Loader(data, STAGES[stage], batch_size=8, drop_last=True)
+    for their, our in zip(theirs(folder, stage, **options), loaded, strict=True):
         assert torch.equal(their.dense_features, our.dense_features)
         assert torch.equal(their.sparse_features.values(), our.sparse_features.values())
         assert their.sparse_features.keys() == our.sparse_features.keys()

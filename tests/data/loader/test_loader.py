@@ -37,14 +37,14 @@ def test_a_batch_holds_its_rows(data, small_blocks, shuffle):
 
 
 def test_the_parts_computed_once_are_what_torchrec_computes(data):
-    ours = next(iter(Loader(data, "train", batch_size=10))).sparse_features
-    plain = KeyedJaggedTensor(keys=ours.keys(), values=ours.values(), lengths=torch.ones(30, dtype=torch.int32))
-    assert ours.stride() == plain.stride() == 10
-    assert ours.offsets().tolist() == plain.offsets().tolist()
-    assert ours.length_per_key() == plain.length_per_key()
-    assert ours.offset_per_key() == plain.offset_per_key()
-    assert ours._key_indices() == plain._key_indices()
-    assert [part.values().tolist() for part in ours.split([1, 2])] == [
+    loaded = next(iter(Loader(data, "train", batch_size=10))).sparse_features
+    plain = KeyedJaggedTensor(keys=loaded.keys(), values=loaded.values(), lengths=torch.ones(30, dtype=torch.int32))
+    assert loaded.stride() == plain.stride() == 10
+    assert loaded.offsets().tolist() == plain.offsets().tolist()
+    assert loaded.length_per_key() == plain.length_per_key()
+    assert loaded.offset_per_key() == plain.offset_per_key()
+    assert loaded._key_indices() == plain._key_indices()
+    assert [part.values().tolist() for part in loaded.split([1, 2])] == [
         part.values().tolist() for part in plain.split([1, 2])
     ]
 
@@ -144,7 +144,7 @@ def test_the_shuffle_moves_blocks_over_days_and_rows_within_windows():
     assert set(counts.tolist()) == {epoch_order.BLOCK_ROWS}
     thirds = np.bincount(blocks // epoch_order.WINDOW_BLOCKS, minlength=3) / epoch_order.WINDOW_BLOCKS
     assert np.abs(thirds - 1 / 3).max() < 0.1
-    # Neighbours of the file are no neighbours of the order: a batch holds rows of nearly all blocks of its window.
+    # Neighbours of the file are not neighbours in the order: a batch holds rows of nearly all blocks of its window.
     assert len(np.unique(window[:4096] // epoch_order.BLOCK_ROWS)) > 0.99 * epoch_order.WINDOW_BLOCKS
     assert (np.diff(window[:4096]) == 1).sum() < 5
 
@@ -279,8 +279,8 @@ def test_torchrec_reads_a_folder_of_ours(tmp_path, rows):
         stems = [day.stem for day in data.days(split)]
         paths = [[str(folder / f"{stem}_{part}.npy") for stem in stems] for part in ("dense", "sparse", "labels")]
         theirs = InMemoryBinaryCriteoIterDataPipe(stage, *paths, batch_size=7, rank=0, world_size=1, drop_last=True)
-        ours = Loader(data, split, batch_size=7, drop_last=True)
-        for their, our in zip(theirs, ours, strict=True):
+        loaded = Loader(data, split, batch_size=7, drop_last=True)
+        for their, our in zip(theirs, loaded, strict=True):
             assert torch.equal(their.dense_features, our.dense_features)
             assert their.sparse_features.keys() == our.sparse_features.keys()
             assert torch.equal(their.sparse_features.values(), our.sparse_features.values())
@@ -294,8 +294,8 @@ def test_torchrec_reads_our_folder_and_yields_the_same_batches(tmp_path):
     (day,) = data.days("train")
     paths = [[str(data.folder / f"{day.stem}_{part}.npy")] for part in ("dense", "sparse", "labels")]
     theirs = InMemoryBinaryCriteoIterDataPipe("train", *paths, batch_size=32, rank=0, world_size=1, drop_last=True)
-    ours = Loader(data, "train", batch_size=32, drop_last=True)
-    for their, our in zip(theirs, ours, strict=True):
+    loaded = Loader(data, "train", batch_size=32, drop_last=True)
+    for their, our in zip(theirs, loaded, strict=True):
         assert torch.equal(their.dense_features, our.dense_features)
         assert torch.equal(their.sparse_features.values(), our.sparse_features.values())
         assert torch.equal(their.labels, our.labels)

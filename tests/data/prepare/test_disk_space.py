@@ -53,7 +53,7 @@ def test_what_does_not_fit_in_memory_is_spilled(tmp_path, monkeypatch):
     whole = content(prepare(paths, tmp_path / "whole", **options).folder)
     monkeypatch.setattr(module, "DUCKDB_SHARE", (20 << 20) / PrepareOptions().memory_bytes)
     assert content(prepare(paths, tmp_path / "spilled", **options).folder) == whole
-    # That it had to: without a place to spill to, it can't go on, and keeps what is done.
+    # That it had to: without a place to spill to, it stops, and keeps what is done.
     monkeypatch.setattr(WorkFolder, "share", lambda _: None)
     with pytest.raises(UserError, match=r"DuckDB stopped .*; finished work is kept in"):
         prepare(paths, tmp_path / "not", **options)

@@ -91,7 +91,7 @@ def test_bucketize(tmp_path, mode):
 
 
 def fuxictr_word(cell: str) -> int | None:
-    """What FuxiCTR's Criteo processor makes of a number with ``fill_na: 0``, where 0 is no word of the vocabulary."""
+    """What FuxiCTR's Criteo processor makes of a number with ``fill_na: 0``, where 0 is not in the vocabulary."""
     number = float(cell) if cell else 0.0
     word = math.floor(math.log(number) ** 2) if number > 2 else int(number)
     return word or None

@@ -172,7 +172,7 @@ def test_ties_go_by_value_with_missing_first(tmp_path):
     assert data.arrays(data.days("test")[0]).sparse[:, 0].tolist() == [0]  # unseen
 
 
-def test_a_file_name_is_no_pattern(tmp_path):
+def test_a_file_name_is_not_a_pattern(tmp_path):
     text = random_text(100, 6, SMALL)
     folder = tmp_path / "it's [a-z]* ?"
     (path,) = write(folder, **{"day[0]*": text})

@@ -94,7 +94,7 @@ def test_a_kill_after_every_record(tmp_path, monkeypatch, mode):
     assert stops > 20
 
 
-def test_it_goes_on_from_the_last_piece(tmp_path, monkeypatch):
+def test_it_resumes_from_the_last_piece(tmp_path, monkeypatch):
     small_pieces(monkeypatch, piece_bytes=2000)
     (path,) = write(tmp_path, a=random_text(1000, 0, SMALL))
     options = {"schema": SMALL, "hash": True, "num_embeddings": 10, "split": "none"}
@@ -137,11 +137,11 @@ def test_other_options_over_unfinished_work(tmp_path, monkeypatch):
         "run it with its own options, or remove this folder to start again"
     )
     assert content(work) == before
-    # Leaving out bad rows is no other work: that is what the message over a bad row proposes.
+    # Leaving out bad rows is not other work: that is what the message over a bad row proposes.
     prepare(paths, tmp_path / "out", schema=SMALL, on_bad_row="skip")
 
 
-def test_a_repaired_line_goes_on(tmp_path, monkeypatch):
+def test_it_resumes_after_a_repaired_line(tmp_path, monkeypatch):
     monkeypatch.setattr("torchrec_deepfm.data.prepare.work_folder.WORTH_KEEPING", 1)
     good, bad = write(tmp_path, a=random_text(200, 0, SMALL), b=random_text(100, 1, SMALL) + b"x\n")
     with pytest.raises(UserError, match=r"b.tsv: line 101 has 1 columns"):
@@ -163,7 +163,7 @@ def test_a_work_folder_whose_output_was_taken_away(tmp_path, monkeypatch):
     assert content(prepare(paths, tmp_path / "out", schema=SMALL).folder) == content(tmp_path / "elsewhere")
 
 
-def test_rows_that_were_skipped_are_told_without_skipping(tmp_path, monkeypatch):
+def test_rows_that_were_skipped_are_reported_without_skipping(tmp_path, monkeypatch):
     paths = write(tmp_path, a=random_text(300, 0, SMALL) + b"x\n")
     interrupted(tmp_path, monkeypatch, paths, schema=SMALL, on_bad_row="skip")
     with pytest.raises(UserError, match=r"line 301 has 1 columns"):

@@ -146,7 +146,7 @@ def test_every_value_of_a_table(tmp_path, hashed):
 
 @pytest.mark.parametrize("hashed", [False, True], ids=["vocabulary", "hash"])
 @pytest.mark.usefixtures("small")
-def test_a_stopped_table_goes_on(tmp_path, monkeypatch, hashed):
+def test_a_stopped_table_resumes(tmp_path, monkeypatch, hashed):
     path = write(tmp_path / "train.parquet", rows(400, 3))
     options = {"schema": SCHEMA, **({"hash": True, "num_embeddings": 100} if hashed else {"min_count": 2})}
     whole = prepare([path], tmp_path / "whole", **options).folder

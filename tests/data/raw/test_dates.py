@@ -139,7 +139,7 @@ def test_age_in_days(tmp_path):
         ([13, 1], {"format": "%y%m%d"}, "row 1, column 'hour': 13 is not a time"),
     ],
 )
-def test_what_is_no_time(tmp_path, cells, options, message):
+def test_what_is_not_a_time(tmp_path, cells, options, message):
     path = parquet(tmp_path / "t.parquet", {"y": [0, 1], "t": cells})
     columns = {"hour": Column(of="t", part="hour", **options)}
     schema = Schema(label="y", numeric=(), categorical=("hour",), columns=columns, layout="table")

@@ -87,7 +87,7 @@ KINDS = (
                                               "as plain Parquet first")),
     ],
 )  # fmt: skip
-def test_folders_that_are_no_table(tmp_path, files, expected):
+def test_folders_that_are_not_a_table(tmp_path, files, expected):
     for name in files:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("")

@@ -1,4 +1,4 @@
-"""What is wrong with a user's table is told in one line: file, row, column, remedy."""
+"""What is wrong with a user's table is reported in one line: file, row, column, remedy."""
 
 import gzip
 import math
@@ -98,7 +98,7 @@ def test_columns_that_do_not_fit_their_options(tmp_path, options, values, expect
         ([["a"], ["a", "b"]], [[1.0], [2.0, None]], "row 2, column 'w': a weight is missing"),
         ([["a"], ["a"]], [[1.0], [math.nan]], "row 2, column 'w': a weight nan is not a finite number"),
         ([["a", "b"], ["a"]], [[1.0, 1e300], [1.0]], "row 1, column 'w': a weight 1e+300 is not a finite number"),
-        # A missing list takes its weights with it, and a fault before does not shift what is told.
+        # A missing list takes its weights with it, and a fault before does not shift what is reported.
         ([None, ["a", "b"]], [[9.0], [2.0, math.inf]], "row 2, column 'w': a weight inf is not a finite number"),
         (["a|b", "c"], ["1|x", "1"], "row 1, column 'w': a weight 'x' is not a finite number"),
     ],

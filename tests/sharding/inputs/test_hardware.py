@@ -48,7 +48,7 @@ def test_a_file_takes_the_rest_from_its_base_and_reads_units(tmp_path: Path) -> 
 
 
 def test_the_planner_sees_the_bandwidths() -> None:
-    """TorchRec's factory leaves them out unless it is told to; then it plans for its own defaults."""
+    """TorchRec's factory leaves them out unless it is asked to; then it plans for its own defaults."""
     found = topology(PRESETS["b200"], 32)
     assert (found.world_size, found.local_world_size) == (32, 8)
     assert found.hbm_mem_bw == 8000e9 / 1000
@@ -107,7 +107,7 @@ def test_ranks_fill_their_domains() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "reported"),
     [
         ("hbm_bytes = -1", "hbm_bytes: expected a whole number >= 1, not -1; correct it, or take th"),
         ("hbm_bytes = 0", "hbm_bytes: expected a whole number >= 1, not 0; correct it, or tak"),
@@ -150,10 +150,10 @@ def test_ranks_fill_their_domains() -> None:
         ("name = ", "not valid TOML"),
     ],
 )
-def test_a_wrong_file_is_told_by_its_key(text: str, told: str, tmp_path: Path) -> None:
+def test_a_wrong_file_is_reported_by_its_key(text: str, reported: str, tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text(text if text.startswith("base") else f'base = "h100"\n{text}\n')
-    with pytest.raises(UserError, match=re.escape(f"{path}: {told}")) as caught:
+    with pytest.raises(UserError, match=re.escape(f"{path}: {reported}")) as caught:
         read_hardware(str(path))
     assert "\n" not in str(caught.value).strip()
 
@@ -169,15 +169,15 @@ def test_a_file_without_a_base_lacks_what_it_lacks(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "reported"),
     [
         ("h10", "no such preset; choose one of a100-40, .* (did you mean 'h100'?)"),
         ("nothing.toml", "no such file"),
         ("", "hardware '': no such preset"),
     ],
 )
-def test_an_unknown_name_is_told_with_the_presets(name: str, told: str) -> None:
-    with pytest.raises(UserError, match=told.replace("(", r"\(").replace(")", r"\)").replace("?", r"\?")) as caught:
+def test_an_unknown_name_is_reported_with_the_presets(name: str, reported: str) -> None:
+    with pytest.raises(UserError, match=reported.replace("(", r"\(").replace(")", r"\)").replace("?", r"\?")) as caught:
         read_hardware(name)
     assert "a100-80" in str(caught.value)
 

@@ -108,7 +108,7 @@ def one(**given: object) -> str:
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "told"),
+    ("name", "text", "reported"),
     [
         ("a.json", one(num_embeddings=-3), "tables[0] (a).num_embeddings: expected a whole number >= 1, not -3; cor"),
         ("a.json", one(num_embeddings=0), "tables[0] (a).num_embeddings: expected a whole number >= 1, not 0;"),
@@ -149,22 +149,22 @@ def one(**given: object) -> str:
         ("a.txt", "a", "a list of tables is a .toml, .json, .csv or .pt file"),
     ],
 )
-def test_a_wrong_file_is_told_with_its_table(name: str, text: str, told: str, tmp_path: Path) -> None:
+def test_a_wrong_file_is_reported_with_its_table(name: str, text: str, reported: str, tmp_path: Path) -> None:
     path = tmp_path / name
     path.write_text(text)
-    with pytest.raises(UserError, match=re.escape(f"{path}: {told}")) as caught:
+    with pytest.raises(UserError, match=re.escape(f"{path}: {reported}")) as caught:
         read_tables(str(path))
     assert "\n" not in str(caught.value).strip()
 
 
 @pytest.mark.parametrize(
-    ("source", "told"),
+    ("source", "reported"),
     [
         ("criteo-terrabyte", "did you mean 'criteo-terabyte'"),
         ("nothing.toml", "no such file"),
         ("criteo-terabyte", "--dim: embedding_dim: 10 is not a multiple of 4"),
     ],
 )
-def test_a_source_that_is_none_is_told(source: str, told: str) -> None:
-    with pytest.raises(UserError, match=re.escape(told)):
+def test_a_source_that_is_none_is_reported(source: str, reported: str) -> None:
+    with pytest.raises(UserError, match=re.escape(reported)):
         read_tables(source, dim=10 if source == "criteo-terabyte" else None)

@@ -49,10 +49,10 @@ def test_every_type_is_in_the_plan() -> None:
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_torchrecs_plan_survives_a_file(tmp_path: Path, device: str) -> None:
     plan = sharding_plan(device)
-    ours = from_sharding_plan(plan, TABLES, world_size=4, local_world_size=2, batch_size=None, search="torchrec")
-    save_plan(ours, tmp_path / "plan.json")
+    plan_file = from_sharding_plan(plan, TABLES, world_size=4, local_world_size=2, batch_size=None, search="torchrec")
+    save_plan(plan_file, tmp_path / "plan.json")
     loaded = load_plan(tmp_path / "plan.json")
-    assert loaded == ours
+    assert loaded == plan_file
     again = to_sharding_plan(loaded, PATH, torch.device(device))
     assert again == plan
     if device == "cuda":  # ranks of a host take its GPUs in order
@@ -77,8 +77,8 @@ def test_options_of_kernels_survive_a_file(tmp_path: Path) -> None:
     )  # fmt: skip
     sharding.enforce_hbm, sharding.stochastic_rounding = True, False
     sharding.bounds_check_mode, sharding.output_dtype = BoundsCheckMode.WARNING, DataType.BF16
-    ours = from_sharding_plan(plan, TABLES, world_size=4, local_world_size=2, batch_size=None, search="torchrec")
-    save_plan(ours, tmp_path / "plan.json")
+    plan_file = from_sharding_plan(plan, TABLES, world_size=4, local_world_size=2, batch_size=None, search="torchrec")
+    save_plan(plan_file, tmp_path / "plan.json")
     assert to_sharding_plan(load_plan(tmp_path / "plan.json"), PATH, torch.device("cuda")) == plan
 
 
@@ -171,7 +171,7 @@ def refusal(path: Path) -> str:
         (b'{"format": "torchrec_deepfm.plan", "format_version": 3}', "format version 3, but this version of torchrec_"),
     ],
 )  # fmt: skip
-def test_files_that_are_no_plans(tmp_path: Path, content: bytes, message: str) -> None:
+def test_files_that_are_not_plans(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "p.json").write_bytes(content)
     assert refusal(tmp_path / "p.json").startswith(message)
 

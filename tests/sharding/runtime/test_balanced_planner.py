@@ -178,18 +178,18 @@ def program(file: Path) -> dict[str, Any]:
         )
     dist.barrier()
     loaded = load_sharding_plan(file, model, device=CPU, sharders=sharders)
-    told = {"places": places(plan), "again": places(loaded), "equal": loaded == plan}
-    return told | {"out": run(model, plan, sharders), "loaded": run(Model(), loaded, sharders)}
+    reported = {"places": places(plan), "again": places(loaded), "equal": loaded == plan}
+    return reported | {"out": run(model, plan, sharders), "loaded": run(Model(), loaded, sharders)}
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def reported(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return run_ranks(program, RANKS, tmp_path_factory.mktemp("plan") / "plan.json")
 
 
-def test_every_kind_of_collection_looks_up_what_plain_torch_does(told: list[dict[str, Any]]) -> None:
+def test_every_kind_of_collection_looks_up_what_plain_torch_does(reported: list[dict[str, Any]]) -> None:
     share = SAMPLES // RANKS
-    for rank, each in enumerate(told):
+    for rank, each in enumerate(reported):
         wanted = expected(range(share * rank, share * (rank + 1)))
         for which in ("out", "loaded"):
             assert set(each[which]) == set(wanted)
@@ -197,8 +197,8 @@ def test_every_kind_of_collection_looks_up_what_plain_torch_does(told: list[dict
                 assert torch.allclose(each[which][key], value, atol=1e-5), (which, rank, key)
 
 
-def test_all_tables_are_planned_and_a_tower_has_one_host(told: list[dict[str, Any]]) -> None:
-    plan = told[0]["places"]
+def test_all_tables_are_planned_and_a_tower_has_one_host(reported: list[dict[str, Any]]) -> None:
+    plan = reported[0]["places"]
     assert set(plan) == {"plain", "weighted", "sequences", "tower"}
     assert {path: len(tables) for path, tables in plan.items()} == {
         "plain": 3,
@@ -209,8 +209,8 @@ def test_all_tables_are_planned_and_a_tower_has_one_host(told: list[dict[str, An
     assert len({rank // 2 for _, ranks in plan["tower"].values() for rank in ranks}) == 1
 
 
-def test_a_file_gives_the_same_plan_on_every_rank(told: list[dict[str, Any]]) -> None:
-    assert all(each["equal"] and each["again"] == told[0]["places"] for each in told)
+def test_a_file_gives_the_same_plan_on_every_rank(reported: list[dict[str, Any]]) -> None:
+    assert all(each["equal"] and each["again"] == reported[0]["places"] for each in reported)
 
 
 def test_never_worse_than_torchrecs_planner() -> None:

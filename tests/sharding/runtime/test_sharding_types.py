@@ -115,24 +115,24 @@ def train(sharded: Sharded, optimizer: str, steps: int = STEPS) -> dict[str, Any
     model, share = sharded.model, BATCH // dist.get_world_size()
     write_state(model, noise())
     combined = make_optimizer(model, config(optimizer, dist.get_world_size()))
-    told: dict[str, Any] = {"logits": []}
+    reported: dict[str, Any] = {"logits": []}
     for step in range(steps):
         first = step * BATCH + dist.get_rank() * share
         combined.zero_grad()
         loss, (_, logits, _) = model(weighted_batch(SAMPLES[first : first + share]))
         loss.backward()
         if step == 0:
-            told["gradients"] = {
+            reported["gradients"] = {
                 name: value.grad.clone()
                 for name, value in model.named_parameters()
                 if "embedding_bags" not in name and value.grad is not None
             }
         combined.step()
-        told["logits"].append(logits)
+        reported["logits"].append(logits)
         if (step, optimizer) in ((0, "sgd"), (FILE_STEPS - 1, OPTIMIZERS[-1])):
-            told[f"after step {step}"] = read_state(model)
-    told["weights"] = read_state(model)
-    return told
+            reported[f"after step {step}"] = read_state(model)
+    reported["weights"] = read_state(model)
+    return reported
 
 
 def kinds(sharded: Sharded) -> dict[str, str]:
@@ -152,18 +152,18 @@ def take_for_hosts_of(ranks: int) -> None:
 
 def everything(layouts: list[str], folder: Path) -> dict[Any, Any]:
     """What a rank has to tell, by layout, case and optimizer; all tests look at one launch for each number of ranks."""
-    told: dict[Any, Any] = {}
+    reported: dict[Any, Any] = {}
     for layout in layouts:
         take_for_hosts_of(LAYOUTS[layout][1])
         for case in SEEN[layout]:
             for optimizer in OPTIMIZERS:
                 sharded = build(optimizer, constraints=rules(case))
-                told[layout, case, optimizer] = train(sharded, optimizer) | {
+                reported[layout, case, optimizer] = train(sharded, optimizer) | {
                     "kinds": kinds(sharded),
                     "shards": {table.name: table.shards for table in sharded.plan_file.tables},
                 }
-            told[layout, case] = through_a_file(sharded, folder / f"{layout} {case}.json")
-    return told
+            reported[layout, case] = through_a_file(sharded, folder / f"{layout} {case}.json")
+    return reported
 
 
 def through_a_file(sharded: Sharded, path: Path) -> dict[str, Any]:
@@ -213,36 +213,36 @@ def plain_training(optimizer: str, columns: Columns) -> dict[str, Any]:
         updates.append(torch.optim.Adagrad(tables.values(), lr=RATES[optimizer], eps=1e-8).step)
     else:
         updates += [rowwise_adagrad(table, cuts) for table, cuts in zip(tables.values(), columns, strict=True)]
-    told: dict[str, Any] = {"logits": []}
+    reported: dict[str, Any] = {"logits": []}
     for step in range(STEPS):
         model.zero_grad()
         loss, (_, logits, _) = model(weighted_batch(SAMPLES[step * BATCH : (step + 1) * BATCH]))
         loss.backward()
         if step == 0:
-            told["gradients"] = {
+            reported["gradients"] = {
                 name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None
             }
         for update in updates:
             update()
-        told["logits"].append(logits.detach())
-    told["weights"] = read_state(model)
-    return told
+        reported["logits"].append(logits.detach())
+    reported["weights"] = read_state(model)
+    return reported
 
 
 WHOLE_ROWS: Columns = tuple(((0, 12),) for _ in SIZES)
 
 
-def columns_of(told: dict[str, Any]) -> Columns:
+def columns_of(reported: dict[str, Any]) -> Columns:
     """How the shards cut each table's columns."""
     return tuple(
-        tuple(sorted({(s.offsets[1], s.offsets[1] + s.sizes[1]) for s in told["shards"][f"t_{name}"]}))
+        tuple(sorted({(s.offsets[1], s.offsets[1] + s.sizes[1]) for s in reported["shards"][f"t_{name}"]}))
         for name in SIZES
     )
 
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[Any, Any]]]:
-    """What each rank told, by layout."""
+    """What each rank reported, by layout."""
     folder = tmp_path_factory.mktemp("plans")
     two = run_ranks(everything, 2, ["2 ranks"], folder)
     four = run_ranks(everything, 4, ["4 ranks", "2 hosts of 2"], folder)
@@ -261,17 +261,17 @@ def close(found: Tensor, expected: Tensor, what: str) -> None:
 def test_a_sharded_model_is_the_unsharded_one(
     launched: dict[str, list[dict[Any, Any]]], layout: str, case: str, optimizer: str
 ) -> None:
-    told = [rank[layout, case, optimizer] for rank in launched[layout]]
-    assert told[0]["kinds"] == {f"t_{name}": kind for name, kind in CASES[case].items()}
-    columns = columns_of(told[0])
+    reported = [rank[layout, case, optimizer] for rank in launched[layout]]
+    assert reported[0]["kinds"] == {f"t_{name}": kind for name, kind in CASES[case].items()}
+    columns = columns_of(reported[0])
     assert {name for name, cuts in zip(SIZES, columns, strict=True) if len(cuts) == 3} == {
         name for name, kind in CASES[case].items() if kind in CUT_COLUMNS
     }
     expected = plain_training(optimizer, columns)
     for step, logits in enumerate(expected["logits"]):
-        close(torch.cat([rank["logits"][step] for rank in told]), logits, f"logits of step {step}")
+        close(torch.cat([rank["logits"][step] for rank in reported]), logits, f"logits of step {step}")
     before = noise()
-    for rank in told:
+    for rank in reported:
         for name, gradient in expected["gradients"].items():
             if "embedding_bags" not in name:
                 close(rank["gradients"][name], gradient, f"gradient of {name}")
@@ -288,11 +288,11 @@ def test_a_moment_per_column_shard_is_another_optimizer(
     launched: dict[str, list[dict[Any, Any]]], layout: str, case: str
 ) -> None:
     """Else the test above would not see which definition holds."""
-    told = launched[layout][0][layout, case, "rowwise_adagrad"]
+    reported = launched[layout][0][layout, case, "rowwise_adagrad"]
     whole = plain_training("rowwise_adagrad", WHOLE_ROWS)["weights"]
     for name, kind in CASES[case].items():
         if kind in CUT_COLUMNS:
-            assert (told["weights"][TABLE.format(name)] - whole[TABLE.format(name)]).abs().max() > 1e-3
+            assert (reported["weights"][TABLE.format(name)] - whole[TABLE.format(name)]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(("layout", "case"), IN_LAYOUTS)
@@ -308,13 +308,13 @@ def test_a_plan_goes_through_a_file(launched: dict[str, list[dict[Any, Any]]], l
 
 def test_hosts_hold_what_they_should(launched: dict[str, list[dict[Any, Any]]]) -> None:
     """Types that go by hosts stay on one, or a column block on one; and the tables are shared out over both."""
-    told = launched["2 hosts of 2"][0]
+    reported = launched["2 hosts of 2"][0]
     for case in ("table_column_wise", "table_row_wise", "grid_shard"):
         hosts = set()
         for name, kind in CASES[case].items():
             if kind == case:
                 by_block: dict[int, set[int]] = {}
-                for shard in told["2 hosts of 2", case, "sgd"]["shards"][f"t_{name}"]:
+                for shard in reported["2 hosts of 2", case, "sgd"]["shards"][f"t_{name}"]:
                     block = shard.offsets[1] if case == "grid_shard" else 0
                     by_block.setdefault(block, set()).add(shard.rank // 2)
                 assert all(len(found) == 1 for found in by_block.values())

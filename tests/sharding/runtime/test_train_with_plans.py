@@ -86,7 +86,7 @@ def home(data: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def told(home: Path) -> list[dict[str, Any]]:
+def reported(home: Path) -> list[dict[str, Any]]:
     return run_ranks(everything, 2, str(home))
 
 
@@ -95,7 +95,7 @@ def summary(home: Path, run: str) -> Any:
     return {split: found[split] for split in ("validation", "test")}
 
 
-def test_a_plan_of_a_run_gives_the_same_run(told: list[dict[str, Any]], home: Path) -> None:
+def test_a_plan_of_a_run_gives_the_same_run(reported: list[dict[str, Any]], home: Path) -> None:
     plan = load_plan(home / "by rules" / "plan.json")
     kinds = {table.name: table.sharding_type for table in plan.tables}
     assert (plan.search, plan.world_size, plan.local_world_size, plan.batch_size) == ("constraints", 2, 2, 256)
@@ -108,16 +108,16 @@ def test_a_plan_of_a_run_gives_the_same_run(told: list[dict[str, Any]], home: Pa
     assert summary(home, "by plan") == summary(home, "by rules")
 
 
-def test_a_run_goes_on_under_another_plan(told: list[dict[str, Any]], home: Path) -> None:
+def test_a_run_resumes_under_another_plan(reported: list[dict[str, Any]], home: Path) -> None:
     assert load_plan(home / "gone on with" / "plan.json") == load_plan(home / "by planner" / "plan.json")
     before, after = summary(home, "by rules"), summary(home, "gone on with")
     for split in before:
         assert after[split]["auc"] == pytest.approx(before[split]["auc"], abs=1e-6)
 
 
-def test_mistakes_reach_every_rank_in_one_line(told: list[dict[str, Any]], home: Path) -> None:
-    placed = [each.pop("placed") for each in told]
-    assert told[0] == told[1]
+def test_mistakes_reach_every_rank_in_one_line(reported: list[dict[str, Any]], home: Path) -> None:
+    placed = [each.pop("placed") for each in reported]
+    assert reported[0] == reported[1]
     assert placed[1] == []
     assert re.fullmatch(
         r"Tables placed by (the balanced|TorchRec's) planner, \d+\.\d\d ms per step predicted for here", *placed[0]
@@ -126,7 +126,7 @@ def test_mistakes_reach_every_rank_in_one_line(told: list[dict[str, Any]], home:
     assert plan.predicted is not None
     assert plan.hardware is not None
     assert (plan.hardware.name, plan.hardware.intra_host_bandwidth) == ("here", 4e8)
-    assert told[0] == {
+    assert reported[0] == {
         "hardware": "--hardware h100: it describes cuda ranks, these are cpu ranks; leave the option out, or name "
         "another one",
         "one rank": FOR_ONE.format(home / "one rank.json"),

@@ -46,6 +46,6 @@ def test_constraints_hold() -> None:
 
 
 def test_a_price_never_makes_the_choice_worse() -> None:
-    """The plan found without a price, priced afterwards, is no better than the one found with it."""
+    """The plan found without a price, priced afterwards, is not better than the one found with it."""
     for price in (0.05, 0.5):
         assert cost(planned(price)) <= cost(planned(0.0)) + price * len(kinds(planned(0.0))) + 1e-9

@@ -143,7 +143,7 @@ def test_no_placement_is_further_from_the_best_than_graham_proves() -> None:
         )
 
 
-def test_memory_is_kept_and_its_lack_is_told() -> None:
+def test_memory_is_kept_and_its_lack_is_reported() -> None:
     whole = PlacementOption(where="any rank", count=1, ms=1.0, hbm=60, ddr=0)
     halves = PlacementOption(where="any rank", count=2, ms=5.0, hbm=30, ddr=0)
     at = machine(2, 2, 95.0)

@@ -1,5 +1,4 @@
-"""A training whose checkpoints are on a file system of fsspec that is no disk: its memory, which lasts as long as this
-process."""
+"""A training whose checkpoints are in memory, a file system of fsspec that lasts as long as this process."""
 
 import os
 import signal
@@ -23,7 +22,7 @@ CONFIG = TrainConfig(
 )  # fmt: skip
 
 
-def test_a_run_goes_on_from_memory(tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_resumes_from_memory(tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     data = make_data(tmp_path / "data")
     train(CONFIG, data, tmp_path / "undisturbed", device)
     step = loop.Loop._step
@@ -47,10 +46,10 @@ def test_a_run_goes_on_from_memory(tmp_path: Path, device: torch.device, monkeyp
     # The newest is damaged: the one before is used.
     path = f"{tmp_path}/checkpoints/step_00000011/__0_0.distcp"
     memory.pipe_file(path, memory.cat_file(path)[:-1])
-    told: list[str] = []
-    train(CONFIG, data, tmp_path / "run", device, RunOptions(checkpoints=url), say=told.append)
-    assert told[0].startswith(f"not used: {url}/step_00000011: __0_0.distcp has ")
-    assert told[1] == f"Resuming from step 9 of {tmp_path / 'run'}"
+    reported: list[str] = []
+    train(CONFIG, data, tmp_path / "run", device, RunOptions(checkpoints=url), say=reported.append)
+    assert reported[0].startswith(f"not used: {url}/step_00000011: __0_0.distcp has ")
+    assert reported[1] == f"Resuming from step 9 of {tmp_path / 'run'}"
     assert_same_run(tmp_path / "run", tmp_path / "undisturbed")
 
 

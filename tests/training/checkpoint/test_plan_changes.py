@@ -1,4 +1,4 @@
-"""A training that goes on under another plan, on another number of ranks: all pairs out of a list of seven.
+"""A training that resumes under another plan, on another number of ranks: all pairs out of a list of seven.
 
 Each (plan, ranks) trains some steps and saves. Then each reads what each has saved, evaluates, and trains one more step
 on the same samples. What it gets must not depend on who reads: the state says all.

@@ -132,7 +132,7 @@ def test_code_deep_in_the_metadata(folder: Path, tmp_path: Path) -> None:
         b"\x80\x04\x8e" + (2**62).to_bytes(8, "little"),
     ],
 )
-def test_pickles_that_are_no_metadata(content: bytes) -> None:
+def test_pickles_that_are_not_metadata(content: bytes) -> None:
     with pytest.raises(pickle.UnpicklingError):
         load_metadata(content, frozenset())
 

@@ -96,7 +96,7 @@ def test_set_aside(store: Store) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "change", "told"),
+    ("name", "change", "reported"),
     [
         ("a.distcp", lambda data: data[:-1], "a.distcp has 2 bytes, 3 were written"),
         ("a.distcp", lambda data: bytes([data[0] ^ 1]) + data[1:], "a.distcp is not what was written (its checksum"),
@@ -109,7 +109,7 @@ def test_set_aside(store: Store) -> None:
         (MANIFEST, lambda data: b"[1, 2]", "checkpoint.json has no checksum of its own"),
     ],
 )
-def test_damage_is_found_and_named(tmp_path: Path, name: str, change: Any, told: str) -> None:
+def test_damage_is_found_and_named(tmp_path: Path, name: str, change: Any, reported: str) -> None:
     store = Store(str(tmp_path))
     write(store, 5)
     path = Path(store.path(5)) / name
@@ -119,7 +119,7 @@ def test_damage_is_found_and_named(tmp_path: Path, name: str, change: Any, told:
         path.write_bytes(change(path.read_bytes()))
     with pytest.raises(Damaged) as raised:
         store.verify(5, store.manifest(5)["files"])
-    assert str(raised.value).startswith(told)
+    assert str(raised.value).startswith(reported)
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/b", "..", "", ".", "a\0b", "c:\\x", "a/../../b"])
@@ -155,7 +155,7 @@ def test_the_seal_is_the_digest_of_the_file_with_zeros_in_its_place() -> None:
 
 
 def test_a_kill_between_rename_and_rename_loses_nothing(tmp_path: Path) -> None:
-    """``remove`` renames first: what a kill leaves behind is no checkpoint, and does not come back."""
+    """``remove`` renames first: what a kill leaves behind is not a checkpoint, and does not come back."""
     store = Store(str(tmp_path))
     write(store, 5)
     write(store, 6)
@@ -170,7 +170,7 @@ def test_an_unknown_protocol() -> None:
         Store("nowhere://x")
 
 
-def test_cleaning_leaves_what_is_not_ours(tmp_path: Path) -> None:
+def test_cleaning_leaves_what_it_did_not_make(tmp_path: Path) -> None:
     (tmp_path / "step_notes").mkdir()
     (tmp_path / "step_00000003.mine").mkdir()
     Store(str(tmp_path)).clean()

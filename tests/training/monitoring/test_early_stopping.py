@@ -17,7 +17,7 @@ VALUES = st.lists(st.one_of(st.none(), st.just(math.nan), st.integers(0, 5).map(
 
 
 def runs_without_better(values: list[float | None], *, highest: bool) -> list[int]:
-    """After each evaluation: how many in a row, up to it, are no better than the best before them."""
+    """After each evaluation: how many in a row, up to it, are not better than the best before them."""
     counts = []
     for end in range(1, len(values) + 1):
         usable = [(value if highest else -value, -i) for i, value in enumerate(values[:end]) if value is not None]
@@ -53,7 +53,7 @@ def test_rates_drop_again_and_again() -> None:
 
 
 def test_it_does_what_fuxictr_does() -> None:
-    """FuxiCTR's BaseModel by its defaults: an evaluation that is no better cuts the rate to a tenth, two in a row end.
+    """FuxiCTR's BaseModel by its defaults: an evaluation that is not better cuts the rate to a tenth, two in a row end.
 
     It monitors {"AUC": 1, "logloss": -1} in its experiments. (It also wants a gain of 1e-6, and cuts to 1e-6 at most.)
     """
@@ -82,7 +82,7 @@ def test_it_does_what_fuxictr_does() -> None:
 
 
 @given(VALUES, st.integers(0, 25))
-def test_a_state_goes_on_where_it_was(values: list[float | None], cut: int) -> None:
+def test_a_state_resumes_where_it_was(values: list[float | None], cut: int) -> None:
     options = {"metric": "auc", "patience": 3, "lr_patience": 2, "lr_factor": 0.5}
     whole, first, second = (Tracker(**options) for _ in range(3))  # type: ignore[arg-type]
     expected = [whole.update(step, value) for step, value in enumerate(values)]

@@ -72,9 +72,9 @@ def test_a_run_of_the_version_before_is_resumed(
     (unfinished / "saved.json").unlink()
     for folder in (unfinished / "checkpoints").iterdir():
         reseal(folder, lambda manifest: manifest["point"].pop("dropped"))
-    told: list[str] = []
-    train(CONFIG, clicks, unfinished, device, say=told.append)
-    assert told[0] == f"Resuming from step 20 of {unfinished}"
+    reported: list[str] = []
+    train(CONFIG, clicks, unfinished, device, say=reported.append)
+    assert reported[0] == f"Resuming from step 20 of {unfinished}"
     assert_same_run(unfinished, templates / "finished")
 
 
@@ -88,10 +88,10 @@ def test_another_place_without_checkpoints(clicks: PreparedData, unfinished: Pat
 def test_one_manifest_is_missing(clicks: PreparedData, unfinished: Path, device: torch.device, templates: Path) -> None:
     run = unfinished
     (run / "checkpoints" / "step_00000020" / "checkpoint.json").unlink()
-    told: list[str] = []
-    train(CONFIG, clicks, run, device, say=told.append)
-    assert told[0] == f"not used: {run}/checkpoints/step_00000020: checkpoint.json is missing"
-    assert told[1] == f"Resuming from step 16 of {run}"
+    reported: list[str] = []
+    train(CONFIG, clicks, run, device, say=reported.append)
+    assert reported[0] == f"not used: {run}/checkpoints/step_00000020: checkpoint.json is missing"
+    assert reported[1] == f"Resuming from step 16 of {run}"
     assert (run / "checkpoints" / "step_00000020.refused" / ".metadata").exists()
     assert_same_run(run, templates / "finished")
 
@@ -106,9 +106,9 @@ def test_no_checkpoint_was_saved_yet(
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "split": "train"}\n{"step": 4, "spl')
     recorded = (run / "metrics.jsonl").read_bytes()
-    told: list[str] = []
-    train(CONFIG, clicks, run, device, say=told.append)
-    assert told[0] == (
+    reported: list[str] = []
+    train(CONFIG, clicks, run, device, say=reported.append)
+    assert reported[0] == (
         "no checkpoint was saved yet: starting from step 0; the records so far are kept in metrics.jsonl.1"
     )
     assert (run / "metrics.jsonl.1").read_bytes() == recorded
@@ -233,12 +233,12 @@ def test_a_config_of_another_version(
 def test_lost_curves_are_reported(
     clicks: PreparedData, unfinished: Path, device: torch.device, templates: Path, tmp_path: Path
 ) -> None:
-    path, told = unfinished / "metrics.jsonl", []
+    path, reported = unfinished / "metrics.jsonl", []
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(lines[0] + b"\0\xff\x17 binary\n" + b"[" * 100_000 + b"\n" + b"".join(lines[1:]))
     damaged = path.read_bytes()
-    train(CONFIG, clicks, unfinished, device, say=told.append)
-    assert told[0] == (
+    train(CONFIG, clicks, unfinished, device, say=reported.append)
+    assert reported[0] == (
         f"{path}, line 2: not a record (lines of that kind: 2); they are left out, and the file is kept as "
         "metrics.jsonl.1"
     )
@@ -246,9 +246,9 @@ def test_lost_curves_are_reported(
     assert records(unfinished) == records(templates / "finished")
     second = Path(shutil.copytree(templates / "unfinished", tmp_path / "second"))
     (second / "metrics.jsonl").unlink()
-    told.clear()
-    train(CONFIG, clicks, second, device, say=told.append)
-    assert told[0] == f"{second / 'metrics.jsonl'} is missing: the curves up to step 20 are lost"
+    reported.clear()
+    train(CONFIG, clicks, second, device, say=reported.append)
+    assert reported[0] == f"{second / 'metrics.jsonl'} is missing: the curves up to step 20 are lost"
 
 
 def test_no_link_is_written_through(clicks: PreparedData, unfinished: Path, device: torch.device) -> None:

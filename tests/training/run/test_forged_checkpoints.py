@@ -123,9 +123,9 @@ def test_a_forged_checkpoint_is_not_used(
 ) -> None:
     folder = unfinished / "checkpoints" / "step_00000020"
     reseal(folder, forge)
-    told: list[str] = []
-    train(CONFIG, clicks, unfinished, device, say=told.append)
-    assert told[:2] == [
+    reported: list[str] = []
+    train(CONFIG, clicks, unfinished, device, say=reported.append)
+    assert reported[:2] == [
         f"not used: {folder}: checkpoint.json: {wrong}",
         f"Resuming from step 16 of {unfinished}",
     ]
@@ -137,9 +137,9 @@ def test_a_fifo_is_refused_at_once(clicks: PreparedData, unfinished: Path, devic
     path = unfinished / "checkpoints" / "step_00000020" / name
     path.unlink()
     os.mkfifo(path)
-    told: list[str] = []
-    train(CONFIG, clicks, unfinished, device, say=told.append)
-    assert told[0] == f"not used: {path.parent}: {name} is not a regular file"
+    reported: list[str] = []
+    train(CONFIG, clicks, unfinished, device, say=reported.append)
+    assert reported[0] == f"not used: {path.parent}: {name} is not a regular file"
 
 
 @pytest.mark.usefixtures("alarm")

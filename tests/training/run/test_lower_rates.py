@@ -55,9 +55,9 @@ def test_rates_may_be_lowered_after_a_loss_that_is_not_finite(
             train(replace(config, dense_lr=0.03), clicks, run, device)
         with pytest.raises(UserError, match=r"holds a run with --dropout 0\.5, not 0\.1"):
             train(replace(lower, dropout=0.1), clicks, run, device)
-        told: list[str] = []
-        train(lower, clicks, run, device, say=told.append)
-    assert told[:2] == [
+        reported: list[str] = []
+        train(lower, clicks, run, device, say=reported.append)
+    assert reported[:2] == [
         f"Resuming from step 12 of {run}",
         "learning rates after step 12: --dense-lr 0.01 instead of 0.02",
     ]

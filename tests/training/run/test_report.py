@@ -296,7 +296,7 @@ def test_odd_runs(tmp_path: Path, files: dict[str, object], pictures: int, text:
         ({"calibration": {"splits": {"test": [{"rows": 1}]}}}, "{}/calibration.json: the file is damaged (splits"),
     ],
 )
-def test_damaged_runs_are_told_in_one_line(tmp_path: Path, files: dict[str, object], message: str) -> None:
+def test_damaged_runs_are_reported_in_one_line(tmp_path: Path, files: dict[str, object], message: str) -> None:
     folder = make_run(tmp_path / "run", **files)
     with pytest.raises(UserError) as refused:
         write_run_report(folder)
@@ -305,7 +305,7 @@ def test_damaged_runs_are_told_in_one_line(tmp_path: Path, files: dict[str, obje
     assert not (folder / "report.html").exists()
 
 
-def test_names_that_are_no_utf_8(tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+def test_names_that_are_not_utf_8(tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
     name = os.fsdecode(b"run \xff")
     try:
         folder = make_run(tmp_path / name, config={**CONFIG, "data": os.fsdecode(b"data/\xfe")})

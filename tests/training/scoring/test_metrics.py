@@ -120,7 +120,7 @@ def test_the_reliability_curve_is_that_of_sklearn(pairs: list[tuple[int, int]], 
         assert one.predicted == pytest.approx(math.fsum(p for p, _ in members) / len(members), abs=1e-12)
 
 
-def test_the_order_of_the_samples_is_no_part_of_the_curve() -> None:
+def test_the_order_of_the_samples_is_not_part_of_the_curve() -> None:
     rng = np.random.default_rng(0)
     logits, labels = rng.normal(-3, 1, 5000).astype(np.float32), (rng.random(5000) < 0.05).astype(np.float32)
     one = compute_metrics(logits, labels, bins=20)
