@@ -80,10 +80,40 @@ def put(path, content):
     path.with_suffix(".new").replace(path)
 
 
+def rows_on_disk(data, split):
+    """(label, number, id, ids of the bag, their weights) of each row, as numpy reads the files."""
+    for day in data.days(split):
+        arrays = {path.stem.removeprefix(f"{day.stem}_"): np.load(path) for path in data.folder.glob(f"{day.stem}_*")}
+        for row in range(day.start, day.start + day.rows):
+            a, b = arrays["offsets_1"][[row, row + 1]]
+            bag = arrays["ids_1"][a:b].tolist(), arrays["weights_1"][a:b].tolist()
+            yield (*(arrays[name][row].item() for name in ("labels", "dense", "sparse")), *bag)
+
+
+def rows_read(loader):
+    for step, batch in enumerate(loader):
+        c, b = (batch.sparse_features[name] for name in "cb")
+        for i in range(loader.valid_rows(step)):
+            bag = slice(*b.offsets()[[i, i + 1]].tolist())
+            yield (
+                *(values[i].item() for values in (batch.labels, batch.dense_features, c.values())),
+                *(values[bag].tolist() for values in (b.values(), b.weights())),
+            )
+
+
 @pytest.mark.parametrize("options", [{}, {"shuffle": True}, {"prefetch": 0}, {"rank": 1, "world_size": 2}])
 def test_an_undamaged_folder_is_read(folder, options):
+    data = PreparedData.open(folder)
     for split in ("train", "validation", "test"):
-        read(folder, split, **options)
+        expected = list(rows_on_disk(data, split))
+        if "rank" in options:
+            expected = [row for i, row in enumerate(expected) if i // 5 % 2 == 1]
+        found = list(rows_read(Loader(data, split, batch_size=5, **options)))
+        if "shuffle" in options:
+            assert found != expected
+            found, expected = sorted(found), sorted(expected)
+        assert found == expected
+        assert len(found) > 4
 
 
 @pytest.mark.parametrize("shuffle", [False, True])

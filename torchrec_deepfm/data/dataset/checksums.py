@@ -7,10 +7,10 @@ the order of ``stem_files``.
 """
 
 import itertools
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
-from typing import BinaryIO, Final
+from typing import BinaryIO, Final, NoReturn
 
 import numpy as np
 import xxhash
@@ -85,59 +85,57 @@ class BlockCheck:
         self, days: Sequence[Day], arrays: Sequence[DayArrays], checksums: NDArray[np.uint64], block_rows: int
     ) -> None:
         self._arrays, self._checksums, self._block_rows = arrays, checksums, block_rows
-        self._files = [each.files() for each in arrays]
         self._begins = [0, *itertools.accumulate(day.rows for day in days)]
-        self._first_rows = [day.start for day in days]
-        # Where days meet inside a block: a part ends there, the block does not.
-        self._cuts = sorted({end for end in self._begins[1:-1] if end % block_rows})
-        self._compared = bytearray(-(-self._begins[-1] // block_rows))
-        self._left = len(self._compared)
-        self._whole = -1  # the day whose files were last checked for shrinking
+        self._shifts = [day.start - begin for day, begin in zip(days, self._begins, strict=False)]
+        # Where days meet inside a block: a part ends there, the block does not. Per day, such places up to its begin.
+        inside = (begin % block_rows > 0 and begin > before for before, begin in pairwise(self._begins))
+        self._cuts = [0, *itertools.accumulate(inside)]
+        # Rows of these: what does not depend on the part is looked up once.
+        self._plain = [[file.raw for file in each.files()[:3]] for each in arrays]
+        self._compared = bytearray(len(checksums))
+        self._left = len(checksums)
 
     def check(self, stretches: Iterable[tuple[int, int]]) -> None:
-        """Compare those blocks of the given rows that were not compared before.
+        """Compare those parts of blocks of the given rows that were not compared before.
 
-        It runs in the thread that copies the rows next: comparing brings them into the cache. A separate thread
-        costs more, since both threads compete for the interpreter lock.
+        The files must have their sizes. It runs in the thread that copies the rows next: comparing brings them into the
+        cache. A separate thread costs more, since both threads compete for the interpreter lock.
 
         ``stretches``: first row and one past the last, numbered over all days.
         """
         if not self._left:
             return
-        size, compared, self._whole = self._block_rows, self._compared, -1
-        for start, stop in stretches:
-            for block in range(start // size, -(-stop // size)):
-                if not compared[block]:
-                    self._compare(block)
-                    compared[block] = 1
+        size, begins, compared = self._block_rows, self._begins, self._compared
+        for row, stop in stretches:
+            while row < stop:
+                day, block = bisect_right(begins, row) - 1, row // size
+                part, end = block + self._cuts[day], min((block + 1) * size, begins[day + 1])
+                if not compared[part]:
+                    shift = self._shifts[day]
+                    begin = max(block * size, begins[day])
+                    self._compare(day, begin + shift, end + shift, self._checksums[part].tolist())
+                    compared[part] = 1
                     self._left -= 1
+                row = end
 
-    def _compare(self, block: int) -> None:
-        start, stop = block * self._block_rows, min((block + 1) * self._block_rows, self._begins[-1])
-        cut = bisect_left(self._cuts, start)
-        part = block + cut
-        while start < stop:
-            end = min(stop, self._cuts[cut]) if cut < len(self._cuts) else stop
-            day = bisect_right(self._begins, start) - 1
-            if day != self._whole:
-                for file in self._files[day]:
-                    file.check_whole()
-                self._whole = day
-            shift = self._first_rows[day] - self._begins[day]
-            self._compare_part(day, start + shift, end + shift, self._checksums[part].tolist())
-            start, cut, part = end, cut + 1, part + 1
-
-    def _compare_part(self, day: int, begin: int, end: int, sums: Sequence[int]) -> None:
-        arrays, files = self._arrays[day], self._files[day]
-        pieces = [file.bytes_of(begin, end) for file in files[:3]]
-        for bags in arrays.bags.values():
+    def _compare(self, day: int, begin: int, end: int, sums: Sequence[int]) -> None:
+        digest = xxhash.xxh3_64_intdigest
+        for i, (content, offset, width) in enumerate(self._plain[day]):
+            if digest(content[offset + begin * width : offset + end * width]) != sums[i]:
+                self._refuse(day, begin, end, i)
+        i = 3
+        for bags in self._arrays[day].bags.values():
             assert bags.offsets is not None
             first, last = (max(int(border), 0) for border in bags.offsets.array[[begin, end]])
-            pieces.append(bags.offsets.bytes_of(begin, end + 1))
+            pieces = [bags.offsets.bytes_of(begin, end + 1)]
             pieces += [file.bytes_of(first, last) for file in (bags.ids, bags.weights) if file is not None]
-        for file, piece, expected in zip(files, pieces, sums, strict=True):
-            if xxhash.xxh3_64_intdigest(piece) != expected:
-                raise UserError(
-                    f"{file.where}: rows {begin} to {end - 1} are not what prepare wrote (their checksum differs); "
-                    "restore the file from a copy, or prepare the data again"
-                )
+            for piece in pieces:
+                if digest(piece) != sums[i]:
+                    self._refuse(day, begin, end, i)
+                i += 1
+
+    def _refuse(self, day: int, begin: int, end: int, file: int) -> NoReturn:
+        raise UserError(
+            f"{self._arrays[day].files()[file].where}: rows {begin} to {end - 1} are not what prepare wrote (their "
+            "checksum differs); restore the file from a copy, or prepare the data again"
+        )

@@ -133,6 +133,11 @@ class MappedRows:
         """Index the array on disk."""
         return self._array[index]
 
+    @property
+    def raw(self) -> tuple[memoryview, int, int]:
+        """The file's bytes, where the first row begins in them, and the bytes of a row."""
+        return self.memory.view, self._offset, self._row_bytes
+
     def bytes_of(self, start: int, stop: int) -> memoryview:
         """Return the bytes of the rows from ``start`` to one before ``stop``, on disk; fewer where the file ends."""
         return self.memory.view[self._offset + start * self._row_bytes : self._offset + stop * self._row_bytes]

@@ -328,7 +328,6 @@ class Loader:
         self._enter_window(run, min(begin, self._rows - 1))
         if valid == self._batch_size and not self._shuffle:
             rows: NDArray[np.int64] | range = range(begin, begin + valid)
-            self._check(run, begin, begin + valid)
             copied = self._source.stretch(begin, begin + valid)
         else:
             rows = run.order[begin : begin + valid]

@@ -95,11 +95,11 @@ class SplitRows:
         return self._copy(_Plan(parts=list(parts), order=order))
 
     def stretch(self, start: int, stop: int) -> CopiedRows:
-        """Copy neighbouring rows; faster than ``take``."""
+        """Copy neighbouring rows, after comparing their blocks; faster than ``take``."""
         parts: list[tuple[int, NDArray[np.int64] | tuple[int, int]]] = []
         for day, a, b in self._cut(start, stop):
             parts.append((day, (a, b)))
-        return self._copy(_Plan(parts=parts, order=None))
+        return self._copy(_Plan(parts=parts, order=None), compare=[(start, stop)])
 
     def fetch(self, stretches: Iterable[tuple[int, int]]) -> None:
         """Start reading rows from the disk, without waiting.
@@ -126,6 +126,8 @@ class SplitRows:
         ``stretches``: first row and one past the last, numbered over all days.
         """
         if self._check is not None:
+            for file in self._files:
+                file.check_whole()
             self._check.check(stretches)
 
     def release(self) -> None:
@@ -143,11 +145,13 @@ class SplitRows:
             start = end
             day += 1
 
-    def _copy(self, plan: _Plan) -> CopiedRows:
+    def _copy(self, plan: _Plan, compare: Sequence[tuple[int, int]] = ()) -> CopiedRows:
         arrays = [self.arrays[day] for day, _ in plan.parts]
         for each in arrays:
             for file in each.files():
                 file.check_whole()
+        if self._check is not None:
+            self._check.check(compare)
         return CopiedRows(
             dense=_rows([each.dense for each in arrays], plan),
             sparse=_rows([each.sparse for each in arrays], plan),
