@@ -4,6 +4,7 @@
 
 FAULTS_LOG     folder for the rows that this rank trains on, a line per step
 FAULTS_SLEEP   seconds to sleep in each step, so that kills have something to hit
+FAULTS_HOLD    a file: while it exists, a rank waits after its fifth step, unless it is asked to stop
 FAULTS         JSON list of {"at": PHASE, "rank": R, "step": N, "do": DEED}; each happens once in FAULTS_LOG's lifetime
 """
 
@@ -28,7 +29,8 @@ from torchrec_deepfm import __main__ as command_line
 from torchrec_deepfm.training import loop
 from torchrec_deepfm.training.checkpoint import dcp, manager, store
 
-_step = 0
+HELD_AFTER = 5
+_step = _steps_done = 0
 
 
 def log_folder() -> Path:
@@ -144,6 +146,15 @@ def log(self: Any, *_: Any) -> None:
         entry["epoch"] = self.position.epoch
         file.write(json.dumps(entry) + "\n")
     time.sleep(float(os.environ.get("FAULTS_SLEEP", "0")))
+    hold(self)
+
+
+def hold(self: Any) -> None:
+    global _steps_done
+    _steps_done += 1
+    path = Path(os.environ.get("FAULTS_HOLD", os.devnull))
+    while path.is_file() and _steps_done >= HELD_AFTER and not self._context.requests.signum:
+        time.sleep(0.02)
 
 
 def step_of(folder: os.PathLike[str] | str) -> int:
@@ -157,6 +168,7 @@ def main() -> None:
     after(loop.Loop, "_step", log)
     before(loop.Loop, "check_between_steps", lambda self: fault("evaluation", self.position.step))
     before(manager.Checkpoints, "save", save)
+    before(dcp.CpuStager, "stage", lambda *_: fault("the copy", _step))
     # The files of this rank are written; the others' may not be.
     after(dcp.Writer, "write_data", lambda self, *_, **__: fault("between ranks", step_of(self.path)))
     before(store.Store, "commit", lambda self, step, *_: fault("before the manifest", step))

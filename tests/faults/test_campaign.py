@@ -89,14 +89,14 @@ def test_a_kill_in_each_phase_of_a_save(data: Path, tmp_path: Path, undisturbed:
     assert_as_undisturbed(tmp_path / "run", tmp_path / "log", undisturbed[1])
 
 
-@pytest.mark.parametrize(("ranks", "do"), [(2, "term parent"), pytest.param(1, "term", marks=CAMPAIGN)])
+@pytest.mark.parametrize(("ranks", "do"), [(2, "term parent"), (2, "term"), pytest.param(1, "term", marks=CAMPAIGN)])
 def test_sigterm(data: Path, tmp_path: Path, undisturbed: dict[int, Path], ranks: int, do: str) -> None:
-    """On all ranks through torchrun, and in one process; each resumes where it stopped."""
+    """On all ranks through torchrun, on one of two ranks, and in one process; each resumes where it stopped."""
     fault = {"at": "step", "rank": ranks - 1, "step": 13, "do": do}
-    code, _, err = run(
-        command(data, tmp_path / "run", ranks=ranks), environment(tmp_path / "log", [fault], FAULTS_SLEEP="0.05")
-    )
+    words = command(data, tmp_path / "run", ranks=ranks, restarts=3 if ranks > 1 else 0)
+    code, _, err = run(words, environment(tmp_path / "log", [fault], FAULTS_SLEEP="0.05"))
     assert code == 143
+    assert len(list((tmp_path / "log").glob("rank_*"))) == ranks  # no process was started again
     stopped = re.search(r"stopped by SIGTERM after step (\d+), saved in (.*/step_(\d+));", err)
     assert stopped is not None, err
     assert Path(stopped[2]).is_dir()
@@ -106,6 +106,16 @@ def test_sigterm(data: Path, tmp_path: Path, undisturbed: dict[int, Path], ranks
     assert (code, err) == (0, "")
     assert f"Resuming from step {stopped[1]} of" in out
     assert_as_undisturbed(tmp_path / "run", tmp_path / "log", undisturbed[ranks])
+
+
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=CAMPAIGN)])
+def test_a_copy_that_fails_on_one_rank_ends_the_job(data: Path, tmp_path: Path, rank: int) -> None:
+    """The others wait for its part of the save: in seconds, not until a timeout of minutes."""
+    env = environment(tmp_path / "log", [{"at": "the copy", "rank": rank, "step": 8, "do": "memory"}])
+    code, _, err = run(command(data, tmp_path / "run", ranks=2), env, timeout=100)
+    assert code == 2
+    assert re.fullmatch(rf"error: rank {rank} is out of memory at step 8 \(\w+\); lower --batch-size, .*\n", err), err
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("step_????????")] == ["step_00000004"]
 
 
 @CAMPAIGN

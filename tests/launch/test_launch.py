@@ -16,10 +16,10 @@ MISTAKE = (
 )
 
 
-def ranks(tmp_path: Path, program: str, **env: str) -> subprocess.CompletedProcess[str]:
+def ranks(tmp_path: Path, program: str, options: tuple[str, ...] = (), **env: str) -> subprocess.CompletedProcess[str]:
     script = tmp_path / "program.py"
     script.write_text(f"import os, sys, time\nrank = int(os.environ['RANK'])\n{program}\n")
-    return run_module(["torchrec_deepfm.launch", "--standalone", "--nproc_per_node", "2", str(script)], **env)
+    return run_module(["torchrec_deepfm.launch", "--standalone", "--nproc_per_node", "2", *options, str(script)], **env)
 
 
 @pytest.mark.parametrize("program", [MISTAKE, f"if rank == 1:\n    {MISTAKE}\ntime.sleep(60)"], ids=["both", "one"])
@@ -49,6 +49,19 @@ def test_of_a_killed_rank_the_signal_is_named(tmp_path: Path) -> None:
     run = ranks(tmp_path, "if rank == 1:\n    os.kill(os.getpid(), 9)\ntime.sleep(60)")
     expected = "error: rank 1 was killed by SIGKILL; often the machine ran out of memory\n"
     assert (run.returncode, run.stderr) == (1, expected)
+
+
+def test_a_rank_that_sigterm_ends_is_not_started_again(tmp_path: Path) -> None:
+    """While it is still being imported: afterwards it would save its state and end with 143 by itself."""
+    program = (
+        f"open('{tmp_path}/life', 'a').write(str(rank))\nif rank == 1:\n    os.kill(os.getpid(), 15)\ntime.sleep(60)"
+    )
+    run = ranks(tmp_path, program, options=("--max_restarts", "3"))
+    assert (run.returncode, run.stderr) == (
+        143,
+        "error: rank 1 was ended by SIGTERM before it could save; run the same command again\n",
+    )
+    assert sorted((tmp_path / "life").read_text()) == ["0", "1"]
 
 
 def test_threads_are_shared_out(tmp_path: Path) -> None:

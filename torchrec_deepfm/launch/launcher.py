@@ -35,6 +35,8 @@ STARTED = "TORCHREC_DEEPFM_STARTED"
 
 # Exit codes of ranks that were asked to stop, and have saved their state: 128 + SIGINT, 128 + SIGTERM.
 _STOPPED = (130, 143)
+# A rank that was asked to stop before it could take the request.
+_ENDED = -signal.SIGTERM
 
 _HINTS = {
     "SIGKILL": "; often the machine ran out of memory",
@@ -79,6 +81,11 @@ def explain(failed: "ChildFailedError") -> tuple[str, int]:
     if failure.exitcode in _STOPPED:
         name = signal.Signals(failure.exitcode - 128).name
         return f"rank {rank} was stopped by {name}; its state is saved", failure.exitcode
+    if failure.exitcode == _ENDED:
+        return (
+            f"rank {rank} was ended by SIGTERM before it could save; run the same command again",
+            128 + signal.SIGTERM,
+        )
     if failure.exitcode < 0:
         name = signal.Signals(-failure.exitcode).name
         hint = _HINTS.get(name, "")
@@ -151,7 +158,7 @@ def _restart_only_failures() -> None:
 
     def monitor_and_give_up(self: LocalElasticAgent, worker_group: WorkerGroup) -> RunResult:
         result: RunResult = monitor(self, worker_group)
-        if any(failure.exitcode in (*USER_ERROR_EXIT_CODES, *_STOPPED) for failure in result.failures.values()):
+        if any(failure.exitcode in (*USER_ERROR_EXIT_CODES, *_STOPPED, _ENDED) for failure in result.failures.values()):
             self._remaining_restarts = 0
         return result
 
