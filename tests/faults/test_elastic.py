@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 from tests.faults.jobs import OPTIONS, Job, environment
+from tests.faults.rank import HELD_AFTER
 from tests.faults.runs import ROWS, make_data
 
 BATCH = 50  # per rank
-QUICK = "last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=3,join_timeout=60"
+QUICK = "last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=8,join_timeout=240"
 
 
 def free_port() -> int:
@@ -40,7 +41,7 @@ def log(logs: Path) -> list[dict[str, Any]]:
 
 def until(logs: Path, agents: list[Job], *, ranks: int, steps: int) -> None:
     """Wait until so many ranks have done so many steps together."""
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 240
     while len({line["step"] for line in log(logs) if line["ranks"] == ranks}) < steps:
         assert time.monotonic() < deadline, "\n".join(each.out + each.err for each in agents)[-3000:]
         assert agents[0].poll() is None
@@ -56,13 +57,17 @@ def kill_host(host: Job) -> None:
 @pytest.mark.campaign
 def test_a_host_comes_and_goes(tmp_path: Path) -> None:
     data = make_data(tmp_path / "data").folder
-    env = environment(tmp_path / "log", FAULTS_SLEEP="0.3")  # the first host must not finish before the second is up
+    # However long the second host takes to start: the first one waits for it, and both for the kill.
+    hold = tmp_path / "hold"
+    hold.touch()
+    env = environment(tmp_path / "log", FAULTS_HOLD=str(hold))
     port = free_port()
     first = agent(data, tmp_path / "run", port, env)
-    until(tmp_path / "log", [first], ranks=1, steps=5)
+    until(tmp_path / "log", [first], ranks=1, steps=HELD_AFTER)
     second = agent(data, tmp_path / "run", port, env)
-    until(tmp_path / "log", [first, second], ranks=2, steps=5)
+    until(tmp_path / "log", [first, second], ranks=2, steps=HELD_AFTER)
     kill_host(second)
+    hold.unlink()
     code, out, err = first.finish()
     assert code == 0, err[-3000:]
     lines = log(tmp_path / "log")
