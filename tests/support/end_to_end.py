@@ -10,6 +10,8 @@ import venv
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 LEFT_OUT = (".venv", ".git", "data", "runs", "*_cache", ".hypothesis", "__pycache__", "*.egg-info", ".parts*")
 
@@ -49,13 +51,13 @@ class Workspace:
 def make_environment(folder: Path) -> None:
     """Make .venv with the packages of the environment that runs the tests, and this copy in place of the repository.
 
-    An environment out of nothing is made before: `make setup` is the first step of `make test`, and so of .ci/run.
+    An environment out of nothing is made by `make setup`, the first step of .ci/run, and by test_container.py.
     """
     here = folder / ".venv"
     venv.create(here, symlinks=True)
     packages = Path(site.getsitepackages([str(here)])[0])
     # Of the packages' own .pth files, which name the repository, none is read: they are not in a site folder here.
-    (packages / "tests.pth").write_text(f"{folder}\n{site.getsitepackages()[0]}\n")
+    (packages / "tests.pth").write_text(f"{folder}\n{Path(pytest.__file__).parents[1]}\n")
     front = f"#!{sys.prefix}/bin/python"
     for script in (Path(sys.prefix) / "bin").iterdir():
         if script.is_file() and script.read_bytes().startswith(front.encode()):
