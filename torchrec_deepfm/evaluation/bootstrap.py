@@ -5,6 +5,7 @@ Shape letters: N rows, R resamples.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,11 +50,15 @@ class RowMetrics:
     Args:
         logits: [N].
         labels: [N] of 0 and 1.
+        weights: [N] of the rows; None if equal.
     """
 
     NAMES = ("auc", "logloss", "ne", "calibration")
 
-    def __init__(self, logits: NDArray[np.float32], labels: NDArray[np.float32]) -> None:
+    def __init__(
+        self, logits: NDArray[np.float32], labels: NDArray[np.float32], weights: NDArray[np.float32] | None = None
+    ) -> None:
+        self._weights = None if weights is None else weights.astype(np.float64)
         z, y = logits.astype(np.float64), labels.astype(np.float64)
         self._losses = np.logaddexp(0.0, z) - y * z
         self._predicted = 0.5 + 0.5 * np.tanh(0.5 * z)
@@ -63,9 +68,12 @@ class RowMetrics:
         self._ties = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
         self._sorted_clicks = self._clicks[self._order]
 
-    def __call__(self, times: Times) -> dict[str, float | None]:
+    def __call__(self, times: NDArray[Any]) -> dict[str, float | None]:
         """Compute the metrics where row i counts ``times[i]`` times."""
-        rows, clicks = int(times.sum()), int(times @ self._clicks)
+        times = times if self._weights is None else times * self._weights
+        rows, clicks = times.sum().item(), (times @ self._clicks).item()
+        if not rows:
+            return dict.fromkeys(self.NAMES)
         logloss = float(times @ self._losses) / rows
         rate = clicks / rows
         calibration = float(times @ self._predicted) / clicks if clicks else None
@@ -75,7 +83,7 @@ class RowMetrics:
         positives = np.add.reduceat(ordered * self._sorted_clicks, self._ties)
         negatives = np.add.reduceat(ordered, self._ties) - positives
         below = np.cumsum(negatives) - negatives
-        wins = int((positives * (2 * below + negatives)).sum())
+        wins = (positives * (2 * below + negatives)).sum().item()
         entropy = -(rate * np.log(rate) + (1.0 - rate) * np.log1p(-rate))
         return {
             "auc": wins / (2 * clicks * (rows - clicks)),

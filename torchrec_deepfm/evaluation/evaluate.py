@@ -96,7 +96,9 @@ def _figures(rows: Rows, predictions: list[Predictions | None], options: Evaluat
     for one in known:
         one.check_finite()
     users = None if options.by_user is None else rows.column(options.by_user)
-    sample = Sample(labels=known[0].labels, logits=tuple(one.logits for one in known), users=users)
+    sample = Sample(
+        labels=known[0].labels, logits=tuple(one.logits for one in known), users=users, weights=known[0].weights
+    )
     how = None
     if options.bootstrap:
         how = Bootstrap(resamples=options.bootstrap, confidence=options.confidence, seed=options.seed)

@@ -45,16 +45,23 @@ class Sample:
         labels: [N] of 0 and 1.
         logits: [N] for each run.
         users: the user of each row, if they are known.
+        weights: [N] of the rows, for the metrics that are not by user; None if equal.
     """
 
     labels: NDArray[np.float32]
     logits: tuple[NDArray[np.float32], ...]
     users: Keys | None = None
+    weights: NDArray[np.float32] | None = None
 
     def take(self, rows: NDArray[np.bool_]) -> "Sample":
         """Return some of the rows."""
         users = None if self.users is None else Keys(codes=self.users.codes[rows])
-        return Sample(labels=self.labels[rows], logits=tuple(each[rows] for each in self.logits), users=users)
+        return Sample(
+            labels=self.labels[rows],
+            logits=tuple(each[rows] for each in self.logits),
+            users=users,
+            weights=None if self.weights is None else self.weights[rows],
+        )
 
 
 def figures(sample: Sample, ks: Sequence[int], how: Bootstrap | None) -> dict[str, Any]:
@@ -76,7 +83,8 @@ def figures(sample: Sample, ks: Sequence[int], how: Bootstrap | None) -> dict[st
         found["by_user"] = runs[0].by_user
     ranges: dict[str, Any] = {}
     if how is not None:
-        rows = intervals(how, len(sample.labels), ROWS, _paired([RowMetrics(z, sample.labels) for z in sample.logits]))
+        measures = [RowMetrics(z, sample.labels, sample.weights) for z in sample.logits]
+        rows = intervals(how, len(sample.labels), ROWS, _paired(measures))
         users = intervals(how, runs[0].users, USERS, _paired([run.resampled for run in runs])) if runs[0].users else {}
         ranges = rows | users
         found["intervals"] = {name: border for name, border in ranges.items() if not name.startswith(_DIFFERENCE)}
@@ -125,7 +133,7 @@ class _Measured:
     """The metrics of one run's predictions; ``resampled`` are those by user where each counts several times."""
 
     def __init__(self, sample: Sample, logits: NDArray[np.float32], ks: Sequence[int]) -> None:
-        self.metrics: dict[str, Any] = compute_metrics(logits, sample.labels).to_json()
+        self.metrics: dict[str, Any] = compute_metrics(logits, sample.labels, 0, sample.weights).to_json()
         self.counts: dict[str, int] = {}
         self.users = 0
         self._by_user = {}

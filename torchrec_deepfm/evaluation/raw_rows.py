@@ -111,7 +111,9 @@ class RawBatches:
         return Batch(
             dense_features=torch.from_numpy(np.array(encoded.dense, order="C")),
             sparse_features=key_jagged(self._encoder.schema, by_key, encoded.bags, self.batch_size),
-            labels=torch.from_numpy(mine["label"].cast(pl.Int32).to_numpy().copy()),
+            labels=torch.from_numpy(mine["label"].cast(pl.Int32).to_numpy().copy())
+            if "row_weight" not in mine.columns
+            else torch.from_numpy(mine.select("label", "row_weight").cast(pl.Float32).to_numpy().copy()),
         )
 
 

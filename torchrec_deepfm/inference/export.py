@@ -242,7 +242,7 @@ def _score_model(model: DeepFM, batches: Iterator[Batch]) -> tuple[NDArray[np.fl
     scores, labels = [], []
     for batch in batches:
         scores.append(torch.sigmoid(model(batch.dense_features, batch.sparse_features)).squeeze(1).numpy())
-        labels.append(batch.labels.reshape(-1).numpy())
+        labels.append(batch.labels.reshape(len(batch.labels), -1)[:, 0].int().numpy())
     return np.concatenate(scores), np.concatenate(labels)
 
 

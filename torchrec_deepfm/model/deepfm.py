@@ -187,21 +187,33 @@ class DeepFMTrain(nn.Module):
         """Compute the mean binary cross entropy of a batch.
 
         Args:
-            batch: ``dense_features`` [B, I], ``sparse_features``, ``labels`` [B] or [B, 1] of 0 and 1.
+            batch: ``dense_features`` [B, I], ``sparse_features``, ``labels`` [B] or [B, 1] of 0 and 1; or [B, 2]:
+                labels, and the weight of each row.
 
         Returns:
             ``(loss, (loss, logits, labels))``: the loss, a scalar, to step on; and detached, beside it, the logits [B]
-            and the labels [B]. The loss of an empty batch is 0.
+            and the labels [B], or [B, 2] as given. With weights the loss is the sum of the weighted losses over B. The
+            loss of an empty batch is 0.
         """
         logits = self.model(batch.dense_features, batch.sparse_features).squeeze(1)
-        labels = batch.labels.reshape(-1)
+        labels = _flat(batch.labels)
         loss = _mean_loss(logits, labels)
         return loss, (loss.detach(), logits.detach(), labels.detach())
 
 
-@torch.fx.wrap  # a leaf for symbolic tracing: the division by the size is plain Python
+@torch.fx.wrap  # a leaf for symbolic tracing, as the next one: shapes are known at the call only
+def _flat(labels: Tensor) -> Tensor:
+    return labels if labels.dim() == 2 and labels.shape[1] == 2 else labels.reshape(-1)
+
+
+@torch.fx.wrap
 def _mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    total = nn.functional.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="sum")
+    weights = None
+    if labels.dim() == 2:
+        labels, weights = labels.to(logits.dtype).unbind(1)
+    total = nn.functional.binary_cross_entropy_with_logits(
+        logits, labels.to(logits.dtype), weight=weights, reduction="sum"
+    )
     return total / max(logits.shape[0], 1)
 
 

@@ -6,6 +6,7 @@ Shape letters: n rows, m columns of X.
 import io
 import zipfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final, Self
@@ -17,11 +18,18 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.multiclass import check_classification_targets, type_of_target
-from sklearn.utils.validation import check_array, check_consistent_length, check_is_fitted, column_or_1d, validate_data
+from sklearn.utils.validation import (
+    _check_sample_weight,
+    check_array,
+    check_consistent_length,
+    check_is_fitted,
+    column_or_1d,
+    validate_data,
+)
 
 from torchrec_deepfm import console
 from torchrec_deepfm.data.raw.frames import as_arrow, frame_columns
-from torchrec_deepfm.data.schema import Schema, parse_schema, read_schema
+from torchrec_deepfm.data.schema import Schema, parse_schema, read_schema, toml_text
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.notebook.fit import Run, fit, inferred
 from torchrec_deepfm.training.config import TrainConfig
@@ -106,12 +114,13 @@ class DeepFMClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.random_state = random_state
         self.verbose = verbose
 
-    def fit(self, X: Any, y: ArrayLike) -> Self:  # noqa: N803
+    def fit(self, X: Any, y: ArrayLike, sample_weight: ArrayLike | None = None) -> Self:  # noqa: N803
         """Train on rows.
 
         Args:
             X: n rows.
             y: [n] labels of two classes.
+            sample_weight: [n] weights of the rows in the loss and in the choice of the epoch.
 
         Returns:
             This estimator.
@@ -124,11 +133,14 @@ class DeepFMClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         targets = self._targets(y, len(table))
         random = check_random_state(self.random_state)
         seed = int(random.randint(2**31 - 1))
-        label = "label"
-        while label in table.column_names:
-            label += "_"
+        label = _free_name("label", table)
         table = table.append_column(label, pa.array(targets))
         schema, text = self._schema(table, label)
+        if sample_weight is not None:
+            weights = _check_sample_weight(sample_weight, np.empty(len(table)), ensure_non_negative=True)
+            name = _free_name("weight", table)
+            schema, text = replace(schema, weight=name), f"weight = {toml_text(name)}\n{text}"
+            table = table.append_column(name, pa.array((weights / weights.mean()).astype(np.float32)))
         validation = _validation_rows(targets, self.validation_fraction, random)
         rows = table.filter(pa.array(~validation))
         held_out = {"validation": table.filter(pa.array(validation))} if validation.any() else {"split": "none"}
@@ -141,7 +153,8 @@ class DeepFMClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             steps = max(len(rows) // given.get("batch_size", 64), 1)
             given.setdefault("epochs", min(max(-(-_STEPS // steps), 3), _MOST_EPOCHS))
         options = {"min_count": self.min_count, "seed": seed, **given, **held_out, **(self.options or {})}
-        self.run_: Run = fit(rows, schema=schema, recipe=self.recipe, show=self.verbose, **options)
+        run = fit(rows, schema=schema, recipe=self.recipe, show=self.verbose, **options)
+        self.run_: Run = replace(run, schema=text)
         return self
 
     def predict_proba(self, X: Any) -> NDArray[np.float64]:  # noqa: N803
@@ -238,6 +251,12 @@ class DeepFMClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 _TRAINING: Final = (
     "epochs", "batch_size", "factor_dim", "over_arch_layer_sizes", "dropout", "sparse_lr", "dense_lr",
 )  # fmt: skip
+
+
+def _free_name(name: str, table: pa.Table) -> str:
+    while name in table.column_names:
+        name += "_"
+    return name
 
 
 def _validation_rows(targets: NDArray[np.int8], fraction: float, random: np.random.RandomState) -> NDArray[np.bool_]:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torchrec_deepfm import console
 from torchrec_deepfm.data.prepare.options import PrepareOptions
 from torchrec_deepfm.data.raw.frames import as_arrow, frame_columns
-from torchrec_deepfm.data.schema import Schema, parse_schema, read_schema
+from torchrec_deepfm.data.schema import Schema, parse_schema, read_schema, toml_text
 from torchrec_deepfm.errors import UserError, did_you_mean
 from torchrec_deepfm.launch.cpu_threads import choose_threads
 from torchrec_deepfm.training.config import TrainConfig
@@ -104,6 +104,7 @@ def fit(
     frame: Any,
     label: str = "label",
     *,
+    weight: str | None = None,
     validation: Any = None,
     test: Any = None,
     schema: Schema | Path | str | None = None,
@@ -121,6 +122,7 @@ def fit(
     Args:
         frame: n rows: a pandas or polars DataFrame, an Arrow table, or a list of dicts.
         label: the column of labels, or a comparison such as ``rating >= 4``; not with ``schema``.
+        weight: the column with the weight of each row in loss and metrics; not with ``schema``.
         validation: rows to evaluate on; without these and ``test``, a tenth of ``frame`` each, at random.
         test: rows of the final test.
         schema: the columns, or a TOML file with them; inferred by default.
@@ -150,7 +152,7 @@ def fit(
         work = Path(stack.enter_context(TemporaryDirectory(prefix="torchrec_deepfm-")))
         given = {"train": frame, "validation": validation, "test": test}
         tables = {name: _table(name, rows) for name, rows in given.items() if rows is not None}
-        columns, text = _schema(schema, label, tables["train"])
+        columns, text = _schema(schema, label, weight, tables["train"])
         say(text)
         from torchrec_deepfm.data.prepare.prepare import prepare
 
@@ -206,12 +208,15 @@ def _table(name: str, frame: Any) -> pa.Table:
     return table
 
 
-def _schema(schema: Schema | Path | str | None, label: str, train: pa.Table) -> tuple[Schema, str]:
+def _schema(schema: Schema | Path | str | None, label: str, weight: str | None, train: pa.Table) -> tuple[Schema, str]:
     if isinstance(schema, Schema):
         return schema, repr(schema)
     if schema is not None:
         return read_schema(schema), Path(schema).read_text(encoding="utf-8")
-    text = inferred(train, label)
+    if weight is not None and weight not in train.column_names:
+        raise UserError(f"fit: no column {weight!r} of weights{did_you_mean(weight, train.column_names)}")
+    features = train if weight is None else train.drop_columns([weight])
+    text = ("" if weight is None else f"weight = {toml_text(weight)}\n") + inferred(features, label)
     return parse_schema(text, Path("schema")), text
 
 

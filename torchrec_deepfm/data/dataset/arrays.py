@@ -12,6 +12,7 @@ from torchrec_deepfm.data.dataset.npy_mmap import MappedRows
 DENSE: Final = "_dense.npy"
 SPARSE: Final = "_sparse.npy"
 LABELS: Final = "_labels.npy"
+ROW_WEIGHTS: Final = "_row_weights.npy"
 MAX_NUM_EMBEDDINGS: Final = 2**31 - 1  # ids are int32
 
 
@@ -50,14 +51,20 @@ class DayArrays:
 
     ``dense``: [N, I] numbers; float32 in folders with a manifest. ``sparse``: [N, F1] ids of the one-hot columns, in
     the schema's order; int32 in folders with a manifest. ``labels``: [N, 1] or [N]; int32 in folders with a manifest.
+    ``weights``: float32 [N, 1], the weights of the rows; ``None`` where these are equal.
     """
 
     dense: MappedRows
     sparse: MappedRows
     labels: MappedRows
     bags: Mapping[str, Bags]
+    weights: MappedRows | None = None
 
     def files(self) -> tuple[MappedRows, ...]:
         """Return all mapped files, in the order of ``stem_files``."""
         lists = [part for bags in self.bags.values() for part in (bags.offsets, bags.ids, bags.weights)]
-        return (self.dense, self.sparse, self.labels, *(part for part in lists if part is not None))
+        return (*self.by_row(), *(part for part in lists if part is not None))
+
+    def by_row(self) -> tuple[MappedRows, ...]:
+        """Return the files that have a line for every row, the first of ``files``."""
+        return (self.dense, self.sparse, self.labels, *([] if self.weights is None else [self.weights]))

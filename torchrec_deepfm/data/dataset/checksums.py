@@ -91,7 +91,7 @@ class BlockCheck:
         inside = (begin % block_rows > 0 and begin > before for before, begin in pairwise(self._begins))
         self._cuts = [0, *itertools.accumulate(inside)]
         # Rows of these: what does not depend on the part is looked up once.
-        self._plain = [[file.raw for file in each.files()[:3]] for each in arrays]
+        self._plain = [[file.raw for file in each.by_row()] for each in arrays]
         self._compared = bytearray(len(checksums))
         self._left = len(checksums)
 
@@ -123,7 +123,7 @@ class BlockCheck:
         for i, (content, offset, width) in enumerate(self._plain[day]):
             if digest(content[offset + begin * width : offset + end * width]) != sums[i]:
                 self._refuse(day, begin, end, i)
-        i = 3
+        i = len(self._plain[day])
         for bags in self._arrays[day].bags.values():
             assert bags.offsets is not None
             first, last = (max(int(border), 0) for border in bags.offsets.array[[begin, end]])

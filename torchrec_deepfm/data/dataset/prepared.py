@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torchrec_deepfm.data.dataset.arrays import DENSE as DENSE
 from torchrec_deepfm.data.dataset.arrays import LABELS as LABELS
 from torchrec_deepfm.data.dataset.arrays import MAX_NUM_EMBEDDINGS as MAX_NUM_EMBEDDINGS
+from torchrec_deepfm.data.dataset.arrays import ROW_WEIGHTS as ROW_WEIGHTS
 from torchrec_deepfm.data.dataset.arrays import SPARSE as SPARSE
 from torchrec_deepfm.data.dataset.arrays import Bags, DayArrays
 from torchrec_deepfm.data.dataset.arrays import Day as Day
@@ -62,9 +63,11 @@ def stem_files(schema: Schema, stem: str) -> list[str]:
         stem: The prefix of their names.
 
     Returns:
-        Dense, sparse and labels, then the offsets, ids and weights of each multi-hot column that has them.
+        Dense, sparse, labels, and the weights of the rows if they have any; then the offsets, ids and weights of each
+        multi-hot column that has them.
     """
-    names = [f"{stem}{ending}" for ending in (DENSE, SPARSE, LABELS)]
+    endings = (DENSE, SPARSE, LABELS, *([] if schema.weight is None else [ROW_WEIGHTS]))
+    names = [f"{stem}{ending}" for ending in endings]
     for name in schema.multi_hot:
         j = schema.categorical.index(name)
         names += [offsets_file(stem, j), ids_file(stem, j)]
@@ -220,6 +223,7 @@ class PreparedData:
             sparse=self._map(f"{stem}{SPARSE}", np.int32, (rows, len(schema.one_hot))),
             labels=self._map(f"{stem}{LABELS}", np.int32, (rows, 1)),
             bags={name: self._bags(stem, name, rows) for name in schema.multi_hot},
+            weights=None if schema.weight is None else self._map(f"{stem}{ROW_WEIGHTS}", np.float32, (rows, 1)),
         )
 
     def checksums(self, split: str) -> NDArray[np.uint64] | None:

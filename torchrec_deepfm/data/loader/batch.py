@@ -52,12 +52,23 @@ class Assembler:
         """
         dense, labels = copied.dense.astype(np.float32, copy=False), copied.labels
         features = self._features(copied)
-        if features is None or not np.isfinite(dense).all() or not _all_labels(labels):
+        weights = copied.weights
+        if (
+            features is None
+            or not np.isfinite(dense).all()
+            or not _all_labels(labels)
+            or (weights is not None and not _all_weights(weights))
+        ):
             self._report(rows, copied)
+        targets = (
+            labels.astype(np.int32, copy=False)
+            if weights is None
+            else np.stack([labels.astype(np.float32), weights], axis=1)
+        )
         return Batch(
             dense_features=torch.from_numpy(dense),
             sparse_features=features,
-            labels=torch.from_numpy(labels.astype(np.int32, copy=False)),
+            labels=torch.from_numpy(targets),
         )
 
     def _features(self, copied: CopiedRows) -> KeyedJaggedTensor | None:
@@ -109,11 +120,12 @@ class Assembler:
         where, row, column, value, fault = self._first_fault(copied, limits)
         day, inside = self._source.locate(int(rows[row]))
         arrays = self._source.arrays[day]
-        file = {"dense": arrays.dense, "sparse": arrays.sparse, "labels": arrays.labels}.get(where)
+        files = {"dense": arrays.dense, "sparse": arrays.sparse, "labels": arrays.labels, "row weights": arrays.weights}
+        file = files.get(where)
         if file is None:
             bags = arrays.bags[column]
             file = bags.weights if where == "weights" and bags.weights is not None else bags.ids
-        assert column in (*schema.numeric, *schema.categorical, schema.label)
+        assert column in (*schema.numeric, *schema.categorical, schema.label, schema.weight)
         remedy = _REPAIR if self._data.external is None else "fix the file or remove the day's files"
         raise UserError(f"{file.where}: row {inside}, column {column}: {value} {fault}; {remedy}")
 
@@ -142,6 +154,9 @@ class Assembler:
         if bad.any():
             i = int(np.argmax(bad))
             return "labels", i, schema.label, copied.labels[i], "is not a valid label (expected 0 or 1)"
+        if copied.weights is not None and not _all_weights(copied.weights):
+            i = int(np.argmin(np.isfinite(copied.weights) & (copied.weights >= 0)))
+            return "row weights", i, str(schema.weight), copied.weights[i], "is not a weight (expected 0 or more)"
         raise AssertionError("the batch has a bad value, but no part of it has")
 
 
@@ -193,3 +208,7 @@ def _all_labels(labels: NDArray[Any]) -> bool:
     if labels.dtype == np.int32:
         return not (labels.view(np.uint32) > 1).any()
     return bool(((labels == 0) | (labels == 1)).all())
+
+
+def _all_weights(weights: NDArray[np.float32]) -> bool:
+    return bool((np.isfinite(weights) & (weights >= 0)).all())

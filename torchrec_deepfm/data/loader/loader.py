@@ -270,7 +270,8 @@ class Loader:
 
         Returns:
             Dense features float32 [B, I]; sparse features, int32 ids, B bags per key in the schema's order, and
-            float32 weights if the schema has any; labels int32 [B].
+            float32 weights if the schema has any; labels int32 [B], or float32 [B, 2], label and weight, where rows
+            have weights.
 
         Raises:
             UserError: An id, number, weight or label is not valid; the message names file, row and column.

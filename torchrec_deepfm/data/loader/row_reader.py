@@ -34,13 +34,14 @@ class CopiedBags:
 class CopiedRows:
     """Copied rows.
 
-    ``dense``: [n, I]. ``sparse``: [n, F1]. ``labels``: [n].
+    ``dense``: [n, I]. ``sparse``: [n, F1]. ``labels``: [n]. ``weights``: [n] of the rows, ``None`` if equal.
     """
 
     dense: NDArray[Any]
     sparse: NDArray[Any]
     labels: NDArray[Any]
     bags: dict[str, CopiedBags]
+    weights: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +110,7 @@ class SplitRows:
         for start, stop in stretches:
             for day, a, b in self._cut(start, stop):
                 arrays = self.arrays[day]
-                for file in (arrays.dense, arrays.sparse, arrays.labels):
+                for file in arrays.by_row():
                     file.will_need(a, b)
                 for bags in arrays.bags.values():
                     c, d = a, b
@@ -152,11 +153,13 @@ class SplitRows:
                 file.check_whole()
         if self._check is not None:
             self._check.check(compare)
+        weights = [each.weights for each in arrays if each.weights is not None]
         return CopiedRows(
             dense=_rows([each.dense for each in arrays], plan),
             sparse=_rows([each.sparse for each in arrays], plan),
             labels=_rows([each.labels for each in arrays], plan).reshape(-1),
             bags={name: _bags([each.bags[name] for each in arrays], plan) for name in arrays[0].bags},
+            weights=_rows(weights, plan).reshape(-1) if weights else None,
         )
 
 

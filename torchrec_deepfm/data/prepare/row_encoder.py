@@ -256,7 +256,7 @@ class RowEncoder:
         return self._read(frame, "error")[0]
 
     def _read(self, frame: Any, on_bad_row: str) -> tuple[pl.DataFrame, dict[int, str]]:
-        table = as_arrow(frame, self.raw_schema.columns_read[1:])
+        table = as_arrow(frame, self.raw_schema.features_read)
         fields = dict(zip(table.schema.names, table.schema.types, strict=True))
         types = category_types(fields, self._reading, types=self._types, labelled=False)
         raw, bad = table_frame(table, self._reading, types, labelled=False)
@@ -267,7 +267,7 @@ class RowEncoder:
 
     def example(self) -> dict[str, Any]:
         """Make a raw row to try: the most frequent categories, or None where they are hashed, and 0 for numbers."""
-        raw, row = self.raw_schema, dict.fromkeys(self.raw_schema.columns_read[1:])
+        raw, row = self.raw_schema, dict.fromkeys(self.raw_schema.features_read)
         row |= dict.fromkeys(raw.numeric, 0)
         first = len(self.schema.categorical) - len(raw.categorical)  # before them are the bucketized numbers
         for j, name in enumerate(raw.categorical):

@@ -57,6 +57,16 @@ def labels(column: pa.ChunkedArray, rule: LabelRule | None = None) -> Values:
     return Values(series=numbers.series.set(~good.fill_null(False), None).cast(pl.UInt8), faults=faults)
 
 
+def row_weights(column: pa.ChunkedArray) -> Values:
+    """Read the weights of rows, n values Float32; missing and negative ones are faults."""
+    values = numbers(column, "none")
+    for row in np.flatnonzero(~(values.series >= 0).fill_null(False).to_numpy()).tolist():
+        value = values.series[row]
+        what = "the weight is missing" if value is None else f"{value:g} is negative"
+        values.faults.setdefault(row, f"{what} (expected a number, 0 or more)")
+    return Values(series=values.series.cast(pl.Float32), faults=values.faults)
+
+
 def numbers(column: pa.ChunkedArray, transform: str | None = None) -> Values:
     """Read numbers.
 

@@ -27,9 +27,9 @@ class Piece:
     """Some rows of a source, in its order.
 
     Args:
-        frame: n rows: ``label`` UInt8; ``n0`` ... (I columns, Int64 or Float64, null for missing); ``c0`` ... (F
-            columns, UInt32, Int64, String, or List of the latter two, null for missing); ``w{j}`` List(Float32) beside
-            every list ``c{j}`` that has weights.
+        frame: n rows: ``label`` UInt8; ``row_weight`` Float32 if rows have weights; ``n0`` ... (I columns, Int64 or
+            Float64, null for missing); ``c0`` ... (F columns, UInt32, Int64, String, or List of the latter two, null
+            for missing); ``w{j}`` List(Float32) beside every list ``c{j}`` that has weights.
         end: Where the next piece starts: bytes of (uncompressed) text, rows of a table. Opaque to callers.
         line: Lines or rows read up to ``end``.
         done: Share of the source read up to ``end``, 0 to 1.

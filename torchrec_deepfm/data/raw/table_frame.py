@@ -41,6 +41,8 @@ def table_frame(
 
     if labelled:
         add("label", schema.label_column, cells.labels(table.column(schema.label_column), schema.label_rule))
+    if labelled and schema.weight is not None:
+        add("row_weight", schema.weight, cells.row_weights(table.column(schema.weight)))
     for j, name in enumerate(schema.numeric):
         options = schema.options(name)
         if options.part is not None:
@@ -148,4 +150,9 @@ def category_types(
                 column_types.check_weights(kind, cut=cut[name])
         except UserError as error:
             raise UserError(f"column {source!r}: {error}") from error
+    if labelled and schema.weight is not None and not is_text:
+        try:
+            column_types.check_number(column_types.kind_of(fields[schema.weight]))
+        except UserError as error:
+            raise UserError(f"column {schema.weight!r}: {error}") from error
     return tuple(found)

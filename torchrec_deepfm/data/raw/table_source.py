@@ -319,7 +319,7 @@ def is_number(name: str) -> bool:
 
 
 def _columns_read(schema: Schema, *, labelled: bool) -> tuple[str, ...]:
-    return schema.columns_read if labelled else schema.columns_read[1:]
+    return schema.columns_read if labelled else schema.features_read
 
 
 def _source(

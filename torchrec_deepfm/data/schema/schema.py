@@ -36,6 +36,7 @@ class Schema:
             ``.tsv`` a tab).
         missing: With a vocabulary, ``value`` counts a missing value as a separate value; ``rare`` gives it id 0, as for
             rare values. Hashing always gives it id 0.
+        weight: Name of the column with the weight of each row in the loss and in the metrics; ``None`` for equal ones.
         header: The names of all columns of a CSV without a first row of names, in its order.
 
     Raises:
@@ -54,6 +55,7 @@ class Schema:
     numeric_transform: str | None = None
     delimiter: str | None = None
     missing: str = "value"
+    weight: str | None = None
     header: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -157,8 +159,19 @@ class Schema:
                         f"categorical{did_you_mean(other, self.one_hot)}",
                         where="schema",
                     )
+        if self.weight is not None:
+            self._check_weight()
         if self.layout == "criteo" and self.label_rule is not None:
             raise UserError(f'label: {self.label!r} needs named columns; set layout = "table"', where="schema")
+
+    def _check_weight(self) -> None:
+        weight: Any = self.weight
+        if not isinstance(weight, str) or not weight:
+            raise UserError(f"weight: {weight!r} is not a valid column name; give a text", where="schema")
+        if self.layout != "table":
+            raise UserError('weight: only valid for named columns; set layout = "table"', where="schema")
+        if weight in (self.label_column, *self.features_read):
+            raise UserError(f"weight: {weight!r} is also label or feature; remove it there", where="schema")
 
     @property
     def label_rule(self) -> LabelRule | None:
@@ -197,12 +210,17 @@ class Schema:
 
     @property
     def columns_read(self) -> tuple[str, ...]:
-        """All columns that a table must have, the label's first: those that the others are made of, and weights."""
+        """All columns that a table with labels must have, the label's first."""
+        return (self.label_column, *([] if self.weight is None else [self.weight]), *self.features_read)
+
+    @property
+    def features_read(self) -> tuple[str, ...]:
+        """The columns that features are made of, and weights of lists: what new rows must have."""
         sources = [self.source(name) for name in (*self.numeric, *self.categorical)]
         ends = [self.options(name).until for name in (*self.numeric, *self.categorical)]
         weights = [self.options(name).weights for name in self.weighted]
         columns = [name for name in (*sources, *ends, *weights) if name is not None and not is_date(name)]
-        return (self.label_column, *dict.fromkeys(columns))
+        return tuple(dict.fromkeys(name for name in columns if name != self.label_column))
 
     def options(self, name: str) -> Column:
         """Return the options of a column.
@@ -237,7 +255,7 @@ class Schema:
             "categorical": list(self.categorical),
             "layout": self.layout,
         }
-        for key in ("numeric_transform", "delimiter"):
+        for key in ("numeric_transform", "delimiter", "weight"):
             if getattr(self, key) is not None:
                 value[key] = getattr(self, key)
         if self.missing != "value":
@@ -293,7 +311,9 @@ def build(value: Mapping[str, Any], *, layout: str) -> Schema:
         raise UserError("columns: not a table; write [columns.NAME] and the options below it", where="schema")
     columns = {name: _column(name, options) for name, options in tables.items()}
     rest = {
-        key: value[key] for key in ("layout", "numeric_transform", "delimiter", "missing", "header") if key in value
+        key: value[key]
+        for key in ("layout", "numeric_transform", "delimiter", "missing", "weight", "header")
+        if key in value
     }
     return Schema(
         label=value["label"],

@@ -166,7 +166,7 @@ def columns_of(encoder: RowEncoder) -> tuple[Column, ...]:
     schema, kinds = encoder.raw_schema, dict(zip(encoder.raw_schema.categorical, encoder.types, strict=True))
     weights = {schema.options(name).weights: schema.options(name).separator for name in schema.weighted}
     found = []
-    for source in schema.columns_read[1:]:
+    for source in schema.features_read:
         if source in weights:
             found.append(Column(source, "number", True, weights[source]))
             continue

@@ -43,10 +43,12 @@ class Predictions:
     Attributes:
         logits: [N].
         labels: [N] of 0 and 1.
+        weights: [N] of the rows; None if equal.
     """
 
     logits: NDArray[np.float32]
     labels: NDArray[np.float32]
+    weights: NDArray[np.float32] | None = None
 
     def check_finite(self) -> None:
         """Check that every logit is a number.
@@ -96,7 +98,7 @@ def evaluate(
     def work() -> Metrics:
         assert found is not None
         found.check_finite()
-        return compute_metrics(found.logits, found.labels, bins)
+        return compute_metrics(found.logits, found.labels, bins, found.weights)
 
     return on_main(work)
 
@@ -153,7 +155,7 @@ def gather_predictions(logits: Tensor, labels: Tensor, batch_size: int) -> Predi
 
     Args:
         logits: [N_r], this rank's logits on the CPU; N_r may differ between the ranks and may be 0.
-        labels: [N_r], their labels.
+        labels: [N_r], their labels, or [N_r, 2], with their weights.
         batch_size: rows of each batch but the last: rank r has rows ``[r B, (r + 1) B)`` of every ``W B`` rows.
 
     Returns:
@@ -161,8 +163,10 @@ def gather_predictions(logits: Tensor, labels: Tensor, batch_size: int) -> Predi
     """
     counts = [0] * dist.get_world_size()
     dist.all_gather_object(counts, len(logits))
-    mine = torch.zeros(max(counts), 2)
-    mine[: len(logits)] = torch.stack([logits.float(), labels.float()], dim=1)
+    targets = labels.float() if labels.dim() == 2 else labels.float().unsqueeze(1)
+    known = torch.cat([logits.float().unsqueeze(1), targets], dim=1)
+    mine = torch.zeros(max(counts), known.shape[1])
+    mine[: len(logits)] = known
     gathered = [torch.empty_like(mine) for _ in counts] if dist.get_rank() == 0 else None
     dist.gather(mine, gathered, dst=0)
     if gathered is None:
@@ -173,4 +177,5 @@ def gather_predictions(logits: Tensor, labels: Tensor, batch_size: int) -> Predi
         places.append((step * len(counts) + rank) * batch_size + place)
     rows = torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)]).numpy()
     rows = rows[np.argsort(np.concatenate(places))]
-    return Predictions(logits=rows[:, 0].copy(), labels=rows[:, 1].copy())
+    weights = rows[:, 2].copy() if rows.shape[1] == 3 else None
+    return Predictions(logits=rows[:, 0].copy(), labels=rows[:, 1].copy(), weights=weights)

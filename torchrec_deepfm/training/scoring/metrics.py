@@ -70,13 +70,19 @@ class Metrics:
         return {name: value for name, value in asdict(self).items() if name not in ("reliability", "curves")}
 
 
-def compute_metrics(logits: NDArray[np.float32], labels: NDArray[np.float32], bins: int = 0) -> Metrics:
+def compute_metrics(
+    logits: NDArray[np.float32],
+    labels: NDArray[np.float32],
+    bins: int = 0,
+    weights: NDArray[np.float32] | None = None,
+) -> Metrics:
     """Compute the metrics of the predictions of one process, in float64.
 
     Args:
         logits: [N], N > 0.
         labels: [N] of 0 and 1.
-        bins: most bins of the reliability curve; 0 for no curve of any kind.
+        bins: most bins of the reliability curve; 0 for no curve of any kind. Curves count rows, whatever they weigh.
+        weights: [N], not negative; None for equal ones. A set without any weight is evaluated with equal ones.
 
     Returns:
         The metrics.
@@ -86,15 +92,16 @@ def compute_metrics(logits: NDArray[np.float32], labels: NDArray[np.float32], bi
         0.875
     """
     z, y = logits.astype(np.float64), labels.astype(np.float64)
-    logloss = float(np.mean(np.logaddexp(0.0, z) - y * z))
-    rate = float(y.mean())
+    w = None if weights is None or not weights.any() else weights.astype(np.float64)
+    logloss = float(np.average(np.logaddexp(0.0, z) - y * z, weights=w))
+    rate = float(np.average(y, weights=w))
     auc = ne = calibration = None
     if 0.0 < rate < 1.0:
-        auc = float(roc_auc_score(y, z))
+        auc = float(roc_auc_score(y, z, sample_weight=w))
         ne = logloss / -(rate * math.log(rate) + (1.0 - rate) * math.log1p(-rate))
     predicted = 0.5 + 0.5 * np.tanh(0.5 * z)  # sigmoid by tanh cannot overflow
     if rate > 0.0:
-        calibration = float(np.mean(predicted)) / rate
+        calibration = float(np.average(predicted, weights=w)) / rate
     return Metrics(
         rows=len(z),
         logloss=logloss,

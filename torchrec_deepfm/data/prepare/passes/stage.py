@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from torchrec_deepfm.data.dataset.prepared import DENSE, LABELS, SPARSE
+from torchrec_deepfm.data.dataset.prepared import DENSE, LABELS, ROW_WEIGHTS, SPARSE
 from torchrec_deepfm.data.dataset.publish import sync
 from torchrec_deepfm.data.prepare.passes.npy_appender import GrowingArray, read_rows
 from torchrec_deepfm.data.prepare.passes.stage_record import StageRecord, StemRows, read_record
@@ -109,6 +109,8 @@ class Stager:
                 rows,
             ),
         }
+        if self.schema.weight is not None:
+            files[ROW_WEIGHTS] = growing(out, ROW_WEIGHTS, (1,), np.float32, rows)
         if self.hashing is not None:
             files[SPARSE] = growing(out, SPARSE, (len(self.schema.one_hot),), np.int32, rows)
         for j, name in enumerate(self.schema.categorical):
@@ -141,6 +143,9 @@ class Stager:
             mine = categories if chosen is None else categories.filter(pl.Series(chosen))
             mine_labels = labels if chosen is None else labels[chosen]
             arrays[LABELS].append(mine_labels)
+            if self.schema.weight is not None:
+                weights = frame["row_weight"].to_numpy()[:, None]
+                arrays[ROW_WEIGHTS].append(weights if chosen is None else weights[chosen])
             arrays[DENSE].append(dense if chosen is None else dense[chosen])
             self._add_categories(part.stem, mine, arrays, counts, record.pieces)
             counts.rows += len(mine)
