@@ -137,7 +137,9 @@ def test_json_of_version_1_is_read():
 
 
 LISTS = "categorical: numeric and categorical must be lists of column names; give text in [ ]"
-KEYS = "choose one of label, numeric, categorical, columns, layout, numeric_transform, delimiter, missing, weight, header"
+KEYS = (
+    "choose one of label, numeric, categorical, columns, layout, numeric_transform, delimiter, missing, weight, header"
+)
 OPTIONS = (
     "choose one of list, separator, weights, type, min_count, num_embeddings, transform, buckets, missing_indicator, "
     "of, part, format, timezone, until, cross"
