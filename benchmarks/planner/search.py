@@ -11,8 +11,9 @@ threshold sharded one way, the others replicated, the best of 4 thresholds x 9 w
 each objective. Plans are scored by ``score``: TorchRec's equations written down again, which import nothing of the
 search and none of TorchRec's estimators.
 
-A rival has ``--seconds`` of CPU time per case. Where they run out its best plan until then counts, and the case is
-counted as such. Cases are drawn by their number, so what is finished is skipped when the command runs again.
+A rival has ``--seconds`` of CPU time per case; its options are given to it enumerated and with estimates. Where the
+time runs out its best plan until then counts, and the case is counted as such. Cases are drawn by their number, so what
+is finished is skipped when the command runs again.
 """
 
 import itertools
@@ -47,9 +48,11 @@ from torchrec_deepfm.errors import UserError  # noqa: E402
 from torchrec_deepfm.sharding.estimate import table_module  # noqa: E402
 from torchrec_deepfm.sharding.inputs.hardware import RESERVED, Hardware  # noqa: E402
 from torchrec_deepfm.sharding.inputs.presets import PRESETS  # noqa: E402
+from torchrec_deepfm.sharding.inputs.sharding_types import SHARDING_TYPES  # noqa: E402
 from torchrec_deepfm.sharding.inputs.tables import Table, criteo_dcnv2_tables, criteo_tables  # noqa: E402
 from torchrec_deepfm.sharding.plan.plan import Objective  # noqa: E402
 from torchrec_deepfm.sharding.runtime.sharder import AllTypesSharder  # noqa: E402
+from torchrec_deepfm.sharding.search.best_plan import EnumeratedOptions  # noqa: E402
 from torchrec_deepfm.sharding.search.plan_tables import plan_tables, torchrec_planner  # noqa: E402
 
 Kernel = str | tuple[str, float]
@@ -86,6 +89,8 @@ class Options:
     """Of the random cases."""
     first: int = 0
     """Number of the first random case, so that several processes can share them."""
+    largest: int = 10**9
+    """Tables times ranks of a case at most; larger random cases are left to another run."""
     ranks: tuple[int, ...] = (16, 32, 64, 128)
     """Numbers of ranks of criteo and dcnv2."""
     rivals: tuple[Literal["torchrec", "proposers", "loop"], ...] = ("torchrec", "proposers", "loop")
@@ -187,7 +192,9 @@ def cases(options: Options) -> Iterator[tuple[str, Case]]:
             )
         return
     for number in range(options.first, options.first + options.cases):
-        yield f"{options.seed} {number}", random_case(random.Random(f"{options.seed} {number}"))
+        case = random_case(random.Random(f"{options.seed} {number}"))
+        if len(case.tables) * case.ranks <= options.largest:
+            yield f"{options.seed} {number}", case
 
 
 def random_case(draw: random.Random) -> Case:
@@ -224,21 +231,29 @@ def random_case(draw: random.Random) -> Case:
 # --- planners -----------------------------------------------------------------------------------------------------
 
 
-@dataclass
 class Clock:
-    """CPU time that is left to a rival."""
+    """CPU time that a rival has.
 
-    end: float
-    ran_out: bool = False
+    Args:
+        seconds: How much.
+    """
 
-    @classmethod
-    def of(cls, seconds: float) -> "Clock":
-        """Start one."""
-        return cls(time.process_time() + seconds)
+    def __init__(self, seconds: float) -> None:
+        self._limit, self._since = seconds, 0.0
+        self.used = 0.0
+        self.ran_out = False
+
+    def start(self) -> None:
+        """Count from here."""
+        self._since = time.process_time()
+
+    def stop(self) -> None:
+        """Count until here."""
+        self.used += time.process_time() - self._since
 
     def left(self) -> bool:
-        """Whether there is time; remembers when there was none."""
-        self.ran_out |= time.process_time() > self.end
+        """Whether there is time for more; remembers when there was none. Only while it runs."""
+        self.ran_out |= self.used + time.process_time() - self._since > self._limit
         return not self.ran_out
 
 
@@ -267,27 +282,70 @@ class TimedProposer(Proposer):
         self._proposer.feedback(*args, **named)
 
 
-def torchrec_plan(
-    case: Case,
-    clock: Clock,
-    proposers: list[Proposer] | None = None,
-    constraints: Mapping[str, ParameterConstraints] | None = None,
-) -> dict[str, float] | None:
-    """Run TorchRec's planner, perhaps with other proposers; None where it finds no plan."""
-    planner = torchrec_planner(
-        case.tables, case.hardware, case.ranks, batch_size=case.batch_size, constraints=constraints
-    )
-    planner._proposers = [TimedProposer(each, clock) for each in proposers or planner._proposers]
-    try:
-        planner.plan(table_module(case.tables), [AllTypesSharder()])  # type: ignore[list-item]
-    except (PlannerError, RuntimeError):
-        return None
-    tables = {table.name: table for table in case.tables}
-    placed = []
-    for option in planner._best_plan or []:
-        shards = [(int(shard.rank or 0), shard.size[0], shard.size[1]) for shard in option.shards]
-        placed.append((tables[option.name], option.sharding_type, option.compute_kernel, shards))
-    return score(placed, case)
+class TorchRecs:
+    """TorchRec's planner on a case; its options are enumerated once per width, on nobody's time.
+
+    Args:
+        case: The case.
+    """
+
+    def __init__(self, case: Case) -> None:
+        self._case = case
+        self._module = table_module(case.tables)
+        self._options: dict[int | None, list[ShardingOption]] = {}
+
+    def plan(
+        self,
+        clock: Clock,
+        proposers: list[Proposer] | None = None,
+        width: int | None = None,
+        kinds: Mapping[str, str] | None = None,
+    ) -> dict[str, float] | None:
+        """Run the planner; None where it finds no plan.
+
+        Args:
+            clock: The time that it has.
+            proposers: In the place of its own.
+            width: Columns of a shard (``min_partition``) in tables that it divides.
+            kinds: The only sharding type of each table. Default: all that TorchRec offers unasked.
+        """
+        case = self._case
+        planner = torchrec_planner(case.tables, case.hardware, case.ranks, batch_size=case.batch_size)
+        options = [
+            option
+            for option in self._options.get(width) or self._enumerate(width)
+            if (option.sharding_type == kinds[option.name] if kinds else option.sharding_type != "grid_shard")
+        ]
+        planner._enumerator = EnumeratedOptions(options)
+        clock.start()
+        planner._proposers = [TimedProposer(each, clock) for each in proposers or planner._proposers]
+        try:
+            planner.plan(self._module, [AllTypesSharder()])  # type: ignore[list-item]
+        except (PlannerError, RuntimeError):
+            return None
+        finally:
+            clock.stop()
+        tables = {table.name: table for table in case.tables}
+        placed = []
+        for option in planner._best_plan or []:
+            shards = [(int(shard.rank or 0), shard.size[0], shard.size[1]) for shard in option.shards]
+            placed.append((tables[option.name], option.sharding_type, option.compute_kernel, shards))
+        return score(placed, case)
+
+    def _enumerate(self, width: int | None) -> list[ShardingOption]:
+        case = self._case
+        rules = {
+            table.name: ParameterConstraints(
+                sharding_types=list(SHARDING_TYPES),
+                min_partition=width if width and table.embedding_dim % width == 0 else None,
+            )
+            for table in case.tables
+        }
+        planner = torchrec_planner(
+            case.tables, case.hardware, case.ranks, batch_size=case.batch_size, constraints=rules
+        )
+        self._options[width] = planner._enumerator.enumerate(self._module, [AllTypesSharder()])  # type: ignore[list-item]
+        return self._options[width]
 
 
 def balanced_plan(case: Case, objective: Objective) -> tuple[dict[str, float] | None, str]:
@@ -313,34 +371,26 @@ def balanced_plan(case: Case, objective: Objective) -> tuple[dict[str, float] | 
     return found, ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
 
 
-def tuned_loop(case: Case, clock: Clock) -> list[dict[str, float]]:
+def tuned_loop(torchrecs: TorchRecs, case: Case, clock: Clock) -> list[dict[str, float]]:
     """The plans of a loop over thresholds and ways."""
     found = []
     for threshold, (kind, width) in itertools.product(THRESHOLDS, WAYS):
-        if not clock.left():
-            break
-        rules = {}
-        for table in case.tables:
-            large = table.num_embeddings > threshold and (width is None or table.embedding_dim % width == 0)
-            small = ParameterConstraints(sharding_types=["data_parallel"])
-            rules[table.name] = ParameterConstraints(sharding_types=[kind], min_partition=width) if large else small
-        plan = torchrec_plan(case, clock, constraints=rules)
+        kinds = {
+            table.name: kind
+            if table.num_embeddings > threshold and (width is None or table.embedding_dim % width == 0)
+            else "data_parallel"
+            for table in case.tables
+        }
+        plan = None if clock.ran_out else torchrecs.plan(clock, width=width, kinds=kinds)
         found += [] if plan is None else [plan]
     return found
 
 
-def best_of_proposer(case: Case, clock: Clock, make: Callable[[], list[Proposer]]) -> list[dict[str, float]]:
+def best_of_proposer(torchrecs: TorchRecs, clock: Clock, make: Callable[[], list[Proposer]]) -> list[dict[str, float]]:
     """The plans of a proposer at every ``min_partition``."""
     found = []
     for width in (None, 8, 16, 32, 64):
-        if not clock.left():
-            break
-        rules = {
-            table.name: ParameterConstraints(min_partition=width)
-            for table in case.tables
-            if width is not None and table.embedding_dim % width == 0
-        }
-        plan = torchrec_plan(case, clock, make(), rules)
+        plan = None if clock.ran_out else torchrecs.plan(clock, make(), width)
         found += [] if plan is None else [plan]
     return found
 
@@ -361,18 +411,19 @@ def compare(case: Case, options: Options) -> dict[str, Any]:
         row[f"balanced {objective} s"] = round(time.process_time() - begin, 1)
         row[f"balanced {objective}"] = None if found is None else found[objective]
         row[f"types {objective}"] = types
+    torchrecs = TorchRecs(case)
     rivals: dict[str, Callable[[Clock], list[dict[str, float]]]] = {}
     if "torchrec" in options.rivals:
-        rivals["torchrec"] = lambda clock: [plan] if (plan := torchrec_plan(case, clock)) else []
+        rivals["torchrec"] = lambda clock: [plan] if (plan := torchrecs.plan(clock)) else []
     if "proposers" in options.rivals:
-        rivals |= {name: partial(best_of_proposer, case, make=make) for name, make in PROPOSERS.items()}
+        rivals |= {name: partial(best_of_proposer, torchrecs, make=make) for name, make in PROPOSERS.items()}
     if "loop" in options.rivals:
-        rivals["tuned loop"] = partial(tuned_loop, case)
+        rivals["tuned loop"] = partial(tuned_loop, torchrecs, case)
     row["ran out of time"] = []
     for name, run in rivals.items():
-        clock, begin = Clock.of(options.seconds), time.process_time()
+        clock = Clock(options.seconds)
         plans = run(clock)
-        row[f"{name} s"] = round(time.process_time() - begin, 1)
+        row[f"{name} s"] = round(clock.used, 1)
         row["ran out of time"] += [name] if clock.ran_out else []
         for objective in OBJECTIVES:
             row[f"{name} {objective}"] = min((plan[objective] for plan in plans), default=None)

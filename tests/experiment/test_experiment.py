@@ -190,6 +190,7 @@ def test_the_report_shows_what_the_results_say(folder: Path) -> None:
 
 def test_calibrate_reads_the_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cli.main(["calibrate", str(folder / "out"), "--output", str(folder / "mine.toml")])
+    assert "class PerfConfig(EmbeddingPerfEstimatorConfig)" in (folder / "mine.py").read_text()
     reported = capsys.readouterr().out
     assert "spearman" in reported
     (folder / "out" / "report-calibrated.html").unlink()

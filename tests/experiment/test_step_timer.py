@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.support.experiments import BATCH_SIZE, plan
-from torchrec_deepfm.experiment.step_timer import PHASES, split_step
+from torchrec_deepfm.experiment.step_timer import PHASES, split_step, step_seconds
 from torchrec_deepfm.experiment.workload import BatchOptions, batches, build
 from torchrec_deepfm.sharding.inputs.tables import Table
 
@@ -31,6 +31,27 @@ def test_phases_sum_up_to_the_step(kinds: list[str], device: torch.device) -> No
         shares.append(sum(split.values()) / whole)
     # What is left out is the work of the marks themselves; a lost phase would take more.
     assert max(shares) > 0.8
+
+
+def test_a_pipelined_step_trains_as_one_without_a_pipeline(device: torch.device) -> None:
+    """And the model can be used without it afterwards."""
+    weights = []
+    for pipelined in (True, False):
+        torch.manual_seed(0)
+        trained = build(
+            TABLES, plan(TABLES, ["table_wise"] * 4, 1), device, optimizer="sgd", over_arch_layer_sizes=(8,)
+        )
+        own = batches(TABLES, BatchOptions(batch_size=BATCH_SIZE), 0, 5, device)
+        if pipelined:
+            assert 0 < step_seconds(trained, own[:4]) < 60
+        else:
+            for batch in own[:4]:
+                trained.step(batch)
+        trained.step(own[4])
+        weights.append({name: value.detach().clone() for name, value in trained.model.named_parameters()})
+    assert weights[0].keys() == weights[1].keys()
+    for name, value in weights[0].items():
+        assert torch.equal(value, weights[1][name]), name
 
 
 @pytest.mark.parametrize(

@@ -170,7 +170,7 @@ class CalibrateCommand:
     experiments: tyro.conf.Positional[tuple[Path, ...]] = ()
     """Folders that experiment wrote, of one kind of host."""
     output: Path
-    """TOML file to write, for --hardware."""
+    """TOML file to write, for --hardware. Beside it a .py file of the same name, which plain TorchRec imports."""
     check: tuple[Path, ...] = ()
     """More folders: the description is not fitted to them, but what it predicts is compared with what they measured."""
     name: Annotated[str | None, tyro.conf.arg(name="name")] = None
@@ -182,12 +182,15 @@ class CalibrateCommand:
         from torchrec_deepfm.experiment.calibrate import calibrate, recalculate
         from torchrec_deepfm.experiment.report import write_experiment_report
         from torchrec_deepfm.experiment.results import RESULTS, read_experiment
+        from torchrec_deepfm.sharding.hardware_module import write_hardware_module
         from torchrec_deepfm.sharding.inputs.hardware import EXTRA
         from torchrec_deepfm.sharding.inputs.hardware_toml import write_hardware
 
         folders = [_folder(named) for named in (*self.experiments, *self.check)]
         written = [folder / name for folder in folders for name in (RESULTS, "report.html", "report-calibrated.html")]
         check_target("--output", self.output, like="here.toml", inputs=written)
+        module = self.output.with_suffix(".py")
+        check_target("--output", module, like="here.toml", inputs=written)
         fitted_to = {folder: read_experiment(folder) for folder in map(_folder, self.experiments)}
         held_out = {folder: read_experiment(folder) for folder in map(_folder, self.check)}
         found = calibrate(list(fitted_to.values()), self.name or self.output.stem)
@@ -199,6 +202,10 @@ class CalibrateCommand:
                 for what, one in (("before", experiment), ("after", after)):
                     lines.append(_agreement_line(f"{folder.absolute().name} ({kind}), {what}", one))
         write_hardware(found.hardware, self.output)
+        files = str(self.output)
+        if found.hardware.pod_size == 1:
+            write_hardware_module(found.hardware, module)
+            files += f", {module}"
         for folder, after in recalculated.items():
             write_experiment_report(after, folder / "report-calibrated.html")
         console.say("\n".join(lines))
@@ -208,7 +215,9 @@ class CalibrateCommand:
                 console.say(f"{key:<24}{shown}")
         for key, value in found.hardware.extra.items():
             console.say(f"{key:<24}{value:.4g} ms for {EXTRA[key]}")
-        console.say(f"wrote {self.output} and report-calibrated.html into each folder")
+        for line in found.inseparable:
+            console.say(f"warning: {line}")
+        console.say(f"wrote {files} and report-calibrated.html into each folder")
 
 
 def experiment_table(experiment: "Experiment") -> str:

@@ -41,12 +41,14 @@ class Calibration:
         hardware: the description.
         unseen: what no plan depends on, and so is what it was before.
         unlimited: bandwidths that cost nothing in the best fit; they are set to a very large number.
+        inseparable: lines that name figures of which only a sum is known, since no plan changes one without the others.
         error: mean of |predicted - measured| / measured, over the plans that it was fitted to.
     """
 
     hardware: Hardware
     unseen: tuple[str, ...]
     unlimited: tuple[str, ...]
+    inseparable: tuple[str, ...]
     error: float
 
 
@@ -129,7 +131,44 @@ def fit(measurements: Sequence[Measurement], base: Hardware, *, name: str, sourc
     extra: dict[FixedCost, float] = {**base.extra, **{key: found[key] for key in EXTRA if key in found}}
     hardware = replace(_with(base, bandwidths, extra), name=name, source=source)
     unseen = tuple(key for key in names if key not in found)
-    return Calibration(hardware=hardware, unseen=unseen, unlimited=unlimited, error=least)
+    slowest = np.stack([one.amounts[np.argmax(one.amounts[:, seen] @ best)][seen] for one in measurements])
+    return Calibration(
+        hardware=hardware,
+        unseen=unseen,
+        unlimited=unlimited,
+        inseparable=_inseparable(slowest / target[:, None], [names[column] for column in seen], least),
+        error=least,
+    )
+
+
+def _inseparable(shares: Matrix, names: Sequence[str], error: float) -> tuple[str, ...]:
+    """Find figures that others could stand in for.
+
+    A figure can't be separated where its share of the plans' steps is, up to the error of the fit (at least 10%), a sum
+    of multiples of the others' shares.
+
+    Args:
+        shares: [plans, figures], a figure's part of each plan's step, up to a factor per figure.
+        names: of the figures.
+        error: of the fit.
+    """
+    norms = np.linalg.norm(shares, axis=0)
+    columns = shares / np.where(norms > 0, norms, 1.0)
+    groups: dict[frozenset[str], float] = {}
+    for at, name in enumerate(names):
+        others = np.delete(columns, at, axis=1)
+        factors = np.linalg.lstsq(others, columns[:, at], rcond=None)[0]
+        left = float(np.linalg.norm(others @ factors - columns[:, at]))
+        if norms[at] > 0 and left < max(2 * error, 0.1):
+            rest = [other for other in names if other != name]
+            with_it = [other for other, factor in zip(rest, factors, strict=True) if abs(factor) > 0.3]
+            group = frozenset((name, *with_it))
+            groups[group] = min(groups.get(group, 1.0), left)
+    return tuple(
+        f"{', '.join(name for name in names if name in group)}: these plans can't separate them (except for {left:.0%} "
+        "they change together), so one may hold what belongs to another; measure plans of more types (--rules)"
+        for group, left in sorted(groups.items(), key=lambda each: each[1])
+    )
 
 
 def _with(hardware: Hardware, bandwidths: Mapping[str, float], extra: Mapping[FixedCost, float]) -> Hardware:

@@ -12,7 +12,7 @@ from torchrec_deepfm.experiment.comm_bytes import CollectiveCounter
 from torchrec_deepfm.experiment.memory import PeakMemory
 from torchrec_deepfm.experiment.noise import release_memory, without_garbage_collection
 from torchrec_deepfm.experiment.results import CollectiveBytes, PlanMeasured, RankMeasured
-from torchrec_deepfm.experiment.step_timer import PHASES, split_step, step_seconds
+from torchrec_deepfm.experiment.step_timer import PHASES, UNTIMED_STEPS, split_step, step_seconds
 from torchrec_deepfm.experiment.workload import BatchOptions, batches, build, table_bytes
 from torchrec_deepfm.sharding.inputs.sharding_types import FusedOptimizer
 from torchrec_deepfm.sharding.inputs.tables import Table
@@ -122,8 +122,9 @@ def _turn(
     )
     for step in range(WARM_UP):
         trained.step(own[step % len(own)])
+    timed = [own[step % len(own)] for step in range(options.steps + UNTIMED_STEPS)]
     with without_garbage_collection():
-        record.step_ms.append(1e3 * step_seconds(trained, [own[step % len(own)] for step in range(options.steps)]))
+        record.step_ms.append(1e3 * step_seconds(trained, timed))
     record.peaks.append(memory.bytes())
     record.splits += [split_step(trained, own[step % len(own)]) for step in range((options.steps + 1) // 2)]
     if first:

@@ -27,10 +27,12 @@ from torch.autograd.graph import Node
 from torch.optim import Optimizer
 from torchrec.datasets.utils import Batch
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 FORWARD = ("input_dist", "lookup", "output_dist", "dense")
 BACKWARD = ("backward_dense", "backward_output_dist", "backward_lookup", "backward_all_reduce")
+UNTIMED_STEPS = 3  # of a pipeline: one fills it, two empty it
 PHASES = (*FORWARD, *BACKWARD, "optimizer")
 
 Mark = float | torch.cuda.Event
@@ -93,13 +95,31 @@ class TrainableModel:
 
 
 def step_seconds(trained: TrainableModel, batches: Sequence[Batch]) -> float:
-    """Train one step on each batch; return the mean seconds per step, without marks in between."""
+    """Train on batches in the pipeline of ``train``: the ids of the next batch travel while one is computed.
+
+    Args:
+        trained: The model. It can be used without a pipeline afterwards.
+        batches: At least ``UNTIMED_STEPS`` and one. The first step fills the pipeline, the last two empty it.
+
+    Returns:
+        Mean seconds of the steps in between.
+    """
+    pipeline: TrainPipelineSparseDist[Batch, Any] = TrainPipelineSparseDist(
+        trained.model, trained.optimizer, trained.device, execute_all_batches=True
+    )
+    left = iter(batches)
+    pipeline.progress(left)
     _wait(trained.device)
     start = time.perf_counter()
-    for batch in batches:
-        trained.step(batch)
+    timed = len(batches) - UNTIMED_STEPS
+    for _ in range(timed):
+        pipeline.progress(left)
     _wait(trained.device)
-    return (time.perf_counter() - start) / len(batches)
+    seconds = (time.perf_counter() - start) / timed
+    for _ in range(UNTIMED_STEPS - 1):
+        pipeline.progress(left)
+    pipeline.detach()
+    return seconds
 
 
 def split_step(trained: TrainableModel, batch: Batch) -> dict[str, float]:

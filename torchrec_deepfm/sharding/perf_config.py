@@ -17,7 +17,7 @@ from torchrec.distributed.types import ShardingType
 ARRIVING_IDS: Final = "torchrec_deepfm.arriving_ids"
 """Name of the estimator: ``EmbeddingPerfEstimatorFactory.create(ARRIVING_IDS, topology=..., constraints=...)``."""
 
-_WEIGHT_BYTES: Final = 4  # of an id's weight: float32
+WEIGHT_BYTES: Final = 4  # of an id's weight: float32
 
 
 @EmbeddingPerfEstimatorFactory.register(ARRIVING_IDS)
@@ -38,4 +38,4 @@ class ArrivingIdsConfig(EmbeddingPerfEstimatorConfig):
         )
         rows = ctx.hash_size_for_clamping  # of the whole table, where hash_size is of the shard
         ids = ctx.batch_inputs * ctx.world_size * (ctx.hash_size / rows if rows else 1.0)
-        return float(ids * (ctx.input_data_type_size + _WEIGHT_BYTES * ctx.is_weighted) / bandwidth)
+        return float(ids * (ctx.input_data_type_size + WEIGHT_BYTES * ctx.is_weighted) / bandwidth)

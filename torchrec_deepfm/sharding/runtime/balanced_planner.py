@@ -6,7 +6,7 @@ from torchrec.distributed.comm import get_local_size
 from torchrec.distributed.planner import ParameterConstraints, Topology
 from torchrec.distributed.planner.constants import BATCH_SIZE
 from torchrec.distributed.planner.estimator.estimator import EmbeddingPerfEstimatorFactory
-from torchrec.distributed.planner.planners import EmbeddingPlannerBase, get_device_type
+from torchrec.distributed.planner.planners import EmbeddingPlannerBase, get_device_type, to_sharding_plan
 from torchrec.distributed.planner.shard_estimators import EmbeddingStorageEstimator
 from torchrec.distributed.planner.stats import NoopEmbeddingStats
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
@@ -128,7 +128,7 @@ class BalancedPlanner(EmbeddingPlannerBase):
             assert best.error is not None
             raise explain(best.error, best.options, best.reserved, ranks_option="world_size") from best.error
         self.critical_path_ms, self.search, self.options = found.ms, found.search, found.options
-        return found.sharding_plan
+        return to_sharding_plan(found.options, self._topology)
 
     def _possible(self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]]) -> dict[str, ParameterConstraints]:
         """Constraints that keep TorchRec's own search to types that these ranks can run."""

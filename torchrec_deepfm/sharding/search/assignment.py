@@ -82,6 +82,8 @@ def choose(
 ) -> Choice:
     """Find a way for each table so that the slowest rank is fast, at least as good as any of ``starts``.
 
+    Where nothing fits the memory, only the starts that lack the least are tried.
+
     Example:
         >>> machine = Machine(ranks=2, ranks_per_host=2, hbm=np.full(2, 9.0), ddr=np.full(2, 9.0))
         >>> whole = PlacementOption(where="any rank", count=1, ms=4.0, hbm=1, ddr=0)
@@ -121,7 +123,15 @@ class _Search:
         starts = sorted(
             dict.fromkeys(arrays.starts()), key=lambda start: (arrays.lack(start), arrays.bound(start), start)
         )
-        placed = [self._place(start) for start in dict.fromkeys((*given, *starts[: self.effort.placed_starts]))]
+        placed = [self._place(start) for start in starts[: self.effort.placed_starts]]
+        best = min(placed, key=lambda choice: (choice.short, choice.critical_path, choice.ways))
+        rated = ((arrays.lack(start), arrays.bound(start), start) for start in dict.fromkeys(given))
+        may_win = sorted(each for each in rated if best.short or (not each[0] and each[1] < best.critical_path))
+        for count, (lack, bound, start) in enumerate(may_win):
+            if count >= self.effort.placed_starts if best.short else (lack or bound >= best.critical_path):
+                break
+            placed.append(self._place(start))
+            best = placed[-1] if placed[-1].better_than(best) else best
         placed.sort(key=lambda choice: (choice.short, choice.critical_path, choice.ways))
         best = placed[0]
         for start in placed[: self.effort.starts]:

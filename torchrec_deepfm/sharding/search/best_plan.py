@@ -3,11 +3,12 @@
 A plan of TorchRec's planner is kept where it is better by the objective, at any number of ranks.
 """
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final
+from typing import Final
 
 from torch import nn
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
@@ -16,22 +17,24 @@ from torchrec.distributed.planner.stats import NoopEmbeddingStats
 from torchrec.distributed.planner.types import (
     Enumerator,
     PlannerError,
+    PlannerErrorType,
+    Shard,
     ShardEstimator,
     ShardingOption,
     StorageReservation,
 )
-from torchrec.distributed.types import ModuleSharder, ShardingPlan
+from torchrec.distributed.types import ModuleSharder
 
 from torchrec_deepfm.sharding.inputs.sharding_types import CUDA_KERNELS
 from torchrec_deepfm.sharding.plan.plan import Objective
 from torchrec_deepfm.sharding.search.assignment import Effort
 from torchrec_deepfm.sharding.search.enumerator import WidthEnumerator
 from torchrec_deepfm.sharding.search.lower_bound import lower_bound
-from torchrec_deepfm.sharding.search.placement import PlacementOption
 from torchrec_deepfm.sharding.search.torchrec_parts import (
     AllTermsPerfModel,
     BalancedPartitioner,
-    BalancedProposer,
+    by_table,
+    choose_options,
     machine_of,
     perf_ms,
     placement_option,
@@ -52,13 +55,11 @@ class FoundPlan:
     """A plan.
 
     Attributes:
-        sharding_plan: For ``DistributedModelParallel``.
         options: TorchRec's options that it is made of, with ranks and estimates.
         search: ``balanced`` or ``torchrec``: whose it is.
         ms: Milliseconds of the slowest rank under the objective.
     """
 
-    sharding_plan: ShardingPlan
     options: list[ShardingOption]
     search: str
     ms: float
@@ -119,16 +120,16 @@ class BestPlan:
     def lower_bound_ms(self) -> float:
         """Return a time that no plan made of the options goes below (``lower_bound.lower_bound``)."""
         machine = machine_of(self._topology)
-        by_table: dict[str, list[PlacementOption]] = {}
-        for option in self.options:
-            by_table.setdefault(option.fqn, []).append(placement_option(option, machine, self._additive))
-        return self._group_ms + lower_bound(machine.ranks, machine.ranks_per_host, list(by_table.values()))
+        ways = [
+            [placement_option(option, machine, self._additive) for option in each] for each in by_table(self.options)
+        ]
+        return self._group_ms + lower_bound(machine.ranks, machine.ranks_per_host, ways)
 
     def find(self, fits: Callable[[list[ShardingOption]], bool] = lambda options: True) -> FoundPlan | None:
         """Return the best plan of all searches that the ranks can run; None where nothing fits.
 
         Args:
-            fits: Whether the ranks can run a plan.
+            fits: Whether the ranks can run a plan of TorchRec's. Of the others the enumerator took care.
         """
         best: FoundPlan | None = None
         bound = self.lower_bound_ms() * (1 + _SAME)
@@ -145,7 +146,7 @@ class BestPlan:
             if best is not None and (best.ms <= bound or (of_host_memory and self._is_half_empty(best))):
                 continue  # nothing can be better, or memory is not the limit
             found = attempt()
-            if found is not None and fits(found.options):
+            if found is not None and (found.search == "balanced" or fits(found.options)):
                 best = found if best is None or found.ms < best.ms * (1 - _SAME) else best
         return best
 
@@ -156,12 +157,22 @@ class BestPlan:
         else:
             named = {name for name, given in (self._constraints or {}).items() if given.compute_kernels}
             options = [each for each in self.options if each.name in named or each.compute_kernel not in CUDA_KERNELS]
-        return self._run(
-            "balanced",
-            enumerator=EnumeratedOptions(options),
-            proposer=BalancedProposer(self._effort, fallbacks=False, objective=score),
-            partitioner=BalancedPartitioner(score),
+        ranks = self._reservation.reserve(
+            topology=self._topology,
+            batch_size=self._batch_size,
+            module=self._module,
+            sharders=self._sharders,
+            constraints=self._constraints,
         )
+        listed = by_table(options)
+        choice = choose_options(listed, ranks, score, self._effort)
+        # TorchRec's planner would copy a million shards twice, with their estimates.
+        chosen = [_copy(each[number]) for each, number in zip(listed, choice.ways, strict=True)]
+        try:
+            return self._found("balanced", BalancedPartitioner(score).partition(chosen, ranks))
+        except PlannerError as error:  # the best that was tried fits nowhere, as TorchRec's planner calls that
+            self.error = PlannerError(str(error), PlannerErrorType.STRICT_CONSTRAINTS)
+            return None
 
     def _torchrec(self, known_ms: float) -> FoundPlan | None:
         """The best of what TorchRec's planner would place, if it may be better than a plan of ``known_ms``.
@@ -179,39 +190,31 @@ class BestPlan:
             enumerator = EnumeratedOptions(torchrecs_options(self.options, self._constraints or {}))
         ms = partial(perf_ms, objective=self._additive)
         proposer = ProposalsThatMayWin(ranks, known_ms - self._group_ms, ms)
-        before = self.error
-        found = self._run("torchrec", enumerator=enumerator, proposer=proposer)
-        self.error = before or self.error  # that nothing can win explains nothing
-        return found
-
-    def _run(self, search: str, **parts: Any) -> FoundPlan | None:
-        rated = AllTermsPerfModel(self._topology, self._objective)
         planner = EmbeddingShardingPlanner(
             topology=self._topology,
             batch_size=self._batch_size,
             constraints=self._constraints,
             storage_reservation=self._reservation,
             stats=NoopEmbeddingStats(),
-            performance_model=rated,
-            **parts,
+            performance_model=AllTermsPerfModel(self._topology, self._objective),
+            enumerator=enumerator,
+            proposer=proposer,
         )
         try:
-            made = planner.plan(self._module, self._sharders)
+            planner.plan(self._module, self._sharders)
         except PlannerError as error:
-            self.error = error
+            self.error = self.error or error  # that nothing can win explains nothing
             return None
         except RuntimeError as error:  # TorchRec's enumerator stops where constraints leave a table no type
-            if search == "balanced" or not str(error).startswith("No available sharding type"):
+            if not str(error).startswith("No available sharding type"):
                 raise
             return None
-        options = planner._best_plan or []
+        return self._found("torchrec", planner._best_plan or [])
+
+    def _found(self, search: str, options: list[ShardingOption]) -> FoundPlan:
+        ms = AllTermsPerfModel(self._topology, self._objective).rate(options)
         types = {option.sharding_type for option in options}
-        return FoundPlan(
-            sharding_plan=made,
-            options=options,
-            search=search,
-            ms=rated.rate(options) + self._group_ms * len(types),
-        )
+        return FoundPlan(options=options, search=search, ms=ms + self._group_ms * len(types))
 
     @property
     def _additive(self) -> Objective:
@@ -227,6 +230,13 @@ class BestPlan:
                 assert shard.storage is not None
                 held[shard.rank] += shard.storage.hbm
         return max(held) < 0.5 * min(device.storage.hbm for device in self.reserved.devices)
+
+
+def _copy(option: ShardingOption) -> ShardingOption:
+    """The option with shards of its own, to be given ranks; estimates are shared."""
+    copied = copy.copy(option)
+    copied.shards = [Shard(each.size, each.offset, each.storage, each.perf) for each in option.shards]
+    return copied
 
 
 class EnumeratedOptions(Enumerator):

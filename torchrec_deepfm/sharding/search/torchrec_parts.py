@@ -152,10 +152,7 @@ class BalancedProposer(Proposer):
 
     def load(self, search_space: list[ShardingOption], enumerator: Enumerator | None = None) -> None:
         """Take the options of all tables, with their estimates."""
-        by_table: dict[str, list[ShardingOption]] = {}
-        for option in search_space:
-            by_table.setdefault(option.fqn, []).append(option)
-        self._options = list(by_table.values())
+        self._options = by_table(search_space)
         self._next = [min(options, key=self._max_shard_ms) for options in self._options] or None
         self._fallbacks = []
         if self._with_fallbacks:
@@ -194,28 +191,38 @@ class BalancedProposer(Proposer):
             self._fallbacks[0].feedback(partitionable, plan, perf_rating, storage_constraint)
 
     def _search(self, storage_constraint: Topology) -> list[ShardingOption]:
-        machine = machine_of(storage_constraint)
-        ways = [[placement_option(option, machine, self._objective) for option in options] for options in self._options]
-        theirs = {id(option) for option in torchrecs_options(itertools.chain.from_iterable(self._options))}
-        known = [
-            {number: option for number, option in enumerate(each) if id(option) in theirs} for each in self._options
-        ]
-        self.choice = choose(machine, ways, self._effort, starts=greedy_proposals(known))
+        self.choice = choose_options(self._options, storage_constraint, self._objective, self._effort)
         return [options[number] for options, number in zip(self._options, self.choice.ways, strict=True)]
 
     def _max_shard_ms(self, option: ShardingOption) -> float:
         return max(perf_ms(shard.perf, self._objective) for shard in option.shards if shard.perf is not None)
 
 
+def choose_options(
+    options: Sequence[Sequence[ShardingOption]], ranks: Topology, objective: Objective, effort: Effort | None
+) -> Choice:
+    """Choose an option of each table for ranks with so much memory left."""
+    machine = machine_of(ranks)
+    ways = [[placement_option(option, machine, objective) for option in each] for each in options]
+    theirs = {id(option) for option in torchrecs_options(itertools.chain.from_iterable(options))}
+    known = [{number: option for number, option in enumerate(each) if id(option) in theirs} for each in options]
+    return choose(machine, ways, effort, starts=greedy_proposals(known))
+
+
+def by_table(options: Iterable[ShardingOption]) -> list[list[ShardingOption]]:
+    """Group options by their table."""
+    found: dict[str, list[ShardingOption]] = {}
+    for option in options:
+        found.setdefault(option.fqn, []).append(option)
+    return list(found.values())
+
+
 def torchrecs_options(
     options: Iterable[ShardingOption], constraints: Mapping[str, ParameterConstraints] = MappingProxyType({})
 ) -> list[ShardingOption]:
     """Return the options that TorchRec's enumerator would offer: grid_shard only if asked, and one width of columns."""
-    by_table: dict[str, list[ShardingOption]] = {}
-    for option in options:
-        by_table.setdefault(option.fqn, []).append(option)
     found: list[ShardingOption] = []
-    for each in by_table.values():
+    for each in by_table(options):
         given = constraints.get(each[0].name, ParameterConstraints())
         columns = each[0].tensor.shape[1]
         width = max(default_min_partition(columns) or columns, min(columns, WIDE_ENOUGH))
