@@ -85,23 +85,19 @@ def check_fits(
             f"{where}: made for {plan.world_size} rank(s), but there are {world_size}; start {plan.world_size} (-j), "
             f"or make a plan for {world_size}"
         )
-    if local_world_size is not None and local_world_size != plan.local_world_size:
-        bound = [table for table in plan.tables if table.sharding_type in HOST_TYPES]
-        if bound:
-            raise UserError(
-                f"{where}: made for hosts of {plan.local_world_size} rank(s), but they have {local_world_size}, and "
-                f"table {bound[0].name} is {bound[0].sharding_type}, which depends on hosts; start "
-                f"{plan.local_world_size} ranks per host, or make a plan for {local_world_size}"
-            )
-    if pod_size is not None and pod_size != plan.pod_size:
-        bound = [table for table in plan.tables if table.sharding_type in HOST_TYPES]
-        if bound:
-            raise UserError(
-                f"{where}: made for NVLink domains of {plan.pod_size} host(s), but they have {pod_size}, and table "
-                f"{bound[0].name} is {bound[0].sharding_type}, which depends on them; if they "
-                f"share NVLink, set TORCHREC_RESOLVED_POD_SIZE={plan.pod_size} in the environment of every rank, "
-                f"otherwise make a plan for pod_size = {pod_size}"
-            )
+    bound = next((table for table in plan.tables if table.sharding_type in HOST_TYPES), None)
+    which = f"and table {bound.name} is {bound.sharding_type}, which depends on" if bound else ""
+    if bound and local_world_size not in (None, plan.local_world_size):
+        raise UserError(
+            f"{where}: made for hosts of {plan.local_world_size} rank(s), but they have {local_world_size}, {which} "
+            f"hosts; start {plan.local_world_size} ranks per host, or make a plan for {local_world_size}"
+        )
+    if bound and pod_size not in (None, plan.pod_size):
+        raise UserError(
+            f"{where}: made for NVLink domains of {plan.pod_size} host(s), but they have {pod_size}, {which} them; if "
+            f"they share NVLink, set TORCHREC_RESOLVED_POD_SIZE={plan.pod_size} in the environment of every rank, "
+            f"otherwise make a plan for pod_size = {pod_size}"
+        )
     given = {table.name: table for table in tables}
     planned = {table.name: table for table in plan.tables}
     if missing := [name for name in given if name not in planned]:
