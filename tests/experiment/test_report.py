@@ -61,8 +61,16 @@ def predicted(tmp_path: Path) -> tuple[PlanFile, Path]:
 
 def test_a_plans_heat_maps_are_the_plans(predicted: tuple[PlanFile, Path]) -> None:
     one, folder = predicted
-    write_plan_report(one, folder / "plan.html")
-    data = embedded_data((folder / "plan.html").read_text())
+    write_plan_report(one, folder / "plan.html", bound_ms=1e-6)
+    html = (folder / "plan.html").read_text()
+    assert "1 table is whole on one rank each; 1 table is cut by rows over all ranks; 1 table is replicated" in html
+    assert "Lower bound of the options searched" in html
+    data = embedded_data(html)
+    file = {table["name"]: table for table in json.loads((folder / "plan.json").read_text())["tables"]}
+    assert sorted(data["placement"]["tables"]) == sorted(file)
+    for name, amounts in zip(data["placement"]["tables"], data["placement"]["amounts"], strict=True):
+        held = {shard["rank"]: shard["predicted"]["total_ms"] for shard in file[name]["shards"]}
+        assert amounts == [pytest.approx(held[rank]) if rank in held else None for rank in range(4)]
     costs = read_costs(folder / "plan.json")
     assert data["heat-maps"]["cost_ms"] == pytest.approx(costs["total_ms"])
     assert len(set(data["heat-maps"]["cost_ms"])) > 1
@@ -119,7 +127,8 @@ def test_a_plan_without_predictions(tmp_path: Path) -> None:
     write_plan_report(plan(TABLES, ["table_wise"] * 3, 2), tmp_path / "plan.html")
     html = (tmp_path / "plan.html").read_text()
     assert "table_wise" in html
-    assert embedded_data(html) == {}
+    assert set(embedded_data(html)) == {"placement"}
+    assert "3 tables are whole on one rank each" in html
 
 
 def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:

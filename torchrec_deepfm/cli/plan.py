@@ -156,7 +156,7 @@ class PlanCommand:
         save_plan(plan, self.output)
         console.say(plan_text(plan, bound_ms=bound, reserved=RESERVED))
         console.say(f"\nwrote {self.output}")
-        _write_report(plan, self.report)
+        _write_report(plan, self.report, bound if self.objective == "all" else None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,9 +239,9 @@ def _check_report(report: Path | None, inputs: Sequence[Path]) -> None:
         check_target("--report", report, like="plan.html", inputs=inputs)
 
 
-def _write_report(plan: PlanFile, report: Path | None) -> None:
+def _write_report(plan: PlanFile, report: Path | None, bound_ms: float | None = None) -> None:
     if report is not None:
         from torchrec_deepfm.sharding.plan.report import write_plan_report
 
-        write_plan_report(plan, report)
+        write_plan_report(plan, report, bound_ms=bound_ms)
         console.say(f"wrote {report}")

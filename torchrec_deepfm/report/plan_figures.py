@@ -15,6 +15,7 @@ from torchrec_deepfm.report.page import FAINT, INK, QUIET
 # Okabe and Ito, "Color Universal Design" (2008): black left out, which is for text here.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999", "#5b4b8a")
 WIDE = 10.5  # inches: what the page has room for
+_BOUND = "lower bound on the slowest rank"
 MANY = 32  # ranks, or plans, from which on each can't have a label of its own
 
 
@@ -59,8 +60,9 @@ def stacked_bars(
     what: str,
     marks: Sequence[float] | None = None,
     mark: str = "",
+    bound: float | None = None,
 ) -> Figure:
-    """Draw one bar per name, made up of parts, with a mark on each bar's line if given."""
+    """Draw one bar per name, made up of parts, with a mark on each bar's line and a lower bound if given."""
     figure = Figure(figsize=(WIDE, min(max(0.33 * len(names), 1.0), 14.0) + 1.5), layout="constrained")
     axes = figure.add_subplot()
     starts = [0.0] * len(names)
@@ -79,6 +81,8 @@ def stacked_bars(
         starts = [start + length for start, length in zip(starts, lengths, strict=True)]
     if marks is not None:
         axes.plot(marks, range(len(names)), linestyle="none", marker="D", markersize=5, color=INK, label=mark)
+    if bound is not None:
+        axes.axvline(bound, color=INK, linestyle="--", linewidth=1.2, label=_BOUND)
     _ticks(axes, "y", names)
     axes.invert_yaxis()
     axes.set_xlabel(what, color=QUIET)
@@ -90,7 +94,7 @@ def stacked_bars(
     return figure
 
 
-def cost_by_rank(parts: Mapping[str, Sequence[float]], *, what: str) -> Figure:
+def cost_by_rank(parts: Mapping[str, Sequence[float]], *, what: str, bound: float | None = None) -> Figure:
     """Draw parts on top of each other over very many ranks, where bars would be thinner than a line."""
     figure = Figure(figsize=(WIDE, 3.8), layout="constrained")
     axes = figure.add_subplot()
@@ -102,6 +106,8 @@ def cost_by_rank(parts: Mapping[str, Sequence[float]], *, what: str) -> Figure:
         above = [low + length for low, length in zip(below, lengths, strict=True)]
         axes.stairs(above, edges, baseline=below, fill=True, color=PALETTE[number % len(PALETTE)], label=part)
         below = above
+    if bound is not None:
+        axes.axhline(bound, color=INK, linestyle="--", linewidth=1.2, label=_BOUND)
     axes.set_xlim(-0.5, ranks - 0.5)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("rank", color=QUIET)

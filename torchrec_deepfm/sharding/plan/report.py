@@ -3,6 +3,7 @@
 What a picture shows is in the page as data too (``page.embedded_data``), by the functions below that make it.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torchrec_deepfm.report import plan_figures
 from torchrec_deepfm.report.page import Block, Cell, Data, PageTable, Picture, Section, Terms, write_page
+from torchrec_deepfm.sharding.inputs.sharding_types import CUDA_KERNELS
 from torchrec_deepfm.sharding.plan.plan import TERMS, PlanFile, PlannedTable
 from torchrec_deepfm.sharding.plan.text import ranks_text
 
@@ -17,6 +19,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 GIB = 2**30
+_MAPPED = 60  # tables in the map of placement
+_PLACED = {
+    "data_parallel": "replicated on every rank",
+    "table_wise": "whole on one rank each",
+    "row_wise": "cut by rows over all ranks",
+    "column_wise": "cut into {shards} column shards",
+    "table_column_wise": "cut into {shards} column shards inside a host",
+    "table_row_wise": "cut by rows over the ranks of one host",
+    "grid_shard": "cut into {shards} blocks of rows and columns",
+}
 TERM_NAMES = {
     "input_dist_comms_ms": "exchange of ids (input_dist)",
     "fwd_compute_ms": "look-up (fwd_compute)",
@@ -67,13 +79,66 @@ def by_host(values: Sequence[float], local_world_size: int) -> list[list[float]]
     return [list(values[first : first + local_world_size]) for first in range(0, len(values), local_world_size)]
 
 
-def write_plan_report(plan: PlanFile, path: Path) -> None:
-    """Write the report of a plan; a plan with predictions gets pictures of its costs and memory."""
+def in_words(plan: PlanFile) -> str:
+    """Describe a plan in a sentence: how many tables are placed how.
+
+    Example:
+        >>> from torchrec_deepfm.sharding.plan.plan import PlannedShard
+        >>> shards = [PlannedShard(rank=rank, offsets=(0, 8 * rank), sizes=(9, 8)) for rank in range(2)]
+        >>> table = PlannedTable(
+        ...     name="t", num_embeddings=9, embedding_dim=16, sharding_type="column_wise", compute_kernel="fused",
+        ...     shards=tuple(shards),
+        ... )
+        >>> in_words(PlanFile(world_size=2, local_world_size=2, batch_size=1, search="balanced", tables=(table,)))
+        '1 table is cut into 2 column shards'
+    """
+    counts: dict[str, list[PlannedTable]] = {}
+    for table in plan.tables:
+        counts.setdefault(table.sharding_type, []).append(table)
+    parts = []
+    for kind, tables in sorted(counts.items(), key=lambda each: -len(each[1])):
+        several = len(tables) > 1
+        shards = sorted({len(table.shards) for table in tables})
+        number = f"{shards[0]}" if len(shards) == 1 else f"{shards[0]} to {shards[-1]}"
+        text = _PLACED[kind].format(shards=number)
+        cached = sum(table.compute_kernel in CUDA_KERNELS for table in tables)
+        rows = f" ({cached} with rows in host memory)" if cached else ""
+        parts.append(f"{len(tables)} {'tables are' if several else 'table is'} {text}{rows}")
+    return "; ".join(parts)
+
+
+def placement_map(plan: PlanFile) -> tuple[list[str], list[list[float]]]:
+    """What each table takes on each rank: names of the tables, the largest first, and milliseconds [tables, ranks].
+
+    GiB of weights where the plan has no prediction; NaN where a rank has nothing of a table.
+    """
+    tables = sorted(plan.tables, key=_table_bytes, reverse=True)[:_MAPPED]
+    found = [[math.nan] * plan.world_size for _ in tables]
+    for row, table in zip(found, tables, strict=True):
+        for shard in table.shards:
+            weights = shard.sizes[0] * shard.sizes[1] * 4 / GIB
+            amount = weights if shard.predicted is None else shard.predicted.total_ms
+            row[shard.rank] = amount + (0.0 if math.isnan(row[shard.rank]) else row[shard.rank])
+    return [table.label for table in tables], found
+
+
+def write_plan_report(plan: PlanFile, path: Path, *, bound_ms: float | None = None) -> None:
+    """Write the report of a plan; a plan with predictions gets pictures of its costs and memory.
+
+    Args:
+        plan: The plan.
+        path: The file; an existing one is replaced.
+        bound_ms: What no plan goes below, where known.
+
+    Raises:
+        UserError: The file can't be written.
+    """
     hosts = plan.world_size // plan.local_world_size
     facts: dict[str, Cell] = {
         "Ranks": f"{plan.world_size:,} on {hosts:,} host{'s' * (hosts != 1)}",
         "Samples per rank and step": plan.batch_size,
         "Tables": len(plan.tables),
+        "In words": in_words(plan),
         "Weights (float32)": f"{sum(map(_table_bytes, plan.tables)) / GIB:,.2f} GiB",
         "Found by": plan.search,
         "Hardware": None if plan.hardware is None else plan.hardware.name,
@@ -82,13 +147,36 @@ def write_plan_report(plan: PlanFile, path: Path) -> None:
     if plan.predicted is not None:
         facts["Critical path, predicted"] = f"{plan.predicted.critical_path_ms:.3f} ms"
         facts["Mean of the ranks, predicted"] = f"{plan.predicted.mean_ms:.3f} ms"
-        sections = [*_cost_sections(plan)]
+        if bound_ms is not None and bound_ms > plan.predicted.critical_path_ms * (1 + 1e-9):
+            bound_ms = None  # the plan is not made of the options that it is for
+        if bound_ms is not None:
+            facts["Lower bound of the options searched"] = f"{bound_ms:.3f} ms"
+        sections = [*_cost_sections(plan, bound_ms)]
     made_with = ", ".join(f"{name} {version}" for name, version in plan.made_with.items())
     summary = Section("Summary", Terms({**facts, "Made with": made_with or None}))
-    write_page(path, "Sharding plan", [summary, *sections, Section("Tables", _tables(plan))])
+    write_page(path, "Sharding plan", [summary, *sections, _placement(plan), Section("Tables", _tables(plan))])
 
 
-def _cost_sections(plan: PlanFile) -> list[Section]:
+def _placement(plan: PlanFile) -> Section:
+    names, amounts = placement_map(plan)
+    what = "ms per step" if plan.predicted is not None else "GiB of weights"
+    ranks = [str(rank) for rank in range(plan.world_size)]
+    shown = f"the {len(names)} largest tables" if len(names) < len(plan.tables) else "the tables"
+    return Section(
+        "Which rank holds what",
+        Picture(
+            plan_figures.heat_map(amounts, names, ranks, what=what, across="rank", down=""),
+            alt=f"Map of {shown} over ranks: {in_words(plan)}.",
+            caption=f"What each of {shown} takes on each rank ({what}); white: nothing of it.",
+            kind="png",
+        ),
+        Data(
+            "placement", {"tables": names, "amounts": [[None if math.isnan(x) else x for x in row] for row in amounts]}
+        ),
+    )
+
+
+def _cost_sections(plan: PlanFile, bound_ms: float | None) -> list[Section]:
     assert plan.predicted is not None
     costs, local = cost_by_rank(plan), plan.local_world_size
     slowest = max(range(len(costs)), key=costs.__getitem__)
@@ -112,9 +200,11 @@ def _cost_sections(plan: PlanFile) -> list[Section]:
         )
     terms = terms_by_rank(plan)
     if plan.world_size <= plan_figures.MANY:
-        bars = plan_figures.stacked_bars(terms, [f"rank {rank}" for rank in range(plan.world_size)], what="ms per step")
+        bars = plan_figures.stacked_bars(
+            terms, [f"rank {rank}" for rank in range(plan.world_size)], what="ms per step", bound=bound_ms
+        )
     else:
-        bars = plan_figures.cost_by_rank(terms, what="ms per step")
+        bars = plan_figures.cost_by_rank(terms, what="ms per step", bound=bound_ms)
     return [
         Section("Cost by rank", cost, Data("heat-maps", maps)),
         Section(
