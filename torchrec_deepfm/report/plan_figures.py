@@ -22,11 +22,11 @@ MANY = 32  # ranks, or plans, from which on each can't have a label of its own
 def heat_map(
     values: Sequence[Sequence[float]], rows: Sequence[str], columns: Sequence[str], *, what: str, across: str, down: str
 ) -> Figure:
-    """Draw a matrix as colours, with the numbers in it where there is room; NaN is left white."""
+    """Draw a matrix as colours, with the numbers in it where there is room; NaN is left empty."""
     numbers = len(columns) <= 16 and len(rows) <= 40
     height = min(max(0.32 * len(rows), 1.2), 12.0) + 1.1
     figure = Figure(figsize=(WIDE, height), layout="constrained")
-    axes = figure.add_subplot()
+    axes = figure.add_subplot(facecolor="none")
     finite = [value for row in values for value in row if math.isfinite(value)]
     top = max(finite, default=1.0) or 1.0
     low = min((value for value in finite if value > 0), default=top)
@@ -89,7 +89,7 @@ def stacked_bars(
     _cut_long_bars(axes, [*starts], marks or [])
     axes.grid(axis="x", color=FAINT, linewidth=0.6)
     axes.set_axisbelow(True)
-    figure.legend(loc="outside upper left", ncols=4, frameon=False, fontsize=9, labelcolor=INK)
+    figure.legend(loc="outside upper left", ncols=3, frameon=False, fontsize=9, labelcolor=INK)
     _plain(axes)
     return figure
 
@@ -114,7 +114,7 @@ def cost_by_rank(parts: Mapping[str, Sequence[float]], *, what: str, bound: floa
     axes.set_ylabel(what, color=QUIET)
     axes.grid(axis="y", color=FAINT, linewidth=0.6)
     axes.set_axisbelow(True)
-    figure.legend(loc="outside upper left", ncols=4, frameon=False, fontsize=9, labelcolor=INK)
+    figure.legend(loc="outside upper left", ncols=3, frameon=False, fontsize=9, labelcolor=INK)
     _plain(axes)
     return figure
 

@@ -167,7 +167,7 @@ def _placement(plan: PlanFile) -> Section:
         Picture(
             plan_figures.heat_map(amounts, names, ranks, what=what, across="rank", down=""),
             alt=f"Map of {shown} over ranks: {in_words(plan)}.",
-            caption=f"What each of {shown} takes on each rank ({what}); white: nothing of it.",
+            caption=f"What each of {shown} takes on each rank ({what}); empty: nothing of it.",
             kind="png",
         ),
         Data(
