@@ -127,10 +127,10 @@ class _Search:
         best = min(placed, key=lambda choice: (choice.short, choice.critical_path, choice.ways))
         rated = ((arrays.lack(start), arrays.bound(start), start) for start in dict.fromkeys(given))
         may_win = sorted(each for each in rated if best.short or (not each[0] and each[1] < best.critical_path))
-        for count, (lack, bound, start) in enumerate(may_win):
+        for count, (lack, bound, ways) in enumerate(may_win):
             if count >= self.effort.placed_starts if best.short else (lack or bound >= best.critical_path):
                 break
-            placed.append(self._place(start))
+            placed.append(self._place(ways))
             best = placed[-1] if placed[-1].better_than(best) else best
         placed.sort(key=lambda choice: (choice.short, choice.critical_path, choice.ways))
         best = placed[0]
