@@ -16,6 +16,7 @@ from tests.support.raw_oracle import SMALL, random_text
 from torchrec_deepfm.data.loader.loader import Loader
 from torchrec_deepfm.data.prepare.prepare import prepare
 from torchrec_deepfm.data.prepare.row_encoder import RowEncoder
+from torchrec_deepfm.data.raw import columns as cells
 from torchrec_deepfm.data.schema import Column, Schema
 from torchrec_deepfm.data.values import hashing, vocabulary
 from torchrec_deepfm.data.values.numeric import BUCKETS, LEARNED
@@ -123,9 +124,9 @@ def data_sets(draw):
             type=wanted, list=True, separator="|" if how == "cut" else None, weights=f"w{name}" if weighted else None
         )
         if how == "cut":
-            cells = [None if one is None else "|".join(value or "" for value in one) for one in lists]
-            lists = [None if cell is None else cell.split("|") for cell in cells]
-            columns[name], types[name] = cells, pa.string()
+            texts = [None if one is None else "|".join(value or "" for value in one) for one in lists]
+            lists = [None if cell is None else cell.split("|") for cell in texts]
+            columns[name], types[name] = texts, pa.string()
         else:
             columns[name], types[name] = lists, pa.list_(ARROW[kind])
         if weighted:
@@ -160,21 +161,23 @@ def data_sets(draw):
     how = (
         {"hash": True, "num_embeddings": draw(st.integers(2, 9))} if hashed else {"min_count": draw(st.integers(1, 2))}
     )
-    return schema, table, how, draw(st.booleans())
+    return schema, table, how, draw(st.sampled_from(["few", "large vocabularies", "many"]))
 
 
 @given(data_sets())
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 def test_any_table(drawn):
-    schema, table, how, few = drawn
+    schema, table, how, size = drawn
     with TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
         folder = Path(name)
         pa.parquet.write_table(table.append_column("y", pa.array([1] * len(table))), folder / "a.parquet")
         data = prepare([folder / "a.parquet"], folder / "out", schema=schema, split="none", **how)
         encoder = encoder_of(data, folder / "encoder")
-        if few:  # as for vocabularies and frames of other sizes
-            patch.setattr(vocabulary, "_FEW", 0)
-            patch.setattr(hashing, "_FEW", 0)
+        if size == "large vocabularies":
+            patch.setattr(vocabulary, "_DICTIONARY", 0)
+        elif size == "many":
+            for module in (cells, hashing, vocabulary):
+                patch.setattr(module, "_FEW", 0)
         frames = [table, pl.DataFrame(table), table.to_pylist()]
         for frame in frames:
             check_as_loaded(data, encoder.encode(frame))
@@ -192,9 +195,10 @@ def test_any_table(drawn):
     st.lists(st.none() | st.integers(-5, 5) | st.integers(-(2**63), 2**63 - 1), unique=True),
     st.lists(st.none() | st.integers(-6, 6)),
     st.sampled_from([pl.Int64, pl.String, pl.UInt32]),
+    st.sampled_from([0, 100]),
 )
 @settings(deadline=None)
-def test_a_vocabulary_is_a_dictionary(kept, asked, dtype):
+def test_a_vocabulary_is_a_dictionary(kept, asked, dtype, dictionary):
     if dtype == pl.UInt32:
         kept = list(dict.fromkeys(None if one is None else abs(one) % 2**32 for one in kept))
         asked = [None if one is None else abs(one) for one in asked]
@@ -203,9 +207,11 @@ def test_a_vocabulary_is_a_dictionary(kept, asked, dtype):
     assume(kept_series.n_unique() == len(kept))
     words = vocabulary.Vocabulary(kept_series)
     expected = [ids.get(value, 0) for value in asked]
-    assert words.ids(pl.Series(asked, dtype=pl.Int64).cast(dtype)).tolist() == expected
-    for value, wanted in zip(asked, expected, strict=True):
-        assert words.ids(pl.Series([value], dtype=pl.Int64).cast(dtype)).tolist() == [wanted]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vocabulary, "_DICTIONARY", dictionary)
+        assert words.ids(pl.Series(asked, dtype=pl.Int64).cast(dtype)).tolist() == expected
+        for value, wanted in zip(asked, expected, strict=True):
+            assert words.ids(pl.Series([value], dtype=pl.Int64).cast(dtype)).tolist() == [wanted]
 
 
 def test_rows_that_do_not_fit(tmp_path):
@@ -216,6 +222,8 @@ def test_rows_that_do_not_fit(tmp_path):
         encoder.encode(good.drop("c2"))
     with pytest.raises(UserError, match=r"^row 2, column 'c1': 'xyz' is not a hexadecimal number of at most 8 digits;"):
         encoder.encode(good.with_columns(c1=pl.Series(["a", "xyz", "b", "", None])))
+    with pytest.raises(UserError, match=r"^row 4, column 'c3': '-1' is not a hexadecimal number of at most 8 digits;"):
+        encoder.encode(good.with_columns(c3=pl.Series(["a", "b", "c", "-1", "+1"])))
     with pytest.raises(UserError, match=r"^row 3: column 'n2' is absent"):
         encoder.encode([*good.rows(named=True)[:2], {"n1": 1, "c1": "a", "c2": "a", "c3": "a"}])
     with pytest.raises(UserError, match=r"^row 2, column 'n1': \[2\] does not go with 1 before it"):

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
@@ -154,7 +155,7 @@ def test_a_vocabulary_brings_its_statistics(prepared, tmp_path):
     [day] = more.days("test")
     encoded = RowEncoder.open(tmp_path / "encoder").encode(frame(50, 3))
     assert more.arrays(day).dense[:].tobytes() == encoded.dense.tobytes()
-    other = Schema(**{**vars(SCHEMA), "columns": COLUMNS | {"buckets": Column(transform="bucketize", buckets=8)}})
+    other = replace(SCHEMA, columns=COLUMNS | {"buckets": Column(transform="bucketize", buckets=8)})
     with pytest.raises(UserError, match=r"numeric column 'buckets' was prepared with other buckets; choose the same"):
         prepare([], tmp_path / "no", test=[tmp_path / "new.parquet"], schema=other, vocabulary=data.folder)
 

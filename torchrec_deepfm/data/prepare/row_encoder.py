@@ -329,8 +329,9 @@ class RowEncoder:
         if self._hashing is not None:
             sparse = self._hashing.block(columns, one_hot)
         else:
-            ids = {str(j): self._ids(j, columns[f"c{j}"]) for j in one_hot}
-            sparse = np.ascontiguousarray(pl.DataFrame(ids).to_numpy(order="c")) if ids else _none(len(raw))
+            sparse = np.empty((len(raw), len(one_hot)), np.int32)
+            for column, j in enumerate(one_hot):
+                sparse[:, column] = self._ids(j, columns[f"c{j}"])
         return EncodedRows(dense=dense.astype(np.float32, copy=False), sparse=sparse, bags=bags, bad=bad or {})
 
     @property
@@ -394,10 +395,6 @@ def _text(value: Any, *, code: bool) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     return f"{value:08x}" if code else str(value)
-
-
-def _none(rows: int) -> NDArray[np.int32]:
-    return np.empty((rows, 0), np.int32)
 
 
 def _read(folder: Path) -> bytes:

@@ -5,13 +5,15 @@ A cell that does not fit makes a bad row. Columns of a wrong type were refused b
 Shape letters: n rows, m list elements in all of them.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from torchrec_deepfm.data.raw.column_types import kind_of, stored
 from torchrec_deepfm.data.schema import LabelRule
@@ -24,6 +26,10 @@ _LABEL: Final = "(expected 0 or 1)"
 _EXACT: Final = 2.0**53
 _HEX: Final = "^[0-9a-fA-F]{1,8}$"
 _TRUTH: Final = {"true": "1", "false": "0"}
+# Up to this many rows, columns of one type are read in one call: the calls cost more than the cells.
+_FEW: Final = 1024
+_CELL: Final = pl.col("cell")
+_Texts = TypeVar("_Texts", pl.Series, pl.Expr)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +38,28 @@ class Values:
 
     series: pl.Series
     faults: dict[int, str]
+
+
+def read_columns(
+    columns: Mapping[str, pa.ChunkedArray], read: Callable[[pa.ChunkedArray], Values]
+) -> dict[str, Values]:
+    """Read columns whose cells follow the same rules.
+
+    ``columns``: of n cells each, by any key. ``read``: ``numbers`` or ``categories``, to which rows mean nothing.
+    """
+    groups: dict[Any, list[str]] = {}
+    for key, column in columns.items():
+        groups.setdefault(column.type if len(column) <= _FEW else key, []).append(key)
+    found = {}
+    for keys in groups.values():
+        rows = len(columns[keys[0]])
+        joined = read(pa.chunked_array([chunk for key in keys for chunk in columns[key].chunks], columns[keys[0]].type))
+        faults: list[dict[int, str]] = [{} for _ in keys]
+        for cell, what in joined.faults.items():
+            faults[cell // rows][cell % rows] = what
+        for place, key in enumerate(keys):
+            found[key] = Values(series=joined.series.slice(place * rows, rows), faults=faults[place])
+    return found
 
 
 def labels(column: pa.ChunkedArray, rule: LabelRule | None = None) -> Values:
@@ -131,7 +159,7 @@ def lists(
     )
 
 
-def from_hex(texts: pl.Series) -> pl.Series:
+def from_hex(texts: _Texts) -> _Texts:
     """Read hexadecimal numbers of at most 8 digits.
 
     Args:
@@ -271,8 +299,17 @@ def _flat(column: pa.ChunkedArray | pa.Array) -> _Flat:
 
 
 def _series(array: pa.Array) -> pl.Series:
+    if len(array):
+        return pl.Series(array)
     # Through a table: polars gives a bare array without rows no type.
     return pl.DataFrame(pl.from_arrow(pa.table({"x": array}))).to_series()
+
+
+def _convert(series: pl.Series, given: pl.Expr, found: pl.Expr) -> tuple[pl.Series, NDArray[np.intp]]:
+    """The values of a series, whose cells are ``_CELL``, and the places of given cells without one."""
+    frame = pl.DataFrame({"cell": series}).select_seq(_CELL, found.alias("found"))
+    bad = frame.select_seq((given & pl.col("found").is_null()).fill_null(False).alias("bad"))
+    return frame["found"], np.flatnonzero(bad["bad"].to_numpy())
 
 
 def _bags(column: pa.ChunkedArray, separator: str | None) -> _Bags:
@@ -310,21 +347,21 @@ def _bags(column: pa.ChunkedArray, separator: str | None) -> _Bags:
 
 def _numbers(flat: _Flat, *, booleans: bool = False) -> Values:
     series = _series(flat.array)
-    if flat.kind in ("text", "digits"):
-        series = series.str.strip_chars(" ")
-        if booleans:
-            series = series.str.to_lowercase().replace(_TRUTH)
-        given = (series != "").fill_null(False)
-        found = series.cast(pl.Float64, strict=False)
-    else:
-        given = ~series.is_null()
-        found = series.cast(pl.Float64)
-    infinite = found.is_infinite().fill_null(False)
-    bad = infinite | (given & found.is_null())
     faults = {row: f"{shown_value(value)} is not UTF-8" for row, value in flat.undecoded.items()}
-    for row in np.flatnonzero(bad.to_numpy()).tolist():
-        faults[row] = f"{shown_value(flat.raw(row))} is {'not finite' if infinite[row] else 'not a number'}"
-    return Values(series=found.set(infinite, None).fill_nan(None), faults=faults)
+    if flat.kind in ("text", "digits"):
+        text = _CELL.str.strip_chars(" ")
+        if booleans:
+            text = text.str.to_lowercase().replace(_TRUTH)
+        series, bad = _convert(series, text != "", text.cast(pl.Float64, strict=False))
+        for row in bad.tolist():
+            faults[row] = f"{shown_value(flat.raw(row))} is not a number"
+    found = series.cast(pl.Float64).to_numpy()  # NaN for null
+    infinite = np.isinf(found)
+    if infinite.any():
+        for row in np.flatnonzero(infinite).tolist():
+            faults[row] = f"{shown_value(flat.raw(row))} is not finite"
+        found = np.where(infinite, np.nan, found)
+    return Values(series=pl.Series(found, dtype=pl.Float64, nan_to_null=True), faults=faults)
 
 
 def _categories(flat: _Flat, wanted: str) -> Values:
@@ -335,30 +372,28 @@ def _categories(flat: _Flat, wanted: str) -> Values:
     if wanted == "string":
         return Values(series=series.cast(pl.String), faults=faults)
     if wanted == "hex" and flat.kind in ("text", "digits"):
-        valid = series.str.contains(_HEX)
-        for row in np.flatnonzero((~valid & (series != "")).fill_null(False).to_numpy()).tolist():
+        found, bad = _convert(series, _CELL != "", from_hex(pl.when(_CELL.str.contains(_HEX)).then(_CELL)))
+        for row in bad.tolist():
             faults[row] = f"{shown_value(series[row])} is not a hexadecimal number of at most 8 digits"
-        return Values(series=from_hex(series.set(~valid.fill_null(False), None)), faults=faults)
+        return Values(series=found, faults=faults)
     if wanted == "hex":
         values = _categories(flat, "integer")
         codes = values.series.cast(pl.UInt32, strict=False)
-        for row in np.flatnonzero((codes.is_null() & values.series.is_not_null()).to_numpy()).tolist():
-            faults[row] = f"{shown_value(flat.raw(row))} is not an integer of 32 bits, which a hexadecimal category is"
+        if codes.null_count() > values.series.null_count():
+            for row in np.flatnonzero((codes.is_null() & values.series.is_not_null()).to_numpy()).tolist():
+                shown = shown_value(flat.raw(row))
+                faults[row] = f"{shown} is not an integer of 32 bits, which a hexadecimal category is"
         return Values(series=codes, faults=values.faults | faults)
-    given = ~series.is_null()
+    given, whole = _CELL.is_not_null(), _CELL.cast(pl.Int64, strict=False)
     if flat.kind in ("text", "digits"):
-        stripped = series.str.strip_chars(" ")
-        given = given & (stripped != "")
-        found = stripped.cast(pl.Int64, strict=False)
+        stripped = _CELL.str.strip_chars(" ")
+        given, whole = stripped != "", stripped.cast(pl.Int64, strict=False)
     elif flat.kind == "float":
-        series = series.fill_nan(None)
-        given = ~series.is_null()
-        exact = series.cast(pl.Float64)
-        whole = ((exact.floor() == exact) & (exact.abs() <= _EXACT)).fill_null(False)
-        found = exact.set(~whole, None).cast(pl.Int64, strict=False)
-    else:
-        found = series.cast(pl.Int64, strict=False)
-    for row in np.flatnonzero((given & found.is_null()).fill_null(False).to_numpy()).tolist():
+        series = series.cast(pl.Float64).fill_nan(None)
+        exact = (_CELL.floor() == _CELL) & (_CELL.abs() <= _EXACT)
+        whole = pl.when(exact).then(_CELL).cast(pl.Int64, strict=False)
+    found, bad = _convert(series, given, whole)
+    for row in bad.tolist():
         faults[row] = f"{shown_value(flat.raw(row))} {_integer_fault(flat.raw(row))}"
     return Values(series=found, faults=faults)
 

@@ -125,9 +125,10 @@ def _array(name: str, values: Sequence[Any]) -> pa.Array:
 
 def _typeless_if_missing(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """A column of nothing but missing values has any type, often that of NaN; here it has none."""
-    if not len(column):
-        return column
-    missing = pc.is_null(column)
-    if pa.types.is_floating(column.type):
-        missing = pc.or_kleene(missing, pc.is_nan(column.cast(pa.float64())))
-    return pa.chunked_array([pa.nulls(len(column))]) if pc.all(pc.fill_null(missing, True)).as_py() else column
+    given = len(column) - column.null_count
+    if given and pa.types.is_floating(column.type):
+        first = column[0].as_py()
+        if first is not None and first == first:
+            return column
+        given -= pc.sum(pc.is_nan(column.cast(pa.float64()))).as_py()
+    return column if given or not len(column) else pa.chunked_array([pa.nulls(len(column))])

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache, partial
 from typing import Final
 
 import numpy as np
@@ -10,7 +11,7 @@ import pyarrow as pa
 
 from torchrec_deepfm.data.raw import column_types, dates
 from torchrec_deepfm.data.raw import columns as cells
-from torchrec_deepfm.data.schema import Schema, is_date
+from torchrec_deepfm.data.schema import Column, Schema, is_date
 from torchrec_deepfm.errors import UserError
 
 # The type of categories of Criteo's layout.
@@ -31,40 +32,48 @@ def table_frame(
     Returns:
         The good rows, as in ``Piece.frame``; and what is wrong with the others by place from 0.
     """
-    columns: dict[str, pl.Series] = {}
-    faults: dict[int, str] = {}
-
-    def add(key: str, name: str, values: cells.Values) -> None:
-        columns[key] = values.series
-        for row, what in values.faults.items():
-            faults.setdefault(row, f"column {name!r}: {what}")
-
+    found: dict[str, cells.Values] = {}
     if labelled:
-        add("label", schema.label_column, cells.labels(table.column(schema.label_column), schema.label_rule))
+        found["label"] = cells.labels(table.column(schema.label_column), schema.label_rule)
     if labelled and schema.weight is not None:
-        add("row_weight", schema.weight, cells.row_weights(table.column(schema.weight)))
+        found["row_weight"] = cells.row_weights(table.column(schema.weight))
+    # What follows the same rules, by keys of the frame.
+    numbers: dict[str | None, dict[str, pa.ChunkedArray]] = {}
+    categories: dict[str, dict[str, pa.ChunkedArray]] = {}
     for j, name in enumerate(schema.numeric):
         options = schema.options(name)
         if options.part is not None:
-            add(f"n{j}", name, _part(table, schema, name))
+            found[f"n{j}"] = _part(table, schema, name)
         else:
-            add(f"n{j}", name, cells.numbers(table.column(schema.source(name)), options.transform))
-    for j, (name, wanted) in enumerate(zip(schema.categorical, types, strict=True)):
-        options = schema.options(name)
+            numbers.setdefault(options.transform, {})[f"n{j}"] = table.column(schema.source(name))
+    for j, (name, known) in enumerate(zip(schema.categorical, types, strict=True)):
+        options, wanted = schema.options(name), known or "string"
         if options.cross:
             continue
         if options.part is not None:
-            add(f"c{j}", name, _part(table, schema, name))
+            found[f"c{j}"] = _part(table, schema, name)
             continue
         column = table.column(schema.source(name))
         if not options.list:
-            add(f"c{j}", name, cells.categories(column, wanted or "string"))
+            categories.setdefault(wanted, {})[f"c{j}"] = column
             continue
         weights = None if options.weights is None else table.column(options.weights)
-        values, weighed = cells.lists(column, wanted or "string", options.separator, weights)
-        add(f"c{j}", name, values)
+        found[f"c{j}"], weighed = cells.lists(column, wanted, options.separator, weights)
         if weighed is not None:
-            add(f"w{j}", str(options.weights), weighed)
+            found[f"w{j}"] = weighed
+    for transform, some in numbers.items():
+        found |= cells.read_columns(some, partial(cells.numbers, transform=transform))
+    for wanted, some in categories.items():
+        found |= cells.read_columns(some, partial(cells.categories, wanted=wanted))
+    names = {"label": schema.label_column, "row_weight": str(schema.weight)}
+    names |= {f"n{j}": name for j, name in enumerate(schema.numeric)}
+    for j, name in enumerate(schema.categorical):
+        names |= {f"c{j}": name, f"w{j}": str(schema.options(name).weights)}
+    columns = {key: found[key].series for key in names if key in found}
+    faults: dict[int, str] = {}
+    for key in columns:
+        for row, what in found[key].faults.items():
+            faults.setdefault(row, f"column {names[key]!r}: {what}")
     frame = pl.DataFrame(columns)
     keys = {name: f"c{j}" for j, name in enumerate(schema.categorical)}
     crosses = [name for name in schema.categorical if schema.options(name).cross]
@@ -127,32 +136,54 @@ def category_types(
         if source is None:
             found.append("string")
             continue
-        kind = column_types.kind_of(fields[source])
+        until = None if options.until is None or is_date(options.until) else fields[options.until]
+        role, wanted = "weights", None
+        if name in schema.categorical:
+            role, wanted = "categorical", known[schema.categorical.index(name)]
+        elif name not in weights:
+            role = "label" if name == schema.label else "numeric"
         try:
-            if options.part is not None:
-                for each in (source, options.until):
-                    if each is not None and not is_date(each):
-                        dates.check_time(fields[each], options, name, csv=is_text)
-                if name in schema.categorical:
-                    found.append("integer")
-            elif name in schema.categorical:
-                wanted = known[schema.categorical.index(name)]
-                typed = replace(options, type="integer" if wanted == HEX else wanted)
-                derived = column_types.category_type(kind, typed, name, csv=is_text)
-                found.append(HEX if wanted == HEX else derived)
-            elif is_text:
-                continue  # what a cell holds is seen when it is read
-            elif name == schema.label:
-                column_types.check_label(kind)
-            elif name in schema.numeric:
-                column_types.check_number(kind)
-            else:
-                column_types.check_weights(kind, cut=cut[name])
+            kind = _column_type(role, name, options, fields[source], until, wanted, cut.get(name, False), is_text)
         except UserError as error:
             raise UserError(f"column {source!r}: {error}") from error
+        if role == "categorical":
+            found.append(kind)
     if labelled and schema.weight is not None and not is_text:
         try:
             column_types.check_number(column_types.kind_of(fields[schema.weight]))
         except UserError as error:
             raise UserError(f"column {schema.weight!r}: {error}") from error
     return tuple(found)
+
+
+@lru_cache(4096)  # for few rows this takes longer than reading them
+def _column_type(
+    role: str,
+    name: str,
+    options: Column,
+    field: pa.DataType,
+    until: pa.DataType | None,
+    wanted: str | None,
+    cut: bool,
+    is_text: bool,
+) -> str | None:
+    """Check a column; return the type of its values if it is categorical."""
+    kind = column_types.kind_of(field)
+    if options.part is not None:
+        for each in (field, until):
+            if each is not None:
+                dates.check_time(each, options, name, csv=is_text)
+        return "integer"
+    if role == "categorical":
+        typed = replace(options, type="integer" if wanted == HEX else wanted)
+        derived = column_types.category_type(kind, typed, name, csv=is_text)
+        return HEX if wanted == HEX else derived
+    if is_text:
+        return None  # what a cell holds is seen when it is read
+    if role == "label":
+        column_types.check_label(kind)
+    elif role == "numeric":
+        column_types.check_number(kind)
+    else:
+        column_types.check_weights(kind, cut=cut)
+    return None

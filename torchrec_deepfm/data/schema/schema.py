@@ -5,6 +5,7 @@ Shape letters: I numeric columns, F categorical columns.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Final
 
 from torchrec_deepfm.data.schema.column import BUCKETS, LIST_ONLY, TRANSFORMS, Column, check_choice, is_date, toml_key
@@ -173,7 +174,7 @@ class Schema:
         if weight in (self.label_column, *self.features_read):
             raise UserError(f"weight: {weight!r} is also label or feature; remove it there", where="schema")
 
-    @property
+    @cached_property
     def label_rule(self) -> LabelRule | None:
         """How the label follows from a number; ``None`` where it is a column of 0 and 1."""
         return LabelRule.parse(self.label)
@@ -188,32 +189,32 @@ class Schema:
         options = self.options(name)
         return None if options.cross else options.of or name
 
-    @property
+    @cached_property
     def names(self) -> tuple[str, ...]:
         """All 1 + I + F names in file order: label, numeric, categorical."""
         return (self.label, *self.numeric, *self.categorical)
 
-    @property
+    @cached_property
     def multi_hot(self) -> tuple[str, ...]:
         """The categorical columns that hold lists, in order."""
         return tuple(name for name in self.categorical if self.options(name).list)
 
-    @property
+    @cached_property
     def one_hot(self) -> tuple[str, ...]:
         """The categorical columns with one value per row, in order."""
         return tuple(name for name in self.categorical if not self.options(name).list)
 
-    @property
+    @cached_property
     def weighted(self) -> tuple[str, ...]:
         """The list columns whose values carry weights, in order."""
         return tuple(name for name in self.multi_hot if self.options(name).weights is not None)
 
-    @property
+    @cached_property
     def columns_read(self) -> tuple[str, ...]:
         """All columns that a table with labels must have, the label's first."""
         return (self.label_column, *([] if self.weight is None else [self.weight]), *self.features_read)
 
-    @property
+    @cached_property
     def features_read(self) -> tuple[str, ...]:
         """The columns that features are made of, and weights of lists: what new rows must have."""
         sources = [self.source(name) for name in (*self.numeric, *self.categorical)]

@@ -23,6 +23,7 @@ Shape letters: n rows, I columns of the dense array.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Final
 
 import numpy as np
@@ -193,7 +194,7 @@ def unfit(numbers: pl.Series, transform: str | None) -> NDArray[np.bool_]:
     """
     if transform not in UNFIT or (transform != "log" and numbers.dtype.is_integer()):
         return np.zeros(len(numbers), np.bool_)
-    values = numbers.cast(pl.Float64).fill_null(0.0).to_numpy()
+    values = np.nan_to_num(numbers.cast(pl.Float64).to_numpy())  # null is NaN there
     if transform == "log":
         # Two at each end are left for the shift by 2.
         found = (values != np.floor(values)) | (values < _INT32.min + 2) | (values > _INT32.max - 2)
@@ -276,16 +277,19 @@ def dense(frame: pl.DataFrame, columns: Sequence[NumericColumn]) -> NDArray[np.f
             scaled = np.clip(_scaled(_values(frame, j), column), -_LARGEST, _LARGEST)
             found.append(pl.Series(f"n{j}", scaled.astype(np.float32)))
         else:
-            number = pl.col(f"n{j}").fill_null(0).cast(pl.Float64)
-            found.append(_transformed(number, column.transform).cast(pl.Float32))
+            found.append(_transformed(j, column.transform))
     found += [pl.col(f"n{j}").is_null().cast(pl.Float32).alias(f"missing{j}") for j, column in kept if column.indicator]
     return np.ascontiguousarray(frame.select(found).to_numpy())
 
 
-def _transformed(number: pl.Expr, transform: str) -> pl.Expr:
+@cache
+def _transformed(j: int, transform: str) -> pl.Expr:
+    number = pl.col(f"n{j}").fill_null(0).cast(pl.Float64)
     if transform == "log1p":
-        return number.clip(lower_bound=0.0).log1p()
-    return number.sign() * number.abs().log1p() if transform == "signed_log1p" else number
+        number = number.clip(lower_bound=0.0).log1p()
+    elif transform == "signed_log1p":
+        number = number.sign() * number.abs().log1p()
+    return number.cast(pl.Float32)
 
 
 def _scaled(values: NDArray[np.float64], column: NumericColumn) -> NDArray[np.float64]:

@@ -24,9 +24,10 @@ def categorical_columns(frame: pl.DataFrame, numbers: Sequence[NumericColumn]) -
         n rows: ``c0`` ... in the order of the prepared schema, with the weights ``w{j}`` of lists.
     """
     extra = buckets(frame, numbers)
-    kept = [series for series in frame if series.name[0] in "cw"]
-    moved = [series.alias(f"{series.name[0]}{len(extra) + int(series.name[1:])}") for series in kept]
-    return pl.DataFrame([*(series.alias(f"c{j}") for j, series in enumerate(extra)), *moved])
+    kept = [series for series in frame.get_columns() if series.name[0] in "cw"]
+    if extra:
+        kept = [series.alias(f"{series.name[0]}{len(extra) + int(series.name[1:])}") for series in kept]
+    return pl.DataFrame([*(series.alias(f"c{j}") for j, series in enumerate(extra)), *kept])
 
 
 @dataclass(frozen=True, kw_only=True)

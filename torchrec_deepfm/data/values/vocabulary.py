@@ -30,7 +30,10 @@ from torchrec_deepfm.strict_json import as_type
 VOCABULARY: Final = "vocabulary_{}.parquet"
 # Up to this many ids Arrow's lookup is faster than DuckDB's join, and keeps the order.
 SMALL: Final = 100_000
+# Up to this many values at once, a Python dictionary is faster than a call of a library. That of a larger vocabulary
+# would take much memory.
 _FEW: Final = 256
+_DICTIONARY: Final = 100_000
 
 
 def vocabulary_file(folder: Path, j: int) -> Path:
@@ -125,6 +128,9 @@ class Vocabulary:
         Returns:
             int32 [n]; 0 for a value that is not in the vocabulary.
         """
+        if len(values) <= _FEW and len(self) <= _DICTIONARY:
+            numbers = self._numbers
+            return np.array([numbers.get(value, 0) for value in values.to_list()], np.int32)
         if values.dtype != self.dtype:
             if values.null_count() == len(values):  # of whatever type: nothing in it shows its type
                 values = values.cast(self.dtype)
@@ -140,12 +146,12 @@ class Vocabulary:
         sorted_values, ids, missing = self._sorted
         if not len(sorted_values):
             return np.where(values.is_null().to_numpy(), missing, 0).astype(np.int32)
-        if len(values) <= _FEW and values.dtype.is_integer():  # Polars wakes its threads for every call
-            at = np.searchsorted(sorted_values.to_numpy(), values.fill_null(0).to_numpy())
-        else:
-            given = values.fill_null("" if values.dtype == pl.String else 0)
-            at = np.asarray(sorted_values.search_sorted(given).to_numpy())
-        at = np.minimum(at, len(sorted_values) - 1)
+        if values.dtype.is_integer() and not values.null_count() and len(values) <= _FEW:
+            held, asked = sorted_values.to_numpy(), values.to_numpy()
+            at = np.minimum(np.searchsorted(held, asked), len(held) - 1)
+            return np.where(held[at] == asked, ids[at], np.int32(0))
+        given = values.fill_null("" if values.dtype == pl.String else 0)
+        at = np.minimum(sorted_values.search_sorted(given).to_numpy(), len(sorted_values) - 1)
         hits = (sorted_values.gather(at) == values).fill_null(False).to_numpy()
         known = np.where(hits, ids[at], 0)
         return np.where(values.is_null().to_numpy(), missing, known).astype(np.int32)
@@ -155,6 +161,11 @@ class Vocabulary:
         """The same integers in 64 bits, for values of another type."""
         assert self.dtype.is_integer(), self.dtype
         return Vocabulary(self._values.cast(pl.Int64))
+
+    @cached_property
+    def _numbers(self) -> dict[Any, int]:
+        """The id of each value."""
+        return {value: number for number, value in enumerate(self._values.to_list(), 1)}
 
     @cached_property
     def _sorted(self) -> tuple[pl.Series, NDArray[np.int32], int]:
