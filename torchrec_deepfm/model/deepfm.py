@@ -5,6 +5,7 @@
 Shapes: B batch, I numeric features, F fields, K factor_dim, R = K + 1 columns of a packed row that are read.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -167,6 +168,9 @@ class DeepFMTrain(nn.Module):
 
     Args:
         deepfm: the model, sharded or not.
+        negative_rate: share w of the negative training rows that were kept. In training mode log(w) is taken from the
+            logits before the loss: the model learns the odds of all rows, of which the kept ones show 1/w times as
+            much. So its probabilities need no correction: q = p / (p + (1 - p) / w) is what it predicts.
 
     Example:
         >>> from torchrec_deepfm import DeepFM, DeepFMTrain, embedding_tables
@@ -179,9 +183,10 @@ class DeepFMTrain(nn.Module):
         (torch.Size([]), torch.Size([2]), torch.Size([2]))
     """
 
-    def __init__(self, deepfm: nn.Module) -> None:
+    def __init__(self, deepfm: nn.Module, negative_rate: float = 1.0) -> None:
         super().__init__()
         self.model = deepfm
+        self._log_rate = math.log(negative_rate)
 
     def forward(self, batch: Batch) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         """Compute the mean binary cross entropy of a batch.
@@ -197,7 +202,7 @@ class DeepFMTrain(nn.Module):
         """
         logits = self.model(batch.dense_features, batch.sparse_features).squeeze(1)
         labels = _flat(batch.labels)
-        loss = _mean_loss(logits, labels)
+        loss = _mean_loss(logits - self._log_rate if self.training and self._log_rate else logits, labels)
         return loss, (loss.detach(), logits.detach(), labels.detach())
 
 

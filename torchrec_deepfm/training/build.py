@@ -99,6 +99,7 @@ def build_model(
     constraints: Mapping[str, ParameterConstraints] | Sequence[str] = (),
     plan: Path | PlanFile | None = None,
     hardware: str | None = None,
+    negative_rate: float = 1.0,
 ) -> Sharded:
     """Build ``DeepFMTrain`` sharded over the current process group; a collective.
 
@@ -113,6 +114,7 @@ def build_model(
         constraints: for the planner, by table; or rules, see ``sharding.inputs.constraints``.
         hardware: what the ranks run on, for the planner: a preset or a TOML file. Default: the GPU's preset.
         plan: a fitting plan, or a plan file that rank 0 reads, to use instead of the planner.
+        negative_rate: as in ``DeepFMTrain``.
 
     Returns:
         The sharded model with its plan.
@@ -138,7 +140,7 @@ def build_model(
     _check_penalties(config, [table.name for table in tables if table.name not in replicated])
     bags = {name: bag for name, bag in ebc.embedding_bags.items() if name not in replicated}
     fuse_sparse_optimizer([weight for bag in bags.values() for weight in bag.parameters()], config)
-    train_model = DeepFMTrain(deepfm)
+    train_model = DeepFMTrain(deepfm, negative_rate)
 
     def find_plan() -> PlanFile:
         if isinstance(plan, PlanFile):

@@ -183,6 +183,7 @@ class _Training:
             constraints=self._options.rules,
             plan=self._options.plan,
             hardware=self._options.hardware,
+            negative_rate=self._data.made.get("negative_rate", 1.0),
         )
         checkpoints = self._checkpoints = Checkpoints(
             self._target,

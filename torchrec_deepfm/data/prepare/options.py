@@ -93,6 +93,8 @@ class PrepareOptions:
     """With --hash: ids per column, one number for all or one each. Default: 40 million; criteo-terabyte: MLPerf's."""
     vocabulary: Path | None = None
     """Prepared folder whose vocabulary is applied instead of counting one."""
+    negative_rate: float = 1.0
+    """Share of the negative training rows to keep, in (0, 1]. Probabilities are corrected: train takes care of it."""
     on_bad_row: OnBadRow = "error"
     """Stop at a bad row, or leave it out and list it in the manifest."""
     memory: str = "2GiB"
@@ -119,6 +121,8 @@ class PrepareOptions:
             raise UserError("--gap: only valid with --split time; leave it out")
         if self.min_count is not None and self.min_count < 1:
             raise UserError(f"--min-count {self.min_count}: must be at least 1")
+        if not 0.0 < self.negative_rate <= 1.0:
+            raise UserError(f"--negative-rate {self.negative_rate}: must be greater than 0, and at most 1")
         if self.threads is not None and self.threads < 1:
             raise UserError(f"--threads {self.threads}: must be at least 1")
         if self.seed < 0:

@@ -134,6 +134,8 @@ class Job:
             numbers=self._numbers,
             hashing=None if self._hash_sizes is None else Hashing(self._connection, self._hash_sizes),
             skip_bad=options.on_bad_row == "skip",
+            negative_rate=options.negative_rate,
+            halved=self._inputs.halved,
         )
         counts = not options.hash and self._old is None
         self._made: dict[str, Any] = {
@@ -149,6 +151,8 @@ class Job:
             "sources": {part: [source_name(one) for one in sources] for part, sources in self._inputs.sources.items()},
             "versions": versions(),
         }
+        if options.negative_rate < 1.0:
+            self._made |= {"negative_rate": options.negative_rate, "seed": options.seed}
         if options.split_by.columns:  # folders of earlier versions have no such key
             self._made["split_by"] = asdict(options.split_by)
 

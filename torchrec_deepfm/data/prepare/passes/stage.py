@@ -18,7 +18,7 @@ from torchrec_deepfm.data.dataset.prepared import DENSE, LABELS, ROW_WEIGHTS, SP
 from torchrec_deepfm.data.dataset.publish import sync
 from torchrec_deepfm.data.prepare.passes.npy_appender import GrowingArray, read_rows
 from torchrec_deepfm.data.prepare.passes.stage_record import StageRecord, StemRows, read_record
-from torchrec_deepfm.data.prepare.sources.units import OnPiece, Unit, deal
+from torchrec_deepfm.data.prepare.sources.units import OnPiece, Unit, deal, draws
 from torchrec_deepfm.data.prepare.work_folder import WorkFolder
 from torchrec_deepfm.data.raw.source import JoinedPiece
 from torchrec_deepfm.data.schema import Schema
@@ -32,7 +32,8 @@ from torchrec_deepfm.errors import UserError
 class Stager:
     """Stages sources with common settings.
 
-    ``hashing``: gives the ids; ``None`` with a vocabulary.
+    ``hashing``: gives the ids; ``None`` with a vocabulary. ``negative_rate``: share of the negative training rows to
+    keep. ``halved``: the stem whose rows are for validation and test.
     """
 
     work: WorkFolder
@@ -40,6 +41,8 @@ class Stager:
     numbers: tuple[numeric.NumericColumn, ...]
     hashing: Hashing | None
     skip_bad: bool
+    negative_rate: float = 1.0
+    halved: str | None = None
 
     @property
     def takes_logs(self) -> bool:
@@ -139,6 +142,9 @@ class Stager:
             least = int(dense.min())
             record.minimum = least if record.minimum is None else min(record.minimum, least)
         for part, chosen in deal(unit, record.rows, len(frame)):
+            if self.negative_rate < 1.0 and part.split == "train" and part.stem != self.halved:
+                kept = (labels[:, 0] == 1) | (draws((*unit.entropy, 1), record.rows, len(frame)) < self.negative_rate)
+                chosen = kept if chosen is None else chosen & kept
             arrays, counts = files[part.stem], record.stems[part.stem]
             mine = categories if chosen is None else categories.filter(pl.Series(chosen))
             mine_labels = labels if chosen is None else labels[chosen]

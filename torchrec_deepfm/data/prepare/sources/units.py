@@ -82,10 +82,15 @@ def deal(unit: Unit, first: int, rows: int) -> Iterator[tuple[Part, NDArray[np.b
     if unit.lots is not None:
         lots = np.load(unit.lots, mmap_mode="r")[first : first + rows]
     else:
-        # 64 random bits per row, so that those of any range can be computed without the rows before it.
-        bits = np.random.PCG64(np.random.SeedSequence(unit.entropy))
-        bits.advance(first)
-        lots = (np.random.Generator(bits).random(rows) * 10).astype(np.int8)
+        lots = (draws(unit.entropy, first, rows) * 10).astype(np.int8)
     for part in unit.parts:
         assert part.lots is not None
         yield part, (lots >= part.lots.start) & (lots < part.lots.stop)
+
+
+def draws(entropy: tuple[int, ...], first: int, rows: int) -> NDArray[np.float64]:
+    """Random numbers in [0, 1) of the rows from ``first`` on."""
+    # 64 random bits per row, so that those of any range can be computed without the rows before it.
+    bits = np.random.PCG64(np.random.SeedSequence(entropy))
+    bits.advance(first)
+    return np.random.Generator(bits).random(rows)
