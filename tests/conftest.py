@@ -5,6 +5,7 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import hypothesis
 import pytest
 
 from tests.support.end_to_end import Workspace
@@ -24,6 +25,10 @@ if (
 ):  # as in the background of a shell; tests' processes would inherit it
     with suppress(ValueError):  # not the main thread
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# How long an example takes depends on what else runs on the machine.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 # Files that take longest, to be begun first: a worker that is done with its own takes the next file.
 LONG = ("training/test_end_to_end.py", "test_docs.py", "tests/training/", "tests/experiment/", "tests/sharding/")

@@ -10,7 +10,6 @@ from typing import Any, Final
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
-from sklearn.metrics import roc_auc_score
 
 from torchrec_deepfm.data.prepare.row_encoder import EncodedRows
 from torchrec_deepfm.inference.parts import Parts, Scorer, sigmoid
@@ -156,6 +155,8 @@ def importance(
     Returns:
         The fields, most important first: by the AUC's loss, or else by contribution.
     """
+    from sklearn.metrics import roc_auc_score  # slow to import, and predict needs none of it
+
     found = explain_rows(scorer, rows, [])
     contributions = np.abs(found.contributions()).mean(axis=0)
     measured = labels is not None and 0 < labels.mean() < 1

@@ -15,7 +15,6 @@ from typing import Any, Final
 import duckdb
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.metrics import roc_auc_score
 
 from torchrec_deepfm.data.dataset.publish import check_free, new_folder
 from torchrec_deepfm.data.prepare.work_folder import check_room
@@ -188,6 +187,8 @@ def _write_file(
             with piece.open("rb") as source:
                 shutil.copyfileobj(source, file, 1 << 20)
     piece.unlink()
+    from sklearn.metrics import roc_auc_score  # slow to import, and train loads this module for its sample
+
     positives = int(labels.sum())
     auc = round(float(roc_auc_score(labels, logits)), _DIGITS) if 0 < positives < rows else None
     # -log p(label) = log(1 + exp(-logit)) for a click and log(1 + exp(logit)) for none

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.metrics import roc_auc_score
 
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.training.scoring.score_curves import ScoreCurves, score_curves
@@ -97,6 +96,8 @@ def compute_metrics(
     rate = float(np.average(y, weights=w))
     auc = ne = calibration = None
     if 0.0 < rate < 1.0:
+        from sklearn.metrics import roc_auc_score  # slow to import, and only rank 0 needs it
+
         auc = float(roc_auc_score(y, z, sample_weight=w))
         ne = logloss / -(rate * math.log(rate) + (1.0 - rate) * math.log1p(-rate))
     predicted = 0.5 + 0.5 * np.tanh(0.5 * z)  # sigmoid by tanh cannot overflow
