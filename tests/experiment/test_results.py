@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from tests.support.experiments import cpu, experiment, plan
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.experiment.plans import write_experiment
-from torchrec_deepfm.experiment.results import Experiment, read_experiment
+from torchrec_deepfm.experiment.results import Experiment, PlanMeasured, read_experiment
 from torchrec_deepfm.sharding.inputs.tables import Table
 
 TABLES = (
@@ -146,3 +147,17 @@ def test_no_results(tmp_path: Path, content: str) -> None:
 def test_no_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"results\.json: no such file; name a folder that experiment wrote"):
         read_experiment(tmp_path / "absent")
+
+
+@pytest.mark.parametrize(("turns", "noise"), [((3.0, 9.0), True), ((2.0, 2.5), True), ((4.1, 9.0), False)])
+def test_plans_whose_turns_overlap_are_within_noise(turns: tuple[float, float], noise: bool) -> None:
+    """By hand, beside a plan whose turns took 2 to 4 ms on its slowest rank."""
+    tables = (Table(name="a", num_embeddings=100, embedding_dim=8),)
+    (made,) = experiment(tables, {"one": plan(tables, ["table_wise"], 2)}, {"one": 1.0}, cpu(2)).plans
+    quick, slow = made.ranks
+
+    def took(*step_ms: float) -> PlanMeasured:
+        return replace(made, ranks=(replace(quick, step_ms=(1.0, 1.0)), replace(slow, step_ms=step_ms)))
+
+    assert took(*turns).within_noise_of(took(2.0, 4.0)) is noise
+    assert took(2.0, 4.0).within_noise_of(took(*turns)) is noise

@@ -230,10 +230,12 @@ def experiment_table(experiment: "Experiment") -> str:
         The lines.
     """
     lines = [f"{'plan':<40}{'predicted':>11}{'measured':>10}  (ms per step; fastest to slowest turn)"]
-    for one in sorted(experiment.plans, key=lambda plan: plan.step_ms):
+    ordered = sorted(experiment.plans, key=lambda plan: plan.step_ms)
+    for one in ordered:
         predicted = "-" if one.predicted_ms is None else f"{one.predicted_ms:.2f}"
         turns = f"({min(one.turns_ms):.2f} to {max(one.turns_ms):.2f})"
-        lines.append(f"{one.name:<40}{predicted:>11}{one.step_ms:>10.2f}  {turns}")
+        noise = "  within noise of the fastest" if one is not ordered[0] and one.within_noise_of(ordered[0]) else ""
+        lines.append(f"{one.name:<40}{predicted:>11}{one.step_ms:>10.2f}  {turns}{noise}")
     lines += [f"left out: {name}: {why}" for name, why in experiment.left_out.items()]
     found = experiment.agreement()
     if found is not None:

@@ -104,6 +104,7 @@ def _summary(experiment: Experiment) -> list[Block]:
 
 def _plans(experiment: Experiment) -> list[Block]:
     rows: list[Sequence[Cell]] = []
+    fastest = min(experiment.plans, key=lambda one: one.step_ms)
     for number, one in enumerate(experiment.plans, start=1):
         turns = one.turns_ms
         peaks = [rank.peak_bytes for rank in one.ranks if rank.peak_bytes is not None]
@@ -118,14 +119,16 @@ def _plans(experiment: Experiment) -> list[Block]:
                 max(turns),
                 max(_sent(one)) / MIB,
                 max(peaks) / MIB if peaks else None,
+                "the fastest" if one is fastest else "within noise" if one.within_noise_of(fastest) else "slower",
             )
         )
-    head = ("No.", "Plan", "Tables by type", "Predicted", "Measured", "Fastest", "Slowest", "Sent", "Peak")
-    formats = dict.fromkeys(head[3:8], ",.2f") | {"Peak": ",.0f"}
+    milliseconds = ("Predicted, ms", "Measured, ms", "Fastest turn, ms", "Slowest turn, ms")
+    head = ("No.", "Plan", "Tables by type", *milliseconds, "Sent, MiB", "Peak, MiB", "Beside the fastest")
+    formats = dict.fromkeys(head[3:8], ",.2f") | {"Peak, MiB": ",.0f"}
     text = (
-        "Milliseconds per step of the slowest rank: predicted; measured (the median over the turns); the fastest and "
-        "the slowest turn. Sent and peak are MiB of the rank with the most: what leaves it in a step, and its peak "
-        "memory above that of the process before the model was built."
+        "Times are per step of the slowest rank; measured is the median over the turns. Within noise: the ranges of "
+        "its turns and of the fastest plan's overlap. Sent and peak are of the rank with the most: what leaves it in a "
+        "step, and its peak memory above that of the process before the model was built."
     )
     return [PageTable(head, rows, formats=formats), Paragraph(text)]
 

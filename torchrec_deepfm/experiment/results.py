@@ -98,6 +98,11 @@ class PlanMeasured:
         """Milliseconds per step: the median over the turns."""
         return median(self.turns_ms)
 
+    def within_noise_of(self, other: "PlanMeasured") -> bool:
+        """Whether the ranges of both plans' turns overlap, so that their order may be noise."""
+        mine, theirs = self.turns_ms, other.turns_ms
+        return min(mine) <= max(theirs) and min(theirs) <= max(mine)
+
     @property
     def predicted_ms(self) -> float | None:
         """The predicted critical path, if there is a prediction."""
