@@ -27,6 +27,7 @@ OPTIONS = {
         "split-column",
         "numeric",
         "vocabulary",
+        "negative-rate",
         "on-bad-row",
         "memory",
         "missing",
