@@ -43,7 +43,8 @@ def until(logs: Path, agents: list[Job], *, ranks: int, steps: int) -> None:
     """Wait until so many ranks have done so many steps together."""
     deadline = time.monotonic() + 240
     while len({line["step"] for line in log(logs) if line["ranks"] == ranks}) < steps:
-        assert time.monotonic() < deadline, "\n".join(each.out + each.err for each in agents)[-3000:]
+        seen = [(line["ranks"], line["rank"], line["step"]) for line in log(logs)]
+        assert time.monotonic() < deadline, "\n".join([str(seen), *(each.out + each.err for each in agents)])
         assert agents[0].poll() is None
         time.sleep(0.05)
 
@@ -60,7 +61,7 @@ def test_a_host_comes_and_goes(tmp_path: Path) -> None:
     # However long the second host takes to start: the first one waits for it, and both for the kill.
     hold = tmp_path / "hold"
     hold.touch()
-    env = environment(tmp_path / "log", FAULTS_HOLD=str(hold))
+    env = environment(tmp_path / "log", FAULTS_HOLD=str(hold), LOGLEVEL="INFO")  # torchelastic's, for a failure
     port = free_port()
     first = agent(data, tmp_path / "run", port, env)
     until(tmp_path / "log", [first], ranks=1, steps=HELD_AFTER)

@@ -49,14 +49,14 @@ def avazu_like(path: Path, rows: int) -> Path:
 
 
 def movielens_like(path: Path, rows: int) -> Path:
-    """Ratings as MovieLens': users, items, seconds since 1970, ages with gaps."""
+    """Ratings as MovieLens': users, items (a name with a dot), seconds since 1970, ages with gaps."""
     draw = np.random.default_rng(2)
     user, item = draw.integers(1, 300, rows), draw.integers(1, 500, rows)
     likes = draw.normal(0, 1, 300)[user] + draw.normal(0, 1, 500)[item]
     frame = pl.DataFrame(
         {
             "user_id": user,
-            "item_id": item,
+            "item.id": item,
             "timestamp": draw.integers(874_724_710, 893_286_638, rows),
             "age": draw.integers(7, 73, 300)[user],
             "price": pl.Series(np.where(draw.random(rows) < 0.1, np.nan, draw.exponential(30, rows))).fill_nan(None),

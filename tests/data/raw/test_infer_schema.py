@@ -148,7 +148,7 @@ def test_ratings(tmp_path):
     text = infer_schema(str(movielens_like(tmp_path / "ratings.parquet", 5000)))
     schema = read_back(tmp_path, text)
     assert (schema.label, schema.numeric) == ("label", ("price",))
-    assert schema.categorical == ("user_id", "item_id", "timestamp_hour", "timestamp_weekday", "age")
+    assert schema.categorical == ("user_id", "item.id", "timestamp_hour", "timestamp_weekday", "age")
     assert schema.options("timestamp_hour") == Column(of="timestamp", part="hour", format="s", timezone="UTC")
     assert schema.options("price") == Column(transform="standard", missing_indicator=True)
     frame = pq.read_table(tmp_path / "ratings.parquet").column("price")
