@@ -67,7 +67,7 @@ DATA: Final = [
     Mutant("HAVING count(*) >= {min_count}", "HAVING count(*) > {min_count}", "data/prepare/test_prepare.py"),
     Mutant('middle = -(-day["rows"] // 2)', 'middle = day["rows"] // 2', "data/prepare/test_options.py"),
     Mutant("np.repeat(begins - (ends - lengths), lengths)", "np.repeat(begins, lengths)", "data/loader/test_bags.py"),
-    Mutant("or not np.isfinite(dense).all() or", "or", "test_loader.py"),
+    Mutant("            or not np.isfinite(dense).all()\n", "", "test_loader.py"),
     Mutant(
         'np.trunc(values) if column.transform == "fuxictr" else np.floor(values)',
         "np.floor(values)",
@@ -89,10 +89,10 @@ SHARDING: Final = [
     Mutant("if plan.world_size != world_size:", "if False:", "plan/test_io.py"),
 ]
 TRAINING: Final = [
-    Mutant("np.mean(np.logaddexp(0.0, z) - y * z)", "np.mean(np.logaddexp(0.0, z) - z)", "test_metrics.py"),
+    Mutant("np.average(np.logaddexp(0.0, z) - y * z", "np.average(np.logaddexp(0.0, z) - z", "test_metrics.py"),
     Mutant("ne = logloss / -(", "ne = logloss * -(", "test_metrics.py"),
     Mutant(
-        "calibration = float(np.mean(predicted)) / rate", "calibration = float(np.mean(predicted))", "test_metrics.py"
+        "float(np.average(predicted, weights=w)) / rate", "float(np.average(predicted, weights=w))", "test_metrics.py"
     ),
     Mutant("return (step + 1) / warmup_steps", "return step / warmup_steps", "test_optimizers.py"),
     Mutant("math.pow(left, config.decay_power)", "left", "test_optimizers.py"),
