@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torchrec_deepfm.inference.load import load
     from torchrec_deepfm.inference.weights import load_model
+    from torchrec_deepfm.model.collections import FeatureProcessedTables, ManagedCollisionTables
     from torchrec_deepfm.model.deepfm import DeepFM, DeepFMTrain
     from torchrec_deepfm.model.fm import FactorizationMachine
     from torchrec_deepfm.model.tables import embedding_tables
@@ -22,6 +23,8 @@ __all__ = [
     "DeepFMClassifier",
     "DeepFMTrain",
     "FactorizationMachine",
+    "FeatureProcessedTables",
+    "ManagedCollisionTables",
     "__version__",
     "embedding_tables",
     "fit",
@@ -34,6 +37,8 @@ _HOME = {
     "DeepFMClassifier": "torchrec_deepfm.notebook.classifier",
     "DeepFMTrain": "torchrec_deepfm.model.deepfm",
     "FactorizationMachine": "torchrec_deepfm.model.fm",
+    "FeatureProcessedTables": "torchrec_deepfm.model.collections",
+    "ManagedCollisionTables": "torchrec_deepfm.model.collections",
     "embedding_tables": "torchrec_deepfm.model.tables",
     "fit": "torchrec_deepfm.notebook.fit",
     "load": "torchrec_deepfm.inference.load",

@@ -26,6 +26,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.model.deepfm import DeepFM
@@ -127,6 +128,7 @@ class ScoringGraph(nn.Module):
         super().__init__()
         arch = model.sparse_arch
         names, collection = arch.sparse_feature_names, arch.embedding_bag_collection
+        assert isinstance(collection, EmbeddingBagCollection)
         sizes = [config.num_embeddings for config in collection.embedding_bag_configs()]
         self.ids = tuple(name for name in names if name not in bags)
         self.bags = tuple(name for name in names if name in bags)

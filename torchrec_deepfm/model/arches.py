@@ -16,14 +16,18 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection, get_embed
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.model.collections import FeatureProcessedTables, ManagedCollisionTables
 from torchrec_deepfm.model.fm import FactorizationMachine, init_packed_rows_, packed_dim
+
+Tables = EmbeddingBagCollection | FeatureProcessedTables | ManagedCollisionTables
 
 
 class SparseArch(nn.Module):
     """Looks up the packed rows of the categorical features.
 
     Args:
-        embedding_bag_collection: tables of packed rows, pooled by sum or mean; make them with ``embedding_tables``.
+        embedding_bag_collection: tables of packed rows, pooled by sum or mean; make them with ``embedding_tables``. Or
+            one of ``collections.py``.
         factor_dim: K.
 
     Raises:
@@ -38,7 +42,7 @@ class SparseArch(nn.Module):
         torch.Size([1, 2, 4])
     """
 
-    def __init__(self, embedding_bag_collection: EmbeddingBagCollection, factor_dim: int) -> None:
+    def __init__(self, embedding_bag_collection: Tables, factor_dim: int) -> None:
         super().__init__()
         configs = embedding_bag_collection.embedding_bag_configs()
         _check_tables(configs, factor_dim)
@@ -49,7 +53,11 @@ class SparseArch(nn.Module):
             name: min(config.num_embeddings for config in configs if name in config.feature_names)
             for name in self.sparse_feature_names
         }
-        self._is_weighted = embedding_bag_collection.is_weighted()
+        if isinstance(embedding_bag_collection, ManagedCollisionTables):
+            self._num_embeddings = {}  # any id gets a row
+        self._is_weighted: bool | None = embedding_bag_collection.is_weighted()
+        if isinstance(embedding_bag_collection, FeatureProcessedTables):
+            self._is_weighted = None  # in a pipeline the processors' weights are in the batch already
         self._read_columns = factor_dim + 1
         self._padded = packed_dim(factor_dim) > self._read_columns
 
@@ -86,7 +94,8 @@ class SparseArch(nn.Module):
     @torch.jit.unused
     def _check(self, sparse_features: KeyedJaggedTensor) -> None:
         _check_keys(sparse_features.keys(), self.sparse_feature_names)
-        _check_weights(sparse_features, self._is_weighted)
+        if self._is_weighted is not None:
+            _check_weights(sparse_features, self._is_weighted)
         if not torch.compiler.is_compiling() and sparse_features.values().is_cpu:
             # FBGEMM's dense kernel, that of data_parallel tables, would read past the end without a word.
             _check_ids(sparse_features, self._num_embeddings)

@@ -12,11 +12,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torchrec.datasets.utils import Batch
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_deepfm.errors import UserError
-from torchrec_deepfm.model.arches import DenseArch, FMInteractionArch, OverArch, SparseArch
+from torchrec_deepfm.model.arches import DenseArch, FMInteractionArch, OverArch, SparseArch, Tables
 
 Term = Literal["linear", "fm", "deep"]
 TERMS: tuple[Term, ...] = ("linear", "fm", "deep")
@@ -30,7 +29,8 @@ class DeepFM(nn.Module):
 
     Args:
         embedding_bag_collection: tables of packed rows, as ``embedding_tables`` describes them. May be on ``meta`` and
-            may be sharded later.
+            may be sharded later. ``FeatureProcessedTables`` and ``ManagedCollisionTables`` adapt TorchRec's other
+            collections.
         dense_in_features: I, the number of numeric features; zero is allowed.
         over_arch_layer_sizes: hidden layers of the MLP (400-400-400 in the paper).
         factor_dim: K (10 in the paper).
@@ -47,6 +47,7 @@ class DeepFM(nn.Module):
             ``dense_in_features``, or bad MLP options.
 
     Example:
+        >>> from torchrec import EmbeddingBagCollection
         >>> from torchrec_deepfm import DeepFM, embedding_tables
         >>> ebc = EmbeddingBagCollection(tables=embedding_tables({"C1": 100, "C2": 10}))
         >>> model = DeepFM(ebc, dense_in_features=3, over_arch_layer_sizes=(16,))
@@ -57,7 +58,7 @@ class DeepFM(nn.Module):
 
     def __init__(
         self,
-        embedding_bag_collection: EmbeddingBagCollection,
+        embedding_bag_collection: Tables,
         dense_in_features: int,
         over_arch_layer_sizes: Sequence[int] = (400, 400, 400),
         factor_dim: int = 10,
@@ -152,12 +153,15 @@ class DeepFM(nn.Module):
             return sparse_rows
         return torch.cat([self.dense_arch(dense_features), sparse_rows], dim=1)
 
-    def compile_dense_path(self, **options: Any) -> None:
-        """Compile everything after the look-ups in place, as ``torch.nn.Module.compile`` does.
+    def compile_dense_path(self, compile_mode: str = "reduce-overhead", **options: Any) -> None:
+        """Compile everything after the look-ups in place; ``torchrec.models.dlrm.DLRM`` has the same method.
 
         Args:
-            options: of ``torch.compile``.
+            compile_mode: ``mode`` of ``torch.compile``; ``reduce-overhead`` uses CUDA graphs on a GPU.
+            options: others of ``torch.compile``; with a ``backend``, the mode does not count.
         """
+        if "backend" not in options:
+            options["mode"] = compile_mode
         for arch in (self.dense_arch, self.inter_arch, self.over_arch):
             if arch is not None:
                 arch.compile(**options)
@@ -173,6 +177,7 @@ class DeepFMTrain(nn.Module):
             much. So its probabilities need no correction: q = p / (p + (1 - p) / w) is what it predicts.
 
     Example:
+        >>> from torchrec import EmbeddingBagCollection
         >>> from torchrec_deepfm import DeepFM, DeepFMTrain, embedding_tables
         >>> ebc = EmbeddingBagCollection(tables=embedding_tables({"C1": 100}))
         >>> train_model = DeepFMTrain(DeepFM(ebc, dense_in_features=0, over_arch_layer_sizes=(16,)))

@@ -132,6 +132,7 @@ def build_model(
     deepfm = make_deepfm(config, num_embeddings, dense_in_features, cpu, is_weighted=is_weighted)
     _move_dense(deepfm, device)
     ebc = deepfm.sparse_arch.embedding_bag_collection
+    assert isinstance(ebc, EmbeddingBagCollection)
     tables = ebc.embedding_bag_configs()
     penalise_looked_up_rows(deepfm.sparse_arch, config, device)
     whole = config.sparse_optimizer == "adam"
