@@ -22,6 +22,7 @@ from torchrec_deepfm.sharding.inputs.topology import topology
 from torchrec_deepfm.sharding.plan.plan import Objective, PlanFile
 from torchrec_deepfm.sharding.plan.text import plan_text
 from torchrec_deepfm.sharding.plan.validate import check_fits, check_sound
+from torchrec_deepfm.sharding.search import placement
 from torchrec_deepfm.sharding.search.assignment import Effort, choose
 from torchrec_deepfm.sharding.search.enumerator import WidthEnumerator
 from torchrec_deepfm.sharding.search.lower_bound import lower_bound
@@ -111,8 +112,10 @@ def test_the_search_finds_what_trying_everything_finds_and_no_less_than_the_boun
     assert exact >= 11
 
 
-def test_a_rank_costs_what_lies_on_it() -> None:
+@pytest.mark.parametrize("pieces_per_group", [0, 10**9], ids=["by group", "by piece"])
+def test_a_rank_costs_what_lies_on_it(monkeypatch: pytest.MonkeyPatch, pieces_per_group: int) -> None:
     """The milliseconds of a placement, counted again from where its pieces went."""
+    monkeypatch.setattr(placement, "_PIECES_PER_GROUP", pieces_per_group)
     draw = random.Random(2)
     for _ in range(50):
         ranks, per_host = draw.choice([(4, 2), (4, 4), (6, 2), (8, 4)])
