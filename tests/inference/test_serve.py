@@ -603,3 +603,11 @@ def test_the_commands_of_the_page(run: Path, tmp_path: Path) -> None:
     row = {"row": 3, "noise": 0.5, "user": "1f", "item": "2a", "shop": None}
     assert said[0]["probabilities"] == pytest.approx(load(run).predict([row]).tolist(), abs=1e-6)
     assert said[1] == {"status": "ok", "model": load(tmp_path / "package").sha256, "path": "package"}
+
+
+def test_an_answer_does_not_wait_for_acknowledgements():
+    """Head and body of an answer are two packets; with Nagle's algorithm the second one waits."""
+    with server._listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
