@@ -238,7 +238,7 @@ def _listen(host: str, port: int) -> socket.socket:
     except (OSError, UnicodeError) as error:
         what = getattr(error, "strerror", None) or error
         raise UserError(f"--host {host} --port {port}: can't listen there ({what}); choose another one") from error
-    # asyncio sets it only on sockets that name their protocol, and accepted ones name the listener's. Without it the body
-    # of an answer waits for the acknowledgement of its head, 40 ms.
+    # asyncio sets it only on sockets that name their protocol, and accepted ones name the listener's. Without it the
+    # body of an answer waits for the acknowledgement of its head, 40 ms.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener
