@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_map
 from torchrec.distributed.sharding_plan import placement
 from torchrec.distributed.train_pipeline.utils import DataLoadingThread
 
+from torchrec_deepfm.model import arches
 from torchrec_deepfm.sharding.plan import torchrec_plan
 
 CPU = torch.device("cpu")
@@ -120,6 +121,10 @@ def _to_cpu(value: Any) -> Any:
     return CPU if isinstance(value, str) and value.split(":")[0] == "cuda" else value
 
 
+def _ignore(self: object, stream: object) -> None:
+    """``record_stream``; a mock has no ``__name__``, which torch.fx reads of every method."""
+
+
 @contextmanager
 def pretend_gpu(count: int = 1, properties: Properties = Properties()) -> Iterator[Calls]:
     """Let `torch.cuda` answer as with `count` GPUs; yield what is asked of them."""
@@ -191,7 +196,8 @@ def pretend_gpu(count: int = 1, properties: Properties = Properties()) -> Iterat
             stack.enter_context(mock.patch.object(torch.cuda, name, answer))
         stack.enter_context(mock.patch.object(torch, "Event", Event))
         stack.enter_context(mock.patch.object(torch.Tensor, "pin_memory", lambda self, device=None: self))
-        stack.enter_context(mock.patch.object(torch.Tensor, "record_stream", return_value=None))
+        stack.enter_context(mock.patch.object(torch.Tensor, "record_stream", _ignore))
+        stack.enter_context(mock.patch.object(arches, "_in_host_memory", return_value=False))
         stack.enter_context(mock.patch.object(torchrec_plan, "placement", place))
         stack.enter_context(mock.patch.object(DataLoadingThread, "run", load))
         stack.enter_context(mock.patch.object(dist, "init_process_group", init))

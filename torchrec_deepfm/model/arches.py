@@ -7,7 +7,7 @@ Everything goes by feature key. Sharding may change the order of the keys in the
 is silently wrong.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.model.collections import FeatureProcessedTables, ManagedCollisionTables
 from torchrec_deepfm.model.fm import FactorizationMachine, init_packed_rows_, packed_dim
+from torchrec_deepfm.model.id_check import SeenIds, check_ids
 
 Tables = EmbeddingBagCollection | FeatureProcessedTables | ManagedCollisionTables
 
@@ -55,6 +56,7 @@ class SparseArch(nn.Module):
         }
         if isinstance(embedding_bag_collection, ManagedCollisionTables):
             self._num_embeddings = {}  # any id gets a row
+        self._seen_ids = SeenIds()
         self._is_weighted: bool | None = embedding_bag_collection.is_weighted()
         if isinstance(embedding_bag_collection, FeatureProcessedTables):
             self._is_weighted = None  # in a pipeline the processors' weights are in the batch already
@@ -75,8 +77,8 @@ class SparseArch(nn.Module):
         Raises:
             UserError: the batch lacks a feature of a table; it has weights and the collection is not weighted, or the
                 other way round; or, where the ids lie in host memory, an id is negative or past the end of its table.
-                (On a GPU that check would stall the stream: there FBGEMM's fused kernels check the bounds, and the
-                loader has checked before.)
+                (On a GPU that check would stall the stream: there the ids are noted, and ``check_seen_ids`` checks
+                them where the loss is read.)
         """
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
             # Under symbolic tracing it is a proxy, without keys.
@@ -96,9 +98,39 @@ class SparseArch(nn.Module):
         _check_keys(sparse_features.keys(), self.sparse_feature_names)
         if self._is_weighted is not None:
             _check_weights(sparse_features, self._is_weighted)
-        if not torch.compiler.is_compiling() and sparse_features.values().is_cpu:
-            # FBGEMM's dense kernel, that of data_parallel tables, would read past the end without a word.
-            _check_ids(sparse_features, self._num_embeddings)
+        if torch.compiler.is_compiling() or not self._num_embeddings:
+            return
+        if _in_host_memory(sparse_features.values()):
+            check_ids(sparse_features, self._num_embeddings)
+        else:
+            self._seen_ids.add(sparse_features)
+
+    @torch.jit.unused
+    def check_seen_ids(self) -> None:
+        """Check the ids of all batches so far that lay on a GPU; waits for it.
+
+        Raises:
+            UserError: an id was negative or past the end of its table.
+        """
+        self._seen_ids.check(self._num_embeddings)
+
+
+def check_seen_ids(model: nn.Module) -> None:
+    """Check the ids that a model has looked up on a GPU; call it where the loss is read, since it waits for the GPU.
+
+    Args:
+        model: holds a ``SparseArch``, sharded or not.
+
+    Raises:
+        UserError: an id was negative or past the end of its table.
+    """
+    for module in model.modules():
+        if isinstance(module, SparseArch):
+            module.check_seen_ids()
+
+
+def _in_host_memory(values: Tensor) -> bool:
+    return values.is_cpu
 
 
 @torch.fx.wrap  # a leaf for symbolic tracing: the order of the keys is known at the call only
@@ -290,17 +322,3 @@ def _check_weights(sparse_features: KeyedJaggedTensor, is_weighted: bool) -> Non
         raise UserError("the batch has weights, but the tables have none: make the collection with is_weighted=True")
     if is_weighted and not given:
         raise UserError("the tables are weighted, but the batch has no weights: give every id one, or 1.0")
-
-
-def _check_ids(sparse_features: KeyedJaggedTensor, num_embeddings: Mapping[str, int]) -> None:
-    values = sparse_features.values()
-    ends = sparse_features.offset_per_key()
-    for key, start, end in zip(sparse_features.keys(), ends, ends[1:], strict=False):
-        if start == end or key not in num_embeddings:
-            continue
-        low, high = (int(bound) for bound in values[start:end].aminmax())
-        if low < 0 or high >= num_embeddings[key]:
-            raise UserError(
-                f"feature {key!r} has the id {low if low < 0 else high}, but its table has {num_embeddings[key]} rows "
-                f"(ids 0 to {num_embeddings[key] - 1}): build the tables with the num_embeddings of the data"
-            )

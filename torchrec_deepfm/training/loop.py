@@ -3,7 +3,7 @@
 import itertools
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from torchrec_deepfm.distributed.health import DataFiles, Heartbeat, longest_wai
 from torchrec_deepfm.distributed.step_sync import Control
 from torchrec_deepfm.distributed.stop_signals import Preempted, Requests
 from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.model.arches import check_seen_ids
 from torchrec_deepfm.training.checkpoint.dcp import TensorCuts
 from torchrec_deepfm.training.checkpoint.manager import Checkpoints
 from torchrec_deepfm.training.checkpoint.rank_state import RankState
@@ -343,7 +344,7 @@ class Loop:
     def _save(self) -> None:
         self._context.heartbeat.at("checkpoint", self.position.step)
         if self._pending_losses:
-            self._watch.check(self.position.step - len(self._pending_losses) + 1, self._pending_losses)
+            self._check_losses(self._pending_losses)
         signum, bad = self._control.now(self._context.requests.signum, self._watch.bad_step)
         del signum  # read again at the next step
         self._watch.refuse(bad, self._context.folder, self._context.checkpoints)
@@ -370,7 +371,7 @@ class Loop:
 
     def _record(self, ends: bool) -> None:
         losses, self._pending_losses = self._pending_losses, []
-        self._watch.check(self.position.step - len(losses) + 1, losses)
+        self._check_losses(losses)
         total = torch.stack([loss.to(self._context.device) for loss in losses]).mean()
         dist.all_reduce(total)
         if self.progress is not None:
@@ -385,6 +386,12 @@ class Loop:
                 rate=position.samples / seconds,
                 seconds=seconds,
             )
+
+    def _check_losses(self, losses: Sequence[Tensor]) -> None:
+        """Check the losses of the last steps; on a GPU their ids too, since it is waited for here anyway."""
+        self._watch.check(self.position.step - len(losses) + 1, losses)
+        if self._context.device.type == "cuda":
+            check_seen_ids(self._model)
 
     def _evaluate(self) -> bool:
         """Evaluate on the validation split; return whether it is the best so far."""

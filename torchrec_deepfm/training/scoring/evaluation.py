@@ -15,6 +15,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import EvalPipelineSparseDist
 
 from torchrec_deepfm.distributed.process_group import on_main
+from torchrec_deepfm.model.arches import check_seen_ids
 from torchrec_deepfm.training.checkpoint.tensors import averaged_buffers
 from torchrec_deepfm.training.scoring.metrics import Metrics, NotFiniteError, compute_metrics
 
@@ -121,6 +122,9 @@ def predict(
 
     Returns:
         The predictions on rank 0, None on the others.
+
+    Raises:
+        UserError: an id is not a row of its table.
     """
     model.eval()
     logits, labels = [torch.empty(0)], [torch.empty(0)]
@@ -147,6 +151,7 @@ def predict(
     pipeline.detach()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+        check_seen_ids(model)
     return gather_predictions(torch.cat(logits), torch.cat(labels), batches.batch_size)
 
 
