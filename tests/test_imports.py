@@ -200,6 +200,21 @@ def wrongly_loaded(parts: list[str], root: Path) -> dict[str, list[str]]:
     return found
 
 
+def shared_names(root: Path) -> dict[str, list[str]]:
+    """Public classes and functions that two modules define. Components and commands are named after what they run."""
+    owners: dict[str, list[str]] = {}
+    for module, path in modules(root).items():
+        if module not in {"deepfm", "__main__", "launch.__main__", "cli.main", "launch.launcher", "launch.torchx_run"}:
+            for node in ast.parse(path.read_text(encoding="utf-8")).body:
+                if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and not node.name.startswith("_"):
+                    owners.setdefault(node.name, []).append(module)
+    return {name: modules for name, modules in owners.items() if len(modules) > 1}
+
+
+def test_two_things_never_share_a_name() -> None:
+    assert shared_names(ROOT) == {}
+
+
 def test_every_module_belongs_to_a_part() -> None:
     assert [module for module in modules(ROOT) if part_of(module) not in ALLOWED] == []
 
@@ -260,6 +275,12 @@ def test_a_wrong_import_is_found(copy: Path, file: str, line: str, found: str) -
     path = copy / PACKAGE / file
     path.write_text(path.read_text(encoding="utf-8") + f"\n{line}\n", encoding="utf-8")
     assert [(one.split(":")[0], one.split(": ")[1]) for one in wrong_imports(copy)] == [(f"{PACKAGE}/{file}", found)]
+
+
+def test_a_name_that_two_modules_define_is_found(copy: Path) -> None:
+    with (copy / PACKAGE / "model/fm.py").open("a") as file:
+        file.write("\n\nclass Plan:\n    pass\n\n\nclass UserError:\n    pass\n")
+    assert shared_names(copy) == {"UserError": ["errors", "model.fm"]}
 
 
 def test_a_module_loaded_against_the_arrows_is_found(copy: Path) -> None:

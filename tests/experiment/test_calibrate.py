@@ -15,9 +15,9 @@ from torchrec.distributed.planner import ParameterConstraints
 
 from tests.support.experiments import cpu, experiment, plan
 from torchrec_deepfm.errors import UserError
-from torchrec_deepfm.experiment.calibrate import BANDWIDTHS, Measurement, calibrate, fit, recalculate
+from torchrec_deepfm.experiment.calibrate import BANDWIDTHS, Measurement, calibrate, fit_hardware, recalculate
 from torchrec_deepfm.experiment.results import Experiment
-from torchrec_deepfm.sharding.estimate import predict
+from torchrec_deepfm.sharding.estimate import predict_plan
 from torchrec_deepfm.sharding.hardware_module import write_hardware_module
 from torchrec_deepfm.sharding.inputs.hardware import EXTRA, Hardware
 from torchrec_deepfm.sharding.inputs.hardware_toml import read_hardware, write_hardware
@@ -53,7 +53,7 @@ def measured(*, noise: float) -> Experiment:
     rng = random.Random(1)
     made = dict(plans())
     took = {
-        name: predict(one, TABLES, PLANTED).critical_path_ms * rng.uniform(1 - noise, 1 + noise)
+        name: predict_plan(one, TABLES, PLANTED).critical_path_ms * rng.uniform(1 - noise, 1 + noise)
         for name, one in made.items()
     }
     return experiment(TABLES, made, took, cpu(2))
@@ -98,7 +98,7 @@ def test_the_slowest_rank_is_fitted_not_the_first() -> None:
         amounts[:, column("step_ms")] = 1.0
         first, second = amounts[:, column("ddr_bandwidth")]
         measurements.append(Measurement(amounts=amounts, step_ms=max(first, second) / 2 + 10))
-    found = fit(measurements, cpu(2), name="mine", source="test")
+    found = fit_hardware(measurements, cpu(2), name="mine", source="test")
     assert found.hardware.ddr_bandwidth == pytest.approx(2e9)
     assert found.hardware.extra["step_ms"] == pytest.approx(10)
 
@@ -116,7 +116,7 @@ def test_what_cant_be_separated_is_named() -> None:
             amounts[:, [column("step_ms"), column("group_ms")]] = 1.0, count
             step = float(amounts[0] @ np.where(np.arange(amounts.shape[1]) == column("shard_ms"), 0.0, 2.0))
             measurements.append(Measurement(amounts=amounts, step_ms=step))
-        return fit(measurements, cpu(1), name="mine", source="test").inseparable
+        return fit_hardware(measurements, cpu(1), name="mine", source="test").inseparable
 
     (line,) = fitted([1] * 12)
     assert line.startswith("step_ms, group_ms: these plans can't separate them (except for 0% ")
@@ -130,7 +130,7 @@ def test_a_bandwidth_that_costs_nothing_is_reported() -> None:
         amounts = np.zeros((1, len(BANDWIDTHS) + len(EXTRA)))
         amounts[:, [column("ddr_bandwidth"), column("step_ms")]] = [amount, 1.0]
         measurements.append(Measurement(amounts=amounts, step_ms=5.0 - amount))  # the more, the faster
-    found = fit(measurements, cpu(1), name="mine", source="test")
+    found = fit_hardware(measurements, cpu(1), name="mine", source="test")
     assert found.unlimited == ("ddr_bandwidth",)
     assert found.hardware.ddr_bandwidth == 1e15
 
@@ -142,7 +142,7 @@ def test_the_file_gives_the_same_predictions(tmp_path: Path) -> None:
     again = read_hardware(str(tmp_path / "mine.toml"))
     after = recalculate(one, again)
     for before, now in zip(one.plans, after.plans, strict=True):
-        assert now.predicted_ms == predict(before.plan, TABLES, again).critical_path_ms
+        assert now.predicted_ms == predict_plan(before.plan, TABLES, again).critical_path_ms
         assert now.step_ms == before.step_ms
     errors = [abs((plan.predicted_ms or 0.0) / plan.step_ms - 1) for plan in after.plans]
     assert sum(errors) / len(errors) == pytest.approx(found.error)

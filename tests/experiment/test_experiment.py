@@ -18,7 +18,7 @@ from torchrec_deepfm.experiment.results import CollectiveBytes, Experiment, read
 from torchrec_deepfm.experiment.step_timer import PHASES
 from torchrec_deepfm.experiment.workload import DENSE_IN_FEATURES, BatchOptions, batches
 from torchrec_deepfm.report.page import embedded_data
-from torchrec_deepfm.sharding.estimate import predict
+from torchrec_deepfm.sharding.estimate import predict_plan
 from torchrec_deepfm.sharding.inputs.tables import Table, read_tables
 from torchrec_deepfm.sharding.plan.io import load_plan, save_plan
 
@@ -164,7 +164,7 @@ def test_predictions_are_those_of_predict(folder: Path, experiment: Experiment) 
     hardware = experiment.hardware
     tables = read_tables(str(folder / "tables.toml"))
     for one in experiment.plans:
-        reported = predict(load_plan(folder / "out" / "plans" / f"{one.name}.json"), tables, hardware)
+        reported = predict_plan(load_plan(folder / "out" / "plans" / f"{one.name}.json"), tables, hardware)
         assert one.plan.predicted == reported
     for name, kinds in KINDS.items():
         written = {
@@ -303,7 +303,7 @@ def test_two_hosts(on_two_hosts: Path) -> None:
     assert (hardware.ranks_per_host, hardware.local_world_size(4)) == (2, 2)
     for one in found.plans:
         assert len(one.ranks) == 4
-        assert one.plan.predicted == predict(one.plan, TABLES, hardware)
+        assert one.plan.predicted == predict_plan(one.plan, TABLES, hardware)
         if one.plan.tables[0].sharding_type != "table_wise":
             pieces = [shard for table in one.plan.tables[:3] for shard in table.shards]
             cuts = {(table.name, shard.offsets[1]) for table in one.plan.tables[:3] for shard in table.shards}

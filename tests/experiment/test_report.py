@@ -17,7 +17,7 @@ from torchrec_deepfm.sharding.estimate import with_prediction
 from torchrec_deepfm.sharding.inputs.presets import PRESETS
 from torchrec_deepfm.sharding.inputs.tables import Table
 from torchrec_deepfm.sharding.plan.io import save_plan
-from torchrec_deepfm.sharding.plan.plan import Cost, PlanFile, Predicted
+from torchrec_deepfm.sharding.plan.plan import Cost, PlanCost, PlanFile
 from torchrec_deepfm.sharding.plan.report import write_plan_report
 
 pytestmark = pytest.mark.pictures
@@ -42,7 +42,7 @@ class Links(HTMLParser):
 
 
 def read_costs(path: Path) -> dict[str, list[float]]:
-    """What a plan's file says of its ranks, by plain Python: the sums over the shards, not the file's own sums."""
+    """What a plan's file gives for its ranks, by plain Python: the sums over the shards, not the file's own sums."""
     raw = json.loads(path.read_text())
     sums: dict[str, list[float]] = {}
     for table in raw["tables"]:
@@ -115,7 +115,7 @@ def test_a_plan_of_many_ranks(tmp_path: Path) -> None:
     wide = plan(tables, ["table_wise"] * 1024, 1024)
     one = PlanFile(
         world_size=1024, local_world_size=8, batch_size=1, search="by hand", tables=wide.tables,
-        hardware=PRESETS["h100"], predicted=Predicted(critical_path_ms=2.0, mean_ms=1.5, per_rank=ranks),
+        hardware=PRESETS["h100"], predicted=PlanCost(critical_path_ms=2.0, mean_ms=1.5, per_rank=ranks),
     )  # fmt: skip
     write_plan_report(one, tmp_path / "plan.html")
     data = embedded_data((tmp_path / "plan.html").read_text())

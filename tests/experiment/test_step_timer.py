@@ -7,7 +7,7 @@ import torch
 
 from tests.support.experiments import BATCH_SIZE, plan
 from torchrec_deepfm.experiment.step_timer import PHASES, split_step, step_seconds
-from torchrec_deepfm.experiment.workload import BatchOptions, batches, build
+from torchrec_deepfm.experiment.workload import BatchOptions, batches, build_workload
 from torchrec_deepfm.sharding.inputs.tables import Table
 
 TABLES = tuple(
@@ -17,7 +17,9 @@ TABLES = tuple(
 
 @pytest.mark.parametrize("kinds", [["table_wise"] * 4, ["data_parallel"] * 4, ["table_wise", "data_parallel"] * 2])
 def test_phases_sum_up_to_the_step(kinds: list[str], device: torch.device) -> None:
-    trained = build(TABLES, plan(TABLES, kinds, 1), device, optimizer="rowwise_adagrad", over_arch_layer_sizes=(64,))
+    trained = build_workload(
+        TABLES, plan(TABLES, kinds, 1), device, optimizer="rowwise_adagrad", over_arch_layer_sizes=(64,)
+    )
     own = batches(TABLES, BatchOptions(batch_size=BATCH_SIZE), 0, 1, device)[0]
     trained.step(own)
     shares = []
@@ -38,7 +40,7 @@ def test_a_pipelined_step_trains_as_one_without_a_pipeline(device: torch.device)
     weights = []
     for pipelined in (True, False):
         torch.manual_seed(0)
-        trained = build(
+        trained = build_workload(
             TABLES, plan(TABLES, ["table_wise"] * 4, 1), device, optimizer="sgd", over_arch_layer_sizes=(8,)
         )
         own = batches(TABLES, BatchOptions(batch_size=BATCH_SIZE), 0, 5, device)
@@ -59,7 +61,9 @@ def test_a_pipelined_step_trains_as_one_without_a_pipeline(device: torch.device)
     [("_input_dists", "input_dist"), ("_lookups", "lookup"), ("_output_dists", "output_dist"), ("over_arch", "dense")],
 )
 def test_a_phase_has_the_time_of_its_part(parts: str, phase: str, device: torch.device) -> None:
-    trained = build(TABLES, plan(TABLES, ["table_wise"] * 4, 1), device, optimizer="sgd", over_arch_layer_sizes=(64,))
+    trained = build_workload(
+        TABLES, plan(TABLES, ["table_wise"] * 4, 1), device, optimizer="sgd", over_arch_layer_sizes=(64,)
+    )
     own = batches(TABLES, BatchOptions(batch_size=BATCH_SIZE), 0, 1, device)[0]
     trained.step(own)
     for module in trained.model.modules():

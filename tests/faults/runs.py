@@ -1,4 +1,4 @@
-"""Runs for the tests of faults: data whose rows can be told apart, and what a run has left behind."""
+"""Runs for the tests of faults: data whose rows can be distinguished, and what a run has left behind."""
 
 import itertools
 import json
@@ -20,7 +20,7 @@ ROWS = 2000
 
 
 def make_data(folder: Path, *, rows: int = ROWS) -> PreparedData:
-    """Training rows whose first number is their own, so that a batch tells which rows it has."""
+    """Training rows whose first number is their own, so that a batch shows which rows it has."""
     folder.mkdir(parents=True)
     for name, count, first in (("train", rows, 0), ("validation", 300, 10_000), ("test", 300, 20_000)):
         lines = []

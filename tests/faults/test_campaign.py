@@ -295,8 +295,8 @@ def test_another_number_of_ranks(
 ) -> None:
     """In the middle of an epoch, the global batch kept: every row once, and nearly the same numbers.
 
-    Without dropout they would be the same but for the order of sums; the random numbers of another number of ranks are
-    others.
+    Without dropout they would be the same except for the order of sums; the random numbers of another number of ranks
+    are others.
     """
     without = ("--dropout", "0", "--no-batch-norm")
     fault = {"at": "step", "rank": ranks - 1, "step": 27, "do": "kill"}

@@ -99,7 +99,7 @@ def test_a_package_explains_as_its_run(
     for which in (["--package", str(onnx)], ["--run", str(run)]):
         main(["explain", *which, "--input", text])
         said.append([line.split()[:-1] for line in capsys.readouterr().out.splitlines()])
-    assert said[0] == said[1]  # but for the last figure of a line
+    assert said[0] == said[1]  # except the last figure of a line
     assert len(said[0]) > 20
 
 

@@ -1,4 +1,4 @@
-"""``export --layout triton``: by Triton's own schema, and by what onnxruntime says of the model."""
+"""``export --layout triton``: by Triton's own schema, and by what onnxruntime reports about the model."""
 
 import importlib.util
 from pathlib import Path

@@ -114,7 +114,7 @@ def assert_pipelines_are_plain_loops(reported: dict[str, Any]) -> None:
 
 
 def assert_the_fallback_is_seen(reported: dict[str, Any]) -> None:
-    """It trains, and only the list of pipelined modules tells that nothing is overlapped."""
+    """It trains, and only the list of pipelined modules shows that nothing is overlapped."""
     assert reported["fallback losses"] == STEPS
     assert reported["fallback modules"] == []
 

@@ -133,7 +133,7 @@ def gathered(counts: list[int]) -> Metrics:
 
 
 def everything() -> dict[str, Any]:
-    """What a rank has to tell; all tests here look at one launch."""
+    """What a rank reports; all tests here read one launch."""
     return {
         "initial": {plan: initial_weights(plan) for plan in PLANS},
         "trained": {plan: train_three_steps(plan) for plan in PLANS},

@@ -20,7 +20,7 @@ import torchrec_deepfm
 from torchrec_deepfm import fit, load
 from torchrec_deepfm.data.schema import Schema
 from torchrec_deepfm.errors import UserError
-from torchrec_deepfm.notebook.fit import Run, small_table
+from torchrec_deepfm.notebook.fit import TrainedRun, small_table
 from torchrec_deepfm.training.loop import Loop
 
 pytestmark = pytest.mark.pictures
@@ -45,11 +45,11 @@ def around() -> tuple[Any, ...]:
 
 
 @pytest.fixture(scope="module")
-def run() -> Run:
+def run() -> TrainedRun:
     return fit(table(3000), "click", validation=table(500, 1), test=table(400, 2), **QUICK)
 
 
-def test_the_metrics_are_those_of_the_predictions(run: Run) -> None:
+def test_the_metrics_are_those_of_the_predictions(run: TrainedRun) -> None:
     for split, frame in (("validation", table(500, 1)), ("test", table(400, 2))):
         predicted = run.predict(frame.drop("click")).astype(float)
         assert run.metrics[split]["auc"] == pytest.approx(roc_auc_score(frame["click"], predicted), abs=1e-6)
@@ -62,7 +62,7 @@ def test_the_metrics_are_those_of_the_predictions(run: Run) -> None:
     assert explained.probabilities.tolist() == pytest.approx(run.predict(table(2)).tolist(), abs=1e-6)
 
 
-def test_the_report_of_a_notebook(run: Run) -> None:
+def test_the_report_of_a_notebook(run: TrainedRun) -> None:
     found = run.report()
     assert found.path == run.folder / "report.html"
     shown = found._repr_html_()
@@ -70,7 +70,7 @@ def test_the_report_of_a_notebook(run: Run) -> None:
     assert "Measured on 500 rows of the validation split" in found.path.read_text(encoding="utf-8")
 
 
-def test_twice_in_one_process_and_nothing_stays(run: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_twice_in_one_process(run: TrainedRun, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """The same rows as a list of dicts, into a folder of one's own: the same model."""
     before, threads = around(), torch.get_num_threads()
     again = fit(

@@ -1,4 +1,4 @@
-"""Prepared folders made by hand for the tests, with values that tell which row and column they are.
+"""Prepared folders made by hand for the tests, with values that name their row and column.
 
 No code of ``prepare`` is in here: the files are written with numpy alone.
 """

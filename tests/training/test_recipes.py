@@ -15,7 +15,7 @@ from torchrec_deepfm.model.tables import embedding_tables
 from torchrec_deepfm.training.config import TrainConfig
 from torchrec_deepfm.training.memory_estimate import dense_parameters, size_of
 from torchrec_deepfm.training.recipe_text import recipe_text, recipes_table
-from torchrec_deepfm.training.recipes import DATA, RECIPES, one_line, recipe
+from torchrec_deepfm.training.recipes import DATA, RECIPES, recipe, recipe_line
 
 OWN = """
 from dataclasses import replace
@@ -73,7 +73,7 @@ def test_the_values_of_each_recipe_are_those_of_its_source() -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_says_where_it_comes_from(name: str) -> None:
     assert isinstance(recipe(name), TrainConfig)
-    assert len(one_line(name)) < 110
+    assert len(recipe_line(name)) < 110
     documentation = RECIPES[name].__doc__ or ""
     if name not in ("smoke", "synthetic"):
         assert re.search(r"arXiv|d2l\.ai|reczoo/BARS|mlcommons/training", documentation)

@@ -19,7 +19,7 @@ from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.evaluation.bootstrap import RowMetrics
 from torchrec_deepfm.evaluation.evaluate import evaluate_run
 from torchrec_deepfm.evaluation.options import EvaluateOptions
-from torchrec_deepfm.notebook.fit import Run
+from torchrec_deepfm.notebook.fit import TrainedRun
 from torchrec_deepfm.training.scoring.metrics import compute_metrics
 
 PLAIN = Schema(label="click", numeric=("price",), categorical=("user",), layout="table")
@@ -114,14 +114,14 @@ def test_metrics_are_those_of_scikit_learn() -> None:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+def run(tmp_path_factory: pytest.TempPathFactory) -> TrainedRun:
     output = tmp_path_factory.mktemp("run") / "run"
     options = {"epochs": 4, "batch_size": 50, "over_arch_layer_sizes": (8,), "sparse_lr": 0.1, "min_count": 1}
     rows, held_out = table(3000, 0), table(500, 1)
     return fit(rows, "click", weight="w", validation=held_out, test=table(400, 2), output=output, show=False, **options)
 
 
-def test_a_training_by_them(run: Run, device: torch.device, tmp_path: Path) -> None:
+def test_a_training_by_them(run: TrainedRun, device: torch.device, tmp_path: Path) -> None:
     """The labels of rows without weight are not learned; the metrics are weighted; predictions need no weights."""
     rows = table(400, 2)
     predicted = run.predict(rows.drop("w", "click")).astype(float)

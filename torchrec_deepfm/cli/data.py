@@ -60,13 +60,13 @@ class Prepare:
         """Write the prepared folder."""
         cores = console.threads()
         os.environ["POLARS_MAX_THREADS"] = str(cores)  # read when polars is loaded
-        from torchrec_deepfm.data.criteo_defaults import preset
+        from torchrec_deepfm.data.criteo_defaults import criteo_preset
         from torchrec_deepfm.data.prepare.prepare import prepare
         from torchrec_deepfm.data.prepare.workers import Workers
         from torchrec_deepfm.data.schema import load_schema
 
         schema, options = load_schema(self.schema), replace(self.options, threads=cores)
-        unset = preset(self.schema, hash=options.hash, held_out=bool(self.validation or self.test))
+        unset = criteo_preset(self.schema, hash=options.hash, held_out=bool(self.validation or self.test))
         options = replace(options, **{name: value for name, value in unset.items() if not getattr(options, name)})
 
         def run(workers: Workers) -> None:

@@ -1,4 +1,4 @@
-"""Commands that train and look at runs: ``train``, ``recipes``, ``report``, ``evaluate``."""
+"""Commands that train and show runs: ``train``, ``recipes``, ``report``, ``evaluate``."""
 
 import math
 import os

@@ -14,7 +14,7 @@ MLPERF_NUM_EMBEDDINGS: Final = (
 _MIN_COUNTS: Final = {"criteo-x1": 1, "criteo-x4": 10, "frappe-x1": 1}
 
 
-def preset(schema: str, *, hash: bool, held_out: bool) -> dict[str, Any]:  # noqa: A002 (the option's name)
+def criteo_preset(schema: str, *, hash: bool, held_out: bool) -> dict[str, Any]:  # noqa: A002 (the option's name)
     """Return the options of ``prepare`` that are customary for a schema, where they apply.
 
     Args:
@@ -26,7 +26,7 @@ def preset(schema: str, *, hash: bool, held_out: bool) -> dict[str, Any]:  # noq
         Values by field of ``PrepareOptions``; none for most schemas.
 
     Example:
-        >>> preset("criteo-terabyte", hash=False, held_out=False)
+        >>> criteo_preset("criteo-terabyte", hash=False, held_out=False)
         {'split': 'last-day'}
     """
     found: dict[str, Any] = {}

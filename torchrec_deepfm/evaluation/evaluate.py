@@ -18,11 +18,11 @@ from torchrec_deepfm.evaluation.prepared_rows import PreparedRows
 from torchrec_deepfm.evaluation.raw_rows import RawRows
 from torchrec_deepfm.files import check_target, read_bytes, write_text
 from torchrec_deepfm.training.build import build_model
-from torchrec_deepfm.training.checkpoint.manager import load_model
+from torchrec_deepfm.training.checkpoint.manager import restore_model
 from torchrec_deepfm.training.run import folder as run_folder
 from torchrec_deepfm.training.run.formats import JSON_LIMIT
 from torchrec_deepfm.training.run.weights import Weights, find_weights
-from torchrec_deepfm.training.scoring.evaluation import Predictions, predict
+from torchrec_deepfm.training.scoring.evaluation import Predictions, predict_rows
 from torchrec_deepfm.training.scoring.metrics import lift
 
 FORMAT_VERSION = 1
@@ -87,8 +87,8 @@ def _predict(
     # Quantised communication needs GPUs; a run trained with it can be evaluated on CPU ranks too.
     config = run.config if device.type == "cuda" else dataclasses.replace(run.config, qcomms=("fp32",))
     model = build_model(config, run.num_embeddings, len(run.numeric), device, is_weighted=run.weighted).model
-    load_model(model, weights)
-    return predict(model, rows.loader(folder, config.batch_size, device), device, config.precision)
+    restore_model(model, weights)
+    return predict_rows(model, rows.loader(folder, config.batch_size, device), device, config.precision)
 
 
 def _figures(rows: Rows, predictions: list[Predictions | None], options: EvaluateOptions) -> dict[str, Any]:

@@ -2,9 +2,9 @@
 
 For given shards every term of TorchRec's estimators is bytes divided by one of the description's bandwidths, or a sum
 of such quotients. So the cost of a rank is linear in the reciprocals of the bandwidths and in the fixed costs of
-``hardware.EXTRA``, and how many bytes each bandwidth divides comes out of ``predict`` itself, when all other bandwidths
-are as good as endless. What is measured is the slowest rank. Which one that is depends on the costs, so these two steps
-alternate until nothing changes:
+``hardware.EXTRA``, and how many bytes each bandwidth divides comes out of ``predict_plan`` itself, when all other
+bandwidths are as good as endless. What is measured is the slowest rank. Which one that is depends on the costs, so
+these two steps alternate until nothing changes:
 
 1. Of each plan, take the rank that costs most under the present description.
 2. Fit the reciprocals and the fixed costs to the measured milliseconds of these ranks by non-negative least squares,
@@ -21,7 +21,7 @@ from scipy.optimize import nnls
 
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.experiment.results import Experiment, PlanMeasured
-from torchrec_deepfm.sharding.estimate import predict, with_prediction
+from torchrec_deepfm.sharding.estimate import predict_plan, with_prediction
 from torchrec_deepfm.sharding.inputs.hardware import BANDWIDTHS, EXTRA, FixedCost, Hardware
 
 _ONE: Final = 1e9  # bytes per second: the unit in which terms are taken apart
@@ -95,10 +95,12 @@ def calibrate(experiments: Sequence[Experiment], name: str) -> Calibration:
         for one in experiment.plans
     ]
     where = f"{sum(len(one.plans) for one in experiments)} plans measured on {first.settings.ranks} ranks"
-    return fit(measurements, first.hardware, name=name, source=f"calibrate: fitted to {where}, {first.made_at}")
+    return fit_hardware(
+        measurements, first.hardware, name=name, source=f"calibrate: fitted to {where}, {first.made_at}"
+    )
 
 
-def fit(measurements: Sequence[Measurement], base: Hardware, *, name: str, source: str) -> Calibration:
+def fit_hardware(measurements: Sequence[Measurement], base: Hardware, *, name: str, source: str) -> Calibration:
     """Fit bandwidths and fixed costs to measurements; what they do not depend on keeps the value of ``base``."""
     names = [*BANDWIDTHS, *EXTRA]
     seen = np.flatnonzero(np.concatenate([one.amounts for one in measurements]).any(axis=0))
@@ -187,7 +189,7 @@ def amounts(one: PlanMeasured, experiment: Experiment) -> Matrix:
     alone += [_with(base, endless, {key: 1.0}) for key in EXTRA]
     found = []
     for hardware in alone:
-        predicted = predict(one.plan, settings.tables, hardware, settings.ranks, settings.batch_size)
+        predicted = predict_plan(one.plan, settings.tables, hardware, settings.ranks, settings.batch_size)
         # An unlimited bandwidth costs next to nothing, not nothing.
         found.append([cost.total_ms if cost.total_ms > 1e-15 else 0.0 for cost in predicted.per_rank])
     return np.array(found).T

@@ -13,7 +13,7 @@ from torchrec_deepfm.experiment.memory import PeakMemory
 from torchrec_deepfm.experiment.noise import release_memory, without_garbage_collection
 from torchrec_deepfm.experiment.results import CollectiveBytes, PlanMeasured, RankMeasured
 from torchrec_deepfm.experiment.step_timer import PHASES, UNTIMED_STEPS, split_step, step_seconds
-from torchrec_deepfm.experiment.workload import BatchOptions, batches, build, table_bytes
+from torchrec_deepfm.experiment.workload import BatchOptions, batches, build_workload, table_bytes
 from torchrec_deepfm.sharding.inputs.sharding_types import FusedOptimizer
 from torchrec_deepfm.sharding.inputs.tables import Table
 from torchrec_deepfm.sharding.plan.plan import PlanFile
@@ -113,7 +113,7 @@ def _turn(
     release_memory()
     memory = PeakMemory(device)
     dist.barrier()
-    trained = build(
+    trained = build_workload(
         options.tables,
         plan,
         device,

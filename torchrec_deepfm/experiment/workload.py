@@ -71,7 +71,7 @@ class PooledRows(nn.Module):
         return logits
 
 
-def build(
+def build_workload(
     tables: Sequence[Table],
     plan: PlanFile,
     device: torch.device,

@@ -12,7 +12,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from torchrec_deepfm.data.prepare.row_encoder import EncodedRows
-from torchrec_deepfm.inference.parts import Parts, Scorer, sigmoid
+from torchrec_deepfm.inference.parts import LogitParts, Scorer, sigmoid
 
 _TEXT: Final = 40
 
@@ -27,7 +27,8 @@ class Explanation:
         parts: Bias, first order, factors and deep part.
 
     Example:
-        >>> parts = Parts(bias=0.5, first_order=np.array([[1.0, 2.0]]), factors=np.ones((1, 2, 3)), deep=np.zeros(1))
+        >>> first = np.array([[1.0, 2.0]])
+        >>> parts = LogitParts(bias=0.5, first_order=first, factors=np.ones((1, 2, 3)), deep=np.zeros(1))
         >>> found = Explanation(fields=("user", "item"), values=[("anna", "7")], parts=parts)
         >>> found.logits.tolist(), found.pairs(0)
         ([6.5], [(0, 1, 3.0)])
@@ -35,7 +36,7 @@ class Explanation:
 
     fields: tuple[str, ...]
     values: Sequence[tuple[str, ...]]
-    parts: Parts
+    parts: LogitParts
 
     @property
     def logits(self) -> NDArray[np.float64]:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 Form = Literal["aoti", "onnx", "torch-export"]
 
 
-class Run(Protocol):
+class OpenedModel(Protocol):
     """A model that is open: inputs to the named outputs, float32 arrays; see ``graph.py`` for both."""
 
     def __call__(self, arrays: Arrays, *outputs: str) -> list[NDArray[np.float32]]:
@@ -105,7 +105,7 @@ def _trace(graph: "ScoringGraph") -> "ExportedProgram":
         )
 
 
-def open_model(form: Form, folder: Path, *, threads: int | None = None) -> Run:
+def open_model(form: Form, folder: Path, *, threads: int | None = None) -> OpenedModel:
     """Open the file of a model.
 
     Args:
@@ -148,7 +148,7 @@ def open_model(form: Form, folder: Path, *, threads: int | None = None) -> Run:
     return run
 
 
-def _open_onnx(path: Path, threads: int | None) -> Run:
+def _open_onnx(path: Path, threads: int | None) -> OpenedModel:
     try:
         import onnxruntime
     except ImportError as error:

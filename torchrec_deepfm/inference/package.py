@@ -21,9 +21,9 @@ from torchrec_deepfm.data.prepare.row_encoder import EncodedRows, RowEncoder
 from torchrec_deepfm.data.schema import Schema
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.files import check_seal, read_bytes, seal, write_bytes
-from torchrec_deepfm.inference.forms import MODEL_FILE, OUTPUTS, PROBABILITY, Form, Run, open_model
+from torchrec_deepfm.inference.forms import MODEL_FILE, OUTPUTS, PROBABILITY, Form, OpenedModel, open_model
 from torchrec_deepfm.inference.inputs import Signature
-from torchrec_deepfm.inference.parts import Parts
+from torchrec_deepfm.inference.parts import LogitParts
 from torchrec_deepfm.inference.triton import VERSION
 from torchrec_deepfm.strict_json import as_type, parse_json
 
@@ -136,7 +136,7 @@ class PackageScorer:
         schema: the columns of encoded rows.
     """
 
-    def __init__(self, package: PackageFile, run: Run, schema: Schema) -> None:
+    def __init__(self, package: PackageFile, run: OpenedModel, schema: Schema) -> None:
         self.schema, self._package, self._run = schema, package, run
 
     def __call__(self, rows: EncodedRows) -> NDArray[np.float32]:
@@ -148,7 +148,7 @@ class PackageScorer:
         """Return the logits, float64 [n]."""
         return self.parts(rows).logits
 
-    def parts(self, rows: EncodedRows) -> Parts:
+    def parts(self, rows: EncodedRows) -> LogitParts:
         """Return what the logits are made of, n rows."""
         terms, fields = self._package.terms, len(self.schema.numeric) + len(self.schema.categorical)
         columns = self._package.factor_dim + 1
@@ -157,7 +157,7 @@ class PackageScorer:
             float
         )
         deep = np.concatenate([np.empty(0, np.float32), *(each for _, each in found)]).astype(float)
-        return Parts(
+        return LogitParts(
             bias=self._package.bias,
             first_order=values[:, :, -1] * ("linear" in terms),
             factors=values[:, :, :-1] * ("fm" in terms),

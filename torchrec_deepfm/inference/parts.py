@@ -14,7 +14,7 @@ from torchrec_deepfm.data.schema import Schema
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parts:
+class LogitParts:
     """What the logits of n rows are made of; a term that the model was trained without is zero.
 
     Args:
@@ -54,7 +54,7 @@ class Scorer(Protocol):
         """Return the logits, [n]."""
         ...
 
-    def parts(self, rows: EncodedRows) -> Parts:
+    def parts(self, rows: EncodedRows) -> LogitParts:
         """Return what the logits are made of."""
         ...
 

@@ -23,7 +23,7 @@ from torchrec_deepfm.data.prepare.progress import Phase
 from torchrec_deepfm.data.prepare.row_encoder import EncodedRows, RowEncoder
 from torchrec_deepfm.data.prepare.sources.provenance import source_state
 from torchrec_deepfm.data.prepare.workers import Workers
-from torchrec_deepfm.data.raw.addresses import find_text, is_table
+from torchrec_deepfm.data.raw.addresses import find_text, is_table_file
 from torchrec_deepfm.data.raw.criteo_text import TextLog
 from torchrec_deepfm.data.raw.source import Piece, Source
 from torchrec_deepfm.data.raw.table_source import open_tables
@@ -44,7 +44,7 @@ _LOCK_SECONDS: Final = 5.0  # a rank that was killed may not be gone yet
 
 
 @dataclass(frozen=True, kw_only=True)
-class Predicted:
+class PredictionFile:
     """What ``predict_files`` wrote.
 
     Args:
@@ -81,7 +81,7 @@ def open_sources(
         raise UserError("--input: no file is named; name at least one")
     for named in inputs:
         criteo = encoder.raw_schema.layout == "criteo"
-        if criteo and not is_table(named, tsv=False) and not Path(named).is_dir():
+        if criteo and not is_table_file(named, tsv=False) and not Path(named).is_dir():
             text = find_text(named)
             sources.append(
                 TextLog(text, encoder.reading, piece_bytes=_PIECE_BYTES, labelled=True if labelled else None, keep=keep)
@@ -102,7 +102,7 @@ def predict_files(
     on_bad_row: Literal["error", "skip"] = "error",
     ranks: Workers | None = None,
     report: Callable[[str], None] | None = None,
-) -> Predicted:
+) -> PredictionFile:
     """Predict the click probability of every row of some files.
 
     Args:
@@ -230,7 +230,7 @@ class _Parts:
     def path(self, number: int) -> Path:
         return self._folder / f"part_{number:06d}.parquet"
 
-    def enter(self, inputs: Sequence[Path]) -> Predicted | None:
+    def enter(self, inputs: Sequence[Path]) -> PredictionFile | None:
         """Make the folder, or resume in it; return the result if this very call has finished before."""
         check_local(self._output)
         check_target("--output", self._output, like="predictions.parquet", inputs=inputs)
@@ -255,7 +255,7 @@ class _Parts:
             raise _refused(self._output, error) from error
         return None
 
-    def _finished_before(self) -> Predicted:
+    def _finished_before(self) -> PredictionFile:
         try:
             found = pq.read_metadata(self._output)
         except (OSError, pa.ArrowInvalid):
@@ -263,7 +263,7 @@ class _Parts:
         about: Mapping[bytes, bytes] = (found.metadata if found is not None else None) or {}
         if found is None or about.get(_JOB) != self._job.encode():
             raise UserError(f"--output {self._output}: the file exists; name another one, or remove it")
-        return Predicted(rows=found.num_rows, bad=int(about[b"bad"]), before=True)
+        return PredictionFile(rows=found.num_rows, bad=int(about[b"bad"]), before=True)
 
     def finished(self) -> tuple[int, tuple[int, int, int]]:
         """How many pieces are finished without a gap, and where the next one starts."""
@@ -318,7 +318,7 @@ class _Parts:
         """Let others write this output."""
         self._lock.release()
 
-    def join(self) -> Predicted:
+    def join(self) -> PredictionFile:
         """Make one file of all parts."""
         count, _ = self.finished()
         paths = [self.path(number) for number in range(count)]
@@ -336,7 +336,7 @@ class _Parts:
             shutil.rmtree(self._folder, ignore_errors=True)
         except OSError as error:
             raise _refused(self._output, error) from error
-        return Predicted(rows=rows, bad=bad)
+        return PredictionFile(rows=rows, bad=bad)
 
 
 def _alike(table: pa.Table, schema: pa.Schema, output: Path) -> pa.Table:

@@ -15,7 +15,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec_deepfm.data.loader.batch import key_jagged
 from torchrec_deepfm.data.prepare.row_encoder import EncodedRows
 from torchrec_deepfm.data.schema import Schema
-from torchrec_deepfm.inference.parts import Parts, sigmoid
+from torchrec_deepfm.inference.parts import LogitParts, sigmoid
 from torchrec_deepfm.model.deepfm import DeepFM
 from torchrec_deepfm.training.scoring.evaluation import autocast
 
@@ -55,7 +55,7 @@ class ModelScorer:
             yield start, start + len(part), torch.tensor(part.dense), sparse
             start += len(part)
 
-    def parts(self, rows: EncodedRows) -> Parts:
+    def parts(self, rows: EncodedRows) -> LogitParts:
         """Return what the logits are made of, n rows."""
         model, terms, width = self.model, self.model.terms, self.model.factor_dim
         fields = model.dense_in_features + len(self.schema.categorical)
@@ -70,7 +70,7 @@ class ModelScorer:
                     factors[start:stop] = looked_up[:, :, :width].numpy()
                 if model.over_arch is not None:
                     deep[start:stop] = model.over_arch(looked_up[:, :, :width].flatten(1)).float().squeeze(1).numpy()
-        return Parts(bias=float(model.bias), first_order=first, factors=factors, deep=deep)
+        return LogitParts(bias=float(model.bias), first_order=first, factors=factors, deep=deep)
 
     def computing(self) -> AbstractContextManager[None]:
         """The precision of the run, which other work in this process does not see."""

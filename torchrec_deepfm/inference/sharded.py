@@ -24,7 +24,7 @@ from torchrec_deepfm.inference.scorer import computing
 from torchrec_deepfm.launch.processes import local_world_size
 from torchrec_deepfm.model.table_name import table_name
 from torchrec_deepfm.training.build import build_model
-from torchrec_deepfm.training.checkpoint.manager import load_model
+from torchrec_deepfm.training.checkpoint.manager import restore_model
 from torchrec_deepfm.training.run import folder as run_folder
 from torchrec_deepfm.training.run.weights import find_weights
 
@@ -67,7 +67,7 @@ class ShardedScorer:
             config, described.num_embeddings, len(described.numeric), CPU, is_weighted=described.weighted,
             constraints=constraints,
         )  # fmt: skip
-        load_model(sharded.model, weights)
+        restore_model(sharded.model, weights)
         self.schema, self._precision = schema, described.config.precision
         self._model: Any = get_unwrapped_module(sharded.model.eval()).model
 

@@ -68,7 +68,7 @@ def exit_with(error: UserError) -> NoReturn:
     sys.exit(error.exit_code)
 
 
-def explain(failed: "ChildFailedError") -> tuple[str, int]:
+def explain_failure(failed: "ChildFailedError") -> tuple[str, int]:
     """Explains in one line why the ranks stopped.
 
     Returns the line, and the exit code to end with: 2 or 3 for a `UserError`, 130 or 143 for a rank that was asked to
@@ -140,9 +140,9 @@ def _launch(argv: list[str] | None) -> None:
     except UserError as error:
         exit_with(error)
     except RendezvousError as error:
-        exit_with(UserError(f"--rdzv_endpoint {options.rdzv_endpoint}: {rendezvous.explain(error)}"))
+        exit_with(UserError(f"--rdzv_endpoint {options.rdzv_endpoint}: {rendezvous.explain_rendezvous(error)}"))
     except ChildFailedError as failed:
-        line, code = explain(failed)
+        line, code = explain_failure(failed)
         sys.stderr.write(f"error: {line}\n")
         sys.exit(code)
     except SignalException as stop:  # the ranks are stopped by now

@@ -171,7 +171,7 @@ def refuse_another_program(endpoint: str) -> None:
         )
 
 
-def explain(error: RendezvousError) -> str:
+def explain_rendezvous(error: RendezvousError) -> str:
     """Say in one line why hosts did not find each other.
 
     Returns the reason and what to do.

@@ -44,7 +44,7 @@ def _installed(module: str) -> bool:
         return False
 
 
-def explained(error: Exception, scheduler: str) -> UserError | None:
+def scheduler_error(error: Exception, scheduler: str) -> UserError | None:
     """The one line for an error that a scheduler raised because its service or its programs cannot be reached.
 
     Returns:

@@ -26,7 +26,7 @@ from torchx.specs import AppStatus
 
 from torchrec_deepfm.errors import USER_ERROR_EXIT_CODES, UserError
 from torchrec_deepfm.launch.processes import UNDER_TORCHX
-from torchrec_deepfm.launch.schedulers import check_packages, explained
+from torchrec_deepfm.launch.schedulers import check_packages, scheduler_error
 
 _PACKAGE = __name__.partition(".")[0]
 
@@ -64,7 +64,7 @@ class Run(CmdRun):
             try:
                 super().run(args)
             except Exception as error:
-                reason = explained(error, args.scheduler)
+                reason = scheduler_error(error, args.scheduler)
                 if reason is None:
                     raise
                 raise reason from error

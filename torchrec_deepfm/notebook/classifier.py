@@ -31,7 +31,7 @@ from torchrec_deepfm import console
 from torchrec_deepfm.data.raw.frames import as_arrow, frame_columns
 from torchrec_deepfm.data.schema import Schema, parse_schema, read_schema, toml_text
 from torchrec_deepfm.errors import UserError
-from torchrec_deepfm.notebook.fit import Run, fit, inferred
+from torchrec_deepfm.notebook.fit import TrainedRun, fit, inferred
 from torchrec_deepfm.training.config import TrainConfig
 from torchrec_deepfm.training.run import folder as run_folder
 
@@ -154,7 +154,7 @@ class DeepFMClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             given.setdefault("epochs", min(max(-(-_STEPS // steps), 3), _MOST_EPOCHS))
         options = {"min_count": self.min_count, "seed": seed, **given, **held_out, **(self.options or {})}
         run = fit(rows, schema=schema, recipe=self.recipe, show=self.verbose, **options)
-        self.run_: Run = replace(run, schema=text)
+        self.run_: TrainedRun = replace(run, schema=text)
         return self
 
     def predict_proba(self, X: Any) -> NDArray[np.float64]:  # noqa: N803
@@ -204,7 +204,7 @@ class DeepFMClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             folder = Path(keep.name) / "run"
             with zipfile.ZipFile(io.BytesIO(files)) as archive:
                 archive.extractall(folder)  # leaves out .. and absolute names
-            self.run_ = Run(folder=folder, schema=about[0], summary=about[1], _keeps=(keep,))
+            self.run_ = TrainedRun(folder=folder, schema=about[0], summary=about[1], _keeps=(keep,))
 
     def _table(self, X: Any, *, reset: bool) -> pa.Table:  # noqa: N803
         """The columns as an Arrow table; those of an array by place."""

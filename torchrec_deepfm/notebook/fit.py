@@ -55,7 +55,7 @@ class RunReport:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class TrainedRun:
     """A trained model with its folder.
 
     Attributes:
@@ -112,7 +112,7 @@ def fit(
     output: Path | str | None = None,
     show: bool = True,
     **options: Any,
-) -> Run:
+) -> TrainedRun:
     """Train a DeepFM on rows in memory, in this process.
 
     The columns are looked at as by ``schema infer``, the rows are prepared in a temporary folder and trained on as by
@@ -172,7 +172,7 @@ def fit(
         folder = Path(output) if output is not None else Path(keeps[0].name) / "run"
         summary = _train(config, data, folder, say, show=show, report=output is not None)
         say(console.training_summary(summary, folder))
-    return Run(folder=folder, schema=text, summary=summary, _keeps=tuple(keeps))
+    return TrainedRun(folder=folder, schema=text, summary=summary, _keeps=tuple(keeps))
 
 
 def small_table(rows: int, *, validation: bool = True) -> TrainConfig:

@@ -94,7 +94,7 @@ def stacked_bars(
     return figure
 
 
-def cost_by_rank(parts: Mapping[str, Sequence[float]], *, what: str, bound: float | None = None) -> Figure:
+def cost_figure(parts: Mapping[str, Sequence[float]], *, what: str, bound: float | None = None) -> Figure:
     """Draw parts on top of each other over very many ranks, where bars would be thinner than a line."""
     figure = Figure(figsize=(WIDE, 3.8), layout="constrained")
     axes = figure.add_subplot()

@@ -41,7 +41,7 @@ from torchrec_deepfm.sharding.inputs.sparse_optimizers import SPARSE_OPTIMIZERS
 from torchrec_deepfm.sharding.inputs.tables import Table
 from torchrec_deepfm.sharding.inputs.topology import topology
 from torchrec_deepfm.sharding.perf_config import ARRIVING_IDS
-from torchrec_deepfm.sharding.plan.plan import Cost, PlanFile, PlannedTable, Predicted
+from torchrec_deepfm.sharding.plan.plan import Cost, PlanCost, PlanFile, PlannedTable
 
 
 def table_module(tables: Sequence[Table], optimizer: SparseOptimizer = "rowwise_adagrad") -> nn.Module:
@@ -188,7 +188,7 @@ def cost_of(perf: Perf, storage: Storage) -> Cost:
     )
 
 
-def predict(
+def predict_plan(
     plan: PlanFile,
     tables: Sequence[Table],
     hardware: Hardware,
@@ -197,7 +197,7 @@ def predict(
     *,
     optimizer: SparseOptimizer = "rowwise_adagrad",
     ema: bool = False,
-) -> Predicted:
+) -> PlanCost:
     """Predict what a step of any plan costs on some hardware.
 
     Args:
@@ -269,7 +269,7 @@ def with_prediction(
         batch_size=batch_size,
         tables=tuple(planned),
         hardware=hardware,
-        predicted=Predicted(critical_path_ms=max(totals), mean_ms=sum(totals) / len(totals), per_rank=tuple(per_rank)),
+        predicted=PlanCost(critical_path_ms=max(totals), mean_ms=sum(totals) / len(totals), per_rank=tuple(per_rank)),
     )
 
 

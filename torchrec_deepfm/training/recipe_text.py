@@ -8,7 +8,7 @@ from typing import Any
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.training.config import TrainConfig
 from torchrec_deepfm.training.memory_estimate import size_of
-from torchrec_deepfm.training.recipes import DATA, RECIPES, DataSet, one_line, recipe
+from torchrec_deepfm.training.recipes import DATA, RECIPES, DataSet, recipe, recipe_line
 from torchrec_deepfm.units import format_bytes
 
 _PROG = "python -m torchrec_deepfm"
@@ -21,7 +21,7 @@ def recipes_table() -> str:
     """
     lines = []
     for name in RECIPES:
-        lines.append(f"{name:<17}{one_line(name)}")
+        lines.append(f"{name:<17}{recipe_line(name)}")
         if name in DATA:
             lines.append(f"{'':<17}  {_PROG} {DATA[name].prepare}")
     lines += [

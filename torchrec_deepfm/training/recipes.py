@@ -294,7 +294,7 @@ def recipe(name: str) -> TrainConfig:
     return RECIPES[name]()
 
 
-def one_line(name: str) -> str:
+def recipe_line(name: str) -> str:
     """Return the summary of a named recipe, in one line."""
     return (inspect.getdoc(RECIPES[name]) or "").partition("\n")[0].replace("``", "")
 

@@ -34,7 +34,7 @@ from torchrec_deepfm.training.run.formats import Manifest, convert
 from torchrec_deepfm.training.run.report import report_is_drawn, write_run_report
 from torchrec_deepfm.training.run.run_files import CALIBRATION, CURVES
 from torchrec_deepfm.training.run.weights import Weights, Which, folder_of
-from torchrec_deepfm.training.scoring.evaluation import evaluate
+from torchrec_deepfm.training.scoring.evaluation import evaluate_split
 from torchrec_deepfm.training.scoring.metrics import RELIABILITY_BINS, Metrics, NotFiniteError, lift
 
 
@@ -128,7 +128,7 @@ def _check_output(
 ) -> dict[str, Any] | None:
     """Check that ``output`` can be written; return the summary if its run is finished."""
     if options.resume == "never" or not (output / "config.json").exists():
-        run_folder.check_free(output)
+        run_folder.check_no_run(output)
         return None
     run_folder.check_same(output, run, data)
     return run_folder.read_summary(output)
@@ -307,7 +307,7 @@ class _Training:
 
         def evaluate_all() -> dict[str, Metrics]:
             return {
-                split: evaluate(
+                split: evaluate_split(
                     sharded.model, loader, self._device, config.precision, loop.check_between_steps, RELIABILITY_BINS
                 )
                 for split, loader in loaders.items()
@@ -356,7 +356,7 @@ class _Training:
         return Result(folder=self._output, summary=summary)
 
     def _warnings(self, summary: Mapping[str, Any]) -> list[str]:
-        log = metrics_log.read(self._output / metrics_log.NAME)
+        log = metrics_log.read_log(self._output / metrics_log.NAME)
         first = next((one for one in log.records if one["split"] == "train"), None) if log else None
         return [
             *input_warnings(self._data),

@@ -34,7 +34,7 @@ def test_checksums_and_sizes_cover_every_file(tmp_path):
         for path in folder.iterdir()
         if path.name != "manifest.json"
     }
-    assert str(tmp_path) not in (folder / "manifest.json").read_text()  # a folder tells nothing of its machine
+    assert str(tmp_path) not in (folder / "manifest.json").read_text()  # a folder names nothing of its machine
 
 
 def test_open_reads_the_manifest(tmp_path):

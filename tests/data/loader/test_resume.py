@@ -1,4 +1,4 @@
-"""Every row once, wherever an epoch is broken off and on however many ranks it goes on."""
+"""Every row once, wherever an epoch is interrupted and on however many ranks it resumes."""
 
 import pytest
 from hypothesis import given, settings

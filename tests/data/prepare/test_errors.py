@@ -163,7 +163,7 @@ def test_damaged_compressed_data(tmp_path, monkeypatch, ending, pack):
         assert message.endswith("; download or compress the file again")
     path.write_bytes(whole[: len(whole) // 2])
     assert int(refused(tmp_path, [path], tmp_path / "out").split("after line ")[1].split(",")[0]) > 1000
-    # A bad line before the damage is what to tell first.
+    # A bad line before the damage is reported first.
     path.write_bytes(bytes(pack(b"x\n" + text))[: len(whole) // 2])
     assert refused(tmp_path, [path], tmp_path / "out").startswith(f"{path}: line 1 has 1 columns")
 

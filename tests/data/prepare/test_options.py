@@ -222,7 +222,7 @@ def test_days_go_by_their_numbers(tmp_path):
 
 
 def test_no_row_is_in_two_splits(tmp_path):
-    # The number tells the row.
+    # The number names the row.
     schema = Schema(label="y", numeric=("row",), categorical=("c",))
     text = b"".join(b"1\t%d\tab\n" % row for row in range(3000))
     for split in ("8:1:1", "9:1"):

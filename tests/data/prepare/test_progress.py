@@ -1,4 +1,4 @@
-"""What prepare says of its progress, on a terminal and elsewhere."""
+"""The progress that prepare prints, on a terminal and elsewhere."""
 
 import pytest
 

@@ -18,7 +18,7 @@ from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.sharding.inputs.presets import PRESETS
 from torchrec_deepfm.sharding.inputs.sharding_types import SHARDING_TYPES
 from torchrec_deepfm.sharding.plan.io import load_plan, plan_json, save_plan
-from torchrec_deepfm.sharding.plan.plan import Cost, PlanFile, PlannedShard, PlannedTable, Predicted
+from torchrec_deepfm.sharding.plan.plan import Cost, PlanCost, PlanFile, PlannedShard, PlannedTable
 from torchrec_deepfm.sharding.plan.torchrec_plan import from_sharding_plan, to_sharding_plan
 from torchrec_deepfm.sharding.plan.validate import check_fits
 
@@ -38,7 +38,7 @@ def with_predictions(plan: PlanFile) -> PlanFile:
         replace(table, shards=tuple(replace(shard, predicted=cost(n)) for n, shard in enumerate(table.shards)))
         for table in plan.tables
     )
-    predicted = Predicted(critical_path_ms=63.0, mean_ms=31.5, per_rank=tuple(cost(rank) for rank in range(4)))
+    predicted = PlanCost(critical_path_ms=63.0, mean_ms=31.5, per_rank=tuple(cost(rank) for rank in range(4)))
     return replace(plan, tables=tables, predicted=predicted, hardware=PRESETS["h100"])
 
 

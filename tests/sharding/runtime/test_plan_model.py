@@ -30,7 +30,7 @@ from torchrec_deepfm.sharding.plan.io import save_plan
 from torchrec_deepfm.sharding.plan.plan import PlanFile, PlannedShard, PlannedTable
 from torchrec_deepfm.sharding.plan.torchrec_plan import to_sharding_plan
 from torchrec_deepfm.sharding.runtime.plan_model import check_replicated, plan_model, read_fitting_plan
-from torchrec_deepfm.sharding.runtime.planner_errors import explain
+from torchrec_deepfm.sharding.runtime.planner_errors import explain_planner_error
 from torchrec_deepfm.sharding.runtime.sharder import AllTypesSharder, make_sharder
 from torchrec_deepfm.sharding.search.plan_tables import plan_tables
 from torchrec_deepfm.training.config import TrainConfig
@@ -279,6 +279,6 @@ def test_a_grid_search_that_proposes_nothing_is_not_short_of_memory() -> None:
     assert raised.value.error_type == PlannerErrorType.INSUFFICIENT_STORAGE  # 0.1 MiB a table, and 1,280 GB
     options = planner._enumerator.last_stored_search_space  # type: ignore[attr-defined]
     reserved = planner._storage_reservation.last_reserved_topology
-    message = str(explain(raised.value, options, reserved, proposals=planner._num_proposals))
+    message = str(explain_planner_error(raised.value, options, reserved, proposals=planner._num_proposals))
     assert message.startswith(f"the search proposed no plan at all: {len(options)} options of 30 tables are more ")
     assert "\n" not in message

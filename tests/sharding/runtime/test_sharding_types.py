@@ -151,7 +151,7 @@ def take_for_hosts_of(ranks: int) -> None:
 
 
 def everything(layouts: list[str], folder: Path) -> dict[Any, Any]:
-    """What a rank has to tell, by layout, case and optimizer; all tests look at one launch for each number of ranks."""
+    """What a rank reports, by layout, case and optimizer; all tests read one launch for each number of ranks."""
     reported: dict[Any, Any] = {}
     for layout in layouts:
         take_for_hosts_of(LAYOUTS[layout][1])

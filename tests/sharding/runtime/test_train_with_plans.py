@@ -30,7 +30,7 @@ FOR_ONE = "--plan {}: made for 1 rank(s), but there are 2; start 1 (-j), or make
 
 
 def refusal(folder: str, **options: Any) -> str:
-    """What this rank is told; a run that is refused leaves nothing behind."""
+    """The lines that this rank gets; a run that is refused leaves nothing behind."""
     output = Path(folder) / "refused"
     config = options.pop("config", CONFIG)
     with pytest.raises(UserError) as raised:

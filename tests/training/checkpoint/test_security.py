@@ -27,7 +27,7 @@ from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.files import seal
 from torchrec_deepfm.training.checkpoint import dcp
 from torchrec_deepfm.training.checkpoint.dcp import Cut, TensorCuts, load_metadata
-from torchrec_deepfm.training.checkpoint.manager import Checkpoints, load_model
+from torchrec_deepfm.training.checkpoint.manager import Checkpoints, restore_model
 from torchrec_deepfm.training.checkpoint.store import FinalWeights
 from torchrec_deepfm.training.run.weights import Weights
 
@@ -204,7 +204,7 @@ def test_the_weights_of_a_finished_run(folder: Path, tmp_path: Path) -> None:
     (folder / "checkpoint.json").write_bytes(seal({**manifest, "step": 0}))
     model = torch.nn.Linear(2, 1)
     with pytest.raises(UserError, match=r"the checkpoint can't be read \(.metadata names .*\); train again$"):
-        load_model(model, Weights(store=FinalWeights(folder), key=0, step=None))  # type: ignore[arg-type]
+        restore_model(model, Weights(store=FinalWeights(folder), key=0, step=None))  # type: ignore[arg-type]
     assert not (tmp_path / "proof").exists()
 
 

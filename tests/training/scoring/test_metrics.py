@@ -110,7 +110,7 @@ def test_the_reliability_curve_is_that_of_sklearn(pairs: list[tuple[int, int]], 
     observed, means = calibration_curve(labels, predicted, n_bins=bins, strategy="quantile", pos_label=1)
     assert [one.observed for one in curve] == pytest.approx(observed.tolist(), abs=1e-12)
     assert [one.predicted for one in curve] == pytest.approx(means.tolist(), abs=1e-12)
-    # What scikit-learn does not tell: the bins are a partition of the samples, in the order of their predictions.
+    # What scikit-learn does not return: the bins are a partition of the samples, in the order of their predictions.
     inside = [[(p, y) for p, y in zip(predicted, labels, strict=True) if one.low <= p <= one.high] for one in curve]
     assert [one.rows for one in curve] == [len(members) for members in inside]
     assert sum(one.rows for one in curve) == len(pairs)

@@ -41,7 +41,7 @@ def digest(path: Path) -> dict[str, int | str]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parts:
+class FileParts:
     """Positions of the parts of an array in its file.
 
     ``path``: the ``.npy`` file. ``borders``: int64 [parts + 1] bytes from the array's first one on, where a part ends
@@ -54,7 +54,7 @@ class Parts:
     overlap: int
 
 
-def find_parts(path: Path, rows: NDArray[np.int64]) -> Parts:
+def find_parts(path: Path, rows: NDArray[np.int64]) -> FileParts:
     """Find the parts of an array in its file. Not thread-safe: numpy parses the header with ``ast``.
 
     ``path``: the ``.npy`` file. ``rows``: int64 [parts + 1] rows where a part ends and the next one begins, from 0. An
@@ -62,7 +62,7 @@ def find_parts(path: Path, rows: NDArray[np.int64]) -> Parts:
     """
     array = map_npy(path, "prepare the data again")
     row_bytes = array.dtype.itemsize * int(np.prod(array.shape[1:], dtype=np.int64))
-    return Parts(
+    return FileParts(
         path=path,
         header=path.stat().st_size - len(array) * row_bytes,
         borders=rows * row_bytes,
@@ -70,7 +70,7 @@ def find_parts(path: Path, rows: NDArray[np.int64]) -> Parts:
     )
 
 
-def digest_parts(parts: Parts) -> tuple[dict[str, int | str], NDArray[np.uint64]]:
+def digest_parts(parts: FileParts) -> tuple[dict[str, int | str], NDArray[np.uint64]]:
     """Return the manifest entry of an array's file and the checksums of its parts, reading it once.
 
     Returns as ``digest``; uint64 [parts].

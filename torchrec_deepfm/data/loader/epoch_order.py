@@ -38,9 +38,9 @@ class EpochOrder:
         if shuffle:
             blocks = -(-rows // BLOCK_ROWS)
             windows = -(-blocks // WINDOW_BLOCKS)
-            # Row s is the s-th stretch of the split; column w is its block in window w.
-            in_stretch = np.tile(np.arange(windows), (-(-blocks // windows), 1))
-            self._assignment = self._generator(_BLOCKS).permuted(in_stretch, axis=1, out=in_stretch)
+            # Row s is the s-th run of the split; column w is its block in window w.
+            in_run = np.tile(np.arange(windows), (-(-blocks // windows), 1))
+            self._assignment = self._generator(_BLOCKS).permuted(in_run, axis=1, out=in_run)
             ends = np.cumsum([self._size(window) for window in range(windows)])
             self._windows = [0, *ends.tolist()]
         self._cached: tuple[int, NDArray[np.int64]] | None = None

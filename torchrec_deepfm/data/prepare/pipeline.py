@@ -46,9 +46,9 @@ from torchrec_deepfm.data.prepare.progress import Phase
 from torchrec_deepfm.data.prepare.resume import drop_changed, finished_output, forget_rows, unchanged
 from torchrec_deepfm.data.prepare.sources import inputs as found
 from torchrec_deepfm.data.prepare.sources.provenance import (
+    data_versions,
     known_optimum,
     source_name,
-    versions,
 )
 from torchrec_deepfm.data.prepare.sources.units import Unit
 from torchrec_deepfm.data.prepare.work_folder import WorkFolder, check_room, estimate_bytes
@@ -149,7 +149,7 @@ class Job:
             "on_bad_row": options.on_bad_row,
             "raw_schema": raw.to_json(),
             "sources": {part: [source_name(one) for one in sources] for part, sources in self._inputs.sources.items()},
-            "versions": versions(),
+            "versions": data_versions(),
         }
         if options.negative_rate < 1.0:
             self._made |= {"negative_rate": options.negative_rate, "seed": options.seed}

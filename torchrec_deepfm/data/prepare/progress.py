@@ -22,7 +22,7 @@ class Phase:
     def __init__(self, name: str, total: float, *, done: float = 0.0, report: Callable[[str], None] | None) -> None:
         self._name, self._total, self._done, self._report = name, max(total, 1e-9), done, report
         self._rows, self._first = 0, done
-        self._started = self._told = time.monotonic()
+        self._started = self._last_line = time.monotonic()
         self._bar = None
         if report is not None and sys.stderr.isatty():
             self._bar = tqdm(total=self._total, initial=done, desc=name, unit="", bar_format=_FORMAT, leave=False)
@@ -40,8 +40,8 @@ class Phase:
         if self._bar is not None:
             self._bar.unit = f"{rate:,.0f} rows/s" if self._rows else ""
             self._bar.update(self._done - self._bar.n)
-        elif self._report is not None and now - self._told >= EVERY:
-            self._told = now
+        elif self._report is not None and now - self._last_line >= EVERY:
+            self._last_line = now
             left = (self._total - self._done) * (now - self._started) / max(self._done - self._first, 1e-9)
             self._report(
                 f"{self._name} {self._done / self._total:.0%}, {rate:,.0f} rows/s, {tqdm.format_interval(left)} left"

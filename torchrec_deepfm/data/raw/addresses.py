@@ -213,7 +213,7 @@ def find_text(named: str) -> File:
     return File(name=named, bytes=int(info["size"] or 0), path=path_there, filesystem=filesystem)
 
 
-def is_table(named: str, *, tsv: bool = True) -> bool:
+def is_table_file(named: str, *, tsv: bool = True) -> bool:
     """Whether a name is that of a Parquet file or CSV.
 
     Args:

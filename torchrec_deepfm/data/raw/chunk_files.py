@@ -12,7 +12,7 @@ import pyarrow.json
 import pyarrow.orc
 
 from torchrec_deepfm.data.raw.addresses import ARROW, ORC, File
-from torchrec_deepfm.data.raw.table_files import BATCH_ROWS, Batch, CsvTable, ParquetTable, checked, one_line_errors
+from torchrec_deepfm.data.raw.table_files import BATCH_ROWS, Batch, CsvTable, ParquetTable, checked, read_errors
 
 _BLOCK_BYTES: Final = 4 << 20
 
@@ -61,7 +61,7 @@ class ChunkTable:
         if self.memory is not None:
             yield self.memory.schema, iter([(self.memory, 1.0)])
             return
-        with self.file.open() as opened, one_line_errors(self.file):
+        with self.file.open() as opened, read_errors(self.file):
             checked(self.file, opened)
             if self.file.suffix in ORC:
                 orc = pa.orc.ORCFile(opened)

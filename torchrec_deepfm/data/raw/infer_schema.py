@@ -37,7 +37,7 @@ def infer_schema(
     Args:
         named: A local path or fsspec address of a Parquet or CSV file, or of a folder of such files; or rows in memory.
         label: Name of the 0/1 column, or a comparison such as ``rating >= 4``; ``None`` looks for one.
-        sample_rows: Rows to look at.
+        sample_rows: Rows to read.
         keep: Whether columns that can be read are kept whatever they hold: keys, constants, what gives the label away.
 
     Returns:

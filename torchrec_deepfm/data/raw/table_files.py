@@ -68,7 +68,7 @@ class ParquetTable:
 
     def __init__(self, file: File) -> None:
         self.file = file
-        with file.open() as opened, one_line_errors(file):
+        with file.open() as opened, read_errors(file):
             checked(file, opened)
             parquet = pa.parquet.ParquetFile(opened)
             names = parquet.schema_arrow.names
@@ -87,7 +87,7 @@ class ParquetTable:
         while groups and skip >= self._groups[groups[0]]:
             skip -= self._groups[groups.pop(0)]
         row = start
-        with self.file.open() as opened, one_line_errors(self.file):
+        with self.file.open() as opened, read_errors(self.file):
             # Buffered instead of pre-fetched: a row group of any size then takes little memory.
             parquet = pa.parquet.ParquetFile(opened, buffer_size=_BUFFER_BYTES, pre_buffer=False)
             # Arrow can't join lists of dictionary values over row groups: then it gets one at a time.
@@ -130,7 +130,7 @@ class CsvTable:
         if file.bytes == 0:
             raise UserError(f"{file.name}: {_EMPTY}")
         broken: list[Any] = []
-        with file.open() as opened, one_line_errors(file):
+        with file.open() as opened, read_errors(file):
             checked(file, opened)
             with _reading(self, opened, None, broken) as reader:
                 names = reader.names
@@ -151,7 +151,7 @@ class CsvTable:
         read = wanted if self._last in wanted or self._last in self.twice else [*wanted, self._last]
         broken: list[Any] = []
         row, last = 0, None
-        with self.file.open() as opened, one_line_errors(self.file), _reading(self, opened, read, broken) as reader:
+        with self.file.open() as opened, read_errors(self.file), _reading(self, opened, read, broken) as reader:
             for batch in reader:
                 places, rows = _take(broken, row, batch.num_rows, self.first_row)
                 table = pa.Table.from_batches([batch])
@@ -178,7 +178,7 @@ class CsvTable:
 
     def _check_closed(self) -> None:
         """Find an unclosed quote: it turns the rest of the file into one cell, and no parser reports it."""
-        with self.file.open() as opened, one_line_errors(self.file):
+        with self.file.open() as opened, read_errors(self.file):
             binary = cast("io.RawIOBase", self.file.unpacked(opened))
             text = io.TextIOWrapper(io.BufferedReader(binary), encoding="utf-8", errors="replace", newline="")
             try:
@@ -274,7 +274,7 @@ def checked(file: File, opened: Any) -> None:
     opened.seek(0)
 
 
-class one_line_errors:  # noqa: N801 (used as a function)
+class read_errors:  # noqa: N801 (used as a function)
     """Turn what pyarrow finds wrong with a file into one line that names it."""
 
     def __init__(self, file: File) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Final
 
 from torchrec_deepfm.data.schema import presets
-from torchrec_deepfm.data.schema.schema import Schema, build
+from torchrec_deepfm.data.schema.schema import Schema, build_schema
 from torchrec_deepfm.errors import UserError, did_you_mean
 from torchrec_deepfm.files import parse_toml, read_text
 
@@ -40,7 +40,7 @@ def parse_schema(text: str, where: Path) -> Schema:
     """Read the content of a schema's file; ``where`` names it in messages."""
     value = parse_toml(where, text)
     try:
-        return build(value, layout="table")
+        return build_schema(value, layout="table")
     except UserError as error:
         raise UserError(error.what, where=where) from error
 

@@ -281,10 +281,10 @@ class Schema:
         Raises:
             UserError: A key is missing, unknown or of the wrong type, or the names do not form a valid schema.
         """
-        return build(value, layout="criteo")
+        return build_schema(value, layout="criteo")
 
 
-def build(value: Mapping[str, Any], *, layout: str) -> Schema:
+def build_schema(value: Mapping[str, Any], *, layout: str) -> Schema:
     """A schema from parsed JSON or TOML; messages begin with ``schema: KEY: ``."""
     if not isinstance(value, Mapping):
         raise UserError("not a table of keys; give label, numeric and categorical", where="schema")

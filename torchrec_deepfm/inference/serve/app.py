@@ -19,7 +19,7 @@ from starlette.requests import ClientDisconnect
 from torchrec_deepfm.inference.serve.arrow_rows import STREAM, read_stream
 from torchrec_deepfm.inference.serve.batching import Batcher, QueueFullError
 from torchrec_deepfm.inference.serve.limits import Limits
-from torchrec_deepfm.inference.serve.metrics import Metrics
+from torchrec_deepfm.inference.serve.metrics import ServiceMetrics
 from torchrec_deepfm.inference.serve.model import ServedModel, Work, parts
 from torchrec_deepfm.inference.serve.rows import Fault, JsonRows, RequestError
 
@@ -72,7 +72,7 @@ class RowParts(BaseModel):
     pairs: list[PairPart]
 
 
-class Parts(BaseModel):
+class ExplainResponse(BaseModel):
     """The rows taken apart, and the digest of the model."""
 
     rows: list[RowParts]
@@ -101,7 +101,7 @@ class Problems(BaseModel):
     detail: list[Problem]
 
 
-def make_app(model: ServedModel, batcher: Batcher, limits: Limits, metrics: Metrics) -> FastAPI:
+def make_app(model: ServedModel, batcher: Batcher, limits: Limits, metrics: ServiceMetrics) -> FastAPI:
     """Build the application of a model.
 
     Args:
@@ -184,7 +184,7 @@ def make_app(model: ServedModel, batcher: Batcher, limits: Limits, metrics: Metr
 
         return await answered(request, answer)
 
-    @app.post("/explain", response_model=Parts, responses=_responses(413, 415, 422, 429, 503))
+    @app.post("/explain", response_model=ExplainResponse, responses=_responses(413, 415, 422, 429, 503))
     async def explain(request: Request) -> Response:
         """Take the logits of up to 100 rows apart: bias, fields, pairs of fields, deep part."""
 

@@ -13,14 +13,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from torchrec_deepfm.inference.serve.rows import MAX_LIST, MAX_TEXT, Column, Fault, RequestError
+from torchrec_deepfm.inference.serve.rows import MAX_LIST, MAX_TEXT, Fault, RequestColumn, RequestError
 
 STREAM: Final = "application/vnd.apache.arrow.stream"
 MAX_UNFOLDED: Final = 64 << 20  # bytes of text, once every cell has its own
 _COMPRESSION: Final = 3  # field of RecordBatch in Arrow's Message.fbs
 
 
-def read_stream(body: bytes, columns: Sequence[Column], most: int) -> pa.Table:
+def read_stream(body: bytes, columns: Sequence[RequestColumn], most: int) -> pa.Table:
     """Read and check a stream.
 
     Args:
@@ -61,7 +61,7 @@ def read_stream(body: bytes, columns: Sequence[Column], most: int) -> pa.Table:
         raise RequestError(400, Fault("the batches of the stream differ in their types")) from error
 
 
-def _check_columns(schema: pa.Schema, columns: Sequence[Column]) -> None:
+def _check_columns(schema: pa.Schema, columns: Sequence[RequestColumn]) -> None:
     names, wanted = schema.names, [column.name for column in columns]
     for name in wanted:
         if names.count(name) != 1:
@@ -72,7 +72,7 @@ def _check_columns(schema: pa.Schema, columns: Sequence[Column]) -> None:
             raise RequestError(422, Fault("unknown column; leave it out", column=name))
 
 
-def _text_bytes(array: pa.Array, column: Column) -> int:
+def _text_bytes(array: pa.Array, column: RequestColumn) -> int:
     """Check the type and the lengths of a column; return the bytes of all its texts."""
     kind, types = array.type, pa.types
     if column.is_list and (types.is_list(kind) or types.is_large_list(kind)):

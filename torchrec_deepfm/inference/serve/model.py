@@ -11,7 +11,7 @@ import pyarrow as pa
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.inference.explain import Explanation, explain_rows
 from torchrec_deepfm.inference.load import Predictor, load, spread
-from torchrec_deepfm.inference.serve.rows import Column, Fault, RequestError, columns_of
+from torchrec_deepfm.inference.serve.rows import Fault, RequestColumn, RequestError, columns_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class ServedModel:
     def __init__(self, path: Path, *, checkpoint: str | None = None, threads: int | None = None) -> None:
         self._predictor: Predictor = load(path.resolve(), checkpoint, threads=threads)
         self.name, self.sha256 = str(path), self._predictor.sha256
-        self.columns: tuple[Column, ...] = columns_of(self._predictor.encoder)
+        self.columns: tuple[RequestColumn, ...] = columns_of(self._predictor.encoder)
         row = pa.table({column.name: column.array([None]) for column in self.columns})
         [found] = self.answer(
             [Work(rows=row)]

@@ -27,7 +27,7 @@ class Fault:
     Args:
         message: In words.
         row: Row of the request, from 1.
-        column: Column's name.
+        column: RequestColumn's name.
     """
 
     message: str
@@ -86,7 +86,7 @@ _KINDS: Final = {
 
 
 @dataclass(frozen=True)
-class Column:
+class RequestColumn:
     """A column of a request.
 
     Args:
@@ -161,26 +161,26 @@ class Column:
         raise AssertionError(self.name)
 
 
-def columns_of(encoder: RowEncoder) -> tuple[Column, ...]:
+def columns_of(encoder: RowEncoder) -> tuple[RequestColumn, ...]:
     """Return the columns that rows of a request have: those that a table must have, without the label."""
     schema, kinds = encoder.raw_schema, dict(zip(encoder.raw_schema.categorical, encoder.types, strict=True))
     weights = {schema.options(name).weights: schema.options(name).separator for name in schema.weighted}
     found = []
     for source in schema.features_read:
         if source in weights:
-            found.append(Column(source, "number", True, weights[source]))
+            found.append(RequestColumn(source, "number", True, weights[source]))
             continue
         readers = [name for name in (*schema.numeric, *schema.categorical) if schema.source(name) == source]
         values = [name for name in readers if schema.options(name).part is None]
         if not values:  # only parts of this time are used, or it ends an age
             timed = [name for name in (*schema.numeric, *schema.categorical) if schema.options(name).until == source]
             written = any(schema.options(name).format for name in (*readers, *timed))
-            found.append(Column(source, "coded time" if written else "time"))
+            found.append(RequestColumn(source, "coded time" if written else "time"))
             continue
         used = {"number" if name in schema.numeric else kinds[name] or "string" for name in values}
         kind = used.pop() if len(used) == 1 else "integer"  # what is a category and a number at once
         options = schema.options(values[-1])
-        found.append(Column(source, kind, options.list, options.separator))
+        found.append(RequestColumn(source, kind, options.list, options.separator))
     return tuple(found)
 
 
@@ -195,12 +195,12 @@ class JsonRows:
         type: Of a request, for pydantic.
 
     Example:
-        >>> rows = JsonRows([Column("price", "number"), Column("user", "string")], most=2)
+        >>> rows = JsonRows([RequestColumn("price", "number"), RequestColumn("user", "string")], most=2)
         >>> rows.read(b'{"rows": [{"price": 5, "user": "anna"}, {"price": null, "user": 7}]}').to_pylist()
         [{'price': 5.0, 'user': 'anna'}, {'price': None, 'user': '7'}]
     """
 
-    def __init__(self, columns: Sequence[Column], most: int) -> None:
+    def __init__(self, columns: Sequence[RequestColumn], most: int) -> None:
         self._columns = {column.name: column for column in columns}
         self._most = most
         closed = with_config(ConfigDict(extra="forbid"))

@@ -21,7 +21,7 @@ from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.inference.serve.app import make_app
 from torchrec_deepfm.inference.serve.batching import Batcher
 from torchrec_deepfm.inference.serve.limits import Limits
-from torchrec_deepfm.inference.serve.metrics import Metrics
+from torchrec_deepfm.inference.serve.metrics import ServiceMetrics
 from torchrec_deepfm.inference.serve.model import ServedModel
 
 _HEADER_BYTES: Final = 16 << 10
@@ -32,7 +32,7 @@ _PATHS: Final = ("/", "/predict", "/explain", "/health", "/metrics", "/openapi.j
 class _Served:
     """A model with its application, and how many requests are inside."""
 
-    def __init__(self, model: ServedModel, limits: Limits, metrics: Metrics) -> None:
+    def __init__(self, model: ServedModel, limits: Limits, metrics: ServiceMetrics) -> None:
         self.model = model
         self.batcher = Batcher(
             model.answer,
@@ -64,7 +64,7 @@ class Service:
 
     def __init__(self, read: Callable[[], ServedModel], limits: Limits, say: Callable[[str], None]) -> None:
         self._read, self._limits, self._say = read, limits, say
-        self.metrics = Metrics()
+        self.metrics = ServiceMetrics()
         self._served: _Served | None = None
         self._lock = asyncio.Lock()
 

@@ -21,7 +21,7 @@ from typing import Any, Final
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.files import parse_toml, read_text, write_text
 from torchrec_deepfm.sharding.inputs.hardware import BANDWIDTHS, CAPACITIES, Hardware
-from torchrec_deepfm.sharding.inputs.presets import PRESETS, preset
+from torchrec_deepfm.sharding.inputs.presets import PRESETS, hardware_preset
 from torchrec_deepfm.strict_json import as_type
 from torchrec_deepfm.units import parse_quantity
 
@@ -44,9 +44,9 @@ def read_hardware(name_or_toml: str) -> Hardware:
     """
     path = Path(name_or_toml)
     if not name_or_toml or name_or_toml.lower() in PRESETS:
-        return preset(name_or_toml)
+        return hardware_preset(name_or_toml)
     if path.suffix != ".toml" and os.sep not in name_or_toml and not path.is_file():
-        return preset(name_or_toml)
+        return hardware_preset(name_or_toml)
     instead = f"name a TOML file, or a preset: {', '.join(PRESETS)}"
     given = parse_toml(path, read_text(path, most=_MAX_TOML_BYTES, what="description of hardware", instead=instead))
     if not given:
@@ -81,7 +81,7 @@ def _completed(given: Mapping[str, Any]) -> dict[str, Any]:
     """Add what the base has, and turn amounts with units into numbers."""
     found = {"source": "the user's own figures", "extra": {}, **given}
     if "base" in found:
-        base = preset(found.pop("base"))
+        base = hardware_preset(found.pop("base"))
         mixed = f"{base.name} ({base.source}), and the user's own figures"
         found = {**base.to_json(), "source": mixed, **{key: given[key] for key in given if key != "base"}}
     if found.get("compute_device") == "cpu":  # none of these is used there

@@ -216,7 +216,7 @@ PRESETS: Final[Mapping[str, Hardware]] = MappingProxyType(
 """Descriptions by name. Bandwidths are the vendors' peaks: real ones are lower, and ``calibrate`` finds them."""
 
 
-def preset(name: object) -> Hardware:
+def hardware_preset(name: object) -> Hardware:
     """Return a preset by its name, in small or capital letters."""
     if isinstance(name, str) and name.lower() in PRESETS:
         return PRESETS[name.lower()]

@@ -73,7 +73,7 @@ class Cost:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Predicted:
+class PlanCost:
     """What a planner predicts for a plan.
 
     Attributes:
@@ -183,7 +183,7 @@ class PlanFile:
     search: Text
     tables: Annotated[tuple[PlannedTable, ...], Meta(min_length=1)]
     hardware: Hardware | None = None
-    predicted: Predicted | None = None
+    predicted: PlanCost | None = None
     pod_size: PositiveCount = 1
     made_with: Mapping[str, Text] = field(default_factory=_made_with)
     objective: Objective = "all"

@@ -58,7 +58,7 @@ def terms_by_rank(plan: PlanFile) -> dict[str, list[float]]:
     }
 
 
-def memory_by_rank(plan: PlanFile) -> dict[str, list[float]]:
+def predicted_memory(plan: PlanFile) -> dict[str, list[float]]:
     """Predicted GiB of each rank: ``hbm`` and ``ddr``, if the plan uses them."""
     if plan.predicted is None:
         return {}
@@ -188,7 +188,7 @@ def _cost_sections(plan: PlanFile, bound_ms: float | None) -> list[Section]:
         kind="png",
     )
     memory = []
-    for kind, values in memory_by_rank(plan).items():
+    for kind, values in predicted_memory(plan).items():
         maps[f"{kind}_gib"] = values
         memory.append(
             Picture(
@@ -204,7 +204,7 @@ def _cost_sections(plan: PlanFile, bound_ms: float | None) -> list[Section]:
             terms, [f"rank {rank}" for rank in range(plan.world_size)], what="ms per step", bound=bound_ms
         )
     else:
-        bars = plan_figures.cost_by_rank(terms, what="ms per step", bound=bound_ms)
+        bars = plan_figures.cost_figure(terms, what="ms per step", bound=bound_ms)
     return [
         Section("Cost by rank", cost, Data("heat-maps", maps)),
         Section(

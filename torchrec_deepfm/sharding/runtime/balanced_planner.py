@@ -20,7 +20,7 @@ from torchrec_deepfm.sharding.inputs.hardware import RESERVED
 from torchrec_deepfm.sharding.perf_config import ARRIVING_IDS
 from torchrec_deepfm.sharding.plan.plan import Objective
 from torchrec_deepfm.sharding.runtime.module_plan import sharded_tables
-from torchrec_deepfm.sharding.runtime.planner_errors import explain
+from torchrec_deepfm.sharding.runtime.planner_errors import explain_planner_error
 from torchrec_deepfm.sharding.search.assignment import Effort
 from torchrec_deepfm.sharding.search.best_plan import BestPlan
 from torchrec_deepfm.sharding.search.enumerator import WidthEnumerator
@@ -126,7 +126,9 @@ class BalancedPlanner(EmbeddingPlannerBase):
         found = best.find()
         if found is None:
             assert best.error is not None
-            raise explain(best.error, best.options, best.reserved, ranks_option="world_size") from best.error
+            raise explain_planner_error(
+                best.error, best.options, best.reserved, ranks_option="world_size"
+            ) from best.error
         self.critical_path_ms, self.search, self.options = found.ms, found.search, found.options
         return to_sharding_plan(found.options, self._topology)
 

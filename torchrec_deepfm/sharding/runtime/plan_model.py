@@ -38,7 +38,7 @@ from torchrec_deepfm.sharding.plan.io import load_plan
 from torchrec_deepfm.sharding.plan.plan import PlanFile
 from torchrec_deepfm.sharding.plan.torchrec_plan import from_sharding_plan
 from torchrec_deepfm.sharding.plan.validate import check_fits, check_memory
-from torchrec_deepfm.sharding.runtime.planner_errors import explain
+from torchrec_deepfm.sharding.runtime.planner_errors import explain_planner_error
 from torchrec_deepfm.sharding.search.plan_tables import Planning
 
 DATA_PARALLEL_ROWS = "--data-parallel-rows"
@@ -113,7 +113,9 @@ def plan_model(
     except PlannerError as error:
         options = planner._enumerator.last_stored_search_space  # type: ignore[attr-defined]
         reserved = planner._storage_reservation.last_reserved_topology
-        raise explain(error, options or [], reserved or topology, proposals=planner._num_proposals, ema=ema) from error
+        raise explain_planner_error(
+            error, options or [], reserved or topology, proposals=planner._num_proposals, ema=ema
+        ) from error
     plan = from_sharding_plan(
         made,
         tables,

@@ -23,7 +23,7 @@ from torchrec_deepfm.sharding.inputs.sharding_types import CUDA_KERNELS
 from torchrec_deepfm.units import format_bytes
 
 
-def explain(
+def explain_planner_error(
     error: PlannerError,
     options: Sequence[ShardingOption],
     topology: Topology,

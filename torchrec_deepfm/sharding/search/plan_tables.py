@@ -26,7 +26,7 @@ from torchrec_deepfm.sharding.inputs.tables import Table
 from torchrec_deepfm.sharding.inputs.topology import topology
 from torchrec_deepfm.sharding.plan.plan import Objective, PlanFile, PlannedShard, PlannedTable, Search
 from torchrec_deepfm.sharding.plan.validate import check_fits
-from torchrec_deepfm.sharding.runtime.planner_errors import explain
+from torchrec_deepfm.sharding.runtime.planner_errors import explain_planner_error
 from torchrec_deepfm.sharding.runtime.sharder import AllTypesSharder
 from torchrec_deepfm.sharding.search.assignment import Effort
 from torchrec_deepfm.sharding.search.best_plan import BestPlan
@@ -160,7 +160,7 @@ class Planning:
         found = self._best.find(self._ranks_can_run)
         if found is None:
             assert self._best.error is not None
-            raise explain(
+            raise explain_planner_error(
                 self._best.error, self._best.options, self._best.reserved, ema=self._ema, ranks_option="--ranks"
             )
         plan = self._made(found.options, "balanced")
@@ -280,7 +280,7 @@ class Planning:
             raise UserError(f"{str(error).partition('. ')[0]}; loosen its constraints (--constraint)") from error
         except PlannerError as error:
             reserved = planner._storage_reservation.last_reserved_topology
-            raise explain(
+            raise explain_planner_error(
                 error,
                 planner._enumerator.last_stored_search_space or [],  # type: ignore[attr-defined]
                 reserved or planner._topology,

@@ -1,6 +1,6 @@
 """Checkpoints by torch.distributed.checkpoint: any plan on any number of ranks reads them.
 
-``Checkpoints`` saves a running training; ``save_model`` and ``load_model`` handle the weights of a finished one.
+``Checkpoints`` saves a running training; ``save_model`` and ``restore_model`` handle the weights of a finished one.
 """
 
 import contextlib
@@ -273,7 +273,7 @@ def save_model(model: DistributedModelParallel, folder: Path) -> None:
     on_main(commit)
 
 
-def load_model(model: DistributedModelParallel, weights: Weights) -> None:
+def restore_model(model: DistributedModelParallel, weights: Weights) -> None:
     """Read weights into a model with any plan, on any number of ranks; a collective.
 
     Args:
@@ -289,7 +289,7 @@ def load_model(model: DistributedModelParallel, weights: Weights) -> None:
 
 
 def try_load_model(model: DistributedModelParallel, weights: Weights) -> str | None:
-    """Read weights into a model as ``load_model`` does; return the damage instead of raising an error for it."""
+    """Read weights into a model as ``restore_model`` does; return the damage instead of raising an error for it."""
     store, key = weights.store, weights.key
     manifest, reason = on_main(lambda: _read_manifest(store, key))
     if reason is None:

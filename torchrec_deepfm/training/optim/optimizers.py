@@ -13,7 +13,7 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from torchrec_deepfm.sharding.inputs.sparse_optimizers import SPARSE_OPTIMIZERS
 from torchrec_deepfm.training.config import TrainConfig
-from torchrec_deepfm.training.optim.regularisers import before_step, is_table
+from torchrec_deepfm.training.optim.regularisers import before_step, is_table_weight
 
 
 def fuse_sparse_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> None:
@@ -42,7 +42,9 @@ def make_optimizer(model: DistributedModelParallel, config: TrainConfig) -> Comb
     rest = dict(in_backward_optimizer_filter(model.named_parameters()))
     # A plan may replicate other tables than ``data_parallel_rows``: a table's optimizer must not depend on the plan.
     tables = {
-        name: weight for name, weight in rest.items() if is_table(name) and len(weight) > config.data_parallel_rows
+        name: weight
+        for name, weight in rest.items()
+        if is_table_weight(name) and len(weight) > config.data_parallel_rows
     }
     dense = KeyedOptimizerWrapper(
         {name: weight for name, weight in rest.items() if name not in tables},

@@ -77,7 +77,7 @@ def _penalised(parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> I
     """Each weight that has a penalty, with lambda: one number, or one per column of a packed row."""
     columns = [config.embedding_l2] * config.factor_dim + [config.linear_l2]
     for name, weight in parameters.items():
-        if is_table(name) or name.endswith("dense_arch.rows"):
+        if is_table_weight(name) or name.endswith("dense_arch.rows"):
             penalty = torch.tensor(columns + [0.0] * (weight.shape[1] - len(columns)), device=weight.device)
         elif ".over_arch." in name and weight.dim() == 2:
             penalty = torch.tensor(config.over_arch_l2, device=weight.device)
@@ -87,6 +87,6 @@ def _penalised(parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> I
             yield weight, penalty
 
 
-def is_table(name: str) -> bool:
+def is_table_weight(name: str) -> bool:
     """Whether this is the name of a table's weights."""
     return ".embedding_bags." in name and name.endswith(".weight")

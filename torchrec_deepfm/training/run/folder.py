@@ -75,7 +75,7 @@ def describe(config: TrainConfig, data: PreparedData) -> RunDescription:
     )
 
 
-def check_free(folder: Path) -> None:
+def check_no_run(folder: Path) -> None:
     """Check that a run may be written to ``folder``."""
     if folder.is_dir() and any(path.name != run_lock.NAME for path in folder.iterdir()):
         if seed_folders(folder):
@@ -229,7 +229,7 @@ def check_nothing_lost(folder: Path, target: str) -> str | None:
             f"checkpoints are gone; evaluate --run {folder} still reads them, or {from_start}"
         )
     path = folder / metrics_log.NAME
-    log = metrics_log.read(path)
+    log = metrics_log.read_log(path)
     if log is None or not (log.records or log.damaged):
         return None
     if saved is None:  # a run of a version without saved.json

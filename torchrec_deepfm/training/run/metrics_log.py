@@ -50,7 +50,7 @@ def open_log(folder: Path) -> IO[str]:
     return open(folder / NAME, "a", encoding="utf-8", buffering=1, opener=regular_file)
 
 
-def read(path: Path) -> Log | None:
+def read_log(path: Path) -> Log | None:
     """Read the file.
 
     Returns its content; None if it is missing.
@@ -86,7 +86,7 @@ def forget_after(folder: Path, step: int, *, evaluated: bool) -> list[str]:
     are lost.
     """
     path, notes = folder / NAME, []
-    log = read(path)
+    log = read_log(path)
     if log is None:
         return [f"{path} is missing: the curves up to step {step} are lost"] if step else []
     if log.damaged:

@@ -101,7 +101,7 @@ def read_run(folder: Path) -> RunFiles:
 
 def _records(path: Path) -> list[dict[str, Any]]:
     """The complete lines; the last one of a running training may be cut."""
-    log = metrics_log.read(path)
+    log = metrics_log.read_log(path)
     if log is None:
         return []
     if log.damaged:

@@ -22,7 +22,7 @@ _CHOICES = get_args(Which)
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """Weights on a disk, to be read with ``checkpoint.manager.load_model`` or, without ranks, ``inference``.
+    """Weights on a disk, to be read with ``checkpoint.manager.restore_model`` or, without ranks, ``inference``.
 
     Attributes:
         store: the place; ``store.where(key)`` is the path or URL of the folder, ``store.manifest(key)`` its manifest.

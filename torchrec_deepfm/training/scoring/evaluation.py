@@ -70,7 +70,7 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[obj
     return nullcontext()
 
 
-def evaluate(
+def evaluate_split(
     model: DistributedModelParallel,
     batches: Batches,
     device: torch.device,
@@ -81,11 +81,11 @@ def evaluate(
     """Compute the metrics of a model; a collective.
 
     Args:
-        model: as for ``predict``.
-        batches: as for ``predict``.
+        model: as for ``predict_rows``.
+        batches: as for ``predict_rows``.
         device: this rank's device.
         precision: as in ``TrainConfig``.
-        before_step: as for ``predict``.
+        before_step: as for ``predict_rows``.
         bins: as for ``compute_metrics``.
 
     Returns:
@@ -94,7 +94,7 @@ def evaluate(
     Raises:
         NotFiniteError: a logit is NaN or infinite.
     """
-    found = predict(model, batches, device, precision, before_step)
+    found = predict_rows(model, batches, device, precision, before_step)
 
     def work() -> Metrics:
         assert found is not None
@@ -104,7 +104,7 @@ def evaluate(
     return on_main(work)
 
 
-def predict(
+def predict_rows(
     model: DistributedModelParallel,
     batches: Batches,
     device: torch.device,

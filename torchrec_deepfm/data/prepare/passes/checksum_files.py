@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from torchrec_deepfm.data.dataset.checksums import CHECKSUMS, stem_borders
 from torchrec_deepfm.data.dataset.prepared import SPLITS, Day, offsets_file, stem_files
-from torchrec_deepfm.data.dataset.publish import Parts, digest, digest_parts, find_parts, sync
+from torchrec_deepfm.data.dataset.publish import FileParts, digest, digest_parts, find_parts, sync
 from torchrec_deepfm.data.loader import epoch_order
 from torchrec_deepfm.data.prepare.work_folder import WorkFolder
 from torchrec_deepfm.data.schema import Schema
@@ -28,7 +28,7 @@ def borders_of_stems(splits: Splits) -> dict[str, NDArray[np.int64]]:
     return {stem: np.unique(np.concatenate(parts)) for stem, parts in stems.items()}
 
 
-def parts_of(folder: Path, name: str, rows: NDArray[np.int64]) -> Parts:
+def parts_of(folder: Path, name: str, rows: NDArray[np.int64]) -> FileParts:
     """Find the blocks of a file, which begin and end at ``rows``."""
     offsets = re.fullmatch(r"(.*)_(?:ids|weights)_(\d+)\.npy", name)
     if offsets:
@@ -36,7 +36,7 @@ def parts_of(folder: Path, name: str, rows: NDArray[np.int64]) -> Parts:
     return find_parts(folder / name, rows)
 
 
-def take_sums(work: WorkFolder, name: str, parts: Parts | None) -> dict[str, int | str]:
+def take_sums(work: WorkFolder, name: str, parts: FileParts | None) -> dict[str, int | str]:
     """Return the checksum of a file; those of its ``parts`` wait in the work folder."""
     if parts is None:
         return digest(work.out / name)

@@ -122,7 +122,7 @@ def known_optimum(named: Mapping[str, Sequence[Any]]) -> dict[str, dict[str, flo
     return optimum
 
 
-def versions() -> dict[str, Any]:
+def data_versions() -> dict[str, Any]:
     """Return the versions of the packages that make a prepared folder."""
     found = {}
     for package in ("torchrec_deepfm", "duckdb", "polars", "numpy"):
