@@ -16,11 +16,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.errors import UserError, shown
 from torchrec_deepfm.units import format_bytes
 
 _PARTIAL: Final = re.compile(r"\..*\.[0-9a-f]{16}\.partial", re.DOTALL)
 _SEAL: Final = re.compile(rb'"sha256": "([0-9a-f]{64})"\n}\n\Z')
+_NOT_PARQUET: Final = frozenset(
+    (".csv", ".tsv", ".txt", ".json", ".jsonl", ".ndjson", ".html", ".arrow", ".feather", ".ipc", ".orc", ".gz", ".zst")
+)
 _UNSEALED: Final = "0" * 64
 # pathlib makes one slash of the two in s3://bucket, and one letter before the colon is a drive.
 _ADDRESS: Final = re.compile(r"((?:^|::)[A-Za-z][A-Za-z0-9+.-]+:)/+")
@@ -39,6 +42,24 @@ def check_local(path: Path) -> Path:
         address = _ADDRESS.sub(r"\1//", str(path))
         raise UserError(f"{address}: only a local path works here, not an address; name a local file or folder")
     return path
+
+
+def as_path(value: object, what: str) -> Path:
+    """Take a path as a caller in Python gives it: text, or an object that has a path.
+
+    Example:
+        >>> as_path("runs/a", "a run").name
+        'a'
+    """
+    if isinstance(value, str | os.PathLike) and isinstance(name := os.fspath(value), str):
+        return Path(name)
+    raise UserError(f"{shown(value)}: not a path; name the folder of {what}")
+
+
+def check_parquet_name(option: str, path: Path) -> None:
+    """Refuse the name of another kind of file for one that will be Parquet."""
+    if path.suffix.lower() in _NOT_PARQUET:
+        raise UserError(f"{option} {path}: this will be Parquet; name it {path.with_suffix('.parquet').name}")
 
 
 def read_text(path: Path, *, most: int, what: str, instead: str) -> str:

@@ -291,7 +291,7 @@ def test_another_evaluation_is_not_overwritten_without_a_word(
         (["--input", "x.tsv"], "--data, --input: give one of the two, a prepared folder or raw files"),
         (["--slices", "0"], "--slices 0: must be at least 1"),
         (["--compare-checkpoint", "best"], "--compare-checkpoint: name the other run with --compare"),
-        (["--compare", "{data}"], "--run {data}: not a run folder (no config.json); name the folder that train wrote"),
+        (["--compare", "{data}"], "--compare {data}: not a run folder (no config.json); name one that train wrote"),
         (["--output", "{data}"], "--output {data}: this is a folder; name a file, such as evaluation.json"),
         (["--checkpoint", "999"], "--checkpoint 999: no such checkpoint; "),
     ],

@@ -125,8 +125,32 @@ def test_the_commands_of_the_page(run: Path, run_data: PreparedData, tmp_path: P
     assert np.abs(names["score"](run, frame) - predicted).max() <= 1e-6
 
 
-def test_refusals(run: Path, tmp_path: Path, capsys: Any) -> None:
+def test_more_rows_than_the_importance_takes(run: Path, run_data: PreparedData, capsys: Any) -> None:
+    text = run_data.folder.parent / "test.tsv"
+    main(["explain", "--run", str(run), "--input", str(text), "--rows", "7", "--importance-rows", "5"])
+    said = capsys.readouterr().out
+    assert "row 7: probability" in said
+    assert "over 5 rows" in said
+
+
+def test_refusals(run: Path, run_data: PreparedData, tmp_path: Path, capsys: Any) -> None:
+    text = str(run_data.folder.parent / "test.tsv")
+    (tmp_path / "e_fields.parquet").write_text("mine")
+    (tmp_path / "e.html").write_text("mine")
     for words, message in [
+        (["--run", str(run), "--input", text, "--output", str(tmp_path / "e.csv")], "name it e.parquet"),
+        (
+            ["--run", str(run), "--input", text, "--output", str(tmp_path / "e.parquet")],
+            "e_fields.parquet: the file exists",
+        ),
+        (
+            ["--run", str(run), "--input", text, "--page", str(tmp_path / "e.html")],
+            "e.html: the file exists; name another",
+        ),
+        (
+            ["--run", str(run), "--input", text, "--page", "a.parquet", "--output", "a.parquet"],
+            "writes that file already",
+        ),
         (["--run", str(tmp_path), "--input", "a.tsv"], "not a run folder"),
         (["--run", str(run), "--input", "gone.tsv"], "gone.tsv: no such file"),
         (["--run", str(run), "--input", "a.tsv", "--rows", "-1"], "--rows -1: must be at least 0"),
@@ -136,3 +160,4 @@ def test_refusals(run: Path, tmp_path: Path, capsys: Any) -> None:
             main(["explain", *words])
         assert stop.value.code == 2
         assert message in capsys.readouterr().err
+    assert {path.read_text() for path in tmp_path.iterdir()} == {"mine"}

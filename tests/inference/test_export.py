@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -21,6 +22,7 @@ from torchrec_deepfm import DeepFM, embedding_tables
 from torchrec_deepfm.cli.main import main
 from torchrec_deepfm.data.dataset.prepared import PreparedData
 from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.files import seal
 from torchrec_deepfm.inference import export as module
 from torchrec_deepfm.inference.export import export
 from torchrec_deepfm.inference.graph import ScoringGraph, Tables
@@ -217,6 +219,23 @@ def test_damage(onnx: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             torchrec_deepfm.load(copy(name, change))
+
+
+def test_an_encoder_of_another_run(run: Path, tmp_path: Path) -> None:
+    own = tmp_path / "run"
+    shutil.copytree(run, own)
+    path = own / "encoder" / "encoder.json"
+    path.write_bytes(seal(json.loads(path.read_text()) | {"minimum": -7}))
+    with pytest.raises(UserError, match=r"encoder: the encoder is of another run; restore the folder, or train again$"):
+        export(own, tmp_path / "p", to="torch-export")
+    (own / "encoder" / "vocabulary_1.parquet").unlink()
+    shutil.copyfile(run / "encoder" / "encoder.json", path)
+    with pytest.raises(UserError, match=rf"^{own}/encoder/vocabulary_1.parquet: the vocabulary can't be read"):
+        export(own, tmp_path / "p", to="torch-export")
+    shutil.rmtree(own / "encoder")
+    with pytest.raises(UserError, match="encoder: the folder is missing"):
+        export(own, tmp_path / "p", to="torch-export")
+    assert not (tmp_path / "p").exists()
 
 
 def test_bad_input(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

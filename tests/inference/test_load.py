@@ -119,6 +119,24 @@ def test_wrong_folders(run: Path, run_data: PreparedData, frame: pl.DataFrame, t
     refused(r"--data .*prepared: .*run was trained on other data", own, data=run_data.folder)
 
 
+def test_arguments_as_a_person_gives_them(run: Path, frame: pl.DataFrame) -> None:
+    assert torchrec_deepfm.load(run, np.int64(28)).sha256 == torchrec_deepfm.load(str(run), "28").sha256  # type: ignore[arg-type]
+    predictor = torchrec_deepfm.load(run)
+    for call, match in (
+        (lambda: torchrec_deepfm.load(5), "^5: not a path; name the folder of a run or a package$"),
+        (lambda: torchrec_deepfm.load(None), "^None: not a path"),
+        (lambda: torchrec_deepfm.load(b"run"), "^b'run': not a path"),
+        (lambda: torchrec_deepfm.load_model(None), "^None: not a path; name the folder of a run$"),
+        (lambda: torchrec_deepfm.load(run, data=5), "^5: not a path; name the folder of prepared data$"),
+        (lambda: torchrec_deepfm.load(run, True), "^checkpoint True: give best, last or the number of a step$"),
+        (lambda: torchrec_deepfm.load(run, 2.5), "^checkpoint 2.5: give best"),
+        (lambda: torchrec_deepfm.load(run, threads=0), "^threads 0: must be a whole number, at least 1$"),
+        (lambda: predictor.predict(frame, on_bad_row="skipp"), r"did you mean 'skip'\?"),
+    ):
+        with pytest.raises(UserError, match=match):
+            call()  # type: ignore[no-untyped-call]
+
+
 def test_wrong_rows(run: Path, frame: pl.DataFrame) -> None:
     predictor = torchrec_deepfm.load(run)
     for rows, match in [

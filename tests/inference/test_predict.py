@@ -230,6 +230,10 @@ def test_refusals(run: Path, text: Path, tmp_path: Path, capsys: Any) -> None:
         (["--run", str(run), "--input", str(tmp_path / "lacks.parquet"), "--output", out], "no column 'noise'"),
         (["--run", str(run), "--input", one, "--output", str(tmp_path / "taken.parquet")], "the file exists;"),
         (["--run", str(run), "--input", one, "--output", str(tmp_path / "no" / "p")], "its folder does not exist"),
+        (
+            ["--run", str(run), "--input", one, "--output", str(tmp_path / "p.csv")],
+            "will be Parquet; name it p.parquet",
+        ),
         (["--run", str(run), "--input", one, "--output", out, "--keep", "usr"], "(did you mean 'user'?)"),
         (["--run", str(run), "--input", one, "--output", out, "--keep", "probability"], "of this name already"),
         (["--run", str(run), "--input", one, "--output", one], "this command reads or writes that file already"),

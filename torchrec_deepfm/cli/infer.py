@@ -112,10 +112,10 @@ class Explain:
         predictor = _load(self.run_folder, self.package, self.checkpoint, self.data)
         from torchrec_deepfm.inference.explain_files import explain_files
 
-        targets = [path for path in (self.output, self.page) if path is not None]
         found = explain_files(
-            predictor, self.input, rows=self.rows, importance_rows=self.importance_rows, targets=targets
-        )
+            predictor, self.input, rows=self.rows, importance_rows=self.importance_rows, output=self.output,
+            page=self.page,
+        )  # fmt: skip
         console.say(found.text())
         written = found.write(self.output, self.page, f"What {predictor.path.name} predicts, and why")
         if written:

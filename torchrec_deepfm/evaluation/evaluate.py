@@ -52,6 +52,8 @@ def evaluate_run(
     """
     folders = [folder, *([] if options.compare is None else [options.compare])]
     checkpoints = (options.checkpoint, options.compare_checkpoint)
+    if options.compare is not None and not (options.compare / run_folder.CONFIG).is_file():
+        raise UserError(f"--compare {options.compare}: not a run folder (no config.json); name one that train wrote")
     runs = [run_folder.read(one) for one in folders]
     weights = [
         on_main(lambda one=one, asked=asked: find_weights(one, asked))  # type: ignore[misc]

@@ -19,6 +19,7 @@ from torchrec_deepfm.data.schema import Schema
 from torchrec_deepfm.data.values.vocabulary import vocabulary_file
 from torchrec_deepfm.errors import UserError, one_of
 from torchrec_deepfm.evaluation.figures import Keys
+from torchrec_deepfm.inference.load import check_encoding
 from torchrec_deepfm.training.run import folder as run_folder
 
 _PIECE = 2**20  # rows
@@ -65,6 +66,7 @@ class PreparedRows:
                     f"--data {data.folder}: column {name!r} has {theirs} ids, but {folder} was trained on {mine}; "
                     "name the data that it was trained on, or data prepared with the same vocabulary"
                 )
+        check_encoding(folder, data)
 
     def describe(self) -> dict[str, Any]:
         """What the result file records of the rows."""

@@ -1,5 +1,6 @@
 """``explain``: the first rows of some files taken apart, fields by importance, as text, Parquet and a page."""
 
+import io
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -8,7 +9,7 @@ import polars as pl
 
 from torchrec_deepfm.data.raw.table_source import TableSource
 from torchrec_deepfm.errors import UserError
-from torchrec_deepfm.files import check_target
+from torchrec_deepfm.files import check_parquet_name, check_target, write_bytes
 from torchrec_deepfm.inference.explain import Explanation, Importance, explain_rows, importance
 from torchrec_deepfm.inference.load import Predictor
 from torchrec_deepfm.inference.predict import open_sources
@@ -52,9 +53,9 @@ class Explained:
         """
         written = []
         if rows is not None:
-            fields = rows.with_name(f"{rows.stem}_fields{rows.suffix}")
-            self.rows.table().write_parquet(rows)
-            pl.DataFrame([asdict(one) for one in self.fields]).write_parquet(fields)
+            fields = _beside(rows)
+            _write_table(self.rows.table(), rows)
+            _write_table(pl.DataFrame([asdict(one) for one in self.fields]), fields)
             written += [rows, fields]
         if page is not None:
             write_page(page, title, self._sections())
@@ -89,7 +90,8 @@ def explain_files(
     *,
     rows: int,
     importance_rows: int,
-    targets: Sequence[Path] = (),
+    output: Path | None = None,
+    page: Path | None = None,
 ) -> Explained:
     """Explain the first rows of some files, and which fields matter over more of them.
 
@@ -98,7 +100,8 @@ def explain_files(
         inputs: As for ``predict_files``; with labels the AUC's loss is measured too.
         rows: Rows to take apart.
         importance_rows: Rows to measure the importance over.
-        targets: Files to be written later, which must be free.
+        output: File for ``Explained.write``, which must not exist.
+        page: As ``output``.
 
     Returns:
         What was found.
@@ -109,28 +112,53 @@ def explain_files(
     for option, least, value in (("--rows", 0, rows), ("--importance-rows", 1, importance_rows)):
         if value < least:
             raise UserError(f"{option} {value}: must be at least {least}")
-    for target in targets:
-        check_target("--output, --page", target, like="explained.parquet", inputs=[Path(one) for one in inputs])
+    if output is not None:
+        check_parquet_name("--output", output)
+    targets = _targets(output, page)
+    for number, (option, target) in enumerate(targets):
+        like = "explained.parquet" if option == "--output" else "explained.html"
+        check_target(option, target, like=like, inputs=[other for _, other in targets[:number]])
+        if target.exists():
+            raise UserError(f"{option} {target}: the file exists; name another one, or remove it")
     sources = open_sources(predictor.encoder, inputs)
     label = predictor.encoder.raw_schema.label
     if all(isinstance(source, TableSource) and label in source.file.fields for source in sources):
         sources = open_sources(predictor.encoder, inputs, labelled=True)
-    frames, found = [], 0
+    frames, found, most = [], 0, max(rows, importance_rows)
     for source in sources:
         for piece in source.pieces(start=0, line=0, skip_bad=False):
-            frames.append(piece.frame.head(importance_rows - found))
+            frames.append(piece.frame.head(most - found))
             found += len(frames[-1])
-            if found == importance_rows:
+            if found == most:
                 break
-        if found == importance_rows:
+        if found == most:
             break
     raw = pl.concat(frames, how="vertical_relaxed")
     encoder, scorer = predictor.encoder, predictor.score
-    head = raw.head(rows)
+    head, measured = raw.head(rows), raw.head(importance_rows)
     explained = explain_rows(scorer, encoder.encode_piece(head), encoder.texts(head))
-    labels = raw["label"].to_numpy().astype("int64") if "label" in raw.columns else None
-    fields = importance(scorer, encoder.encode_piece(raw), labels)
-    return Explained(rows=explained, fields=fields, measured=len(raw))
+    labels = measured["label"].to_numpy().astype("int64") if "label" in raw.columns else None
+    fields = importance(scorer, encoder.encode_piece(measured), labels)
+    return Explained(rows=explained, fields=fields, measured=len(measured))
+
+
+def _targets(output: Path | None, page: Path | None) -> list[tuple[str, Path]]:
+    """The files to write, with their options."""
+    found = [] if output is None else [("--output", output), ("--output", _beside(output))]
+    return found if page is None else [*found, ("--page", page)]
+
+
+def _beside(rows: Path) -> Path:
+    return rows.with_name(f"{rows.stem}_fields{rows.suffix}")
+
+
+def _write_table(table: pl.DataFrame, path: Path) -> None:
+    sink = io.BytesIO()
+    table.write_parquet(sink)
+    try:
+        write_bytes(path, sink.getvalue())
+    except OSError as error:
+        raise UserError(f"--output {path}: the file can't be written ({error.strerror}); name another one") from error
 
 
 def _named(field: str | None, value: str | None) -> str | None:

@@ -23,6 +23,7 @@ from torchrec_deepfm.files import write_bytes
 from torchrec_deepfm.inference.forms import PROBABILITY, Form, open_model, write_model
 from torchrec_deepfm.inference.graph import ScoringGraph, Tables
 from torchrec_deepfm.inference.inputs import Arrays, Signature
+from torchrec_deepfm.inference.load import check_encoding, encoder_of
 from torchrec_deepfm.inference.package import ENCODER, FORMAT_VERSION, README, PackageFile, readme, write_package_json
 from torchrec_deepfm.inference.triton import lay_out
 from torchrec_deepfm.inference.weights import load_model
@@ -120,7 +121,8 @@ def export(
         raise UserError(f"--layout triton: Triton's onnxruntime runs ONNX, not {to}; add --to onnx")
     described = run_folder.read(run)
     prepared = _open_data(run, data)
-    bags = _bags(run, prepared)
+    encoder = _encoder(run)
+    bags = _bags(run, prepared, encoder)
     if prepared is None and tables != "fp32":
         raise UserError(
             f"--tables {tables}: its AUC is compared on labelled rows, and the data of {run} are gone; name prepared "
@@ -157,9 +159,9 @@ def export(
         parity = _compare(expected, found, labels, tables, rounding, source)
         say(str(parity))
         example = None
-        if (run / ENCODER).is_dir():
+        if encoder is not None:
             shutil.copytree(run / ENCODER, partial / ENCODER)
-            example = RowEncoder.open(partial / ENCODER).example()
+            example = encoder.example()
         package = PackageFile(
             format_version=FORMAT_VERSION, form=to, tables=tables, signature=signature, terms=terms, bias=bias,
             factor_dim=described.config.factor_dim, parity=asdict(parity), versions=run_folder.versions(), files={},
@@ -186,15 +188,22 @@ def _open_data(run: Path, data: Path | None) -> PreparedData | None:
             f"--data {data}: has other columns or numbers of ids than {run}; name the data that it was trained on, or "
             "data prepared with the same vocabulary"
         )
+    check_encoding(run, prepared)
     return prepared
 
 
-def _bags(run: Path, prepared: PreparedData | None) -> tuple[str, ...]:
+def _encoder(run: Path) -> RowEncoder | None:
+    """Open the encoder of a run; None if it was trained without one."""
+    kept = run_folder.read_config(run, "train again").encoder_sha256
+    return None if kept is None and not (run / ENCODER).is_dir() else encoder_of(run)
+
+
+def _bags(run: Path, prepared: PreparedData | None, encoder: RowEncoder | None) -> tuple[str, ...]:
     """Return the multi-hot features of a run."""
     if prepared is not None:
         return prepared.schema.multi_hot
-    if (run / ENCODER).is_dir():
-        return tuple(RowEncoder.open(run / ENCODER).schema.multi_hot)
+    if encoder is not None:
+        return tuple(encoder.schema.multi_hot)
     raise UserError(
         f"{run}: an earlier version trained it and kept no encoder, and its data are gone; name the prepared folder "
         "with --data"

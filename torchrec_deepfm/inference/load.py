@@ -14,8 +14,10 @@ import torch
 from numpy.typing import NDArray
 
 from torchrec_deepfm.data.dataset.prepared import PreparedData
+from torchrec_deepfm.data.prepare.encoder_file import check_same_encoding
 from torchrec_deepfm.data.prepare.row_encoder import RowEncoder
 from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.files import as_path
 from torchrec_deepfm.inference.explain import Explanation, explain_rows
 from torchrec_deepfm.inference.parts import Scorer
 from torchrec_deepfm.inference.scorer import ModelScorer
@@ -96,7 +98,9 @@ def load(
     Raises:
         UserError: The folder holds neither, is damaged, or its parts are of different runs.
     """
-    path = Path(run_or_package)
+    path = as_path(run_or_package, "a run or a package")
+    if threads is not None and (not isinstance(threads, int) or threads < 1):
+        raise UserError(f"threads {threads!r}: must be a whole number, at least 1")
     if (path / PACKAGE).exists():
         if checkpoint is not None or data is not None:
             option = "checkpoint" if checkpoint is not None else "data"
@@ -107,7 +111,7 @@ def load(
         return Predictor(path=path, sha256=_digest(path / PACKAGE), encoder=encoder, score=package)
     if threads is not None:
         torch.set_num_threads(threads)
-    encoder, sha256 = open_run(path, checkpoint, None if data is None else Path(data))
+    encoder, sha256 = open_run(path, checkpoint, None if data is None else as_path(data, "prepared data"))
     precision = run_folder.read(path).config.precision
     score = ModelScorer(load_model(path, checkpoint), encoder.schema, precision)
     return Predictor(path=path, sha256=sha256, encoder=encoder, score=score)
@@ -142,6 +146,14 @@ def open_run(path: Path, checkpoint: str | int | None, data: Path | None = None)
 
 
 _RESTORE: Final = "restore the folder, or train again"
+
+
+def check_encoding(run: Path, data: PreparedData) -> None:
+    """Check that prepared rows have the ids and numbers that a run was trained on; see ``check_same_encoding``."""
+    kept = run_folder.read_config(run, "train again").encoder_sha256
+    folder = run / run_folder.ENCODER
+    if kept is not None and folder.is_dir() and RowEncoder.sha256_of(folder) == kept:
+        check_same_encoding(folder, data)
 
 
 def encoder_of(run: Path, data: Path | None = None) -> RowEncoder:

@@ -28,7 +28,7 @@ from torchrec_deepfm.data.raw.criteo_text import TextLog
 from torchrec_deepfm.data.raw.source import Piece, Source
 from torchrec_deepfm.data.raw.table_source import open_tables
 from torchrec_deepfm.errors import UserError
-from torchrec_deepfm.files import check_local, check_target, write_bytes
+from torchrec_deepfm.files import check_local, check_parquet_name, check_target, write_bytes
 from torchrec_deepfm.inference.load import Predictor, ShardedPredictor, spread
 from torchrec_deepfm.inference.parts import Scorer, sigmoid
 from torchrec_deepfm.inference.scorer import ModelScorer
@@ -234,6 +234,7 @@ class _Parts:
         """Make the folder, or resume in it; return the result if this very call has finished before."""
         check_local(self._output)
         check_target("--output", self._output, like="predictions.parquet", inputs=inputs)
+        check_parquet_name("--output", self._output)
         if self._output.exists():
             return self._finished_before()
         job = self._folder / "job.json"

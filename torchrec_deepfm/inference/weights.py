@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.files import as_path
 from torchrec_deepfm.model.deepfm import DeepFM, DeepFMTrain
 from torchrec_deepfm.training.build import make_deepfm
 from torchrec_deepfm.training.checkpoint.dcp import Cut, TensorCuts
@@ -31,7 +32,7 @@ def load_model(run: Path | str, checkpoint: str | int | None = None) -> DeepFM:
     Raises:
         UserError: the folder holds no run, the checkpoint does not exist, or it is damaged.
     """
-    run = Path(run)
+    run = as_path(run, "a run")
     weights = find_weights(run, checkpoint)
     described = run_folder.read(run)
     meta = torch.device("meta")

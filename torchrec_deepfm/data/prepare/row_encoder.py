@@ -6,39 +6,32 @@ vocabularies, unless values are hashed.
 Shape letters: n rows, I numeric columns, F1 categorical columns with one id per row.
 """
 
-import json
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Any, Final, Literal
 
 import duckdb
-import msgspec
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from torchrec_deepfm.data.dataset.prepared import PreparedData, read_manifest
+from torchrec_deepfm.data.dataset.prepared import PreparedData
 from torchrec_deepfm.data.dataset.publish import digest, new_folder
 from torchrec_deepfm.data.loader.row_reader import CopiedBags
+from torchrec_deepfm.data.prepare.encoder_file import AGAIN, ENCODER, EncoderFile, encoder_content, read_encoder
 from torchrec_deepfm.data.raw.frames import as_arrow
 from torchrec_deepfm.data.raw.table_frame import HEX, category_types, table_frame
 from torchrec_deepfm.data.schema import Schema
 from torchrec_deepfm.data.values import numeric
 from torchrec_deepfm.data.values.hashing import Hashing
 from torchrec_deepfm.data.values.row_columns import categorical_columns, list_values
-from torchrec_deepfm.data.values.statistics import ColumnStatistics
 from torchrec_deepfm.data.values.vocabulary import Vocabulary, vocabulary_file
-from torchrec_deepfm.errors import UserError
-from torchrec_deepfm.files import check_seal, read_bytes, seal, write_bytes
-from torchrec_deepfm.strict_json import as_type, parse_json
+from torchrec_deepfm.errors import UserError, one_of
+from torchrec_deepfm.files import seal, write_bytes
 
-ENCODER: Final = "encoder.json"
-FORMAT_VERSION: Final = 1
 BATCH_ROWS: Final = 8192
-_MAX_BYTES: Final = 64 << 20
-_Count = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,35 +77,6 @@ class EncodedRows:
             yield self.slice(start, min(start + BATCH_ROWS, len(self)))
 
 
-@dataclass(frozen=True, kw_only=True)
-class EncoderFile:
-    """The content of ``encoder.json``.
-
-    Args:
-        format_version: Of the file.
-        schema: The prepared schema.
-        raw_schema: The schema of raw rows.
-        num_embeddings: Ids per categorical column of the prepared schema.
-        hashed: Whether values are hashed; else there is a vocabulary per column.
-        transforms: What becomes of the numbers, by raw numeric column.
-        types: Type of the values per raw categorical column; ``None`` in folders of versions that did not record them.
-        minimum: Smallest number of the training rows, for the transform ``log``.
-        files: ``bytes`` and ``sha256`` of each vocabulary.
-        statistics: What transforms learned from the training rows, by raw numeric column; ``None`` where none did.
-    """
-
-    format_version: Literal[1]
-    schema: dict[str, Any]
-    raw_schema: dict[str, Any]
-    num_embeddings: dict[str, _Count]
-    hashed: bool
-    transforms: dict[str, str]
-    types: dict[str, Literal["string", "integer"] | None] | None
-    minimum: int | None
-    files: dict[str, dict[str, int | str]]
-    statistics: dict[str, ColumnStatistics] | None = None
-
-
 class RowEncoder:
     r"""Treats new rows as ``prepare`` treated those of a folder. Vocabularies are read once, when it is opened.
 
@@ -144,8 +108,7 @@ class RowEncoder:
     """
 
     def __init__(self, folder: Path) -> None:
-        content = _read(folder)
-        file, self.sha256 = _parse(folder, content), json.loads(content)["sha256"]
+        file, self.sha256 = read_encoder(folder)
         where = folder / ENCODER
         try:
             self.schema, self.raw_schema = Schema.from_json(file.schema), Schema.from_json(file.raw_schema)
@@ -154,12 +117,12 @@ class RowEncoder:
         self.num_embeddings: Mapping[str, int] = file.num_embeddings
         names = self.schema.categorical
         if set(names) != set(file.num_embeddings) or set(self.raw_schema.numeric) != set(file.transforms):
-            raise UserError(f"{where}: its keys name different columns; {_AGAIN}")
+            raise UserError(f"{where}: its keys name different columns; {AGAIN}")
         self._reading = numeric.settled(self.raw_schema, file.transforms)
         try:
             self._numbers = numeric.with_statistics(numeric.numeric_columns(self._reading, None), file.statistics or {})
         except (KeyError, UserError) as error:
-            raise UserError(f"{where}: it lacks what a transform learned ({error}); {_AGAIN}") from error
+            raise UserError(f"{where}: it lacks what a transform learned ({error}); {AGAIN}") from error
         if "log" in file.transforms.values() and file.minimum is None:
             raise UserError(
                 f"{where}: the smallest number of the training rows, which --numeric log shifts by, was not recorded "
@@ -192,7 +155,7 @@ class RowEncoder:
         Raises:
             UserError: ``encoder.json`` is missing or damaged.
         """
-        return str(json.loads(_read(folder))["sha256"])
+        return read_encoder(folder)[1]
 
     @staticmethod
     def save(data: PreparedData, folder: Path) -> None:
@@ -207,27 +170,12 @@ class RowEncoder:
         """
         if "raw_schema" not in data.made:
             raise UserError(f"{data.folder}: the folder does not record its raw columns; make it with prepare")
-        manifest = read_manifest(data.folder)
-        encoding = manifest.get("encoding", {})
-        hashed = data.made["mode"] == "hash"
-        names = [] if hashed else [vocabulary_file(data.folder, j).name for j in range(len(data.schema.categorical))]
-        content = {
-            "format_version": FORMAT_VERSION,
-            "schema": data.schema.to_json(),
-            "raw_schema": data.made["raw_schema"],
-            "num_embeddings": dict(data.num_embeddings),
-            "hashed": hashed,
-            "transforms": data.made["numeric"],
-            "types": encoding.get("types"),
-            "minimum": encoding.get("minimum"),
-            "files": {name: manifest["files"][name] for name in names},
-        }
-        if "statistics" in encoding:
-            content["statistics"] = encoding["statistics"]
+        content = encoder_content(data)
+        files: Mapping[str, Any] = content["files"]
         with new_folder(folder) as partial:
-            for name in names:
+            for name, entry in files.items():
                 shutil.copyfile(data.folder / name, partial / name)
-                if digest(partial / name) != manifest["files"][name]:
+                if digest(partial / name) != entry:
                     raise UserError(
                         f"{data.folder / name}: the file is damaged (its checksum differs); prepare the data again"
                     )
@@ -256,6 +204,8 @@ class RowEncoder:
         return self._read(frame, "error")[0]
 
     def _read(self, frame: Any, on_bad_row: str) -> tuple[pl.DataFrame, dict[int, str]]:
+        if on_bad_row not in ("error", "skip"):
+            raise UserError(f"on_bad_row {on_bad_row!r}: choose {one_of(('error', 'skip'), on_bad_row)}")
         table = as_arrow(frame, self.raw_schema.features_read)
         fields = dict(zip(table.schema.names, table.schema.types, strict=True))
         types = category_types(fields, self._reading, types=self._types, labelled=False)
@@ -352,15 +302,15 @@ class RowEncoder:
         try:
             found = digest(path)
         except OSError as error:
-            raise UserError(f"{path}: the vocabulary can't be read ({error.strerror}); {_AGAIN}") from error
+            raise UserError(f"{path}: the vocabulary can't be read ({error.strerror}); {AGAIN}") from error
         if found != file.files.get(path.name):
             raise UserError(
                 f"{path}: the vocabulary of column {name!r} is damaged or of another run (its checksum differs); "
-                f"{_AGAIN}"
+                f"{AGAIN}"
             )
         vocabulary = Vocabulary.read(path)
         if len(vocabulary) + 1 != file.num_embeddings[name]:
-            raise UserError(f"{path}: holds {len(vocabulary)} values, not {file.num_embeddings[name] - 1}; {_AGAIN}")
+            raise UserError(f"{path}: holds {len(vocabulary)} values, not {file.num_embeddings[name] - 1}; {AGAIN}")
         return vocabulary
 
     def _value_types(self, where: Path, recorded: Mapping[str, str | None] | None) -> tuple[str | None, ...]:
@@ -384,9 +334,6 @@ class RowEncoder:
         return tuple(types)
 
 
-_AGAIN: Final = "restore the folder, or train again"
-
-
 def _text(value: Any, *, code: bool) -> str:
     if value is None:
         return ""
@@ -395,26 +342,3 @@ def _text(value: Any, *, code: bool) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     return f"{value:08x}" if code else str(value)
-
-
-def _read(folder: Path) -> bytes:
-    path = folder / ENCODER
-    try:
-        content = read_bytes(path, most=_MAX_BYTES)
-    except OSError as error:
-        raise UserError(f"{path}: the encoder of raw rows can't be read ({error.strerror}); {_AGAIN}") from error
-    if not check_seal(content):
-        raise UserError(f"{path}: the file is damaged (its checksum does not fit); {_AGAIN}")
-    return content
-
-
-def _parse(folder: Path, content: bytes) -> EncoderFile:
-    where = str(folder / ENCODER)
-    raw = parse_json(content.decode(), where=where, remedy=_AGAIN)
-    raw.pop("sha256")
-    version = raw.get("format_version")
-    if version != FORMAT_VERSION:
-        raise UserError(
-            f"{where}: format_version is {version!r}, this version reads {FORMAT_VERSION}; use the one that wrote it"
-        )
-    return as_type(raw, EncoderFile, where=where, remedy=_AGAIN)

@@ -6,6 +6,7 @@ checkpoint_last/    the last, unless the run's own are the same
 checkpoints/        the states of single steps, with the optimizers' values; may lie elsewhere
 """
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,9 +92,14 @@ def _own(run: Path, kept: Mapping[str, KeptWeights | None]) -> Weights:
 
 def _step(run: Path, checkpoint: str | int, kept: Mapping[str, KeptWeights | None]) -> int:
     """The number of steps that a user's choice stands for."""
-    if isinstance(checkpoint, bool) or not isinstance(checkpoint, str | int):
+    if not isinstance(checkpoint, str):
+        try:
+            if not isinstance(checkpoint, bool):
+                return operator.index(checkpoint)  # numpy's integers too
+        except TypeError:
+            pass
         raise UserError(f"checkpoint {checkpoint!r}: give best, last or the number of a step")
-    if isinstance(checkpoint, int) or (checkpoint.isascii() and checkpoint.isdecimal()):
+    if checkpoint.isascii() and checkpoint.isdecimal():
         return int(checkpoint)
     if checkpoint not in _CHOICES:
         raise UserError(f"--checkpoint {checkpoint}: choose {one_of(_CHOICES, checkpoint)}, or the number of a step")
