@@ -28,6 +28,7 @@ _FAMILIES: Final[tuple[tuple[Where, ...], ...]] = (
 )
 _LUMPS: Final = (1.0, 1.2, 1.5)  # factors on the shares of pieces, since pieces fill no gaps
 _MULTIPLIERS: Final = (0.0, 0.01, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)
+_MOST_PRICES: Final = 64
 _SAME: Final = 1e-9  # relative: what is left of equal sums in another order
 
 
@@ -244,16 +245,14 @@ class _Arrays:
 
     def starts(self) -> Iterable[tuple[int, ...]]:
         """For each bound on a piece's price, each family of ways and each price of memory: the least shares."""
-        finite = np.unique(np.round(self.piece[np.isfinite(self.piece)], 9))
-        if len(finite) > 64:
-            finite = finite[np.unique(np.linspace(0, len(finite) - 1, 64).astype(int))]
+        prices = _few_prices(self.piece[np.isfinite(self.piece)])
         scale = float(self.share[np.isfinite(self.share)].mean())
         memory = np.where(np.isfinite(self.memory), self.memory, 1e12)
         for kinds, lumps, multiplier in itertools.product(_FAMILIES, _LUMPS, _MULTIPLIERS):
             allowed = np.isin(self.family, [_FAMILIES[0].index(kind) for kind in kinds])
             lumpy = np.where(self.piece > 0, lumps, 1.0) * self.share
             price = lumpy + multiplier * scale * len(self.ms) * memory
-            for bound in finite:
+            for bound in prices:
                 usable = np.where(allowed & (self.piece <= bound * (1 + _SAME)), price, np.inf)
                 # A table without a way below the bound takes the one that is least above it.
                 rows = np.where(np.isfinite(usable).any(axis=1, keepdims=True), usable, self.ms)
@@ -316,3 +315,19 @@ class _Arrays:
             if not np.isfinite(bound[table, number]):
                 return
             yield (*choice.ways[:table], number, *choice.ways[table + 1 :])
+
+
+def _few_prices(prices: Floats) -> Floats:
+    """Distinct prices, at most 64: of those that are nearly equal the highest, since all of them are below it.
+
+    Shards of uneven rows have a hundred prices that differ in the fourth digit; they must not crowd out the others.
+    """
+    found = np.unique(prices)
+    scale = np.log(np.maximum(found, np.finfo(float).tiny))
+    near = _SAME
+    while True:
+        highest = np.append(np.diff(np.floor(scale / near)) > 0, True)
+        if highest.sum() <= _MOST_PRICES:
+            few: Floats = found[highest]
+            return few
+        near *= 2

@@ -1,0 +1,39 @@
+"""Choosing a way for each table, on pieces with made-up prices."""
+
+import random
+
+import numpy as np
+import pytest
+
+from torchrec_deepfm.sharding.search.assignment import choose
+from torchrec_deepfm.sharding.search.placement import Machine, PlacementOption
+
+
+@pytest.mark.parametrize("seed", [7, 23, 101, 4242])
+def test_prices_that_hardly_differ_change_nothing(seed: int) -> None:
+    """Rows that hosts do not divide give every table prices of its own, a ten-thousandth apart."""
+    draw = random.Random(seed)
+    rows = [10 ** min(1.5 + draw.paretovariate(1.1), 8.0) for _ in range(40)]
+    everywhere = [0.002 + 8e-7 * each for each in rows]
+    wide, narrow = draw.uniform(0.5, 0.7), draw.uniform(0.3, 0.35)
+    uneven = [1 + 1e-4 * draw.random() for _ in everywhere]
+
+    def ways(factors: list[float]) -> list[list[PlacementOption]]:
+        return [
+            [
+                PlacementOption(where=where, count=count, ms=ms, hbm=0, ddr=0)
+                for where, count, ms in (
+                    ("every rank", 1, ms_everywhere),
+                    ("any rank", 1, wide),
+                    ("any rank", 2, narrow),
+                    ("any host", 1, 0.145 * factor),
+                    ("any host", 2, 0.0745 * factor),
+                )
+            ]
+            for ms_everywhere, factor in zip(everywhere, factors, strict=True)
+        ]
+
+    memory = np.full(24, 1e9)
+    machine = Machine(ranks=24, ranks_per_host=8, hbm=memory, ddr=memory)
+    even = choose(machine, ways([1.0] * len(everywhere)))
+    assert choose(machine, ways(uneven)).critical_path <= even.critical_path * (1 + 1e-4)
