@@ -14,8 +14,12 @@ def main() -> NoReturn:
     interrupt = Interrupt()  # before the imports, which take a second
     code = 1
     try:
-        import torchrec_deepfm.cli.main  # noqa: F401 (what takes a second)
-
+        try:
+            import torchrec_deepfm.cli.main  # noqa: F401 (what takes a second)
+        except ModuleNotFoundError as error:
+            remedy = "run `make setup` and `source .venv/bin/activate` in the clone"
+            sys.stderr.write(f"torchrec_deepfm: {sys.executable} lacks the package {error.name!r}; {remedy}\n")
+            sys.exit(2)
         interrupt.imported()
         code = run()
         sys.stdout.flush()

@@ -1,10 +1,16 @@
 """The command line: its commands and option names, frozen, and their help."""
 
 import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from torchrec_deepfm.cli import main as cli
+
+ROOT = Path(__file__).resolve().parents[2]
 
 # Scripts rely on these names. Add to them; a change or a removal breaks somebody's job.
 OPTIONS = {
@@ -214,3 +220,26 @@ def test_the_help_of_train_is_in_groups_and_the_same_whatever_else_is_typed(
     assert groups == ["options", *(f"{kind} options" for kind in kinds)]
     text = " ".join(texts[0].replace("│", " ").split())
     assert "Hidden layers of the MLP. (default: 400 400 400)" in text  # the paper's
+
+
+def test_what_infer_advises_can_be_typed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = (f"{row % 2},{row % 7},{row % 5}" for row in range(100))
+    Path("my clicks.csv").write_text("\n".join(["click,user_id,item_id", *rows]))
+    cli.main(["schema", "infer", "my clicks.csv", "--output", "schema.toml"])
+    advice = capsys.readouterr().out.partition("python -m torchrec_deepfm ")[2]
+    cli.main([*shlex.split(advice), "--min-count", "1"])
+    assert Path("FOLDER/manifest.json").is_file()
+
+
+def test_a_python_without_the_packages_gets_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-S", "-m", "torchrec_deepfm", "train"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
+    )
+    line = f"torchrec_deepfm: {sys.executable} lacks the package 'tyro'; run `make setup` and "
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(line)
+    assert done.stderr.count("\n") == 1

@@ -1,6 +1,7 @@
 """Commands that make, prepare and check data: ``synthetic``, ``schema``, ``prepare``, ``verify``."""
 
 import os
+import shlex
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -126,6 +127,5 @@ class InferSchema:
             console.say(infer_schema(self.file, label=self.label).rstrip("\n"))
         else:
             write_inferred(self.file, self.output, label=self.label)
-            console.say(
-                f"wrote {self.output}; look through it, then: python -m torchrec_deepfm prepare --schema {self.output}"
-            )
+            words = shlex.join(["--input", self.file, "--schema", str(self.output), "--output"])
+            console.say(f"wrote {self.output}; read it, then: python -m torchrec_deepfm prepare {words} FOLDER")

@@ -367,7 +367,7 @@ class Job:
                 phase.add(1, 0)
         if mine and self._workers.count == 1:
             ids = sum(vocabulary_size(self._work.out, j) for j in columns)
-            self._say(f"counted {ids:,} ids in {len(columns)} columns")
+            self._say(f"counted {ids:,} ids in {len(columns)} column{'s' * (len(columns) != 1)}")
 
     def _all_staged(self, units: Staged) -> list[list[tuple[Path, int, int]]]:
         return [self._stager.staged_files(part.stem, record) for unit, record in units for part in unit.parts]
