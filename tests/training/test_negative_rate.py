@@ -79,7 +79,8 @@ def test_a_downsampled_training_is_calibrated() -> None:
     for rate in (1.0, 0.1):
         run = fit(
             rows.drop("row"), schema=SCHEMA, validation=held_out.drop("row"), show=False, negative_rate=rate,
-            epochs=3, batch_size=100, over_arch_layer_sizes=(8,), dropout=0.0, sparse_lr=0.05, min_count=1,
+            epochs=2, batch_size=400 if rate == 1.0 else 100, over_arch_layer_sizes=(8,), dropout=0.0, sparse_lr=0.05,
+            min_count=1,
         )  # fmt: skip
         predicted[rate] = run.predict(held_out).astype(float)
         assert run.metrics["validation"]["calibration"] == pytest.approx(1.0, abs=0.1)

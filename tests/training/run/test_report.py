@@ -5,6 +5,7 @@ import math
 import os
 import shlex
 import shutil
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from matplotlib.figure import Figure
 
 from tests.faults.runs import make_data
+from tests.support.pictures import undrawn
 from torchrec_deepfm.cli import main as cli
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.report.page import NOTHING, embedded_data
@@ -30,6 +32,14 @@ from torchrec_deepfm.training.run.report import write_run_report
 from torchrec_deepfm.training.trainer import train as train_run
 
 pytestmark = pytest.mark.pictures
+
+
+@pytest.fixture
+def no_pictures() -> Iterator[None]:
+    """Pictures cost seconds: for tests in which they are those of any run."""
+    with undrawn():
+        yield
+
 
 CONFIG: dict[str, Any] = {
     "format_version": 1,
@@ -222,6 +232,7 @@ def test_it_shows_what_newer_files_say(tmp_path: Path) -> None:
     assert all(text in shown.text for text in ("A CPU", "0.50 of 2", "abc123"))
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_the_command_repeats_the_run(tmp_path: Path) -> None:
     """The command line itself reads it, into the same options."""
     options = {"terms": ["linear", "fm"], "batch_norm": True, "sparse_lr": 0.3, "qcomms": ["fp16", "bf16"]}
@@ -249,15 +260,6 @@ def test_the_command_repeats_the_run(tmp_path: Path) -> None:
         ({"metrics": [{**train(20, 0.5), "lr": {}}, evaluation(20, "test")]}, 4, "Learning curves"),
         ({"calibration": {"splits": {"validation": [], "test": [BINS[0]]}}}, 6, "expected calibration error"),
         ({"calibration": {"splits": {"test": [{**BINS[0], "predicted": 0.0, "observed": 0.0}]}}}, 6, "Calibration"),
-        (
-            {"summary": {key: SUMMARY[key] for key in SUMMARY if key not in ("validation", "test", "best")}},
-            7,
-            "neither",
-        ),
-        ({"summary": {**SUMMARY, "restored_step": 40}}, 7, "step 40, the best one"),
-        ({"summary": {**SUMMARY, "weights": WEIGHTS}}, 7, "best, the run's own"),
-        ({"summary": {**SUMMARY, "weights": WEIGHTS}}, 7, "checkpoint_last"),
-        ({"summary": {**SUMMARY, "best": {"metric": "auc", "value": None, "step": None}}}, 7, "Result"),
         ({"metrics": [train(step, 1 / step, step // 9) for step in range(1, 5000)]}, 6, "Learning curves"),
     ],
 )
@@ -265,6 +267,22 @@ def test_odd_runs(tmp_path: Path, files: dict[str, object], pictures: int, text:
     shown, _ = read(make_run(tmp_path / "run", **files))
     assert len(shown.images) == pictures
     assert text in shown.text or any(text in (image["alt"] or "") for image in shown.images)
+
+
+@pytest.mark.parametrize(
+    ("summary", "text"),
+    [
+        ({key: SUMMARY[key] for key in SUMMARY if key not in ("validation", "test", "best")}, "neither"),
+        ({**SUMMARY, "restored_step": 40}, "step 40, the best one"),
+        ({**SUMMARY, "weights": WEIGHTS}, "best, the run's own"),
+        ({**SUMMARY, "weights": WEIGHTS}, "checkpoint_last"),
+        ({**SUMMARY, "best": {"metric": "auc", "value": None, "step": None}}, "Result"),
+    ],
+)
+@pytest.mark.usefixtures("no_pictures")
+def test_odd_results(tmp_path: Path, summary: dict[str, object], text: str) -> None:
+    shown, _ = read(make_run(tmp_path / "run", summary=summary))
+    assert (len(shown.images), text in shown.text) == (7, True)
 
 
 @pytest.mark.parametrize(
@@ -296,6 +314,7 @@ def test_odd_runs(tmp_path: Path, files: dict[str, object], pictures: int, text:
         ({"calibration": {"splits": {"test": [{"rows": 1}]}}}, "{}/calibration.json: the file is damaged (splits"),
     ],
 )
+@pytest.mark.usefixtures("no_pictures")
 def test_damaged_runs_are_reported_in_one_line(tmp_path: Path, files: dict[str, object], message: str) -> None:
     folder = make_run(tmp_path / "run", **files)
     with pytest.raises(UserError) as refused:
@@ -305,6 +324,7 @@ def test_damaged_runs_are_reported_in_one_line(tmp_path: Path, files: dict[str, 
     assert not (folder / "report.html").exists()
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_names_that_are_not_utf_8(tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
     name = os.fsdecode(b"run \xff")
     try:
