@@ -36,7 +36,7 @@ KINDS = {
 }
 TABLES = tuple(Table(name=name, num_embeddings=rows, embedding_dim=DIM) for name, rows in SIZES.items())
 FLOAT = 4
-ID = 8
+ID = 4
 LENGTH = 4
 HOST_KINDS = ["table_wise", "table_row_wise", "grid_shard"]
 

@@ -1,11 +1,15 @@
 """The phases of a step, beside a clock around the whole of it."""
 
 import time
+from collections.abc import Iterator
+from unittest import mock
 
 import pytest
 import torch
 
 from tests.support.experiments import BATCH_SIZE, plan
+from tests.support.pretend_gpu import Event, pretend_gpu
+from torchrec_deepfm.experiment import step_timer
 from torchrec_deepfm.experiment.step_timer import PHASES, split_step, step_seconds
 from torchrec_deepfm.experiment.workload import BatchOptions, batches, build_workload
 from torchrec_deepfm.sharding.inputs.tables import Table
@@ -54,6 +58,36 @@ def test_a_pipelined_step_trains_as_one_without_a_pipeline(device: torch.device)
     assert weights[0].keys() == weights[1].keys()
     for name, value in weights[0].items():
         assert torch.equal(value, weights[1][name]), name
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_filling_and_emptying_the_pipeline_is_not_timed(kind: str) -> None:
+    """On a GPU the clock is that of its events: the CPU's stands still here."""
+    now = 0.0
+
+    class Pipeline:
+        def __init__(self, *args: object, **options: object) -> None: ...
+        def progress(self, batches: Iterator[int]) -> None:
+            nonlocal now
+            now += 0.5 if 0 < next(batches) < 5 else 100
+
+        def detach(self) -> None: ...
+
+    class OwnEvent(Event):
+        def record(self, stream: object = None) -> None:
+            self._at = now
+
+    def clock() -> float:
+        return now if kind == "cpu" else 0.0
+
+    trained = step_timer.TrainableModel(model=mock.Mock(), optimizer=mock.Mock(), device=torch.device(kind))
+    with (
+        pretend_gpu(),
+        mock.patch.object(step_timer, "TrainPipelineSparseDist", Pipeline),
+        mock.patch.object(torch.cuda, "Event", OwnEvent),
+        mock.patch.object(time, "perf_counter", clock),
+    ):
+        assert step_seconds(trained, range(7)) == 0.5  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,7 @@ def fault(at: str, step: int) -> None:
 
 _loop: Any = None
 _checkpoints: Any = None
+_fed: dict[int, list[int]] = {}  # the rows of each batch that was read, by its step
 
 
 def fill(path: Path) -> None:
@@ -136,13 +137,22 @@ def save(self: Any, step: int, *_: Any, **__: Any) -> None:
     fault("before the save", step)
 
 
+def feed(inner: Callable[[Any], Iterator[Any]]) -> Callable[[Any], Iterator[Any]]:
+    """Let the rows of each batch be kept until its step."""
+
+    def batches(self: Any) -> Iterator[Any]:
+        for step, batch in enumerate(inner(self), self.position.step + 1):
+            _fed[step] = rows_of(batch.dense_features)
+            yield batch
+
+    return batches
+
+
 def log(self: Any, *_: Any) -> None:
     step = self.position.step
-    [batch] = [batch for number, batch in self._watch._batches if number == step]
     with (log_folder() / f"rank_{my_rank()}_{os.getpid()}").open("a") as file:
         ranks = int(os.environ.get("WORLD_SIZE", "1"))
-        rows = rows_of(batch.dense_features)
-        entry = {"at": time.time(), "step": step, "rank": my_rank(), "ranks": ranks, "rows": rows}
+        entry = {"at": time.time(), "step": step, "rank": my_rank(), "ranks": ranks, "rows": _fed.pop(step)}
         entry["epoch"] = self.position.epoch
         file.write(json.dumps(entry) + "\n")
     time.sleep(float(os.environ.get("FAULTS_SLEEP", "0")))
@@ -166,6 +176,7 @@ def step_of(folder: os.PathLike[str] | str) -> int:
 def main() -> None:
     before(loop.Loop, "_step", count)
     after(loop.Loop, "_step", log)
+    loop.Loop._batches = feed(loop.Loop._batches)  # type: ignore[method-assign]
     before(loop.Loop, "check_between_steps", lambda self: fault("evaluation", self.position.step))
     before(manager.Checkpoints, "save", save)
     before(dcp.CpuStager, "stage", lambda *_: fault("the copy", _step))

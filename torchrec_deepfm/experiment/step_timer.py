@@ -109,13 +109,14 @@ def step_seconds(trained: TrainableModel, batches: Sequence[Batch]) -> float:
     )
     left = iter(batches)
     pipeline.progress(left)
-    _wait(trained.device)
-    start = time.perf_counter()
-    timed = len(batches) - UNTIMED_STEPS
+    if trained.device.type == "cuda":
+        torch.cuda.synchronize(trained.device)
+    watch, timed = Stopwatch(trained.device), len(batches) - UNTIMED_STEPS
+    watch.begin("steps")
     for _ in range(timed):
         pipeline.progress(left)
-    _wait(trained.device)
-    seconds = (time.perf_counter() - start) / timed
+    watch.begin("end")
+    seconds = watch.seconds()["steps"] / timed
     for _ in range(UNTIMED_STEPS - 1):
         pipeline.progress(left)
     pipeline.detach()
@@ -210,8 +211,3 @@ def _nodes(roots: Sequence[Node | None]) -> set[Node]:
             found.add(node)
             open_.extend(after for after, _ in node.next_functions if after is not None)
     return found
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

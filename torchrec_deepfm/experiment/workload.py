@@ -208,7 +208,7 @@ def _ids(count: int, rows: int, how: Ids, generator: torch.Generator) -> Tensor:
         # The inverse of the cumulative weights of 1 / k, with the integral in place of the sum: rows^u - 1. Frequent
         # ids are spread over the table by a step that is prime to its size, as those of a hashed vocabulary are.
         ids = (torch.pow(float(rows + 1), uniform) - 1.0).long().clamp_(max=rows - 1) * _prime_to(rows) % rows
-    return ids.clamp_(max=rows - 1)
+    return ids.clamp_(max=rows - 1).to(torch.int32 if rows <= 2**31 else torch.int64)  # as the loader gives them
 
 
 def _prime_to(rows: int) -> int:

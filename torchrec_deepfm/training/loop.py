@@ -105,7 +105,7 @@ class Loop:
         self._control = Control(longest_wait(context.timeout))
         self._pending_losses: list[Tensor] = []  # since the last record
         # On a GPU the pending losses are checked together: reading each would wait for the GPU.
-        self._watch = LossWatch(late=RECORD_EVERY if context.device.type == "cuda" else 0)
+        self._watch = LossWatch(context.train, late=RECORD_EVERY if context.device.type == "cuda" else 0)
         self._started = 0.0
 
     @property
@@ -332,7 +332,7 @@ class Loop:
                 if batch is None:
                     break
                 step += 1
-                self._watch.batch(step, batch)
+                self._watch.place(step, self._context.train.position(number))
                 yield batch
                 ends = number + 1 == self._context.train.steps_left
                 if self._context.prefetch and self._is_evaluated(step, ends):

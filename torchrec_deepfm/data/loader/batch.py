@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torchrec.datasets.utils import Batch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
@@ -24,10 +25,13 @@ _REPAIR = "the folder is damaged or was not written by prepare; prepare the data
 class Assembler:
     """Checks every value of a batch and builds its tensors.
 
-    ``source``: the split's rows; it locates a bad value for messages. ``pin_memory``: batches are for a GPU.
+    ``source``: the split's rows; it locates a bad value for messages. ``gpu``: the one that batches are for; they are
+    then in pinned memory, except for what all of them share, which is on the GPU.
     """
 
-    def __init__(self, data: PreparedData, source: SplitRows, batch_size: int, *, pin_memory: bool = False) -> None:
+    def __init__(
+        self, data: PreparedData, source: SplitRows, batch_size: int, *, gpu: torch.device | None = None
+    ) -> None:
         self._data, self._source, self._batch_size = data, source, batch_size
         schema = data.schema
         self._keys = list(schema.categorical)
@@ -38,17 +42,17 @@ class Assembler:
         self._plain = not schema.multi_hot
         # One id per row and key: these parts are the same in every batch; TorchRec would compute them each time.
         self._lengths = torch.ones(len(self._keys) * batch_size, dtype=torch.int32)
-        # A GPU computes the offsets from the lengths sooner than they would travel there.
-        self._offsets = None if pin_memory else torch.arange(len(self._keys) * batch_size + 1, dtype=torch.int32)
-        if pin_memory:
-            self._lengths = self._lengths.pin_memory()
+        self._offsets = torch.arange(len(self._keys) * batch_size + 1, dtype=torch.int32)
+        self._gpu = gpu
+        if gpu is not None:  # two thirds of the sparse bytes would else travel there at each step
+            self._lengths, self._offsets = self._lengths.to(gpu), self._offsets.to(gpu)
         self._length_per_key = [batch_size] * len(self._keys)
         self._offset_per_key = [batch_size * i for i in range(len(self._keys) + 1)]
 
     def batch(self, rows: NDArray[np.int64] | range, copied: CopiedRows) -> Batch:
         """Build a batch.
 
-        Returns as ``Loader.batch`` returns, not pinned.
+        Returns as ``Loader.batch`` returns.
         """
         dense, labels = copied.dense.astype(np.float32, copy=False), copied.labels
         features = self._features(copied)
@@ -66,10 +70,13 @@ class Assembler:
             else np.stack([labels.astype(np.float32), weights], axis=1)
         )
         return Batch(
-            dense_features=torch.from_numpy(dense),
+            dense_features=self._pinned(torch.from_numpy(dense)),
             sparse_features=features,
-            labels=torch.from_numpy(targets),
+            labels=self._pinned(torch.from_numpy(targets)),
         )
+
+    def _pinned(self, tensor: Tensor) -> Tensor:
+        return tensor if self._gpu is None else tensor.pin_memory()
 
     def _features(self, copied: CopiedRows) -> KeyedJaggedTensor | None:
         """The ids key by key; ``None`` if an id or a weight is not valid."""
@@ -79,7 +86,7 @@ class Assembler:
         if self._plain:
             return KeyedJaggedTensor(
                 keys=self._keys,
-                values=torch.from_numpy(by_key.reshape(-1)),
+                values=self._pinned(torch.from_numpy(by_key.reshape(-1))),
                 lengths=self._lengths,
                 offsets=self._offsets,
                 stride=self._batch_size,
@@ -95,7 +102,10 @@ class Assembler:
             if given.weights is not None and not np.isfinite(given.weights).all():
                 return None
             bags[key] = replace(given, ids=ids.astype(np.int32, copy=False))
-        return key_jagged(self._data.schema, by_key, bags, self._batch_size)
+        if self._gpu is None:
+            return key_jagged(self._data.schema, by_key, bags, self._batch_size)
+        # A GPU computes the offsets from the lengths sooner than they would travel there.
+        return key_jagged(self._data.schema, by_key, bags, self._batch_size, offsets=False).pin_memory()
 
     def _one_hot(self, sparse: NDArray[Any]) -> NDArray[np.int32] | None:
         """[B, F1] -> int32 [F1, B], or ``None`` if an id is not valid."""
@@ -161,7 +171,7 @@ class Assembler:
 
 
 def key_jagged(
-    schema: Schema, by_key: NDArray[np.int32], bags: Mapping[str, CopiedBags], rows: int
+    schema: Schema, by_key: NDArray[np.int32], bags: Mapping[str, CopiedBags], rows: int, *, offsets: bool = True
 ) -> KeyedJaggedTensor:
     """Put the ids of all columns into one tensor.
 
@@ -170,6 +180,7 @@ def key_jagged(
         by_key: int32 [F1, B], the ids of the one-hot columns.
         bags: The multi-hot columns by name.
         rows: B.
+        offsets: Compute the offsets now.
 
     Returns:
         B bags per column, with weights if any column has some; then an id without one weighs 1.
@@ -192,7 +203,7 @@ def key_jagged(
         values=torch.from_numpy(np.concatenate(values)),
         weights=torch.from_numpy(np.concatenate(weights)) if schema.weighted else None,
         lengths=torch.from_numpy(lengths.reshape(-1)),
-        offsets=torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)),
+        offsets=torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)) if offsets else None,
         stride=rows,
         length_per_key=sizes,
         offset_per_key=[0, *np.cumsum(sizes).tolist()],

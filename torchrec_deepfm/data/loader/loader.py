@@ -60,7 +60,8 @@ class Loader:
         shuffle: Block shuffle, different in each epoch; else the order of the files.
         seed: Seed of the shuffle.
         drop_last: Leave out the last, incomplete global batch.
-        pin_memory: Store the batches in page-locked memory for faster copies to a GPU.
+        pin_memory: Store the batches in page-locked memory for faster copies to the current GPU; where each row has one
+            id per column, the lengths and offsets, which all batches share, are on the GPU.
         prefetch: Batches that a thread reads ahead; 0 for no thread.
 
     Raises:
@@ -129,7 +130,8 @@ class Loader:
         self._shuffle, self._seed, self._drop_last = shuffle, seed, drop_last
         self._pin_memory, self._prefetch = pin_memory, prefetch
         self._source = SplitRows(data, split)
-        self._assembler = Assembler(data, self._source, batch_size, pin_memory=pin_memory)
+        gpu = torch.device("cuda", torch.cuda.current_device()) if pin_memory else None
+        self._assembler = Assembler(data, self._source, batch_size, gpu=gpu)
         self._run = self._begin_run(epoch=0, row=0)
 
     @property
@@ -338,8 +340,7 @@ class Loader:
                 self._check(run, 0, len(head))
             self._check(run, begin, begin + valid)
             copied = self._source.take(rows)
-        batch = self._assembler.batch(rows, copied)
-        return batch.pin_memory() if self._pin_memory else batch
+        return self._assembler.batch(rows, copied)
 
     def _check(self, run: _Run, start: int, stop: int) -> None:
         """Compare the checksums of the rows at positions of the order: of whole windows if shuffled."""

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torchrec.datasets.utils import Batch
 
+from torchrec_deepfm.data.loader.loader import Loader
 from torchrec_deepfm.distributed.disk_errors import refused
 from torchrec_deepfm.distributed.process_group import is_main, on_main
 from torchrec_deepfm.errors import UserError
@@ -24,20 +25,25 @@ _AHEAD = 8
 
 
 class LossWatch:
-    """Keeps the last batches and learning rates until their losses have been checked.
+    """Keeps where the last batches were read, and their learning rates, until their losses have been checked.
+
+    Args:
+        loader: of the training split. A batch is read again when it is needed: kept ones would be pinned memory.
+        late: steps after which losses are checked.
 
     Attributes:
         bad_step: the first step whose loss was not finite on this rank; None without one.
     """
 
-    def __init__(self, *, late: int) -> None:
+    def __init__(self, loader: Loader, *, late: int) -> None:
         self.bad_step: int | None = None
-        self._batches: deque[tuple[int, Batch]] = deque(maxlen=_AHEAD + late)
+        self._loader = loader
+        self._places: deque[tuple[int, Mapping[str, Any]]] = deque(maxlen=_AHEAD + late)
         self._rates: deque[tuple[int, Mapping[str, float]]] = deque(maxlen=_AHEAD + late)
 
-    def batch(self, step: int, batch: Batch) -> None:
-        """Keep the batch of a coming step."""
-        self._batches.append((step, batch))
+    def place(self, step: int, place: Mapping[str, Any]) -> None:
+        """Keep where the loader is before the batch of a coming step: its ``position``."""
+        self._places.append((step, place))
 
     def rates(self, step: int, rates: Mapping[str, float]) -> None:
         """Keep the learning rates of a step."""
@@ -73,12 +79,13 @@ class LossWatch:
         saved = checkpoints.saved
         rates = next((rates for step, rates in self._rates if step == bad_step), {})
         folder = _folder(run, bad_step)
-        batch = next((batch for step, batch in self._batches if step == bad_step), None)
+        place = next((place for step, place in self._places if step == bad_step), None)
         try:
             folder.mkdir(exist_ok=True)
-            if batch is not None:
+            if place is not None:
+                self._loader.load_state_dict(place)
                 content = io.BytesIO()
-                torch.save(_plain(batch), content)
+                torch.save(_plain(self._loader.batch(0)), content)
                 write_bytes(folder / f"rank_{dist.get_rank()}.pt", content.getvalue())
         except OSError as error:
             raise refused(folder, error) from error
