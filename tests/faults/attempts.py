@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.faults.jobs import GLOBAL_BATCH, ROOT, Job
+from tests.faults.jobs import GLOBAL_BATCH, ROOT, Job, Lines
 from tests.faults.runs import differences, row_errors
 
 
@@ -86,11 +86,11 @@ def wait_for_ranks(logs: Path, job: "Job | Command", ranks: int, gone: set[int])
     raise WrongRunError(f"no life:\n{job.err[-2000:]}")
 
 
-class Command:
+class Command(Lines):
     """A command as a user types it: a process of its own, with its ranks below it."""
 
     def __init__(self, words: list[str], env: dict[str, str], folder: Path) -> None:
-        self._out, self._err = folder / "out", folder / "err"
+        super().__init__(folder)
         with self._out.open("ab") as out, self._err.open("ab") as err:
             self._process = subprocess.Popen(words, cwd=ROOT, env=env, stdout=out, stderr=err, start_new_session=True)
         self.pid = self._process.pid
@@ -106,13 +106,3 @@ class Command:
         except subprocess.TimeoutExpired:
             self._process.terminate()
             raise WrongRunError(f"it hangs:\n{self.err[-2000:]}") from None
-
-    @property
-    def out(self) -> str:
-        """All that this command and those before it in the same folder have said."""
-        return self._out.read_text(errors="replace")
-
-    @property
-    def err(self) -> str:
-        """The same of standard error."""
-        return self._err.read_text(errors="replace")

@@ -35,14 +35,31 @@ def environment(logs: Path, faults: list[dict[str, Any]] | None = None, **more: 
     return os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)} | own | more
 
 
-class Job:
+class Lines:
+    """What a process has written so far, in files below a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._out, self._err = folder / "out", folder / "err"
+        for path in (self._out, self._err):
+            path.touch()
+
+    @property
+    def out(self) -> str:
+        """All of standard output: of this process, and of those before it in the same folder."""
+        return self._out.read_text(errors="replace")
+
+    @property
+    def err(self) -> str:
+        """The same of standard error."""
+        return self._err.read_text(errors="replace")
+
+
+class Job(Lines):
     """A running training: torchrun's process, or that of the only rank."""
 
     def __init__(self, words: list[str], env: dict[str, str]) -> None:
         self._folder = tempfile.TemporaryDirectory()
-        self._out, self._err = Path(self._folder.name) / "out", Path(self._folder.name) / "err"
-        for path in (self._out, self._err):
-            path.touch()
+        super().__init__(Path(self._folder.name))
         self._process = Fork(words, env=env, stdout=self._out, stderr=self._err)
         self.pid = self._process.pid
 
@@ -68,14 +85,6 @@ class Job:
         found = self._process.wait(), self.out, self.err
         self._folder.cleanup()
         return found
-
-    @property
-    def out(self) -> str:
-        return self._out.read_text(errors="replace")
-
-    @property
-    def err(self) -> str:
-        return self._err.read_text(errors="replace")
 
 
 def start(words: list[str], env: dict[str, str]) -> Job:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torchrec import EmbeddingBagCollection, KeyedJaggedTensor
 from torchrec.datasets.utils import Batch
 from torchrec.distributed.model_parallel import DistributedModelParallel
@@ -14,6 +14,7 @@ from torchrec.distributed.train_pipeline import (
     TrainPipelineSparseDist,
 )
 
+from tests.model.training_loops import pipelined, plain_loop, through
 from tests.support.ranks import CPU, run_ranks
 from tests.support.samples import batches_of_rank, draw
 from torchrec_deepfm import DeepFM, DeepFMTrain, embedding_tables
@@ -45,46 +46,21 @@ def batches() -> list[Batch]:
     return batches_of_rank(draw(STEPS * 32, SIZES, 2, longest=3), list(SIZES), 32)
 
 
-def through(pipeline: Any) -> list[Tensor]:
-    """The pipeline's outputs until it runs dry."""
-    outputs, source = [], iter(batches())
-    while True:
-        try:
-            outputs.append(pipeline.progress(source))
-        except StopIteration:
-            return outputs
-
-
-def plain_loop(model: DistributedModelParallel) -> list[float]:
-    optimizer = make_optimizer(model, CONFIG)
-    losses = []
-    for batch in batches():
-        optimizer.zero_grad()
-        loss, _ = model(batch)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
-
-
-def pipelined(pipeline: Any) -> list[str]:
-    return [type(module).__name__ for module in pipeline._pipelined_modules]
-
-
 def every_pipeline() -> dict[str, Any]:
     """Losses, and what was pipelined, of every pipeline on its own copy of one model."""
 
     def fresh() -> DistributedModelParallel:
         return build_model(CONFIG, SIZES, 2, CPU).model
 
-    reported: dict[str, Any] = {"plain": plain_loop(fresh())}
+    model = fresh()
+    reported: dict[str, Any] = {"plain": plain_loop(model, make_optimizer(model, CONFIG), batches())}
     model = fresh()
     base = TrainPipelineBase(model, make_optimizer(model, CONFIG), CPU)
-    reported["base"] = [loss.item() for loss, _, _ in through(base)]
+    reported["base"] = [loss.item() for loss, _, _ in through(base, batches())]
 
     model = fresh()
     sparse = TrainPipelineSparseDist(model, make_optimizer(model, CONFIG), CPU)
-    reported["sparse"] = [loss.item() for loss, _, _ in through(sparse)]
+    reported["sparse"] = [loss.item() for loss, _, _ in through(sparse, batches())]
     reported["sparse modules"] = pipelined(sparse)
     sparse.detach()
 
@@ -92,14 +68,14 @@ def every_pipeline() -> dict[str, Any]:
     with torch.no_grad():
         reported["plain logits"] = torch.stack([model(batch)[1][1] for batch in batches()])
         evaluation = EvalPipelineSparseDist(model, None, CPU)
-        reported["logits"] = torch.stack([logits for _, logits, _ in through(evaluation)])
+        reported["logits"] = torch.stack([logits for _, logits, _ in through(evaluation, batches())])
     reported["evaluation modules"] = pipelined(evaluation)
 
     ebc = EmbeddingBagCollection(tables=embedding_tables(SIZES, 3), device=torch.device("meta"))
     fuse_sparse_optimizer(ebc.parameters(), CONFIG)
     wrapped = DistributedModelParallel(Arithmetic(DeepFMTrain(DeepFM(ebc, 2, (8,), 3))), device=CPU)
     fallback = TrainPipelineSparseDist(wrapped, make_optimizer(wrapped, CONFIG), CPU)
-    reported["fallback losses"] = len(through(fallback))
+    reported["fallback losses"] = len(through(fallback, batches()))
     reported["fallback modules"] = pipelined(fallback)
     return reported
 
@@ -137,7 +113,8 @@ def test_on_two_ranks(ranks: list[dict[str, Any]], rank: int) -> None:
 
 
 def test_two_ranks_see_halves_of_one_batch(ranks: list[dict[str, Any]], device: torch.device) -> None:
-    alone = plain_loop(build_model(CONFIG, SIZES, 2, device).model)
+    model = build_model(CONFIG, SIZES, 2, device).model
+    alone = plain_loop(model, make_optimizer(model, CONFIG), batches())
     assert ranks[0]["plain"] != ranks[1]["plain"]
     means = [(a + b) / 2 for a, b in zip(ranks[0]["plain"], ranks[1]["plain"], strict=True)]
     assert means == pytest.approx(alone, rel=1e-5)

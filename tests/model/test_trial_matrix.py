@@ -36,6 +36,7 @@ from torchrec.modules.mc_modules import (
     MCHManagedCollisionModule,
 )
 
+from tests.model.training_loops import pipelined, plain_loop, through
 from tests.support.ranks import CPU, run_ranks
 from tests.support.samples import batches_of_rank, draw
 from torchrec_deepfm import DeepFM, DeepFMTrain, FeatureProcessedTables, ManagedCollisionTables, embedding_tables
@@ -114,20 +115,9 @@ def losses(model: DistributedModelParallel, pipeline: str | None) -> tuple[list[
     dense = [weight for name, weight in model.named_parameters() if "embedding_bags" not in name]
     optimizer = torch.optim.SGD(dense, 0.3)
     if pipeline is None:
-        found = []
-        for batch in batches():
-            optimizer.zero_grad()
-            loss, _ = model(batch)
-            loss.backward()
-            optimizer.step()
-            found.append(loss.item())
-        return found, []
-    runner, found, source = PIPELINES[pipeline](model, optimizer, CPU), [], iter(batches())
-    while True:
-        try:
-            found.append(runner.progress(source)[0].item())
-        except StopIteration:
-            return found, [type(module).__name__ for module in getattr(runner, "_pipelined_modules", ())]
+        return plain_loop(model, optimizer, batches()), []
+    runner = PIPELINES[pipeline](model, optimizer, CPU)
+    return [loss.item() for loss, *_ in through(runner, batches())], pipelined(runner)
 
 
 def trials(model: str, kind: str, pipelines: Sequence[str] = tuple(PIPELINES)) -> list[str]:
