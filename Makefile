@@ -10,7 +10,7 @@ ARGS ?=
 # A worker per core. The tests of a file stay together, as they share what their fixtures have made.
 PYTEST = $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup train test faults mutants lint clean
+.PHONY: help setup train test faults mutants gpu-check lint clean
 
 help:  ## say what there is (the default)
 	@echo "make setup   prepare .venv: CUDA builds where nvidia-smi answers, CPU builds elsewhere"
@@ -18,6 +18,7 @@ help:  ## say what there is (the default)
 	@echo "make test    set up, then run all tests in parallel (ARGS=\"-k model\")"
 	@echo "make faults  set up, then the long fault campaign: kills, signals, full disks (half an hour)"
 	@echo "make mutants break the code in many places, one after the other: do the tests see each? (some ten minutes)"
+	@echo "make gpu-check  all that only a machine with a GPU can show, in one report (exit code 2 without a GPU)"
 	@echo "make lint    set up, then ruff, mypy and hadolint, as .ci/run and pre-commit run them"
 	@echo "make clean   remove .venv and what the tools left"
 
@@ -36,6 +37,9 @@ faults: setup
 
 mutants: setup
 	$(BIN)/python -m tests.support.mutants $(ARGS)
+
+gpu-check: setup
+	$(BIN)/python -m benchmarks.training.gpu_check $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

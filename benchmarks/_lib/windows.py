@@ -17,21 +17,26 @@ from typing import Any
 from benchmarks._lib.commands import ROOT, environment
 
 
-def serve(step: Callable[[], int], about: dict[str, Any]) -> None:
+def serve(step: Callable[[], int], about: dict[str, Any], wait: Callable[[], object] | None = None) -> None:
     """Answer a controller until it closes the pipe.
 
     Args:
         step: Does a piece of work and returns the samples in it.
         about: What the controller is to know, such as versions.
+        wait: Waits for a GPU that still has work of the steps before it; None without one.
     """
     for _ in range(3):  # warms up, compiles
         step()
+    if wait is not None:
+        wait()
     _say(about)
     for line in sys.stdin:
         wanted = float(line)
         samples, cpu, start = 0, time.process_time(), time.perf_counter()
         while time.perf_counter() - start < wanted:
             samples += step()
+        if wait is not None:
+            wait()
         _say({"samples": samples, "seconds": time.perf_counter() - start, "cpu": time.process_time() - cpu})
 
 

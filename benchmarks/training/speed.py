@@ -1,13 +1,14 @@
-"""Samples per second of a training step or a forward pass, beside bare FBGEMM, DeepCTR-Torch and FuxiCTR, by turns.
+"""Samples per second of a training step or a forward pass, beside DLRM, bare FBGEMM, plain PyTorch and peers, by turns.
 
     python -m benchmarks.training.speed
     python -m benchmarks.training.speed --work forward --batch-size 8192
     python -m benchmarks.training.speed --rows 10_000_000 --sides bf16 bare-bf16
-    python -m benchmarks.training.speed --device cuda --sides bf16 bare-bf16 --batch-size 65536
+    python -m benchmarks.training.speed --device cuda
 
 Every side is a process with the same rows in memory (``criteo_rows.py``); one works at a time, in windows. Windows in
-which anything else used more than a twentieth of a core are repeated. Printed are each side's median and ratio, and the
-floors: the rate of the MLP's matrix products alone, and that of copying memory.
+which anything else used more than a twentieth of a core are repeated. Printed are each side's median and ratio; how
+fast it moves the bytes of the tables, beside the memory's rate, and multiplies, beside the matrix products alone; and
+those floors themselves (``floors.py``). DLRM has DeepFM's width and hidden layers.
 """
 
 import itertools
@@ -15,6 +16,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -25,8 +27,7 @@ from benchmarks._lib.commands import module_command
 from benchmarks._lib.formatting import markdown, spread, versions_line
 from benchmarks._lib.peer_environments import peer_python
 from benchmarks._lib.windows import Window, Worker
-from benchmarks.training.criteo_rows import CATEGORICAL, HIDDEN, NUMERIC
-from benchmarks.training.random_criteo import seconds
+from benchmarks.training import floors
 
 SIDES = {
     "bf16": ("step_ours", "bf16"),
@@ -34,11 +35,17 @@ SIDES = {
     "float32": ("step_ours", "float32"),
     "bare-bf16": ("step_bare", "bf16"),
     "bare-medium": ("step_bare", "medium"),
+    "dlrm-float32": ("step_dlrm", "float32"),
+    "dlrm-bf16": ("step_dlrm", "bf16"),
+    "plain-float32": ("step_plain", "float32"),
+    "plain-bf16": ("step_plain", "bf16"),
     "deepctr": ("step_deepctr", "float32"),
     "fuxictr": ("step_fuxictr", "float32"),
 }
 PEER = {"step_deepctr": "deepctr", "step_fuxictr": "fuxictr-models"}
 FOREIGN = 0.05
+CPU_SIDES = ("bf16", "medium", "float32", "bare-bf16", "bare-medium", "deepctr", "fuxictr")
+CUDA_SIDES = ("bf16", "float32", "bare-bf16", "dlrm-bf16", "plain-bf16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,16 +54,17 @@ class Options:
 
     work: Literal["train", "forward"] = "train"
     """A whole training step, or the forward pass of inference."""
-    sides: tuple[str, ...] = tuple(SIDES)
-    """Which sides, the first as the reference."""
+    sides: tuple[str, ...] = ()
+    """Which sides, the first as the reference. Default: the peers and ours; on cuda ours, bare FBGEMM, DLRM and plain
+    PyTorch."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where to run; the peers run on the CPU only."""
-    rows: int = 1_000_000
-    """Rows of all tables together."""
-    batch_size: int = 4096
-    """Samples per step."""
-    factor_dim: int = 15
-    """K."""
+    rows: int | None = None
+    """Rows of all tables together. Default: a million; on cuda 20 million, so that no cache holds them."""
+    batch_size: tuple[int, ...] = ()
+    """Samples per step, each measured. Default: 4096; on cuda 4096 16384 65536 131072."""
+    factor_dim: tuple[int, ...] = ()
+    """K, each measured. Default: 15; on cuda 15 127."""
     threads: int = 2
     """CPU threads of a side."""
     windows: int = 5
@@ -70,8 +78,30 @@ class Options:
 
 
 def main(options: Options) -> None:
-    """Start the sides, let them work by turns, and print what they did."""
-    workers = {name: start(name, options) for name in options.sides}
+    """Measure each width and batch size."""
+    cuda = options.device == "cuda"
+    sides = options.sides or (CUDA_SIDES if cuda else CPU_SIDES)
+    sizes = options.batch_size or ((4096, 16384, 65536, 131072) if cuda else (4096,))
+    found = []
+    for factor_dim, batch_size in itertools.product(options.factor_dim or ((15, 127) if cuda else (15,)), sizes):
+        case = floors.Case(
+            device=options.device,
+            rows=options.rows or (20_000_000 if cuda else 1_000_000),
+            batch_size=batch_size,
+            factor_dim=factor_dim,
+            train=options.work == "train",
+        )
+        found.append(measure(case, sides, options))
+    if options.output is not None:
+        options.output.write_text(
+            json.dumps({"options": asdict(replace(options, output=None)), "cases": found}, indent=2) + "\n",
+            encoding="utf-8",
+        )
+
+
+def measure(case: floors.Case, sides: Sequence[str], options: Options) -> dict[str, Any]:
+    """Start the sides, let them work by turns, and print what they did; return it too."""
+    workers = {name: start(name, case, options) for name in sides}
     good: dict[str, list[Window]] = {name: [] for name in workers}
     spoilt: dict[str, list[Window]] = {name: [] for name in workers}
     while short := [name for name in workers if len(good[name]) < options.windows]:
@@ -88,103 +118,87 @@ def main(options: Options) -> None:
     for name in noisy:
         least = sorted(spoilt[name], key=lambda window: window.foreign)
         good[name] += least[: options.windows - len(good[name])]
-    report(options, {name: worker.about for name, worker in workers.items()}, good, spoilt, noisy, floors(options))
+    import torch
+
+    torch.set_num_threads(options.threads)
+    floor = floors.measure(case)
+    print(versions_line({name: version for worker in workers.values() for name, version in worker.about.items()}))
+    print(report(case, options, good, spoilt, noisy, floor))
+    return {
+        "case": asdict(case),
+        "about": {name: worker.about for name, worker in workers.items()},
+        "floors": floor,
+        "windows": {name: [asdict(one) for one in windows] for name, windows in good.items()},
+        "spoilt": {name: [asdict(one) for one in windows] for name, windows in spoilt.items()},
+    }
 
 
-def start(name: str, options: Options) -> Worker:
+def start(name: str, case: floors.Case, options: Options) -> Worker:
     """Start a side; its environment is installed where it is missing."""
     module, precision = SIDES[name]
     python = peer_python(PEER[module]) if module in PEER else sys.executable
     words = {
         "work": options.work,
         "precision": precision,
-        "rows": options.rows,
-        "batch-size": options.batch_size,
-        "factor-dim": options.factor_dim,
-        "device": options.device,
+        "rows": case.rows,
+        "batch-size": case.batch_size,
+        "factor-dim": case.factor_dim,
+        "device": case.device,
     }
     flags = [word for key, value in words.items() for word in (f"--{key}", value)]
     return Worker(module_command(f"benchmarks.training.{module}", *flags, python=python), options.threads)
 
 
-def floors(options: Options) -> dict[str, float]:
-    """Measure the rates that bound a step: matrix products of the MLP's shapes, and copies of memory.
-
-    Returns:
-        Samples per second of the products alone, by precision, and GB/s of a copy (read and written bytes).
-    """
-    import torch
-
-    torch.set_num_threads(options.threads)
-    device = torch.device(options.device)
-    sizes = ((NUMERIC + CATEGORICAL) * options.factor_dim, *HIDDEN)
-    found = {}
-    for precision, kind in (("float32", torch.float32), ("bf16", torch.bfloat16)):
-        layers = [
-            (torch.randn(options.batch_size, n).to(options.device, kind), torch.randn(n, m).to(options.device, kind))
-            for n, m in itertools.pairwise(sizes)
-        ]
-        products = 3 if options.work == "train" else 1  # backward: the gradients of input and weight
-        best = min(seconds(device, lambda: [a @ b for a, b in layers]) for _ in range(20))  # noqa: B023
-        found[f"products in {precision}, samples/s"] = options.batch_size / (products * best)
-    source = torch.empty(64 << 20, device=options.device)
-    target = torch.empty_like(source)
-    best = min(seconds(device, lambda: target.copy_(source)) for _ in range(10))
-    found["copy, GB/s"] = 2 * source.nbytes / best / 1e9
-    return found
-
-
 def report(
+    case: floors.Case,
     options: Options,
-    about: dict[str, dict[str, Any]],
-    good: dict[str, list[Window]],
-    spoilt: dict[str, list[Window]],
-    noisy: set[str],
-    floor: dict[str, float],
-) -> None:
-    """Print the table, and write all windows as JSON."""
-    merged = {package: version for one in about.values() for package, version in one.items()}
-    print(versions_line(merged))
-    print(
-        f"{options.work}, batch {options.batch_size}, {options.rows:,} rows, K {options.factor_dim}, MLP 400-400-400, "
-        f"{options.threads} threads, {options.device}"
-    )
-    reference = statistics.median(window.rate for window in good[options.sides[0]])
+    good: Mapping[str, Sequence[Window]],
+    spoilt: Mapping[str, Sequence[Window]],
+    noisy: Collection[str],
+    floor: Mapping[str, float],
+) -> str:
+    """Lay out the table of the sides, and the floors under it."""
+    first = next(iter(good))
+    reference = statistics.median(window.rate for window in good[first])
+    memory = floor.get("memory, GB/s", floor["copy, GB/s"])
     lines = []
     for name, windows in good.items():
         rates = [window.rate for window in windows]
         middle = statistics.median(rates)
-        products = floor["products in bf16, samples/s" if "bf16" in name else "products in float32, samples/s"]
-        mark = " (spoilt windows)" if name in noisy else ""
+        module, precision = SIDES[name]
+        multiplied = middle * case.flops(dlrm=module == "step_dlrm") / 1e12
+        products = floor[f"products in {'bf16' if precision == 'bf16' else 'float32'}, TFLOP/s"]
+        moved = middle * case.table_bytes / 1e9
         lines.append(
             [
-                name + mark,
+                name + (" (spoilt windows)" if name in noisy else ""),
                 spread(rates),
                 f"{reference / middle:.2f}",
-                f"{statistics.median(1e3 * options.batch_size * one.cpu / one.rate for one in windows):.1f}",
-                f"{middle / products:.0%}",
+                f"{statistics.median(1e3 * case.batch_size * one.cpu / one.rate for one in windows):.1f}",
+                f"{multiplied:.3g} ({multiplied / products:.0%})",
+                f"{moved:.3g} ({moved / memory:.0%})",
                 len(spoilt[name]),
             ]
         )
     head = [
         "side",
         "samples/s",
-        f"{options.sides[0]} / side",
+        f"{first} / side",
         "CPU ms per step",
-        "of products alone",
+        "TFLOP/s (of products alone)",
+        f"GB/s of the tables (of the memory's {memory:,.0f})",
         "windows repeated",
     ]
-    print(markdown(head, lines))
-    print(", ".join(f"{name}: {value:,.0f}" for name, value in floor.items()))
-    if options.output is not None:
-        found = {
-            "options": asdict(replace(options, output=None)),
-            "about": about,
-            "floors": floor,
-            "windows": {name: [asdict(one) for one in windows] for name, windows in good.items()},
-            "spoilt": {name: [asdict(one) for one in windows] for name, windows in spoilt.items()},
-        }
-        options.output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    about = (
+        f"{options.work}, batch {case.batch_size}, {case.rows:,} rows, K {case.factor_dim}, MLP 400-400-400, "
+        f"{options.threads} threads, {case.device}"
+    )
+    marks = ", ".join(
+        f"{which} {floor[f'tables {which}, GB/s'] / memory:.0%} (FBGEMM's own mark on a GPU: {mark})"
+        for which, mark in floors.MARKS.items()
+    )
+    alone = ", ".join(f"{name}: {value:,.4g}" for name, value in floor.items())
+    return f"{about}\n{markdown(head, lines)}\n{alone}\ntables alone, of the memory: {marks}"
 
 
 if __name__ == "__main__":

@@ -12,13 +12,11 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from fbgemm_gpu.split_embedding_configs import EmbOptimType
-from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation
-from fbgemm_gpu.split_table_batched_embeddings_ops_training import ComputeDevice, SplitTableBatchedEmbeddingBagsCodegen
 from torch import Tensor, nn
 
 from benchmarks._lib.windows import serve
 from benchmarks.training.criteo_rows import CATEGORICAL, HIDDEN, NUMERIC, arguments, draw
+from benchmarks.training.floors import make_tables
 
 
 class Head(nn.Module):
@@ -44,15 +42,8 @@ class Head(nn.Module):
 def main() -> None:
     options = arguments()
     torch.set_float32_matmul_precision("medium" if options.precision == "medium" else "highest")
-    cuda = options.device == "cuda"
-    place = (EmbeddingLocation.DEVICE, ComputeDevice.CUDA) if cuda else (EmbeddingLocation.HOST, ComputeDevice.CPU)
     rows, width = draw(options.rows, options.batch_size), options.factor_dim + 1
-    tables = SplitTableBatchedEmbeddingBagsCodegen(
-        [(rows.num_embeddings, width, *place)] * CATEGORICAL,
-        optimizer=EmbOptimType.EXACT_ROWWISE_ADAGRAD,
-        learning_rate=0.01,
-    )
-    tables.init_embedding_weights_uniform(-0.01, 0.01)
+    tables = make_tables(rows.num_embeddings, width, options.device)
     head = Head(width).to(options.device)
     compiled = torch.compile(head)
     optimizer = torch.optim.Adam(head.parameters(), fused=True)
@@ -80,7 +71,9 @@ def main() -> None:
             logits()
         return int(batch_size)
 
-    serve(train if options.work == "train" else forward, {"fbgemm-gpu": _version("fbgemm-gpu-cpu", "fbgemm-gpu")})
+    about = {"fbgemm-gpu": _version("fbgemm-gpu-cpu", "fbgemm-gpu")}
+    wait = torch.cuda.synchronize if options.device == "cuda" else None
+    serve(train if options.work == "train" else forward, about, wait)
 
 
 def _version(*names: str) -> str:

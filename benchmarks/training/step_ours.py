@@ -7,15 +7,28 @@
 
 import itertools
 import os
+from collections.abc import Callable
 from importlib.metadata import version
+from typing import Any
 
 from benchmarks._lib.windows import serve
 from benchmarks.training.criteo_rows import arguments, draw
 from benchmarks.training.random_criteo import KEYS, build, training_rank
 
 
-def main() -> None:
-    options = arguments()
+def deepfm(options: Any, device: Any) -> tuple[Any, Any]:
+    """Return (sharded ``DeepFMTrain``, optimizer)."""
+    model, optimizer, _ = build(options.rows, options.batch_size, device, factor_dim=options.factor_dim)
+    return model, optimizer
+
+
+def pipelined(options: Any, make: Callable[[Any, Any], tuple[Any, Any]]) -> None:
+    """Serve a sharded model through TorchRec's pipeline.
+
+    Args:
+        options: Of ``arguments``.
+        make: Makes model and optimizer from the options and the rank's device.
+    """
     with training_rank(options.device, int(os.environ["OMP_NUM_THREADS"])) as device:
         import torch
         from torchrec.datasets.utils import Batch
@@ -26,20 +39,19 @@ def main() -> None:
 
         torch.set_float32_matmul_precision("medium" if options.precision == "medium" else "highest")
         rows = draw(options.rows, options.batch_size)
-        model, optimizer, _ = build(options.rows, options.batch_size, device, factor_dim=options.factor_dim)
+        model, optimizer = make(options, device)
         lengths = torch.ones(len(KEYS) * options.batch_size, dtype=torch.int32)
-        batches = itertools.cycle(
-            [
-                Batch(
-                    dense_features=torch.from_numpy(dense),
-                    sparse_features=KeyedJaggedTensor.from_lengths_sync(
-                        KEYS, torch.from_numpy(ids.T.copy()).flatten().int(), lengths
-                    ),
-                    labels=torch.from_numpy(labels).int(),
-                )
-                for dense, ids, labels in zip(rows.dense, rows.ids, rows.labels, strict=True)
-            ]
-        )
+        made = [
+            Batch(
+                dense_features=torch.from_numpy(dense),
+                sparse_features=KeyedJaggedTensor.from_lengths_sync(
+                    KEYS, torch.from_numpy(ids.T.copy()).flatten().int(), lengths
+                ),
+                labels=torch.from_numpy(labels).int(),
+            )
+            for dense, ids, labels in zip(rows.dense, rows.ids, rows.labels, strict=True)
+        ]
+        batches = itertools.cycle([batch.pin_memory() for batch in made] if device.type == "cuda" else made)
 
         def with_loss(batch: Batch) -> object:
             with autocast(options.precision, device):
@@ -57,10 +69,10 @@ def main() -> None:
             return int(options.batch_size)
 
         model.train(options.work == "train")
-        serve(
-            train if options.work == "train" else forward, {"torch": torch.__version__, "torchrec": version("torchrec")}
-        )
+        about = {"torch": torch.__version__, "torchrec": version("torchrec")}
+        wait = torch.cuda.synchronize if device.type == "cuda" else None
+        serve(train if options.work == "train" else forward, about, wait)
 
 
 if __name__ == "__main__":
-    main()
+    pipelined(arguments(), deepfm)
