@@ -8,7 +8,8 @@ CUDA builds answered.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
+from unittest import mock
 
 import pytest
 import torch
@@ -20,7 +21,8 @@ from torch.utils._pytree import tree_leaves
 from tests.support.ranks import one_rank
 from tests.support.samples import draw, to_batch
 from torchrec_deepfm.training.build import build_model
-from torchrec_deepfm.training.config import TrainConfig
+from torchrec_deepfm.training.config import Precision, TrainConfig
+from torchrec_deepfm.training.optim import optimizers
 from torchrec_deepfm.training.optim.optimizers import make_optimizer
 from torchrec_deepfm.training.scoring.evaluation import autocast
 
@@ -41,11 +43,12 @@ class Recorder(TorchDispatchMode):
 
 
 @pytest.fixture(scope="module")
-def recorded() -> dict[str, set[torch.dtype]]:
-    """The operators of two steps in float32 and two in bfloat16, with every penalty and batch normalisation."""
-    recorder = Recorder()
-    with one_rank() as device:
-        for precision in ("float32", "bf16"):
+def recorded() -> dict[Precision, dict[str, set[torch.dtype]]]:
+    """The operators of two steps in each precision, with every penalty, batch normalisation and Adam in one kernel."""
+    found = {}
+    # Adam is fused on a GPU only; its kernel for the CPU has the same name.
+    with one_rank() as device, mock.patch.object(optimizers, "_is_on_gpu", return_value=True):
+        for precision in get_args(Precision):
             config = TrainConfig(
                 over_arch_layer_sizes=(8,),
                 batch_norm=True,
@@ -56,28 +59,62 @@ def recorded() -> dict[str, set[torch.dtype]]:
                 touched_embedding_l2=0.01,
                 precision=precision,
             )
-            model = build_model(config, SIZES, 2, device).model
-            optimizer = make_optimizer(model, config)
-            for seed in range(2):
-                batch = to_batch(draw(8, SIZES, 2, seed=seed), list(SIZES))
-                optimizer.zero_grad()
-                with recorder:
-                    with autocast(precision, device):
-                        loss, _ = model(batch)
-                    loss.backward()
-                    optimizer.step()
+            found[precision] = record(config, device)
+    return found
+
+
+def record(config: TrainConfig, device: torch.device) -> dict[str, set[torch.dtype]]:
+    recorder, before = Recorder(), torch.get_float32_matmul_precision()
+    model = build_model(config, SIZES, 2, device).model
+    optimizer = make_optimizer(model, config)
+    torch.set_float32_matmul_precision("medium" if config.precision == "medium" else "highest")
+    try:
+        for seed in range(2):
+            batch = to_batch(draw(8, SIZES, 2, seed=seed), list(SIZES))
+            optimizer.zero_grad()
+            with recorder:
+                with autocast(config.precision, device):
+                    loss, _ = model(batch)
+                loss.backward()
+                optimizer.step()
+    finally:
+        torch.set_float32_matmul_precision(before)
     return recorder.found
 
 
-def test_every_operator_of_torch_has_a_kernel_for_cuda(recorded: dict[str, set[torch.dtype]]) -> None:
-    names = {name for name in recorded if torch.version.cuda is not None or name.startswith("aten::")}
+def test_every_operator_of_torch_has_a_kernel_for_cuda(
+    recorded: dict[Precision, dict[str, set[torch.dtype]]],
+) -> None:
+    every = set().union(*recorded.values())
+    names = {name for name in every if torch.version.cuda is not None or name.startswith("aten::")}
     assert len(names) > 30, "the step was not recorded"
+    assert "aten::_fused_adam_" in names
     assert missing_on_cuda(names) == set()
 
 
-def test_no_other_types_than_expected(recorded: dict[str, set[torch.dtype]]) -> None:
-    expected = {torch.float32, torch.float64, torch.bfloat16, torch.int32, torch.int64, torch.bool}
-    assert set().union(*recorded.values()) <= expected
+def test_ids_are_int32_and_nothing_has_another_type_than_expected(
+    recorded: dict[Precision, dict[str, set[torch.dtype]]],
+) -> None:
+    types = set().union(*(kinds for found in recorded.values() for kinds in found.values()))
+    assert types <= {torch.float32, torch.float64, torch.bfloat16, torch.int32, torch.int64, torch.bool}
+    lookups = [kinds for found in recorded.values() for name, kinds in found.items() if "embedding_codegen" in name]
+    assert lookups
+    assert all(torch.int32 in kinds for kinds in lookups)
+
+
+@pytest.mark.parametrize("precision", ["medium", "bf16"])
+def test_no_float64_where_a_gpu_is_to_be_fast(
+    recorded: dict[Precision, dict[str, set[torch.dtype]]], precision: Precision
+) -> None:
+    assert {name for name, kinds in recorded[precision].items() if torch.float64 in kinds} == set()
+
+
+def test_in_float32_the_fm_alone_computes_in_float64(recorded: dict[Precision, dict[str, set[torch.dtype]]]) -> None:
+    """Its sums nearly cancel (docs/performance.md)."""
+    assert any(torch.float64 in kinds for kinds in recorded["float32"].values())
+    with one_rank() as device:
+        rest = record(TrainConfig(over_arch_layer_sizes=(8,), clip_norm=1.0, terms=("linear", "deep")), device)
+    assert {name for name, kinds in rest.items() if torch.float64 in kinds} == set()
 
 
 def test_an_operator_of_the_cpu_alone_is_found() -> None:
