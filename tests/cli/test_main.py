@@ -84,6 +84,7 @@ OPTIONS = {
         "hardware",
         "constraint",
         "qcomms",
+        "compile-dense",
         "timeout",
         "stop-before-limit",
         "checkpoint-every",

@@ -27,7 +27,7 @@ from torchrec_deepfm.sharding.runtime.init_tables import initialize_tables
 from torchrec_deepfm.sharding.runtime.local_hardware import known_hardware
 from torchrec_deepfm.sharding.runtime.plan_model import DATA_PARALLEL_ROWS, plan_model, read_fitting_plan
 from torchrec_deepfm.sharding.runtime.sharder import make_sharder
-from torchrec_deepfm.training.config import TrainConfig
+from torchrec_deepfm.training.config import CompileDense, TrainConfig
 from torchrec_deepfm.training.optim.optimizers import fuse_sparse_optimizer
 from torchrec_deepfm.training.optim.regularisers import penalise_looked_up_rows
 
@@ -100,6 +100,7 @@ def build_model(
     plan: Path | PlanFile | None = None,
     hardware: str | None = None,
     negative_rate: float = 1.0,
+    compile_dense: CompileDense = "off",
 ) -> Sharded:
     """Build ``DeepFMTrain`` sharded over the current process group; a collective.
 
@@ -115,6 +116,7 @@ def build_model(
         hardware: what the ranks run on, for the planner: a preset or a TOML file. Default: the GPU's preset.
         plan: a fitting plan, or a plan file that rank 0 reads, to use instead of the planner.
         negative_rate: as in ``DeepFMTrain``.
+        compile_dense: mode in which to compile everything after the look-ups.
 
     Returns:
         The sharded model with its plan.
@@ -131,6 +133,8 @@ def build_model(
     cpu = torch.device("cpu")
     deepfm = make_deepfm(config, num_embeddings, dense_in_features, cpu, is_weighted=is_weighted)
     _move_dense(deepfm, device)
+    if compile_dense != "off":
+        deepfm.compile_dense_path(compile_dense)
     ebc = deepfm.sparse_arch.embedding_bag_collection
     assert isinstance(ebc, EmbeddingBagCollection)
     tables = ebc.embedding_bag_configs()

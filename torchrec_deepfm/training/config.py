@@ -15,6 +15,7 @@ from torchrec_deepfm.sharding.inputs.sharding_types import Qcomms, SparseOptimiz
 
 Activation = Literal["relu", "tanh", "sigmoid", "gelu", "silu"]
 Precision = Literal["float32", "medium", "bf16"]
+CompileDense = Literal["off", "default", "reduce-overhead"]
 Metric = Literal["auc", "logloss", "auc-logloss"]
 _CHOICES = {
     "activation": get_args(Activation),
@@ -231,6 +232,9 @@ class RunOptions:
         tyro.conf.UseAppendAction,
     ] = ()
     """What the planner may do with a table: C1=row_wise, 't_C*=column_wise:min_partition=8', '>1e6=row_wise'."""
+    compile_dense: CompileDense = "off"
+    """Compile everything after the look-ups (torch.compile); reduce-overhead: into CUDA graphs. Sums are rounded in
+    another order then, so resume with the same choice."""
     timeout: int = 120
     """Seconds after which a rank without a sign of life has stalled, or a step that also takes 20 times the slowest so
     far. Start, evaluations and checkpoints have half an hour."""
@@ -241,6 +245,8 @@ class RunOptions:
         """Check the ranges."""
         if self.resume not in ("auto", "never"):
             raise UserError(f"--resume {self.resume}: choose auto or never")
+        if self.compile_dense not in get_args(CompileDense):
+            raise UserError(f"--compile-dense {self.compile_dense}: choose one of {', '.join(get_args(CompileDense))}")
         if self.timeout < 1:
             raise UserError(f"--timeout {self.timeout}: must be at least 1")
         if self.stop_before_limit < 0:

@@ -184,6 +184,7 @@ class _Training:
             plan=self._options.plan,
             hardware=self._options.hardware,
             negative_rate=self._data.made.get("negative_rate", 1.0),
+            compile_dense=self._options.compile_dense,
         )
         checkpoints = self._checkpoints = Checkpoints(
             self._target,
