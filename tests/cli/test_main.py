@@ -41,6 +41,8 @@ OPTIONS = {
     "verify": set(),
     "recipes": {"data", "ranks", "samples-per-second"},
     "report": {"run", "output", "importance", "data"},
+    "runs": {"json"},
+    "runs compare": {"output"},
     "schema infer": {"label", "output"},
     "plan show": {"report"},
     "plan diff": set(),

@@ -24,7 +24,7 @@ from torchrec_deepfm.cli.infer import Explain, Export, Predict, Serve
 from torchrec_deepfm.cli.options import REGISTRY
 from torchrec_deepfm.cli.parse_errors import one_line_errors
 from torchrec_deepfm.cli.plan import ComparePlans, DiffPlans, PlanCommand, ShowPlan
-from torchrec_deepfm.cli.train import Evaluate, Recipes, Report, Train
+from torchrec_deepfm.cli.train import CompareRuns, Evaluate, Recipes, Report, Runs, Train
 from torchrec_deepfm.distributed.stop_signals import Preempted
 from torchrec_deepfm.errors import UserError, one_of, shown
 from torchrec_deepfm.files import check_local
@@ -54,6 +54,8 @@ COMMANDS: dict[str, type[Any]] = {
     "recipes": Recipes,
     "train": Train,
     "report": Report,
+    "runs": Runs,
+    "runs compare": CompareRuns,
     "evaluate": Evaluate,
     "predict": Predict,
     "explain": Explain,

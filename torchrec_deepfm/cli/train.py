@@ -1,9 +1,10 @@
-"""Commands that train and show runs: ``train``, ``recipes``, ``report``, ``evaluate``."""
+"""Commands that train and show runs: ``train``, ``recipes``, ``report``, ``runs``, ``evaluate``."""
 
+import json
 import math
 import os
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property, partial
 from pathlib import Path
@@ -206,6 +207,44 @@ class Report:
         data = PreparedData.open(self.data or described.data)
         PreparedRows(data, "train").check(run_folder.read(folder), folder)
         write_importance(folder, data)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runs:
+    """List the runs in a folder: status, AUC, speed. See also runs compare."""
+
+    folder: tyro.conf.Positional[Path] = Path("runs")
+    """Folder that holds run folders."""
+    json: bool = False
+    """Print a JSON list instead of a table."""
+
+    def run(self) -> None:
+        """Print a line per run."""
+        from torchrec_deepfm.training.run.run_list import list_runs, text
+
+        lines = list_runs(self.folder)
+        if self.json:
+            console.say(json.dumps([asdict(one) for one in lines], default=str, indent=2))
+        else:
+            console.say(text(lines))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareRuns:
+    """Write a page with the options that differ between runs, their figures and curves."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Two or more run folders; the others are compared with the first."""
+    output: Path | None = None
+    """HTML file to write. Default: compare_<second run>.html in the folder of the first."""
+
+    def run(self) -> None:
+        """Write the page."""
+        from torchrec_deepfm.training.run.comparison import write_comparison
+
+        if len(self.runs) < 2:
+            raise UserError("runs compare: name at least two run folders")
+        console.say(f"wrote {write_comparison(self.runs, self.output)}")
 
 
 @dataclass(frozen=True, kw_only=True)

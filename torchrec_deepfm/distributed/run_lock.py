@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import socket
@@ -95,6 +96,18 @@ class RunLock:
         if self._made:
             with contextlib.suppress(OSError):
                 self._folder.rmdir()
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a training is writing to a run folder now, as far as this host's locks show."""
+    try:
+        with open(folder / NAME, "rb", opener=regular_file) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # mostly: there is no such file
+        return False
+    return False
 
 
 def _job() -> str:
