@@ -24,7 +24,7 @@ from torchrec.distributed.planner.constants import DEFAULT_PERF_ESTIMATOR
 from torchrec.optim.optimizers import SGD
 
 from tests.support.ranks import CPU, run_ranks
-from torchrec_deepfm.sharding.estimate import predict, table_module
+from torchrec_deepfm.sharding.estimate import predict_plan, table_module
 from torchrec_deepfm.sharding.inputs.presets import PRESETS
 from torchrec_deepfm.sharding.inputs.sharding_types import SHARDING_TYPES
 from torchrec_deepfm.sharding.inputs.tables import Table
@@ -151,7 +151,7 @@ def total(seen: list[tuple[str, int, int]], which: int) -> int:
 def test_charged_bytes_are_those_that_arrive(counted: Any) -> None:
     plans, found = counted
     for (kind, ids), plan in plans.items():
-        predicted = predict(plan, TABLES[ids], plan.hardware)
+        predicted = predict_plan(plan, TABLES[ids], plan.hardware)
         for rank, cost in enumerate(predicted.per_rank):
             seen = found[rank][kind, ids]
             case = f"{kind}, {ids}, rank {rank}"
@@ -179,8 +179,10 @@ def test_torchrecs_own_estimate_charges_rows_cut_over_ranks_too_many_ids() -> No
     for kind, times in (("row_wise", 4), ("table_row_wise", 2), ("grid_shard", 2), ("column_wise", 1)):
         plan = planned("2 hosts of 2", kind, "one-hot")
         assert plan.hardware is not None
-        right = [cost.input_dist_comms_ms for cost in predict(plan, TABLES["one-hot"], plan.hardware).per_rank]
+        right = [cost.input_dist_comms_ms for cost in predict_plan(plan, TABLES["one-hot"], plan.hardware).per_rank]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("torchrec_deepfm.sharding.estimate.ARRIVING_IDS", DEFAULT_PERF_ESTIMATOR)
-            theirs = [cost.input_dist_comms_ms for cost in predict(plan, TABLES["one-hot"], plan.hardware).per_rank]
+            theirs = [
+                cost.input_dist_comms_ms for cost in predict_plan(plan, TABLES["one-hot"], plan.hardware).per_rank
+            ]
         assert sum(theirs) == pytest.approx(times * sum(right))

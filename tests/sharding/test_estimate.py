@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from torchrec_deepfm.errors import UserError
-from torchrec_deepfm.sharding.estimate import predict, with_prediction
+from torchrec_deepfm.sharding.estimate import predict_plan, with_prediction
 from torchrec_deepfm.sharding.inputs.presets import PRESETS
 from torchrec_deepfm.sharding.inputs.tables import Table, criteo_tables
 from torchrec_deepfm.sharding.plan.plan import TERMS, PlanFile, PlannedShard, PlannedTable
@@ -71,7 +71,7 @@ def test_a_column_shard_costs_what_the_formula_says(ranks: int, width: int) -> N
 
 def test_a_replicated_table_is_reduced_over_the_hosts() -> None:
     whole = [PlannedShard(rank=rank, offsets=(0, 0), sizes=(1000, 128)) for rank in range(32)]
-    found = predict(plan("data_parallel", 32, whole, "dense"), [TABLE], HARDWARE)
+    found = predict_plan(plan("data_parallel", 32, whole, "dense"), [TABLE], HARDWARE)
     forward = (8 * BATCH * POOLING + 4 * BATCH * POOLING * 128 + 4 * BATCH * 128) / (HBM / 2)
     size = 4 * 1000 * 128
     backward = size * 1.5 / (8 * INTER) * 2 + size * 9.22 / (HBM / 2)  # a ring over many hosts; three small kernels
@@ -86,7 +86,7 @@ def test_a_block_of_a_grid_uses_both_links() -> None:
         for host in range(2)
         for n in range(8)
     ]
-    found = predict(plan("grid_shard", 16, shards), [TABLE], HARDWARE)
+    found = predict_plan(plan("grid_shard", 16, shards), [TABLE], HARDWARE)
     ids, rows, pooled = 8 * BATCH * POOLING * 16 / 8, 4 * BATCH * POOLING * 16 * 64 / 8, 4 * BATCH * 16 * 64
     wanted = {
         "fwd_compute_ms": (ids + rows + pooled) / HBM,
@@ -103,7 +103,7 @@ def test_a_block_of_a_grid_uses_both_links() -> None:
 def test_kernels_in_host_memory_cost_time_and_no_gpu_memory() -> None:
     shard = [PlannedShard(rank=0, offsets=(0, 0), sizes=(1000, 128))]
     on_gpu, on_host = (
-        predict(plan("table_wise", 1, shard, kernel), [TABLE], HARDWARE, optimizer="sgd")
+        predict_plan(plan("table_wise", 1, shard, kernel), [TABLE], HARDWARE, optimizer="sgd")
         for kernel in ("fused", "fused_uvm")
     )
     weights = 4 * 1000 * 128
@@ -115,18 +115,19 @@ def test_kernels_in_host_memory_cost_time_and_no_gpu_memory() -> None:
 
 def test_the_optimizer_of_the_tables_takes_memory() -> None:
     shard = [PlannedShard(rank=0, offsets=(0, 0), sizes=(1000, 128))]
+    whole = plan("table_wise", 1, shard)
     held = {
-        optimizer: predict(plan("table_wise", 1, shard), [TABLE], HARDWARE, optimizer=optimizer).per_rank[0].hbm_bytes
+        optimizer: predict_plan(whole, [TABLE], HARDWARE, optimizer=optimizer).per_rank[0].hbm_bytes
         for optimizer in ("sgd", "rowwise_adagrad", "adagrad")
-    }  # fmt: skip
+    }
     assert held["rowwise_adagrad"] - held["sgd"] == 4 * 1000
     assert held["adagrad"] - held["sgd"] == 4 * 1000 * 128
 
 
 def test_fixed_costs_come_on_top() -> None:
     hardware = replace(HARDWARE, extra={"step_ms": 5.0, "shard_ms": 0.5, "group_ms": 2.0})
-    plain = predict(plan("column_wise", 2, column_shards(64)), [TABLE], HARDWARE)
-    fixed = predict(plan("column_wise", 2, column_shards(64)), [TABLE], hardware)
+    plain = predict_plan(plan("column_wise", 2, column_shards(64)), [TABLE], HARDWARE)
+    fixed = predict_plan(plan("column_wise", 2, column_shards(64)), [TABLE], hardware)
     assert fixed.critical_path_ms == pytest.approx(plain.critical_path_ms + 5.0 + 0.5 + 2.0, rel=1e-9)
 
 
@@ -171,18 +172,18 @@ def test_known_plans_of_criteo_cost_what_is_known(ranks: int, kind: str, width: 
             )
         )
     made = PlanFile(world_size=ranks, local_world_size=8, batch_size=BATCH, search="by hand", tables=tuple(planned))
-    assert predict(made, tables, HARDWARE).critical_path_ms == pytest.approx(wanted, abs=0.005)
+    assert predict_plan(made, tables, HARDWARE).critical_path_ms == pytest.approx(wanted, abs=0.005)
 
 
 def test_what_does_not_go_together_is_reported() -> None:
     made = plan("column_wise", 16, column_shards(64))
     with pytest.raises(UserError, match="the plan is for 16 ranks, not for 8"):
-        predict(made, [TABLE], HARDWARE, 8)
+        predict_plan(made, [TABLE], HARDWARE, 8)
     with pytest.raises(UserError, match="a table t, which is not among"):
-        predict(made, [replace(TABLE, name="u")], HARDWARE)
+        predict_plan(made, [replace(TABLE, name="u")], HARDWARE)
     with pytest.raises(UserError, match="table t: 1000 x 128 in the plan, 999 x 128 in the list"):
-        predict(made, [replace(TABLE, num_embeddings=999)], HARDWARE)
+        predict_plan(made, [replace(TABLE, num_embeddings=999)], HARDWARE)
     with pytest.raises(UserError, match="8 ranks on a host, torchrec has 4"):
-        predict(made, [TABLE], replace(HARDWARE, ranks_per_host=4))
+        predict_plan(made, [TABLE], replace(HARDWARE, ranks_per_host=4))
     with pytest.raises(UserError, match="give --batch-size"):
-        predict(replace(made, batch_size=None), [TABLE], HARDWARE)
+        predict_plan(replace(made, batch_size=None), [TABLE], HARDWARE)

@@ -101,26 +101,33 @@ class SharedShardEstimator(ShardEstimator):
             sharding_options: What to estimate; changed in place.
             sharder_data_map: What the estimators need to know of the sharders.
         """
-        for option in sharding_options:
-            shards = option.shards
-            alike: dict[tuple[int, ...], Shard] = {}
-            for shard in shards:
-                key = tuple(shard.size)
-                if key not in alike:
-                    alike[key] = Shard(size=shard.size, offset=shard.offset, perf=shard.perf, storage=shard.storage)
-            option.shards = list(alike.values())
-            try:
-                self._estimator.estimate([option], sharder_data_map)
-            finally:
+        whole = [option.shards for option in sharding_options]
+        alike = [_one_of_each_size(shards) for shards in whole]
+        for option, sizes in zip(sharding_options, alike, strict=True):
+            option.shards = list(sizes.values())
+        try:
+            self._estimator.estimate(sharding_options, sharder_data_map)
+        finally:
+            for option, shards in zip(sharding_options, whole, strict=True):
                 option.shards = shards
+        for shards, sizes in zip(whole, alike, strict=True):
             if self._shard_ms:
-                for each in alike.values():
+                for each in sizes.values():
                     if each.perf is not None:
                         # Backward takes twice the forward's time, in TorchRec's model of the kernels.
                         each.perf = each.perf + Perf(self._shard_ms / 3, 0.0, self._shard_ms * 2 / 3, 0.0)
             for shard in shards:
-                one = alike[tuple(shard.size)]
+                one = sizes[tuple(shard.size)]
                 shard.perf, shard.storage = one.perf, one.storage
+
+
+def _one_of_each_size(shards: Iterable[Shard]) -> dict[tuple[int, ...], Shard]:
+    found: dict[tuple[int, ...], Shard] = {}
+    for shard in shards:
+        key = tuple(shard.size)
+        if key not in found:
+            found[key] = Shard(size=shard.size, offset=shard.offset, perf=shard.perf, storage=shard.storage)
+    return found
 
 
 class EmaStorageEstimator(ShardEstimator):

@@ -20,7 +20,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from torchrec_deepfm import embedding_tables
 from torchrec_deepfm.errors import UserError
-from torchrec_deepfm.sharding.estimate import predict
+from torchrec_deepfm.sharding.estimate import predict_plan
 from torchrec_deepfm.sharding.inputs.constraints import in_device_memory, parse_constraints
 from torchrec_deepfm.sharding.inputs.presets import PRESETS
 from torchrec_deepfm.sharding.inputs.sharding_types import SHARDING_TYPES, SparseOptimizer
@@ -102,7 +102,7 @@ def test_the_planner_that_predicts_the_faster_step_for_known_hardware(hardware: 
     alone = plan_model(Model(tables), tables, **options)
     found = plan_model(Model(tables), tables, hardware=at, optimizer="sgd", **options)
     sizes_of = [Table(name=f"t_{name}", num_embeddings=rows, embedding_dim=32) for name, rows in sizes.items()]
-    torchrecs = predict(alone, sizes_of, at, optimizer="sgd").critical_path_ms
+    torchrecs = predict_plan(alone, sizes_of, at, optimizer="sgd").critical_path_ms
     assert found.predicted is not None
     assert (found.search == "balanced") == (winner == "balanced")
     assert (found.predicted.critical_path_ms < 0.99 * torchrecs) == (winner == "balanced")

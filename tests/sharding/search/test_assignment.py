@@ -37,3 +37,26 @@ def test_prices_that_hardly_differ_change_nothing(seed: int) -> None:
     machine = Machine(ranks=24, ranks_per_host=8, hbm=memory, ddr=memory)
     even = choose(machine, ways([1.0] * len(everywhere)))
     assert choose(machine, ways(uneven)).critical_path <= even.critical_path * (1 + 1e-4)
+
+
+@pytest.mark.parametrize("seed", [5, 31, 77])
+def test_pieces_larger_than_a_rank_lead_nowhere(seed: int) -> None:
+    """Three tables with rows in host memory and caches of any size, as good as if only those that fit were offered."""
+    draw = random.Random(seed)
+
+    def ways(size: float, *, fit: bool) -> list[PlacementOption]:
+        cached = [(count, share) for count in (1, 2, 4, 8) for share in (0.1, 0.2, 0.35, 0.5, 0.65, 0.8)]
+        found = [
+            PlacementOption(where="any rank", count=n, ms=1.4 * (1 + n / 100) / share, hbm=int(share * size / n), ddr=1)
+            for n, share in cached
+        ]
+        return [way for way in found if way.hbm <= 700 or not fit]
+
+    small = [PlacementOption(where="any rank", count=1, ms=1.0, hbm=150, ddr=0)]
+    sizes = [draw.randint(18_000, 24_000) for _ in range(3)]
+    machine = Machine(ranks=72, ranks_per_host=72, hbm=np.full(72, 700.0), ddr=np.full(72, 1e9))
+    offered, fitting = ([ways(size, fit=fit) for size in sizes] + [small] * 37 for fit in (False, True))
+    assert choose(machine, fitting).short == 0
+    found = choose(machine, offered)
+    assert found.short == 0
+    assert found.critical_path <= choose(machine, fitting).critical_path * (1 + 1e-9)

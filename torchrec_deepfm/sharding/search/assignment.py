@@ -61,11 +61,13 @@ class Choice:
         ways: Index of each table's way [T].
         critical_path: Milliseconds of the slowest rank.
         short: Bytes for which there is no room; 0 if the choice is possible.
+        lacked_memory: Whether the search met a choice that might be faster, if there were more memory.
     """
 
     ways: tuple[int, ...]
     critical_path: float
     short: float
+    lacked_memory: bool = False
 
     def better_than(self, other: "Choice") -> bool:
         """Whether it fits better, or fits as well and is faster."""
@@ -97,14 +99,42 @@ def choose(
     placements = max(min(effort.placements, effort.placed_tables // tables), effort.starts)
     placed_starts = min(effort.placed_starts, placements // 3 + 1)
     effort = replace(effort, placements=placements, placed_starts=placed_starts)
+    possible = [
+        [number for number, way in enumerate(options) if _fits(machine, way)] or list(range(len(options)))
+        for options in ways
+    ]
     # More pieces than ranks rarely pay and crowd out other starts: first without them.
-    few = [[number for number, way in enumerate(options) if _has_room(machine, way)] for options in ways]
-    if all(few) and any(len(kept) < len(options) for kept, options in zip(few, ways, strict=True)):
-        kept = [[options[number] for number in numbers] for options, numbers in zip(ways, few, strict=True)]
-        found = _Search(machine, kept, effort).run()
-        first = tuple(numbers[way] for numbers, way in zip(few, found.ways, strict=True))
-        starts = (first, *starts)
-    return _Search(machine, ways, effort).run(starts)
+    few = [
+        [number for number in numbers if _has_room(machine, options[number])]
+        for numbers, options in zip(possible, ways, strict=True)
+    ]
+    if all(few) and few != possible:
+        starts = (_search(machine, ways, effort, few).ways, *starts)
+    return _search(machine, ways, effort, possible, starts)
+
+
+def _search(
+    machine: Machine,
+    ways: Sequence[Sequence[PlacementOption]],
+    effort: Effort,
+    allowed: Sequence[Sequence[int]],
+    starts: Iterable[tuple[int, ...]] = (),
+) -> Choice:
+    """Search among the allowed ways of each table, by their numbers."""
+    kept = [[options[number] for number in numbers] for numbers, options in zip(allowed, ways, strict=True)]
+    at = [{number: index for index, number in enumerate(numbers)} for numbers in allowed]
+    given = [
+        tuple(index[number] for index, number in zip(at, start, strict=True))
+        for start in starts
+        if all(number in index for index, number in zip(at, start, strict=True))
+    ]
+    found = _Search(machine, kept, effort).run(given)
+    return replace(found, ways=tuple(numbers[way] for numbers, way in zip(allowed, found.ways, strict=True)))
+
+
+def _fits(machine: Machine, way: PlacementOption) -> bool:
+    """Whether a rank has the memory for a piece, if nothing else is there."""
+    return bool(way.hbm <= machine.hbm.max() and way.ddr <= machine.ddr.max())
 
 
 def _has_room(machine: Machine, way: PlacementOption) -> bool:
@@ -139,7 +169,19 @@ class _Search:
             improved = self._improve(arrays, start)
             if improved.better_than(best):
                 best = improved
-        return self._simplify(best)
+        best = self._simplify(best)
+        return replace(best, lacked_memory=self._lacked_memory(arrays, starts, best))
+
+    def _lacked_memory(self, arrays: "_Arrays", starts: Iterable[tuple[int, ...]], best: Choice) -> bool:
+        without_room = itertools.chain(
+            (ways for ways in starts if arrays.lack(ways)), (each.ways for each in self.placed.values() if each.short)
+        )
+        if best.short or any(arrays.bound(ways) < best.critical_path * (1 - _SAME) for ways in without_room):
+            return True
+        endless = np.full(self.machine.ranks, 2.0**62)
+        roomy = replace(self.machine, hbm=endless, ddr=endless)
+        chosen = [options[number] for options, number in zip(self.ways, best.ways, strict=True)]
+        return place(roomy, chosen, where=False).critical_path < best.critical_path * (1 - _SAME)
 
     def _place(self, ways: tuple[int, ...]) -> Choice:
         if ways not in self.placed:

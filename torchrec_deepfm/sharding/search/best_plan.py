@@ -6,7 +6,7 @@ A plan of TorchRec's planner is kept where it is better by the objective, at any
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final
 
@@ -58,11 +58,13 @@ class FoundPlan:
         options: TorchRec's options that it is made of, with ranks and estimates.
         search: ``balanced`` or ``torchrec``: whose it is.
         ms: Milliseconds of the slowest rank under the objective.
+        lacked_memory: Whether the search met plans that might be faster, if there were more memory.
     """
 
     options: list[ShardingOption]
     search: str
     ms: float
+    lacked_memory: bool = True
 
 
 class BestPlan:
@@ -143,7 +145,7 @@ class BestPlan:
         attempts.append(lambda: self._torchrec(math.inf if best is None else best.ms))
         for attempt in attempts:
             of_host_memory = isinstance(attempt, partial) and attempt.keywords.get("host_memory")
-            if best is not None and (best.ms <= bound or (of_host_memory and self._is_half_empty(best))):
+            if best is not None and (best.ms <= bound or (of_host_memory and not best.lacked_memory)):
                 continue  # nothing can be better, or memory is not the limit
             found = attempt()
             if found is not None and (found.search == "balanced" or fits(found.options)):
@@ -169,7 +171,8 @@ class BestPlan:
         # TorchRec's planner would copy a million shards twice, with their estimates.
         chosen = [_copy(each[number]) for each, number in zip(listed, choice.ways, strict=True)]
         try:
-            return self._found("balanced", BalancedPartitioner(score).partition(chosen, ranks))
+            found = self._found("balanced", BalancedPartitioner(score).partition(chosen, ranks))
+            return replace(found, lacked_memory=choice.lacked_memory)
         except PlannerError as error:  # the best that was tried fits nowhere, as TorchRec's planner calls that
             self.error = PlannerError(str(error), PlannerErrorType.STRICT_CONSTRAINTS)
             return None
@@ -220,16 +223,6 @@ class BestPlan:
     def _additive(self) -> Objective:
         """What a rank takes at least under the objective, and is a sum over its shards."""
         return "total" if self._objective == "hidden-ids" else self._objective
-
-    def _is_half_empty(self, found: FoundPlan) -> bool:
-        """Whether the fullest rank has more than half of the memory left that tables may take."""
-        held = [0] * self._topology.world_size
-        for option in found.options:
-            for shard in option.shards:
-                assert shard.rank is not None
-                assert shard.storage is not None
-                held[shard.rank] += shard.storage.hbm
-        return max(held) < 0.5 * min(device.storage.hbm for device in self.reserved.devices)
 
 
 def _copy(option: ShardingOption) -> ShardingOption:

@@ -114,22 +114,29 @@ def place(machine: Machine, ways: Sequence[PlacementOption], *, where: bool = Tr
     hosts = (machine.hosts, machine.ranks_per_host)
     load = ms.reshape(hosts).max(axis=1)
     room = (hbm.reshape(hosts).min(axis=1), ddr.reshape(hosts).min(axis=1))
-    short += _fill(ways, "any host", load, room, found if where else None)
+    single = machine.ranks_per_host == 1  # a host is a rank: all pieces in one order
+    if not single:
+        short += _fill(ways, ("any host",), load, room, found if where else None)
     # Ranks of a host differ so far only where the machine's own memory does.
     ms = np.repeat(load, machine.ranks_per_host)
     hbm += np.repeat(room[0] - hbm.reshape(hosts).min(axis=1), machine.ranks_per_host)
     ddr += np.repeat(room[1] - ddr.reshape(hosts).min(axis=1), machine.ranks_per_host)
-    short += _fill(ways, "any rank", ms, (hbm, ddr), found if where else None)
+    kinds: tuple[Where, ...] = ("any host", "any rank") if single else ("any rank",)
+    short += _fill(ways, kinds, ms, (hbm, ddr), found if where else None)
     return Placement(ms=ms, short=short, slots=tuple(found) if where else ())
 
 
 def _fill(
-    ways: Sequence[PlacementOption], where: Where, load: Floats, room: tuple[Floats, Floats], found: list[Counts] | None
+    ways: Sequence[PlacementOption],
+    where: tuple[Where, ...],
+    load: Floats,
+    room: tuple[Floats, Floats],
+    found: list[Counts] | None,
 ) -> float:
-    """Place all pieces of a kind; changes load and room, and returns the bytes for which there was no room."""
+    """Place all pieces of some kinds; changes load and room, and returns the bytes for which there was no room."""
     groups: dict[tuple[float, int, int], list[int]] = {}
     for number, way in enumerate(ways):
-        if way.where == where:
+        if way.where in where:
             groups.setdefault((way.ms, way.hbm, way.ddr), []).append(number)
     ordered = sorted(groups.items(), reverse=True)
     counts = [sum(ways[number].count for number in members) for _, members in ordered]

@@ -6,6 +6,7 @@ already slower, or their memory exceeds that of all ranks. Such proposals are sk
 and the best of all is still found.
 """
 
+import heapq
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -41,14 +42,22 @@ def greedy_proposals(options: Options) -> Iterator[Choice]:
             sorted(each, key=lambda number, each=each: total(_perf_totals(each[number])))  # type: ignore[misc]
             for each in options
         ]
-        at = [0] * len(ranked)
-        while True:
-            choice = tuple(each[step] for each, step in zip(ranked, at, strict=True))
-            yield choice
-            left = [table for table, each in enumerate(ranked) if at[table] + 1 < len(each)]
-            if not left:
-                break
-            at[max(left, key=lambda table: sizes[table][choice[table]])] += 1
+        choice = [each[0] for each in ranked]
+        left = [iter(each[1:]) for each in ranked]
+        largest = [
+            (_negated(each[number]), table) for table, (each, number) in enumerate(zip(sizes, choice, strict=True))
+        ]
+        heapq.heapify(largest)
+        yield tuple(choice)
+        while largest:
+            table = largest[0][1]
+            number = next(left[table], None)
+            if number is None:
+                heapq.heappop(largest)
+                continue
+            choice[table] = number
+            heapq.heapreplace(largest, (_negated(sizes[table][number]), table))
+            yield tuple(choice)
 
 
 def torchrec_proposals(options: Options) -> Iterator[Choice]:
@@ -135,6 +144,10 @@ class ProposalsThatMayWin(Proposer):
 
 def _perf_totals(option: ShardingOption) -> list[float]:
     return [float(shard.perf.total) for shard in option.shards if shard.perf is not None]
+
+
+def _negated(size: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(-each for each in size)
 
 
 def _memory(option: ShardingOption) -> tuple[int, int, int, int]:
