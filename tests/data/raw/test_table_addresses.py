@@ -22,7 +22,7 @@ def test_a_folder_in_natural_order(tmp_path):
         folder / "part-2.parquet",
         {"y": pa.array([], pa.int8()), "n": pa.array([], pa.int8()), "c": pa.array([], "string")},
     )
-    for name in ("_SUCCESS", ".part-1.parquet.crc", "schema.toml", "README.md"):
+    for name in ("_SUCCESS", "_temporary", ".part-1.parquet.crc", "schema.toml", "README.md"):
         (folder / name).write_text("")
     sources = open_tables(str(folder), SMALL)
     assert [Path(source.path).name for source in sources] == ["part-1.parquet", "part-9.parquet", "part-10.parquet"]
@@ -85,6 +85,8 @@ KINDS = (
         (["day=1/a.csv", "b.csv"], "only some files lie in a folder day=...; name the folders of one kind"),
         (["_delta_log/0.json", "a.parquet"], ("a Delta table, whose folder also holds rows that were deleted; write it "
                                               "as plain Parquet first")),
+        (["_temporary/0.parquet", "a.parquet"], ("Spark has not finished writing this folder (_temporary is there, "
+                                                 "_SUCCESS is not); let the job end, or run it again")),
     ],
 )  # fmt: skip
 def test_folders_that_are_not_a_table(tmp_path, files, expected):

@@ -300,6 +300,11 @@ def _tables_of(named: str, entries: list[tuple[str, bool]]) -> list[str]:
         raise UserError(
             f"{named}: a Delta table, whose folder also holds rows that were deleted; write it as plain Parquet first"
         )
+    if "_temporary" in names and "_SUCCESS" not in names:  # Spark removes the one and writes the other at its end
+        raise UserError(
+            f"{named}: Spark has not finished writing this folder (_temporary is there, _SUCCESS is not); let the job "
+            "end, or run it again"
+        )
     seen = [
         (name, folder)
         for name, folder in entries
