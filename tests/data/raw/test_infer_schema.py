@@ -290,6 +290,23 @@ def test_a_label_by_a_threshold(tmp_path):
     assert next(source.pieces()).frame["label"].to_list() == [0, 1, 1, 0]
 
 
+@pytest.mark.parametrize(
+    ("name", "values", "is_weight"),
+    [
+        ("sample_weight", [0.5, 2.0, 0.0, 1.0], True),
+        ("Row_Weight", [1, 2, 3, 1], True),
+        ("weight", [0.5, 2.0, 0.0, 1.0], False),  # of a parcel?
+        ("sample_weight", [0.5, -2.0, 0.0, 1.0], False),
+        ("sample_weight", [0.5, None, 0.0, 1.0], False),
+    ],
+)
+def test_weights_of_rows(tmp_path, name, values, is_weight):
+    path = parquet(tmp_path / "t.parquet", {"click": [0, 1, 1, 0], name: values, "user_id": [1, 2, 1, 2]})
+    schema = read_back(tmp_path, infer_schema(str(path)))
+    assert schema.weight == (name if is_weight else None)
+    assert (name in schema.names[1:]) == (not is_weight)
+
+
 def test_a_named_label_goes_before_others(tmp_path):
     path = parquet(tmp_path / "t.parquet", {"label": [0, 1], "bought": [True, False]})
     schema = read_back(tmp_path, infer_schema(str(path), label="bought"))

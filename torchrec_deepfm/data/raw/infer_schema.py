@@ -25,6 +25,8 @@ from torchrec_deepfm.files import check_local
 # In this order, whatever the case of their letters.
 _LABELS: Final = ("label", "click", "clicked", "is_click", "is_clicked", "target", "y")
 _RATINGS: Final = ("rating", "ratings", "stars", "score", "overall")
+# Not "weight" itself, which may be a product's.
+_WEIGHTS: Final = ("sample_weight", "row_weight", "example_weight", "instance_weight")
 # Names that a message lists.
 _SHOWN: Final = 4
 
@@ -71,7 +73,8 @@ def infer_schema(
             "own text needs no schema"
         )
     found = _find_label(named, columns, rule or label)
-    others = [column for column in columns if column is not found]
+    weight = None if keep else next(filter(_is_weight, (column for column in columns if column is not found)), None)
+    others = [column for column in columns if column not in (found, weight)]
     labels = cells.labels(pa.chunked_array([found.series.to_arrow()]), rule).series.to_numpy()
     numeric, categorical, left_out = sort(others, labels, keep=keep)
     if not (numeric or categorical):
@@ -87,6 +90,7 @@ def infer_schema(
         "",
         *([f"delimiter = {toml_text(delimiter)}"] if delimiter else []),
         f"label = {toml_text(found.name if label is None else label)}  # {labels.mean():.1%} ones",
+        *([f"weight = {toml_text(weight.name)}  # {_comment(weight.comment)}"] if weight else []),
         "",
         *_names("numeric", numeric),
         "",
@@ -202,6 +206,15 @@ def _is_label(column: SampledColumn) -> bool:
     if column.kind.scalar == "text" and not column.text:
         return False
     return not cells.labels(pa.chunked_array([column.series.to_arrow()])).faults
+
+
+def _is_weight(column: SampledColumn) -> bool:
+    """Whether a column has a name that only weights of rows have, and holds such."""
+    if column.name.casefold() not in _WEIGHTS or column.kind.scalar not in ("integer", "float") or column.kind.is_list:
+        return False
+    numbers = cells.numbers(pa.chunked_array([column.series.to_arrow()])).series.to_numpy()
+    column.why = "its name and its numbers are those of weights of rows"
+    return bool(np.isfinite(numbers).all() and numbers.min() >= 0 and numbers.max() > 0)
 
 
 def _names(key: str, columns: Sequence[SampledColumn]) -> list[str]:
