@@ -177,6 +177,7 @@ def test_sizes_by_hand() -> None:
     assert size.dense_parameters == mlp + 13 * 128 + 1
     assert size.checkpoint_bytes == 2 * size.table_bytes + 12 * size.dense_parameters
     assert size.rank_bytes == 2 * size.table_bytes // 8 + 16 * size.dense_parameters
+    assert size.pooled_bytes == 2 * 26 * 128 * 4 * 8192  # rows and gradients of the categorical fields
     averaged = size_of(replace(recipe("criteo-terabyte"), ema=0.9), **about, ranks=8)
     assert averaged.average_bytes == size.table_bytes + 4 * size.dense_parameters
     adam = size_of(replace(recipe("criteo-terabyte"), sparse_optimizer="adam"), **about, ranks=8)

@@ -15,9 +15,11 @@ class Control:
 
     Args:
         timeout: seconds that ranks wait for each other.
+        every: steps between two exchanges of ``after_step``.
     """
 
-    def __init__(self, timeout: float) -> None:
+    def __init__(self, timeout: float, *, every: int = 1) -> None:
+        self._every = every
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
         self._waiting: tuple[dist.Work, torch.Tensor] | None = None
 
@@ -37,6 +39,19 @@ class Control:
         assert work is not None
         self._waiting = work, message
         return received
+
+    def after_step(self, step: int, signum: int, bad_step: int | None) -> tuple[int, int | None]:
+        """Do what ``exchange`` does, at each ``every``-th step; a collective there. Others learn of nothing.
+
+        Args:
+            step: steps done, the same on every rank.
+            signum: as for ``exchange``.
+            bad_step: as for ``exchange``.
+
+        Returns:
+            As ``exchange``.
+        """
+        return (0, None) if step % self._every else self.exchange(signum, bad_step)
 
     def now(self, signum: int, bad_step: int | None) -> tuple[int, int | None]:
         """Send this rank's state and wait for the result; a collective.

@@ -21,6 +21,7 @@ class Size:
         dense_parameters: weights outside of the tables.
         rank_bytes: tables, states and averages per rank, if the planner distributes the tables evenly. Batches,
             activations, buffers of the collectives and the libraries come on top.
+        pooled_bytes: pooled rows of a step and their gradients, per rank, one value per field.
         checkpoint_bytes: one checkpoint.
         steps: steps of the whole training, if nothing stops it early.
     """
@@ -31,6 +32,7 @@ class Size:
     average_bytes: int
     dense_parameters: int
     rank_bytes: int
+    pooled_bytes: int
     checkpoint_bytes: int
     steps: int
 
@@ -68,6 +70,7 @@ def size_of(
         average_bytes=averages,
         dense_parameters=dense,
         rank_bytes=rank,
+        pooled_bytes=2 * (fields - numeric) * width * _FLOAT * config.batch_size,
         checkpoint_bytes=tables + state + averages + 3 * dense * _FLOAT,
         steps=config.epochs * (train_rows // (config.batch_size * ranks)),
     )

@@ -90,6 +90,7 @@ def _size(config: TrainConfig, data: DataSet, ranks: int, samples_per_second: fl
         "memory per rank": f"{format_bytes(size.rank_bytes)} for these"
         + (", as every rank has all tables" if replicated and ranks > 1 else "")
         + "; libraries, batches and activations come on top",
+        "pooled rows": f"{format_bytes(size.pooled_bytes)} per rank with their gradients",
         "a checkpoint": f"{format_bytes(size.checkpoint_bytes)}; up to {config.keep_last + 2} exist at a time",
         "steps": f"{size.steps:,} of {batch:,} samples"
         + (f", in {config.epochs} epochs" if config.epochs > 1 else "")
