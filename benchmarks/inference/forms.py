@@ -28,8 +28,9 @@ from torchrec.inference.modules import quantize_embeddings  # noqa: E402
 from torchrec_deepfm.data.dataset.prepared import PreparedData  # noqa: E402
 from torchrec_deepfm.data.loader.loader import Loader  # noqa: E402
 from torchrec_deepfm.errors import UserError  # noqa: E402
-from torchrec_deepfm.inference.export import _arrays, export  # noqa: E402
+from torchrec_deepfm.inference.export import export  # noqa: E402
 from torchrec_deepfm.inference.forms import PROBABILITY, open_model  # noqa: E402
+from torchrec_deepfm.inference.graph import arrays_of  # noqa: E402
 from torchrec_deepfm.inference.package import read_package  # noqa: E402
 from torchrec_deepfm.inference.weights import load_model  # noqa: E402
 from torchrec_deepfm.training.run import folder as run_folder  # noqa: E402
@@ -91,7 +92,7 @@ def _run(run: Path, options: Options) -> None:
                 console.say(f"| {form} | {tables} | refused: {error} |")
                 continue
             signature, call = read_package(package).signature, open_model(form, package, threads=1)
-            inputs = {size: [_arrays(batch, signature) for batch in some] for size, some in batches.items()}
+            inputs = {size: [arrays_of(batch, signature) for batch in some] for size, some in batches.items()}
             inputs[1] = [{name: _one(array, row) for name, array in inputs[256][0].items()} for row in range(256)]
             size = sum(path.stat().st_size for path in package.glob("model*"))
             loss = "-" if done.parity.auc_loss is None else f"{done.parity.auc_loss:+.6f}"

@@ -1,9 +1,13 @@
 """``predict``: files of raw rows in, a Parquet file of probabilities out."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import fsspec
 import numpy as np
@@ -14,6 +18,7 @@ from sklearn.metrics import roc_auc_score
 
 import torchrec_deepfm
 from tests.inference.test_load import by_hand, read_raw
+from tests.support.fork import ROOT
 from tests.support.ranks import run_ranks
 from torchrec_deepfm.cli.main import main
 from torchrec_deepfm.data.dataset.prepared import PreparedData
@@ -23,6 +28,7 @@ from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.inference import predict as module
 from torchrec_deepfm.inference.load import Predictor, load, load_sharded
 from torchrec_deepfm.inference.predict import open_sources, predict_files
+from torchrec_deepfm.inference.scorer import ModelScorer
 
 
 @pytest.fixture(scope="session")
@@ -184,6 +190,47 @@ def test_ranks_and_resumed_calls_end_in_the_same_bytes(
     whole = calls - 100 + pieces
     assert whole == -(-text.stat().st_size // 1000)
     assert [float(np.float32(one or 0)) for one in probabilities(tmp_path / "p.parquet")] == probabilities(output)
+
+
+def killed_in_the_third_piece(run: str, text: str, output: str) -> None:
+    small_pieces()
+    predictor, calls = load(run), 0
+
+    def score(rows: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return predictor.score.logits(rows)  # type: ignore[attr-defined]
+
+    killed = cast("Any", ModelScorer.__new__(ModelScorer))
+    killed.logits = score
+    predict_files(replace(predictor, score=killed), [text], Path(output), keep=["user"])
+
+
+@pytest.mark.usefixtures("small")
+def test_a_killed_call_is_resumed_to_the_same_bytes(
+    predictor: Predictor, run: Path, text: Path, tmp_path: Path
+) -> None:
+    predict_files(predictor, [str(text)], tmp_path / "whole.parquet", keep=["user"])
+    (tmp_path / "killed").mkdir()
+    output = tmp_path / "killed" / "p.parquet"
+    code = f"from {__name__} import *; killed_in_the_third_piece({str(run)!r}, {str(text)!r}, {str(output)!r})"
+    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT).returncode == -signal.SIGKILL
+    assert not output.exists()
+    assert len(list((output.parent / ".p.parquet.partial").glob("part_*"))) == 2
+    scored = []
+
+    def counting(rows: Any) -> Any:
+        scored.append(len(rows))
+        return predictor.score.logits(rows)  # type: ignore[attr-defined]
+
+    resumed = cast("Any", ModelScorer.__new__(ModelScorer))
+    resumed.logits = counting
+    assert predict_files(replace(predictor, score=resumed), [str(text)], output, keep=["user"]).rows == 300
+    assert 0 < sum(scored) < 300
+    assert output.read_bytes() == (tmp_path / "whole.parquet").read_bytes()
+    assert list(output.parent.iterdir()) == [output]
 
 
 def test_two_calls_at_once(predictor: Predictor, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 import websocket
 
+from tests.inference.serving import serving
 from tests.inference.test_load import read_raw
-from tests.inference.test_serve import serving
 from torchrec_deepfm import load
 from torchrec_deepfm.data.dataset.prepared import PreparedData
 from torchrec_deepfm.inference.serve.model import ServedModel

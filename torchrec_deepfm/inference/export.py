@@ -21,8 +21,8 @@ from torchrec_deepfm.data.prepare.row_encoder import RowEncoder
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.files import write_bytes
 from torchrec_deepfm.inference.forms import PROBABILITY, Form, open_model, write_model
-from torchrec_deepfm.inference.graph import ScoringGraph, Tables
-from torchrec_deepfm.inference.inputs import Arrays, Signature
+from torchrec_deepfm.inference.graph import ScoringGraph, Tables, arrays_of
+from torchrec_deepfm.inference.inputs import Signature
 from torchrec_deepfm.inference.load import check_encoding, encoder_of
 from torchrec_deepfm.inference.package import ENCODER, FORMAT_VERSION, README, PackageFile, readme, write_package_json
 from torchrec_deepfm.inference.triton import lay_out
@@ -155,7 +155,7 @@ def export(
         say(f"writing the model as {to}" + (" (this compiles it: a minute or two)" if to == "aoti" else ""))
         write_model(graph, to, partial)
         call = open_model(to, partial)
-        found = np.concatenate([call(_arrays(batch, signature), PROBABILITY)[0] for batch in rows()])
+        found = np.concatenate([call(arrays_of(batch, signature), PROBABILITY)[0] for batch in rows()])
         parity = _compare(expected, found, labels, tables, rounding, source)
         say(str(parity))
         example = None
@@ -264,21 +264,6 @@ def _rounding(model: DeepFM, found: NDArray[np.float32], batches: Iterator[Batch
         for each in batches
     ]
     return float(np.abs(torch.sigmoid(torch.cat(logits).squeeze(1)).numpy() - found).max())
-
-
-def _arrays(batch: Batch, signature: Signature) -> Arrays:
-    """Return the inputs of an exported model for a batch of the loader."""
-    features = batch.sparse_features.to_dict()
-    bags = [features[name] for name in signature.bags]
-    tensors = {"dense": batch.dense_features}
-    if signature.ids:
-        tensors["ids"] = torch.stack([features[name].values() for name in signature.ids], dim=1).long()
-    if bags:
-        tensors["values"] = torch.cat([bag.values() for bag in bags]).long()
-        tensors["lengths"] = torch.stack([bag.lengths() for bag in bags]).long()
-        if "weights" in signature.inputs:
-            tensors["weights"] = torch.cat([bag.weights() for bag in bags])
-    return {name: tensors[name].contiguous().numpy() for name in signature.inputs}
 
 
 def _compare(

@@ -26,9 +26,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torchrec.datasets.utils import Batch
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.inference.inputs import Arrays, Signature
 from torchrec_deepfm.model.deepfm import DeepFM
 
 Tables = Literal["fp32", "fp16", "int8", "int4"]
@@ -221,6 +223,29 @@ class ScoringGraph(nn.Module):
             rows = rows * weights.unsqueeze(1)
         pooled = torch.zeros(count * batch, self._columns).index_add(0, bag, rows)
         return pooled.view(count, batch, self._columns).transpose(0, 1)
+
+
+def arrays_of(batch: Batch, signature: Signature) -> Arrays:
+    """Return the inputs of an exported model for a batch of the loader.
+
+    Args:
+        batch: B rows.
+        signature: of the model.
+
+    Returns:
+        The arrays by input.
+    """
+    features = batch.sparse_features.to_dict()
+    bags = [features[name] for name in signature.bags]
+    tensors = {"dense": batch.dense_features}
+    if signature.ids:
+        tensors["ids"] = torch.stack([features[name].values() for name in signature.ids], dim=1).long()
+    if bags:
+        tensors["values"] = torch.cat([bag.values() for bag in bags]).long()
+        tensors["lengths"] = torch.stack([bag.lengths() for bag in bags]).long()
+        if "weights" in signature.inputs:
+            tensors["weights"] = torch.cat([bag.weights() for bag in bags])
+    return {name: tensors[name].contiguous().numpy() for name in signature.inputs}
 
 
 def _check_half(rows: Tensor) -> None:

@@ -62,7 +62,8 @@ class Signature:
             arrays["lengths"] = np.stack([bag.lengths for bag in bags]).astype(np.int64)
             arrays["weights"] = np.concatenate(weights)
             assert arrays["lengths"].shape == (len(bags), n)
-        found = {name: np.ascontiguousarray(arrays[name]) for name in self.inputs}
+        # Writable, as torch warns of other arrays; those of Arrow are not.
+        found = {name: np.require(arrays[name], requirements=("C", "W")) for name in self.inputs}
         self.check_ids(found)
         return found
 

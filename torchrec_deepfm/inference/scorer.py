@@ -70,7 +70,7 @@ class ModelScorer:
                     factors[start:stop] = looked_up[:, :, :width].numpy()
                 if model.over_arch is not None:
                     deep[start:stop] = model.over_arch(looked_up[:, :, :width].flatten(1)).float().squeeze(1).numpy()
-        return LogitParts(bias=float(model.bias), first_order=first, factors=factors, deep=deep)
+        return LogitParts(bias=float(model.bias.detach()), first_order=first, factors=factors, deep=deep)
 
     def computing(self) -> AbstractContextManager[None]:
         """The precision of the run, which other work in this process does not see."""

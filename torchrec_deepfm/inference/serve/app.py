@@ -35,6 +35,7 @@ _PAGE: Final = jinja2.Environment(autoescape=True).from_string(
     (resources.files(__package__) / "page.html.j2").read_text("utf-8")
 )
 _RETRY: Final = {"Retry-After": "1"}
+QUEUED: Final = frozenset(("/predict", "/explain"))
 
 
 class Prediction(BaseModel):
@@ -158,7 +159,7 @@ def make_app(model: ServedModel, batcher: Batcher, limits: Limits, metrics: Serv
         except RequestError as error:
             return _problems(error.status, *error.faults)
         except QueueFullError:
-            return _problems(429, Fault("too many rows wait for the model; try again later"), headers=_RETRY)
+            return busy()
         except ClientDisconnect:
             return Response(status_code=400)  # which nobody reads
         except TimeoutError:
@@ -232,6 +233,11 @@ def make_app(model: ServedModel, batcher: Batcher, limits: Limits, metrics: Serv
 
     app.openapi = openapi  # type: ignore[method-assign]
     return app
+
+
+def busy() -> Response:
+    """The answer to a request that the queue has no room for."""
+    return _problems(429, Fault("too many rows wait for the model; try again later"), headers=_RETRY)
 
 
 def _json(value: Any) -> Response:

@@ -34,6 +34,10 @@ class Batcher:
         wait: Seconds.
         queue_rows: Rows that may wait; but a payload of any size is taken by an empty queue.
         observe: Called with the rows of every batch.
+
+    Attributes:
+        waiting: Rows that wait.
+        unanswered: Payloads that wait or are being scored.
     """
 
     def __init__(
@@ -53,6 +57,7 @@ class Batcher:
         self._thread = ThreadPoolExecutor(1, "model")
         self._worker = asyncio.create_task(self._work())
         self.waiting = 0
+        self.unanswered = 0
 
     async def submit(self, payload: Any, rows: int, key: Hashable = None) -> Any:
         """Wait for the answer to a payload.
@@ -75,8 +80,12 @@ class Batcher:
         job = _Job(rows=rows, payload=payload, key=key, arrived=loop.time(), answer=loop.create_future())
         self._jobs.append(job)
         self.waiting += rows
+        self.unanswered += 1
         self._changed.set()
-        return await job.answer
+        try:
+            return await job.answer
+        finally:
+            self.unanswered -= 1
 
     async def close(self) -> None:
         """Answer what waits, then end the thread."""

@@ -19,6 +19,8 @@ class Limits:
     """How long a request may wait for others to be scored with."""
     queue_rows: int = 4096
     """Rows that may wait for the model; a request beyond them is answered 429 with Retry-After."""
+    queue_requests: int = 128
+    """Requests that may wait or be scored; a further one is answered 429 before its body is read."""
     max_rows: int = 4096
     """Rows per request of predict; explain takes a hundred. A larger request is answered 413."""
     max_body_mb: float = 8.0
@@ -34,6 +36,7 @@ class Limits:
             ("batch_rows", 1, 2**20),
             ("batch_wait_ms", 0, 60_000),
             ("queue_rows", 1, 2**20),
+            ("queue_requests", 1, 2**16),
             ("max_rows", 1, 2**20),
             ("max_body_mb", 0.001, 1024),
             ("max_connections", 1, 2**16),

@@ -5,6 +5,7 @@ The event loop of uvicorn reads and checks requests; a thread scores them (``bat
 
 import asyncio
 import contextlib
+import gc
 import ipaddress
 import signal
 import socket
@@ -18,7 +19,7 @@ from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from torchrec_deepfm.errors import UserError
-from torchrec_deepfm.inference.serve.app import make_app
+from torchrec_deepfm.inference.serve.app import QUEUED, busy, make_app
 from torchrec_deepfm.inference.serve.batching import Batcher
 from torchrec_deepfm.inference.serve.limits import Limits
 from torchrec_deepfm.inference.serve.metrics import ServiceMetrics
@@ -67,6 +68,7 @@ class Service:
         self.metrics = ServiceMetrics()
         self._served: _Served | None = None
         self._lock = asyncio.Lock()
+        self._busy = busy()
 
     async def start(self, model: ServedModel) -> None:
         """Answer with a model from now on; the one before answers what it has taken."""
@@ -77,6 +79,11 @@ class Service:
         self.metrics.model.labels(model.sha256).set(1)
         if before is not None:
             await before.retire()
+        # What a model consists of lives as long as it does: collections in between need not look at it.
+        before = None
+        gc.unfreeze()
+        gc.collect()
+        gc.freeze()
 
     async def reload(self) -> None:
         """Read the model again; if that fails, the one before stays."""
@@ -95,6 +102,7 @@ class Service:
         """Answer what was taken, then end."""
         if self._served is not None:
             await self._served.retire()
+        gc.unfreeze()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, as an ASGI application does."""
@@ -110,7 +118,9 @@ class Service:
 
         served.inside += 1
         try:
-            await served.app(scope, receive, sending)
+            full = served.batcher.unanswered >= self._limits.queue_requests
+            # Under overload most requests end here: parsing them, too, would leave no time to answer the others.
+            await (self._busy if full and path in QUEUED else served.app)(scope, receive, sending)
         finally:
             served.inside -= 1
             served.empty.set()

@@ -1,0 +1,270 @@
+"""``serve`` as a process: how it starts, reloads and stops, by sockets and signals; slow clients, a slow model."""
+
+import asyncio
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import polars as pl
+import pytest
+
+from tests.inference.serving import JSON, scenario, serving
+from tests.inference.test_load import read_raw
+from torchrec_deepfm import load
+from torchrec_deepfm.cli.main import main
+from torchrec_deepfm.data.dataset.prepared import PreparedData
+from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.inference.export import export
+from torchrec_deepfm.inference.load import Predictor
+from torchrec_deepfm.inference.serve import server
+from torchrec_deepfm.inference.serve.limits import Limits
+from torchrec_deepfm.inference.serve.model import ServedModel
+
+
+@pytest.fixture(scope="module")
+def model(run: Path) -> ServedModel:
+    return ServedModel(run)
+
+
+@pytest.fixture(scope="module")
+def predictor(run: Path) -> Predictor:
+    return load(run)
+
+
+@pytest.fixture(scope="module")
+def frame(run_data: PreparedData) -> pl.DataFrame:
+    return read_raw(run_data.folder.parent / "test.tsv").drop("label")
+
+
+def test_stop_and_reload_lose_nothing(
+    model: ServedModel, predictor: Predictor, run: Path, frame: pl.DataFrame, tmp_path: Path
+) -> None:
+    export(run, tmp_path / "package", to="torch-export")
+    link = tmp_path / "current"
+    link.symlink_to(run)
+    rows = frame[:40].to_dicts()
+    expected = predictor.predict(frame[:40])
+
+    async def body() -> None:
+        async with serving(model, read=lambda: ServedModel(link)) as (client, said):
+            answers: list[tuple[int, httpx.Response]] = []
+            running = True
+
+            async def ask(place: int) -> None:
+                while running:
+                    answers.append((place, await client.post("/predict", json={"rows": rows[place : place + 2]})))
+
+            asking = [asyncio.create_task(ask(place)) for place in range(0, 40, 10)]
+            for target, line in (("gone", "reload failed, the model before"), ("package", "reloaded")):
+                link.unlink()
+                link.symlink_to(tmp_path / target)
+                os.kill(os.getpid(), signal.SIGHUP)
+                while not said[-1].startswith(line):
+                    await asyncio.sleep(0.01)
+            assert said[1].count("\n") == 0
+            for _ in range(10):
+                await asyncio.sleep(0.01)
+            running = False
+            await asyncio.gather(*asking)
+            for place, answer in answers:
+                assert answer.status_code == 200
+                assert answer.json()["probabilities"] == pytest.approx(expected[place : place + 2].tolist(), abs=1e-6)
+            assert {answer.json()["model"] for _, answer in answers} >= {model.sha256}
+            explained = (await client.post("/explain", json={"rows": rows[:1]})).json()  # by the package
+            assert explained["model"] != model.sha256
+            assert explained["rows"][0]["probability"] == pytest.approx(expected[0], abs=1e-6)
+            # Requests that were sent before SIGTERM are answered after it.
+            connected = 0
+
+            async def content() -> AsyncIterator[bytes]:
+                nonlocal connected
+                connected += 1
+                yield json.dumps({"rows": rows}).encode()
+
+            last = [asyncio.create_task(client.post("/predict", content=content(), headers=JSON)) for _ in range(8)]
+            while connected < 8:
+                await asyncio.sleep(0.01)
+            assert (await client.get("/health")).json()["model"] != model.sha256
+            os.kill(os.getpid(), signal.SIGTERM)
+            for answer in await asyncio.gather(*last):
+                assert answer.json()["probabilities"] == pytest.approx(expected.tolist(), abs=1e-6)
+
+    scenario(body)
+
+
+def test_slow_clients_and_a_slow_model(
+    model: ServedModel, frame: pl.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "_HEADER_SECONDS", 0.2)
+    release = threading.Event()
+    answer_now = model.answer
+    slow = ServedModel.__new__(ServedModel)
+    slow.__dict__ |= model.__dict__
+
+    def answer(batch: Any) -> Any:
+        release.wait(20)
+        return answer_now(batch)
+
+    slow.answer = answer  # type: ignore[method-assign]
+    one = {"rows": frame[:1].to_dicts()}
+
+    async def body() -> None:
+        limits = Limits(timeout=0.5, queue_rows=2, batch_rows=1)
+        async with serving(slow, limits) as (client, _):
+            port = client.base_url.port
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(b"POST /predict HT")
+            assert await asyncio.wait_for(reader.read(), 10) == b""  # closed
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n")
+            writer.write(b"Content-Length: 100\r\n\r\n{")
+            assert b" 408 " in await asyncio.wait_for(reader.readline(), 10)
+            writer.close()
+            answers = await asyncio.gather(*(client.post("/predict", json=one) for _ in range(8)))
+            codes = [one.status_code for one in answers]
+            assert sorted(set(codes)) == [429, 503]
+            assert codes.count(503) <= 4  # one at the model, and those that the queue holds
+            assert {one.headers["retry-after"] for one in answers} == {"1"}
+            release.set()
+            while (again := await client.post("/predict", json=one)).status_code != 200:
+                await asyncio.sleep(0.05)
+            assert len(again.json()["probabilities"]) == 1
+
+    scenario(body)
+
+
+def test_bad_starts(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        for words, message in (
+            ([], "--run, --package: name one of the two"),
+            (["--package", str(tmp_path)], "not a package"),
+            (["--run", str(tmp_path)], "not a run folder"),
+            (["--run", str(run), "--port", "70000"], "--port 70000: must be 0 to 65,535"),
+            (["--run", str(run), "--port", str(taken.getsockname()[1])], "can't listen there"),
+            (["--run", str(run), "--host", "no such host"], "can't listen there"),
+            (["--run", str(run), "--threads", "0"], "--threads 0: must be at least 1"),
+            (["--run", str(run), "--queue-rows", "0"], "--queue-rows 0: must be 1 to"),
+        ):
+            with pytest.raises(SystemExit) as stop:
+                main(["serve", *words])
+            assert stop.value.code == 2
+            assert message in (said := capsys.readouterr().err)
+            assert said.count("\n") == 1
+    monkeypatch.delitem(sys.modules, "torchrec_deepfm.inference.serve.server")
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    with pytest.raises(SystemExit):
+        main(["serve", "--run", str(run)])
+    assert "uvicorn is not installed; pip install 'torchrec_deepfm[serve]'" in capsys.readouterr().err
+
+
+def test_a_model_without_numbers_is_not_served(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = load(run)
+    broken = Predictor(
+        path=run, sha256="0" * 64, encoder=found.encoder, score=lambda rows: np.full(len(rows), np.nan, np.float32)
+    )
+    monkeypatch.setattr("torchrec_deepfm.inference.serve.model.load", lambda *args, **options: broken)
+    with pytest.raises(UserError, match="can't score a row of missing values"):
+        ServedModel(run)
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="no curl here")
+def test_the_commands_of_the_page(run: Path, tmp_path: Path) -> None:
+    """docs/inference.md's service, in a process of its own, on a free port."""
+    page = (Path(__file__).parents[2] / "docs" / "inference.md").read_text()
+    [block] = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
+    start, predict, health = block.splitlines()
+    export(run, tmp_path / "package", to="onnx")
+    words = start.replace("8000", "0").split()[1:]
+    with subprocess.Popen([sys.executable, *words], cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            port = re.search(r"on http://127.0.0.1:(\d+)", process.stdout.readline())[1]  # type: ignore[index]
+            said = [
+                json.loads(
+                    subprocess.run(line.replace("8000", port), shell=True, capture_output=True, check=True).stdout
+                )
+                for line in (predict, health)
+            ]
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
+    row = {"row": 3, "noise": 0.5, "user": "1f", "item": "2a", "shop": None}
+    assert said[0]["probabilities"] == pytest.approx(load(run).predict([row]).tolist(), abs=1e-6)
+    assert said[1] == {"status": "ok", "model": load(tmp_path / "package").sha256, "path": "package"}
+
+
+def test_an_answer_does_not_wait_for_acknowledgements():
+    """Head and body of an answer are two packets; with Nagle's algorithm the second one waits."""
+    with server._listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+def test_a_reload_waits_for_a_request_whose_body_is_under_way(
+    model: ServedModel, predictor: Predictor, run: Path, frame: pl.DataFrame
+) -> None:
+    """The model that took its head answers it, though another one answers the requests that come meanwhile."""
+    body = json.dumps({"rows": frame[:2].to_dicts()}).encode()
+    other = ServedModel(run, checkpoint="28")
+
+    async def check() -> None:
+        async with serving(model, read=lambda: other) as (client, said):
+            reader, writer = await asyncio.open_connection("127.0.0.1", client.base_url.port)
+            writer.write(b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n")
+            writer.write(b"Expect: 100-continue\r\nContent-Length: %d\r\n\r\n" % len(body))
+            assert b" 100 " in await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10)  # the model has it
+            os.kill(os.getpid(), signal.SIGHUP)
+            while (await client.get("/health")).json()["model"] != other.sha256:
+                await asyncio.sleep(0.01)
+            writer.write(body)
+            head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 20)
+            assert b" 200 " in head.splitlines()[0]
+            length = int(re.search(rb"content-length: (\d+)", head)[1])  # type: ignore[index]
+            answer = json.loads(await reader.readexactly(length))
+            writer.close()
+            assert answer["model"] == model.sha256
+            assert answer["probabilities"] == pytest.approx(predictor.predict(frame[:2]).tolist(), abs=1e-6)
+            while not said[-1].startswith("reloaded"):
+                await asyncio.sleep(0.01)
+
+    scenario(check)
+
+
+def test_a_full_queue_refuses_before_the_body(
+    model: ServedModel, frame: pl.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refusing costs no parsing and no connection; other routes are answered."""
+    release, answer_now = threading.Event(), model.answer
+    slow = ServedModel.__new__(ServedModel)
+    slow.__dict__ |= model.__dict__
+    slow.answer = lambda batch: answer_now(batch) if release.wait(20) else []  # type: ignore[method-assign]
+    one = {"rows": frame[:1].to_dicts()}
+
+    async def body() -> None:
+        async with serving(slow, Limits(queue_requests=2, batch_rows=1)) as (client, _):
+            taken = [asyncio.create_task(client.post("/predict", json=one)) for _ in range(2)]
+            while "deepfm_waiting_rows 1.0" not in (await client.get("/metrics")).text:
+                await asyncio.sleep(0.01)
+            for path, content in (("/predict", b"not JSON"), ("/explain", b"not JSON"), ("/predict", b"x" * 100_000)):
+                answer = await client.post(path, content=content, headers=JSON)
+                assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
+                assert "connection" not in answer.headers
+            assert (await client.get("/health")).status_code == 200
+            release.set()
+            assert {answer.status_code for answer in await asyncio.gather(*taken)} == {200}
+            assert (await client.post("/predict", json=one)).status_code == 200
+
+    scenario(body)
