@@ -89,6 +89,7 @@ OPTIONS = {
         "compile-dense",
         "timeout",
         "stop-before-limit",
+        "profile",
         "checkpoint-every",
         "keep-last",
         "metric",

@@ -238,6 +238,8 @@ class RunOptions:
     timeout: int = 120
     """Seconds after which a rank without a sign of life has stalled, or a step that also takes 20 times the slowest so
     far. Start, evaluations and checkpoints have half an hour."""
+    profile: int = 0
+    """Steps to profile after the first ten: a trace for Perfetto and a table of operators, in the folder profile."""
     stop_before_limit: int = 0
     """Seconds before the time limit of a slurm job at which to save and stop (exit code 143); 0: never."""
 
@@ -249,6 +251,8 @@ class RunOptions:
             raise UserError(f"--compile-dense {self.compile_dense}: choose one of {', '.join(get_args(CompileDense))}")
         if self.timeout < 1:
             raise UserError(f"--timeout {self.timeout}: must be at least 1")
+        if self.profile < 0:
+            raise UserError(f"--profile {self.profile}: must be at least 0")
         if self.stop_before_limit < 0:
             raise UserError(f"--stop-before-limit {self.stop_before_limit}: must be at least 0")
 

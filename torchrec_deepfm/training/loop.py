@@ -30,6 +30,7 @@ from torchrec_deepfm.training.checkpoint.tensors import TrainingTensors
 from torchrec_deepfm.training.config import Metric, TrainConfig
 from torchrec_deepfm.training.monitoring.early_stopping import Tracker, Verdict
 from torchrec_deepfm.training.monitoring.nonfinite import LossWatch, refuse_predictions
+from torchrec_deepfm.training.monitoring.step_profile import StepProfiler
 from torchrec_deepfm.training.optim.ema import MovingAverage
 from torchrec_deepfm.training.optim.optimizers import make_optimizer, make_scheduler, set_rates
 from torchrec_deepfm.training.run.formats import RECORD_EVERY, Manifest, TrainingPosition
@@ -56,6 +57,7 @@ class LoopContext:
         files: the data files.
         folder: of the run.
         timeout: seconds after which a step may count as stalled.
+        profiler: counts the steps.
         prefetch: whether the plan caches rows on the device.
     """
 
@@ -70,6 +72,7 @@ class LoopContext:
     files: DataFiles
     folder: Path
     timeout: float
+    profiler: StepProfiler
     prefetch: bool = False
 
 
@@ -262,6 +265,7 @@ class Loop:
         if loss.device.type == "cpu":
             self._watch.check(position.step, [loss])
         self._scheduler.step()
+        self._context.profiler.after_step()
 
     def _after(self, ends: bool, *, last: bool) -> None:
         """Record, evaluate, save and stop after a step, as far as each is due."""

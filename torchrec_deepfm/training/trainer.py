@@ -27,6 +27,7 @@ from torchrec_deepfm.training.config import RunOptions, TrainConfig
 from torchrec_deepfm.training.loop import Loop, LoopContext
 from torchrec_deepfm.training.monitoring.nonfinite import record_not_finite
 from torchrec_deepfm.training.monitoring.quality import click_rate, first_loss_warnings, input_warnings, result_warnings
+from torchrec_deepfm.training.monitoring.step_profile import StepProfiler
 from torchrec_deepfm.training.run import folder as run_folder
 from torchrec_deepfm.training.run import metrics_log, progress
 from torchrec_deepfm.training.run.data_summary import write_data_summary
@@ -193,6 +194,7 @@ class _Training:
             committed=lambda step: run_folder.write_saved(self._output, self._target, step),
             not_finite=lambda step, name: record_not_finite(self._output, {"step": step, "weight": name}),
         )
+        profiler = StepProfiler(self._options.profile, self._output / "profile", dist.get_rank(), device, self._say)
         loop = Loop(
             sharded.model,
             LoopContext(
@@ -207,6 +209,7 @@ class _Training:
                 files=DataFiles(data.folder),
                 folder=self._output,
                 timeout=self._options.timeout,
+                profiler=profiler,
                 prefetch=sharded.prefetch,
             ),
         )
@@ -243,8 +246,10 @@ class _Training:
                     if self._lowered:
                         self._say(f"learning rates after step {step}: {self._lowered}")
                 loop.run()
+                profiler.close()
                 return self._finish(loop, sharded, checkpoints, eval_loaders)
         finally:
+            profiler.close(wrote=False)
             checkpoints.close()
             if loop.progress is not None:
                 loop.progress.close()
