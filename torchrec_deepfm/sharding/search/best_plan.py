@@ -141,7 +141,9 @@ class BestPlan:
         )
         attempts: list[Callable[[], FoundPlan | None]] = [partial(self.balanced, score) for score in scores]
         if not self._in_device_memory:
-            attempts.append(partial(self.balanced, scores[-1], host_memory=True))
+            # With scarce memory the search is rough, and what it finds by other terms may be better by these too.
+            by: tuple[Objective, ...] = (scores[-1], "all" if scores[-1] == "total" else "total")
+            attempts += [partial(self.balanced, score, host_memory=True) for score in by]
         attempts.append(lambda: self._torchrec(math.inf if best is None else best.ms))
         for attempt in attempts:
             of_host_memory = isinstance(attempt, partial) and attempt.keywords.get("host_memory")
