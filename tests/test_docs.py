@@ -1,5 +1,6 @@
 """Every example in Python of README and docs/ runs, and what the pages name exists."""
 
+import ast
 import doctest
 import re
 from collections.abc import Iterator
@@ -72,3 +73,68 @@ def test_the_map_names_every_module() -> None:
     assert missing == []
     for name in re.findall(r"\b[a-z_]+\.py\b", text):
         assert any(found.is_file() for found in ROOT.rglob(name) if ".venv" not in found.parts), name
+
+
+LAUNCH_PATH = [
+    *sorted((ROOT / "torchrec_deepfm/launch").glob("*.py")),
+    *(ROOT / f"torchrec_deepfm/distributed/{name}.py" for name in ("disk_errors", "health", "process_group")),
+    *(ROOT / f"torchrec_deepfm/distributed/{name}.py" for name in ("run_lock", "time_limit")),
+    ROOT / "torchrec_deepfm/__main__.py",
+]
+
+
+def lines_of(file: Path) -> Iterator[re.Pattern[str]]:
+    """A pattern for each line that a file prints when something fails: its literal parts up to the remedy."""
+    module = ast.parse(file.read_text(encoding="utf-8"))
+    constants = {
+        node.targets[0].id: node.value.value
+        for node in module.body
+        if isinstance(node, ast.Assign)
+        and isinstance(node.targets[0], ast.Name)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    }
+    found: list[ast.AST] = []
+    for node in ast.walk(module):
+        match node:
+            case ast.Call(func=ast.Name(id="UserError" | "LostPeer" | "RendezvousStateError"), args=[what, *_]):
+                found.append(what)
+            case ast.Call(func=ast.Attribute(attr="write"), args=[*_, ast.Call(func=ast.Attribute(value=text))]):
+                found.append(text)  # os.write(2, "...".encode())
+            case ast.Call(func=ast.Attribute(attr="write"), args=[text]):
+                found.append(text)
+            case ast.Assign(targets=[ast.Name(id="reason")], value=text):
+                found.append(text)
+            case ast.FunctionDef(name="explain_failure" | "explain_rendezvous" | "_describe"):
+                for inner in ast.walk(node):
+                    match inner:
+                        case ast.Return(value=ast.Tuple(elts=[text, *_])) | ast.Return(value=text):
+                            found.append(text)
+    for text in found:
+        parts = text.values if isinstance(text, ast.JoinedStr) else [text]
+        words = ""
+        for part in parts:
+            match part:
+                case ast.Constant(value=str(literal)):
+                    words += literal
+                case ast.FormattedValue(value=ast.Name(id=name)) if name in constants:
+                    words += constants[name]
+                case _:
+                    words += "\0"
+        words = words.replace("`", "").strip("\n")
+        fault = words.partition(";")[0]
+        if len(re.findall("[A-Za-z_]{2,}", fault)) < 2:
+            fault = words
+        if "\0" not in fault or len(re.findall("[A-Za-z_]{2,}", fault)) > 1:  # else another message, passed on
+            yield re.compile(re.escape(fault).replace("\0", ".*?"))
+
+
+def test_every_error_of_the_launch_path_has_its_cure() -> None:
+    """docs/troubleshooting.md has each line that the launch path prints, and no line that it does not print."""
+    page = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([^`]+)` \| .{10,} \|$", page, re.MULTILINE)
+    patterns = {pattern: file.name for file in LAUNCH_PATH for pattern in lines_of(file)}
+    assert len(patterns) > 35
+    missing = [f"{name}: {each.pattern}" for each, name in patterns.items() if not any(map(each.search, rows))]
+    assert missing == []
+    assert [row for row in rows if not any(each.search(row) for each in patterns)] == []
