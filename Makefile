@@ -10,7 +10,7 @@ ARGS ?=
 # A worker per core. The tests of a file stay together, as they share what their fixtures have made.
 PYTEST = $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup train test faults mutants gpu-check lint clean
+.PHONY: help setup train test faults mutants gpu-check lint sbom clean
 
 help:  ## say what there is (the default)
 	@echo "make setup   prepare .venv: CUDA builds where nvidia-smi answers, CPU builds elsewhere"
@@ -20,6 +20,7 @@ help:  ## say what there is (the default)
 	@echo "make mutants break the code in many places, one after the other: do the tests see each? (some ten minutes)"
 	@echo "make gpu-check  all that only a machine with a GPU can show, in one report (exit code 2 without a GPU)"
 	@echo "make lint    set up, then ruff, mypy and hadolint, as .ci/run and pre-commit run them"
+	@echo "make sbom    licences.md and sbom.json (CycloneDX) of ENVIRONMENT, by default .venv, in build/sbom"
 	@echo "make clean   remove .venv and what the tools left"
 
 setup:
@@ -46,6 +47,16 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/hadolint Dockerfile Dockerfile.torchx
+
+# The tools stand beside the environment that they describe, or they would be in it. An image without them:
+# make sbom ENVIRONMENT=/opt/torchrec_deepfm/.venv
+ENVIRONMENT ?= .venv
+sbom:
+	$(PYTHON) -m venv build/sbom/tools
+	build/sbom/tools/bin/pip install -q pip-licenses==5.5.5 cyclonedx-bom==7.5.0
+	build/sbom/tools/bin/pip-licenses --python $(ENVIRONMENT)/bin/python --with-urls --format markdown \
+		--output-file build/sbom/licences.md
+	build/sbom/tools/bin/cyclonedx-py environment --pyproject pyproject.toml -o build/sbom/sbom.json $(ENVIRONMENT)/bin/python
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
