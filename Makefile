@@ -53,7 +53,7 @@ lint: setup
 ENVIRONMENT ?= .venv
 sbom:
 	$(PYTHON) -m venv build/sbom/tools
-	build/sbom/tools/bin/pip install -q pip-licenses==5.5.5 cyclonedx-bom==7.5.0
+	build/sbom/tools/bin/pip install -q pip-licenses cyclonedx-bom
 	build/sbom/tools/bin/pip-licenses --python $(ENVIRONMENT)/bin/python --with-urls --format markdown \
 		--output-file build/sbom/licences.md
 	build/sbom/tools/bin/cyclonedx-py environment --pyproject pyproject.toml -o build/sbom/sbom.json $(ENVIRONMENT)/bin/python
