@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -77,6 +78,23 @@ def test_a_plan_is_written_shown_and_compared(tmp_path: Path, capsys: pytest.Cap
     assert f"critical path: {path:.2f} -> {other.critical_path_ms:.2f} ms" in reported
     run("plan", "diff", balanced, balanced)
     assert capsys.readouterr().out == f"{balanced} and {balanced} place 26 tables alike\n"
+
+
+def test_the_report_shows_torchrecs_plan_beside(tmp_path: Path) -> None:
+    """Its figures are those that the planner of TorchRec alone is given."""
+    words = ["--ranks", 4, "--dim", 16]
+    balanced = load_plan(planned(tmp_path, "balanced.json", *words, "--report", tmp_path / "plan.html")).predicted
+    alone = load_plan(planned(tmp_path, "alone.json", *words, "--search", "torchrec")).predicted
+    assert balanced is not None
+    assert alone is not None
+    html = (tmp_path / "plan.html").read_text()
+    for name, one in (("this plan", balanced), ("TorchRec&#39;s planner", alone)):
+        cells = html.split(f">{name}</td>", 1)[1].split("</tr>", 1)[0]
+        shown = re.findall(r">([0-9.]+)</td>", cells)
+        held = max(cost.hbm_bytes for cost in one.per_rank) / 2**30
+        total = max(cost.total_ms - cost.input_dist_comms_ms for cost in one.per_rank)
+        amounts = (one.critical_path_ms, total, one.mean_ms)
+        assert shown == [*(f"{amount:.3f}" for amount in amounts), f"{held:.2f}"]
 
 
 def test_single_differences_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

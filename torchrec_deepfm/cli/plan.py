@@ -1,5 +1,6 @@
 """The command that plans: ``plan``, ``plan show`` and ``plan diff``. It loads torch when it plans."""
 
+import contextlib
 import itertools
 import os
 from collections.abc import Sequence
@@ -18,6 +19,10 @@ from torchrec_deepfm.sharding.plan.plan import OLD_SEARCHES, Objective, PlanFile
 if TYPE_CHECKING:
     from torchrec_deepfm.sharding.plan.report import ComparedRow
     from torchrec_deepfm.sharding.search.compare import Compared
+
+
+# Ranks times tables up to which a report shows TorchRec's plan beside: its planner takes seconds there.
+_BESIDE = 1024
 
 
 def _search(words: list[str]) -> str:
@@ -156,7 +161,11 @@ class PlanCommand:
         save_plan(plan, self.output)
         console.say(plan_text(plan, bound_ms=bound, reserved=RESERVED))
         console.say(f"\nwrote {self.output}")
-        _write_report(plan, self.report, bound if self.objective == "all" else None)
+        beside = None
+        if self.report is not None and self.search == "balanced" and self.ranks * len(tables) <= _BESIDE:
+            with contextlib.suppress(UserError):  # TorchRec's planner finds no plan
+                beside = planning.checked_plan("torchrec")
+        _write_report(plan, self.report, bound if self.objective == "all" else None, beside)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,9 +248,11 @@ def _check_report(report: Path | None, inputs: Sequence[Path]) -> None:
         check_target("--report", report, like="plan.html", inputs=inputs)
 
 
-def _write_report(plan: PlanFile, report: Path | None, bound_ms: float | None = None) -> None:
+def _write_report(
+    plan: PlanFile, report: Path | None, bound_ms: float | None = None, torchrecs: PlanFile | None = None
+) -> None:
     if report is not None:
         from torchrec_deepfm.sharding.plan.report import write_plan_report
 
-        write_plan_report(plan, report, bound_ms=bound_ms)
+        write_plan_report(plan, report, bound_ms=bound_ms, torchrecs=torchrecs)
         console.say(f"wrote {report}")

@@ -122,13 +122,28 @@ def placement_map(plan: PlanFile) -> tuple[list[str], list[list[float]]]:
     return [table.label for table in tables], found
 
 
-def write_plan_report(plan: PlanFile, path: Path, *, bound_ms: float | None = None) -> None:
+def beside(plan: PlanFile, torchrecs: PlanFile) -> PageTable:
+    """Put the predictions of two plans of the same tables side by side."""
+    rows: list[list[Cell]] = []
+    for name, one in (("this plan", plan), ("TorchRec's planner", torchrecs)):
+        assert one.predicted is not None
+        held = max(cost.hbm_bytes for cost in one.predicted.per_rank) / GIB
+        slowest = [one.predicted.slowest_ms(objective) for objective in ("all", "total")]
+        rows.append([name, *slowest, one.predicted.mean_ms, held, in_words(one)])
+    head = ("", "all terms, ms", "Perf.total, ms", "mean of the ranks, ms", "GiB of HBM, at most", "placement")
+    return PageTable(head, rows, formats=dict.fromkeys(head[1:4], ".3f") | {head[4]: ".2f"})
+
+
+def write_plan_report(
+    plan: PlanFile, path: Path, *, bound_ms: float | None = None, torchrecs: PlanFile | None = None
+) -> None:
     """Write the report of a plan; a plan with predictions gets pictures of its costs and memory.
 
     Args:
         plan: The plan.
         path: The file; an existing one is replaced.
         bound_ms: What no plan goes below, where known.
+        torchrecs: What TorchRec's planner makes of the same tables, to be shown beside.
 
     Raises:
         UserError: The file can't be written.
@@ -152,6 +167,8 @@ def write_plan_report(plan: PlanFile, path: Path, *, bound_ms: float | None = No
         if bound_ms is not None:
             facts["Lower bound of the options searched"] = f"{bound_ms:.3f} ms"
         sections = [*_cost_sections(plan, bound_ms)]
+        if torchrecs is not None:
+            sections.insert(0, Section("Beside TorchRec's planner", beside(plan, torchrecs)))
     made_with = ", ".join(f"{name} {version}" for name, version in plan.made_with.items())
     summary = Section("Summary", Terms({**facts, "Made with": made_with or None}))
     write_page(path, "Sharding plan", [summary, *sections, _placement(plan), Section("Tables", _tables(plan))])
