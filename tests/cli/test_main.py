@@ -126,6 +126,7 @@ OPTIONS = {
         "max-rows",
         "package",
         "port",
+        "queue-requests",
         "queue-rows",
         "run",
         "threads",
