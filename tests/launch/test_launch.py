@@ -51,6 +51,14 @@ def test_of_a_killed_rank_the_signal_is_named(tmp_path: Path) -> None:
     assert (run.returncode, run.stderr) == (1, expected)
 
 
+def test_a_killed_rank_is_started_again_with_one_that_torchelastic_ended_over_it(tmp_path: Path) -> None:
+    """The other rank ends by torchelastic's SIGTERM, which is no request of the user's."""
+    first = f"first = not os.path.exists('{tmp_path}/life')\nif first and rank == 1:\n    time.sleep(1)"
+    first += f"\n    open('{tmp_path}/life', 'w').close()\n    os.kill(os.getpid(), 9)\nif first:\n    time.sleep(60)"
+    run = ranks(tmp_path, first, options=("--max_restarts", "1"))
+    assert (run.returncode, run.stderr) == (0, "")
+
+
 def test_a_rank_that_sigterm_ends_is_not_started_again(tmp_path: Path) -> None:
     """While it is still being imported: afterwards it would save its state and end with 143 by itself."""
     program = (

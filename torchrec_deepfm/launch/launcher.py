@@ -153,13 +153,23 @@ def _restart_only_failures() -> None:
     """Disable restarts after a `UserError`, which the ranks would raise again, and after a requested stop."""
     from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+    from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 
-    monitor = LocalElasticAgent._monitor_workers
+    monitor, close = LocalElasticAgent._monitor_workers, SubprocessContext._close
+    ended_here: set[int] = set()
+
+    def close_and_remember(self: SubprocessContext, death_sig: signal.Signals, timeout: int = 30) -> None:
+        # Torchelastic ends these by SIGTERM, since another rank has failed: nobody asked them to stop.
+        ended_here.update(one.proc.pid for one in self.subprocess_handlers.values() if one.proc.poll() is None)
+        close(self, death_sig, timeout)
 
     def monitor_and_give_up(self: LocalElasticAgent, worker_group: WorkerGroup) -> RunResult:
         result: RunResult = monitor(self, worker_group)
-        if any(failure.exitcode in (*USER_ERROR_EXIT_CODES, *_STOPPED, _ENDED) for failure in result.failures.values()):
-            self._remaining_restarts = 0
+        for failure in result.failures.values():
+            asked = failure.exitcode in (*_STOPPED, _ENDED) and failure.pid not in ended_here
+            if asked or failure.exitcode in USER_ERROR_EXIT_CODES:
+                self._remaining_restarts = 0
         return result
 
+    SubprocessContext._close = close_and_remember  # type: ignore[method-assign]
     LocalElasticAgent._monitor_workers = monitor_and_give_up  # type: ignore[method-assign]
