@@ -2,12 +2,17 @@
 
 from pathlib import Path
 
+import polars as pl
 import pytest
 import torch.distributed as dist
 
 from tests.faults.runs import make_data
+from tests.inference.test_load import read_raw
 from tests.support.ranks import CPU, run_ranks
+from torchrec_deepfm import load
 from torchrec_deepfm.data.dataset.prepared import PreparedData
+from torchrec_deepfm.inference.load import Predictor
+from torchrec_deepfm.inference.serve.model import ServedModel
 from torchrec_deepfm.training.config import RunOptions, TrainConfig
 from torchrec_deepfm.training.trainer import train
 
@@ -36,3 +41,19 @@ def run(run_data: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> Pat
     output = tmp_path_factory.mktemp("inference") / "run"
     run_ranks(train_sharded, 2, run_data.folder, output)
     return output
+
+
+@pytest.fixture(scope="module")
+def model(run: Path) -> ServedModel:
+    return ServedModel(run)
+
+
+@pytest.fixture(scope="session")
+def predictor(run: Path) -> Predictor:
+    return load(run)
+
+
+@pytest.fixture(scope="session")
+def frame(run_data: PreparedData) -> pl.DataFrame:
+    """The raw test rows by name, without their label."""
+    return read_raw(run_data.folder.parent / "test.tsv").drop("label")

@@ -17,7 +17,6 @@ from torch import nn
 from torchrec import EmbeddingBagCollection, KeyedJaggedTensor
 
 import torchrec_deepfm
-from tests.inference.test_load import read_raw
 from torchrec_deepfm import DeepFM, embedding_tables
 from torchrec_deepfm.cli.main import main
 from torchrec_deepfm.data.dataset.prepared import PreparedData
@@ -41,12 +40,6 @@ types = {entry.name: entry.type for entry in session.get_inputs()}
 arrays = {n: np.array(v, np.float32 if "float" in types[n] else np.int64) for n, v in given.items()}
 print(json.dumps(session.run(["probability"], arrays)[0].tolist()))
 """
-
-
-@pytest.fixture(scope="session")
-def frame(run_data: PreparedData) -> pl.DataFrame:
-    """The raw test rows by name, without their label."""
-    return read_raw(run_data.folder.parent / "test.tsv").drop("label")
 
 
 @pytest.fixture(scope="session")

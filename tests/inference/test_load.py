@@ -20,12 +20,6 @@ from torchrec_deepfm.errors import UserError
 COLUMNS = ("label", "row", "noise", "user", "item", "shop")
 
 
-@pytest.fixture(scope="session")
-def frame(run_data: PreparedData) -> pl.DataFrame:
-    """The raw test rows by name, without their label."""
-    return read_raw(run_data.folder.parent / "test.tsv").drop("label")
-
-
 def read_raw(path: Path) -> pl.DataFrame:
     text = dict.fromkeys(("user", "item", "shop"), pl.String)
     return pl.read_csv(path, separator="\t", has_header=False, new_columns=COLUMNS, schema_overrides=text)

@@ -37,11 +37,6 @@ def text(run_data: PreparedData) -> Path:
     return run_data.folder.parent / "test.tsv"
 
 
-@pytest.fixture(scope="session")
-def predictor(run: Path) -> Predictor:
-    return load(run)
-
-
 def small_pieces() -> None:
     module._PIECE_BYTES = 1000
     module._PIECE_ROWS = 40

@@ -4,7 +4,6 @@ import asyncio
 import json
 import threading
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,30 +13,12 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.inference.serving import JSON, scenario, serving, stream
-from tests.inference.test_load import read_raw
-from torchrec_deepfm import load
-from torchrec_deepfm.data.dataset.prepared import PreparedData
 from torchrec_deepfm.data.prepare.row_encoder import RowEncoder
 from torchrec_deepfm.inference.load import Predictor
 from torchrec_deepfm.inference.serve.arrow_rows import STREAM
 from torchrec_deepfm.inference.serve.batching import Batcher, QueueFullError
 from torchrec_deepfm.inference.serve.limits import Limits
 from torchrec_deepfm.inference.serve.model import ServedModel
-
-
-@pytest.fixture(scope="module")
-def model(run: Path) -> ServedModel:
-    return ServedModel(run)
-
-
-@pytest.fixture(scope="module")
-def predictor(run: Path) -> Predictor:
-    return load(run)
-
-
-@pytest.fixture(scope="module")
-def frame(run_data: PreparedData) -> pl.DataFrame:
-    return read_raw(run_data.folder.parent / "test.tsv").drop("label")
 
 
 def test_answers_are_those_of_predict(model: ServedModel, predictor: Predictor, frame: pl.DataFrame) -> None:

@@ -20,31 +20,14 @@ import polars as pl
 import pytest
 
 from tests.inference.serving import JSON, scenario, serving
-from tests.inference.test_load import read_raw
 from torchrec_deepfm import load
 from torchrec_deepfm.cli.main import main
-from torchrec_deepfm.data.dataset.prepared import PreparedData
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.inference.export import export
 from torchrec_deepfm.inference.load import Predictor
 from torchrec_deepfm.inference.serve import server
 from torchrec_deepfm.inference.serve.limits import Limits
 from torchrec_deepfm.inference.serve.model import ServedModel
-
-
-@pytest.fixture(scope="module")
-def model(run: Path) -> ServedModel:
-    return ServedModel(run)
-
-
-@pytest.fixture(scope="module")
-def predictor(run: Path) -> Predictor:
-    return load(run)
-
-
-@pytest.fixture(scope="module")
-def frame(run_data: PreparedData) -> pl.DataFrame:
-    return read_raw(run_data.folder.parent / "test.tsv").drop("label")
 
 
 def test_stop_and_reload_lose_nothing(

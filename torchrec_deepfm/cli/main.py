@@ -105,7 +105,7 @@ def parse(argv: Sequence[str]) -> Any:
         The command, ready to run.
 
     Raises:
-        UserError: there is no such command; or an option is unknown, missing or has a bad value, such as an address
+        UserError: the command does not exist; or an option is unknown, missing or has a bad value, such as an address
             where only a local path works.
         SystemExit: after ``--help``.
     """

@@ -247,7 +247,7 @@ def read_experiment(folder: Path) -> Experiment:
         folder: the folder, or its ``results.json``.
 
     Raises:
-        UserError: there is no such folder, it holds no experiment, or one that is damaged.
+        UserError: the folder does not exist, it holds no experiment, or one that is damaged.
     """
     path = folder if folder.name == RESULTS else folder / RESULTS
     text = read_text(path, most=_MAX_BYTES, what=RESULTS, instead="name a folder that experiment wrote")

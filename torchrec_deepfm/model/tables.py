@@ -25,7 +25,7 @@ def embedding_tables(
         sum-pooled.
 
     Raises:
-        UserError: there is no feature, a feature has no ids, or ``factor_dim`` is not positive.
+        UserError: no feature is given, a feature has no ids, or ``factor_dim`` is not positive.
 
     Example:
         >>> [table] = embedding_tables({"C1": 1000}, factor_dim=10)

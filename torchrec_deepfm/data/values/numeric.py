@@ -101,7 +101,7 @@ def numeric_columns(schema: Schema, option: str | None) -> tuple[NumericColumn, 
         One per numeric column; nothing is learned yet.
 
     Raises:
-        UserError: There is no such transform, ``log`` is mixed with another one, or an option does not fit it.
+        UserError: The transform does not exist, ``log`` is mixed with another one, or an option does not fit it.
     """
     if option is not None and option not in TRANSFORMS:
         raise UserError(f"--numeric {option} is not a valid transform; choose {one_of(TRANSFORMS, option)}")

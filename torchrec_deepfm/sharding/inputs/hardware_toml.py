@@ -36,7 +36,7 @@ def read_hardware(name_or_toml: str) -> Hardware:
         name_or_toml: The name of a preset, or a file's path (``.toml``).
 
     Raises:
-        UserError: There is no such preset or file, or the file does not describe hardware.
+        UserError: The preset or file does not exist, or the file does not describe hardware.
 
     Example:
         >>> read_hardware("h200").hbm_bytes // 2**30

@@ -154,7 +154,7 @@ def read_tables(source: str, dim: int | None = None) -> tuple[Table, ...]:
         The tables, in the order of the source.
 
     Raises:
-        UserError: There is no such source, or a table in it is not valid.
+        UserError: The source does not exist, or a table in it is not valid.
     """
     path = Path(source)
     if dim is not None:

@@ -40,7 +40,7 @@ def load_plan(path: Path) -> PlanFile:
         existing ranks.
 
     Raises:
-        UserError: there is no such file, it is damaged or not a plan, has another version, or is inconsistent.
+        UserError: the file does not exist, it is damaged or not a plan, has another version, or is inconsistent.
     """
     if path.is_dir():
         inside = path / "plan.json"

@@ -36,7 +36,7 @@ def describe_hardware(named: str | None, device: torch.device) -> Hardware:
         The description.
 
     Raises:
-        UserError: There is no such description, or it describes another device.
+        UserError: The description does not exist, or it describes another device.
     """
     local = local_world_size()
     if named is not None:
