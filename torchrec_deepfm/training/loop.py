@@ -27,7 +27,7 @@ from torchrec_deepfm.training.checkpoint.dcp import TensorCuts
 from torchrec_deepfm.training.checkpoint.manager import Checkpoints
 from torchrec_deepfm.training.checkpoint.rank_state import RankState
 from torchrec_deepfm.training.checkpoint.tensors import TrainingTensors
-from torchrec_deepfm.training.config import Metric, TrainConfig
+from torchrec_deepfm.training.config import TrainConfig
 from torchrec_deepfm.training.monitoring.early_stopping import Tracker, Verdict
 from torchrec_deepfm.training.monitoring.nonfinite import LossWatch, refuse_predictions
 from torchrec_deepfm.training.monitoring.step_profile import StepProfiler
@@ -437,17 +437,4 @@ class Loop:
 
         Returns whether it is the best, and whether to stop or to lower the rates.
         """
-        return self.tracker.update(self.position.step, monitored(metrics, self._config.metric))
-
-
-def monitored(metrics: Metrics, metric: Metric) -> float | None:
-    """The value of ``--metric`` in an evaluation; None if it has none.
-
-    Example:
-        >>> monitored(Metrics(rows=9, logloss=0.25, auc=0.75, ne=None, calibration=None), "auc-logloss")
-        0.5
-    """
-    if metric == "auc-logloss":
-        return None if metrics.auc is None else metrics.auc - metrics.logloss
-    value: float | None = getattr(metrics, metric)
-    return value
+        return self.tracker.update(self.position.step, metrics.monitored(self._config.metric))

@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchrec_deepfm.training.loop import monitored
 from torchrec_deepfm.training.monitoring.early_stopping import Tracker, TrackerState
 from torchrec_deepfm.training.run.formats import convert
 from torchrec_deepfm.training.scoring.metrics import Metrics
@@ -73,7 +72,7 @@ def test_it_does_what_fuxictr_does() -> None:
     found = []
     for step, (auc, logloss) in enumerate(zip(aucs, loglosses, strict=True)):
         metrics = Metrics(rows=1, logloss=logloss, auc=auc, ne=None, calibration=None)
-        tracker.update(step, monitored(metrics, "auc-logloss"))
+        tracker.update(step, metrics.monitored("auc-logloss"))
         found.append(tracker.factor)
         if tracker.stopped:
             break

@@ -17,7 +17,7 @@ from torchrec_deepfm import DeepFM, DeepFMTrain, embedding_tables
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.training.build import build_model
 from torchrec_deepfm.training.config import TrainConfig
-from torchrec_deepfm.training.trainer import _check_options
+from torchrec_deepfm.training.start import check_options
 
 K = 6
 BASE = TrainConfig(
@@ -131,9 +131,9 @@ def test_a_penalty_on_whole_tables_wants_whole_gradients(
 @pytest.mark.parametrize("option", ["touched_embedding_l2", "touched_linear_l2"])
 def test_rows_of_a_bag_have_no_penalty_of_their_own(option: str) -> None:
     data: Any = SimpleNamespace(schema=SimpleNamespace(multi_hot=("tags",)), folder="prepared", rows=lambda split: 9)
-    _check_options(BASE, data)
+    check_options(BASE, data)
     with pytest.raises(UserError) as raised:
-        _check_options(replace(BASE, **{option: 0.1}), data)  # type: ignore[arg-type]
+        check_options(replace(BASE, **{option: 0.1}), data)  # type: ignore[arg-type]
     name = option.replace("_", "-")
     assert str(raised.value) == (
         f"--{name}: column 'tags' of prepared holds lists, whose rows are summed before this penalty sees them; take "

@@ -13,20 +13,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from torchrec_deepfm.data.dataset.checksums import CHECKSUMS, HASH
-from torchrec_deepfm.data.dataset.prepared import (
-    FORMAT_VERSION,
-    MANIFEST,
-    SPLITS,
-    PreparedData,
-    stem_files,
-)
-from torchrec_deepfm.data.dataset.publish import (
-    OutOfRoomError,
-    appear,
-    check_free,
-    digest,
-    disk_errors,
-)
+from torchrec_deepfm.data.dataset.prepared import FORMAT_VERSION, MANIFEST, SPLITS, PreparedData, stem_files
+from torchrec_deepfm.data.dataset.publish import OutOfRoomError, appear, check_free, digest, disk_errors
 from torchrec_deepfm.data.loader import epoch_order
 from torchrec_deepfm.data.prepare.manifest import days_of_splits, encoding, recorded_sources, skipped
 from torchrec_deepfm.data.prepare.options import MIN_COUNT, PrepareOptions
@@ -45,11 +33,7 @@ from torchrec_deepfm.data.prepare.passes.survey import statistics, summary, surv
 from torchrec_deepfm.data.prepare.progress import Phase
 from torchrec_deepfm.data.prepare.resume import drop_changed, finished_output, forget_rows, unchanged
 from torchrec_deepfm.data.prepare.sources import inputs as found
-from torchrec_deepfm.data.prepare.sources.provenance import (
-    data_versions,
-    known_optimum,
-    source_name,
-)
+from torchrec_deepfm.data.prepare.sources.provenance import data_versions, known_optimum, source_name
 from torchrec_deepfm.data.prepare.sources.units import Unit
 from torchrec_deepfm.data.prepare.work_folder import WorkFolder, check_room, estimate_bytes
 from torchrec_deepfm.data.prepare.workers import Workers

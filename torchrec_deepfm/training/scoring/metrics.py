@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.training.config import Metric
 from torchrec_deepfm.training.scoring.score_curves import ScoreCurves, score_curves
 
 
@@ -63,6 +64,17 @@ class Metrics:
     calibration: float | None
     reliability: tuple[ReliabilityBin, ...] = ()
     curves: ScoreCurves | None = None
+
+    def monitored(self, metric: Metric) -> float | None:
+        """The value of ``--metric``; None if there is none.
+
+        Example:
+            >>> Metrics(rows=9, logloss=0.25, auc=0.75, ne=None, calibration=None).monitored("auc-logloss")
+            0.5
+        """
+        if metric == "auc-logloss":
+            return None if self.auc is None else self.auc - self.logloss
+        return self.auc if metric == "auc" else self.logloss
 
     def to_json(self) -> dict[str, float | int | None]:
         """Return the single numbers as a JSON object."""

@@ -1,0 +1,129 @@
+"""What one start of a training works on: run, data, folder, device and options; checked, and read by loaders."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from torchrec_deepfm.data.dataset.prepared import PreparedData
+from torchrec_deepfm.data.loader.loader import Loader
+from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.training.build import Sharded, build_model
+from torchrec_deepfm.training.config import RunOptions, TrainConfig
+from torchrec_deepfm.training.run import folder as run_folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """One start of a training, on one rank.
+
+    Attributes:
+        run: what is trained.
+        data: the prepared data.
+        output: the run's folder.
+        device: of this rank.
+        options: how this start runs.
+        say: called on rank 0 with a line for the user.
+    """
+
+    run: run_folder.RunDescription
+    data: PreparedData
+    output: Path
+    device: torch.device
+    options: RunOptions
+    say: Callable[[str], None]
+
+    @property
+    def checkpoints(self) -> str:
+        """The folder or address of the checkpoints."""
+        return self.options.checkpoints or str(self.output / run_folder.CHECKPOINTS)
+
+    def loaders(self) -> dict[str, Loader]:
+        """Check the options and open the loader of each split that has rows.
+
+        Raises:
+            UserError: the data do not support an option.
+        """
+        config, data = self.run.config, self.data
+        check_options(config, data)
+        loaders = {"train": self._loader("train", trains=True)}
+        if config.ema_every > len(loaders["train"]):
+            raise UserError(
+                f"--ema-every {config.ema_every}: an epoch of {data.folder} has {len(loaders['train'])} steps, so it "
+                "would be evaluated before the first update; take at most as many"
+            )
+        return loaders | {
+            split: self._loader(split, trains=False) for split in ("validation", "test") if data.rows(split)
+        }
+
+    def build(self) -> Sharded:
+        """Build the model and place its tables; a collective.
+
+        Raises:
+            UserError: the tables fit no plan, or the plan or a constraint does not fit them.
+        """
+        run, options = self.run, self.options
+        torch.set_float32_matmul_precision("medium" if run.config.precision == "medium" else "highest")
+        return build_model(
+            run.config,
+            run.num_embeddings,
+            len(run.numeric),
+            self.device,
+            is_weighted=run.weighted,
+            constraints=options.rules,
+            plan=options.plan,
+            hardware=options.hardware,
+            negative_rate=self.data.made.get("negative_rate", 1.0),
+            compile_dense=options.compile_dense,
+        )
+
+    def about(self, sharded: Sharded) -> dict[str, Any]:
+        """What every manifest of a checkpoint records of the run."""
+        return {
+            "config": dataclasses.asdict(self.run.config),
+            "num_embeddings": dict(self.run.num_embeddings),
+            "numeric": list(self.run.numeric),
+            "weighted": self.run.weighted,
+            "data_sha256": self.run.data_sha256,
+            "schema_sha256": run_folder.digest_of_schema(self.data),
+            "plan": sharded.plan_file.without_predictions().to_json(),
+            "versions": run_folder.versions(),
+        }
+
+    def _loader(self, split: str, *, trains: bool) -> Loader:
+        return Loader(
+            self.data,
+            split,
+            batch_size=self.run.config.batch_size,
+            rank=dist.get_rank(),
+            world_size=dist.get_world_size(),
+            shuffle=trains,
+            seed=self.run.config.seed,
+            drop_last=trains,
+            pin_memory=self.device.type == "cuda",
+        )
+
+
+def check_options(config: TrainConfig, data: PreparedData) -> None:
+    """Refuse options that these data do not support.
+
+    Raises:
+        UserError: names the option.
+    """
+    for option in ("patience", "lr_patience"):
+        if getattr(config, option) and not data.rows("validation"):
+            raise UserError(
+                f"--{option.replace('_', '-')}: {data.folder} has no validation split; leave the option "
+                "out, or prepare the data with --validation"
+            )
+    for option in ("touched_embedding_l2", "touched_linear_l2"):
+        if getattr(config, option) and data.schema.multi_hot:
+            name = option.replace("_", "-")
+            raise UserError(
+                f"--{name}: column {data.schema.multi_hot[0]!r} of {data.folder} holds lists, whose rows are summed "
+                f"before this penalty sees them; take --{name.removeprefix('touched-')} with --sparse-optimizer adam"
+            )
