@@ -9,6 +9,8 @@ from torchrec.distributed.planner import ParameterConstraints
 from torchrec.distributed.types import CacheParams
 
 from benchmarks.planner import dlrm_tasks, search
+from benchmarks.planner.cases import Case
+from benchmarks.planner.score import score
 from tests.benchmarks.scripts import run
 from torchrec_deepfm.sharding.inputs.presets import PRESETS
 from torchrec_deepfm.sharding.inputs.tables import Table
@@ -55,7 +57,7 @@ def test_the_benchmarks_own_equations_give_what_the_estimators_do() -> None:
     hardware = replace(PRESETS["h100"], ranks_per_host=4)
     plan = plan_tables(tables, hardware, 8, batch_size=512, constraints=rules)
     assert plan.predicted is not None
-    case = search.Case(tables=tables, hardware=hardware, ranks=8, batch_size=512, name="", memory="enough")
+    case = Case(tables=tables, hardware=hardware, ranks=8, batch_size=512, name="", memory="enough")
     placed = [
         (
             table,
@@ -66,7 +68,7 @@ def test_the_benchmarks_own_equations_give_what_the_estimators_do() -> None:
         for table, planned in zip(tables, plan.tables, strict=True)
     ]
     assert {kind for _, kind, _, _ in placed} == set(kinds)
-    scores = search.score(placed, case)
+    scores = score(placed, case)
     for objective in search.OBJECTIVES:
         assert scores[objective] == pytest.approx(plan.predicted.slowest_ms(objective), rel=1e-6)
 

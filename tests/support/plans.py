@@ -18,7 +18,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from torchrec_deepfm import embedding_tables
 from torchrec_deepfm.sharding.plan.plan import PlanFile
-from torchrec_deepfm.sharding.plan.torchrec_plan import from_sharding_plan
+from torchrec_deepfm.sharding.plan.torchrec_plan import planned_tables
 from torchrec_deepfm.sharding.runtime.sharder import AllTypesSharder
 
 PATH = "model.sparse_arch.embedding_bag_collection"
@@ -49,6 +49,5 @@ def sharding_plan(device_type: str = "cpu") -> ShardingPlan:
 
 def plan_file() -> PlanFile:
     """The same for a file."""
-    return from_sharding_plan(
-        sharding_plan(), TABLES, world_size=4, local_world_size=2, batch_size=512, search="by hand"
-    )
+    tables = planned_tables(sharding_plan(), {PATH: TABLES}, world_size=4)
+    return PlanFile(world_size=4, local_world_size=2, batch_size=512, search="by hand", tables=tables)

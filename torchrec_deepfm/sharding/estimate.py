@@ -145,12 +145,7 @@ class EmaStorageEstimator(ShardEstimator):
         self._on_gpu = on_gpu
 
     def estimate(self, sharding_options: list[ShardingOption], sharder_data_map: SharderDataMap) -> None:
-        """Fill in ``storage`` of every shard.
-
-        Args:
-            sharding_options: What to estimate; changed in place.
-            sharder_data_map: What the estimators need to know of the sharders.
-        """
+        """Fill in ``storage`` of every shard."""
         self._estimator.estimate(sharding_options, sharder_data_map)
         for option in sharding_options:
             for shard in option.shards:
@@ -160,7 +155,7 @@ class EmaStorageEstimator(ShardEstimator):
 
 
 def storage_estimator(
-    planner_topology: Topology, constraints: dict[str, ParameterConstraints], *, ema: bool
+    planner_topology: Topology, constraints: dict[str, ParameterConstraints] | None, *, ema: bool
 ) -> ShardEstimator:
     """Make TorchRec's estimator of memory, with the moving average on top where there is one."""
     estimator = EmbeddingStorageEstimator(topology=planner_topology, constraints=constraints)
@@ -168,16 +163,16 @@ def storage_estimator(
 
 
 def shard_estimators(
-    hardware: Hardware,
     planner_topology: Topology,
-    constraints: dict[str, ParameterConstraints],
+    constraints: dict[str, ParameterConstraints] | None,
     *,
+    shard_ms: float = 0.0,
     ema: bool = False,
 ) -> list[ShardEstimator]:
     """Make TorchRec's estimators of times and of memory, with the ids that arrive, run once for equal shards."""
     perf = EmbeddingPerfEstimatorFactory.create(ARRIVING_IDS, topology=planner_topology, constraints=constraints)
     storage = storage_estimator(planner_topology, constraints, ema=ema)
-    return [SharedShardEstimator(perf, hardware.extra.get("shard_ms", 0.0)), SharedShardEstimator(storage)]
+    return [SharedShardEstimator(perf, shard_ms), SharedShardEstimator(storage)]
 
 
 def cost_of(perf: Perf, storage: Storage) -> Cost:
@@ -205,22 +200,9 @@ def predict_plan(
     optimizer: SparseOptimizer = "rowwise_adagrad",
     ema: bool = False,
 ) -> PlanCost:
-    """Predict what a step of any plan costs on some hardware.
+    """Predict what a step of any plan costs on some hardware: milliseconds and bytes, by rank.
 
-    Args:
-        plan: The plan, however it was made.
-        tables: Its tables.
-        hardware: The hardware.
-        ranks: How many there are; the plan's by default.
-        batch_size: Samples per rank and step; the plan's by default.
-        optimizer: The tables' optimizer, for its memory.
-        ema: Whether a moving average of the weights is kept.
-
-    Returns:
-        Milliseconds of a step and bytes, by rank.
-
-    Raises:
-        UserError: The plan is for other tables or another number of ranks.
+    Arguments and errors are those of ``with_prediction``.
     """
     predicted = with_prediction(plan, tables, hardware, ranks, batch_size, optimizer=optimizer, ema=ema).predicted
     assert predicted is not None
@@ -264,7 +246,12 @@ def with_prediction(
             f"the plan has {plan.local_world_size} ranks on a host, {hardware.name} has "
             f"{hardware.local_world_size(plan.world_size)}; name hardware with ranks_per_host = {plan.local_world_size}"
         )
-    estimators = shard_estimators(hardware, topology(hardware, plan.world_size), table_constraints(tables), ema=ema)
+    estimators = shard_estimators(
+        topology(hardware, plan.world_size),
+        table_constraints(tables),
+        shard_ms=hardware.extra.get("shard_ms", 0.0),
+        ema=ema,
+    )
     estimator = _PlanEstimator(tables, estimators, batch_size, optimizer)
     planned = [estimator.fill_in(table) for table in plan.tables]
     sharding_types = {table.sharding_type for table in planned}

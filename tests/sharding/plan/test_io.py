@@ -19,7 +19,7 @@ from torchrec_deepfm.sharding.inputs.presets import PRESETS
 from torchrec_deepfm.sharding.inputs.sharding_types import SHARDING_TYPES
 from torchrec_deepfm.sharding.plan.io import load_plan, plan_json, save_plan
 from torchrec_deepfm.sharding.plan.plan import Cost, PlanCost, PlanFile, PlannedShard, PlannedTable
-from torchrec_deepfm.sharding.plan.torchrec_plan import from_sharding_plan, to_sharding_plan
+from torchrec_deepfm.sharding.plan.torchrec_plan import planned_tables, to_sharding_plan
 from torchrec_deepfm.sharding.plan.validate import check_fits
 
 TYPE_OF = {table.name: table.sharding_type for table in plan_file().tables}
@@ -49,10 +49,10 @@ def test_every_type_is_in_the_plan() -> None:
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_torchrecs_plan_survives_a_file(tmp_path: Path, device: str) -> None:
     plan = sharding_plan(device)
-    plan_file = from_sharding_plan(plan, TABLES, world_size=4, local_world_size=2, batch_size=None, search="torchrec")
-    save_plan(plan_file, tmp_path / "plan.json")
+    written = replace(plan_file(), tables=planned_tables(plan, {PATH: TABLES}, world_size=4))
+    save_plan(written, tmp_path / "plan.json")
     loaded = load_plan(tmp_path / "plan.json")
-    assert loaded == plan_file
+    assert loaded == written
     again = to_sharding_plan(loaded, PATH, torch.device(device))
     assert again == plan
     if device == "cuda":  # ranks of a host take its GPUs in order
@@ -77,8 +77,8 @@ def test_options_of_kernels_survive_a_file(tmp_path: Path) -> None:
     )  # fmt: skip
     sharding.enforce_hbm, sharding.stochastic_rounding = True, False
     sharding.bounds_check_mode, sharding.output_dtype = BoundsCheckMode.WARNING, DataType.BF16
-    plan_file = from_sharding_plan(plan, TABLES, world_size=4, local_world_size=2, batch_size=None, search="torchrec")
-    save_plan(plan_file, tmp_path / "plan.json")
+    written = replace(plan_file(), tables=planned_tables(plan, {PATH: TABLES}, world_size=4))
+    save_plan(written, tmp_path / "plan.json")
     assert to_sharding_plan(load_plan(tmp_path / "plan.json"), PATH, torch.device("cuda")) == plan
 
 

@@ -12,7 +12,7 @@ from torchrec_deepfm.sharding.inputs.tables import Table
 from torchrec_deepfm.sharding.search.assignment import choose
 from torchrec_deepfm.sharding.search.lower_bound import lower_bound
 from torchrec_deepfm.sharding.search.placement import Machine, PlacementOption
-from torchrec_deepfm.sharding.search.plan_tables import lower_bound_ms, plan_tables
+from torchrec_deepfm.sharding.search.plan_tables import Planning, plan_tables
 
 
 def drawn_ways(draw: random.Random, tables: int, hosts: int) -> list[list[PlacementOption]]:
@@ -59,7 +59,7 @@ def test_more_column_shards_than_ranks_fill_them_evenly(ranks: int, count: int, 
     hardware = replace(PRESETS["torchrec"], ranks_per_host=ranks)
     plan = plan_tables(tables, hardware, ranks, batch_size=8192)
     assert plan.predicted is not None
-    bound = lower_bound_ms(tables, hardware, ranks, batch_size=8192)
+    bound = Planning(tables, hardware, ranks, 8192).lower_bound_ms
     assert bound * (1 - 1e-9) <= plan.predicted.critical_path_ms <= bound * 1.02
     torchrec = plan_tables(tables, hardware, ranks, batch_size=8192, search="torchrec")
     assert torchrec.predicted is not None

@@ -27,7 +27,7 @@ from torchrec_deepfm.sharding.search.assignment import Effort, choose
 from torchrec_deepfm.sharding.search.enumerator import WidthEnumerator
 from torchrec_deepfm.sharding.search.lower_bound import lower_bound
 from torchrec_deepfm.sharding.search.placement import Machine, PlacementOption, fill, place
-from torchrec_deepfm.sharding.search.plan_tables import lower_bound_ms, plan_tables
+from torchrec_deepfm.sharding.search.plan_tables import Planning, plan_tables
 from torchrec_deepfm.sharding.search.torchrec_parts import (
     AllTermsPerfModel,
     BalancedPartitioner,
@@ -162,7 +162,7 @@ def test_criteo_is_planned_as_well_as_it_can_be(ranks: int) -> None:
     plan = plan_tables(criteo_tables(), HARDWARE, ranks, batch_size=8192)
     check_sound(plan, "here")
     check_fits(plan, criteo_tables(), ranks)
-    bound = lower_bound_ms(criteo_tables(), HARDWARE, ranks, batch_size=8192)
+    bound = Planning(criteo_tables(), HARDWARE, ranks, 8192).lower_bound_ms
     assert bound * (1 - 1e-9) <= critical_path(plan) <= bound * 1.005
     by_hand = {16: 8.54, 64: 10.46, 128: 10.46, 512: 13.845}
     assert critical_path(plan) < by_hand.get(ranks, 20.0)
@@ -229,7 +229,7 @@ def test_never_worse_where_rows_or_host_memory_are_best(
     torchrec = plan_tables(listed, at, ranks, batch_size=512, search="torchrec")
     balanced = plan_tables(listed, at, ranks, batch_size=512)
     assert critical_path(balanced) <= critical_path(torchrec) * (1 + 1e-9)
-    bound = lower_bound_ms(listed, at, ranks, batch_size=512)
+    bound = Planning(listed, at, ranks, 512).lower_bound_ms
     assert bound <= min(critical_path(balanced), critical_path(torchrec)) * (1 + 1e-9)
 
 
@@ -247,7 +247,7 @@ def test_the_objective_is_what_the_search_makes_small(ranks_per_host: int) -> No
         torchrec = plans[-1].predicted
         assert torchrec is not None
         assert plan.predicted.slowest_ms(objective) <= torchrec.slowest_ms(objective) * (1 + 1e-9)
-        bound = lower_bound_ms(tables, hardware, 12, batch_size=512, objective=objective)
+        bound = Planning(tables, hardware, 12, 512, objective=objective).lower_bound_ms
         assert all(bound <= each.predicted.slowest_ms(objective) * (1 + 1e-9) for each in plans if each.predicted)
     found = {objective: plan.predicted for objective, plan in zip(objectives, plans, strict=False)}
     assert found["total"].slowest_ms("total") < found["all"].slowest_ms("total")
@@ -297,7 +297,7 @@ def test_the_parts_plug_into_torchrecs_planner(part: str) -> None:
     """Each beside TorchRec's own parts, as a user would put them in."""
     tables = criteo_tables()
     at, constraints = topology(HARDWARE, 16), table_constraints(tables)
-    estimators = shard_estimators(HARDWARE, at, constraints)
+    estimators = shard_estimators(at, constraints)
     parts = {"constraints": constraints, "stats": NoopEmbeddingStats(), "topology": at, "batch_size": 8192}
     parts["storage_reservation"] = FixedPercentageStorageReservation(percentage=0.15)
     parts["enumerator"] = EmbeddingEnumerator(at, 8192, constraints, estimators)
@@ -328,7 +328,7 @@ def test_the_widths_offered_cut_a_table_into_equal_shards() -> None:
         **table_constraints(tables),
         "b": ParameterConstraints(sharding_types=["column_wise"], min_partition=16),
     }
-    enumerator = WidthEnumerator(at, 512, constraints, shard_estimators(HARDWARE, at, constraints))
+    enumerator = WidthEnumerator(at, 512, constraints, shard_estimators(at, constraints))
     options = enumerator.enumerate(table_module(tables), [EmbeddingBagCollectionSharder()])  # type: ignore[list-item]
     found = {(option.name, option.sharding_type, option.shards[0].size[1], len(option.shards)) for option in options}
     assert {(name, width) for name, kind, width, _ in found if kind == "column_wise"} == {

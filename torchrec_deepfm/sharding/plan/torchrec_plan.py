@@ -21,7 +21,6 @@ from torchrec.distributed.types import (
 from torchrec.types import DataType
 
 from torchrec_deepfm.errors import UserError
-from torchrec_deepfm.sharding.inputs.hardware import Hardware
 from torchrec_deepfm.sharding.inputs.sharding_types import TableSize
 from torchrec_deepfm.sharding.plan.plan import PlanFile, PlannedShard, PlannedTable
 
@@ -68,38 +67,29 @@ def to_module_plan(
     return found
 
 
-def from_sharding_plan(
-    plan: ShardingPlan,
-    tables: Iterable[TableSize],
-    *,
-    world_size: int,
-    local_world_size: int,
-    pod_size: int = 1,
-    batch_size: int | None,
-    search: str,
-    hardware: Hardware | None = None,
-) -> PlanFile:
-    """Convert TorchRec's plan of one collection into one that can be written; SSD kernels are refused."""
-    sizes = {table.name: (table.num_embeddings, table.embedding_dim) for table in tables}
-    return PlanFile(
-        world_size=world_size,
-        local_world_size=local_world_size,
-        pod_size=pod_size,
-        batch_size=batch_size,
-        search=search,
-        hardware=hardware,
-        tables=tuple(
-            planned_table(name, sizes[name], sharding, world_size)
-            for module in plan.plan.values()
-            for name, sharding in module.items()  # type: ignore[attr-defined]
-        ),
+def planned_tables(
+    plan: ShardingPlan, tables: Mapping[str, Iterable[TableSize]], world_size: int
+) -> tuple[PlannedTable, ...]:
+    """Convert TorchRec's plan into tables that can be written; SSD kernels are refused.
+
+    Args:
+        plan: The plan.
+        tables: The tables of each of its modules, by path. Where there are several, a planned table names its own.
+        world_size: Ranks.
+    """
+    sizes = {
+        path: {table.name: (table.num_embeddings, table.embedding_dim) for table in tables[path]} for path in plan.plan
+    }
+    return tuple(
+        _planned_table(name, sizes[path][name], sharding, world_size, path if len(plan.plan) > 1 else "")
+        for path, module in plan.plan.items()
+        for name, sharding in module.items()  # type: ignore[attr-defined]
     )
 
 
-def planned_table(
-    name: str, sizes: tuple[int, int], sharding: ParameterSharding, world_size: int, *, module: str = ""
+def _planned_table(
+    name: str, sizes: tuple[int, int], sharding: ParameterSharding, world_size: int, module: str
 ) -> PlannedTable:
-    """Convert the plan of one table of ``sizes`` rows and columns."""
     if isinstance(sharding.sharding_spec, EnumerableShardingSpec):
         shards = tuple(_shard(each) for each in sharding.sharding_spec.shards)
     else:

@@ -5,19 +5,16 @@ from torch import nn
 from torchrec.distributed.comm import get_local_size
 from torchrec.distributed.planner import ParameterConstraints, Topology
 from torchrec.distributed.planner.constants import BATCH_SIZE
-from torchrec.distributed.planner.estimator.estimator import EmbeddingPerfEstimatorFactory
 from torchrec.distributed.planner.planners import EmbeddingPlannerBase, get_device_type, to_sharding_plan
-from torchrec.distributed.planner.shard_estimators import EmbeddingStorageEstimator
 from torchrec.distributed.planner.stats import NoopEmbeddingStats
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
-from torchrec.distributed.planner.types import ShardEstimator, ShardingOption, StorageReservation
+from torchrec.distributed.planner.types import ShardingOption, StorageReservation
 from torchrec.distributed.types import ModuleSharder, ShardingPlan
 
 from torchrec_deepfm.launch.processes import pod_size
-from torchrec_deepfm.sharding.estimate import SharedShardEstimator
+from torchrec_deepfm.sharding.estimate import shard_estimators
 from torchrec_deepfm.sharding.inputs.constraints import keep_to_possible
 from torchrec_deepfm.sharding.inputs.hardware import RESERVED
-from torchrec_deepfm.sharding.perf_config import ARRIVING_IDS
 from torchrec_deepfm.sharding.plan.plan import Objective
 from torchrec_deepfm.sharding.runtime.module_plan import sharded_tables
 from torchrec_deepfm.sharding.runtime.planner_errors import explain_planner_error
@@ -76,13 +73,7 @@ class BalancedPlanner(EmbeddingPlannerBase):
                 compute_device=get_device_type(),
             )
         batch_size = batch_size or BATCH_SIZE
-        self._estimators: list[ShardEstimator] = [
-            SharedShardEstimator(each)
-            for each in (
-                EmbeddingPerfEstimatorFactory.create(ARRIVING_IDS, topology=topology, constraints=constraints),
-                EmbeddingStorageEstimator(topology=topology, constraints=constraints),
-            )
-        ]
+        self._estimators = shard_estimators(topology, constraints)
         super().__init__(
             topology=topology,
             batch_size=batch_size,

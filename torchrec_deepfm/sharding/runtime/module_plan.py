@@ -14,7 +14,7 @@ from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.launch.processes import local_world_size, pod_size
 from torchrec_deepfm.sharding.plan.io import load_plan, save_plan
 from torchrec_deepfm.sharding.plan.plan import PlanFile, PlannedTable
-from torchrec_deepfm.sharding.plan.torchrec_plan import planned_table, to_module_plan
+from torchrec_deepfm.sharding.plan.torchrec_plan import planned_tables, to_module_plan
 from torchrec_deepfm.sharding.plan.validate import check_fits, check_sound
 
 Sharders = Sequence[ModuleSharder[nn.Module]]
@@ -101,19 +101,14 @@ def save_sharding_plan(
     Raises:
         UserError: The file can't be written, or the plan has kernels that a file does not hold.
     """
-    there = sharded_tables(module, sharders)
-    tables = tuple(
-        planned_table(name, there[at][name].sizes, sharding, world_size, module=at if len(plan.plan) > 1 else "")
-        for at, tables in plan.plan.items()
-        for name, sharding in tables.items()  # type: ignore[attr-defined]
-    )
+    there = {path: tables.values() for path, tables in sharded_tables(module, sharders).items()}
     made = PlanFile(
         world_size=world_size,
         local_world_size=local_world_size,
         pod_size=pod_size,
         batch_size=batch_size,
         search=search,
-        tables=tables,
+        tables=planned_tables(plan, there, world_size),
     )
     check_sound(made, str(path))
     save_plan(made, Path(path))
@@ -126,11 +121,6 @@ class ShardedTable:
     name: str
     num_embeddings: int
     embedding_dim: int
-
-    @property
-    def sizes(self) -> tuple[int, int]:
-        """Its rows and columns."""
-        return self.num_embeddings, self.embedding_dim
 
 
 def sharded_tables(module: nn.Module, sharders: Sharders | None) -> Mapping[str, Mapping[str, ShardedTable]]:

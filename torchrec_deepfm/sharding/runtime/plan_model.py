@@ -19,7 +19,6 @@ from torchrec.distributed.planner.storage_reservations import FixedPercentageSto
 from torchrec.distributed.planner.types import (
     HardwareConfig,
     KernelConfig,
-    PlannerError,
     TopologyFactory,
     TrainerConfig,
 )
@@ -36,9 +35,9 @@ from torchrec_deepfm.sharding.inputs.tables import Table
 from torchrec_deepfm.sharding.inputs.topology import topology as hardware_topology
 from torchrec_deepfm.sharding.plan.io import load_plan
 from torchrec_deepfm.sharding.plan.plan import PlanFile
-from torchrec_deepfm.sharding.plan.torchrec_plan import from_sharding_plan
+from torchrec_deepfm.sharding.plan.torchrec_plan import planned_tables
 from torchrec_deepfm.sharding.plan.validate import check_fits, check_memory
-from torchrec_deepfm.sharding.runtime.planner_errors import explain_planner_error
+from torchrec_deepfm.sharding.runtime.planner_errors import run_planner
 from torchrec_deepfm.sharding.search.plan_tables import Planning
 
 DATA_PARALLEL_ROWS = "--data-parallel-rows"
@@ -108,22 +107,14 @@ def plan_model(
         storage_reservation=FixedPercentageStorageReservation(percentage=RESERVED),
         constraints=allowed,
     )
-    try:
-        made = planner.plan(module, [sharder])
-    except PlannerError as error:
-        options = planner._enumerator.last_stored_search_space  # type: ignore[attr-defined]
-        reserved = planner._storage_reservation.last_reserved_topology
-        raise explain_planner_error(
-            error, options or [], reserved or topology, proposals=planner._num_proposals, ema=ema
-        ) from error
-    plan = from_sharding_plan(
-        made,
-        tables,
+    made = run_planner(planner, module, [sharder], ema=ema)
+    plan = PlanFile(
         world_size=topology.world_size,
         local_world_size=topology.local_world_size,
         pod_size=topology.intra_group_size // topology.local_world_size,
         batch_size=batch_size,
         search="constraints" if constraints else "torchrec",
+        tables=planned_tables(made, dict.fromkeys(made.plan, tables), topology.world_size),
     )
     if hardware is None or topology.world_size == 1 or len(replicated) == len(tables):
         return plan

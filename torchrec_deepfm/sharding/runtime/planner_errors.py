@@ -15,8 +15,12 @@ import itertools
 import math
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
+from torch import nn
+from torchrec.distributed.planner import EmbeddingShardingPlanner
 from torchrec.distributed.planner.types import PlannerError, PlannerErrorType, ShardingOption, Storage, Topology
+from torchrec.distributed.types import ShardingPlan
 
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.sharding.inputs.sharding_types import CUDA_KERNELS
@@ -54,6 +58,28 @@ def explain_planner_error(
             "(--constraint)" + _without(ema)
         )
     return UserError(f"the planner found no plan ({error.error_type.value}): {_first_line(error)}")
+
+
+def run_planner(
+    planner: EmbeddingShardingPlanner,
+    module: nn.Module,
+    sharders: list[Any],
+    *,
+    ema: bool,
+    ranks_option: str = "-j",
+) -> ShardingPlan:
+    """Run TorchRec's planner; where it finds no plan, the error says why."""
+    try:
+        return planner.plan(module, sharders)
+    except PlannerError as error:
+        raise explain_planner_error(
+            error,
+            planner._enumerator.last_stored_search_space or [],  # type: ignore[attr-defined]
+            planner._storage_reservation.last_reserved_topology or planner._topology,
+            proposals=planner._num_proposals,
+            ema=ema,
+            ranks_option=ranks_option,
+        ) from error
 
 
 def out_of_memory(

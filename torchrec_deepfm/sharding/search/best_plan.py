@@ -3,7 +3,6 @@
 A plan of TorchRec's planner is kept where it is better by the objective, at any number of ranks.
 """
 
-import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -11,24 +10,22 @@ from functools import partial
 from typing import Final
 
 from torch import nn
-from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
+from torchrec.distributed.planner import ParameterConstraints, Topology
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
-from torchrec.distributed.planner.stats import NoopEmbeddingStats
 from torchrec.distributed.planner.types import (
-    Enumerator,
     PlannerError,
     PlannerErrorType,
-    Shard,
     ShardEstimator,
     ShardingOption,
     StorageReservation,
 )
 from torchrec.distributed.types import ModuleSharder
 
+from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.sharding.inputs.sharding_types import CUDA_KERNELS
 from torchrec_deepfm.sharding.plan.plan import Objective
 from torchrec_deepfm.sharding.search.assignment import Effort
-from torchrec_deepfm.sharding.search.enumerator import WidthEnumerator
+from torchrec_deepfm.sharding.search.enumerator import WidthEnumerator, constraints_leave_a_type
 from torchrec_deepfm.sharding.search.lower_bound import lower_bound
 from torchrec_deepfm.sharding.search.torchrec_parts import (
     AllTermsPerfModel,
@@ -40,7 +37,7 @@ from torchrec_deepfm.sharding.search.torchrec_parts import (
     placement_option,
     torchrecs_options,
 )
-from torchrec_deepfm.sharding.search.torchrec_proposals import ProposalsThatMayWin
+from torchrec_deepfm.sharding.search.torchrec_proposals import best_proposal, own_shards
 
 # Ranks times tables up to which TorchRec's enumerator makes its options: that takes a minute there. Above, they are
 # picked from those at hand, the same except table_column_wise, which costs what column_wise does.
@@ -123,7 +120,7 @@ class BestPlan:
         """Return a time that no plan made of the options goes below (``lower_bound.lower_bound``)."""
         machine = machine_of(self._topology)
         ways = [
-            [placement_option(option, machine, self._additive) for option in each] for each in by_table(self.options)
+            [placement_option(option, machine, self.additive) for option in each] for each in by_table(self.options)
         ]
         return self._group_ms + lower_bound(machine.ranks, machine.ranks_per_host, ways)
 
@@ -161,17 +158,11 @@ class BestPlan:
         else:
             named = {name for name, given in (self._constraints or {}).items() if given.compute_kernels}
             options = [each for each in self.options if each.name in named or each.compute_kernel not in CUDA_KERNELS]
-        ranks = self._reservation.reserve(
-            topology=self._topology,
-            batch_size=self._batch_size,
-            module=self._module,
-            sharders=self._sharders,
-            constraints=self._constraints,
-        )
+        ranks = self._reserve()
         listed = by_table(options)
         choice = choose_options(listed, ranks, score, self._effort)
         # TorchRec's planner would copy a million shards twice, with their estimates.
-        chosen = [_copy(each[number]) for each, number in zip(listed, choice.ways, strict=True)]
+        chosen = [own_shards(each[number]) for each, number in zip(listed, choice.ways, strict=True)]
         try:
             found = self._found("balanced", BalancedPartitioner(score).partition(chosen, ranks))
             return replace(found, lacked_memory=choice.lacked_memory)
@@ -185,36 +176,34 @@ class BestPlan:
         TorchRec's enumerator, proposals and partitioner; its own plan is among them.
         """
         tables = {option.fqn for option in self.options}
-        ranks = self._topology.world_size
-        enumerator: Enumerator
-        if ranks * len(tables) <= _ENUMERATE_AGAIN:
+        if self._topology.world_size * len(tables) <= _ENUMERATE_AGAIN:
             enumerator = EmbeddingEnumerator(
                 self._topology, self._batch_size, self._torchrec_constraints, self._estimators
             )
+            try:
+                with constraints_leave_a_type():
+                    options = enumerator.enumerate(self._module, self._sharders)
+            except UserError:
+                return None
         else:
-            enumerator = EnumeratedOptions(torchrecs_options(self.options, self._constraints or {}))
-        ms = partial(perf_ms, objective=self._additive)
-        proposer = ProposalsThatMayWin(ranks, known_ms - self._group_ms, ms)
-        planner = EmbeddingShardingPlanner(
+            options = torchrecs_options(self.options, self._constraints or {})
+        found = best_proposal(
+            [dict(enumerate(each)) for each in by_table(options)],
+            self._reserve(),
+            known_ms - self._group_ms,
+            shard_ms=partial(perf_ms, objective=self.additive),
+            plan_ms=AllTermsPerfModel(self._topology, self._objective).rate,
+        )
+        return None if found is None else self._found("torchrec", found)
+
+    def _reserve(self) -> Topology:
+        return self._reservation.reserve(
             topology=self._topology,
             batch_size=self._batch_size,
+            module=self._module,
+            sharders=self._sharders,
             constraints=self._constraints,
-            storage_reservation=self._reservation,
-            stats=NoopEmbeddingStats(),
-            performance_model=AllTermsPerfModel(self._topology, self._objective),
-            enumerator=enumerator,
-            proposer=proposer,
         )
-        try:
-            planner.plan(self._module, self._sharders)
-        except PlannerError as error:
-            self.error = self.error or error  # that nothing can win explains nothing
-            return None
-        except RuntimeError as error:  # TorchRec's enumerator stops where constraints leave a table no type
-            if not str(error).startswith("No available sharding type"):
-                raise
-            return None
-        return self._found("torchrec", planner._best_plan or [])
 
     def _found(self, search: str, options: list[ShardingOption]) -> FoundPlan:
         ms = AllTermsPerfModel(self._topology, self._objective).rate(options)
@@ -222,31 +211,6 @@ class BestPlan:
         return FoundPlan(options=options, search=search, ms=ms + self._group_ms * len(types))
 
     @property
-    def _additive(self) -> Objective:
+    def additive(self) -> Objective:
         """What a rank takes at least under the objective, and is a sum over its shards."""
         return "total" if self._objective == "hidden-ids" else self._objective
-
-
-def _copy(option: ShardingOption) -> ShardingOption:
-    """The option with shards of its own, to be given ranks; estimates are shared."""
-    copied = copy.copy(option)
-    copied.shards = [Shard(each.size, each.offset, each.storage, each.perf) for each in option.shards]
-    return copied
-
-
-class EnumeratedOptions(Enumerator):
-    """Gives TorchRec's planner options that were enumerated and estimated before.
-
-    Args:
-        options: Options of all tables, with their estimates.
-    """
-
-    def __init__(self, options: list[ShardingOption]) -> None:
-        self.last_stored_search_space = options
-
-    def enumerate(self, module: nn.Module, sharders: Sharders) -> list[ShardingOption]:
-        """Return the options."""
-        return self.last_stored_search_space
-
-    def populate_estimates(self, sharding_options: list[ShardingOption]) -> None:
-        """Leave the estimates as they are."""

@@ -2,7 +2,8 @@
 
 import copy
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Final
 
@@ -140,14 +141,12 @@ class WidthEnumerator(EmbeddingEnumerator):
         before, self._constraints, self._found = self._constraints, dict(constraints), []
         self._last_stored_module = None
         try:
-            with warnings.catch_warnings():  # of a width that does not divide: then it is the whole table
-                warnings.simplefilter("ignore", UserWarning)
+            with warnings.catch_warnings(), constraints_leave_a_type():
+                warnings.simplefilter(
+                    "ignore", UserWarning
+                )  # of a width that does not divide: then it is the whole table
                 super().enumerate(module, sharders)
             return self._found
-        except RuntimeError as error:
-            if not str(error).startswith("No available sharding type"):
-                raise
-            raise UserError(f"{str(error).partition('. ')[0]}; loosen its constraints (--constraint)") from error
         finally:
             self._constraints, self._found = before, None
 
@@ -190,6 +189,17 @@ class WidthEnumerator(EmbeddingEnumerator):
         if torchrecs is not None and torchrecs >= WIDE_ENOUGH and torchrecs not in widths:
             widths.append(torchrecs)
         return widths or [columns]
+
+
+@contextmanager
+def constraints_leave_a_type() -> Iterator[None]:
+    """Where they leave a table none, TorchRec's enumerator stops with a RuntimeError; it becomes a UserError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("No available sharding type"):
+            raise
+        raise UserError(f"{str(error).partition('. ')[0]}; loosen its constraints (--constraint)") from error
 
 
 def _of_width(

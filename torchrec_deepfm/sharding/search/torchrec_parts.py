@@ -1,7 +1,7 @@
 """The search as parts of TorchRec's planner: a proposer, a partitioner and a performance model.
 
     constraints = {...}
-    estimator = shard_estimators(hardware, ranks, constraints)
+    estimator = shard_estimators(ranks, constraints)
     planner = EmbeddingShardingPlanner(
         topology=ranks,
         batch_size=8192,

@@ -6,21 +6,16 @@ already slower, or their memory exceeds that of all ranks. Such proposals are sk
 and the best of all is still found.
 """
 
+import copy
 import heapq
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Final
 
+from torchrec.distributed.planner.partitioners import GreedyPerfPartitioner
 from torchrec.distributed.planner.proposers import MAX_PROPOSALS
-from torchrec.distributed.planner.types import (
-    Enumerator,
-    PartitionByType,
-    Perf,
-    Proposer,
-    ShardingOption,
-    Topology,
-)
+from torchrec.distributed.planner.types import PartitionByType, Perf, PlannerError, Shard, ShardingOption, Topology
 
 _SAME: Final = 1e-9  # relative: what is left of equal sums in another order
 
@@ -76,70 +71,66 @@ def torchrec_proposals(options: Options) -> Iterator[Choice]:
             )
 
 
-class ProposalsThatMayWin(Proposer):
-    """Proposes what TorchRec's proposers do, except what can't be faster than the best plan so far.
+def best_proposal(
+    options: Options,
+    ranks: Topology,
+    known_ms: float,
+    *,
+    shard_ms: Callable[[Perf], float],
+    plan_ms: Callable[[list[ShardingOption]], float],
+) -> list[ShardingOption] | None:
+    """Return the best plan that TorchRec's planner would find: its proposals, placed by its partitioner.
 
     Args:
-        ranks: How many there are.
+        options: The options of its enumerator.
+        ranks: The memory that tables may take.
         known_ms: The slowest rank of a plan that is known already.
-        ms: A lower bound on what a shard adds to its rank under the planner's ``PerfModel``.
+        shard_ms: A lower bound on what a shard adds to its rank.
+        plan_ms: The slowest rank of a plan.
+
+    Returns:
+        Options with ranks; None where no proposal fits and is faster than the known plan.
     """
+    hbm, ddr = (sum(getattr(rank.storage, tier) for rank in ranks.devices) for tier in ("hbm", "ddr"))
+    loads = [{number: _load(option, ranks, shard_ms) for number, option in each.items()} for each in options]
+    partitioner, best, best_ms = GreedyPerfPartitioner(), None, known_ms
+    for choice in dict.fromkeys(torchrec_proposals(options)):
+        added = [each[number] for each, number in zip(loads, choice, strict=True)]
+        sums = [sum(each) for each in zip(*added, strict=True)]
+        bound = max(sums[0], sums[1] + max(each[2] for each in added))
+        if sums[3] > hbm or sums[4] > ddr or bound >= best_ms * (1 - _SAME):
+            continue
+        proposal = [own_shards(each[number]) for each, number in zip(options, choice, strict=True)]
+        try:
+            plan = partitioner.partition(proposal, ranks)
+        except PlannerError:
+            continue
+        if (ms := plan_ms(plan)) < best_ms:
+            best, best_ms = plan, ms
+    return best
 
-    def __init__(self, ranks: int, known_ms: float, ms: Callable[[Perf], float]) -> None:
-        self._ranks, self._best, self._ms = ranks, known_ms, ms
-        self._room = (math.inf, math.inf)
-        self._left: Iterator[list[ShardingOption]] = iter(())
-        self._next: list[ShardingOption] | None = None
 
-    def load(self, search_space: list[ShardingOption], enumerator: Enumerator | None = None) -> None:
-        """Take the options of all tables, with their estimates."""
-        by_table: dict[str, dict[int, ShardingOption]] = {}
-        for number, option in enumerate(search_space):
-            by_table.setdefault(option.fqn, {})[number] = option
-        self._left = self._may_win(list(by_table.values()))
-        self._next = next(self._left, None)
+def own_shards(option: ShardingOption) -> ShardingOption:
+    """The option with shards of its own, to be given ranks; estimates are shared."""
+    copied = copy.copy(option)
+    copied.shards = [Shard(each.size, each.offset, each.storage, each.perf) for each in option.shards]
+    return copied
 
-    def propose(self) -> list[ShardingOption] | None:
-        """Return an option of each table; None when there is nothing left to try."""
-        return self._next
 
-    def feedback(
-        self,
-        partitionable: bool,
-        plan: list[ShardingOption] | None = None,
-        perf_rating: float | None = None,
-        storage_constraint: Topology | None = None,
-    ) -> None:
-        """Take the outcome of a proposal."""
-        if perf_rating is not None:
-            self._best = min(self._best, perf_rating)
-        if storage_constraint is not None:
-            held = [device.storage for device in storage_constraint.devices]
-            self._room = (sum(each.hbm for each in held), sum(each.ddr for each in held))
-        self._next = next(self._left, None)
-
-    def _may_win(self, options: Options) -> Iterator[list[ShardingOption]]:
-        loads = {number: self._load(option) for each in options for number, option in each.items()}
-        for choice in dict.fromkeys(torchrec_proposals(options)):
-            added = [loads[number] for number in choice]
-            sums = [sum(each) for each in zip(*added, strict=True)]
-            fits = sums[3] <= self._room[0] and sums[4] <= self._room[1]
-            bound = max(sums[0], sums[1] + max(each[2] for each in added))
-            if fits and bound < self._best * (1 - _SAME):
-                yield [each[number] for each, number in zip(options, choice, strict=True)]
-
-    def _load(self, option: ShardingOption) -> tuple[float, float, float, int, int]:
-        """What an option adds to the mean rank, to every rank, to one rank, and to the memory of all ranks."""
-        ms = [self._ms(shard.perf) for shard in option.shards if shard.perf is not None]
-        held = [shard.storage for shard in option.shards if shard.storage is not None]
-        everywhere = option.partition_by == PartitionByType.UNIFORM.value
-        return (
-            sum(ms) / self._ranks,
-            min(ms) if everywhere else 0.0,
-            0.0 if everywhere else max(ms),
-            sum(each.hbm for each in held),
-            sum(each.ddr for each in held),
-        )
+def _load(
+    option: ShardingOption, ranks: Topology, shard_ms: Callable[[Perf], float]
+) -> tuple[float, float, float, int, int]:
+    """What an option adds to the mean rank, to every rank, to one rank, and to the memory of all ranks."""
+    ms = [shard_ms(shard.perf) for shard in option.shards if shard.perf is not None]
+    held = [shard.storage for shard in option.shards if shard.storage is not None]
+    everywhere = option.partition_by == PartitionByType.UNIFORM.value
+    return (
+        sum(ms) / ranks.world_size,
+        min(ms) if everywhere else 0.0,
+        0.0 if everywhere else max(ms),
+        sum(each.hbm for each in held),
+        sum(each.ddr for each in held),
+    )
 
 
 def _perf_totals(option: ShardingOption) -> list[float]:
