@@ -83,6 +83,11 @@ LAUNCH_PATH = [
 ]
 
 
+def parts(text: ast.AST) -> list[ast.expr]:
+    """The literals and values that a text in the code is put together from."""
+    return text.values if isinstance(text, ast.JoinedStr) else [text]
+
+
 def lines_of(file: Path) -> Iterator[re.Pattern[str]]:
     """A pattern for each line that a file prints when something fails: its literal parts up to the remedy."""
     module = ast.parse(file.read_text(encoding="utf-8"))
@@ -98,7 +103,10 @@ def lines_of(file: Path) -> Iterator[re.Pattern[str]]:
     for node in ast.walk(module):
         match node:
             case ast.Call(func=ast.Name(id="UserError" | "LostPeer" | "RendezvousStateError"), args=[what, *_]):
-                found.append(what)
+                given = {each.arg: parts(each.value) for each in node.keywords}
+                where = [*given["where"], ast.Constant(": ")] if "where" in given else []
+                remedy = [ast.Constant("; "), *given["remedy"]] if "remedy" in given else []
+                found.append(ast.JoinedStr([*where, *parts(what), *remedy]))
             case ast.Call(func=ast.Attribute(attr="write"), args=[*_, ast.Call(func=ast.Attribute(value=text))]):
                 found.append(text)  # os.write(2, "...".encode())
             case ast.Call(func=ast.Attribute(attr="write"), args=[text]):
@@ -111,9 +119,8 @@ def lines_of(file: Path) -> Iterator[re.Pattern[str]]:
                         case ast.Return(value=ast.Tuple(elts=[text, *_])) | ast.Return(value=text):
                             found.append(text)
     for text in found:
-        parts = text.values if isinstance(text, ast.JoinedStr) else [text]
         words = ""
-        for part in parts:
+        for part in parts(text):
             match part:
                 case ast.Constant(value=str(literal)):
                     words += literal

@@ -13,7 +13,7 @@ class UserError(ValueError):
 
     Attributes:
         what: what is wrong; the whole line where the others are empty.
-        where: the file, key or option; a caller that knows it better raises the error again with its own.
+        where: the file, row, column, key or option.
         remedy: what to do.
         exit_code: of the command line.
     """
@@ -23,6 +23,10 @@ class UserError(ValueError):
     def __init__(self, what: str, *, where: object = "", remedy: str = "") -> None:
         super().__init__(what)
         self.what, self.where, self.remedy = what, str(where), remedy
+
+    def within(self, where: object) -> "UserError":
+        """The same error with a place put before its own, by a caller that knows the file, column or option."""
+        return UserError(self.what, where=f"{where}: {self.where}" if self.where else where, remedy=self.remedy)
 
     def __str__(self) -> str:
         """The line."""

@@ -40,7 +40,9 @@ def check_local(path: Path) -> Path:
     """
     if _ADDRESS.search(str(path)):
         address = _ADDRESS.sub(r"\1//", str(path))
-        raise UserError(f"{address}: only a local path works here, not an address; name a local file or folder")
+        raise UserError(
+            "only a local path works here, not an address", where=address, remedy="name a local file or folder"
+        )
     return path
 
 
@@ -53,13 +55,15 @@ def as_path(value: object, what: str) -> Path:
     """
     if isinstance(value, str | os.PathLike) and isinstance(name := os.fspath(value), str):
         return Path(name)
-    raise UserError(f"{shown(value)}: not a path; name the folder of {what}")
+    raise UserError("not a path", where=shown(value), remedy=f"name the folder of {what}")
 
 
 def check_parquet_name(option: str, path: Path) -> None:
     """Refuse the name of another kind of file for one that will be Parquet."""
     if path.suffix.lower() in _NOT_PARQUET:
-        raise UserError(f"{option} {path}: this will be Parquet; name it {path.with_suffix('.parquet').name}")
+        raise UserError(
+            "this will be Parquet", where=f"{option} {path}", remedy=f"name it {path.with_suffix('.parquet').name}"
+        )
 
 
 def read_text(path: Path, *, most: int, what: str, instead: str) -> str:
@@ -71,15 +75,17 @@ def read_text(path: Path, *, most: int, what: str, instead: str) -> str:
         with path.open("rb") as file:
             content = file.read(most + 1)
     except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file; {instead}") from error
+        raise UserError("no such file", where=path, remedy=instead) from error
     except OSError as error:
-        raise UserError(f"{path}: this can't be read ({error.strerror}); {instead}") from error
+        raise UserError(f"this can't be read ({error.strerror})", where=path, remedy=instead) from error
     if len(content) > most:
-        raise UserError(f"{path}: larger than {format_bytes(most)}, not a {what}; {instead}")
+        raise UserError(f"larger than {format_bytes(most)}, not a {what}", where=path, remedy=instead)
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: byte {error.start} is not valid UTF-8; save it as UTF-8, or {instead}") from error
+        raise UserError(
+            f"byte {error.start} is not valid UTF-8", where=path, remedy=f"save it as UTF-8, or {instead}"
+        ) from error
 
 
 def parse_toml(path: Path, text: str) -> dict[str, Any]:
@@ -87,7 +93,9 @@ def parse_toml(path: Path, text: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text.replace("\r\n", "\n"))
     except (ValueError, RecursionError) as error:  # a plain ValueError: a number of thousands of digits
-        raise UserError(f"{path}: not valid TOML ({' '.join(str(error).split())}); correct it there") from error
+        raise UserError(
+            f"not valid TOML ({' '.join(str(error).split())})", where=path, remedy="correct it there"
+        ) from error
 
 
 def check_target(option: str, path: Path, *, like: str, inputs: Iterable[Path] = ()) -> None:
@@ -107,7 +115,7 @@ def check_target(option: str, path: Path, *, like: str, inputs: Iterable[Path] =
     elif any(path.absolute() == one.absolute() or _same_file(path, one) for one in inputs):
         what = "this command reads or writes that file already"
     if what:
-        raise UserError(f"{option} {path}: {what}; name a file, such as {like}")
+        raise UserError(what, where=f"{option} {path}", remedy=f"name a file, such as {like}")
 
 
 def _same_file(one: Path, other: Path) -> bool:
@@ -222,7 +230,9 @@ def write_text(path: Path, text: str, *, what: str) -> None:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         if path.exists() and not path.is_file():  # replacing /dev/null would break every other program
-            raise UserError(f"{path}: the {what} can't be written (not a regular file); name another file")
+            raise UserError(f"the {what} can't be written (not a regular file)", where=path, remedy="name another file")
         write_bytes(path, content)
     except OSError as error:
-        raise UserError(f"{path}: the {what} can't be written ({error.strerror}); name another file") from error
+        raise UserError(
+            f"the {what} can't be written ({error.strerror})", where=path, remedy="name another file"
+        ) from error

@@ -26,9 +26,9 @@ def parse_json(text: str, *, where: str, remedy: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=_object, parse_constant=_refuse_constant)
     except RecursionError as error:
-        raise UserError(f"{where}: damaged (nested too deeply); {remedy}") from error
+        raise UserError("damaged (nested too deeply)", where=where, remedy=remedy) from error
     except ValueError as error:
-        raise UserError(f"{where}: damaged ({error}); {remedy}") from error
+        raise UserError(f"damaged ({error})", where=where, remedy=remedy) from error
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -52,5 +52,9 @@ def parse_quantity(option: str, text: str, *, like: str) -> float:
     power = "KMGTP".index(prefix.upper()) + 1 if prefix else 0
     amount = float(number) * float(1024 if binary else 1000) ** power
     if math.isinf(amount) or (per_second is not None) != rate:
-        raise UserError(f"{option} {text}: not {'a bandwidth' if rate else 'an amount of memory'}; write it as {like}")
+        raise UserError(
+            f"not {'a bandwidth' if rate else 'an amount of memory'}",
+            where=f"{option} {text}",
+            remedy=f"write it as {like}",
+        )
     return amount

@@ -40,7 +40,7 @@ def test_more_ranks_than_gpus_are_refused() -> None:
     with (
         pretend_gpu(2),
         mock.patch.dict(os.environ, FOUR),
-        pytest.raises(UserError, match="4 ranks on this host, but 2 GPUs: start at most one rank per GPU"),
+        pytest.raises(UserError, match="4 ranks on this host, but 2 GPUs; start at most one rank per GPU"),
     ):
         process_group._own_device()
 
@@ -101,7 +101,7 @@ def test_ranks_with_a_gpu_each_may_meet() -> None:
 def test_two_ranks_on_the_only_gpu_are_refused_on_both() -> None:
     refusals = meet(Same())
     assert len(refusals) == 2
-    assert all("ranks 0 and 1 have the same GPU: start at most one" in str(refusal) for refusal in refusals)
+    assert all("ranks 0 and 1 have the same GPU; start at most one" in str(refusal) for refusal in refusals)
 
 
 def test_the_group_gets_its_device_and_its_timeout() -> None:

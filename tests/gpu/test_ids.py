@@ -79,7 +79,7 @@ def test_a_model_notes_ids_of_a_gpu_and_does_not_read_them() -> None:
         pytest.raises(KeyError, match="looked up"),
     ):
         model(torch.empty(2, 0), wrong)
-    expected = "feature 'a' has the id 5, but its table has 5 rows (ids 0 to 4): build the tables with the "
+    expected = "feature 'a' has the id 5, but its table has 5 rows (ids 0 to 4); build the tables with the "
     assert error(lambda: arches.check_seen_ids(model)) == expected + "num_embeddings of the data"
     assert list(model.state_dict()) == state
 
@@ -102,4 +102,4 @@ def test_a_training_ends_in_one_line_at_the_next_record(tmp_path: Path, capsys: 
     assert stop.value.code == 2
     assert len(shown) == 1
     assert shown[0].startswith("error: feature 'C3' has the id ")
-    assert "but its table has 2 rows (ids 0 to 1): build the tables with the num_embeddings of the data" in shown[0]
+    assert "but its table has 2 rows (ids 0 to 1); build the tables with the num_embeddings of the data" in shown[0]

@@ -356,7 +356,7 @@ def table(name: str, width: int, pooling: PoolingType = PoolingType.SUM) -> Embe
     [
         (
             [table("x", 4), table("y", 8)],
-            r"tables of unequal width \(x=4, y=8\): every table of a DeepFM is 4 wide; use",
+            r"tables of unequal width \(x=4, y=8\), where each of a DeepFM's is 4 wide; use",
         ),
         (
             [table("x", 8)],
@@ -386,7 +386,7 @@ def test_bad_options(options: dict[str, object], message: str) -> None:
 
 
 def test_bad_table_requests() -> None:
-    with pytest.raises(UserError, match=r"^num_embeddings is empty: name at least one categorical feature"):
+    with pytest.raises(UserError, match=r"^num_embeddings is empty; name at least one categorical feature"):
         embedding_tables({})
     with pytest.raises(UserError, match=r"^num_embeddings\['a'\]=0: a table needs at least one row"):
         embedding_tables({"a": 0})
@@ -411,7 +411,7 @@ def test_weights_that_one_side_has_and_the_other_has_not() -> None:
     bags, dense = random_bags("weighted", 4), torch.randn(4, 2)
     with pytest.raises(UserError, match=r"^the batch has weights, but the tables have none: make the"):
         make_model()(dense, to_kjt(bags, weighted=True))
-    with pytest.raises(UserError, match=r"^the tables are weighted, but the batch has no weights: give every id one"):
+    with pytest.raises(UserError, match=r"^the tables are weighted, but the batch has no weights; give every id one"):
         make_model(weighted=True)(dense, to_kjt(bags))
 
 

@@ -66,18 +66,20 @@ class ExperimentCommand:
         for name in ("batch_size", "steps", "turns", "ranks"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+                raise UserError("must be at least 1", where=f"--{name.replace('_', '-')} {value}")
         for option, most in (("batch_size", MAX_BATCH_SIZE), ("ranks", MAX_RANKS)):
             if (getattr(self, option) or 0) > most:
-                raise UserError(f"--{option.replace('_', '-')} {getattr(self, option)}: must be at most {most:,}")
+                raise UserError(
+                    f"must be at most {most:,}", where=f"--{option.replace('_', '-')} {getattr(self, option)}"
+                )
         for count in self.scaling:
             if count < 1:
-                raise UserError(f"--scaling {count}: must be at least 1")
+                raise UserError("must be at least 1", where=f"--scaling {count}")
             if count > MAX_RANKS:
-                raise UserError(f"--scaling {count}: must be at most {MAX_RANKS:,}")
+                raise UserError(f"must be at most {MAX_RANKS:,}", where=f"--scaling {count}")
         for size in self.over_arch_layer_sizes:
             if size < 1:
-                raise UserError(f"--over-arch-layer-sizes {size}: every hidden layer needs at least one unit")
+                raise UserError("every hidden layer needs at least one unit", where=f"--over-arch-layer-sizes {size}")
 
     def run(self) -> None:
         """Measure the plans and write the results."""
@@ -115,7 +117,11 @@ class ExperimentCommand:
         with ranks.process_group() as device:
             reduce_noise(device)
             if self.ranks not in (None, ranks.count()):
-                raise UserError(f"--ranks {self.ranks}: {ranks.count()} rank(s) are started already; leave --ranks out")
+                raise UserError(
+                    f"{ranks.count()} rank(s) are started already",
+                    where=f"--ranks {self.ranks}",
+                    remedy="leave --ranks out",
+                )
             # All that can go wrong comes before the measuring, which takes long.
             tables, hardware, plans, scaling = ranks.on_main(lambda: self._prepare(device))
             options = self._options(tables)

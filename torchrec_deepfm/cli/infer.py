@@ -46,9 +46,13 @@ class Predict:
     def run(self) -> None:
         """Write the predictions."""
         if self.shard_tables == "always" and "RANK" not in os.environ:
-            raise UserError("--shard-tables always: there is one rank; start several, such as torchx run ... -j 1x2")
+            raise UserError(
+                "there is one rank",
+                where="--shard-tables always",
+                remedy="start several, such as torchx run ... -j 1x2",
+            )
         if self.shard_tables == "always" and self.run_folder is None:
-            raise UserError("--shard-tables always: a package's tables can't be sharded; give --run")
+            raise UserError("a package's tables can't be sharded", where="--shard-tables always", remedy="give --run")
         load = partial(_load, self.run_folder, self.package, self.checkpoint, self.data)
         predictor: Predictor | ShardedPredictor | None = None if "RANK" in os.environ else load()
         with _workers() as ranks:
@@ -177,7 +181,7 @@ class Serve:
         """Serve until SIGTERM or Ctrl-C."""
         path = _one_of(self.run_folder, self.package)
         if self.threads < 1:
-            raise UserError(f"--threads {self.threads}: must be at least 1")
+            raise UserError("must be at least 1", where=f"--threads {self.threads}")
         console.quiet()
         os.environ["POLARS_MAX_THREADS"] = "1"  # a batch is small
         try:
@@ -186,7 +190,7 @@ class Serve:
         except ImportError as error:
             if error.name is None or error.name.partition(".")[0] not in _SERVE_NEEDS:
                 raise
-            raise UserError(f"{error.name} is not installed; pip install 'torchrec_deepfm[serve]'") from error
+            raise UserError(f"{error.name} is not installed", remedy="pip install 'torchrec_deepfm[serve]'") from error
 
         def read() -> ServedModel:
             return ServedModel(path, checkpoint=self.checkpoint, threads=self.threads)
@@ -200,9 +204,11 @@ _SERVE_NEEDS = ("fastapi", "pydantic", "starlette", "uvicorn", "h11", "prometheu
 def _one_of(run: Path | None, package: Path | None) -> Path:
     """The folder that one of the two options names."""
     if (run is None) == (package is None):
-        raise UserError("--run, --package: name one of the two")
+        raise UserError("name one of the two", where="--run, --package")
     if package is not None and not (package / "package.json").exists():
-        raise UserError(f"--package {package}: not a package (no package.json); name the folder that export wrote")
+        raise UserError(
+            "not a package (no package.json)", where=f"--package {package}", remedy="name the folder that export wrote"
+        )
     return run or package or Path()
 
 

@@ -88,7 +88,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG or error.filename is None:
             raise
-        exit_with(UserError(f"{shown(str(error.filename))}: longer than a name may be here; take a shorter one"))
+        exit_with(
+            UserError("longer than a name may be here", where=shown(str(error.filename)), remedy="take a shorter one")
+        )
     except Preempted as request:
         if os.environ.get("RANK", "0") == "0":
             sys.stderr.write(f"{request}\n")
@@ -117,7 +119,7 @@ def parse(argv: Sequence[str]) -> Any:
         print(_overview())
         sys.exit(0)
     if name not in COMMANDS:
-        raise UserError(f"{f'{name}: unknown' if name else 'no'} command; choose {one_of(COMMANDS, name)}")
+        raise UserError(f"{f'{name}: unknown' if name else 'no'} command", remedy=f"choose {one_of(COMMANDS, name)}")
     with one_line_errors(f"{PROG} {name}"):
         command = tyro.cli(
             COMMANDS[name],

@@ -29,7 +29,7 @@ def one_line_errors(prog: str) -> Iterator[None]:
     def refuse(event: tyro_errors.ParseErrorEvent) -> None:
         line = _explain(event)
         if line is not None:
-            raise UserError(f"{line}; {prog} --help lists the options")
+            raise UserError(f"{line}", remedy=f"{prog} --help lists the options")
 
     with tyro_errors.on_parse_error(refuse):
         yield

@@ -126,7 +126,9 @@ class PlanCommand:
 
         for option, value, most in (("ranks", self.ranks, MAX_RANKS), ("batch-size", self.batch_size, MAX_BATCH_SIZE)):
             if not 1 <= value <= most:
-                raise UserError(f"--{option} {value}: must be at {'least 1' if value < 1 else f'most {most:,}'}")
+                raise UserError(
+                    f"must be at {'least 1' if value < 1 else f'most {most:,}'}", where=f"--{option} {value}"
+                )
         inputs = [Path(self.tables), Path(self.hardware)]
         check_target("--output", self.output, like="plan.json", inputs=inputs)
         _check_report(self.report, [*inputs, self.output])
@@ -200,16 +202,20 @@ class ComparePlans:
 
         for option, values in (("compare", self.compare), ("ranks", self.ranks)):
             if not values:
-                raise UserError(f"--{option}: needs at least one value")
+                raise UserError("needs at least one value", where=f"--{option}")
         limits = [("ranks", count, MAX_RANKS) for count in self.ranks]
         for option, value, most in (*limits, ("batch-size", self.batch_size, MAX_BATCH_SIZE)):
             if not 1 <= value <= most:
-                raise UserError(f"--{option} {value}: must be at {'least 1' if value < 1 else f'most {most:,}'}")
+                raise UserError(
+                    f"must be at {'least 1' if value < 1 else f'most {most:,}'}", where=f"--{option} {value}"
+                )
         _check_report(self.report, [Path(self.tables), *map(Path, self.compare)])
         tables = read_tables(self.tables, self.dim)
         kinds = [read_hardware(each) for each in dict.fromkeys(self.compare)]
         if twice := next((each.name for each in kinds if [one.name for one in kinds].count(each.name) > 1), None):
-            raise UserError(f"--compare: two descriptions have the name {twice}; give one of them another name")
+            raise UserError(
+                f"two descriptions have the name {twice}", where="--compare", remedy="give one of them another name"
+            )
 
         from torchrec_deepfm.sharding.search.compare import compare, comparison_text
 

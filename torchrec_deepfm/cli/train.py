@@ -66,9 +66,9 @@ class Train:
         """Check what the library does not check itself, and that the options fit the recipe."""
         assert self.config
         if self.seeds < 1:
-            raise UserError(f"--seeds {self.seeds}: must be at least 1")
+            raise UserError("must be at least 1", where=f"--seeds {self.seeds}")
         if not self.max_ne > 0:
-            raise UserError(f"--max-ne {self.max_ne}: must be greater than 0")
+            raise UserError("must be greater than 0", where=f"--max-ne {self.max_ne}")
 
     @cached_property
     def config(self) -> TrainConfig:
@@ -146,13 +146,15 @@ class Recipes:
         if self.name is None:
             for option in ("data", "ranks", "samples_per_second"):
                 if getattr(self, option) is not None:
-                    raise UserError(f"--{option.replace('_', '-')}: name the recipe too")
+                    raise UserError("name the recipe too", where=f"--{option.replace('_', '-')}")
             console.say(recipes_table())
             return
         if self.ranks is not None and self.ranks < 1:
-            raise UserError(f"--ranks {self.ranks}: must be at least 1")
+            raise UserError("must be at least 1", where=f"--ranks {self.ranks}")
         if self.samples_per_second is not None and not 0 < self.samples_per_second < math.inf:
-            raise UserError(f"--samples-per-second {self.samples_per_second}: must be greater than 0, and finite")
+            raise UserError(
+                "must be greater than 0, and finite", where=f"--samples-per-second {self.samples_per_second}"
+            )
         data = None if self.data is None else _data_set(self.data)
         console.say(recipe_text(self.name, data, ranks=self.ranks, samples_per_second=self.samples_per_second))
 
@@ -175,7 +177,7 @@ class Report:
     def __post_init__(self) -> None:
         """Check what is drawn."""
         if (self.run_folder is None) == (not self.runs):
-            raise UserError("report: name one run folder, with or without --run, or several to compare")
+            raise UserError("name one run folder, with or without --run, or several to compare", where="report")
 
     def run(self) -> None:
         """Draw the report."""
@@ -183,13 +185,15 @@ class Report:
         measure = self.importance or self.data is not None
         if len(self.runs) > 1:
             if measure:
-                raise UserError("--importance, --data: these are for the report of one run; leave them out")
+                raise UserError(
+                    "these are for the report of one run", where="--importance, --data", remedy="leave them out"
+                )
             from torchrec_deepfm.training.run.comparison import write_comparison
 
             console.say(f"wrote {write_comparison(self.runs, self.output)}")
             return
         if self.output is not None:
-            raise UserError("--output: a comparison of several runs is written there; name two runs")
+            raise UserError("a comparison of several runs is written there", where="--output", remedy="name two runs")
         folder = self.run_folder or self.runs[0]
         if measure:
             self._measure(folder)
@@ -243,7 +247,7 @@ class CompareRuns:
         from torchrec_deepfm.training.run.comparison import write_comparison
 
         if len(self.runs) < 2:
-            raise UserError("runs compare: name at least two run folders")
+            raise UserError("name at least two run folders", where="runs compare")
         console.say(f"wrote {write_comparison(self.runs, self.output)}")
 
 
@@ -265,9 +269,11 @@ class Evaluate:
     def __post_init__(self) -> None:
         """Check what is evaluated."""
         if (self.data is None) == (not self.input):
-            raise UserError("--data, --input: give one of the two, a prepared folder or raw files")
+            raise UserError("give one of the two, a prepared folder or raw files", where="--data, --input")
         if self.input and self.options.split is not None:
-            raise UserError(f"--split {self.options.split}: raw files have no splits; leave it out, or give --data")
+            raise UserError(
+                "raw files have no splits", where=f"--split {self.options.split}", remedy="leave it out, or give --data"
+            )
 
     def run(self) -> None:
         """Print the metrics of the run's final weights."""

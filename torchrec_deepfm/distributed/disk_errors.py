@@ -26,12 +26,14 @@ def refused(where: str | Path, error: OSError, remedy: str = "") -> UserError:
     """
     then = f", then {remedy}" if remedy else ""
     if error.errno in _FULL:
-        return UserError(f"{where}: no space is left on the device; free some{then}")
+        return UserError("no space is left on the device", where=where, remedy=f"free some{then}")
     if error.errno == errno.ELOOP:
-        return UserError(f"{where}: not written through a symbolic link ({error.strerror}); remove the link{then}")
+        return UserError(
+            f"not written through a symbolic link ({error.strerror})", where=where, remedy=f"remove the link{then}"
+        )
     if error.errno in _CLOSED:
-        return UserError(f"{where}: writing is not allowed ({error.strerror}); make it writable{then}")
-    return UserError(f"{where}: can't be written ({error.strerror or error}); check the disk{then}")
+        return UserError(f"writing is not allowed ({error.strerror})", where=where, remedy=f"make it writable{then}")
+    return UserError(f"can't be written ({error.strerror or error})", where=where, remedy=f"check the disk{then}")
 
 
 def unreadable(where: str | Path, error: OSError) -> UserError:
@@ -50,5 +52,7 @@ def unreadable(where: str | Path, error: OSError) -> UserError:
     """
     reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
     return UserError(
-        f"{where}: can't be read ({reason}); nothing was changed; check the disk and permissions, then retry"
+        f"can't be read ({reason}); nothing was changed",
+        where=where,
+        remedy="check the disk and permissions, then retry",
     )

@@ -58,11 +58,14 @@ class DataFiles:
             try:
                 found = os.stat(path).st_size  # noqa: PTH116 - before each batch: half the time of Path.stat
             except OSError as error:
-                raise UserError(f"{path}: the file has vanished while it was read; put it back, {_RESUME}") from error
+                raise UserError(
+                    "the file has vanished while it was read", where=path, remedy=f"put it back, {_RESUME}"
+                ) from error
             if found != size:
                 raise UserError(
-                    f"{path}: the file has changed while it was read, from {size} to {found} bytes; put the old one "
-                    f"back, {_RESUME}"
+                    f"the file has changed while it was read, from {size} to {found} bytes",
+                    where=path,
+                    remedy=f"put the old one back, {_RESUME}",
                 )
 
 
@@ -253,8 +256,8 @@ def explained(heartbeat: Heartbeat) -> Iterator[None]:
         phase, step = heartbeat._now
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
             raise UserError(
-                f"rank {dist.get_rank()} is out of memory at step {step} ({phase}); lower --batch-size, use more "
-                f"ranks, {_RESUME}"
+                f"rank {dist.get_rank()} is out of memory at step {step} ({phase})",
+                remedy=f"lower --batch-size, use more ranks, {_RESUME}",
             ) from error
         if any(words in text for words in _LOST):
             raise LostPeer(

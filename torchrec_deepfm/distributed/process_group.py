@@ -24,6 +24,9 @@ T = TypeVar("T")
 # Keys of the group's store: the message of a rank's UserError, and whether a rank has failed in another way.
 USER_ERROR = "torchrec_deepfm/user_error"
 FAILED = f"torchrec_deepfm/failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+_ONE_RANK_PER_GPU = (
+    "start at most one rank per GPU (-j), or hide the GPUs with CUDA_VISIBLE_DEVICES= to train on the CPU"
+)
 
 
 @contextmanager
@@ -81,8 +84,8 @@ def _own_device() -> torch.device:
     gpus, ranks_here = torch.cuda.device_count(), local_world_size()
     if 1 < gpus < ranks_here:
         raise UserError(
-            f"{ranks_here} ranks on this host, but {gpus} GPUs: start at most one rank per GPU (-j), or hide the GPUs "
-            "with CUDA_VISIBLE_DEVICES= to train on the CPU"
+            f"{ranks_here} ranks on this host, but {gpus} GPUs",
+            remedy=_ONE_RANK_PER_GPU,
         )
     # Schedulers may show each rank one GPU of its own, as slurm's --gpus-per-task=1 does.
     return torch.device("cuda", 0 if gpus == 1 else int(os.environ.get("LOCAL_RANK", "0")))
@@ -120,8 +123,8 @@ def _meet_with_own_gpus(device: torch.device, timeout: timedelta) -> dict[str, A
         gpu = store.get(f"torchrec_deepfm/gpu/{other}").decode()
         if gpu in seen:
             raise UserError(
-                f"ranks {seen[gpu]} and {other} have the same GPU: start at most one rank per GPU (-j), or hide the "
-                "GPUs with CUDA_VISIBLE_DEVICES= to train on the CPU"
+                f"ranks {seen[gpu]} and {other} have the same GPU",
+                remedy=_ONE_RANK_PER_GPU,
             )
         seen[gpu] = other
     return {"store": store, "rank": rank, "world_size": world_size}

@@ -51,11 +51,12 @@ class RunLock:
             self._remove_empty()
             if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
                 raise UserError(
-                    f"--output {folder}: this file system has no locks, so two trainings could write into one folder; "
-                    "name a folder elsewhere, and --checkpoints for where the checkpoints go"
+                    "this file system has no locks, so two trainings could write into one folder",
+                    where=f"--output {folder}",
+                    remedy="name a folder elsewhere, and --checkpoints for where the checkpoints go",
                 ) from error
             reason = f"the folder can't be made or written ({error.strerror})"
-            raise UserError(f"--output {folder}: {reason}; name another one") from error
+            raise UserError(reason, where=f"--output {folder}", remedy="name another one") from error
 
     def release(self) -> None:
         """Release the lock and remove its file."""
@@ -87,8 +88,9 @@ class RunLock:
         if time.monotonic() - self._since >= patience:
             who = f"process {owner.get('pid', '?')} on {owner.get('host', 'another host')}"
             raise UserError(
-                f"--output {self._folder}: another training is writing there ({who}); wait for its end, or name "
-                "another folder"
+                f"another training is writing there ({who})",
+                where=f"--output {self._folder}",
+                remedy="wait for its end, or name another folder",
             )
         return False
 

@@ -56,12 +56,14 @@ def job_end() -> float | None:
     """
     job = os.environ.get("SLURM_JOB_ID")
     if job is None:
-        raise UserError(f"{_OPTION}: SLURM_JOB_ID is not set, so this is not a slurm job; leave the option out")
+        raise UserError(
+            "SLURM_JOB_ID is not set, so this is not a slurm job", where=_OPTION, remedy="leave the option out"
+        )
     if "SLURM_JOB_END_TIME" in os.environ:  # since slurm 23.02
         return float(os.environ["SLURM_JOB_END_TIME"])
     squeue = shutil.which("squeue")
     if squeue is None:
-        raise UserError(f"{_OPTION}: squeue is not on this node, and SLURM_JOB_END_TIME is not set")
+        raise UserError("squeue is not on this node, and SLURM_JOB_END_TIME is not set", where=_OPTION)
     asked = subprocess.run(  # noqa: S603
         [squeue, "--noheader", "--job", job, "--format", "%l %e"],
         capture_output=True, text=True, timeout=60, check=False,
@@ -74,4 +76,4 @@ def job_end() -> float | None:
         return datetime.fromisoformat(end).timestamp()
     except ValueError:
         reason = asked.stderr.strip() or asked.stdout.strip() or "no answer"
-        raise UserError(f"{_OPTION}: squeue does not say when job {job} ends ({reason})") from None
+        raise UserError(f"squeue does not say when job {job} ends ({reason})", where=_OPTION) from None

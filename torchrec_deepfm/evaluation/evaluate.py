@@ -53,7 +53,11 @@ def evaluate_run(
     folders = [folder, *([] if options.compare is None else [options.compare])]
     checkpoints = (options.checkpoint, options.compare_checkpoint)
     if options.compare is not None and not (options.compare / run_folder.CONFIG).is_file():
-        raise UserError(f"--compare {options.compare}: not a run folder (no config.json); name one that train wrote")
+        raise UserError(
+            "not a run folder (no config.json)",
+            where=f"--compare {options.compare}",
+            remedy="name one that train wrote",
+        )
     runs = [run_folder.read(one) for one in folders]
     weights = [
         on_main(lambda one=one, asked=asked: find_weights(one, asked))  # type: ignore[misc]
@@ -146,5 +150,5 @@ def _target(folder: Path, options: EvaluateOptions, name: str, asked: Mapping[st
     if isinstance(found, dict) and {key: found.get(key) for key in _ASKED} == {key: same.get(key) for key in _ASKED}:
         return path  # the same figures are written again
     raise UserError(
-        f"{path}: holds another evaluation; name another file with --output, or replace it with --overwrite"
+        "holds another evaluation", where=path, remedy="name another file with --output, or replace it with --overwrite"
     )

@@ -36,7 +36,9 @@ def write_importance(folder: Path, data: PreparedData) -> None:
         UserError: the run has no weights, or the data are damaged or written by another tool.
     """
     if data.external is not None:
-        raise UserError(f"{data.folder}: another tool wrote these data; fields are measured on what prepare wrote")
+        raise UserError(
+            "another tool wrote these data", where=data.folder, remedy="fields are measured on what prepare wrote"
+        )
     split = next(name for name in ("validation", "test", "train") if data.rows(name))
     run = run_folder.read(folder)
     blocks = list(sample_rows(data, split, _BLOCKS))

@@ -48,14 +48,16 @@ class EvaluateOptions:
     def __post_init__(self) -> None:
         """Check the ranges."""
         if self.bootstrap < 0 or self.bootstrap == 1:
-            raise UserError(f"--bootstrap {self.bootstrap}: give 0 for no intervals, or at least 2, such as 1000")
+            raise UserError(
+                "give 0 for no intervals, or at least 2, such as 1000", where=f"--bootstrap {self.bootstrap}"
+            )
         if not 0.0 < self.confidence < 1.0 or math.isnan(self.confidence):
-            raise UserError(f"--confidence {self.confidence}: must lie between 0 and 1, such as 0.95")
+            raise UserError("must lie between 0 and 1, such as 0.95", where=f"--confidence {self.confidence}")
         if self.seed < 0:
-            raise UserError(f"--seed {self.seed}: must not be negative")
+            raise UserError("must not be negative", where=f"--seed {self.seed}")
         if self.slices < 1:
-            raise UserError(f"--slices {self.slices}: must be at least 1")
+            raise UserError("must be at least 1", where=f"--slices {self.slices}")
         if not self.k or min(self.k) < 1:
-            raise UserError(f"--k {' '.join(map(str, self.k))}: must be at least 1")
+            raise UserError("must be at least 1", where=f"--k {' '.join(map(str, self.k))}")
         if self.compare is None and self.compare_checkpoint is not None:
-            raise UserError("--compare-checkpoint: name the other run with --compare")
+            raise UserError("name the other run with --compare", where="--compare-checkpoint")

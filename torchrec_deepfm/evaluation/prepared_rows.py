@@ -57,14 +57,15 @@ class PreparedRows:
         data = self._data
         if run.numeric != data.schema.numeric:
             raise UserError(
-                f"--data {data.folder}: numeric columns {data.schema.numeric}, but {folder} has {run.numeric}"
+                f"numeric columns {data.schema.numeric}, but {folder} has {run.numeric}", where=f"--data {data.folder}"
             )
         for name in sorted(set(run.num_embeddings) | set(data.num_embeddings)):
             mine, theirs = run.num_embeddings.get(name), data.num_embeddings.get(name)
             if mine != theirs:
                 raise UserError(
-                    f"--data {data.folder}: column {name!r} has {theirs} ids, but {folder} was trained on {mine}; "
-                    "name the data that it was trained on, or data prepared with the same vocabulary"
+                    f"column {name!r} has {theirs} ids, but {folder} was trained on {mine}",
+                    where=f"--data {data.folder}",
+                    remedy="name the data that it was trained on, or data prepared with the same vocabulary",
                 )
         check_encoding(folder, data)
 
@@ -90,10 +91,14 @@ class PreparedRows:
     def _check_column(self, option: str, name: str) -> None:
         schema = self._data.schema
         if name in schema.multi_hot:
-            raise UserError(f"{option} {name}: the column holds lists of ids; choose {one_of(schema.one_hot, None)}")
+            raise UserError(
+                "the column holds lists of ids",
+                where=f"{option} {name}",
+                remedy=f"choose {one_of(schema.one_hot, None)}",
+            )
         if name not in schema.one_hot:
             kind = "the column is numeric" if name in schema.numeric else f"{self._data.folder} has no such column"
-            raise UserError(f"{option} {name}: {kind}; choose {one_of(schema.one_hot, name)}")
+            raise UserError(kind, where=f"{option} {name}", remedy=f"choose {one_of(schema.one_hot, name)}")
 
     def column(self, name: str) -> Keys:
         """Read the values of a column; its ids where they are hashed or another tool wrote them.

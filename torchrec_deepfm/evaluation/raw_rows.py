@@ -49,7 +49,7 @@ class RawRows:
             try:
                 open_sources(self._first, inputs, labelled=True, keep=[name])
             except UserError as error:
-                raise UserError(str(error).removesuffix("; correct --keep"), where=f"{option} {name}") from error
+                raise UserError(error.what, where=f"{option} {name}: {error.where}") from error
 
     def describe(self) -> dict[str, Any]:
         """What the result file records of the rows."""
@@ -93,7 +93,9 @@ class RawBatches:
                 yield self._batch(rows[start : start + size])
             rest = rows[whole:]
         if rest is None or (rest.is_empty() and not self._valid):
-            raise UserError(f"--input {' '.join(self._inputs)}: there is no row in it; name files with rows")
+            raise UserError(
+                "there is no row in it", where=f"--input {' '.join(self._inputs)}", remedy="name files with rows"
+            )
         if not rest.is_empty():
             yield self._batch(rest)
 

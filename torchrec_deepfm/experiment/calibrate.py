@@ -80,7 +80,7 @@ def calibrate(experiments: Sequence[Experiment], name: str) -> Calibration:
         UserError: there are fewer plans than figures to find, or the experiments are of different hosts.
     """
     if not experiments:
-        raise UserError("no experiment given; name folders that experiment wrote")
+        raise UserError("no experiment given", remedy="name folders that experiment wrote")
     first = experiments[0]
     for other in experiments[1:]:
         for key, mine, theirs in (
@@ -88,7 +88,9 @@ def calibrate(experiments: Sequence[Experiment], name: str) -> Calibration:
             ("device", first.settings.device, other.settings.device),
         ):
             if mine != theirs:
-                raise UserError(f"the experiments differ in {key} ({mine}, {theirs}): calibrate each kind by itself")
+                raise UserError(
+                    f"the experiments differ in {key} ({mine}, {theirs})", remedy="calibrate each kind by itself"
+                )
     measurements = [
         Measurement(amounts=amounts(one, experiment), step_ms=one.step_ms)
         for experiment in experiments
@@ -107,8 +109,8 @@ def fit_hardware(measurements: Sequence[Measurement], base: Hardware, *, name: s
     if len(measurements) < len(seen):
         wanted = ", ".join(names[column] for column in seen)
         raise UserError(
-            f"{len(measurements)} plan(s) measured, but {len(seen)} figures to find ({wanted}): run an experiment with "
-            f"at least {len(seen)} plans"
+            f"{len(measurements)} plan(s) measured, but {len(seen)} figures to find ({wanted})",
+            remedy=f"run an experiment with at least {len(seen)} plans",
         )
     target = np.array([one.step_ms for one in measurements])
     costs = np.ones(len(seen))

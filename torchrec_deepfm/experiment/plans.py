@@ -70,18 +70,24 @@ def make_plans(
     left_out: dict[str, str] = {}
     for path in selection.files:
         if not path.stem.isprintable() or len(path.stem.encode()) > 200:  # it names a file of the experiment too
-            raise UserError(f"--plans {str(path)!r}: the name is too long or can't be printed; rename the file")
+            raise UserError(
+                "the name is too long or can't be printed", where=f"--plans {str(path)!r}", remedy="rename the file"
+            )
         plan = load_plan(path)
         check_fits(plan, tables, ranks, local_world_size=local, compute_device=hardware.compute_device, where=str(path))
         if path.stem in named:
-            raise UserError(f"--plans {path}: another plan has the name {path.stem}; rename one of the files")
+            raise UserError(
+                f"another plan has the name {path.stem}", where=f"--plans {path}", remedy="rename one of the files"
+            )
         named[path.stem] = with_prediction(
             replace(plan, local_world_size=local), tables, hardware, ranks, batch_size, optimizer=optimizer
         )
     for text in selection.rules:
         name = re.sub(r"[^\w.+-]+", "_", text.strip()).strip("_.")[:60] or "rules"  # a file's name, at 4 bytes a letter
         if name in named:
-            raise UserError(f"--rules {text!r}: another plan has the name {name}; leave one of them out")
+            raise UserError(
+                f"another plan has the name {name}", where=f"--rules {text!r}", remedy="leave one of them out"
+            )
         named[name] = _planned(text.split(), "torchrec", tables, hardware, ranks, batch_size, optimizer)
     if selection.sweep:
         for name, rules, search in sweep(tables):
@@ -100,7 +106,7 @@ def make_plans(
                 left_out[name] = f"the same plan as {twin}"
     if not named:
         why = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
-        raise UserError(f"no plan to measure{f' ({why})' if why else ''}; name some with --plans or --rules")
+        raise UserError(f"no plan to measure{f' ({why})' if why else ''}", remedy="name some with --plans or --rules")
     return PlanSet(named=tuple(named.items()), left_out=left_out)
 
 
@@ -164,7 +170,7 @@ def predict_scaling(
         try:
             hardware.local_world_size(count)
         except UserError as error:
-            raise UserError(f"--scaling {count}: {error}") from error
+            raise error.within(f"--scaling {count}") from error
         try:
             plan = _planned([], "balanced", tables, hardware, count, batch_size, optimizer)
         except UserError:
@@ -212,12 +218,16 @@ def check_output(folder: Path) -> None:
     """Refuse a folder that is not empty, or below which nothing can be written."""
     check_local(folder)
     if folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"--output {folder}: the folder is not empty; name another one, or remove it first")
+        raise UserError(
+            "the folder is not empty", where=f"--output {folder}", remedy="name another one, or remove it first"
+        )
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output {folder}: a file has this name; name a folder")
+        raise UserError("a file has this name", where=f"--output {folder}", remedy="name a folder")
     above = next(parent for parent in folder.absolute().parents if parent.exists())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        raise UserError(f"--output {folder}: nothing can be written below {above}; name another folder")
+        raise UserError(
+            f"nothing can be written below {above}", where=f"--output {folder}", remedy="name another folder"
+        )
 
 
 def write_experiment(experiment: Experiment, folder: Path) -> None:
@@ -238,4 +248,6 @@ def write_experiment(experiment: Experiment, folder: Path) -> None:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
-        raise UserError(f"--output {folder}: can't be written ({error.strerror}); name another folder") from error
+        raise UserError(
+            f"can't be written ({error.strerror})", where=f"--output {folder}", remedy="name another folder"
+        ) from error

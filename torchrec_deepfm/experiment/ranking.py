@@ -35,7 +35,7 @@ def agreement(names: Sequence[str], predicted: Sequence[float], measured: Sequen
         Agreement(plans=3, spearman=0.5, picked='a', best='b', regret=0.1)
     """
     if not names:
-        raise UserError("no plan has both a prediction and a measurement; measure at least one")
+        raise UserError("no plan has both a prediction and a measurement", remedy="measure at least one")
     picked = min(range(len(names)), key=predicted.__getitem__)
     best = min(range(len(names)), key=measured.__getitem__)
     return Agreement(

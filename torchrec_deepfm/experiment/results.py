@@ -253,11 +253,12 @@ def read_experiment(folder: Path) -> Experiment:
     text = read_text(path, most=_MAX_BYTES, what=RESULTS, instead="name a folder that experiment wrote")
     raw = parse_json(text, where=str(path), remedy=_REMEDY)
     if not isinstance(raw, dict) or raw.get("format") != _FORMAT:
-        raise UserError(f"{path}: not the results of an experiment; name a folder that experiment wrote")
+        raise UserError("not the results of an experiment", where=path, remedy="name a folder that experiment wrote")
     if raw.get("format_version") != _VERSION:
         raise UserError(
-            f"{path}: format version {shown(raw.get('format_version'))}, but this version of torchrec_deepfm reads "
-            f"{_VERSION}; {_REMEDY}"
+            f"format version {shown(raw.get('format_version'))}, but this version of torchrec_deepfm reads {_VERSION}",
+            where=path,
+            remedy=_REMEDY,
         )
     found = as_type(raw, _Results, where=str(path), remedy=_REMEDY)
     ranks, turns = found.settings.ranks, found.settings.turns
@@ -266,9 +267,13 @@ def read_experiment(folder: Path) -> Experiment:
         plan = load_plan(path.parent / PLANS / f"{entry.name}.json")
         check_fits(plan, found.settings.tables, ranks, where=f"{path}: plan {entry.name}")
         if [one.rank for one in entry.ranks] != list(range(ranks)):
-            raise UserError(f"{path}: plan {entry.name} has {len(entry.ranks)} ranks, not {ranks} in order; {_REMEDY}")
+            raise UserError(
+                f"plan {entry.name} has {len(entry.ranks)} ranks, not {ranks} in order", where=path, remedy=_REMEDY
+            )
         if wrong := next((one for one in entry.ranks if len(one.step_ms) != turns), None):
-            raise UserError(f"{path}: plan {entry.name} has {len(wrong.step_ms)} turns, not {turns}; {_REMEDY}")
+            raise UserError(
+                f"plan {entry.name} has {len(wrong.step_ms)} turns, not {turns}", where=path, remedy=_REMEDY
+            )
         plans.append(PlanMeasured(name=entry.name, plan=plan, ranks=entry.ranks))
     return Experiment(
         settings=found.settings,

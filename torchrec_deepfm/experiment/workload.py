@@ -170,7 +170,7 @@ def batches(tables: Sequence[Table], options: BatchOptions, rank: int, count: in
     A bag of a table with pooling factor p has floor(p) ids and, with the probability of the remainder, one more.
     """
     if options.batch_size < 1 or count < 1:
-        raise UserError(f"batch size {options.batch_size}, {count} batches: both must be at least 1")
+        raise UserError("both must be at least 1", where=f"batch size {options.batch_size}, {count} batches")
     generator = torch.Generator().manual_seed(options.seed * 1_000_003 + rank)
     return [_batch(tables, options, generator).to(device) for _ in range(count)]
 

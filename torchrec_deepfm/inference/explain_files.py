@@ -111,7 +111,7 @@ def explain_files(
     """
     for option, least, value in (("--rows", 0, rows), ("--importance-rows", 1, importance_rows)):
         if value < least:
-            raise UserError(f"{option} {value}: must be at least {least}")
+            raise UserError(f"must be at least {least}", where=f"{option} {value}")
     if output is not None:
         check_parquet_name("--output", output)
     targets = _targets(output, page)
@@ -119,7 +119,7 @@ def explain_files(
         like = "explained.parquet" if option == "--output" else "explained.html"
         check_target(option, target, like=like, inputs=[other for _, other in targets[:number]])
         if target.exists():
-            raise UserError(f"{option} {target}: the file exists; name another one, or remove it")
+            raise UserError("the file exists", where=f"{option} {target}", remedy="name another one, or remove it")
     sources = open_sources(predictor.encoder, inputs)
     label = predictor.encoder.raw_schema.label
     if all(isinstance(source, TableSource) and label in source.file.fields for source in sources):
@@ -158,7 +158,9 @@ def _write_table(table: pl.DataFrame, path: Path) -> None:
     try:
         write_bytes(path, sink.getvalue())
     except OSError as error:
-        raise UserError(f"--output {path}: the file can't be written ({error.strerror}); name another one") from error
+        raise UserError(
+            f"the file can't be written ({error.strerror})", where=f"--output {path}", remedy="name another one"
+        ) from error
 
 
 def _named(field: str | None, value: str | None) -> str | None:

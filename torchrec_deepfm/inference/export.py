@@ -118,15 +118,16 @@ def export(
     """
     check_free(output)
     if layout == "triton" and to != "onnx":
-        raise UserError(f"--layout triton: Triton's onnxruntime runs ONNX, not {to}; add --to onnx")
+        raise UserError(f"Triton's onnxruntime runs ONNX, not {to}", where="--layout triton", remedy="add --to onnx")
     described = run_folder.read(run)
     prepared = _open_data(run, data)
     encoder = _encoder(run)
     bags = _bags(run, prepared, encoder)
     if prepared is None and tables != "fp32":
         raise UserError(
-            f"--tables {tables}: its AUC is compared on labelled rows, and the data of {run} are gone; name prepared "
-            "rows of the same vocabularies with --data"
+            f"its AUC is compared on labelled rows, and the data of {run} are gone",
+            where=f"--tables {tables}",
+            remedy="name prepared rows of the same vocabularies with --data",
         )
     signature = Signature(
         inputs=(),
@@ -185,8 +186,9 @@ def _open_data(run: Path, data: Path | None) -> PreparedData | None:
     found = {name: prepared.num_embeddings[name] for name in prepared.schema.categorical}
     if prepared.schema.numeric != described.numeric or found != dict(described.num_embeddings):
         raise UserError(
-            f"--data {data}: has other columns or numbers of ids than {run}; name the data that it was trained on, or "
-            "data prepared with the same vocabulary"
+            f"has other columns or numbers of ids than {run}",
+            where=f"--data {data}",
+            remedy="name the data that it was trained on, or data prepared with the same vocabulary",
         )
     check_encoding(run, prepared)
     return prepared
@@ -205,8 +207,9 @@ def _bags(run: Path, prepared: PreparedData | None, encoder: RowEncoder | None) 
     if encoder is not None:
         return tuple(encoder.schema.multi_hot)
     raise UserError(
-        f"{run}: an earlier version trained it and kept no encoder, and its data are gone; name the prepared folder "
-        "with --data"
+        "an earlier version trained it and kept no encoder, and its data are gone",
+        where=run,
+        remedy="name the prepared folder with --data",
     )
 
 
@@ -285,18 +288,22 @@ def _compare(
         if not difference <= MAX_DIFFERENCE + rounding:
             raise UserError(
                 f"{parity}, more than that and {MAX_DIFFERENCE:g}: this export would not score as the run does; "
-                "nothing was written; report this, with the versions that doctor prints"
+                "nothing was written",
+                remedy="report this, with the versions that doctor prints",
             )
         return parity
     before, after = (compute_metrics(scores, labels.astype(np.float32)).auc for scores in (expected, found))
     if before is None or after is None:
         raise UserError(
-            f"--data {source}: has one label only, so that the AUC of {tables} can't be compared; name other data"
+            f"has one label only, so that the AUC of {tables} can't be compared",
+            where=f"--data {source}",
+            remedy="name other data",
         )
     parity = replace(parity, auc=after, auc_loss=before - after)
     if not before - after <= MAX_AUC_LOSS[tables]:
         raise UserError(
-            f"--tables {tables}: {parity}, more than {MAX_AUC_LOSS[tables]}; nothing was written; take --tables fp32"
-            + (" or int8" if tables == "int4" else "")
+            f"{parity}, more than {MAX_AUC_LOSS[tables]}; nothing was written",
+            where=f"--tables {tables}",
+            remedy="take --tables fp32" + (" or int8" if tables == "int4" else ""),
         )
     return parity

@@ -67,12 +67,14 @@ def write_model(graph: "ScoringGraph", form: Form, folder: Path) -> None:
             except InductorError as error:
                 if not isinstance(error.inner_exception, InvalidCxxCompiler):
                     raise
-                raise UserError(f"--to aoti: no C++ compiler was found; install g++, or name one in {_CXX}") from error
+                raise UserError(
+                    "no C++ compiler was found", where="--to aoti", remedy=f"install g++, or name one in {_CXX}"
+                ) from error
         else:
             try:
                 onnx = torch.onnx.export(program, dynamo=True, output_names=list(OUTPUTS), verbose=False)
             except ImportError as error:
-                raise UserError(f"--to onnx: {error.name} is not installed; {_EXTRA}") from error
+                raise UserError(f"{error.name} is not installed", where="--to onnx", remedy=_EXTRA) from error
             assert onnx is not None
             onnx.save(path, external_data=graph.bytes_after > _ONE_FILE)
 
@@ -125,7 +127,9 @@ def open_model(form: Form, folder: Path, *, threads: int | None = None) -> Opene
     try:
         import torch
     except ImportError as error:
-        raise UserError(f"{path}: a package of form {form} needs torch; install it, or export --to onnx") from error
+        raise UserError(
+            f"a package of form {form} needs torch", where=path, remedy="install it, or export --to onnx"
+        ) from error
     if threads is not None:
         torch.set_num_threads(threads)
     try:
@@ -138,7 +142,9 @@ def open_model(form: Form, folder: Path, *, threads: int | None = None) -> Opene
     except (OSError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{path}: the model can't be opened ({str(error).splitlines()[0]}); export it again") from error
+        raise UserError(
+            f"the model can't be opened ({str(error).splitlines()[0]})", where=path, remedy="export it again"
+        ) from error
 
     def run(arrays: Arrays, *outputs: str) -> list[NDArray[np.float32]]:
         with torch.no_grad():
@@ -152,7 +158,7 @@ def _open_onnx(path: Path, threads: int | None) -> OpenedModel:
     try:
         import onnxruntime
     except ImportError as error:
-        raise UserError(f"{path}: onnxruntime is not installed; {_EXTRA}") from error
+        raise UserError("onnxruntime is not installed", where=path, remedy=_EXTRA) from error
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     if threads is not None:
@@ -160,7 +166,9 @@ def _open_onnx(path: Path, threads: int | None) -> OpenedModel:
     try:
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's errors have no common class
-        raise UserError(f"{path}: the model can't be opened ({str(error).splitlines()[0]}); export it again") from error
+        raise UserError(
+            f"the model can't be opened ({str(error).splitlines()[0]})", where=path, remedy="export it again"
+        ) from error
 
     def run(arrays: Arrays, *outputs: str) -> list[NDArray[np.float32]]:
         return list(session.run(outputs, dict(arrays)))
@@ -178,7 +186,9 @@ def _refuse_pickles(path: Path) -> None:
                 entries = json.loads(archive.read(name))["config"]
                 pickled = bool(entries) if "constants" in inside else any(e["use_pickle"] for e in entries.values())
             if pickled:
-                raise UserError(f"{path}: holds a pickle ({inside}), which export never writes; export it again")
+                raise UserError(
+                    f"holds a pickle ({inside}), which export never writes", where=path, remedy="export it again"
+                )
 
 
 @contextmanager

@@ -250,7 +250,7 @@ def arrays_of(batch: Batch, signature: Signature) -> Arrays:
 
 def _check_half(rows: Tensor) -> None:
     if rows.numel() and float(rows.abs().max()) > torch.finfo(torch.float16).max:
-        raise UserError("--tables: a weight of the tables is larger than 65,504; take --tables fp32")
+        raise UserError("a weight of the tables is larger than 65,504", where="--tables", remedy="take --tables fp32")
 
 
 def _buffer(numbers: Sequence[int], places: Sequence[int]) -> nn.Buffer:

@@ -54,7 +54,7 @@ class Signature:
             or rows.sparse.shape[1] != len(self.ids)
             or len(bags) < len(self.bags)
         ):
-            raise UserError("the encoder is of another run: its columns are not the features of the model")
+            raise UserError("it is of another run", where="the encoder's columns are not the features of the model")
         arrays: dict[str, NDArray[Any]] = {"dense": rows.dense, "ids": rows.sparse.astype(np.int64)}
         if bags:
             weights = [np.ones(len(bag.ids), np.float32) if bag.weights is None else bag.weights for bag in bags]
@@ -84,4 +84,8 @@ class Signature:
             most = self.num_embeddings[name] - 1
             if len(ids) and not 0 <= (low := int(ids.min())) <= (high := int(ids.max())) <= most:
                 wrong = low if low < 0 else high
-                raise UserError(f"column {name!r}: id {wrong} is not one of 0 to {most}; the encoder is of another run")
+                raise UserError(
+                    f"id {wrong} is not one of 0 to {most}",
+                    where=f"column {name!r}",
+                    remedy="the encoder is of another run",
+                )

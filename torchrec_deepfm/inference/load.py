@@ -100,11 +100,13 @@ def load(
     """
     path = as_path(run_or_package, "a run or a package")
     if threads is not None and (not isinstance(threads, int) or threads < 1):
-        raise UserError(f"threads {threads!r}: must be a whole number, at least 1")
+        raise UserError("must be a whole number, at least 1", where=f"threads {threads!r}")
     if (path / PACKAGE).exists():
         if checkpoint is not None or data is not None:
             option = "checkpoint" if checkpoint is not None else "data"
-            raise UserError(f"{path}: this is a package, which has weights and encoder of its own; leave {option} out")
+            raise UserError(
+                "this is a package, which has weights and encoder of its own", where=path, remedy=f"leave {option} out"
+            )
         from torchrec_deepfm.inference.package import open_package  # which a run does not need
 
         encoder, package = open_package(path, threads=threads)
@@ -139,7 +141,7 @@ def open_run(path: Path, checkpoint: str | int | None, data: Path | None = None)
     run = run_folder.read(path)
     encoder = encoder_of(path, data)
     if dict(run.num_embeddings) != dict(encoder.num_embeddings) or run.numeric != encoder.schema.numeric:
-        raise UserError(f"{path / run_folder.ENCODER}: encodes other columns than the model has; {_RESTORE}")
+        raise UserError("encodes other columns than the model has", where=path / run_folder.ENCODER, remedy=_RESTORE)
     # The figures of a finished training are its own, the seconds that it took among them.
     files = [path / name for name in (run_folder.CONFIG, run_folder.SUMMARY, run_folder.SAVED)]
     return encoder, _digest(*files, more=str(checkpoint))
@@ -163,21 +165,22 @@ def encoder_of(run: Path, data: Path | None = None) -> RowEncoder:
     if data is not None:
         prepared = PreparedData.open(data)
         if described.data_sha256 not in (None, run_folder.digest_of_data(prepared)):
-            raise UserError(f"--data {data}: {run} was trained on other data; name {described.data}")
+            raise UserError(f"{run} was trained on other data", where=f"--data {data}", remedy=f"name {described.data}")
         with TemporaryDirectory() as name:
             RowEncoder.save(prepared, Path(name, run_folder.ENCODER))
             return RowEncoder.open(Path(name, run_folder.ENCODER))
     if not folder.is_dir():
         if described.encoder_sha256 is not None:
-            raise UserError(f"{folder}: the folder is missing; {_RESTORE}")
+            raise UserError("the folder is missing", where=folder, remedy=_RESTORE)
         there = Path(described.data)
         raise UserError(
-            f"--run {run}: keeps no encoder of raw rows (an earlier version trained it, or another tool prepared its "
-            + (f"data); name its prepared data: --data {there}" if there.is_dir() else "data); prepare and train again")
+            "keeps no encoder of raw rows (an earlier version trained it, or another tool prepared its data)",
+            where=f"--run {run}",
+            remedy=f"name its prepared data: --data {there}" if there.is_dir() else "prepare and train again",
         )
     encoder = RowEncoder.open(folder)
     if described.encoder_sha256 not in (None, encoder.sha256):
-        raise UserError(f"{folder}: the encoder is of another run; {_RESTORE}")
+        raise UserError("the encoder is of another run", where=folder, remedy=_RESTORE)
     return encoder
 
 

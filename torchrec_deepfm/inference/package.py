@@ -98,32 +98,36 @@ def read_package(folder: Path) -> PackageFile:
     try:
         content = read_bytes(path, most=_MAX_BYTES)
     except FileNotFoundError as error:
-        raise UserError(f"{folder}: not a package (no {PACKAGE}); name the folder that export wrote") from error
+        raise UserError(
+            f"not a package (no {PACKAGE})", where=folder, remedy="name the folder that export wrote"
+        ) from error
     except OSError as error:
-        raise UserError(f"{path}: can't be read ({error.strerror}); {_AGAIN}") from error
+        raise UserError(f"can't be read ({error.strerror})", where=path, remedy=_AGAIN) from error
     raw = parse_json(content.decode(errors="replace"), where=str(path), remedy=_AGAIN)
     version = raw.get("format_version") if isinstance(raw, dict) else None
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise UserError(
-            f"{path}: format_version is {version}, this version reads up to {FORMAT_VERSION}; update torchrec_deepfm"
+            f"format_version is {version}, this version reads up to {FORMAT_VERSION}",
+            where=path,
+            remedy="update torchrec_deepfm",
         )
     if version == 1:
-        raise UserError(f"{path}: an earlier version wrote this package, without what explains it; {_AGAIN}")
+        raise UserError("an earlier version wrote this package, without what explains it", where=path, remedy=_AGAIN)
     if not check_seal(content):
-        raise UserError(f"{path}: the file is damaged (its checksum does not fit); {_AGAIN}")
+        raise UserError("the file is damaged (its checksum does not fit)", where=path, remedy=_AGAIN)
     raw.pop("sha256")
     found = as_type(raw, PackageFile, where=str(path), remedy=_AGAIN)
     if not {MODEL_FILE[found.form], f"{VERSION}/{MODEL_FILE[found.form]}"} & set(found.files):
-        raise UserError(f"{path}: does not list {MODEL_FILE[found.form]}; {_AGAIN}")
+        raise UserError(f"does not list {MODEL_FILE[found.form]}", where=path, remedy=_AGAIN)
     for name, entry in found.files.items():
         if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise UserError(f"{path}: lists {name!r}, which is outside the folder; {_AGAIN}")
+            raise UserError(f"lists {name!r}, which is outside the folder", where=path, remedy=_AGAIN)
         try:
             there = digest(folder / name)
         except OSError as error:
-            raise UserError(f"{folder / name}: can't be read ({error.strerror}); {_AGAIN}") from error
+            raise UserError(f"can't be read ({error.strerror})", where=folder / name, remedy=_AGAIN) from error
         if there != asdict(entry):
-            raise UserError(f"{folder / name}: the file is damaged (its checksum differs); {_AGAIN}")
+            raise UserError("the file is damaged (its checksum differs)", where=folder / name, remedy=_AGAIN)
     return found
 
 
@@ -186,15 +190,16 @@ def open_package(folder: Path | str, *, threads: int | None = None) -> tuple[Row
     package = read_package(folder)
     if not (folder / ENCODER).is_dir():
         raise UserError(
-            f"{folder}: has no encoder of raw rows, since the run was trained on a folder of another tool; call its "
-            f"model as {README} shows"
+            "has no encoder of raw rows, since the run was trained on a folder of another tool",
+            where=folder,
+            remedy=f"call its model as {README} shows",
         )
     encoder = RowEncoder.open(folder / ENCODER)
     signature, schema = package.signature, encoder.schema
     if (schema.numeric, schema.one_hot, schema.multi_hot) != (signature.dense, signature.ids, signature.bags) or dict(
         encoder.num_embeddings
     ) != signature.num_embeddings:
-        raise UserError(f"{folder / ENCODER}: the encoder is of another run than the model; {_AGAIN}")
+        raise UserError("the encoder is of another run than the model", where=folder / ENCODER, remedy=_AGAIN)
     where = folder if MODEL_FILE[package.form] in package.files else folder / VERSION
     return encoder, PackageScorer(package, open_model(package.form, where, threads=threads), schema)
 

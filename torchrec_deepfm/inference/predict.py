@@ -78,7 +78,7 @@ def open_sources(
     """
     sources: list[Source] = []
     if not inputs:
-        raise UserError("--input: no file is named; name at least one")
+        raise UserError("no file is named", where="--input", remedy="name at least one")
     for named in inputs:
         criteo = encoder.raw_schema.layout == "criteo"
         if criteo and not is_table_file(named, tsv=False) and not Path(named).is_dir():
@@ -123,7 +123,11 @@ def predict_files(
     """
     ranks = ranks or Workers()
     if PROBABILITY in keep:
-        raise UserError(f"--keep {PROBABILITY}: the output has a column of this name already; rename it in the input")
+        raise UserError(
+            "the output has a column of this name already",
+            where=f"--keep {PROBABILITY}",
+            remedy="rename it in the input",
+        )
     sources = open_sources(predictor.encoder, inputs, keep=keep)
     job = {
         "model": predictor.sha256,
@@ -211,7 +215,9 @@ def _score_together(
 
 def _table(predictor: Predictor | ShardedPredictor, piece: Piece, probabilities: NDArray[Any]) -> pa.Table:
     if not np.isfinite(probabilities).all():
-        raise UserError(f"{predictor.path}: a prediction is not finite, so these weights can't be used; train again")
+        raise UserError(
+            "a prediction is not finite, so these weights can't be used", where=predictor.path, remedy="train again"
+        )
     everywhere = spread(probabilities.astype(np.float64), [one.place for one in piece.skipped])
     column = pa.array(everywhere, pa.float64(), from_pandas=True)
     kept = {} if piece.kept is None else {name: piece.kept.column(name) for name in piece.kept.column_names}
@@ -244,13 +250,16 @@ class _Parts:
             self._resumed = job.exists()
             if self._resumed and job.read_text() != self._job:
                 raise UserError(
-                    f"{self._folder}: an unfinished predict of {self._output.name} has another model, input or option; "
-                    "run that one again, or remove this folder"
+                    f"an unfinished predict of {self._output.name} has another model, input or option",
+                    where=self._folder,
+                    remedy="run that one again, or remove this folder",
                 )
             write_bytes(job, self._job.encode())
         except Timeout as error:
             raise UserError(
-                f"--output {self._output}: another predict is writing it; wait for its end, or name another file"
+                "another predict is writing it",
+                where=f"--output {self._output}",
+                remedy="wait for its end, or name another file",
             ) from error
         except OSError as error:
             raise _refused(self._output, error) from error
@@ -263,7 +272,9 @@ class _Parts:
             found = None
         about: Mapping[bytes, bytes] = (found.metadata if found is not None else None) or {}
         if found is None or about.get(_JOB) != self._job.encode():
-            raise UserError(f"--output {self._output}: the file exists; name another one, or remove it")
+            raise UserError(
+                "the file exists", where=f"--output {self._output}", remedy="name another one, or remove it"
+            )
         return PredictionFile(rows=found.num_rows, bad=int(about[b"bad"]), before=True)
 
     def finished(self) -> tuple[int, tuple[int, int, int]]:
@@ -349,14 +360,16 @@ def _alike(table: pa.Table, schema: pa.Schema, output: Path) -> pa.Table:
             columns.append(column if column.type == field.type else pc.cast(column, field.type))
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
             raise UserError(
-                f"--output {output}: column {field.name!r} holds {field.type} in the first file and {column.type} in "
-                "another one; leave it out of --keep, or predict the files one by one"
+                f"column {field.name!r} holds {field.type} in the first file and {column.type} in another one",
+                where=f"--output {output}",
+                remedy="leave it out of --keep, or predict the files one by one",
             ) from error
     return pa.table(columns, schema=schema)
 
 
 def _refused(output: Path, error: OSError) -> UserError:
     return UserError(
-        f"--output {output}: the file can't be written ({error.strerror or error}); free the disk and run the same "
-        "command again, or name another one"
+        f"the file can't be written ({error.strerror or error})",
+        where=f"--output {output}",
+        remedy="free the disk and run the same command again, or name another one",
     )

@@ -43,7 +43,7 @@ def load_model(run: Path | str, checkpoint: str | int | None = None) -> DeepFM:
     try:
         read_alone(weights.store, weights.key, _state(model, averaged=weights.averaged))
     except Damaged as error:
-        raise UserError(f"{weights.shown}: the checkpoint can't be read ({error}); train again") from error
+        raise UserError(f"the checkpoint can't be read ({error})", where=weights.shown, remedy="train again") from error
     return model.eval().requires_grad_(False)
 
 

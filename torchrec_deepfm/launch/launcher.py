@@ -140,7 +140,7 @@ def _launch(argv: list[str] | None) -> None:
     except UserError as error:
         exit_with(error)
     except RendezvousError as error:
-        exit_with(UserError(f"--rdzv_endpoint {options.rdzv_endpoint}: {rendezvous.explain_rendezvous(error)}"))
+        exit_with(UserError(rendezvous.explain_rendezvous(error), where=f"--rdzv_endpoint {options.rdzv_endpoint}"))
     except ChildFailedError as failed:
         line, code = explain_failure(failed)
         sys.stderr.write(f"error: {line}\n")

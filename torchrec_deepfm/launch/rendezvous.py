@@ -142,7 +142,7 @@ def wait_for_name(endpoint: str) -> None:
             sys.stderr.flush()
             reported = True
         if time.monotonic() > deadline:
-            raise UserError(f"{reason}; add the name to DNS or to /etc/hosts of every host")
+            raise UserError(reason, remedy="add the name to DNS or to /etc/hosts of every host")
         time.sleep(1)
 
 
@@ -166,8 +166,9 @@ def refuse_another_program(endpoint: str) -> None:
     threading.Thread(target=ask, daemon=True).start()
     if not answers.wait(_SECONDS_TO_ANSWER):
         raise UserError(
-            f"--rdzv_endpoint {host}:{port}: another program listens on this port; choose a free one (--rdzv_port of "
-            "the TorchX component)"
+            "another program listens on this port",
+            where=f"--rdzv_endpoint {host}:{port}",
+            remedy="choose a free one (--rdzv_port of the TorchX component)",
         )
 
 

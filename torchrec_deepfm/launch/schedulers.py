@@ -34,7 +34,9 @@ def check_packages(scheduler: str) -> None:
     missing = {pip for module, pip in PACKAGES.get(scheduler, {}).items() if not _installed(module)}
     if missing:
         names = " ".join(f"'{name}'" if "[" in name else name for name in sorted(missing))
-        raise UserError(f"-s {scheduler}: its Python packages are not installed; run: pip install {names}")
+        raise UserError(
+            "its Python packages are not installed", where=f"-s {scheduler}", remedy=f"run: pip install {names}"
+        )
 
 
 def _installed(module: str) -> bool:
@@ -52,23 +54,31 @@ def scheduler_error(error: Exception, scheduler: str) -> UserError | None:
     """
     if isinstance(error, FileNotFoundError) and error.filename in _PROGRAMS.get(scheduler, ()):
         return UserError(
-            f"-s {scheduler}: {error.filename} is not on this machine; submit from a node of the cluster, "
-            "or add --dryrun to see the request"
+            f"{error.filename} is not on this machine",
+            where=f"-s {scheduler}",
+            remedy="submit from a node of the cluster, or add --dryrun to see the request",
         )
     if isinstance(error, subprocess.CalledProcessError) and error.cmd[0] in _PROGRAMS.get(scheduler, ()):
         program = error.cmd[0]
         if program == "sacct":
             return UserError(
-                f"-s {scheduler}: the job is submitted, but sacct fails, so TorchX cannot follow it; this cluster may "
-                "keep no accounting: see squeue, and the files slurm-JOB-ROLE-N.out"
+                "the job is submitted, but sacct fails, so TorchX cannot follow it",
+                where=f"-s {scheduler}",
+                remedy="this cluster may keep no accounting: see squeue, and the files slurm-JOB-ROLE-N.out",
             )
-        return UserError(f"-s {scheduler}: {program} has refused the request, for the reason that it has printed above")
+        return UserError(
+            f"{program} has refused the request, for the reason that it has printed above", where=f"-s {scheduler}"
+        )
     home = type(error).__module__
     if home.startswith("docker."):
         return UserError(
-            f"-s {scheduler}: no Docker daemon answers, and it builds and starts the image; start one, name an image "
-            'that exists with --workspace "" and --image, or run on this machine with -s local_cwd'
+            "no Docker daemon answers, and it builds and starts the image",
+            where=f"-s {scheduler}",
+            remedy='start one, name an image that exists with --workspace "" and --image, or run on this '
+            "machine with -s local_cwd",
         )
     if home.startswith(("kubernetes.config", "urllib3.exceptions")):
-        return UserError(f"-s {scheduler}: no cluster can be reached ({error}); check kubectl get nodes")
+        return UserError(
+            f"no cluster can be reached ({error})", where=f"-s {scheduler}", remedy="check kubectl get nodes"
+        )
     return None

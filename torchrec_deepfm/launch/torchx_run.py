@@ -142,7 +142,7 @@ def _file_of(module: str) -> str:
     except ModuleNotFoundError:
         spec = None
     if spec is None or spec.origin is None:
-        raise UserError(f"{module}: no such module; the components are in {_PACKAGE}.deepfm")
+        raise UserError("no such module", where=module, remedy=f"the components are in {_PACKAGE}.deepfm")
     return spec.origin
 
 
@@ -186,22 +186,28 @@ def _component(file: Path, name: str | None) -> str:
     try:
         module = ast.parse(file.read_text(encoding="utf-8"), filename=str(file))
     except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror}); name a file of TorchX components") from error
+        raise UserError(
+            f"cannot be read ({error.strerror})", where=file, remedy="name a file of TorchX components"
+        ) from error
     except (SyntaxError, ValueError) as error:
-        raise UserError(f"{file}: not a Python file ({error}); name a file of TorchX components") from error
+        raise UserError(
+            f"not a Python file ({error})", where=file, remedy="name a file of TorchX components"
+        ) from error
     components = [
         node.name
         for node in module.body
         if isinstance(node, ast.FunctionDef) and not node.name.startswith("_") and _returns_app(node)
     ]
     if not components:
-        raise UserError(f"{file}: has no TorchX component, that is, no function with the return type specs.AppDef")
+        raise UserError("has no TorchX component, that is, no function with the return type specs.AppDef", where=file)
     if name is None:
         name = _stated_default(module) or (components[0] if len(components) == 1 else None)
     if name is None:
-        raise UserError(f"{file}: has several components and no DEFAULT_COMPONENT; write {_choices(file, components)}")
+        raise UserError(
+            "has several components and no DEFAULT_COMPONENT", where=file, remedy=f"write {_choices(file, components)}"
+        )
     if name not in components:
-        raise UserError(f"{file}: has no component {name!r}; write {_choices(file, components)}")
+        raise UserError(f"has no component {name!r}", where=file, remedy=f"write {_choices(file, components)}")
     return name
 
 

@@ -247,9 +247,11 @@ class OverArch(nn.Module):
     ) -> None:
         super().__init__()
         if any(size < 1 for size in layer_sizes):
-            raise UserError(f"over_arch_layer_sizes={tuple(layer_sizes)}: every hidden layer needs at least one unit")
+            raise UserError(
+                "every hidden layer needs at least one unit", where=f"over_arch_layer_sizes={tuple(layer_sizes)}"
+            )
         if not 0.0 <= dropout < 1.0:
-            raise UserError(f"dropout={dropout}: the probability of dropping a unit lies in [0, 1)")
+            raise UserError("the probability of dropping a unit lies in [0, 1)", where=f"dropout={dropout}")
         layers: list[nn.Module] = []
         width = in_features
         for size in layer_sizes:
@@ -300,13 +302,15 @@ def _check_tables(configs: Sequence[EmbeddingBagConfig], factor_dim: int) -> Non
     if len(set(widths.values())) > 1:
         shown = ", ".join(f"{name}={width}" for name, width in widths.items())
         raise UserError(
-            f"tables of unequal width ({shown}): every table of a DeepFM is {expected} wide; use embedding_tables()"
+            f"tables of unequal width ({shown}), where each of a DeepFM's is {expected} wide",
+            remedy="use embedding_tables()",
         )
     for config in configs:
         if config.embedding_dim != expected:
             raise UserError(
                 f"table {config.name!r} is {config.embedding_dim} wide, but factor_dim={factor_dim} wants "
-                f"{expected} columns [v ({factor_dim}) | w (1) | padding]: use embedding_tables()"
+                f"{expected} columns [v ({factor_dim}) | w (1) | padding]",
+                remedy="use embedding_tables()",
             )
 
 
@@ -319,6 +323,8 @@ def _check_keys(keys: Sequence[str], wanted: Sequence[str]) -> None:
 def _check_weights(sparse_features: KeyedJaggedTensor, is_weighted: bool) -> None:
     given = sparse_features.weights_or_none() is not None
     if given and not is_weighted:  # TorchRec would leave them out without a word
-        raise UserError("the batch has weights, but the tables have none: make the collection with is_weighted=True")
+        raise UserError(
+            "the batch has weights, but the tables have none", remedy="make the collection with is_weighted=True"
+        )
     if is_weighted and not given:
-        raise UserError("the tables are weighted, but the batch has no weights: give every id one, or 1.0")
+        raise UserError("the tables are weighted, but the batch has no weights", remedy="give every id one, or 1.0")

@@ -74,7 +74,7 @@ class DeepFM(nn.Module):
         _check_terms(terms)
         if dense_in_features < 0:
             raise UserError(
-                f"dense_in_features={dense_in_features}: give the number of numeric features, or 0 for none"
+                "give the number of numeric features, or 0 for none", where=f"dense_in_features={dense_in_features}"
             )
         self.terms: tuple[Term, ...] = tuple(term for term in TERMS if term in terms)
         self.factor_dim = factor_dim
@@ -230,7 +230,7 @@ def _mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
 def _check_terms(terms: Sequence[Any]) -> None:
     unknown = [term for term in terms if term not in TERMS]
     if unknown or not terms or isinstance(terms, str):
-        raise UserError(f"terms={terms!r}: choose one or more of {', '.join(map(repr, TERMS))}, as a tuple")
+        raise UserError(f"choose one or more of {', '.join(map(repr, TERMS))}, as a tuple", where=f"terms={terms!r}")
 
 
 def _check_dense(dense_features: Tensor, dense_in_features: int) -> None:

@@ -32,7 +32,11 @@ def packed_dim(factor_dim: int) -> int:
         (12, 16, 20)
     """
     if factor_dim < 1:
-        raise UserError(f"factor_dim={factor_dim}: the latent vectors need at least one column; use 10 as in the paper")
+        raise UserError(
+            "the latent vectors need at least one column",
+            where=f"factor_dim={factor_dim}",
+            remedy="use 10 as in the paper",
+        )
     return (factor_dim + 1 + 3) // 4 * 4
 
 

@@ -71,6 +71,7 @@ class SeenIds:
 def _refuse_outside(key: str, low: int, high: int, num_embeddings: Mapping[str, int]) -> None:
     if low < 0 or high >= num_embeddings[key]:
         raise UserError(
-            f"feature {key!r} has the id {low if low < 0 else high}, but its table has {num_embeddings[key]} rows "
-            f"(ids 0 to {num_embeddings[key] - 1}): build the tables with the num_embeddings of the data"
+            f"feature {key!r} has the id {low if low < 0 else high}, but its table has "
+            f"{num_embeddings[key]} rows (ids 0 to {num_embeddings[key] - 1})",
+            remedy="build the tables with the num_embeddings of the data",
         )

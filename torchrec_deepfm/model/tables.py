@@ -33,10 +33,10 @@ def embedding_tables(
         ('t_C1', ['C1'], 1000, 12)
     """
     if not num_embeddings:
-        raise UserError("num_embeddings is empty: name at least one categorical feature and its number of ids")
+        raise UserError("num_embeddings is empty", remedy="name at least one categorical feature and its number of ids")
     for feature, count in num_embeddings.items():
         if count < 1:
-            raise UserError(f"num_embeddings[{feature!r}]={count}: a table needs at least one row")
+            raise UserError("a table needs at least one row", where=f"num_embeddings[{feature!r}]={count}")
     return [
         EmbeddingBagConfig(
             name=table_name(feature),

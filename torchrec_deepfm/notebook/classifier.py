@@ -211,14 +211,14 @@ class DeepFMClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         if not frame_columns(X):
             array = validate_data(self, X, reset=reset, dtype=None, ensure_all_finite=False)
             if array.dtype.kind == "f" and np.isinf(array).any():
-                raise UserError("Input X contains infinity; give numbers, or NaN where one is missing")
+                raise UserError("Input X contains infinity", remedy="give numbers, or NaN where one is missing")
             names = [f"x{j}" for j in range(array.shape[1])]
             columns = [column.tolist() if column.dtype == object else column for column in array.T]
             return as_arrow(pl.DataFrame(dict(zip(names, columns, strict=True)), strict=False), names)
         validate_data(self, X, reset=reset, skip_check_array=True)
         table = as_arrow(X, frame_columns(X))
         if not len(table):
-            raise UserError("0 sample(s) in X; give 1 or more")
+            raise UserError("0 sample(s) in X", remedy="give 1 or more")
         return table
 
     def _targets(self, y: Any, rows: int) -> NDArray[np.int8]:
@@ -234,10 +234,11 @@ class DeepFMClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         if len(self.classes_) > 2:
             raise UserError(
                 f"Only binary classification is supported. The type of the target is {type_of_target(y)}: "
-                f"{len(self.classes_)} classes; train a model per class, or wrap it in OneVsRestClassifier"
+                f"{len(self.classes_)} classes",
+                remedy="train a model per class, or wrap it in OneVsRestClassifier",
             )
         if len(self.classes_) < 2:
-            raise UserError(f"y has 1 class, {self.classes_[0]!r}; give rows of two")
+            raise UserError(f"y has 1 class, {self.classes_[0]!r}", remedy="give rows of two")
         return places.astype(np.int8)
 
     def _schema(self, table: pa.Table, label: str) -> tuple[Schema, str]:
@@ -262,7 +263,7 @@ def _free_name(name: str, table: pa.Table) -> str:
 def _validation_rows(targets: NDArray[np.int8], fraction: float, random: np.random.RandomState) -> NDArray[np.bool_]:
     """Choose the rows to hold out; none where they are few or of one class."""
     if not 0.0 <= fraction < 1.0:
-        raise UserError(f"validation_fraction={fraction}: must lie in [0, 1)")
+        raise UserError("must lie in [0, 1)", where=f"validation_fraction={fraction}")
     chosen = np.zeros(len(targets), np.bool_)
     if len(targets) >= _MIN_ROWS:
         chosen[random.permutation(len(targets))[: int(fraction * len(targets))]] = True

@@ -145,7 +145,9 @@ def fit(
     """
     prepare_options, train_options = _sorted_options(options)
     if "RANK" in os.environ:
-        raise UserError("fit: trains in one process, and this is one of several ranks; use the command train there")
+        raise UserError(
+            "trains in one process, and this is one of several ranks", where="fit", remedy="use the command train there"
+        )
     with ExitStack() as stack:
         stack.enter_context(_nothing_left_behind())
         say: Callable[[str], None] = console.say if show else lambda line: None
@@ -194,7 +196,7 @@ def _sorted_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[st
     """The options of ``prepare`` and of the training; the seed is of both."""
     for name in options:
         if name not in _PREPARE | _TRAIN:
-            raise UserError(f"fit: unknown option {name!r}{did_you_mean(name, sorted(_PREPARE | _TRAIN))}")
+            raise UserError(f"unknown option {name!r}{did_you_mean(name, sorted(_PREPARE | _TRAIN))}", where="fit")
     return (
         {name: value for name, value in options.items() if name in _PREPARE},
         {name: value for name, value in options.items() if name in _TRAIN},
@@ -204,7 +206,7 @@ def _sorted_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[st
 def _table(name: str, frame: Any) -> pa.Table:
     table = as_arrow(frame, frame_columns(frame))
     if not len(table):
-        raise UserError(f"fit: the {name} rows are empty; give rows with data")
+        raise UserError(f"the {name} rows are empty", where="fit", remedy="give rows with data")
     return table
 
 
@@ -214,7 +216,7 @@ def _schema(schema: Schema | Path | str | None, label: str, weight: str | None, 
     if schema is not None:
         return read_schema(schema), Path(schema).read_text(encoding="utf-8")
     if weight is not None and weight not in train.column_names:
-        raise UserError(f"fit: no column {weight!r} of weights{did_you_mean(weight, train.column_names)}")
+        raise UserError(f"no column {weight!r} of weights{did_you_mean(weight, train.column_names)}", where="fit")
     features = train if weight is None else train.drop_columns([weight])
     text = ("" if weight is None else f"weight = {toml_text(weight)}\n") + inferred(features, label)
     return parse_schema(text, Path("schema")), text
@@ -248,7 +250,9 @@ def _train(
     from torchrec_deepfm.training.trainer import train
 
     if dist.is_initialized():
-        raise UserError("fit: this process has a process group already; destroy it, or use train inside it")
+        raise UserError(
+            "this process has a process group already", where="fit", remedy="destroy it, or use train inside it"
+        )
     try:
         with process_group() as device:
             options = RunOptions(resume="never")

@@ -315,9 +315,13 @@ def write_page(path: Path, title: str, sections: Iterable[Section], *, subtitle:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, html, what="page")
     except OSError as error:
-        raise UserError(f"{path}: the page can't be written ({error.strerror}); name another file") from error
+        raise UserError(
+            f"the page can't be written ({error.strerror})", where=path, remedy="name another file"
+        ) from error
     except UnicodeError as error:  # half of a surrogate pair, from JSON or from a file name of other bytes than UTF-8
-        raise UserError(f"{path}: the page can't be written (a text in it is not valid Unicode: {error})") from error
+        raise UserError(
+            f"the page can't be written (a text in it is not valid Unicode: {error})", where=path
+        ) from error
 
 
 def embedded_data(html: str) -> dict[str, Any]:

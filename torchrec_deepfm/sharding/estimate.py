@@ -237,14 +237,15 @@ def with_prediction(
         UserError: The plan is for other tables or another number of ranks, or no batch size is known.
     """
     if ranks not in (None, plan.world_size):
-        raise UserError(f"the plan is for {plan.world_size} ranks, not for {ranks}; plan again for {ranks}")
+        raise UserError(f"the plan is for {plan.world_size} ranks, not for {ranks}", remedy=f"plan again for {ranks}")
     batch_size = plan.batch_size if batch_size is None else batch_size
     if batch_size is None:
-        raise UserError("the plan does not hold the samples per rank; give --batch-size")
+        raise UserError("the plan does not hold the samples per rank", remedy="give --batch-size")
     if hardware.local_world_size(plan.world_size) != plan.local_world_size:
         raise UserError(
             f"the plan has {plan.local_world_size} ranks on a host, {hardware.name} has "
-            f"{hardware.local_world_size(plan.world_size)}; name hardware with ranks_per_host = {plan.local_world_size}"
+            f"{hardware.local_world_size(plan.world_size)}",
+            remedy=f"name hardware with ranks_per_host = {plan.local_world_size}",
         )
     estimators = shard_estimators(
         topology(hardware, plan.world_size),
@@ -336,11 +337,15 @@ class _PlanEstimator:
         sizes = list(dict.fromkeys(shard.sizes for shard in planned.shards))
         if table is None:
             known = ", ".join(list(self._tables)[:3])
-            raise UserError(f"the plan has a table {planned.name}, which is not among {known}, ...; name its tables")
+            raise UserError(
+                f"the plan has a table {planned.name}, which is not among {known}, ...", remedy="name its tables"
+            )
         if (table.num_embeddings, table.embedding_dim) != (planned.num_embeddings, planned.embedding_dim):
             raise UserError(
-                f"table {planned.name}: {planned.num_embeddings} x {planned.embedding_dim} in the plan, "
-                f"{table.num_embeddings} x {table.embedding_dim} in the list of tables; plan again, or name its tables"
+                f"{planned.num_embeddings} x {planned.embedding_dim} in the plan, {table.num_embeddings} x "
+                f"{table.embedding_dim} in the list of tables",
+                where=f"table {planned.name}",
+                remedy="plan again, or name its tables",
             )
         path, module, parameter = self._modules[planned.name]
         option = ShardingOption(

@@ -126,7 +126,9 @@ def build_model(
             an option contradicts the tables' optimizer.
     """
     if plan is not None and constraints:
-        raise UserError("--plan and --constraint: a plan already places every table; leave one of them out")
+        raise UserError(
+            "a plan already places every table", where="--plan and --constraint", remedy="leave one of them out"
+        )
     sharder = make_sharder(device, *config.qcomms_both)
     torch.manual_seed(config.seed)  # the dense part is equal on every rank
     # Drawn on the CPU and moved, so that a training starts from the same weights on every device.
@@ -216,9 +218,10 @@ def _check_penalties(config: TrainConfig, fused: Sequence[str]) -> None:
         if getattr(config, option) and fused:
             name = option.replace("_", "-")
             raise UserError(
-                f"--{name} {getattr(config, option)}: this penalty is on whole tables, but {config.sparse_optimizer}, "
-                f"which trains {fused[0]}, sees only the rows of each batch; add --sparse-optimizer adam, or take "
-                f"--touched-{name}"
+                f"this penalty is on whole tables, but {config.sparse_optimizer}, which trains {fused[0]}, "
+                "sees only the rows of each batch",
+                where=f"--{name} {getattr(config, option)}",
+                remedy=f"add --sparse-optimizer adam, or take --touched-{name}",
             )
 
 
@@ -231,11 +234,14 @@ def _check_plan(config: TrainConfig, plan: ShardingPlan, replicated: AbstractSet
                 if config.sparse_optimizer != "adam":
                     reason = f"--data-parallel-rows {config.data_parallel_rows}"
                 raise UserError(
-                    f"table {name}: the plan shards it ({sharding.sharding_type}), but {reason} replicates it; plan it "
-                    "as data_parallel, or change the option"
+                    f"the plan shards it ({sharding.sharding_type}), but {reason} replicates it",
+                    where=f"table {name}",
+                    remedy="plan it as data_parallel, or change the option",
                 )
             if config.ema and sharding.compute_kernel not in IN_MEMORY_KERNELS:
                 raise UserError(
-                    f"table {name}: the plan keeps it out of the device's memory ({sharding.compute_kernel}), where "
-                    "--ema would read stale rows or move all of them at each step; plan it as fused, or leave out --ema"
+                    f"the plan keeps it out of the device's memory ({sharding.compute_kernel}), where --ema "
+                    "would read stale rows or move all of them at each step",
+                    where=f"table {name}",
+                    remedy="plan it as fused, or leave out --ema",
                 )

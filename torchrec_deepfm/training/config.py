@@ -154,53 +154,64 @@ class TrainConfig(
             object.__setattr__(self, option, _coerce(option, getattr(self, option), hint))
         for option in ("epochs", "batch_size", "factor_dim", "keep_last", "ema_every"):
             if getattr(self, option) < 1:
-                raise UserError(f"--{option.replace('_', '-')} {getattr(self, option)}: must be at least 1")
+                raise UserError("must be at least 1", where=f"--{option.replace('_', '-')} {getattr(self, option)}")
         for option in ("sparse_lr", "dense_lr", "decay_power", "init_std"):
             if not 0.0 < getattr(self, option) < math.inf:
                 raise UserError(
-                    f"--{option.replace('_', '-')} {getattr(self, option)}: must be greater than 0, and finite"
+                    "must be greater than 0, and finite", where=f"--{option.replace('_', '-')} {getattr(self, option)}"
                 )
         for option in ("eval_every", "data_parallel_rows", "seed", "checkpoint_every", "patience", "lr_patience"):
             if getattr(self, option) < 0:
-                raise UserError(f"--{option.replace('_', '-')} {getattr(self, option)}: must not be negative")
+                raise UserError("must not be negative", where=f"--{option.replace('_', '-')} {getattr(self, option)}")
         for option in _PENALTIES:
             if not 0.0 <= getattr(self, option) < math.inf:
                 raise UserError(
-                    f"--{option.replace('_', '-')} {getattr(self, option)}: must be 0 (off) or greater, and finite"
+                    "must be 0 (off) or greater, and finite",
+                    where=f"--{option.replace('_', '-')} {getattr(self, option)}",
                 )
         for option, choices in _CHOICES.items():
             if getattr(self, option) not in choices:
                 name = option.replace("_", "-")
-                raise UserError(f"--{name} {getattr(self, option)}: choose one of {', '.join(choices)}")
+                raise UserError(f"choose one of {', '.join(choices)}", where=f"--{name} {getattr(self, option)}")
         if not 0.0 <= self.ema < 1.0:
-            raise UserError(f"--ema {self.ema}: the decay of a moving average lies in [0, 1), such as 0.99; 0 for none")
+            raise UserError(
+                "the decay of a moving average lies in [0, 1), such as 0.99",
+                where=f"--ema {self.ema}",
+                remedy="0 for none",
+            )
         self._check_ema_every()
         if len(self.qcomms) not in (1, 2) or not set(self.qcomms) <= set(get_args(Qcomms)):
             raise UserError(
-                f"--qcomms {' '.join(map(str, self.qcomms))}: one of {', '.join(get_args(Qcomms))} for pooled rows and "
-                "gradients, or one for each"
+                f"one of {', '.join(get_args(Qcomms))} for pooled rows and gradients, or one for each",
+                where=f"--qcomms {' '.join(map(str, self.qcomms))}",
             )
         if not 0.0 < self.lr_factor < 1.0:
-            raise UserError(f"--lr-factor {self.lr_factor}: the factor of the rates must lie between 0 and 1")
+            raise UserError("the factor of the rates must lie between 0 and 1", where=f"--lr-factor {self.lr_factor}")
         if not 0.0 <= self.dropout < 1.0:
-            raise UserError(f"--dropout {self.dropout}: the probability of dropping a unit lies in [0, 1)")
+            raise UserError("the probability of dropping a unit lies in [0, 1)", where=f"--dropout {self.dropout}")
         if min(self.warmup, self.decay) < 0.0 or not self.warmup + self.decay <= 1.0:
             raise UserError(
-                f"--warmup {self.warmup} --decay {self.decay}: these are shares of the training, together at most 1"
+                "these are shares of the training, together at most 1",
+                where=f"--warmup {self.warmup} --decay {self.decay}",
             )
 
     def _check_ema_every(self) -> None:
         every, what = self.ema_every, f"--ema-every {self.ema_every}"
         if every > 1 and not self.ema:
-            raise UserError(f"{what}: needs a moving average; add --ema, such as 0.99, or leave the option out")
+            raise UserError(
+                "needs a moving average", where=what, remedy="add --ema, such as 0.99, or leave the option out"
+            )
         if every > 1 and every * (1.0 - self.ema) >= 1.0 - 1e-9:  # 10 * (1 - 0.9) is a little less than 1
             raise UserError(
-                f"{what}: the average of --ema {self.ema} reaches back {1.0 / (1.0 - self.ema):.4g} steps; take fewer "
-                "between two updates"
+                f"the average of --ema {self.ema} reaches back {1.0 / (1.0 - self.ema):.4g} steps",
+                where=what,
+                remedy="take fewer between two updates",
             )
         if every > self.eval_every > 0:
             raise UserError(
-                f"{what}: --eval-every {self.eval_every} would evaluate before the first update; take at most as many"
+                f"--eval-every {self.eval_every} would evaluate before the first update",
+                where=what,
+                remedy="take at most as many",
             )
 
     @property
@@ -246,15 +257,17 @@ class RunOptions:
     def __post_init__(self) -> None:
         """Check the ranges."""
         if self.resume not in ("auto", "never"):
-            raise UserError(f"--resume {self.resume}: choose auto or never")
+            raise UserError("choose auto or never", where=f"--resume {self.resume}")
         if self.compile_dense not in get_args(CompileDense):
-            raise UserError(f"--compile-dense {self.compile_dense}: choose one of {', '.join(get_args(CompileDense))}")
+            raise UserError(
+                f"choose one of {', '.join(get_args(CompileDense))}", where=f"--compile-dense {self.compile_dense}"
+            )
         if self.timeout < 1:
-            raise UserError(f"--timeout {self.timeout}: must be at least 1")
+            raise UserError("must be at least 1", where=f"--timeout {self.timeout}")
         if self.profile < 0:
-            raise UserError(f"--profile {self.profile}: must be at least 0")
+            raise UserError("must be at least 0", where=f"--profile {self.profile}")
         if self.stop_before_limit < 0:
-            raise UserError(f"--stop-before-limit {self.stop_before_limit}: must be at least 0")
+            raise UserError("must be at least 0", where=f"--stop-before-limit {self.stop_before_limit}")
 
     @property
     def rules(self) -> tuple[str, ...]:
@@ -282,7 +295,7 @@ def _coerce(option: str, value: Any, hint: Any) -> Any:
     except OverflowError:  # an integer too large for a float
         pass
     shown = " ".join(repr(value).split())  # the repr of an array has several lines
-    raise UserError(f"--{option.replace('_', '-')} {shown:.60}: must be {_describe_type(hint)}")
+    raise UserError(f"must be {_describe_type(hint)}", where=f"--{option.replace('_', '-')} {shown:.60}")
 
 
 def _describe_type(hint: Any) -> str:

@@ -132,8 +132,9 @@ def _restore(sharded: Sharded, weights: Weights, say: Callable[[str], None], *, 
         return True
     if needed:
         raise UserError(
-            f"{weights.shown}: {reason}; this was the best state, so the training can't end in it; train "
-            "again, or without --patience"
+            f"{reason}; this was the best state, so the training can't end in it",
+            where=weights.shown,
+            remedy="train again, or without --patience",
         )
     if is_main():
         say(f"{weights.shown}: {reason}; the best weights can't be kept, only the last ones")

@@ -134,8 +134,10 @@ class Loop:
         loader_state = self._loader_state(position)
         if manifest.position != loader_state:
             raise UserError(
-                f"{self._context.folder}: the checkpoint of step {manifest.step} is at {manifest.position} of its "
-                f"data, but --data has {loader_state}; name the data that the run was trained on"
+                f"the checkpoint of step {manifest.step} is at {manifest.position} of its data, but --data "
+                f"has {loader_state}",
+                where=self._context.folder,
+                remedy="name the data that the run was trained on",
             )
         manifest.check(self._config, rows=self._rows, widths=self._tensors.widths)
         state, finish = self._tensors.to_read(manifest.columns)

@@ -44,7 +44,7 @@ def recipe_text(
     config = recipe(name)
     for option, value in {"--ranks": ranks, "--samples-per-second": samples_per_second}.items():
         if value is not None and data is None and name not in DATA:
-            raise UserError(f"{option}: needs --data as well, as {name} has no published data")
+            raise UserError(f"needs --data as well, as {name} has no published data", where=option)
     blocks = []
     if name in RECIPES:
         blocks.append(f"{name}: {inspect.getdoc(RECIPES[name])}".replace("``", ""))

@@ -290,7 +290,11 @@ def recipe(name: str) -> TrainConfig:
     if colon and path.endswith(".py"):
         return _load_recipe_file(name, Path(path), function)
     if name not in RECIPES:
-        raise UserError(f"--recipe {name}: unknown recipe; choose {one_of(RECIPES, name)}, or give FILE.py:FUNCTION")
+        raise UserError(
+            "unknown recipe",
+            where=f"--recipe {name}",
+            remedy=f"choose {one_of(RECIPES, name)}, or give FILE.py:FUNCTION",
+        )
     return RECIPES[name]()
 
 
@@ -301,7 +305,7 @@ def recipe_line(name: str) -> str:
 
 def _load_recipe_file(name: str, path: Path, function: str) -> TrainConfig:
     if not path.is_file():
-        raise UserError(f"--recipe {name}: no file {path}; name a Python file and a function in it")
+        raise UserError(f"no file {path}", where=f"--recipe {name}", remedy="name a Python file and a function in it")
     spec = importlib.util.spec_from_file_location("own_recipe", path)
     assert spec is not None
     assert spec.loader is not None  # the name ends in .py
@@ -311,13 +315,17 @@ def _load_recipe_file(name: str, path: Path, function: str) -> TrainConfig:
         make = getattr(module, function, None)
         made = make() if callable(make) else None
     except UserError as error:
-        raise UserError(f"--recipe {name}: {error}") from error
+        raise error.within(f"--recipe {name}") from error
     except (Exception, SystemExit) as error:  # anything that the user's code raises
         what = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"--recipe {name}: the file could not be run ({what}); correct it") from error
+        raise UserError(f"the file could not be run ({what})", where=f"--recipe {name}", remedy="correct it") from error
     if make is None:
-        raise UserError(f"--recipe {name}: {path} has no {function!r}; name a function that returns a TrainConfig")
+        raise UserError(
+            f"{path} has no {function!r}", where=f"--recipe {name}", remedy="name a function that returns a TrainConfig"
+        )
     if type(made) is not TrainConfig:  # a subclass may have fields that are not options
         shown = " ".join(repr(made).split())
-        raise UserError(f"--recipe {name}: {function} returns {shown:.60}; it must return a TrainConfig")
+        raise UserError(
+            f"{function} returns {shown:.60}", where=f"--recipe {name}", remedy="it must return a TrainConfig"
+        )
     return made

@@ -121,15 +121,19 @@ def _check_free(output: Path, options: RunOptions) -> None:
     if not output.exists():
         return
     if not output.is_dir():
-        raise UserError(f"--output {output}: a file has this name; name a folder")
+        raise UserError("a file has this name", where=f"--output {output}", remedy="name a folder")
     runs = {path.name for path in run_folder.seed_folders(output).values()}
     left = {run_lock.NAME, f"{run_folder.SUMMARY}.partial"}  # older versions left the second one
     names = sorted(path.name for path in output.iterdir() if path.name not in left and not is_partial(path.name))
     if (output / "config.json").exists():
-        raise UserError(f"--output {output}: the folder holds a single run; name another one for --seeds")
+        raise UserError(
+            "the folder holds a single run", where=f"--output {output}", remedy="name another one for --seeds"
+        )
     foreign = [name for name in names if name not in runs and name != run_folder.SUMMARY]
     if foreign or (names and options.resume == "never"):
-        raise UserError(f"--output {output}: the folder is not empty ({(foreign or names)[0]}); name another one")
+        raise UserError(
+            f"the folder is not empty ({(foreign or names)[0]})", where=f"--output {output}", remedy="name another one"
+        )
 
 
 def _finished(config: TrainConfig, data: PreparedData, output: Path) -> dict[int, dict[str, Any]]:

@@ -53,8 +53,10 @@ class Start:
         loaders = {"train": self._loader("train", trains=True)}
         if config.ema_every > len(loaders["train"]):
             raise UserError(
-                f"--ema-every {config.ema_every}: an epoch of {data.folder} has {len(loaders['train'])} steps, so it "
-                "would be evaluated before the first update; take at most as many"
+                f"an epoch of {data.folder} has {len(loaders['train'])} steps, so it would be evaluated "
+                "before the first update",
+                where=f"--ema-every {config.ema_every}",
+                remedy="take at most as many",
             )
         return loaders | {
             split: self._loader(split, trains=False) for split in ("validation", "test") if data.rows(split)
@@ -117,13 +119,16 @@ def check_options(config: TrainConfig, data: PreparedData) -> None:
     for option in ("patience", "lr_patience"):
         if getattr(config, option) and not data.rows("validation"):
             raise UserError(
-                f"--{option.replace('_', '-')}: {data.folder} has no validation split; leave the option "
-                "out, or prepare the data with --validation"
+                f"{data.folder} has no validation split",
+                where=f"--{option.replace('_', '-')}",
+                remedy="leave the option out, or prepare the data with --validation",
             )
     for option in ("touched_embedding_l2", "touched_linear_l2"):
         if getattr(config, option) and data.schema.multi_hot:
             name = option.replace("_", "-")
             raise UserError(
-                f"--{name}: column {data.schema.multi_hot[0]!r} of {data.folder} holds lists, whose rows are summed "
-                f"before this penalty sees them; take --{name.removeprefix('touched-')} with --sparse-optimizer adam"
+                f"column {data.schema.multi_hot[0]!r} of {data.folder} holds lists, whose rows are summed "
+                "before this penalty sees them",
+                where=f"--{name}",
+                remedy=f"take --{name.removeprefix('touched-')} with --sparse-optimizer adam",
             )

@@ -242,8 +242,9 @@ class _Training:
                     continue
                 if self._start.options.resume == "never":
                     raise UserError(
-                        f"--checkpoints {self._start.checkpoints}: holds checkpoints already; name another place, or "
-                        "remove them"
+                        "holds checkpoints already",
+                        where=f"--checkpoints {self._start.checkpoints}",
+                        remedy="name another place, or remove them",
                     )
                 reason = checkpoints.read(step, manifest, state)
                 if reason is None:
@@ -257,7 +258,9 @@ class _Training:
                 for refusal in refusals:
                     self._start.say(f"not used: {refusal}")
         if refusals:
-            raise UserError(f"{refusals[-1]}; no checkpoint is intact: name another --output to train from the start")
+            raise UserError(
+                f"{refusals[-1]}", remedy="no checkpoint is intact: name another --output to train from the start"
+            )
         line = on_main(lambda: run_folder.check_nothing_lost(self._start.output, self._start.checkpoints))
         if line is not None and is_main():
             self._start.say(line)

@@ -177,7 +177,7 @@ def test_a_table_too_large_for_any_rank() -> None:
     assert message.startswith(
         f"table t_C1: 5,000,000 x 32 are {5_000_000 * 32 * 4 / 2**20:.1f} MiB of weights; at best, as table_wise (of "
         "table_wise), one rank holds 610.5 MiB of it with optimizer and buffers, but has 435.2 MiB of GPU memory for "
-        "tables: use more ranks (-j), let it be row_wise or column_wise (--constraint), or take fewer rows or columns"
+        "tables; use more ranks (-j), let it be row_wise or column_wise (--constraint), or take fewer rows or columns"
     )
     assert by_name(plan(["C1=row_wise"], hbm=GIB // 2))["t_C1"].sharding_type == "row_wise"
 
@@ -188,7 +188,7 @@ def test_tables_too_large_for_all_ranks() -> None:
     assert message.startswith(
         "the 10 tables take 6.0 GiB with optimizer and buffers, but 4 rank(s) have 3.4 GiB of GPU"
     )
-    assert message.endswith("for tables: use at least 8 ranks (-j), or take fewer rows or columns")
+    assert message.endswith("for tables; use at least 8 ranks (-j), or take fewer rows or columns")
 
 
 def test_tables_that_do_not_share_out() -> None:

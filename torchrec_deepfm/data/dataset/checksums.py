@@ -136,6 +136,7 @@ class BlockCheck:
 
     def _refuse(self, day: int, begin: int, end: int, file: int) -> NoReturn:
         raise UserError(
-            f"{self._arrays[day].files()[file].where}: rows {begin} to {end - 1} are not what prepare wrote (their "
-            "checksum differs); restore the file from a copy, or prepare the data again"
+            f"rows {begin} to {end - 1} are not what prepare wrote (their checksum differs)",
+            where=self._arrays[day].files()[file].where,
+            remedy="restore the file from a copy, or prepare the data again",
         )

@@ -101,20 +101,24 @@ def _find(folder: Path) -> tuple[list[int], bool]:
         if match:
             found.setdefault(int(match[1]), set()).add(match[2])
     if not found:
-        raise UserError(f"{folder}: not a prepared folder, manifest.json is missing; make one with prepare")
+        raise UserError("not a prepared folder, manifest.json is missing", where=folder, remedy="make one with prepare")
     days = sorted(found)
     for day, following in itertools.pairwise(days):
         if following != day + 1:
-            raise UserError(f"{folder}: day_{day + 1} is missing between day_{day} and day_{following}; add its files")
+            raise UserError(
+                f"day_{day + 1} is missing between day_{day} and day_{following}", where=folder, remedy="add its files"
+            )
     multi_hot = any(MULTI_HOT in endings for endings in found.values())
     for day in days:
         for ending in (DENSE, MULTI_HOT if multi_hot else SPARSE, LABELS):
             if ending not in found[day]:
                 beside = " beside the others (the multi-hot script leaves it in its input folder)" if multi_hot else ""
-                raise UserError(f"{folder}: day_{day}{ending} is missing; add it or a link to it{beside}")
+                raise UserError(f"day_{day}{ending} is missing", where=folder, remedy=f"add it or a link to it{beside}")
     if len(days) == 1:
         raise UserError(
-            f"{folder}: only day_{days[0]} exists, and the last day is for validation and test; add a day to train on"
+            f"only day_{days[0]} exists, and the last day is for validation and test",
+            where=folder,
+            remedy="add a day to train on",
         )
     return days, multi_hot
 
@@ -128,7 +132,9 @@ def _arrays(folder: Path, stem: str, *, multi_hot: bool) -> DayArrays:
         members = map_npz(path, _FIX)
         wanted = [str(j) for j in range(len(members))]
         if not members or set(members) != set(wanted):
-            raise UserError(f"{path}: the arrays are named {', '.join(members) or 'nothing'}, not 0, 1, ...; {_FIX}")
+            raise UserError(
+                f"the arrays are named {', '.join(members) or 'nothing'}, not 0, 1, ...", where=path, remedy=_FIX
+            )
         bags = {f"cat_{name}": Bags(ids=members[name]) for name in wanted}
         sparse = _no_columns(dense)
     else:
@@ -136,19 +142,19 @@ def _arrays(folder: Path, stem: str, *, multi_hot: bool) -> DayArrays:
     two = [dense, *((bag.ids for bag in bags.values()) if multi_hot else (sparse,))]
     for part in two:
         if len(part.shape) != 2 or (part is not dense and part.shape[1] == 0):
-            raise UserError(f"{part.where}: expected rows of columns, found shape {part.shape}; {_FIX}")
+            raise UserError(f"expected rows of columns, found shape {part.shape}", where=part.where, remedy=_FIX)
     if len(labels.shape) == 2 and labels.shape[1] != 1:
-        raise UserError(f"{labels.where}: expected one label per row, found shape {labels.shape}; {_FIX}")
+        raise UserError(f"expected one label per row, found shape {labels.shape}", where=labels.where, remedy=_FIX)
     for part in two[1:]:
         if part.dtype.kind != "i" or part.dtype.itemsize not in (4, 8):
-            raise UserError(f"{part.where}: expected int32 or int64 ids, found {part.dtype}; {_FIX}")
+            raise UserError(f"expected int32 or int64 ids, found {part.dtype}", where=part.where, remedy=_FIX)
     if dense.dtype.kind != "f":
-        raise UserError(f"{dense.where}: expected float numbers, found {dense.dtype}; {_FIX}")
+        raise UserError(f"expected float numbers, found {dense.dtype}", where=dense.where, remedy=_FIX)
     if len(labels) == 0:
-        raise UserError(f"{labels.where}: the day has no rows; remove its files")
+        raise UserError("the day has no rows", where=labels.where, remedy="remove its files")
     for part in two:
         if len(part) != len(labels):
-            raise UserError(f"{part.where}: {len(part)} rows, but {labels.where} has {len(labels)}; {_FIX}")
+            raise UserError(f"{len(part)} rows, but {labels.where} has {len(labels)}", where=part.where, remedy=_FIX)
     return DayArrays(dense=dense, sparse=sparse, labels=labels, bags=bags)
 
 
@@ -169,12 +175,14 @@ def _check_same_columns(day: DayArrays, first: DayArrays) -> None:
     pairs = [(day.dense, first.dense), (day.sparse, first.sparse)]
     if len(day.bags) != len(first.bags):
         a, b = (next(iter(arrays.bags.values())).ids.path for arrays in (day, first))
-        raise UserError(f"{a}: {len(day.bags)} columns, but {b} has {len(first.bags)}; {_FIX}")
+        raise UserError(f"{len(day.bags)} columns, but {b} has {len(first.bags)}", where=a, remedy=_FIX)
     pairs += [(bags.ids, first.bags[name].ids) for name, bags in day.bags.items()]
     for part, first_part in pairs:
         if part.shape[1] != first_part.shape[1]:
             raise UserError(
-                f"{part.where}: {part.shape[1]} columns, but {first_part.where} has {first_part.shape[1]}; {_FIX}"
+                f"{part.shape[1]} columns, but {first_part.where} has {first_part.shape[1]}",
+                where=part.where,
+                remedy=_FIX,
             )
 
 
@@ -182,12 +190,15 @@ def _given(num_embeddings: int | Sequence[int], columns: int, folder: Path) -> l
     counts = [num_embeddings] * columns if isinstance(num_embeddings, int) else list(num_embeddings)
     if len(counts) != columns:
         raise UserError(
-            f"--num-embeddings: {len(counts)} numbers for the {columns} categorical columns of {folder}; "
-            "give one number per column, or one for all"
+            f"{len(counts)} numbers for the {columns} categorical columns of {folder}",
+            where="--num-embeddings",
+            remedy="give one number per column, or one for all",
         )
     for count in counts:
         if not 1 <= count <= MAX_NUM_EMBEDDINGS:
-            raise UserError(f"--num-embeddings: {count} is out of range; give 1 to {MAX_NUM_EMBEDDINGS}")
+            raise UserError(
+                f"{count} is out of range", where="--num-embeddings", remedy=f"give 1 to {MAX_NUM_EMBEDDINGS}"
+            )
     return counts
 
 
@@ -207,8 +218,9 @@ def _scan(folder: Path, days: Sequence[DayArrays]) -> list[int]:
                 if highest >= MAX_NUM_EMBEDDINGS:
                     value = _example(part, column, together=bags)
                     raise UserError(
-                        f"{part.where}: column cat_{column} holds {value}, a raw value and not a table row; "
-                        "give --num-embeddings, which takes ids modulo this number, as TorchRec's hashes do"
+                        f"column cat_{column} holds {value}, a raw value and not a table row",
+                        where=part.where,
+                        remedy="give --num-embeddings, which takes ids modulo this number, as TorchRec's hashes do",
                     )
                 counts[column] = max(counts[column], highest + 1)
                 column += 1

@@ -168,7 +168,9 @@ class MappedRows:
         Reading past its end would kill the process by a signal that Python can't catch.
         """
         if not self.memory.is_whole():
-            raise UserError(f"{self.where}: the file became shorter while it was read; do not change it, start again")
+            raise UserError(
+                "the file became shorter while it was read", where=self.where, remedy="do not change it, start again"
+            )
 
     def will_need(self, start: int, stop: int) -> None:
         """Ask the system to read the rows ``[start, stop)`` from the disk soon, without waiting for it."""
@@ -213,10 +215,10 @@ def map_npz(path: Path, remedy: str) -> Mapping[str, MappedRows]:
         try:
             members = zipfile.ZipFile(file).infolist()
         except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-            raise UserError(f"{path}: not a complete .npz archive ({_reason(error)}); {remedy}") from error
+            raise UserError(f"not a complete .npz archive ({_reason(error)})", where=path, remedy=remedy) from error
         if len(members) > _MAX_MEMBERS or len({member.filename for member in members}) < len(members):
             raise UserError(
-                f"{path}: the archive has two arrays of one name, or more than {_MAX_MEMBERS} arrays; {remedy}"
+                f"the archive has two arrays of one name, or more than {_MAX_MEMBERS} arrays", where=path, remedy=remedy
             )
         memory = _memory(path, file, remedy)
         arrays = {}
@@ -225,8 +227,9 @@ def map_npz(path: Path, remedy: str) -> Mapping[str, MappedRows]:
             where = f"{path}[{name}]"
             if member.compress_type != zipfile.ZIP_STORED:
                 raise UserError(
-                    f"{where}: the array is compressed and can't be read row by row; "
-                    "write the archive with numpy.savez instead of savez_compressed"
+                    "the array is compressed and can't be read row by row",
+                    where=where,
+                    remedy="write the archive with numpy.savez instead of savez_compressed",
                 )
             start = _start(memory, member, where, remedy)
             arrays[name] = _map(path, where, file, memory, start, member.file_size, remedy)
@@ -237,10 +240,10 @@ def _opened(path: Path, remedy: str) -> BinaryIO:
     try:
         return path.open("rb")
     except FileNotFoundError as error:
-        raise UserError(f"{path}: the file is missing; {remedy}") from error
+        raise UserError("the file is missing", where=path, remedy=remedy) from error
     except OSError as error:
         what = "raise the limit with ulimit -n" if error.errno in (errno.EMFILE, errno.ENFILE) else remedy
-        raise UserError(f"{path}: the file can't be read ({error.strerror}); {what}") from error
+        raise UserError(f"the file can't be read ({error.strerror})", where=path, remedy=what) from error
 
 
 def _memory(path: Path, file: BinaryIO, remedy: str) -> FileMap:
@@ -249,10 +252,12 @@ def _memory(path: Path, file: BinaryIO, remedy: str) -> FileMap:
     except OSError as error:
         if error.errno == errno.ENOMEM:  # limit of address space, or of the number of mappings
             raise UserError(
-                f"{path}: the file can't be mapped ({error.strerror}); raise the limit with sysctl vm.max_map_count"
+                f"the file can't be mapped ({error.strerror})",
+                where=path,
+                remedy="raise the limit with sysctl vm.max_map_count",
             ) from error
         # An empty file, or one that is not a regular file.
-        raise UserError(f"{path}: not a complete .npy array ({_reason(error)}); {remedy}") from error
+        raise UserError(f"not a complete .npy array ({_reason(error)})", where=path, remedy=remedy) from error
 
 
 def _start(memory: FileMap, member: zipfile.ZipInfo, where: str, remedy: str) -> int:
@@ -264,7 +269,7 @@ def _start(memory: FileMap, member: zipfile.ZipInfo, where: str, remedy: str) ->
         encrypted = member.flag_bits & 1
         if signature == b"PK\3\4" and start + member.file_size <= len(memory) and not encrypted:
             return start
-    raise UserError(f"{where}: not a complete .npz archive (the member lies outside the file); {remedy}")
+    raise UserError("not a complete .npz archive (the member lies outside the file)", where=where, remedy=remedy)
 
 
 def _map(path: Path, where: str, file: BinaryIO, memory: FileMap, start: int, size: int, remedy: str) -> MappedRows:
@@ -279,7 +284,7 @@ def _map(path: Path, where: str, file: BinaryIO, memory: FileMap, start: int, si
         read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
         shape, fortran_order, dtype = read_header(file)
     except Exception as error:  # numpy parses the header as Python and passes on every error of the parser
-        raise UserError(f"{where}: not a complete .npy array ({_reason(error)}); {remedy}") from error
+        raise UserError(f"not a complete .npy array ({_reason(error)})", where=where, remedy=remedy) from error
     length = dtype.itemsize
     for extent in shape:
         length *= int(extent)
@@ -296,7 +301,7 @@ def _map(path: Path, where: str, file: BinaryIO, memory: FileMap, start: int, si
     elif offset + length > start + size:
         fault = f"{start + size - offset} of {length} bytes"
     if fault is not None:
-        raise UserError(f"{where}: not a complete .npy array ({fault}); {remedy}")
+        raise UserError(f"not a complete .npy array ({fault})", where=where, remedy=remedy)
     return MappedRows(path, where, memory, offset, dtype, tuple(shape))
 
 

@@ -122,21 +122,23 @@ class PreparedData:
         """
         folder = Path(folder)
         if not folder.is_dir():
-            raise UserError(f"{folder}: no such folder; make it with prepare")
+            raise UserError("no such folder", where=folder, remedy="make it with prepare")
         path = folder / MANIFEST
         content = _read(path)
         if content is None:
             return cls._open_external(folder, num_embeddings)
         if num_embeddings is not None:
-            raise UserError(f"{path}: the manifest sets num_embeddings; leave the option out")
+            raise UserError("the manifest sets num_embeddings", where=path, remedy="leave the option out")
         manifest = _parse(path, content)
         version = manifest.get("format_version")
         if version not in (1, FORMAT_VERSION):
             raise UserError(
-                f"{path}: format_version is {version!r}, but this version reads 1 and {FORMAT_VERSION}; {_AGAIN}"
+                f"format_version is {version!r}, but this version reads 1 and {FORMAT_VERSION}",
+                where=path,
+                remedy=_AGAIN,
             )
         if version == FORMAT_VERSION and not check_seal(content):
-            raise UserError(f"{path}: the manifest is damaged (its checksum does not fit); {_AGAIN}")
+            raise UserError("the manifest is damaged (its checksum does not fit)", where=path, remedy=_AGAIN)
         try:
             data = cls(
                 folder=folder,
@@ -151,9 +153,11 @@ class PreparedData:
             sizes = {_file_name(name): int(entry["bytes"]) for name, entry in manifest["files"].items()}
             data._check(sizes)
         except UserError as error:
-            raise UserError(f"{path}: {error}") from error
+            raise error.within(path) from error
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{path}: the manifest is damaged ({type(error).__name__}: {error}); {_AGAIN}") from error
+            raise UserError(
+                f"the manifest is damaged ({type(error).__name__}: {error})", where=path, remedy=_AGAIN
+            ) from error
         for name, size in sizes.items():
             _check_size(folder / name, size)
         return data
@@ -184,7 +188,9 @@ class PreparedData:
             UserError: The split does not exist.
         """
         if split not in self.splits:
-            raise UserError(f"{self.folder}: unknown split {split!r}; choose {one_of(self.splits, split)}")
+            raise UserError(
+                f"unknown split {split!r}", where=self.folder, remedy=f"choose {one_of(self.splits, split)}"
+            )
         return self.splits[split]
 
     def rows(self, split: str) -> int:
@@ -245,7 +251,9 @@ class PreparedData:
         mapped = self._map(CHECKSUMS, np.uint64, (sum(parts), arrays))
         with (self.folder / CHECKSUMS).open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != self.checksums_sha256:
-                raise UserError(f"{mapped.where}: the content is not what was written (SHA-256 differs); {_AGAIN}")
+                raise UserError(
+                    "the content is not what was written (SHA-256 differs)", where=mapped.where, remedy=_AGAIN
+                )
         first = sum(parts[: SPLITS.index(split)])
         return mapped.array[first : first + parts[SPLITS.index(split)]]
 
@@ -254,7 +262,9 @@ class PreparedData:
         offsets = self._map(offsets_file(stem, j), np.int64, (rows + 1,))
         first, last = int(offsets[0]), int(offsets[rows])
         if first != 0 or last < 0:
-            raise UserError(f"{offsets.where}: the borders run from {first} to {last} and must begin at 0; {_AGAIN}")
+            raise UserError(
+                f"the borders run from {first} to {last} and must begin at 0", where=offsets.where, remedy=_AGAIN
+            )
         ids = self._map(ids_file(stem, j), np.int32, (last,))
         weighted = name in self.schema.weighted
         weights = self._map(weights_file(stem, j), np.float32, (last,)) if weighted else None
@@ -264,8 +274,9 @@ class PreparedData:
         rows = map_npy(self.folder / name, _AGAIN)
         if rows.dtype != dtype or rows.shape != shape:
             raise UserError(
-                f"{rows.where}: expected {np.dtype(dtype)} of shape {shape}, found {rows.dtype} of shape {rows.shape}; "
-                f"{_AGAIN}"
+                f"expected {np.dtype(dtype)} of shape {shape}, found {rows.dtype} of shape {rows.shape}",
+                where=rows.where,
+                remedy=_AGAIN,
             )
         return rows
 
@@ -275,18 +286,18 @@ class PreparedData:
     def _check(self, sizes: Mapping[str, int]) -> None:
         """Check that the parts of the manifest fit each other."""
         if set(self.num_embeddings) != set(self.schema.categorical):
-            raise UserError(f"num_embeddings and the schema name different columns; {_AGAIN}")
+            raise UserError("num_embeddings and the schema name different columns", remedy=_AGAIN)
         for column, count in self.num_embeddings.items():
             if not 1 <= count <= MAX_NUM_EMBEDDINGS:
-                raise UserError(f"num_embeddings of column {column} is {count}; {_AGAIN}")
+                raise UserError(f"num_embeddings of column {column} is {count}", remedy=_AGAIN)
         for stem in sorted({day.stem for days in self.splits.values() for day in days}):
             days = self._days_of(stem)
             for day, following in itertools.pairwise(days):
                 if day.start + day.rows > following.start:
-                    raise UserError(f"the splits share rows of {stem}; {_AGAIN}")
+                    raise UserError(f"the splits share rows of {stem}", remedy=_AGAIN)
             for name in stem_files(self.schema, stem):
                 if name not in sizes:
-                    raise UserError(f"the file {name} is not listed; {_AGAIN}")
+                    raise UserError(f"the file {name} is not listed", remedy=_AGAIN)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -304,7 +315,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     content = _read(path)
     if content is None:
-        raise UserError(f"{folder}: not a prepared folder, {MANIFEST} is missing; make one with prepare")
+        raise UserError(f"not a prepared folder, {MANIFEST} is missing", where=folder, remedy="make one with prepare")
     return _parse(path, content)
 
 
@@ -314,16 +325,16 @@ def _read(path: Path) -> bytes | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise UserError(f"{path}: the manifest can't be read ({error.strerror}); {_AGAIN}") from error
+        raise UserError(f"the manifest can't be read ({error.strerror})", where=path, remedy=_AGAIN) from error
 
 
 def _parse(path: Path, content: bytes) -> dict[str, Any]:
     try:
         manifest = json.loads(content)
     except (ValueError, RecursionError) as error:  # broken JSON, or bytes that are not UTF-8
-        raise UserError(f"{path}: the manifest is not valid JSON ({error}); {_AGAIN}") from error
+        raise UserError(f"the manifest is not valid JSON ({error})", where=path, remedy=_AGAIN) from error
     if not isinstance(manifest, dict):
-        raise UserError(f"{path}: the manifest is not a JSON object; {_AGAIN}")
+        raise UserError("the manifest is not a JSON object", where=path, remedy=_AGAIN)
     return manifest
 
 
@@ -360,6 +371,6 @@ def _check_size(path: Path, size: int) -> None:
     try:
         found = path.stat().st_size
     except OSError as error:
-        raise UserError(f"{path}: the file is missing; {_AGAIN}") from error
+        raise UserError("the file is missing", where=path, remedy=_AGAIN) from error
     if found != size:
-        raise UserError(f"{path}: the file has {found} bytes, the manifest lists {size}; {_AGAIN}")
+        raise UserError(f"the file has {found} bytes, the manifest lists {size}", where=path, remedy=_AGAIN)

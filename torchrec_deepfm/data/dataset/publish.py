@@ -26,9 +26,9 @@ def check_free(output: Path) -> None:
     check_local(output)
     if output.is_dir():
         if any(output.iterdir()):
-            raise UserError(f"{output}: the output folder is not empty; name another one or remove it")
+            raise UserError("the output folder is not empty", where=output, remedy="name another one or remove it")
     elif output.exists() or output.is_symlink():
-        raise UserError(f"{output}: the output exists and is not a folder; name another one")
+        raise UserError("the output exists and is not a folder", where=output, remedy="name another one")
 
 
 def digest(path: Path) -> dict[str, int | str]:
@@ -135,19 +135,19 @@ def disk_errors(output: Path, kept: Callable[[], Path | None] = lambda: None) ->
         number = getattr(error, "errno", None)
         if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "No space left" in str(error):
             raise OutOfRoomError(
-                f"{output}: no space left on the device; free some or name another output{resume()}"
+                "no space left on the device", where=output, remedy=f"free some or name another output{resume()}"
             ) from error
         if number in (errno.EMFILE, errno.ENFILE):
             raise OutOfRoomError(
-                f"{output}: {os.strerror(number)}; raise the limit with ulimit -n{resume()}"
+                f"{os.strerror(number)}", where=output, remedy=f"raise the limit with ulimit -n{resume()}"
             ) from error
         if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
             raise UserError(
-                f"{output}: the folder can't be written ({os.strerror(number)}); name another output"
+                f"the folder can't be written ({os.strerror(number)})", where=output, remedy="name another output"
             ) from error
         raise
     except (duckdb.IOException, duckdb.OutOfMemoryException) as error:
         reason = str(error).splitlines()[0]
         raise OutOfRoomError(
-            f"{output}: DuckDB stopped ({reason}); free disk, or give more --memory{resume()}"
+            f"DuckDB stopped ({reason})", where=output, remedy=f"free disk, or give more --memory{resume()}"
         ) from error

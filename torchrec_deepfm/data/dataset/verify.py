@@ -28,22 +28,24 @@ def verify(folder: Path, report: Callable[[str], None] | None = None) -> int:
     PreparedData.open(folder)
     files = read_manifest(folder).get("files")
     if not files:
-        raise UserError(f"{folder}: the manifest has no checksums; {_AGAIN}")
-    faults = []
-    known = {MANIFEST, *files}
-    faults += [f"{path}: the manifest does not list this file; remove it" for path in _unlisted(folder, known)]
+        raise UserError("the manifest has no checksums", where=folder, remedy=_AGAIN)
+    unlisted = _unlisted(folder, {MANIFEST, *files})
+    faults = [UserError("the manifest does not list this file", where=path, remedy="remove it") for path in unlisted]
     with Phase("verify", sum(entry["bytes"] for entry in files.values()) / 1e6, report=report) as phase:
         for name, entry in files.items():
             try:
                 found = digest(folder / name)
             except OSError as error:
-                raise UserError(f"{folder / name}: the file can't be read ({error}); check the disk") from error
+                raise UserError(
+                    f"the file can't be read ({error})", where=folder / name, remedy="check the disk"
+                ) from error
             if found != entry:
-                faults.append(f"{folder / name}: the content is not what was written (SHA-256 differs); {_AGAIN}")
+                what = "the content is not what was written (SHA-256 differs)"
+                faults.append(UserError(what, where=folder / name, remedy=_AGAIN))
             phase.add(entry["bytes"] / 1e6, 0)
     if faults:
-        more = f" ({len(faults) - 1} more such files)" if len(faults) > 1 else ""
-        raise UserError(faults[0] + more)
+        first, more = faults[0], f" ({len(faults) - 1} more such files)" if len(faults) > 1 else ""
+        raise UserError(first.what, where=first.where, remedy=first.remedy + more)
     return len(files)
 
 

@@ -137,7 +137,7 @@ class Assembler:
             file = bags.weights if where == "weights" and bags.weights is not None else bags.ids
         assert column in (*schema.numeric, *schema.categorical, schema.label, schema.weight)
         remedy = _REPAIR if self._data.external is None else "fix the file or remove the day's files"
-        raise UserError(f"{file.where}: row {inside}, column {column}: {value} {fault}; {remedy}")
+        raise UserError(f"row {inside}, column {column}: {value} {fault}", where=file.where, remedy=remedy)
 
     def _first_fault(self, copied: CopiedRows, limits: Mapping[str, int]) -> tuple[str, int, str, Any, str]:
         """(array, row of the batch, column, value, what is wrong) of the first bad value."""

@@ -106,27 +106,30 @@ class Loader:
         self._rows = data.rows(split)
         self._global = world_size * batch_size
         if batch_size < 1:
-            raise UserError(f"--batch-size: {batch_size} is less than 1; give 1 or more")
+            raise UserError(f"{batch_size} is less than 1", where="--batch-size", remedy="give 1 or more")
         if not 0 <= rank < world_size:
-            raise UserError(f"rank {rank} of {world_size} ranks does not exist; give 0 to world_size - 1")
+            raise UserError(f"rank {rank} of {world_size} ranks does not exist", remedy="give 0 to world_size - 1")
         if seed < 0:
-            raise UserError(f"--seed: {seed} is negative; give 0 or more")
+            raise UserError(f"{seed} is negative", where="--seed", remedy="give 0 or more")
         if prefetch < 0:
-            raise UserError(f"prefetch: {prefetch} is negative; give 0 or more")
+            raise UserError(f"{prefetch} is negative", where="prefetch", remedy="give 0 or more")
         if self._rows == 0:
-            raise UserError(f"{data.folder}: split {split} is empty; prepare the data with rows for it")
+            raise UserError(f"split {split} is empty", where=data.folder, remedy="prepare the data with rows for it")
         if self._rows < world_size:
             raise UserError(
-                f"{data.folder}: split {split} has {self._rows} rows for {world_size} ranks; "
-                "use fewer ranks or more data"
+                f"split {split} has {self._rows} rows for {world_size} ranks",
+                where=data.folder,
+                remedy="use fewer ranks or more data",
             )
         if drop_last and self._rows < self._global:
             raise UserError(
-                f"{data.folder}: split {split} has {self._rows} rows, less than one step of batch size {batch_size} on "
-                f"{world_size} ranks; lower --batch-size or use fewer ranks"
+                f"split {split} has {self._rows} rows, less than one step of batch size {batch_size} on "
+                f"{world_size} ranks",
+                where=data.folder,
+                remedy="lower --batch-size or use fewer ranks",
             )
         if pin_memory and not torch.cuda.is_available():
-            raise UserError("pin_memory: no CUDA device found; leave the option off")
+            raise UserError("no CUDA device found", where="pin_memory", remedy="leave the option off")
         self._shuffle, self._seed, self._drop_last = shuffle, seed, drop_last
         self._pin_memory, self._prefetch = pin_memory, prefetch
         self._source = SplitRows(data, split)
@@ -164,7 +167,7 @@ class Loader:
             UserError: The epoch is negative.
         """
         if epoch < 0:
-            raise UserError(f"epoch: {epoch} is negative; give 0 or more")
+            raise UserError(f"{epoch} is negative", where="epoch", remedy="give 0 or more")
         if epoch != self._run.epoch:
             self._run = self._begin_run(epoch=epoch, row=0)
 
@@ -216,23 +219,28 @@ class Loader:
         names = ("version", "epoch", "row", "seed", "shuffle", "rows")
         kinds = {name: type(state.get(name)) for name in names}
         if any(kind is not (bool if name == "shuffle" else int) for name, kind in kinds.items()):
-            raise UserError(f"state of the loader: damaged ({dict(state)}); start the epoch from its beginning")
+            raise UserError(
+                f"damaged ({dict(state)})", where="state of the loader", remedy="start the epoch from its beginning"
+            )
         if state["version"] != STATE_VERSION:
             raise UserError(
-                f"state of the loader: version {state['version']}, this version reads {STATE_VERSION}; "
-                "use the version that wrote it"
+                f"version {state['version']}, this version reads {STATE_VERSION}",
+                where="state of the loader",
+                remedy="use the version that wrote it",
             )
         current = {"seed": self._seed, "shuffle": self._shuffle, "rows": self._rows}
         for name, value in current.items():
             if state[name] != value:
                 raise UserError(
-                    f"state of the loader: {name} was {state[name]}, now it is {value}; "
-                    "resume with the same data and options"
+                    f"{name} was {state[name]}, now it is {value}",
+                    where="state of the loader",
+                    remedy="resume with the same data and options",
                 )
         if state["epoch"] < 0 or not 0 <= state["row"] <= self._rows:
             raise UserError(
-                f"state of the loader: row {state['row']} of epoch {state['epoch']} does not exist; "
-                "start the epoch from its beginning"
+                f"row {state['row']} of epoch {state['epoch']} does not exist",
+                where="state of the loader",
+                remedy="start the epoch from its beginning",
             )
         self._run = self._begin_run(epoch=state["epoch"], row=state["row"])
 

@@ -216,8 +216,9 @@ def _borders(bags: Bags, rows: NDArray[np.int64] | tuple[int, int]) -> tuple[NDA
         i = int(np.argmax(bad))
         row = rows[0] + i if isinstance(rows, tuple) else int(rows[i])
         raise UserError(
-            f"{bags.offsets.where}: row {row}: its ids run from {begins[i]} to {ends[i]} of {len(bags.ids)}; "
-            "the folder is damaged, prepare the data again"
+            f"row {row}: its ids run from {begins[i]} to {ends[i]} of {len(bags.ids)}",
+            where=bags.offsets.where,
+            remedy="the folder is damaged, prepare the data again",
         )
     return begins, ends - begins
 

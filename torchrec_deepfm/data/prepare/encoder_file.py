@@ -88,14 +88,18 @@ def read_encoder(folder: Path) -> tuple[EncoderFile, str]:
     try:
         content = read_bytes(path, most=_MAX_BYTES)
     except OSError as error:
-        raise UserError(f"{path}: the encoder of raw rows can't be read ({error.strerror}); {AGAIN}") from error
+        raise UserError(
+            f"the encoder of raw rows can't be read ({error.strerror})", where=path, remedy=AGAIN
+        ) from error
     if not check_seal(content):
-        raise UserError(f"{path}: the file is damaged (its checksum does not fit); {AGAIN}")
+        raise UserError("the file is damaged (its checksum does not fit)", where=path, remedy=AGAIN)
     raw = parse_json(content.decode(), where=str(path), remedy=AGAIN)
     sha256, version = str(raw.pop("sha256")), raw.get("format_version")
     if version != FORMAT_VERSION:
         raise UserError(
-            f"{path}: format_version is {version!r}, this version reads {FORMAT_VERSION}; use the one that wrote it"
+            f"format_version is {version!r}, this version reads {FORMAT_VERSION}",
+            where=path,
+            remedy="use the one that wrote it",
         )
     return as_type(raw, EncoderFile, where=str(path), remedy=AGAIN), sha256
 
@@ -116,13 +120,17 @@ def check_same_encoding(folder: Path, data: PreparedData) -> None:
     wrong = f"--data {data.folder}"
     remedy = "name the data that it was trained on, or data prepared with the same vocabulary and options"
     if file.hashed != there["hashed"]:
-        raise UserError(f"{wrong}: {'has vocabularies' if file.hashed else 'was hashed'}, unlike the run's; {remedy}")
+        raise UserError(
+            f"{'has vocabularies' if file.hashed else 'was hashed'}, unlike the run's", where=wrong, remedy=remedy
+        )
     learned = msgspec.convert(there.get("statistics") or {}, dict[str, ColumnStatistics])
     minimum = None not in (file.minimum, there["minimum"]) and file.minimum != there["minimum"]
     for name, transform in file.transforms.items():
         same = transform == there["transforms"].get(name) and (file.statistics or {}).get(name) == learned.get(name)
         if not same or (transform == "log" and minimum):
-            raise UserError(f"{wrong}: column {name!r} was transformed in another way than for the run; {remedy}")
+            raise UserError(
+                f"column {name!r} was transformed in another way than for the run", where=wrong, remedy=remedy
+            )
     for j, name in enumerate(data.schema.categorical):
         here = vocabulary_file(folder, j)
         if file.files.get(here.name) == there["files"].get(here.name):
@@ -132,7 +140,7 @@ def check_same_encoding(folder: Path, data: PreparedData) -> None:
         except (OSError, pl.exceptions.PolarsError):
             same = False
         if not same:
-            raise UserError(f"{wrong}: column {name!r} has another vocabulary than the run; {remedy}")
+            raise UserError(f"column {name!r} has another vocabulary than the run", where=wrong, remedy=remedy)
 
 
 def _values(path: Path) -> pl.DataFrame:

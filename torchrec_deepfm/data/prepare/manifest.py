@@ -40,8 +40,9 @@ def days_of_splits(inputs: Inputs, units: Staged, folder: Path) -> dict[str, lis
         if not splits[split]:
             total = sum(record.rows for _, record in units)
             raise UserError(
-                f"--input: {total} rows are too few to split {inputs.split}, the {split} part is empty; "
-                "give more rows, or --validation and --test"
+                f"{total} rows are too few to split {inputs.split}, the {split} part is empty",
+                where="--input",
+                remedy="give more rows, or --validation and --test",
             )
     return splits
 
@@ -49,7 +50,9 @@ def days_of_splits(inputs: Inputs, units: Staged, folder: Path) -> dict[str, lis
 def _halves(day: Mapping[str, Any], folder: Path) -> list[dict[str, Any]]:
     """As TorchRec and MLPerf halve the last day: the first half, the longer one, for validation."""
     if day["rows"] < 2:
-        raise UserError(f"--split last-day: {day['stem']} has one row and can't be halved; name a longer file")
+        raise UserError(
+            f"{day['stem']} has one row and can't be halved", where="--split last-day", remedy="name a longer file"
+        )
     middle = -(-day["rows"] // 2)
     first, seen = 0, 0
     for labels in read_rows(folder / f"{day['stem']}{LABELS}", (1,), np.int32):

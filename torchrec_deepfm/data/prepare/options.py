@@ -46,9 +46,11 @@ class SplitBy:
     def __post_init__(self) -> None:
         """Check the ranges."""
         if self.leave < 1:
-            raise UserError(f"--leave {self.leave}: must be at least 1")
+            raise UserError("must be at least 1", where=f"--leave {self.leave}")
         if re.fullmatch(r"(\d+\.?\d*)\s*([smhdw]?)", self.gap) is None:
-            raise UserError(f"--gap {self.gap}: not a time; give a number with s, m, h, d or w, such as 1d")
+            raise UserError(
+                "not a time", where=f"--gap {self.gap}", remedy="give a number with s, m, h, d or w, such as 1d"
+            )
 
     @property
     def gap_amount(self) -> tuple[float, bool]:
@@ -111,32 +113,42 @@ class PrepareOptions:
         for name, choices in (("split", Split), ("missing", Missing), ("on_bad_row", OnBadRow)):
             value = getattr(self, name)
             if value is not None and value not in get_args(choices):
-                raise UserError(f"--{name.replace('_', '-')} {value}: choose {one_of(get_args(choices), value)}")
+                raise UserError(
+                    f"choose {one_of(get_args(choices), value)}", where=f"--{name.replace('_', '-')} {value}"
+                )
         for split, role in SPLITS_BY_ROW.items():
             if self.split == split and role not in self.split_by.columns:
-                raise UserError(f"--split {split}: give the column, --{role.replace('_', '-')} NAME")
+                raise UserError(f"give the column, --{role.replace('_', '-')} NAME", where=f"--split {split}")
             if self.split != split and role in self.split_by.columns and role != "time":
-                raise UserError(f"--{role.replace('_', '-')}: only valid with --split {split}; leave it out")
+                raise UserError(
+                    f"only valid with --split {split}", where=f"--{role.replace('_', '-')}", remedy="leave it out"
+                )
         if self.split != "time" and self.split_by.gap_amount[0]:
-            raise UserError("--gap: only valid with --split time; leave it out")
+            raise UserError("only valid with --split time", where="--gap", remedy="leave it out")
         if self.min_count is not None and self.min_count < 1:
-            raise UserError(f"--min-count {self.min_count}: must be at least 1")
+            raise UserError("must be at least 1", where=f"--min-count {self.min_count}")
         if not 0.0 < self.negative_rate <= 1.0:
-            raise UserError(f"--negative-rate {self.negative_rate}: must be greater than 0, and at most 1")
+            raise UserError("must be greater than 0, and at most 1", where=f"--negative-rate {self.negative_rate}")
         if self.threads is not None and self.threads < 1:
-            raise UserError(f"--threads {self.threads}: must be at least 1")
+            raise UserError("must be at least 1", where=f"--threads {self.threads}")
         if self.seed < 0:
-            raise UserError(f"--seed {self.seed}: must not be negative")
+            raise UserError("must not be negative", where=f"--seed {self.seed}")
         if self.memory_bytes < MIN_MEMORY:
-            raise UserError(f"--memory {self.memory}: too little; give 1GiB or more")
+            raise UserError("too little", where=f"--memory {self.memory}", remedy="give 1GiB or more")
         if self.hash and self.vocabulary is not None:
-            raise UserError("--vocabulary: hashing has none; leave --hash or --vocabulary out")
+            raise UserError("hashing has none", where="--vocabulary", remedy="leave --hash or --vocabulary out")
         if self.hash and self.min_count is not None:
-            raise UserError("--min-count: hashing counts nothing; leave --hash or --min-count out")
+            raise UserError("hashing counts nothing", where="--min-count", remedy="leave --hash or --min-count out")
         if self.hash and self.missing == "value":
-            raise UserError("--missing value: hashing gives a missing category id 0; leave --hash or --missing out")
+            raise UserError(
+                "hashing gives a missing category id 0", where="--missing value", remedy="leave --hash or --missing out"
+            )
         if self.num_embeddings and not self.hash:
-            raise UserError("--num-embeddings: a vocabulary has as many ids as it counts; add --hash, or leave it out")
+            raise UserError(
+                "a vocabulary has as many ids as it counts",
+                where="--num-embeddings",
+                remedy="add --hash, or leave it out",
+            )
 
     @property
     def memory_bytes(self) -> int:

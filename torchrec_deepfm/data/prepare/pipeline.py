@@ -70,9 +70,11 @@ class Job:
         report: Callable[[str], None] | None,
     ) -> None:
         if not any(named.values()):
-            raise UserError("--input: no file is named; name at least one")
+            raise UserError("no file is named", where="--input", remedy="name at least one")
         if not named["train"] and not options.hash and options.vocabulary is None:
-            raise UserError("--input: no file is named; name at least one, or a --vocabulary for the others")
+            raise UserError(
+                "no file is named", where="--input", remedy="name at least one, or a --vocabulary for the others"
+            )
         self._output, self._options, self._workers, self._named = output, options, workers, named
         self._report = report if report is not None and workers.is_main else None
         self._numbers = numeric.numeric_columns(raw, options.numeric_transform)
@@ -105,7 +107,7 @@ class Job:
             halved=self._inputs.halved,
         )
         if options.split_by.columns and raw.layout != "table":
-            raise UserError("--time: Criteo's text has no column for it; leave it out")
+            raise UserError("Criteo's text has no column for it", where="--time", remedy="leave it out")
         if options.split_by.columns:
             self._row_splits.check(source for unit in self._inputs.units for source in unit.sources)
         if self._row_splits.deals:

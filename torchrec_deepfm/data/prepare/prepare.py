@@ -71,9 +71,11 @@ def _named(part: str, given: Any, schema: Schema, columns: Sequence[str]) -> lis
     if isinstance(given, Sequence) and all(isinstance(one, str | Path) for one in given):
         return list(given)
     if schema.layout != "table":
-        raise UserError('rows in memory need a schema of named columns; give schema=Schema(..., layout="table")')
+        raise UserError(
+            "rows in memory need a schema of named columns", remedy='give schema=Schema(..., layout="table")'
+        )
     try:
         rows = as_arrow(given, list(dict.fromkeys(columns)))
     except UserError as error:
-        raise UserError(f"{part} rows: {error}") from error
+        raise error.within(f"{part} rows") from error
     return [ChunkTable.of_rows(f"{part} rows", rows)]

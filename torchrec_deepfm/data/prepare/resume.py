@@ -35,8 +35,9 @@ def finished_output(output: Path, made: Mapping[str, Any], inputs: Inputs) -> Pr
             what = difference(state, source_state(source))
             if what:
                 raise UserError(
-                    f"{output}: it was made from other content of {source.path} ({what}); "
-                    "name another output, or remove this one to prepare again"
+                    f"it was made from other content of {source.path} ({what})",
+                    where=output,
+                    remedy="name another output, or remove this one to prepare again",
                 )
     return data
 
@@ -98,4 +99,4 @@ def _check_unchanged(unit: Unit, work: WorkFolder) -> None:
     assert before is not None
     what = what_changed(before, unit_state(unit), unit)
     if what:
-        raise UserError(f"{what} while it was read; run the same command again when nothing writes to it")
+        raise UserError(f"{what} while it was read", remedy="run the same command again when nothing writes to it")

@@ -113,20 +113,22 @@ class RowEncoder:
         try:
             self.schema, self.raw_schema = Schema.from_json(file.schema), Schema.from_json(file.raw_schema)
         except UserError as error:
-            raise UserError(f"{where}: {error}") from error
+            raise error.within(where) from error
         self.num_embeddings: Mapping[str, int] = file.num_embeddings
         names = self.schema.categorical
         if set(names) != set(file.num_embeddings) or set(self.raw_schema.numeric) != set(file.transforms):
-            raise UserError(f"{where}: its keys name different columns; {AGAIN}")
+            raise UserError("its keys name different columns", where=where, remedy=AGAIN)
         self._reading = numeric.settled(self.raw_schema, file.transforms)
         try:
             self._numbers = numeric.with_statistics(numeric.numeric_columns(self._reading, None), file.statistics or {})
         except (KeyError, UserError) as error:
-            raise UserError(f"{where}: it lacks what a transform learned ({error}); {AGAIN}") from error
+            raise UserError(f"it lacks what a transform learned ({error})", where=where, remedy=AGAIN) from error
         if "log" in file.transforms.values() and file.minimum is None:
             raise UserError(
-                f"{where}: the smallest number of the training rows, which --numeric log shifts by, was not recorded "
-                "by an earlier version; prepare and train again"
+                "the smallest number of the training rows, which --numeric log shifts by, was not "
+                "recorded by an earlier version",
+                where=where,
+                remedy="prepare and train again",
             )
         self._minimum = file.minimum or 0
         self._hashing: Hashing | None = None
@@ -169,7 +171,9 @@ class RowEncoder:
             UserError: ``prepare`` did not make the data, a vocabulary is damaged, or the disk refuses.
         """
         if "raw_schema" not in data.made:
-            raise UserError(f"{data.folder}: the folder does not record its raw columns; make it with prepare")
+            raise UserError(
+                "the folder does not record its raw columns", where=data.folder, remedy="make it with prepare"
+            )
         content = encoder_content(data)
         files: Mapping[str, Any] = content["files"]
         with new_folder(folder) as partial:
@@ -177,7 +181,9 @@ class RowEncoder:
                 shutil.copyfile(data.folder / name, partial / name)
                 if digest(partial / name) != entry:
                     raise UserError(
-                        f"{data.folder / name}: the file is damaged (its checksum differs); prepare the data again"
+                        "the file is damaged (its checksum differs)",
+                        where=data.folder / name,
+                        remedy="prepare the data again",
                     )
             write_bytes(partial / ENCODER, seal(content))
 
@@ -205,14 +211,14 @@ class RowEncoder:
 
     def _read(self, frame: Any, on_bad_row: str) -> tuple[pl.DataFrame, dict[int, str]]:
         if on_bad_row not in ("error", "skip"):
-            raise UserError(f"on_bad_row {on_bad_row!r}: choose {one_of(('error', 'skip'), on_bad_row)}")
+            raise UserError(f"choose {one_of(('error', 'skip'), on_bad_row)}", where=f"on_bad_row {on_bad_row!r}")
         table = as_arrow(frame, self.raw_schema.features_read)
         fields = dict(zip(table.schema.names, table.schema.types, strict=True))
         types = category_types(fields, self._reading, types=self._types, labelled=False)
         raw, bad = table_frame(table, self._reading, types, labelled=False)
         if bad and on_bad_row == "error":
             row = min(bad)
-            raise UserError(f"row {row + 1}, {bad[row]}; correct it, or skip such rows (on_bad_row='skip')")
+            raise UserError(f"row {row + 1}, {bad[row]}", remedy="correct it, or skip such rows (on_bad_row='skip')")
         return raw, bad
 
     def example(self) -> dict[str, Any]:
@@ -302,15 +308,18 @@ class RowEncoder:
         try:
             found = digest(path)
         except OSError as error:
-            raise UserError(f"{path}: the vocabulary can't be read ({error.strerror}); {AGAIN}") from error
+            raise UserError(f"the vocabulary can't be read ({error.strerror})", where=path, remedy=AGAIN) from error
         if found != file.files.get(path.name):
             raise UserError(
-                f"{path}: the vocabulary of column {name!r} is damaged or of another run (its checksum differs); "
-                f"{AGAIN}"
+                f"the vocabulary of column {name!r} is damaged or of another run (its checksum differs)",
+                where=path,
+                remedy=AGAIN,
             )
         vocabulary = Vocabulary.read(path)
         if len(vocabulary) + 1 != file.num_embeddings[name]:
-            raise UserError(f"{path}: holds {len(vocabulary)} values, not {file.num_embeddings[name] - 1}; {AGAIN}")
+            raise UserError(
+                f"holds {len(vocabulary)} values, not {file.num_embeddings[name] - 1}", where=path, remedy=AGAIN
+            )
         return vocabulary
 
     def _value_types(self, where: Path, recorded: Mapping[str, str | None] | None) -> tuple[str | None, ...]:
@@ -328,8 +337,10 @@ class RowEncoder:
                 types.append(raw.options(name).type)
             else:
                 raise UserError(
-                    f"{where}: an earlier version did not record whether column {name!r} held text or integers, which "
-                    "hashing depends on; prepare and train again"
+                    f"an earlier version did not record whether column {name!r} held text or integers, which "
+                    "hashing depends on",
+                    where=where,
+                    remedy="prepare and train again",
                 )
         return tuple(types)
 

@@ -68,7 +68,9 @@ class WorkFolder:
         while not (self._lock("lock", fcntl.LOCK_EX) and self._lock("worker", fcntl.LOCK_EX)):
             self.leave()
             if time.monotonic() >= limit:
-                raise UserError(f"{self.output}: another process is preparing it; wait for it, or name another output")
+                raise UserError(
+                    "another process is preparing it", where=self.output, remedy="wait for it, or name another output"
+                )
             time.sleep(0.05)
         self._locks.pop().close()  # the workers share this one
         shutil.rmtree(self.spill.parent, ignore_errors=True)
@@ -82,8 +84,9 @@ class WorkFolder:
         different = sorted(key for key in {*begun, *job} if begun.get(key) != json.loads(json.dumps(job.get(key))))
         if different:
             raise UserError(
-                f"{self.path}: an unfinished prepare of {self.output.name} differs in {', '.join(different)}; "
-                "run it with its own options, or remove this folder to start again"
+                f"an unfinished prepare of {self.output.name} differs in {', '.join(different)}",
+                where=self.path,
+                remedy="run it with its own options, or remove this folder to start again",
             )
         if not self.out.is_dir():  # it was renamed to the output, which was removed since
             self.forget("*")
@@ -100,7 +103,9 @@ class WorkFolder:
     def _make(self) -> None:
         try:
             if os.path.ismount(self.output):
-                raise UserError(f"{self.output}: a mount point can't be created by a rename; name a folder in it")
+                raise UserError(
+                    "a mount point can't be created by a rename", where=self.output, remedy="name a folder in it"
+                )
             self.path.mkdir(parents=True, exist_ok=True)
             fresh = not (self.path / "job.json").exists()
             for folder in (self.out, self.staged, self._records) if fresh or self.out.is_dir() else ():
@@ -109,7 +114,7 @@ class WorkFolder:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise
             raise UserError(
-                f"{self.output}: the folder can't be written ({error.strerror}); name another output"
+                f"the folder can't be written ({error.strerror})", where=self.output, remedy="name another output"
             ) from error
 
     def _lock(self, name: str, kind: int) -> bool:
@@ -168,7 +173,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(read_bytes(path, most=MAX_RECORD_BYTES))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: the file is damaged ({error}); remove {path.parent} to start again") from error
+        raise UserError(
+            f"the file is damaged ({error})", where=path, remedy=f"remove {path.parent} to start again"
+        ) from error
     assert isinstance(content, dict)
     return content
 
@@ -217,6 +224,7 @@ def check_room(output: Path, needed: int, work: Path) -> None:
     free = shutil.disk_usage(place).free
     if needed - have > free:
         raise OutOfRoomError(
-            f"{output}: needs about {format_bytes(needed - have)} of disk, {format_bytes(free)} are free; "
-            "free some, or name an output on another disk"
+            f"needs about {format_bytes(needed - have)} of disk, {format_bytes(free)} are free",
+            where=output,
+            remedy="free some, or name an output on another disk",
         )

@@ -80,12 +80,14 @@ class File:
                 with self.filesystem.open(self.path, "rb") as file:
                     yield file
         except FileNotFoundError as error:
-            raise UserError(f"{self.name}: the file is gone; check the path") from error
+            raise UserError("the file is gone", where=self.name, remedy="check the path") from error
         except PermissionError as error:
-            raise UserError(f"{self.name}: reading is not permitted; check permissions and credentials") from error
+            raise UserError(
+                "reading is not permitted", where=self.name, remedy="check permissions and credentials"
+            ) from error
         except OSError as error:
             raise UserError(
-                f"{self.name}: reading failed ({one_line(error)}); download or write the file again"
+                f"reading failed ({one_line(error)})", where=self.name, remedy="download or write the file again"
             ) from error
 
 
@@ -98,7 +100,9 @@ def find_files(named: str) -> list[File]:
     files = _find_remote(named) if "://" in named or "::" in named else _find_local(named)
     kinds = sorted({file.format for file in files}, key=list(_FORMATS).index)
     if len(kinds) > 1:
-        raise UserError(f"{named}: the folder mixes {' and '.join(kinds)} files; name the files, or use two folders")
+        raise UserError(
+            f"the folder mixes {' and '.join(kinds)} files", where=named, remedy="name the files, or use two folders"
+        )
     return _typed(files, named)
 
 
@@ -107,7 +111,9 @@ def _typed(files: list[File], named: str) -> list[File]:
     for file in files:
         if set(file.partitions) != set(files[0].partitions):
             other = sorted(set(file.partitions) ^ set(files[0].partitions))[0]
-            raise UserError(f"{named}: only some files lie in a folder {other}=...; name the folders of one kind")
+            raise UserError(
+                f"only some files lie in a folder {other}=...", where=named, remedy="name the folders of one kind"
+            )
     for name in files[0].partitions:
         values = [file.partitions[name] for file in files]
         if all(value is None or re.fullmatch(r"-?(0|[1-9]\d{0,17})", str(value)) for value in values):
@@ -171,13 +177,13 @@ def _find_local(named: str) -> list[File]:
             # Path.glob takes no absolute pattern.
             matches = sorted(glob.glob(named, recursive=True), key=_natural)  # noqa: PTH207
             if not matches:
-                raise UserError(f"{named}: nothing matches this pattern; check it")
+                raise UserError("nothing matches this pattern", where=named, remedy="check it")
             return [file for match in matches for file in _find_local(match)]
         size = path.stat().st_size
     except FileNotFoundError as error:
-        raise UserError(f"{named}: no such file or folder; check the path") from error
+        raise UserError("no such file or folder", where=named, remedy="check the path") from error
     except OSError as error:
-        raise UserError(f"{named}: can't be read ({error.strerror}); check its permissions") from error
+        raise UserError(f"can't be read ({error.strerror})", where=named, remedy="check its permissions") from error
     _check_kind(named, path.name)
     return [File(name=named, bytes=size, path=str(path))]
 
@@ -205,11 +211,13 @@ def find_text(named: str) -> File:
     try:
         info = filesystem.info(path_there)
     except FileNotFoundError as error:
-        raise UserError(f"{named}: there is nothing at this address; check it") from error
+        raise UserError("there is nothing at this address", where=named, remedy="check it") from error
     except Exception as error:  # of each driver's own kind, as in _find_remote
-        raise UserError(f"{named}: it can't be reached ({one_line(error)}); check address and credentials") from error
+        raise UserError(
+            f"it can't be reached ({one_line(error)})", where=named, remedy="check address and credentials"
+        ) from error
     if info["type"] == "directory":
-        raise UserError(f"{named}: this is a folder; name the files in it")
+        raise UserError("this is a folder", where=named, remedy="name the files in it")
     return File(name=named, bytes=int(info["size"] or 0), path=path_there, filesystem=filesystem)
 
 
@@ -236,11 +244,13 @@ def _connect(named: str) -> tuple[Any, str]:
         driver = getattr(error.__cause__, "name", None) or known_implementations[protocol]["class"]
         package = driver.partition(".")[0]
         raise UserError(
-            f"{named}: {protocol}:// needs the package {package}, which is not installed; run: pip install {package}"
+            f"{protocol}:// needs the package {package}, which is not installed",
+            where=named,
+            remedy=f"run: pip install {package}",
         ) from error
     except ValueError as error:
         raise UserError(
-            f"{named}: {one_line(error)}; give a local path or an address that fsspec knows, such as s3://"
+            f"{one_line(error)}", where=named, remedy="give a local path or an address that fsspec knows, such as s3://"
         ) from error
     # Some drivers connect at once, and raise errors of their own: pyarrow's over hdfs:// without Java is an OSError.
     except Exception as error:
@@ -248,7 +258,7 @@ def _connect(named: str) -> tuple[Any, str]:
         remedy = (
             "set JAVA_HOME and HADOOP_HOME, or copy the file to a disk" if java else "check address and credentials"
         )
-        raise UserError(f"{named}: {protocol}:// can't be opened ({one_line(error)}); {remedy}") from error
+        raise UserError(f"{protocol}:// can't be opened ({one_line(error)})", where=named, remedy=remedy) from error
 
 
 def _find_remote(named: str) -> list[File]:
@@ -257,7 +267,7 @@ def _find_remote(named: str) -> list[File]:
         if glob.has_magic(path) and not filesystem.exists(path):
             matches = sorted(filesystem.glob(path), key=_natural)
             if not matches:
-                raise UserError(f"{named}: nothing matches this pattern; check it")
+                raise UserError("nothing matches this pattern", where=named, remedy="check it")
             return [file for match in matches for file in _find_remote(filesystem.unstrip_protocol(match))]
         info = filesystem.info(path)
         if info["type"] == "directory":
@@ -280,17 +290,19 @@ def _find_remote(named: str) -> list[File]:
     except UserError:
         raise
     except FileNotFoundError as error:
-        raise UserError(f"{named}: nothing exists at this address; check it") from error
+        raise UserError("nothing exists at this address", where=named, remedy="check it") from error
     # Each driver raises errors of its own (botocore's, aiohttp's, ...), and all of them are about this address.
     except Exception as error:
-        raise UserError(f"{named}: can't be reached ({one_line(error)}); check address and credentials") from error
+        raise UserError(
+            f"can't be reached ({one_line(error)})", where=named, remedy="check address and credentials"
+        ) from error
     _check_kind(named, path)
     return [File(name=named, bytes=int(info["size"] or 0), path=path, filesystem=filesystem)]
 
 
 def _check_kind(named: str, path: str) -> None:
     if not _suffix(path):
-        raise UserError(f"{named}: the name has no known ending; give {_KINDS}, or a folder of such files")
+        raise UserError("the name has no known ending", where=named, remedy=f"give {_KINDS}, or a folder of such files")
 
 
 def _tables_of(named: str, entries: list[tuple[str, bool]]) -> list[str]:
@@ -298,12 +310,15 @@ def _tables_of(named: str, entries: list[tuple[str, bool]]) -> list[str]:
     names = {name for name, _ in entries}
     if "_delta_log" in names:
         raise UserError(
-            f"{named}: a Delta table, whose folder also holds rows that were deleted; write it as plain Parquet first"
+            "a Delta table, whose folder also holds rows that were deleted",
+            where=named,
+            remedy="write it as plain Parquet first",
         )
     if "_temporary" in names and "_SUCCESS" not in names:  # Spark removes the one and writes the other at its end
         raise UserError(
-            f"{named}: Spark has not finished writing this folder (_temporary is there, _SUCCESS is not); let the job "
-            "end, or run it again"
+            "Spark has not finished writing this folder (_temporary is there, _SUCCESS is not)",
+            where=named,
+            remedy="let the job end, or run it again",
         )
     seen = [
         (name, folder)
@@ -313,7 +328,7 @@ def _tables_of(named: str, entries: list[tuple[str, bool]]) -> list[str]:
     files = [name for name, folder in seen if not folder and not name.lower().endswith(_BESIDE)]
     for name in sorted(files):
         if not _suffix(name):
-            raise UserError(f"{named}: {name!r} is not {_KINDS}; move it, or name the files one by one")
+            raise UserError(f"{name!r} is not {_KINDS}", where=named, remedy="move it, or name the files one by one")
     if not files:
-        raise UserError(f"{named}: no data in this folder; give {_KINDS}, or a folder of such files")
+        raise UserError("no data in this folder", where=named, remedy=f"give {_KINDS}, or a folder of such files")
     return sorted(files, key=_natural)

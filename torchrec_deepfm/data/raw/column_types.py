@@ -65,14 +65,14 @@ def kind_of(arrow: pa.DataType) -> Kind:
 def check_label(kind: Kind) -> None:
     """Raise unless labels can be read from a column."""
     if kind.is_list or kind.scalar not in ("boolean", "integer", "float", "nothing"):
-        raise UserError(f"it holds {kind}, but a label is a boolean or a number 0 or 1; convert it")
+        raise UserError(f"it holds {kind}, but a label is a boolean or a number 0 or 1", remedy="convert it")
 
 
 def check_number(kind: Kind) -> None:
     """Raise unless numbers can be read from a column."""
     if kind.is_list or kind.scalar not in ("boolean", "integer", "float", "nothing"):
         remedy = "list it under categorical" if kind.scalar == "text" or kind.is_list else "convert it to a number"
-        raise UserError(f"it holds {kind}, not numbers; {remedy}")
+        raise UserError(f"it holds {kind}, not numbers", remedy=remedy)
 
 
 def category_type(kind: Kind, options: Column, name: str, *, csv: bool) -> str | None:
@@ -82,20 +82,20 @@ def category_type(kind: Kind, options: Column, name: str, *, csv: bool) -> str |
     """
     at = f"[columns.{toml_key(name)}]"
     if kind.scalar == "lists":
-        raise UserError(f"it holds {kind}; write one flat list of text or integers per row")
+        raise UserError(f"it holds {kind}", remedy="write one flat list of text or integers per row")
     if kind.scalar not in TAKEN:
-        raise UserError(f"it holds {kind}; convert it to text or an integer, or remove it from the schema")
+        raise UserError(f"it holds {kind}", remedy="convert it to text or an integer, or remove it from the schema")
     if kind.is_list and not options.list:
-        raise UserError(f"it holds {kind}; set list = true under {at}")
+        raise UserError(f"it holds {kind}", remedy=f"set list = true under {at}")
     if options.list and not kind.is_list and kind.scalar not in ("text", "nothing"):
-        raise UserError(f"it holds {kind}, one per row; remove list = true under {at}")
+        raise UserError(f"it holds {kind}, one per row", remedy=f"remove list = true under {at}")
     if options.list and not kind.is_list and kind.scalar == "text" and options.separator is None:
         where = "a CSV's cells" if csv else "it holds text, which"
-        raise UserError(f'{where} must be cut into lists; set separator, such as "|", under {at}')
+        raise UserError(f"{where} must be cut into lists", remedy=f'set separator, such as "|", under {at}')
     if kind.scalar == "float" and options.type != "integer":
         raise UserError(
-            f'it holds {kind}, which are not categories; list it under numeric, or set type = "integer" under {at} '
-            "if they are whole"
+            f"it holds {kind}, which are not categories",
+            remedy=f'list it under numeric, or set type = "integer" under {at} if they are whole',
         )
     if options.type is not None or kind.scalar == "nothing":
         return options.type
@@ -110,7 +110,7 @@ def check_weights(kind: Kind, *, cut: bool) -> None:
     if kind.scalar == "nothing" or (cut and kind == Kind("text")):
         return
     if not kind.is_list or kind.scalar not in ("integer", "float"):
-        raise UserError(f"it holds {kind}, but weights are lists of numbers; convert it")
+        raise UserError(f"it holds {kind}, but weights are lists of numbers", remedy="convert it")
 
 
 def stored(arrow: pa.DataType) -> pa.DataType:

@@ -80,7 +80,7 @@ class TextLog:
         self._keep, names = tuple(keep), _names(schema, labelled=self._labelled)
         for name in self._keep:
             if name not in names:
-                raise UserError(f"{self.path}: there is no column {name!r}; choose {one_of(names, name)}")
+                raise UserError(f"there is no column {name!r}", where=self.path, remedy=f"choose {one_of(names, name)}")
 
     def pieces(self, *, start: int, line: int, skip_bad: bool) -> Iterator[Piece]:
         """Continue reading at byte ``start`` of the text; see ``Source.pieces``.
@@ -112,7 +112,7 @@ class TextLog:
             try:
                 block = next(blocks, None)
             except OSError as error:
-                raise UserError(self._unreadable(error, line)) from error
+                raise self._unreadable(error, line) from error
             if block is None:
                 return
             text, done = block
@@ -148,8 +148,9 @@ class TextLog:
                     cut = rest.rfind(b"\r", 0, -1) + 1
                 if not cut:
                     raise UserError(
-                        f"{self.path}: a line is longer than {self._piece_bytes:,} bytes; not a text log of "
-                        f"{len(self._schema.names)} columns"
+                        f"a line is longer than {self._piece_bytes:,} bytes",
+                        where=self.path,
+                        remedy=f"not a text log of {len(self._schema.names)} columns",
                     )
                 yield rest[:cut], raw.tell() / max(self.bytes, 1)
                 rest = rest[cut:]
@@ -208,7 +209,7 @@ class TextLog:
             with _opened(self._file) as raw:
                 head = (raw if codec is None else pa.CompressedInputStream(raw, codec)).read(_READ_BYTES)
         except OSError as error:
-            raise UserError(self._unreadable(error, 0)) from error
+            raise self._unreadable(error, 0) from error
         first = re.split(rb"[\r\n]", head.removeprefix(_BYTE_ORDER_MARK).lstrip(b"\r\n"), maxsplit=1)[0]
         return bool(first.count(b"\t") != len(self._schema.names) - 2)
 
@@ -227,7 +228,7 @@ class TextLog:
             if not skip_bad:
                 header = number == 1 and row.partition(b"\t")[0].strip(b"0123456789")
                 remedy = f"if this is a table with a header, {_NEEDS_SCHEMA}" if header else _REPAIR
-                raise UserError(f"{self.path}: line {number}{fault}; {remedy}")
+                raise UserError(f"line {number}{fault}", where=self.path, remedy=remedy)
             place = len(good) + len(skipped)
             skipped.append(Skipped(line=number, reason=fault.lstrip(", "), place=place))
         return good, tuple(skipped)
@@ -245,11 +246,13 @@ class TextLog:
             for field, name in zip(fields, self._schema.numeric, strict=True)
         )
 
-    def _unreadable(self, error: OSError, line: int) -> str:
+    def _unreadable(self, error: OSError, line: int) -> UserError:
         suffix = Path(self._file.path).suffix.lower()
         if suffix in COMPRESSIONS:
-            return f"{self.path}: after line {line}, {explain_damage(suffix, error)}"
-        return f"{self.path}: the file can't be read after line {line} ({error}); check the disk"
+            return UserError(f"after line {line}, {explain_damage(suffix, error)}", where=self.path)
+        return UserError(
+            f"the file can't be read after line {line} ({error})", where=self.path, remedy="check the disk"
+        )
 
 
 @contextmanager
@@ -379,17 +382,17 @@ def _opened(file: File) -> pa.NativeFile:
 def _check_readable(file: File) -> None:
     path = file.name
     if file.filesystem is None and Path(path).is_dir():
-        raise UserError(f"{path}: this is a folder; name the files in it")
+        raise UserError("this is a folder", where=path, remedy="name the files in it")
     try:
         with _opened(file) as opened:
             head = opened.read(HEAD_BYTES)
     except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file; check the path") from error
+        raise UserError("no such file", where=path, remedy="check the path") from error
     except OSError as error:
         what = error.strerror or one_line(error)
-        raise UserError(f"{path}: the file can't be read ({what}); check its permissions") from error
+        raise UserError(f"the file can't be read ({what})", where=path, remedy="check its permissions") from error
     if head.startswith(b"PAR1"):
-        raise UserError(f"{path}: this is a Parquet file, not {_TEXT}; {_NEEDS_SCHEMA}")
+        raise UserError(f"this is a Parquet file, not {_TEXT}", where=path, remedy=_NEEDS_SCHEMA)
     check_head(path, file.path, head)
 
 

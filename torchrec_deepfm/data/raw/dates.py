@@ -43,9 +43,11 @@ def check_time(arrow: pa.DataType, options: Column, name: str, *, csv: bool) -> 
     if is_time(arrow) or kind.scalar == "nothing" or csv:
         return
     if kind not in (Kind("integer"), Kind("float"), Kind("text")):
-        raise UserError(f"it holds {kind}, not times; convert it to a date, a timestamp, a number or text")
+        raise UserError(f"it holds {kind}, not times", remedy="convert it to a date, a timestamp, a number or text")
     if kind.scalar != "text" and options.format is None:
-        raise UserError(f"it holds {kind}, not times; set format = {_NUMBERS} under [columns.{toml_key(name)}]")
+        raise UserError(
+            f"it holds {kind}, not times", remedy=f"set format = {_NUMBERS} under [columns.{toml_key(name)}]"
+        )
 
 
 def part_of(column: pa.ChunkedArray, options: Column, until: pa.ChunkedArray | None) -> Values:

@@ -53,14 +53,18 @@ def check_head(name: str, path: str, head: bytes) -> None:
         if suffix == ".jsonl" and magic == b'{"':
             continue
         if head.startswith(magic) and (magic != b"BZh" or head[4:10] == b"1AY&SY"):
-            raise UserError(f"{name}: this is {kind}; {remedy}")
+            raise UserError(f"this is {kind}", where=name, remedy=remedy)
     found = next((ending for magic, ending in _MAGIC.items() if head.startswith(magic)), "")
     if found and found != suffix:
-        raise UserError(f"{name}: this is {_KINDS[found]}, but its name does not end in {found}; rename it")
+        raise UserError(
+            f"this is {_KINDS[found]}, but its name does not end in {found}", where=name, remedy="rename it"
+        )
     if not found and suffix not in _KINDS and b"\0" in head:
-        raise UserError(f"{name}: this is binary data or UTF-16 text; give text in UTF-8")
+        raise UserError("this is binary data or UTF-16 text", where=name, remedy="give text in UTF-8")
     if head and not found and suffix in COMPRESSIONS:
-        raise UserError(f"{name}: this is not {_KINDS[suffix]}; if it is plain text, remove {suffix} from its name")
+        raise UserError(
+            f"this is not {_KINDS[suffix]}", where=name, remedy=f"if it is plain text, remove {suffix} from its name"
+        )
 
 
 def explain_damage(suffix: str, error: BaseException) -> str:

@@ -52,14 +52,18 @@ def as_arrow(frame: Any, names: Sequence[str]) -> pa.Table:
     elif isinstance(frame, Sequence) and not isinstance(frame, str | bytes):
         for row, values in enumerate(frame, 1):
             if not isinstance(values, Mapping):
-                raise UserError(f"row {row}: {shown(values)} is not a dict; give {_TAKEN}")
+                raise UserError(f"{shown(values)} is not a dict", where=f"row {row}", remedy=f"give {_TAKEN}")
             for name in names:
                 if name not in values:
                     hint = did_you_mean(name, [str(key) for key in values])
-                    raise UserError(f"row {row}: column {name!r} is absent{hint}; give it, or None where it is missing")
+                    raise UserError(
+                        f"column {name!r} is absent{hint}",
+                        where=f"row {row}",
+                        remedy="give it, or None where it is missing",
+                    )
         table = pa.table({name: _array(name, [values[name] for values in frame]) for name in names})
     else:
-        raise UserError(f"rows of type {type(frame).__name__} can't be read; give {_TAKEN}")
+        raise UserError(f"rows of type {type(frame).__name__} can't be read", remedy=f"give {_TAKEN}")
     return pa.table({name: _typeless_if_missing(table.column(name)) for name in names})
 
 
@@ -83,10 +87,10 @@ def _check_names(there: Sequence[str], names: Sequence[str]) -> None:
         if name not in there:
             listed = ", ".join(there[:_FEW]) + (", ..." if len(there) > _FEW else "")
             raise UserError(
-                f"column {name!r} is absent{did_you_mean(name, there)}; the rows have {listed or 'no column'}"
+                f"column {name!r} is absent{did_you_mean(name, there)}", remedy=f"the rows have {listed or 'no column'}"
             )
         if there.count(name) > 1:
-            raise UserError(f"column {name!r} appears twice; give every column a name of its own")
+            raise UserError(f"column {name!r} appears twice", remedy="give every column a name of its own")
 
 
 def _from_pandas(name: str, values: Any) -> pa.Array:
@@ -111,16 +115,19 @@ def _array(name: str, values: Sequence[Any]) -> pa.Array:
             pa.array([value], from_pandas=True)
         except (pa.ArrowException, OverflowError, ValueError, TypeError) as error:
             raise UserError(
-                f"row {row}, column {name!r}: {shown(value)} of type {type(value).__name__} can't be read; give a "
-                "number, text or a list of them"
+                f"{shown(value)} of type {type(value).__name__} can't be read",
+                where=f"row {row}, column {name!r}",
+                remedy="give a number, text or a list of them",
             ) from error
         try:
             pa.array([first, value], from_pandas=True)
         except (pa.ArrowException, OverflowError, ValueError, TypeError) as error:
             raise UserError(
-                f"row {row}, column {name!r}: {shown(value)} does not go with {shown(first)} before it; give one type"
+                f"{shown(value)} does not go with {shown(first)} before it",
+                where=f"row {row}, column {name!r}",
+                remedy="give one type",
             ) from error
-    raise UserError(f"column {name!r}: its values have no common type; give one type")
+    raise UserError("its values have no common type", where=f"column {name!r}", remedy="give one type")
 
 
 def _typeless_if_missing(column: pa.ChunkedArray) -> pa.ChunkedArray:

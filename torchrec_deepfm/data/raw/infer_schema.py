@@ -53,7 +53,7 @@ def infer_schema(
     named = named.file.name if isinstance(named, ChunkTable) else named
     tables = [table for table in tables if not table.is_empty]
     if not tables:
-        raise UserError(f"{named}: the table has no rows; give one with data")
+        raise UserError("the table has no rows", where=named, remedy="give one with data")
     first = tables[0]
     rule = None if label is None or label in first.fields else LabelRule.parse(label)
     if rule is not None and rule.column not in first.fields:
@@ -62,15 +62,18 @@ def infer_schema(
         raise missing_column(first, label, remedy="name another --label")
     if first.twice:
         raise UserError(
-            f"{first.file.name}: column {sorted(first.twice)[0]!r} appears twice; give every column a different name"
+            f"column {sorted(first.twice)[0]!r} appears twice",
+            where=first.file.name,
+            remedy="give every column a different name",
         )
     columns = [sampled(name, column, text=first.is_text) for name, column in _sample(tables, sample_rows).items()]
     if first.is_text and any(map(is_number, first.fields)) and label is None:
         shown = ", ".join(map(repr, list(first.fields)[:_SHOWN]))
         raise UserError(
-            f"{first.file.name}: its first row looks like data ({shown}), and a CSV begins with the column names; add "
-            "such a row, or write a schema with header = [names], or pass --label NAME if these are names. Criteo's "
-            "own text needs no schema"
+            f"its first row looks like data ({shown}), and a CSV begins with the column names",
+            where=first.file.name,
+            remedy="add such a row, or write a schema with header = [names], or pass --label NAME if these "
+            "are names. Criteo's own text needs no schema",
         )
     found = _find_label(named, columns, rule or label)
     weight = None if keep else next(filter(_is_weight, (column for column in columns if column is not found)), None)
@@ -80,8 +83,9 @@ def infer_schema(
     if not (numeric or categorical):
         reasons = "".join(f"; {column.name!r} is left out: {column.why}" for column in left_out[:_SHOWN])
         raise UserError(
-            f"{named}: no column looks like a feature, and a model needs one; write the schema by hand, docs/tables.md"
-            f"{reasons}"
+            "no column looks like a feature, and a model needs one",
+            where=named,
+            remedy=f"write the schema by hand, docs/tables.md{reasons}",
         )
     rows = found.rows
     lines = [
@@ -123,7 +127,9 @@ def write_inferred(named: str, output: Path, label: str | None = None) -> None:
         UserError: As ``infer_schema``, or the file exists or can't be written.
     """
     check_local(output)
-    exists = UserError(f"{output}: the file exists, and its corrections would be lost; name another or remove it")
+    exists = UserError(
+        "the file exists, and its corrections would be lost", where=output, remedy="name another or remove it"
+    )
     if output.exists():
         raise exists
     text = infer_schema(named, label=label)
@@ -134,7 +140,7 @@ def write_inferred(named: str, output: Path, label: str | None = None) -> None:
         raise exists from error
     except OSError as error:
         raise UserError(
-            f"{output}: it can't be written ({error.strerror}); name a file in a writable folder"
+            f"it can't be written ({error.strerror})", where=output, remedy="name a file in a writable folder"
         ) from error
 
 
@@ -158,7 +164,9 @@ def _sample(tables: Sequence[TableFile], rows: int) -> dict[str, pa.ChunkedArray
             if batch.broken:
                 place = min(batch.broken)
                 raise UserError(
-                    f"{table.file.name}: row {place + table.first_row}, {batch.broken[place]}; repair or remove the row"
+                    f"row {place + table.first_row}, {batch.broken[place]}",
+                    where=table.file.name,
+                    remedy="repair or remove the row",
                 )
             parts.append(batch.table.slice(0, rows - sum(part.num_rows for part in parts)))
             if sum(part.num_rows for part in parts) >= rows:
@@ -179,12 +187,14 @@ def _find_label(named: str, columns: Sequence[SampledColumn], label: LabelRule |
         if found.faults or found.series.n_unique() != 2:
             fault = f"row {min(found.faults) + 1}: {found.faults[min(found.faults)]}" if found.faults else ""
             what = fault or f"{label} holds in {'every' if found.series[0] else 'no'} row"
-            raise UserError(f"{named}: column {label.column!r}, {what}; name another --label")
+            raise UserError(f"column {label.column!r}, {what}", where=named, remedy="name another --label")
         return chosen
     if label is not None:
         [chosen] = [column for column in columns if column.name == label]
         if not _is_label(chosen):
-            raise UserError(f"{named}: column {label!r} holds other values than 0 and 1; name another --label")
+            raise UserError(
+                f"column {label!r} holds other values than 0 and 1", where=named, remedy="name another --label"
+            )
         return chosen
     for name in _LABELS:
         if name in by_name and _is_label(by_name[name]):
@@ -196,7 +206,9 @@ def _find_label(named: str, columns: Sequence[SampledColumn], label: LabelRule |
         numbers = cells.numbers(pa.chunked_array([rated.series.to_arrow()])).series.drop_nulls().to_numpy()
         hint += f"; a rating becomes one by a threshold, such as --label '{rated.name} >= {np.median(numbers):g}'"
     raise UserError(
-        f"{named}: no column named {', '.join(_LABELS)} holds values 0 and 1; pass label= or --label NAME{hint}"
+        f"no column named {', '.join(_LABELS)} holds values 0 and 1",
+        where=named,
+        remedy=f"pass label= or --label NAME{hint}",
     )
 
 

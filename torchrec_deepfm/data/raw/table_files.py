@@ -128,7 +128,7 @@ class CsvTable:
         self.first_row = 1 if header else 2
         self.delimiter = delimiter or ("\t" if file.suffix.startswith(".tsv") else ",")
         if file.bytes == 0:
-            raise UserError(f"{file.name}: {_EMPTY}")
+            raise UserError(_EMPTY, where=file.name)
         broken: list[Any] = []
         with file.open() as opened, read_errors(file):
             checked(file, opened)
@@ -187,8 +187,9 @@ class CsvTable:
             except csv.Error as error:
                 if "end of data" in str(error) or "limit" in str(error):
                     raise UserError(
-                        f"{self.file.name}: a quoted cell is not closed; close the quote, or download the "
-                        "file again if it is cut off"
+                        "a quoted cell is not closed",
+                        where=self.file.name,
+                        remedy="close the quote, or download the file again if it is cut off",
                     ) from error
 
 
@@ -289,32 +290,35 @@ class read_errors:  # noqa: N801 (used as a function)
         if isinstance(error, UserError) or error is None:
             return
         if isinstance(error, UnicodeDecodeError):
-            raise UserError(f"{name}: the header is not UTF-8; save the file as UTF-8") from error
+            raise UserError("the header is not UTF-8", where=name, remedy="save the file as UTF-8") from error
         # A broken row that is not UTF-8 never reaches the handler, and is an error of the whole file.
         if isinstance(error, pa.ArrowInvalid) and (found := _BROKEN.search(str(error))):
             row, wanted, cells = found.groups()
             raise UserError(
-                f"{name}: row {row}, the row has {cells} cells, the header {wanted}, and its text is not UTF-8; save "
-                "the file as UTF-8, or repair or remove the row"
+                f"row {row}, the row has {cells} cells, the header {wanted}, and its text is not UTF-8",
+                where=name,
+                remedy="save the file as UTF-8, or repair or remove the row",
             ) from error
         if isinstance(error, pa.ArrowInvalid) and "Empty CSV file" in str(error):
-            raise UserError(f"{name}: {_EMPTY}") from error
+            raise UserError(_EMPTY, where=name) from error
         if isinstance(error, pa.ArrowInvalid) and "straddling" in str(error):
             raise UserError(
-                f"{name}: a row is longer than {_BLOCK_BYTES >> 20} MiB; close the quote if one is open, "
-                "or shorten the row"
+                f"a row is longer than {_BLOCK_BYTES >> 20} MiB",
+                where=name,
+                remedy="close the quote if one is open, or shorten the row",
             ) from error
         if isinstance(error, pa.ArrowNotImplementedError):
             raise UserError(
-                f"{name}: pyarrow can't read this ({one_line(error)}); write its columns in simpler types"
+                f"pyarrow can't read this ({one_line(error)})", where=name, remedy="write its columns in simpler types"
             ) from error
         suffix = PurePath(self.file.suffix).suffix
         if isinstance(error, OSError) and suffix in COMPRESSIONS:
-            raise UserError(f"{name}: {explain_damage(suffix, error)}") from error
+            raise UserError(explain_damage(suffix, error), where=name) from error
         if isinstance(error, pa.ArrowException | OSError | EOFError):
             raise UserError(
-                f"{name}: the file can't be read as {self.file.format} ({one_line(error)}); download or write the "
-                "file again"
+                f"the file can't be read as {self.file.format} ({one_line(error)})",
+                where=name,
+                remedy="download or write the file again",
             ) from error
 
 

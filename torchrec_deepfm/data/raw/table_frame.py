@@ -145,14 +145,14 @@ def category_types(
         try:
             kind = _column_type(role, name, options, fields[source], until, wanted, cut.get(name, False), is_text)
         except UserError as error:
-            raise UserError(f"column {source!r}: {error}") from error
+            raise error.within(f"column {source!r}") from error
         if role == "categorical":
             found.append(kind)
     if labelled and schema.weight is not None and not is_text:
         try:
             column_types.check_number(column_types.kind_of(fields[schema.weight]))
         except UserError as error:
-            raise UserError(f"column {schema.weight!r}: {error}") from error
+            raise error.within(f"column {schema.weight!r}") from error
     return tuple(found)
 
 

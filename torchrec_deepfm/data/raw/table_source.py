@@ -71,7 +71,9 @@ class TableSource:
             frame, faults = self._frame(table, broken)
             if faults and not skip_bad:
                 place = min(faults)
-                raise UserError(f"{self.path}: row {first + place}, {faults[place]}; repair or remove the row")
+                raise UserError(
+                    f"row {first + place}, {faults[place]}", where=self.path, remedy="repair or remove the row"
+                )
             skipped += [
                 Skipped(line=first + place, reason=faults[place], place=row - begin + place) for place in sorted(faults)
             ]
@@ -193,7 +195,7 @@ def open_tables(
         >>> folder.cleanup()
     """
     if piece_rows < 1:
-        raise UserError(f"piece_rows: {piece_rows} is too small; give 1 or more")
+        raise UserError(f"{piece_rows} is too small", where="piece_rows", remedy="give 1 or more")
     if isinstance(named, ChunkTable):
         tables: list[TableFile] = [named]
         named = named.file.name
@@ -201,7 +203,7 @@ def open_tables(
         tables = [open_table(file, schema.delimiter, schema.header) for file in find_files(named)]
     filled = [table for table in tables if not table.is_empty]
     if not filled:
-        raise UserError(f"{named}: the table has no rows; give one with data or leave it out")
+        raise UserError("the table has no rows", where=named, remedy="give one with data or leave it out")
     sources = [_source(table, schema, piece_rows, types, labelled, tuple(keep)) for table in filled]
     return sources if types is not None else unify(sources)
 
@@ -232,7 +234,9 @@ def joined_pieces(
             first += sources[place].file.first_row
             if bad and not skip_bad:
                 i = min(bad)
-                raise UserError(f"{sources[place].path}: row {first + i}, {bad[i]}; repair or remove the row")
+                raise UserError(
+                    f"row {first + i}, {bad[i]}", where=sources[place].path, remedy="repair or remove the row"
+                )
             skipped += [(place, Skipped(line=first + i, reason=bad[i])) for i in sorted(bad)]
         held.clear()
         return JoinedPiece(frame=frame, next_start=(last, after, 0), done=done, skipped=tuple(skipped))
@@ -266,8 +270,9 @@ def unify(sources: Sequence[TableSource]) -> list[TableSource]:
             first, path = known.setdefault(name, (kind, source.path))
             if first != kind:
                 raise UserError(
-                    f"{source.path}: column {name!r} holds {_word(kind)}, but {_word(first)} in {path}; write both "
-                    f'the same way, or set type = "string" under [columns.{toml_key(name)}]'
+                    f"column {name!r} holds {_word(kind)}, but {_word(first)} in {path}",
+                    where=source.path,
+                    remedy=f'write both the same way, or set type = "string" under [columns.{toml_key(name)}]',
                 )
     return [
         replace(source, types=tuple(known.get(name, (None, ""))[0] for name in source.schema.categorical))
@@ -289,12 +294,18 @@ def missing_column(table: TableFile, name: str, *, role: str = "", remedy: str =
     close = difflib.get_close_matches(name.casefold(), list(lower), n=1)
     shown = ", ".join(repr(other) for other in names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
     hint = f" (did you mean {lower[close[0]]!r}?)" if close else ""
-    where = f"{table.file.name}: no column {name!r}{role and f', {role}'}; the file has {shown}{hint}"
+    file, what = table.file.name, f"no column {name!r}{role and f', {role}'}; the file has {shown}{hint}"
     if table.is_text and any(map(is_number, names)):
-        return UserError(f"{where}; its first row looks like data: add a first row that holds the column names")
+        return UserError(
+            what, where=file, remedy="its first row looks like data: add a first row that holds the column names"
+        )
     if isinstance(table, CsvTable) and len(names) == 1 and (cut := delimiter_in(names[0])):
-        return UserError(f"{where}; its cells are separated by {cut!r}: set delimiter = {toml_text(cut)} in the schema")
-    return UserError(f"{where}; {remedy}")
+        return UserError(
+            what,
+            where=file,
+            remedy=f"its cells are separated by {cut!r}: set delimiter = {toml_text(cut)} in the schema",
+        )
+    return UserError(what, where=file, remedy=remedy)
 
 
 def delimiter_in(header: str) -> str | None:
@@ -337,11 +348,13 @@ def _source(
             role = f"the weights of column {owners[0]!r}" if owners else ""
             raise missing_column(table, name, role=role, **({} if name in wanted else {"remedy": "correct --keep"}))
         if name in table.twice:
-            raise UserError(f"{table.file.name}: column {name!r} appears twice; give every column a different name")
+            raise UserError(
+                f"column {name!r} appears twice", where=table.file.name, remedy="give every column a different name"
+            )
     try:
         found = category_types(table.fields, schema, types=types, labelled=labelled, is_text=table.is_text)
     except UserError as error:
-        raise UserError(f"{table.file.name}: {error}") from error
+        raise error.within(table.file.name) from error
     return TableSource(file=table, schema=schema, types=found, piece_rows=piece_rows, labelled=labelled, keep=keep)
 
 

@@ -75,13 +75,13 @@ class Column:
         """Check the options one by one."""
         for key in ("list", "missing_indicator"):
             if not isinstance(getattr(self, key), bool):
-                raise UserError(f"{key}: {getattr(self, key)!r} is not true or false; give one of them")
+                raise UserError(f"{getattr(self, key)!r} is not true or false", where=key, remedy="give one of them")
         for key in ("separator", "weights", "of", "format", "timezone", "until"):
             value = getattr(self, key)
             if value is not None and (not isinstance(value, str) or not value):
-                raise UserError(f"{key}: {value!r} is not a text; give a non-empty string")
+                raise UserError(f"{value!r} is not a text", where=key, remedy="give a non-empty string")
             if key in LIST_ONLY and value is not None and not self.list:
-                raise UserError(f"{key}: only valid for a list column; add list = true, or remove it")
+                raise UserError("only valid for a list column", where=key, remedy="add list = true, or remove it")
         self._check_time()
         self._check_cross()
         check_choice("type", self.type, TYPES)
@@ -95,31 +95,41 @@ class Column:
         for key in ("format", "timezone", "until"):
             if getattr(self, key) is not None and (self.part is None or (key == "until" and self.part != "age")):
                 which = '"age"' if key == "until" else one_of(PARTS, "")
-                raise UserError(f"{key}: only valid for a part of a time; add part = {which}, or remove it")
+                raise UserError(
+                    "only valid for a part of a time", where=key, remedy=f"add part = {which}, or remove it"
+                )
         if self.part == "age" and self.until is None:
             raise UserError(
-                'until: is missing; give a date such as "2024-01-31", or the column with the time of the row'
+                "is missing",
+                where="until",
+                remedy='give a date such as "2024-01-31", or the column with the time of the row',
             )
         if self.part is not None and (self.list or self.type is not None):
-            raise UserError(f"part: not valid for a list or with a type; remove {'list' if self.list else 'type'}")
+            raise UserError(
+                "not valid for a list or with a type", where="part", remedy=f"remove {'list' if self.list else 'type'}"
+            )
         if self.timezone not in (None, "UTC"):
             try:
                 ZoneInfo(str(self.timezone))
             except (ZoneInfoNotFoundError, ValueError, OSError) as error:
                 raise UserError(
-                    f"timezone: {self.timezone!r} is not a time zone of this machine; give one such as Europe/Berlin"
+                    f"{self.timezone!r} is not a time zone of this machine",
+                    where="timezone",
+                    remedy="give one such as Europe/Berlin",
                 ) from error
 
     def _check_cross(self) -> None:
         given: Any = self.cross
         if isinstance(given, str) or not isinstance(given, Sequence) or not all(isinstance(one, str) for one in given):
-            raise UserError(f"cross: {given!r} is not a list of columns; give two or more")
+            raise UserError(f"{given!r} is not a list of columns", where="cross", remedy="give two or more")
         object.__setattr__(self, "cross", tuple(given))
         if given and (len(set(given)) < len(given) or len(given) < 2):
-            raise UserError(f"cross: {list(given)!r} does not name two different columns; give two or more")
+            raise UserError(
+                f"{list(given)!r} does not name two different columns", where="cross", remedy="give two or more"
+            )
         others = [key for key in ("list", "of", "part", "type") if getattr(self, key)]
         if given and others:
-            raise UserError(f"cross: not valid beside {others[0]}; remove one of them")
+            raise UserError(f"not valid beside {others[0]}", where="cross", remedy="remove one of them")
 
     def to_json(self) -> dict[str, Any]:
         """Return the options that differ from their defaults.
@@ -135,14 +145,16 @@ class Column:
 def check_choice(key: str, value: object, choices: tuple[str, ...]) -> None:
     """Raise unless a value is absent or one of the choices."""
     if value is not None and value not in choices:
-        raise UserError(f"{key}: {value!r} is not valid; choose {one_of(choices, value)}")
+        raise UserError(f"{value!r} is not valid", where=key, remedy=f"choose {one_of(choices, value)}")
 
 
 def _check_count(key: str, value: object, least: int, most: int = _MAX_NUM_EMBEDDINGS) -> None:
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise UserError(f"{key}: {value!r} is not a valid count; give a whole number from {least} to {most}")
+        raise UserError(
+            f"{value!r} is not a valid count", where=key, remedy=f"give a whole number from {least} to {most}"
+        )
 
 
 def is_date(text: str) -> bool:

@@ -42,7 +42,8 @@ def parse_schema(text: str, where: Path) -> Schema:
     try:
         return build_schema(value, layout="table")
     except UserError as error:
-        raise UserError(error.what, where=where) from error
+        inside = error.where.removeprefix("schema")
+        raise UserError(error.what, where=f"{where}{inside}", remedy=error.remedy) from error
 
 
 def load_schema(name_or_path: str) -> Schema:
@@ -68,5 +69,7 @@ def load_schema(name_or_path: str) -> Schema:
         return read_schema(name_or_path)
     hint = did_you_mean(name_or_path, _NAMED)
     raise UserError(
-        f"--schema: unknown schema {name_or_path!r}; choose one of {', '.join(_NAMED)}, or name a .toml file{hint}"
+        f"unknown schema {name_or_path!r}",
+        where="--schema",
+        remedy=f"choose one of {', '.join(_NAMED)}, or name a .toml file{hint}",
     )

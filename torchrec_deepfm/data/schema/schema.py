@@ -65,17 +65,19 @@ class Schema:
         for name in self.names:
             if not isinstance(name, str) or not name:
                 raise UserError(
-                    f"{name!r} is not a valid column name; give every column a non-empty name", where="schema"
+                    f"{name!r} is not a valid column name", where="schema", remedy="give every column a non-empty name"
                 )
             if name in seen:
-                raise UserError(f"column {name!r} appears twice; give every column a different name", where="schema")
+                raise UserError(
+                    f"column {name!r} appears twice", where="schema", remedy="give every column a different name"
+                )
             seen.add(name)
         try:
             check_choice("layout", self.layout, LAYOUTS)
             check_choice("numeric_transform", self.numeric_transform, TRANSFORMS)
             check_choice("missing", self.missing, MISSING)
         except UserError as error:
-            raise UserError(error.what, where="schema") from error
+            raise error.within("schema") from error
         if self.delimiter is not None and (
             not isinstance(self.delimiter, str)
             or len(self.delimiter) != 1
@@ -83,16 +85,19 @@ class Schema:
             or self.delimiter in '"\r\n'
         ):
             raise UserError(
-                f"delimiter: {self.delimiter!r} is not valid; give one ASCII character, not a quote or newline",
-                where="schema",
+                f"{self.delimiter!r} is not valid",
+                where="schema: delimiter",
+                remedy="give one ASCII character, not a quote or newline",
             )
         header: Any = self.header
         if isinstance(header, str) or not all(isinstance(name, str) and name for name in header):
-            raise UserError(f"header: {header!r} is not a list of column names; give text in [ ]", where="schema")
+            raise UserError(
+                f"{header!r} is not a list of column names", where="schema: header", remedy="give text in [ ]"
+            )
         object.__setattr__(self, "header", tuple(header))
         if header and (self.layout != "table" or len(set(header)) < len(header)):
             what = "only valid for a CSV" if self.layout != "table" else "names a column twice"
-            raise UserError(f"header: {what}; correct it", where="schema")
+            raise UserError(what, where="schema: header", remedy="correct it")
         # A copy, so that the caller's mapping may change.
         object.__setattr__(self, "columns", dict(self.columns))
         for name, column in self.columns.items():
@@ -102,9 +107,9 @@ class Schema:
             (self.options(name).transform or self.numeric_transform) in BUCKETS for name in self.numeric
         ):
             raise UserError(
-                "no categorical column; name at least one under 'categorical', or give a number transform = "
-                '"bucketize"',
+                "no categorical column",
                 where="schema",
+                remedy="name at least one under 'categorical', or give a number transform = \"bucketize\"",
             )
 
     def _check_column(self, name: str, column: Column) -> None:
@@ -113,33 +118,42 @@ class Schema:
             weights = [other for other, options in self.columns.items() if options.weights == name]
             hint = f"; put options of the list at {weights[0]!r}" if weights else did_you_mean(name, self.names)
             raise UserError(
-                f"{place}: {name!r} is not among label, numeric and categorical; name it there{hint}", where="schema"
+                f"{name!r} is not among label, numeric and categorical",
+                where=f"schema: {place}",
+                remedy=f"name it there{hint}",
             )
         given = column.to_json()
         if name not in self.categorical:
             for key in ("list", *LIST_ONLY, "type", "min_count", "num_embeddings", "cross"):
                 if key in given:
-                    raise UserError(f"{place}.{key}: only valid for a categorical column; remove it", where="schema")
+                    raise UserError(
+                        "only valid for a categorical column", where=f"schema: {place}.{key}", remedy="remove it"
+                    )
         if name not in self.numeric:
             for key in ("transform", "buckets", "missing_indicator"):
                 if key in given:
-                    raise UserError(f"{place}.{key}: only valid for a numeric column; remove it", where="schema")
+                    raise UserError(
+                        "only valid for a numeric column", where=f"schema: {place}.{key}", remedy="remove it"
+                    )
         if self.layout == "criteo":
             for key in ("list", "type", "of", "part", "cross"):
                 if key in given:
                     raise UserError(
-                        f'{place}.{key}: not valid for Criteo\'s text; set layout = "table"', where="schema"
+                        "not valid for Criteo's text", where=f"schema: {place}.{key}", remedy='set layout = "table"'
                     )
         if column.weights in self.names:
             raise UserError(
-                f"{place}.weights: {column.weights!r} is also listed as a column; remove it there", where="schema"
+                f"{column.weights!r} is also listed as a column",
+                where=f"schema: {place}.weights",
+                remedy="remove it there",
             )
         if column.weights is not None:
             lists = [other for other, options in self.columns.items() if options.weights == column.weights]
             if len(lists) > 1:
                 raise UserError(
-                    f"{place}.weights: {column.weights!r} serves {len(lists)} lists; give each a separate column",
-                    where="schema",
+                    f"{column.weights!r} serves {len(lists)} lists",
+                    where=f"schema: {place}.weights",
+                    remedy="give each a separate column",
                 )
 
     def _check_sources(self) -> None:
@@ -149,30 +163,30 @@ class Schema:
             place = f"columns.{toml_key(name)}"
             if self.source(name) == self.label_column:
                 raise UserError(
-                    f"{self.label_column!r} is the label, and would give itself away as a feature; remove it from "
-                    "numeric and categorical",
+                    f"{self.label_column!r} is the label, and would give itself away as a feature",
                     where="schema",
+                    remedy="remove it from numeric and categorical",
                 )
             for other in options.cross:
                 if other not in self.one_hot or self.options(other).cross:
                     raise UserError(
-                        f"{place}.cross: {other!r} is not a categorical column with one value per row; list it under "
-                        f"categorical{did_you_mean(other, self.one_hot)}",
-                        where="schema",
+                        f"{other!r} is not a categorical column with one value per row",
+                        where=f"schema: {place}.cross",
+                        remedy=f"list it under categorical{did_you_mean(other, self.one_hot)}",
                     )
         if self.weight is not None:
             self._check_weight()
         if self.layout == "criteo" and self.label_rule is not None:
-            raise UserError(f'label: {self.label!r} needs named columns; set layout = "table"', where="schema")
+            raise UserError(f"{self.label!r} needs named columns", where="schema: label", remedy='set layout = "table"')
 
     def _check_weight(self) -> None:
         weight: Any = self.weight
         if not isinstance(weight, str) or not weight:
-            raise UserError(f"weight: {weight!r} is not a valid column name; give a text", where="schema")
+            raise UserError(f"{weight!r} is not a valid column name", where="schema: weight", remedy="give a text")
         if self.layout != "table":
-            raise UserError('weight: only valid for named columns; set layout = "table"', where="schema")
+            raise UserError("only valid for named columns", where="schema: weight", remedy='set layout = "table"')
         if weight in (self.label_column, *self.features_read):
-            raise UserError(f"weight: {weight!r} is also label or feature; remove it there", where="schema")
+            raise UserError(f"{weight!r} is also label or feature", where="schema: weight", remedy="remove it there")
 
     @cached_property
     def label_rule(self) -> LabelRule | None:
@@ -287,29 +301,32 @@ class Schema:
 def build_schema(value: Mapping[str, Any], *, layout: str) -> Schema:
     """A schema from parsed JSON or TOML; messages begin with ``schema: KEY: ``."""
     if not isinstance(value, Mapping):
-        raise UserError("not a table of keys; give label, numeric and categorical", where="schema")
+        raise UserError("not a table of keys", where="schema", remedy="give label, numeric and categorical")
     known = tuple(Schema.__dataclass_fields__)
     for key in value:
         if key not in known:
-            raise UserError(f"{toml_key(key)}: unknown key; choose {one_of(known, key)}", where="schema")
+            raise UserError("unknown key", where=f"schema: {toml_key(key)}", remedy=f"choose {one_of(known, key)}")
     for key in ("label", "numeric", "categorical"):
         if key not in value:
-            raise UserError(f"{key!r} is missing; give label, numeric and categorical", where="schema")
+            raise UserError(f"{key!r} is missing", where="schema", remedy="give label, numeric and categorical")
     if isinstance(value["label"], list):
         raise UserError(
-            f"label: {value['label']!r} are several, and a model here learns one; name one, and train a model for each",
-            where="schema",
+            f"{value['label']!r} are several, and a model here learns one",
+            where="schema: label",
+            remedy="name one, and train a model for each",
         )
     if not isinstance(value["label"], str):
-        raise UserError(f"label: {value['label']!r} is not a valid column name; give a text", where="schema")
+        raise UserError(f"{value['label']!r} is not a valid column name", where="schema: label", remedy="give a text")
     for key in ("numeric", "categorical"):
         if not isinstance(value[key], list) or not all(isinstance(name, str) for name in value[key]):
             raise UserError(
-                f"{key}: numeric and categorical must be lists of column names; give text in [ ]", where="schema"
+                "numeric and categorical must be lists of column names",
+                where=f"schema: {key}",
+                remedy="give text in [ ]",
             )
     tables = value.get("columns", {})
     if not isinstance(tables, Mapping):
-        raise UserError("columns: not a table; write [columns.NAME] and the options below it", where="schema")
+        raise UserError("not a table", where="schema: columns", remedy="write [columns.NAME] and the options below it")
     columns = {name: _column(name, options) for name, options in tables.items()}
     rest = {
         key: value[key]
@@ -328,15 +345,21 @@ def build_schema(value: Mapping[str, Any], *, layout: str) -> Schema:
 def _column(name: str, options: object) -> Column:
     if not isinstance(options, Mapping):
         raise UserError(
-            f"columns.{toml_key(name)}: not a table; write [columns.NAME] and the options below it", where="schema"
+            "not a table",
+            where=f"schema: columns.{toml_key(name)}",
+            remedy="write [columns.NAME] and the options below it",
         )
     known = tuple(Column.__dataclass_fields__)
     for key in options:
         if key not in known:
             raise UserError(
-                f"columns.{toml_key(name)}.{toml_key(key)}: unknown option; choose {one_of(known, key)}", where="schema"
+                "unknown option",
+                where=f"schema: columns.{toml_key(name)}.{toml_key(key)}",
+                remedy=f"choose {one_of(known, key)}",
             )
     try:
         return Column(**options)
     except UserError as error:
-        raise UserError(f"columns.{toml_key(name)}.{error}", where="schema") from error
+        raise UserError(
+            error.what, where=f"schema: columns.{toml_key(name)}.{error.where}", remedy=error.remedy
+        ) from error

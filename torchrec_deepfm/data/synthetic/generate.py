@@ -142,8 +142,9 @@ def generate(
             files[name] = _write_file(connection, folder / name, truth, rows=file_rows, seed=seed, stream=stream)
             if files[name].auc is None and not name.startswith("day_"):
                 raise UserError(
-                    f"--click-rate {click_rate}: all {file_rows} rows of {name} have the same label; "
-                    "raise --rows or choose a click rate nearer to 0.5"
+                    f"all {file_rows} rows of {name} have the same label",
+                    where=f"--click-rate {click_rate}",
+                    remedy="raise --rows or choose a click rate nearer to 0.5",
                 )
         known = {
             "format_version": TRUTH_VERSION,
@@ -158,15 +159,17 @@ def generate(
 
 def _check_options(*, rows: int, days: int, seed: int, click_rate: float) -> None:
     if rows < 1:
-        raise UserError(f"--rows {rows} is too small; give 1 or more")
+        raise UserError(f"--rows {rows} is too small", remedy="give 1 or more")
     if days < 1:
-        raise UserError(f"--days {days} is too small; give 1 or more")
+        raise UserError(f"--days {days} is too small", remedy="give 1 or more")
     if rows < days:
-        raise UserError(f"--rows {rows}: fewer rows than the {days} days; give more --rows or fewer --days")
+        raise UserError(
+            f"fewer rows than the {days} days", where=f"--rows {rows}", remedy="give more --rows or fewer --days"
+        )
     if not 0 <= seed <= _LARGEST_SEED:
-        raise UserError(f"--seed {seed} is out of range; give a number from 0 to 2**63 - 1")
+        raise UserError(f"--seed {seed} is out of range", remedy="give a number from 0 to 2**63 - 1")
     if not 0 < click_rate < 1:  # also refuses NaN
-        raise UserError(f"--click-rate {click_rate} is out of range; give a number between 0 and 1")
+        raise UserError(f"--click-rate {click_rate} is out of range", remedy="give a number between 0 and 1")
 
 
 def _write_file(

@@ -101,12 +101,16 @@ def hash_sizes(raw: Schema, schema: Schema, num_embeddings: Sequence[int]) -> li
         each = [BUCKET_EMBEDDINGS] * buckets + each
     if len(each) != len(names):
         raise UserError(
-            f"--num-embeddings: {len(each)} numbers for {len(names)} categorical columns; give one for all, or one each"
+            f"{len(each)} numbers for {len(names)} categorical columns",
+            where="--num-embeddings",
+            remedy="give one for all, or one each",
         )
     each = [schema.options(name).num_embeddings or size for name, size in zip(names, each, strict=True)]
     for size in each:
         if not 2 <= size <= MAX_NUM_EMBEDDINGS:
-            raise UserError(f"--num-embeddings: {size} is out of range; give 2 to {MAX_NUM_EMBEDDINGS}")
+            raise UserError(
+                f"{size} is out of range", where="--num-embeddings", remedy=f"give 2 to {MAX_NUM_EMBEDDINGS}"
+            )
     return each
 
 

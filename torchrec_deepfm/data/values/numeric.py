@@ -104,7 +104,7 @@ def numeric_columns(schema: Schema, option: str | None) -> tuple[NumericColumn, 
         UserError: The transform does not exist, ``log`` is mixed with another one, or an option does not fit it.
     """
     if option is not None and option not in TRANSFORMS:
-        raise UserError(f"--numeric {option} is not a valid transform; choose {one_of(TRANSFORMS, option)}")
+        raise UserError(f"--numeric {option} is not a valid transform", remedy=f"choose {one_of(TRANSFORMS, option)}")
     fallback = option or ("log1p" if schema.layout == "criteo" else "none")
     found = []
     for name in schema.numeric:
@@ -115,22 +115,30 @@ def numeric_columns(schema: Schema, option: str | None) -> tuple[NumericColumn, 
         )
         at = f"schema: columns.{toml_key(name)}"
         if column.buckets is not None and transform != "bucketize":
-            raise UserError(f'{at}.buckets: the transform is {transform}; set transform = "bucketize", or remove it')
+            raise UserError(
+                f"the transform is {transform}",
+                where=f"{at}.buckets",
+                remedy='set transform = "bucketize", or remove it',
+            )
         if column.indicator and (column.is_category or transform == "log"):
             raise UserError(
-                f"{at}.missing_indicator: not valid with the transform {transform}; remove it, or choose another"
+                f"not valid with the transform {transform}",
+                where=f"{at}.missing_indicator",
+                remedy="remove it, or choose another",
             )
         if column.indicator and column.indicator_name in schema.names:
             raise UserError(
-                f"{at}.missing_indicator: its column would be {column.indicator_name!r}, which is a column already; "
-                "remove one of them"
+                f"its column would be {column.indicator_name!r}, which is a column already",
+                where=f"{at}.missing_indicator",
+                remedy="remove one of them",
             )
         found.append(column)
     chosen = {column.transform for column in found}
     if "log" in chosen and chosen - {"log", *BUCKETS}:
         raise UserError(
-            "numeric columns: log shifts all of them by one minimum, so it can't stand beside log1p or none; use log "
-            "for all, or for none"
+            "log shifts all of them by one minimum, so it can't stand beside log1p or none",
+            where="numeric columns",
+            remedy="use log for all, or for none",
         )
     return tuple(found)
 

@@ -215,23 +215,29 @@ class OldVocabulary:
             what = (
                 f"column {different[0]!r} is in one of them only" if different else "the columns' order or kind differs"
             )
-            raise UserError(f"--vocabulary {folder}: its categorical columns are not those of --schema; {what}")
+            raise UserError(
+                "its categorical columns are not those of --schema", where=f"--vocabulary {folder}", remedy=what
+            )
         if schema.numeric != theirs.numeric:
             raise UserError(
-                f"--vocabulary {folder}: its numeric columns are {', '.join(theirs.numeric)}, now they are "
-                f"{', '.join(schema.numeric)}; use its schema"
+                f"its numeric columns are {', '.join(theirs.numeric)}, now they are {', '.join(schema.numeric)}",
+                where=f"--vocabulary {folder}",
+                remedy="use its schema",
             )
         if schema.missing != theirs.missing:
             raise UserError(
-                f"--vocabulary {folder}: was prepared with --missing {theirs.missing}, now it is {schema.missing}; "
-                "choose the same --missing"
+                f"was prepared with --missing {theirs.missing}, now it is {schema.missing}",
+                where=f"--vocabulary {folder}",
+                remedy="choose the same --missing",
             )
         then = data.made.get("numeric")
         if isinstance(then, Mapping) and dict(then) != dict(transforms):
             names = [name for name in {**then, **transforms} if then.get(name) != transforms.get(name)]
             raise UserError(
-                f"--vocabulary {folder}: numeric column {names[0]!r} was prepared with {then.get(names[0])}, now it is "
-                f"{transforms.get(names[0])}; choose the same --numeric"
+                f"numeric column {names[0]!r} was prepared with {then.get(names[0])}, now it is "
+                f"{transforms.get(names[0])}",
+                where=f"--vocabulary {folder}",
+                remedy="choose the same --numeric",
             )
         manifest = read_manifest(folder)
         learned = manifest.get("encoding", {}).get("statistics", {})
@@ -243,8 +249,9 @@ class OldVocabulary:
             theirs_learned = self.statistics.get(column.name)
             if column.is_learned and (theirs_learned is None or len(theirs_learned.quantiles) != _points(column)):
                 raise UserError(
-                    f"--vocabulary {folder}: numeric column {column.name!r} was prepared with other buckets; choose "
-                    "the same in the schema"
+                    f"numeric column {column.name!r} was prepared with other buckets",
+                    where=f"--vocabulary {folder}",
+                    remedy="choose the same in the schema",
                 )
         files = manifest.get("files", {})
         self.digests: dict[str, Any] = {}
@@ -252,7 +259,9 @@ class OldVocabulary:
             path = vocabulary_file(folder, j)
             if path.name not in files:
                 raise UserError(
-                    f"--vocabulary {folder}: {path.name} is missing; name a folder that was prepared without --hash"
+                    f"{path.name} is missing",
+                    where=f"--vocabulary {folder}",
+                    remedy="name a folder that was prepared without --hash",
                 )
             self.digests[path.name] = files[path.name]
 
@@ -264,7 +273,9 @@ class OldVocabulary:
         for j, name in enumerate(self._schema.categorical):
             path = vocabulary_file(self.folder, j)
             if digest(path) != self.digests[path.name]:
-                raise UserError(f"{path}: the file is damaged (its checksum differs); name another --vocabulary")
+                raise UserError(
+                    "the file is damaged (its checksum differs)", where=path, remedy="name another --vocabulary"
+                )
             self._check_type(j, name, pl.read_parquet_schema(path)["value"], staged)
             draft = drafts / path.name
             shutil.copyfile(path, draft)
@@ -279,4 +290,6 @@ class OldVocabulary:
                 continue
             column = pl.read_parquet(path, columns=[f"c{j}"], glob=False, hive_partitioning=False)[f"c{j}"]
             if column.null_count() < len(column):  # a column without values has no known type
-                raise UserError(f"--vocabulary {self.folder}: column {name!r} holds {kept} there and {inner} here")
+                raise UserError(
+                    f"column {name!r} holds {kept} there and {inner} here", where=f"--vocabulary {self.folder}"
+                )

@@ -44,4 +44,4 @@ class Limits:
         ):
             value = getattr(self, name)
             if not least <= value <= most:
-                raise UserError(f"--{name.replace('_', '-')} {value}: must be {least} to {most:,}")
+                raise UserError(f"must be {least} to {most:,}", where=f"--{name.replace('_', '-')} {value}")

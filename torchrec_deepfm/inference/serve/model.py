@@ -53,7 +53,7 @@ class ServedModel:
             [Work(rows=row)]
         )  # this also sorts the vocabularies, which the first request would wait for
         if isinstance(found, Exception):
-            raise UserError(f"{path}: can't score a row of missing values ({found}); serve another model")
+            raise UserError(f"can't score a row of missing values ({found})", where=path, remedy="serve another model")
 
     def answer(self, batch: Sequence[Work]) -> list[Any]:
         """Score requests together.

@@ -241,13 +241,15 @@ async def run(
 
 def _listen(host: str, port: int) -> socket.socket:
     if not 0 <= port < 2**16:
-        raise UserError(f"--port {port}: must be 0 to {2**16 - 1:,}")
+        raise UserError(f"must be 0 to {2**16 - 1:,}", where=f"--port {port}")
     try:
         [family, _, _, _, address], *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         listener = socket.create_server(address[:2], family=family, backlog=1024)
     except (OSError, UnicodeError) as error:
         what = getattr(error, "strerror", None) or error
-        raise UserError(f"--host {host} --port {port}: can't listen there ({what}); choose another one") from error
+        raise UserError(
+            f"can't listen there ({what})", where=f"--host {host} --port {port}", remedy="choose another one"
+        ) from error
     # asyncio sets it only on sockets that name their protocol, and accepted ones name the listener's. Without it the
     # body of an answer waits for the acknowledgement of its head, 40 ms.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -113,13 +113,14 @@ def parse_constraints(
     for rule in [_parse(text, tables) for text in rules]:
         matched = [table for table in tables if rule.matches(table)]
         if not matched:
-            raise UserError(f"--constraint {rule.text}: {_nothing(rule, tables)}")
+            raise UserError(_nothing(rule, tables), where=f"--constraint {rule.text}")
         for table in matched:
             before = chosen.get(table.name)
             if before is not None and before.rank == rule.rank and before.table_rule != rule.table_rule:
                 raise UserError(
                     f"--constraint {before.text} and --constraint {rule.text} contradict each other over table "
-                    f"{table.name}; leave one of them, or name the table in a rule of its own"
+                    f"{table.name}",
+                    remedy="leave one of them, or name the table in a rule of its own",
                 )
             if before is None or before.rank < rule.rank:
                 chosen[table.name] = rule
@@ -147,8 +148,10 @@ def in_device_memory(
         for kernel in given.compute_kernels or ():
             if kernel not in IN_MEMORY_KERNELS:
                 raise UserError(
-                    f"--constraint: table {table.name} has the kernel {kernel}, which keeps rows in host memory, where "
-                    "--ema can't average them; leave one of the two out"
+                    f"table {table.name} has the kernel {kernel}, which keeps rows in host memory, where --ema "
+                    "can't average them",
+                    where="--constraint",
+                    remedy="leave one of the two out",
                 )
         found[table.name] = replace(given, compute_kernels=given.compute_kernels or list(IN_MEMORY_KERNELS))
     return found
@@ -192,7 +195,7 @@ def keep_to_possible(
 
 def _parse(text: str, tables: Sequence[NamedTable]) -> _Rule:
     if not text.isprintable():
-        raise UserError(f"--constraint {text!r}: this can't be printed; write NAME=TYPE on one line")
+        raise UserError("this can't be printed", where=f"--constraint {text!r}", remedy="write NAME=TYPE on one line")
     where = f"--constraint {text}"
     names = {name for table in tables for name in (table.name, *table.feature_names)}
     # A column may have "=" or a letter of a glob in its name.
@@ -220,7 +223,9 @@ def _parse(text: str, tables: Sequence[NamedTable]) -> _Rule:
     if span := _RANGE.fullmatch(text):
         above, most = _rows(span["above"], where), _rows(span["most"], where)
         if above >= most:
-            raise UserError(f"{where}: no number is above {above:g} and at most {most:g}; write the smaller one first")
+            raise UserError(
+                f"no number is above {above:g} and at most {most:g}", where=where, remedy="write the smaller one first"
+            )
         return _Rule(
             text=text,
             rank=_Rank.SIZE,
@@ -230,7 +235,7 @@ def _parse(text: str, tables: Sequence[NamedTable]) -> _Rule:
     which, equals, rest = text.partition("=")
     which = which.strip()
     if not equals or not which:
-        raise UserError(f"{where}: write NAME=TYPE, such as C1=row_wise or '>1e6=column_wise'")
+        raise UserError("write NAME=TYPE, such as C1=row_wise or '>1e6=column_wise'", where=where)
     return _Rule(
         text=text,
         rank=_Rank.GLOB if any(letter in which for letter in "*?[") else _Rank.NAME,
@@ -245,7 +250,7 @@ def _rows(text: str, where: str) -> float:
     except ValueError:
         rows = math.nan
     if not 0 <= rows < math.inf:
-        raise UserError(f"{where}: {text!r} is not a number of rows; write one such as 100000 or 1e5")
+        raise UserError(f"{text!r} is not a number of rows", where=where, remedy="write one such as 100000 or 1e5")
     return rows
 
 
@@ -254,14 +259,16 @@ def _table_rule(text: str, where: str) -> TableRule:
     types = SHARDING_TYPES if listed == ANY else tuple(dict.fromkeys(kind.strip() for kind in listed.split(",")))
     for kind in types:
         if kind not in SHARDING_TYPES:
-            raise UserError(f"{where}: unknown sharding type {kind!r}; choose {one_of((*SHARDING_TYPES, ANY), kind)}")
+            raise UserError(
+                f"unknown sharding type {kind!r}", where=where, remedy=f"choose {one_of((*SHARDING_TYPES, ANY), kind)}"
+            )
     found: dict[str, str] = {}
     for option in options:
         name, equals, value = option.partition("=")
         if name not in OPTIONS:
-            raise UserError(f"{where}: unknown option {name!r}; choose {one_of(OPTIONS, name)}")
+            raise UserError(f"unknown option {name!r}", where=where, remedy=f"choose {one_of(OPTIONS, name)}")
         if not equals or not value or name in found:
-            raise UserError(f"{where}: option {name} needs one value, {name}=...")
+            raise UserError(f"option {name} needs one value, {name}=...", where=where)
         found[name] = value
     kernel = found.get("kernel")
     if kernel is not None:
@@ -269,26 +276,33 @@ def _table_rule(text: str, where: str) -> TableRule:
     min_partition = _number(found, "min_partition", where, whole=True)
     load_factor = _number(found, "cache_load_factor", where)
     if min_partition is not None and min_partition > MAX_MIN_PARTITION:
-        raise UserError(f"{where}: min_partition is a number of columns, at most {MAX_MIN_PARTITION:,}; take fewer")
+        raise UserError(
+            f"min_partition is a number of columns, at most {MAX_MIN_PARTITION:,}", where=where, remedy="take fewer"
+        )
     if min_partition is not None and (min_partition % COLUMN_ALIGNMENT or min_partition < COLUMN_ALIGNMENT):
         raise UserError(
-            f"{where}: min_partition {min_partition:g} is not a multiple of {COLUMN_ALIGNMENT}, which FBGEMM's "
-            f"kernels need; take {max(COLUMN_ALIGNMENT, round(min_partition / COLUMN_ALIGNMENT) * COLUMN_ALIGNMENT)}"
+            f"min_partition {min_partition:g} is not a multiple of {COLUMN_ALIGNMENT}, which FBGEMM's kernels need",
+            where=where,
+            remedy=f"take {max(COLUMN_ALIGNMENT, round(min_partition / COLUMN_ALIGNMENT) * COLUMN_ALIGNMENT)}",
         )
     if min_partition is not None and not any(kind in COLUMN_TYPES for kind in types):
-        raise UserError(f"{where}: min_partition is for {', '.join(COLUMN_TYPES)}, which cut columns; leave it out")
+        raise UserError(
+            f"min_partition is for {', '.join(COLUMN_TYPES)}, which cut columns", where=where, remedy="leave it out"
+        )
     if load_factor is not None and kernel != "fused_uvm_caching":
-        raise UserError(f"{where}: cache_load_factor is for kernel=fused_uvm_caching; add that, or leave it out")
+        raise UserError(
+            "cache_load_factor is for kernel=fused_uvm_caching", where=where, remedy="add that, or leave it out"
+        )
     if load_factor is not None and not 0.0 < load_factor < 1.0:
         raise UserError(
-            f"{where}: cache_load_factor {load_factor:g} is the share of rows in the cache, between 0 and 1"
+            f"cache_load_factor {load_factor:g} is the share of rows in the cache, between 0 and 1", where=where
         )
     pooling_factor = _number(found, "pooling_factor", where)
     if pooling_factor is not None and pooling_factor <= 0.0:
-        raise UserError(f"{where}: pooling_factor {pooling_factor:g} is the mean number of ids, greater than 0")
+        raise UserError(f"pooling_factor {pooling_factor:g} is the mean number of ids, greater than 0", where=where)
     if pooling_factor is not None and pooling_factor > MAX_POOLING_FACTOR:
         raise UserError(
-            f"{where}: pooling_factor {pooling_factor:g} is the mean number of ids, at most {MAX_POOLING_FACTOR:,}"
+            f"pooling_factor {pooling_factor:g} is the mean number of ids, at most {MAX_POOLING_FACTOR:,}", where=where
         )
     return TableRule(
         sharding_types=tuple(kind for kind in SHARDING_TYPES if kind in types),
@@ -301,11 +315,11 @@ def _table_rule(text: str, where: str) -> TableRule:
 
 def _of_kernel(kernel: str, types: Sequence[str], where: str) -> tuple[str, ...]:
     if kernel not in KERNELS:
-        raise UserError(f"{where}: unknown kernel {kernel!r}; choose {one_of(KERNELS, kernel)}")
+        raise UserError(f"unknown kernel {kernel!r}", where=where, remedy=f"choose {one_of(KERNELS, kernel)}")
     kept = tuple(kind for kind in types if kernel in kernels_of(kind))
     if not kept:
         instead = ", ".join(kernels_of(types[0]))
-        raise UserError(f"{where}: {types[0]} has no kernel {kernel}; choose one of {instead}")
+        raise UserError(f"{types[0]} has no kernel {kernel}", where=where, remedy=f"choose one of {instead}")
     return kept
 
 
@@ -317,7 +331,7 @@ def _number(found: Mapping[str, str], name: str, where: str, *, whole: bool = Fa
     except ValueError:
         value = math.nan
     if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{where}: {name} {found[name]!r} is not a {'whole ' if whole else ''}number")
+        raise UserError(f"{name} {found[name]!r} is not a {'whole ' if whole else ''}number", where=where)
     return value
 
 
@@ -353,9 +367,11 @@ def _constraints(
             reasons[kind] = reason
     possible = [kind for kind in table_rule.sharding_types if kind not in reasons]
     if not possible:
-        raise UserError(f"{where}: {next(iter(reasons.values()))}")
+        raise UserError(next(iter(reasons.values())), where=where)
     if table_rule.kernel in CUDA_KERNELS and compute_device != "cuda":
-        raise UserError(f"{where}: kernel {table_rule.kernel} needs GPUs, not {compute_device} ranks; leave it out")
+        raise UserError(
+            f"kernel {table_rule.kernel} needs GPUs, not {compute_device} ranks", where=where, remedy="leave it out"
+        )
     kernels = None if table_rule.kernel is None else [table_rule.kernel]
     cache = None if table_rule.cache_load_factor is None else CacheParams(load_factor=table_rule.cache_load_factor)
     constraints = ParameterConstraints(

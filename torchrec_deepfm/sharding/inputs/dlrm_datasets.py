@@ -65,27 +65,29 @@ def read_dlrm_tensors(path: Path) -> list[dict[str, Any]]:
     try:
         held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except OSError as error:
-        raise UserError(f"{path}: can't be read ({error.strerror}); {remedy}") from error
+        raise UserError(f"can't be read ({error.strerror})", where=path, remedy=remedy) from error
     except Exception as error:  # torch raises many kinds for what is not its file
-        raise UserError(f"{path}: not a file of tensors; {remedy}") from error
+        raise UserError("not a file of tensors", where=path, remedy=remedy) from error
     if not (isinstance(held, list | tuple) and len(held) == 3 and all(isinstance(each, torch.Tensor) for each in held)):
-        raise UserError(f"{path}: does not hold three tensors; {remedy}")
+        raise UserError("does not hold three tensors", where=path, remedy=remedy)
     ids, offsets, lengths = held
     whole = all(not each.is_floating_point() for each in held)
     if not whole or lengths.dim() != 2 or ids.dim() != 1 or offsets.shape != (lengths.numel() + 1,):
         raise UserError(
-            f"{path}: shapes {tuple(ids.shape)}, {tuple(offsets.shape)}, {tuple(lengths.shape)} are not those of ids, "
-            f"offsets [T * B + 1] and lengths [T, B]; {remedy}"
+            f"shapes {tuple(ids.shape)}, {tuple(offsets.shape)}, {tuple(lengths.shape)} are not those "
+            "of ids, offsets [T * B + 1] and lengths [T, B]",
+            where=path,
+            remedy=remedy,
         )
     samples = lengths.shape[1]
     ends = offsets[::samples].tolist() if samples else [0]
     if not samples or ends[0] != 0 or ends[-1] != len(ids) or sorted(ends) != ends:
-        raise UserError(f"{path}: its offsets do not divide its {len(ids):,} ids into tables; {remedy}")
+        raise UserError(f"its offsets do not divide its {len(ids):,} ids into tables", where=path, remedy=remedy)
     means = lengths.double().mean(dim=1).tolist()
     tables = []
     for number, (first, end) in enumerate(itertools.pairwise(ends)):
         rows = int(ids[first:end].max()) + 1 if end > first else 1
         if end > first and int(ids[first:end].min()) < 0:
-            raise UserError(f"{path}: table {number} has a negative id; {remedy}")
+            raise UserError(f"table {number} has a negative id", where=path, remedy=remedy)
         tables.append(from_table_config(number, {"row": rows, "pooling_factor": means[number]}))
     return tables

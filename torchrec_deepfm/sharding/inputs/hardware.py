@@ -118,14 +118,17 @@ class Hardware:
             (4, 8)
         """
         if not 1 <= ranks <= MAX_RANKS:
-            raise UserError(f"{ranks} ranks: expected 1 to {MAX_RANKS:,}; take a number in this range")
+            raise UserError(
+                f"expected 1 to {MAX_RANKS:,}", where=f"{ranks} ranks", remedy="take a number in this range"
+            )
         if ranks <= self.ranks_per_host:
             return ranks
         if ranks % self.ranks_per_host:
             below = ranks - ranks % self.ranks_per_host
             raise UserError(
-                f"{ranks} ranks on {self.name}: not a multiple of the {self.ranks_per_host} ranks of a host; take "
-                f"{below} or {below + self.ranks_per_host}"
+                f"not a multiple of the {self.ranks_per_host} ranks of a host",
+                where=f"{ranks} ranks on {self.name}",
+                remedy=f"take {below} or {below + self.ranks_per_host}",
             )
         return self.ranks_per_host
 
@@ -148,8 +151,9 @@ class Hardware:
             domain = self.pod_size * self.ranks_per_host
             below = ranks - ranks % domain
             raise UserError(
-                f"{ranks} ranks on {self.name}: not a multiple of the {domain} ranks of an NVLink domain; take {below} "
-                f"or {below + domain}, or another pod_size"
+                f"not a multiple of the {domain} ranks of an NVLink domain",
+                where=f"{ranks} ranks on {self.name}",
+                remedy=f"take {below} or {below + domain}, or another pod_size",
             )
         return min(hosts, self.pod_size)
 

@@ -50,11 +50,12 @@ def read_hardware(name_or_toml: str) -> Hardware:
     instead = f"name a TOML file, or a preset: {', '.join(PRESETS)}"
     given = parse_toml(path, read_text(path, most=_MAX_TOML_BYTES, what="description of hardware", instead=instead))
     if not given:
-        raise UserError(f"{path}: empty; give name, base and what differs, or all keys")
+        raise UserError("empty", where=path, remedy="give name, base and what differs, or all keys")
     try:
-        return as_type(_completed({"name": path.stem, **given}), Hardware, where=str(path), remedy=_REMEDY)
+        completed = _completed({"name": path.stem, **given})
     except UserError as error:
-        raise UserError(error.what, where=path, remedy=error.remedy) from error
+        raise error.within(path) from error
+    return as_type(completed, Hardware, where=str(path), remedy=_REMEDY)
 
 
 def write_hardware(hardware: Hardware, path: Path) -> None:

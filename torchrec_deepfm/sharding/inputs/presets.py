@@ -220,7 +220,9 @@ def hardware_preset(name: object) -> Hardware:
     """Return a preset by its name, in small or capital letters."""
     if isinstance(name, str) and name.lower() in PRESETS:
         return PRESETS[name.lower()]
-    raise UserError(f"hardware {shown(name)}: no such preset; choose {one_of(PRESETS, name)}, or name a TOML file")
+    raise UserError(
+        "no such preset", where=f"hardware {shown(name)}", remedy=f"choose {one_of(PRESETS, name)}, or name a TOML file"
+    )
 
 
 def from_properties(name: str, memory: int, bandwidth: float) -> Hardware:

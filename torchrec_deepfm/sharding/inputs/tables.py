@@ -167,11 +167,14 @@ def read_tables(source: str, dim: int | None = None) -> tuple[Table, ...]:
         return _file_tables(path, dim)
     if path.is_file():
         raise UserError(
-            f"{path}: a list of tables is a .toml, .json, .csv or .pt file; add the right suffix to its name"
+            "a list of tables is a .toml, .json, .csv or .pt file",
+            where=path,
+            remedy="add the right suffix to its name",
         )
     raise UserError(
-        f"tables {source!r}: neither {' nor '.join(NAMED_TABLES)} nor a file nor a prepared folder; name one of them"
-        + did_you_mean(source, NAMED_TABLES)
+        f"neither {' nor '.join(NAMED_TABLES)} nor a file nor a prepared folder",
+        where=f"tables {source!r}",
+        remedy="name one of them" + did_you_mean(source, NAMED_TABLES),
     )
 
 
@@ -219,7 +222,7 @@ def _listed_tables(path: Path, raw: Any, dim: int | None) -> tuple[Table, ...]:
     tables = as_type(raw, _TableFile, where=str(path), remedy=_REMEDY).tables
     counts = Counter(table.name for table in tables)
     if twice := next((name for name, count in counts.items() if count > 1), None):
-        raise UserError(f"{path}: table {twice} appears twice; rename one")
+        raise UserError(f"table {twice} appears twice", where=path, remedy="rename one")
     return tables
 
 
@@ -232,7 +235,7 @@ def _parse_csv(path: Path, text: str) -> list[dict[str, Any]]:
                 raise csv.Error(f"line {reader.line_num} has more or fewer cells than the head")
             tables.append({key: _cell(key, cell) for key, cell in line.items() if cell != ""})
     except csv.Error as error:
-        raise UserError(f"{path}: not a CSV file ({error}); {_REMEDY}") from error
+        raise UserError(f"not a CSV file ({error})", where=path, remedy=_REMEDY) from error
     return tables
 
 

@@ -44,22 +44,27 @@ def load_plan(path: Path) -> PlanFile:
     """
     if path.is_dir():
         inside = path / "plan.json"
-        raise UserError(f"{path}: a folder; name {inside if inside.is_file() else 'the file of a plan'}")
+        raise UserError("a folder", where=path, remedy=f"name {inside if inside.is_file() else 'the file of a plan'}")
     text = read_text(path, most=_MAX_BYTES, what="plan", instead="make a plan with plan, or name a run's plan.json")
     raw = parse_json(text, where=str(path), remedy=_REMEDY)
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
         if isinstance(raw, dict) and raw.get("format_version") == 1 and "tables" in raw:
             raise UserError(
-                f"{path}: a plan of format version 1, which lacks the sizes of the tables; resume the training with "
-                "this version, or make a plan with plan"
+                "a plan of format version 1, which lacks the sizes of the tables",
+                where=path,
+                remedy="resume the training with this version, or make a plan with plan",
             )
         raise UserError(
-            f'{path}: not a plan (it lacks "format": "{FORMAT}"); make one with plan, or name a run\'s plan.json'
+            f'not a plan (it lacks "format": "{FORMAT}")',
+            where=path,
+            remedy="make one with plan, or name a run's plan.json",
         )
     if raw.get("format_version") != FORMAT_VERSION:
         raise UserError(
-            f"{path}: format version {shown(raw.get('format_version'))}, but this version of torchrec_deepfm reads "
-            f"{FORMAT_VERSION}; use the version that wrote it, or make the plan again"
+            f"format version {shown(raw.get('format_version'))}, but this version of torchrec_deepfm "
+            f"reads {FORMAT_VERSION}",
+            where=path,
+            remedy="use the version that wrote it, or make the plan again",
         )
     return parse_plan(raw, str(path))
 
@@ -88,13 +93,17 @@ def parse_plan(raw: Mapping[str, Any], where: str) -> PlanFile:
     for number, rank in enumerate(order):
         if rank != number:
             raise UserError(
-                f"{where}: predicted.per_rank[{number}]: rank is {shown(rank)}, not {number}; list all ranks in order"
+                f"predicted.per_rank[{number}]: rank is {shown(rank)}, not {number}",
+                where=where,
+                remedy="list all ranks in order",
             )
     for number, (table, listed) in enumerate(zip(plan.tables, ranks, strict=True)):
         if listed != list(table.ranks):
             raise UserError(
-                f"{where}: tables[{number}] ({table.name}): ranks is {shown(listed)}, but the shards are on "
-                f"{shown(list(table.ranks))}; give the rank of each shard, in their order"
+                f"tables[{number}] ({table.name}): ranks is {shown(listed)}, but the shards are on "
+                f"{shown(list(table.ranks))}",
+                where=where,
+                remedy="give the rank of each shard, in their order",
             )
     plan = replace(plan, search=OLD_SEARCHES.get(plan.search, plan.search))
     check_sound(plan, where)

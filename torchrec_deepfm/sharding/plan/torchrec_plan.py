@@ -126,7 +126,9 @@ _PLAIN = ("enforce_hbm", "stochastic_rounding", "bounds_check_mode", "output_dty
 def _options_to_json(name: str, sharding: ParameterSharding) -> dict[str, Any]:
     cache = sharding.cache_params
     if sharding.key_value_params is not None or (cache is not None and cache.multipass_prefetch_config is not None):
-        raise UserError(f"table {name}: a plan file does not hold options of SSD kernels or of multipass prefetch")
+        raise UserError(
+            "a plan file does not hold options of SSD kernels or of multipass prefetch", where=f"table {name}"
+        )
     found = {option: getattr(sharding, option) for option in _PLAIN}
     if cache is not None:
         found |= {f"cache_{option}": getattr(cache, option) for option in _CACHE}

@@ -35,23 +35,27 @@ def check_sound(plan: PlanFile, where: str) -> None:
     """
     if plan.world_size % plan.local_world_size:
         raise UserError(
-            f"{where}: world_size {plan.world_size} is not a multiple of local_world_size {plan.local_world_size}; "
-            "every host has the same number of ranks"
+            f"world_size {plan.world_size} is not a multiple of local_world_size {plan.local_world_size}",
+            where=where,
+            remedy="every host has the same number of ranks",
         )
     if plan.world_size % plan.domain_size:
         raise UserError(
-            f"{where}: world_size {plan.world_size} is not a multiple of {plan.domain_size} = local_world_size "
-            f"{plan.local_world_size} x pod_size {plan.pod_size}; every NVLink domain has the same number of ranks"
+            f"world_size {plan.world_size} is not a multiple of {plan.domain_size} = local_world_size "
+            f"{plan.local_world_size} x pod_size {plan.pod_size}",
+            where=where,
+            remedy="every NVLink domain has the same number of ranks",
         )
     if plan.predicted is not None and len(plan.predicted.per_rank) != plan.world_size:
         raise UserError(
-            f"{where}: predicted.per_rank has {len(plan.predicted.per_rank)} ranks, world_size is {plan.world_size}; "
-            "make the plan again"
+            f"predicted.per_rank has {len(plan.predicted.per_rank)} ranks, world_size is {plan.world_size}",
+            where=where,
+            remedy="make the plan again",
         )
     seen: set[str] = set()
     for table in plan.tables:
         if table.label in seen:
-            raise UserError(f"{where}: table {table.label} appears twice; remove one")
+            raise UserError(f"table {table.label} appears twice", where=where, remedy="remove one")
         seen.add(table.label)
         _check_table(table, plan, f"{where}: table {table.label}")
 
@@ -82,39 +86,47 @@ def check_fits(
     """
     if plan.world_size != world_size:
         raise UserError(
-            f"{where}: made for {plan.world_size} rank(s), but there are {world_size}; start {plan.world_size} (-j), "
-            f"or make a plan for {world_size}"
+            f"made for {plan.world_size} rank(s), but there are {world_size}",
+            where=where,
+            remedy=f"start {plan.world_size} (-j), or make a plan for {world_size}",
         )
     bound = next((table for table in plan.tables if table.sharding_type in HOST_TYPES), None)
     which = f"and table {bound.name} is {bound.sharding_type}, which depends on" if bound else ""
     if bound and local_world_size not in (None, plan.local_world_size):
         raise UserError(
-            f"{where}: made for hosts of {plan.local_world_size} rank(s), but they have {local_world_size}, {which} "
-            f"hosts; start {plan.local_world_size} ranks per host, or make a plan for {local_world_size}"
+            f"made for hosts of {plan.local_world_size} rank(s), but they have {local_world_size}, {which} hosts",
+            where=where,
+            remedy=f"start {plan.local_world_size} ranks per host, or make a plan for {local_world_size}",
         )
     if bound and pod_size not in (None, plan.pod_size):
         raise UserError(
-            f"{where}: made for NVLink domains of {plan.pod_size} host(s), but they have {pod_size}, {which} them; if "
-            f"they share NVLink, set TORCHREC_RESOLVED_POD_SIZE={plan.pod_size} in the environment of every rank, "
-            f"otherwise make a plan for pod_size = {pod_size}"
+            f"made for NVLink domains of {plan.pod_size} host(s), but they have {pod_size}, {which} them",
+            where=where,
+            remedy=f"if they share NVLink, set TORCHREC_RESOLVED_POD_SIZE={plan.pod_size} in the environment "
+            f"of every rank, otherwise make a plan for pod_size = {pod_size}",
         )
     given = {table.name: table for table in tables}
     planned = {table.name: table for table in plan.tables}
     if missing := [name for name in given if name not in planned]:
-        raise UserError(f"{where}: it lacks table {_some(missing)}; make a plan for these tables")
+        raise UserError(f"it lacks table {_some(missing)}", where=where, remedy="make a plan for these tables")
     if foreign := [name for name in planned if name not in given]:
-        raise UserError(f"{where}: table {_some(foreign)} does not exist here; make a plan for these tables")
+        raise UserError(
+            f"table {_some(foreign)} does not exist here", where=where, remedy="make a plan for these tables"
+        )
     for name, table in given.items():
         mine, theirs = planned[name], table
         if (mine.num_embeddings, mine.embedding_dim) != (theirs.num_embeddings, theirs.embedding_dim):
             raise UserError(
-                f"{where}: table {name} is {mine.num_embeddings} x {mine.embedding_dim} in the plan, but "
-                f"{theirs.num_embeddings} x {theirs.embedding_dim} here; make a plan for these tables"
+                f"table {name} is {mine.num_embeddings} x {mine.embedding_dim} in the plan, but "
+                f"{theirs.num_embeddings} x {theirs.embedding_dim} here",
+                where=where,
+                remedy="make a plan for these tables",
             )
         if compute_device == "cpu" and mine.compute_kernel in CUDA_KERNELS:
             raise UserError(
-                f"{where}: table {name} has the kernel {mine.compute_kernel}, which needs GPUs; write fused, or start "
-                "where there are some"
+                f"table {name} has the kernel {mine.compute_kernel}, which needs GPUs",
+                where=where,
+                remedy="write fused, or start where there are some",
             )
         reason = why_rows_impossible(
             mine.sharding_type,
@@ -124,7 +136,7 @@ def check_fits(
             compute_device=compute_device,
         )
         if reason is not None:
-            raise UserError(f"{where}: table {name}: {reason}")
+            raise UserError(f"table {name}: {reason}", where=where)
 
 
 def check_memory(held: Sequence[int], available: Sequence[int], *, what: str, ema: bool, where: str) -> None:
@@ -148,27 +160,32 @@ def check_memory(held: Sequence[int], available: Sequence[int], *, what: str, em
             else ("optimizer and buffers", "")
         )
         raise UserError(
-            f"{where}: rank {rank} would hold {held[rank] / 2**30:,.2f} GiB of tables with {beside}, but has "
-            f"{available[rank] / 2**30:,.2f} GiB of {what} for tables; use more ranks, or make a plan for this "
-            f"memory{without}"
+            f"rank {rank} would hold {held[rank] / 2**30:,.2f} GiB of tables with {beside}, but has "
+            f"{available[rank] / 2**30:,.2f} GiB of {what} for tables",
+            where=where,
+            remedy=f"use more ranks, or make a plan for this memory{without}",
         )
 
 
 def _check_table(table: PlannedTable, plan: PlanFile, where: str) -> None:
     if table.sharding_type not in SHARDING_TYPES:
         choices = one_of(SHARDING_TYPES, table.sharding_type)
-        raise UserError(f"{where}: unknown sharding type {table.sharding_type!r}; choose {choices}")
+        raise UserError(f"unknown sharding type {table.sharding_type!r}", where=where, remedy=f"choose {choices}")
     kernels = kernels_of(table.sharding_type)
     if table.compute_kernel not in kernels:
         raise UserError(
-            f"{where}: {table.sharding_type} has no kernel {table.compute_kernel!r}; choose one of {', '.join(kernels)}"
+            f"{table.sharding_type} has no kernel {table.compute_kernel!r}",
+            where=where,
+            remedy=f"choose one of {', '.join(kernels)}",
         )
     _check_options(table, where)
     for number, shard in enumerate(table.shards):
         if shard.rank >= plan.world_size:
             raise UserError(
-                f"{where}: shard {number} is on rank {shard.rank}, but there are {plan.world_size} ranks, 0 to "
-                f"{plan.world_size - 1}; name one of those"
+                f"shard {number} is on rank {shard.rank}, but there are {plan.world_size} ranks, 0 to "
+                f"{plan.world_size - 1}",
+                where=where,
+                remedy="name one of those",
             )
     if table.sharding_type == "data_parallel":
         _check_replicated(table, plan.world_size, where)
@@ -200,9 +217,9 @@ def _check_options(table: PlannedTable, where: str) -> None:
             fine, what = type(value) in (int, float) and value >= 0.0, "a number of at least 0"
         else:
             choices = [*_FLAGS, *_NAMES, *_SHARES]
-            raise UserError(f"{where}: unknown kernel option {name!r}; choose {one_of(choices, name)}")
+            raise UserError(f"unknown kernel option {name!r}", where=where, remedy=f"choose {one_of(choices, name)}")
         if not fine:
-            raise UserError(f"{where}: kernel option {name} must be {what}, not {value!r}")
+            raise UserError(f"kernel option {name} must be {what}, not {value!r}", where=where)
 
 
 def _check_replicated(table: PlannedTable, world_size: int, where: str) -> None:
@@ -210,10 +227,10 @@ def _check_replicated(table: PlannedTable, world_size: int, where: str) -> None:
     for number, shard in enumerate(table.shards):
         if shard.offsets != (0, 0) or shard.sizes != whole:
             raise UserError(
-                f"{where}: shard {number} is {_block(shard)}, but each rank of data_parallel has the whole table"
+                f"shard {number} is {_block(shard)}, but each rank of data_parallel has the whole table", where=where
             )
     if sorted(table.ranks) != list(range(world_size)):
-        raise UserError(f"{where}: data_parallel needs one whole shard on each of the {world_size} ranks")
+        raise UserError(f"data_parallel needs one whole shard on each of the {world_size} ranks", where=where)
 
 
 def _check_covered(table: PlannedTable, where: str) -> None:
@@ -221,7 +238,7 @@ def _check_covered(table: PlannedTable, where: str) -> None:
     rows, columns = table.num_embeddings, table.embedding_dim
     for number, shard in enumerate(table.shards):
         if shard.offsets[0] + shard.sizes[0] > rows or shard.offsets[1] + shard.sizes[1] > columns:
-            raise UserError(f"{where}: shard {number} is {_block(shard)}, beyond the table of {rows} x {columns}")
+            raise UserError(f"shard {number} is {_block(shard)}, beyond the table of {rows} x {columns}", where=where)
     bands: dict[tuple[int, int], list[tuple[int, PlannedShard]]] = {}
     for number, shard in enumerate(table.shards):
         if shard.sizes[0] and shard.sizes[1]:
@@ -239,12 +256,13 @@ def _check_covered(table: PlannedTable, where: str) -> None:
             shard.offsets[0] < later.offsets[0] + later.sizes[0]
             and later.offsets[0] < shard.offsets[0] + shard.sizes[0]
         ):
-            raise UserError(f"{where}: shards {number} and {other} overlap: {_block(shard)} and {_block(later)}")
+            raise UserError(f"shards {number} and {other} overlap: {_block(shard)} and {_block(later)}", where=where)
     cells = sum(shard.sizes[0] * shard.sizes[1] for shard in table.shards)
     if cells != rows * columns:
         raise UserError(
-            f"{where}: the shards hold {cells:,} of its {rows:,} x {columns} = {rows * columns:,} numbers and leave a "
-            "hole; cover the table exactly"
+            f"the shards hold {cells:,} of its {rows:,} x {columns} = {rows * columns:,} numbers and leave a hole",
+            where=where,
+            remedy="cover the table exactly",
         )
 
 
@@ -253,26 +271,30 @@ def _check_cut(table: PlannedTable, plan: PlanFile, where: str) -> None:
     kind, local = table.sharding_type, plan.domain_size
     rows, width = table.num_embeddings, table.embedding_dim
     if kind == "table_wise" and len(table.shards) != 1:
-        raise UserError(f"{where}: table_wise has one shard, not {len(table.shards)}")
+        raise UserError(f"table_wise has one shard, not {len(table.shards)}", where=where)
     if kind in ("row_wise", "table_row_wise"):
         _check_rows(table.shards, (0, width), rows, plan.world_size if kind == "row_wise" else local, where, kind)
     if kind == "row_wise" and table.ranks != tuple(range(plan.world_size)):
-        raise UserError(f"{where}: row_wise has one shard on each rank, in order, not on {_listed(table.ranks)}")
+        raise UserError(f"row_wise has one shard on each rank, in order, not on {_listed(table.ranks)}", where=where)
     if kind in ("column_wise", "table_column_wise"):
         for number, shard in enumerate(table.shards):
             if shard.sizes[0] != rows:
-                raise UserError(f"{where}: shard {number} of {kind} is {_block(shard)}, but must have all {rows} rows")
+                raise UserError(
+                    f"shard {number} of {kind} is {_block(shard)}, but must have all {rows} rows", where=where
+                )
     if kind in COLUMN_TYPES:
         for number, shard in enumerate(table.shards):
             if len(table.shards) > 1 and (shard.sizes[1] % COLUMN_ALIGNMENT or not shard.sizes[1]):
                 raise UserError(
-                    f"{where}: shard {number} is {shard.sizes[1]} columns wide; FBGEMM's kernels need multiples of "
-                    f"{COLUMN_ALIGNMENT}"
+                    f"shard {number} is {shard.sizes[1]} columns wide",
+                    where=where,
+                    remedy=f"FBGEMM's kernels need multiples of {COLUMN_ALIGNMENT}",
                 )
     if kind == "grid_shard":
         if len(table.shards) % local:
             raise UserError(
-                f"{where}: grid_shard has {local} shards per host, but {len(table.shards)} is not a multiple of that"
+                f"grid_shard has {local} shards per host, but {len(table.shards)} is not a multiple of that",
+                where=where,
             )
         for first in range(0, len(table.shards), local):
             block = table.shards[first : first + local]
@@ -295,8 +317,10 @@ def _check_rows(
     )
     if not same or any((shard.offsets[1], shard.sizes[1]) != columns for shard in shards):
         raise UserError(
-            f"{where}: {kind} over {parts} ranks has pieces of {step} rows (the last ones of the remainder), all of "
-            f"the same columns, in order; the plan cuts at rows {_listed([first for first, _ in found])}"
+            f"{kind} over {parts} ranks has pieces of {step} rows (the last ones of the remainder), "
+            "all of the same columns, in order",
+            where=where,
+            remedy=f"the plan cuts at rows {_listed([first for first, _ in found])}",
         )
 
 
@@ -305,10 +329,10 @@ def _check_host(shards: Sequence[PlannedShard], local: int, where: str, kind: st
     host = ranks[0] // local
     if any(rank // local != host for rank in ranks):
         raise UserError(
-            f"{where}: {kind} must be on one host of {local} ranks, but the plan names ranks {_listed(ranks)}"
+            f"{kind} must be on one host of {local} ranks, but the plan names ranks {_listed(ranks)}", where=where
         )
     if kind != "table_column_wise" and ranks != list(range(host * local, (host + 1) * local)):
-        raise UserError(f"{where}: {kind} needs every rank of a host, in order, not {_listed(ranks)}")
+        raise UserError(f"{kind} needs every rank of a host, in order, not {_listed(ranks)}", where=where)
 
 
 def _block(shard: PlannedShard) -> str:

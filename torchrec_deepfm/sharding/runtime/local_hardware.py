@@ -49,8 +49,9 @@ def describe_hardware(named: str | None, device: torch.device) -> Hardware:
         hardware = gpu_preset(own.name, own.total_memory) or from_properties(own.name, own.total_memory, bandwidth)
     if hardware.compute_device != device.type:
         raise UserError(
-            f"--hardware {named}: it describes {hardware.compute_device} ranks, these are {device.type} ranks; leave "
-            "the option out, or name another one"
+            f"it describes {hardware.compute_device} ranks, these are {device.type} ranks",
+            where=f"--hardware {named}",
+            remedy="leave the option out, or name another one",
         )
     return replace(hardware, ranks_per_host=local, pod_size=pod_size())
 

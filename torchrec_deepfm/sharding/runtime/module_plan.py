@@ -49,11 +49,14 @@ def load_sharding_plan(
     for table in plan.tables:
         homes = [name for name in there if table.name in there[name] and table.module in ("", name)]
         if not homes:
-            raise UserError(f"{where}: table {table.label} does not exist here; make a plan for this model")
+            raise UserError(
+                f"table {table.label} does not exist here", where=where, remedy="make a plan for this model"
+            )
         if len(homes) > 1:
             raise UserError(
-                f"{where}: table {table.name} is in {' and '.join(homes)}, and the plan does not say which; add "
-                f'"module": "{homes[0]}" to it, or rename one'
+                f"table {table.name} is in {' and '.join(homes)}, and the plan does not say which",
+                where=where,
+                remedy=f'add "module": "{homes[0]}" to it, or rename one',
             )
         by_module[homes[0]].append(table)
     for name, tables in by_module.items():

@@ -219,13 +219,16 @@ def check_replicated(
         if _DATA_PARALLEL not in kinds[name]:
             if replicated_by != DATA_PARALLEL_ROWS:
                 raise UserError(
-                    f"{where}: table {name} is to be {' or '.join(kinds[name])}, but {replicated_by} replicates every "
-                    "table; plan it as data_parallel, or take another optimizer"
+                    f"table {name} is to be {' or '.join(kinds[name])}, but {replicated_by} replicates every table",
+                    where=where,
+                    remedy="plan it as data_parallel, or take another optimizer",
                 )
             raise UserError(
-                f"{where}: table {name} is to be {' or '.join(kinds[name])}, but has {rows[name]:,} rows, and "
-                "--data-parallel-rows leaves tables of so few rows to Adam, which trains them data_parallel; lower it "
-                f"to {rows[name] - 1}"
+                f"table {name} is to be {' or '.join(kinds[name])}, but has {rows[name]:,} rows, and "
+                "--data-parallel-rows leaves tables of so few rows to Adam, which trains them "
+                "data_parallel",
+                where=where,
+                remedy=f"lower it to {rows[name] - 1}",
             )
 
 
@@ -234,13 +237,16 @@ def local_topology(device: torch.device) -> Topology:
     world_size, local = dist.get_world_size(), local_world_size()
     if world_size % local:
         raise UserError(
-            f"{world_size} ranks with {local} on this host: the planner needs equal hosts; start {local} on each"
+            "the planner needs equal hosts",
+            where=f"{world_size} ranks with {local} on this host",
+            remedy=f"start {local} on each",
         )
     pods = pod_size()
     if world_size % (local * pods):
         raise UserError(
-            f"{world_size} ranks on hosts of {local} do not fill NVLink domains of TORCHREC_RESOLVED_POD_SIZE={pods} "
-            f"hosts; start a multiple of {local * pods} ranks, or set another number"
+            f"{world_size} ranks on hosts of {local} do not fill NVLink domains of "
+            f"TORCHREC_RESOLVED_POD_SIZE={pods} hosts",
+            remedy=f"start a multiple of {local * pods} ranks, or set another number",
         )
     host_memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     hbm = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None

@@ -45,8 +45,8 @@ def explain_planner_error(
         tables = len({option.fqn for option in options})
         return UserError(
             f"the search proposed no plan at all: {len(options)} options of {tables} tables are more combinations than "
-            "it goes through, and memory is not what is short; constrain some tables (--constraint), or take another "
-            "search"
+            "it goes through, and memory is not what is short",
+            remedy="constrain some tables (--constraint), or take another search",
         )
     if error.error_type in (PlannerErrorType.INSUFFICIENT_STORAGE, PlannerErrorType.STRICT_CONSTRAINTS):
         tried = "no plan" if proposals is None else f"none of the {proposals} plans"
@@ -54,10 +54,11 @@ def explain_planner_error(
         last = f" (the last left no room for a part of table {full[1]})" if full else ""
         return UserError(
             f"{tried} that the search tried fits the memory of the ranks{last}, though each table by itself fits, and "
-            f"all take less than the ranks have: use more ranks ({ranks_option}), or let the large tables be row_wise "
-            "(--constraint)" + _without(ema)
+            "all take less than the ranks have",
+            remedy=f"use more ranks ({ranks_option}), or let the large tables be row_wise (--constraint)"
+            f"{_without(ema)}",
         )
-    return UserError(f"the planner found no plan ({error.error_type.value}): {_first_line(error)}")
+    return UserError(f"{_first_line(error)}", where=f"the planner found no plan ({error.error_type.value})")
 
 
 def run_planner(
@@ -102,12 +103,13 @@ def out_of_memory(
             rows, width = best.tensor.shape
             tried = ", ".join(dict.fromkeys(option.sharding_type for option in choices))
             return UserError(
-                f"table {name}: {rows:,} x {width} are {format_bytes(rows * width * best.tensor.element_size())} of "
+                f"{rows:,} x {width} are {format_bytes(rows * width * best.tensor.element_size())} of "
                 f"weights; at best, as {best.sharding_type} (of {tried}), one rank holds "
                 f"{format_bytes(getattr(held, tier))} of it with "
-                f"{beside}, but has {format_bytes(getattr(largest, tier))} of {_memory(tier, on_gpu)} for "
-                f"tables: use more ranks ({ranks_option}), let it be row_wise or column_wise (--constraint), or take "
-                "fewer rows or columns" + _host_rows(tier, choices, ema=ema) + _without(ema)
+                f"{beside}, but has {format_bytes(getattr(largest, tier))} of {_memory(tier, on_gpu)} for tables",
+                where=f"table {name}",
+                remedy=f"use more ranks ({ranks_option}), let it be row_wise or column_wise (--constraint), or take "
+                f"fewer rows or columns{_host_rows(tier, choices, ema=ema)}{_without(ema)}",
             )
         totals = [[_known(shard.storage) for shard in option.shards] for option in choices]
         totals = [shards for shards in totals if all(_overfull(each, largest) <= 1.0 for each in shards)]
@@ -119,10 +121,10 @@ def out_of_memory(
             ranks = math.ceil(needed / max(there / len(capacity), 1))
             return UserError(
                 f"the {len(by_table)} tables take {format_bytes(needed)} with {beside}, but {len(capacity)} "
-                f"rank(s) have {format_bytes(there)} of {_memory(tier, on_gpu)} for tables: use at least {ranks} ranks "
-                f"({ranks_option}), or take fewer rows or columns"
+                f"rank(s) have {format_bytes(there)} of {_memory(tier, on_gpu)} for tables",
+                remedy=f"use at least {ranks} ranks ({ranks_option}), or take fewer rows or columns"
                 + _host_rows(tier, itertools.chain.from_iterable(by_table.values()), ema=ema)
-                + _without(ema)
+                + _without(ema),
             )
     return None
 

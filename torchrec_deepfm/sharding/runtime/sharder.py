@@ -39,8 +39,9 @@ def make_sharder(device: torch.device, forward: Qcomms = "fp32", backward: Qcomm
         return AllTypesSharder()
     if device.type != "cuda":
         raise UserError(
-            f"--qcomms {forward} {backward}: quantised communication needs GPUs, these are {device.type} ranks; leave "
-            "the option out"
+            f"quantised communication needs GPUs, these are {device.type} ranks",
+            where=f"--qcomms {forward} {backward}",
+            remedy="leave the option out",
         )
     config = QCommsConfig(forward_precision=CommType(forward), backward_precision=CommType(backward))
     return AllTypesSharder(qcomm_codecs_registry=get_qcomm_codecs_registry(config, device=device))

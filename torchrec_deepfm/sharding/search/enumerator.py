@@ -199,7 +199,7 @@ def constraints_leave_a_type() -> Iterator[None]:
     except RuntimeError as error:
         if not str(error).startswith("No available sharding type"):
             raise
-        raise UserError(f"{str(error).partition('. ')[0]}; loosen its constraints (--constraint)") from error
+        raise UserError(f"{str(error).partition('. ')[0]}", remedy="loosen its constraints (--constraint)") from error
 
 
 def _of_width(

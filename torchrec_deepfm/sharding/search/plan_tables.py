@@ -106,7 +106,7 @@ class Planning:
     def __post_init__(self) -> None:
         """Refuse what has no plan, whatever the search."""
         if self.batch_size < 1:
-            raise UserError(f"--batch-size {self.batch_size}: must be at least 1 sample per rank and step")
+            raise UserError("must be at least 1 sample per rank and step", where=f"--batch-size {self.batch_size}")
         self.hardware.local_world_size(self.ranks)
         self.hardware.pod_size_of(self.ranks)
         if self.ema:

@@ -178,7 +178,9 @@ class Checkpoints:
         except UserError as error:
             return error
         except (OSError, Damaged) as error:
-            return UserError(f"{self.store.target}: older checkpoints can't be removed ({error}); check the disk")
+            return UserError(
+                f"older checkpoints can't be removed ({error})", where=self.store.target, remedy="check the disk"
+            )
         return None
 
     def _refuse(self, step: int, wrong: str) -> UserError:
@@ -187,7 +189,9 @@ class Checkpoints:
         except UserError as error:
             return error
         return UserError(
-            f"step {step}: {wrong} holds a NaN or an infinity, so this state is not saved; {lower_rates(self.saved)}"
+            f"{wrong} holds a NaN or an infinity, so this state is not saved",
+            where=f"step {step}",
+            remedy=lower_rates(self.saved),
         )
 
     @property
@@ -285,7 +289,7 @@ def restore_model(model: DistributedModelParallel, weights: Weights) -> None:
     """
     reason = try_load_model(model, weights)
     if reason is not None:
-        raise UserError(f"{weights.shown}: the checkpoint can't be read ({reason}); train again")
+        raise UserError(f"the checkpoint can't be read ({reason})", where=weights.shown, remedy="train again")
 
 
 def try_load_model(model: DistributedModelParallel, weights: Weights) -> str | None:

@@ -78,7 +78,7 @@ class Store:
             self._fs, self._root = url_to_fs(target)
         except (ValueError, ImportError) as error:  # unknown protocol, or its package is not installed
             raise UserError(
-                f"--checkpoints {target}: {str(error).splitlines()[0]}; name a path or an fsspec URL"
+                str(error).splitlines()[0], where=f"--checkpoints {target}", remedy="name a path or an fsspec URL"
             ) from error
         self.local = isinstance(self._fs, LocalFileSystem)
 

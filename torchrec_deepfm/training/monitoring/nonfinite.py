@@ -95,8 +95,9 @@ class LossWatch:
         dist.barrier()
         shown_rates = " ".join(f"{name} {rate:g}" for name, rate in rates.items())
         raise UserError(
-            f"step {bad_step}: the loss is not finite (learning rates: {shown_rates}); its batch is saved in {folder}; "
-            f"{lower_rates(saved)}"
+            f"the loss is not finite (learning rates: {shown_rates}); its batch is saved in {folder}",
+            where=f"step {bad_step}",
+            remedy=lower_rates(saved),
         )
 
 
@@ -114,7 +115,9 @@ def refuse_predictions(step: int, run: Path, checkpoints: Checkpoints) -> Never:
     checkpoints.wait()
     on_main(lambda: record_not_finite(run, {"step": step, "checkpoint": checkpoints.saved}))
     raise UserError(
-        f"step {step}: the predictions of the evaluation hold a NaN or an infinity; {lower_rates(checkpoints.saved)}"
+        "the predictions of the evaluation hold a NaN or an infinity",
+        where=f"step {step}",
+        remedy=lower_rates(checkpoints.saved),
     )
 
 

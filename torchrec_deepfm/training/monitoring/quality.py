@@ -153,6 +153,7 @@ def refuse_worse(summary: Mapping[str, Any], run: str, max_ne: float) -> None:
     for name, result in {"": summary, **summary.get("runs", {})}.items():
         for line in result_warnings(result, max_ne):
             raise WorseThanConstantError(
-                f"{run}{'/' if name else ''}{name}: {line}; the run is kept. Check the label and the numeric columns' "
-                "transforms, or train longer; --max-ne inf accepts any model"
+                f"{line}; the run is kept. Check the label and the numeric columns' transforms, or train longer",
+                where=f"{run}{'/' if name else ''}{name}",
+                remedy="--max-ne inf accepts any model",
             )

@@ -39,12 +39,12 @@ def write_comparison(folders: Sequence[Path], output: Path | None = None) -> Pat
         UserError: a folder holds no run or a damaged one, two are the same, or there are too many.
     """
     if len(folders) > _MOST:
-        raise UserError(f"report: {len(folders)} runs; a page compares at most {_MOST}")
+        raise UserError(f"{len(folders)} runs", where="report", remedy=f"a page compares at most {_MOST}")
     runs = [read_run(folder) for folder in folders]
     resolved = [folder.resolve() for folder in folders]
     for i, folder in enumerate(resolved):
         if folder in resolved[:i]:
-            raise UserError(f"report: {folders[i]} is named twice; name different runs")
+            raise UserError(f"{folders[i]} is named twice", where="report", remedy="name different runs")
     path = output or folders[0] / f"compare_{folders[1].resolve().name}.html"
     check_target("--output", path, like="compare.html")
     named = _names(runs)

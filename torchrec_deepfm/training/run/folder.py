@@ -80,13 +80,14 @@ def check_no_run(folder: Path) -> None:
     if folder.is_dir() and any(path.name != run_lock.NAME for path in folder.iterdir()):
         if seed_folders(folder):
             raise UserError(
-                f"--output {folder}: the folder holds runs of several seeds; resume them with --seeds, or name "
-                "another one"
+                "the folder holds runs of several seeds",
+                where=f"--output {folder}",
+                remedy="resume them with --seeds, or name another one",
             )
         what = "already holds a run" if (folder / "config.json").exists() else "is not empty"
-        raise UserError(f"--output {folder}: the folder {what}; name another one, or remove it first")
+        raise UserError(f"the folder {what}", where=f"--output {folder}", remedy="name another one, or remove it first")
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output {folder}: a file has this name; name a folder")
+        raise UserError("a file has this name", where=f"--output {folder}", remedy="name a folder")
 
 
 def is_empty(folder: Path) -> bool:
@@ -108,8 +109,14 @@ def check_there(folder: Path) -> None:
         return
     runs = [path for path in seed_folders(folder).values() if (path / "config.json").is_file()]
     if runs:
-        raise UserError(f"--run {folder}: the folder holds runs of several seeds; name one of them, such as {runs[0]}")
-    raise UserError(f"--run {folder}: not a run folder (no config.json); name the folder that train wrote")
+        raise UserError(
+            "the folder holds runs of several seeds",
+            where=f"--run {folder}",
+            remedy=f"name one of them, such as {runs[0]}",
+        )
+    raise UserError(
+        "not a run folder (no config.json)", where=f"--run {folder}", remedy="name the folder that train wrote"
+    )
 
 
 def check_same(folder: Path, run: RunDescription, data: PreparedData) -> None:
@@ -149,14 +156,16 @@ def check_same_run(
             continue
         name = f"--{option.name.replace('_', '-')}"
         raise UserError(
-            f"{where}: holds a run with {name} {_as_typed(old)}, not {_as_typed(new)}; give the same options to "
-            "resume it, or name another folder"
+            f"holds a run with {name} {_as_typed(old)}, not {_as_typed(new)}",
+            where=where,
+            remedy="give the same options to resume it, or name another folder",
         )
     same_data = there.data_sha256 in (None, run.data_sha256)
     if not same_data or there.numeric != run.numeric or dict(there.num_embeddings) != dict(run.num_embeddings):
         raise UserError(
-            f"--data {data.folder}: {where} holds a run on other data; name the data that it "
-            "was trained on, or another folder"
+            f"{where} holds a run on other data",
+            where=f"--data {data.folder}",
+            remedy="name the data that it was trained on, or another folder",
         )
 
 
@@ -165,7 +174,9 @@ def create(folder: Path, run: RunDescription, plan: PlanFile, *, data: PreparedD
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--output {folder}: the folder can't be made ({error.strerror}); name another one") from error
+        raise UserError(
+            f"the folder can't be made ({error.strerror})", where=f"--output {folder}", remedy="name another one"
+        ) from error
     for path in folder.iterdir():
         if is_partial(path.name):  # this training holds the lock, so its writer was killed
             path.unlink(missing_ok=True)
@@ -220,13 +231,16 @@ def check_nothing_lost(folder: Path, target: str) -> str | None:
     if saved is not None and saved[1].step is not None:
         where = saved[1].checkpoints
         raise UserError(
-            f"--output {folder}: the checkpoint of step {saved[1].step} was saved in {where}, and "
-            f"{'it' if target == where else target} holds none now; restore or mount it, or {from_start}"
+            f"the checkpoint of step {saved[1].step} was saved in {where}, and "
+            f"{'it' if target == where else target} holds none now",
+            where=f"--output {folder}",
+            remedy=f"restore or mount it, or {from_start}",
         )
     if (folder / CHECKPOINT).exists():
         raise UserError(
-            f"--output {folder}: holds the weights of a finished training ({CHECKPOINT}), but {SUMMARY} and the "
-            f"checkpoints are gone; evaluate --run {folder} still reads them, or {from_start}"
+            f"holds the weights of a finished training ({CHECKPOINT}), but {SUMMARY} and the checkpoints are gone",
+            where=f"--output {folder}",
+            remedy=f"evaluate --run {folder} still reads them, or {from_start}",
         )
     path = folder / metrics_log.NAME
     log = metrics_log.read_log(path)
@@ -234,8 +248,9 @@ def check_nothing_lost(folder: Path, target: str) -> str | None:
         return None
     if saved is None:  # a run of a version without saved.json
         raise UserError(
-            f"--output {folder}: {path.name} has records of steps, but there is no checkpoint in {target}; restore or "
-            f"mount it, or {from_start}"
+            f"{path.name} has records of steps, but there is no checkpoint in {target}",
+            where=f"--output {folder}",
+            remedy=f"restore or mount it, or {from_start}",
         )
     aside = metrics_log.set_aside(path)
     return f"no checkpoint was saved yet: starting from step 0; the records so far are kept in {aside.name}"
@@ -264,11 +279,11 @@ def read_config(folder: Path, remedy: str) -> RunFile:
     found = read_file(path, RunFile, remedy)
     if found is None:
         check_there(folder)
-        raise UserError(f"{path}: the file is missing; {remedy}")
+        raise UserError("the file is missing", where=path, remedy=remedy)
     try:
         found[1].train_config()
     except ValueError as error:
-        raise UserError(f"{path}: the file does not fit this version ({error}); {remedy}") from error
+        raise UserError(f"the file does not fit this version ({error})", where=path, remedy=remedy) from error
     return found[1]
 
 
@@ -305,9 +320,9 @@ def read_file(path: Path, kind: type[T], remedy: str) -> tuple[dict[str, Any], T
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise UserError(f"{path}: the file can't be read ({error.strerror}); {remedy}") from error
+        raise UserError(f"the file can't be read ({error.strerror})", where=path, remedy=remedy) from error
     except ValueError as error:
-        raise UserError(f"{path}: the file is damaged ({error}); {remedy}") from error
+        raise UserError(f"the file is damaged ({error})", where=path, remedy=remedy) from error
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -87,7 +87,9 @@ def damaged(folder: Path, error: Exception) -> UserError:
     """Return the line for a run whose files no report can be drawn from."""
     reason = " ".join(f"{type(error).__name__}: {error}".split())
     return UserError(
-        f"{folder}: no report can be made of these files ({reason:.300}); they have another version, or are damaged"
+        f"no report can be made of these files ({reason:.300})",
+        where=folder,
+        remedy="they have another version, or are damaged",
     )
 
 

@@ -105,5 +105,7 @@ def _records(path: Path) -> list[dict[str, Any]]:
     if log is None:
         return []
     if log.damaged:
-        raise UserError(f"{path}, line {log.damaged[0]}: not a record of a training; restore the file; {_NO_REPORT}")
+        raise UserError(
+            "not a record of a training; restore the file", where=f"{path}, line {log.damaged[0]}", remedy=_NO_REPORT
+        )
     return log.records

@@ -43,10 +43,10 @@ def list_runs(folder: Path) -> list[RunLine]:
         UserError: the folder does not exist, or holds no run.
     """
     if not folder.is_dir():
-        raise UserError("no such folder; name the folder that holds the runs", where=folder)
+        raise UserError("no such folder", where=folder, remedy="name the folder that holds the runs")
     found = [_line(run) for run in _runs_in(folder)]
     if not found:
-        raise UserError("the folder holds no run; name the parent folder of a train --output", where=folder)
+        raise UserError("the folder holds no run", where=folder, remedy="name the parent folder of a train --output")
     return found
 
 

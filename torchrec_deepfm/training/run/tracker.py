@@ -28,8 +28,9 @@ def job_tracker() -> Any:
     except Exception as error:  # whatever a tracker raises: fsspec's asserts that its folder exists
         config = os.environ.get("TORCHX_TRACKER_FSSPEC_CONFIG", "")
         raise UserError(
-            f"--tracker {config}: TorchX's tracker cannot be opened ({error}); the file holds protocol= and "
-            "root_path=, and that folder must exist"
+            f"TorchX's tracker cannot be opened ({error})",
+            where=f"--tracker {config}",
+            remedy="the file holds protocol= and root_path=, and that folder must exist",
         ) from error
 
 
@@ -60,4 +61,6 @@ def track(tracker: Any, folder: Path, config: TrainConfig, summary: dict[str, An
             if (folder / file).exists():
                 tracker.add_artifact(name, str((folder / file).absolute()))
     except Exception as error:
-        raise UserError(f"{folder}: the run is complete, but TorchX's tracker has not taken it ({error})") from error
+        raise UserError(
+            f"the run is complete, but TorchX's tracker has not taken it ({error})", where=folder
+        ) from error

@@ -75,7 +75,7 @@ def find_weights(run: Path, checkpoint: str | int | None = None) -> Weights:
     store = _checkpoints(run)
     if step not in (steps := store.steps()):
         what = "no such checkpoint" if str(checkpoint) == str(step) else f"these weights are of step {step}"
-        raise UserError(f"--checkpoint {checkpoint}: {what}; {_listed(store, steps)}")
+        raise UserError(what, where=f"--checkpoint {checkpoint}", remedy=_listed(store, steps))
     return Weights(store=store, key=step, step=step, averaged=run_folder.read(run).config.ema > 0.0)
 
 
@@ -83,8 +83,9 @@ def _own(run: Path, kept: Mapping[str, KeptWeights | None]) -> Weights:
     folder = run / run_folder.CHECKPOINT
     if not folder.is_dir():
         raise UserError(
-            f"{folder}: no final weights; finish the training with the same train command, or choose a checkpoint, "
-            "such as last"
+            "no final weights",
+            where=folder,
+            remedy="finish the training with the same train command, or choose a checkpoint, such as last",
         )
     steps = [one.step for one in kept.values() if one is not None and one.folder == run_folder.CHECKPOINT]
     return Weights(store=FinalWeights(folder), key=0, step=steps[0] if steps else None)
@@ -98,22 +99,30 @@ def _step(run: Path, checkpoint: str | int, kept: Mapping[str, KeptWeights | Non
                 return operator.index(checkpoint)  # numpy's integers too
         except TypeError:
             pass
-        raise UserError(f"checkpoint {checkpoint!r}: give best, last or the number of a step")
+        raise UserError("give best, last or the number of a step", where=f"checkpoint {checkpoint!r}")
     if checkpoint.isascii() and checkpoint.isdecimal():
         return int(checkpoint)
     if checkpoint not in _CHOICES:
-        raise UserError(f"--checkpoint {checkpoint}: choose {one_of(_CHOICES, checkpoint)}, or the number of a step")
+        raise UserError(
+            f"choose {one_of(_CHOICES, checkpoint)}, or the number of a step", where=f"--checkpoint {checkpoint}"
+        )
     entry = kept.get(checkpoint)
     if entry is not None:
         return entry.step
     if kept:
-        raise UserError(f"--checkpoint best: {run} keeps no best weights, as no validation named a best; choose last")
+        raise UserError(
+            f"{run} keeps no best weights, as no validation named a best",
+            where="--checkpoint best",
+            remedy="choose last",
+        )
     store = _checkpoints(run)
     steps = store.steps()
     if checkpoint == "best" or not steps:
         listed = _listed(store, steps)
         raise UserError(
-            f"--checkpoint {checkpoint}: {run} is not finished; finish it with the same train command; {listed}"
+            f"{run} is not finished; finish it with the same train command",
+            where=f"--checkpoint {checkpoint}",
+            remedy=listed,
         )
     return steps[0]
 

@@ -59,7 +59,7 @@ class Predictions:
         """
         if not np.isfinite(self.logits).all():
             raise NotFiniteError(
-                "the predictions hold a NaN or an infinity, so these weights cannot be used; train again"
+                "the predictions hold a NaN or an infinity, so these weights cannot be used", remedy="train again"
             )
 
 

@@ -102,7 +102,7 @@ class RowSplits:
                 first, row = first + piece.kept.num_rows, row + len(good)
                 on_piece(len(good), piece.done)
         if not row:
-            raise UserError(f"{unit}: the file has no rows; give a file with data or leave it out")
+            raise UserError("the file has no rows", where=unit, remedy="give a file with data or leave it out")
         pl.concat(frames).write_parquet(self._file(unit), compression="lz4")
         sync(self._file(unit))
         self.work.write_record(f"survey_split_{unit.name}", {"rows": row, "instants": instants})
@@ -117,7 +117,11 @@ class RowSplits:
         """
         instants = {bool((self._record(unit) or {})["instants"]) for unit in units}
         if len(instants) > 1:
-            raise UserError(f"--time {self.by.time}: some files hold dates and others numbers; write all the same way")
+            raise UserError(
+                "some files hold dates and others numbers",
+                where=f"--time {self.by.time}",
+                remedy="write all the same way",
+            )
         shown = _instant if instants == {True} else _number
         rows = parquet([self._file(unit) for unit in units])
         said: list[str] = []
@@ -154,7 +158,7 @@ class RowSplits:
             if series.null_count():
                 row = int(series.is_null().arg_max() or 0)
                 raise UserError(
-                    f"{source.path}: row {places[row] + source.file.first_row}, column {name!r}: {what(row)}"
+                    f"row {places[row] + source.file.first_row}, column {name!r}: {what(row)}", where=source.path
                 )
             return series
 
@@ -184,7 +188,7 @@ class RowSplits:
         try:
             dates.check_time(column.type, options, name, csv=True)
         except UserError as error:
-            raise UserError(f"{source.path}: column {name!r}: {error}") from error
+            raise UserError(f"column {name!r}: {error}", where=source.path) from error
         times = dates.local_times(column, options)
         return times.series.cast(pl.Int64).cast(pl.Float64), times.faults, True
 
@@ -201,13 +205,16 @@ class RowSplits:
         gap, is_span = self.by.gap_amount
         if is_span and shown is _number:
             raise UserError(
-                f"--gap {self.by.gap}: column {self.by.time!r} holds numbers of an unknown unit; give the gap as "
-                "such a number, or make a part of the time in the schema, with its format"
+                f"column {self.by.time!r} holds numbers of an unknown unit",
+                where=f"--gap {self.by.gap}",
+                remedy="give the gap as such a number, or make a part of the time in the schema, with its format",
             )
         if shown is _instant:
             if gap and not is_span:
                 raise UserError(
-                    f"--gap {self.by.gap}: column {self.by.time!r} holds times; add a unit, such as 1d or 12h"
+                    f"column {self.by.time!r} holds times",
+                    where=f"--gap {self.by.gap}",
+                    remedy="add a unit, such as 1d or 12h",
                 )
             gap *= _MICROSECONDS
         count = int(_one(connection, f"SELECT count(*) FROM {rows}"))  # noqa: S608

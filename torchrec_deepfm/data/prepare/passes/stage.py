@@ -71,7 +71,9 @@ class Stager:
             if not record.rows:
                 bad = record.skipped_rows
                 skipped = f" ({bad} bad ones were skipped)" if bad else ""
-                raise UserError(f"{unit}: the file has no rows{skipped}; give a file with data or leave it out")
+                raise UserError(
+                    f"the file has no rows{skipped}", where=unit, remedy="give a file with data or leave it out"
+                )
         if self.takes_logs:
             self._take_logs(unit, record)
         record.finished = True

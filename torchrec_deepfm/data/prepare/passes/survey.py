@@ -31,8 +31,9 @@ def surveyed_units(inputs: Inputs, columns: Sequence[NumericColumn]) -> list[Uni
     units = [unit for unit in inputs.units if any(inputs.trains(part) for part in unit.parts)]
     if not units:
         raise UserError(
-            f"--input: column {learned[0].name!r} has the transform {learned[0].transform}, which is learned from "
-            "training rows; name some"
+            f"column {learned[0].name!r} has the transform {learned[0].transform}, which is learned from training rows",
+            where="--input",
+            remedy="name some",
         )
     return units
 

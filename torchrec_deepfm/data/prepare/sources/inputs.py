@@ -77,13 +77,17 @@ def find_inputs(
     held_out = bool(named["validation"] or named["test"])
     if held_out and split not in (None, NONE):
         raise UserError(
-            f"--split {split}: --validation and --test already define the split; leave --split or these out"
+            "--validation and --test already define the split",
+            where=f"--split {split}",
+            remedy="leave --split or these out",
         )
     way = "files" if held_out else split or "8:1:1"
     paths = {part: _expand(entries, schema) for part, entries in named.items()}
     _check_distinct({part: [one for one in entries if isinstance(one, str)] for part, entries in paths.items()})
     if way in SPLITS_BY_ROW and schema.layout != "table":
-        raise UserError(f"--split {way}: Criteo's text has no such column; choose --split last-day, or name files")
+        raise UserError(
+            "Criteo's text has no such column", where=f"--split {way}", remedy="choose --split last-day, or name files"
+        )
     files = {part: [path for path in entries if isinstance(path, str)] for part, entries in paths.items()}
     days = _days(files) if len(files["train"]) == len(paths["train"]) else None
     sources = _open(paths, schema, piece_bytes)
@@ -95,7 +99,9 @@ def find_inputs(
     if days is not None:
         train = [train[place] for place in sorted(range(len(train)), key=lambda place: days[place])]
     if way == LAST_DAY and len(train) < 2:
-        raise UserError("--split last-day: one file is named; name two or more, or choose --split 8:1:1")
+        raise UserError(
+            "one file is named", where="--split last-day", remedy="name two or more, or choose --split 8:1:1"
+        )
     if way == LAST_DAY:  # the last file is halved, and so has its own arrays
         groups = [*_groups(train[:-1], separate=separate or days is not None), (train[-1],)]
     else:
@@ -177,7 +183,7 @@ def _expand(entries: Sequence[Entry], schema: Schema) -> list[str | ChunkTable]:
         named = [(match, path) for path in sorted(folder.iterdir()) if (match := _DAY.fullmatch(path.name))]
         days = [path for _, path in sorted(named, key=lambda pair: int(pair[0][1]))]
         if not days:
-            raise UserError(f"{folder}: this is a folder without day_0, day_1, ...; name the files")
+            raise UserError("this is a folder without day_0, day_1, ...", where=folder, remedy="name the files")
         paths += [str(path) for path in days]
     return paths
 
@@ -187,7 +193,7 @@ def _check_distinct(paths: Mapping[str, Sequence[str]]) -> None:
     for path in (path for entries in paths.values() for path in entries):
         place = path if "://" in path else os.path.realpath(path)
         if place in seen:
-            raise UserError(f"{path}: the same file is named twice; name each file once")
+            raise UserError("the same file is named twice", where=path, remedy="name each file once")
         seen.add(place)
 
 
@@ -206,13 +212,16 @@ def _days(paths: Mapping[str, Sequence[str]]) -> list[int] | None:
             continue
         number = int(match[1])
         if number in days:
-            raise UserError(f"{path}: day {number} appears twice, also as {days[number]}; name each day once")
+            raise UserError(
+                f"day {number} appears twice, also as {days[number]}", where=path, remedy="name each day once"
+            )
         days[number] = path
     for before, after in pairwise(sorted(days)):
         if after != before + 1:
             raise UserError(
-                f"--input: day_{before + 1} is missing between {Path(days[before]).name} and {Path(days[after]).name}; "
-                "name all days, or rename the files if they are not days"
+                f"day_{before + 1} is missing between {Path(days[before]).name} and {Path(days[after]).name}",
+                where="--input",
+                remedy="name all days, or rename the files if they are not days",
             )
     return [int(match[1]) for match in train if match is not None]
 

@@ -54,7 +54,7 @@ def source_state(source: Source) -> dict[str, int | str]:
             return _state(file, size, modified)
     except Exception as error:  # each driver of an address raises errors of its own
         raise UserError(
-            f"{source.path}: can't be read ({' '.join(str(error).split())}); check path and permissions"
+            f"can't be read ({' '.join(str(error).split())})", where=source.path, remedy="check path and permissions"
         ) from error
 
 
@@ -118,7 +118,7 @@ def known_optimum(named: Mapping[str, Sequence[Any]]) -> dict[str, dict[str, flo
             if entry is not None:
                 optimum[split] = {key: float(entry[key]) for key in ("auc", "logloss")}
         except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{path}: the file is damaged ({type(error).__name__}); remove it") from error
+            raise UserError(f"the file is damaged ({type(error).__name__})", where=path, remedy="remove it") from error
     return optimum
 
 
