@@ -192,9 +192,7 @@ def test_more_options(tmp_path, path):
         "--threads 0: must be at least 1": {"threads": 0},
         "--split 7:3: choose one of 8:1:1, 9:1, last-day, time, leave-last-out, column, none": {"split": "7:3"},
         "--split last-day: one file is named; name two or more, or choose --split 8:1:1": {"split": "last-day"},
-        f"--numeric cube is not a valid transform; choose one of {', '.join(TRANSFORMS)}": {
-            "numeric_transform": "cube"
-        },
+        f"--numeric cube: not a transform; choose one of {', '.join(TRANSFORMS)}": {"numeric_transform": "cube"},
         "--num-embeddings: 2 numbers for 3 categorical columns; give one for all, or one each": {
             "hash": True,
             "num_embeddings": [5, 6],

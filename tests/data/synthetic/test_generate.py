@@ -204,13 +204,13 @@ def test_summary_names_files_rates_and_the_best_auc(data: SyntheticData) -> None
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rows": 0}, "--rows 0 is too small; give 1 or more"),
-        ({"days": 0}, "--days 0 is too small; give 1 or more"),
+        ({"rows": 0}, "--rows 0: too small; give 1 or more"),
+        ({"days": 0}, "--days 0: too small; give 1 or more"),
         ({"rows": 2, "days": 3}, "--rows 2: fewer rows than the 3 days; give more --rows or fewer --days"),
-        ({"seed": -1}, "--seed -1 is out of range; give a number from 0 to 2**63 - 1"),
-        ({"click_rate": 0.0}, "--click-rate 0.0 is out of range; give a number between 0 and 1"),
-        ({"click_rate": 1.0}, "--click-rate 1.0 is out of range; give a number between 0 and 1"),
-        ({"click_rate": math.nan}, "--click-rate nan is out of range; give a number between 0 and 1"),
+        ({"seed": -1}, "--seed -1: out of range; give a number from 0 to 2**63 - 1"),
+        ({"click_rate": 0.0}, "--click-rate 0.0: out of range; give a number between 0 and 1"),
+        ({"click_rate": 1.0}, "--click-rate 1.0: out of range; give a number between 0 and 1"),
+        ({"click_rate": math.nan}, "--click-rate nan: out of range; give a number between 0 and 1"),
         (
             {"rows": 10, "click_rate": 1e-9},
             (

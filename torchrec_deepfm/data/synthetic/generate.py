@@ -159,17 +159,17 @@ def generate(
 
 def _check_options(*, rows: int, days: int, seed: int, click_rate: float) -> None:
     if rows < 1:
-        raise UserError(f"--rows {rows} is too small", remedy="give 1 or more")
+        raise UserError("too small", where=f"--rows {rows}", remedy="give 1 or more")
     if days < 1:
-        raise UserError(f"--days {days} is too small", remedy="give 1 or more")
+        raise UserError("too small", where=f"--days {days}", remedy="give 1 or more")
     if rows < days:
         raise UserError(
             f"fewer rows than the {days} days", where=f"--rows {rows}", remedy="give more --rows or fewer --days"
         )
     if not 0 <= seed <= _LARGEST_SEED:
-        raise UserError(f"--seed {seed} is out of range", remedy="give a number from 0 to 2**63 - 1")
+        raise UserError("out of range", where=f"--seed {seed}", remedy="give a number from 0 to 2**63 - 1")
     if not 0 < click_rate < 1:  # also refuses NaN
-        raise UserError(f"--click-rate {click_rate} is out of range", remedy="give a number between 0 and 1")
+        raise UserError("out of range", where=f"--click-rate {click_rate}", remedy="give a number between 0 and 1")
 
 
 def _write_file(

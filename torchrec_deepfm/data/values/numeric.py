@@ -104,7 +104,7 @@ def numeric_columns(schema: Schema, option: str | None) -> tuple[NumericColumn, 
         UserError: The transform does not exist, ``log`` is mixed with another one, or an option does not fit it.
     """
     if option is not None and option not in TRANSFORMS:
-        raise UserError(f"--numeric {option} is not a valid transform", remedy=f"choose {one_of(TRANSFORMS, option)}")
+        raise UserError("not a transform", where=f"--numeric {option}", remedy=f"choose {one_of(TRANSFORMS, option)}")
     fallback = option or ("log1p" if schema.layout == "criteo" else "none")
     found = []
     for name in schema.numeric:
