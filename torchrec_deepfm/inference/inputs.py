@@ -54,7 +54,7 @@ class Signature:
             or rows.sparse.shape[1] != len(self.ids)
             or len(bags) < len(self.bags)
         ):
-            raise UserError("it is of another run", where="the encoder's columns are not the features of the model")
+            raise UserError("the encoder is of another run (its columns are not the features of the model)")
         arrays: dict[str, NDArray[Any]] = {"dense": rows.dense, "ids": rows.sparse.astype(np.int64)}
         if bags:
             weights = [np.ones(len(bag.ids), np.float32) if bag.weights is None else bag.weights for bag in bags]

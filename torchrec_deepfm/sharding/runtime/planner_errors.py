@@ -58,7 +58,7 @@ def explain_planner_error(
             remedy=f"use more ranks ({ranks_option}), or let the large tables be row_wise (--constraint)"
             f"{_without(ema)}",
         )
-    return UserError(f"{_first_line(error)}", where=f"the planner found no plan ({error.error_type.value})")
+    return UserError(f"the planner found no plan ({error.error_type.value}): {_first_line(error)}")
 
 
 def run_planner(
