@@ -60,7 +60,11 @@ def random_bags(kind: str, batch: int, sizes: dict[str, int] = SIZES) -> dict[st
 
 
 def expected_logits(
-    model: DeepFM, dense: torch.Tensor, bags: dict[str, list[oracle.Bag]], terms: tuple[str, ...] = TERMS
+    model: DeepFM,
+    dense: torch.Tensor,
+    bags: dict[str, list[oracle.Bag]],
+    terms: tuple[str, ...] = TERMS,
+    widths: tuple[int, ...] = (),
 ) -> list[float]:
     tables = {
         name.split(".")[-2].removeprefix("t_"): weight.double().tolist()
@@ -75,6 +79,13 @@ def expected_logits(
     for sample, x in enumerate(dense.double().tolist()):
         rows = model.dense_arch.rows.double().tolist() if model.dense_arch is not None else []
         fields = [oracle.field_of_number(row, value, K) for row, value in zip(rows, x, strict=True)]
+        if widths:  # a field's numbers are summed as the values of a bag
+            table = iter(zip(x, rows, strict=True))
+            groups = [[next(table) for _ in range(width)] for width in widths]
+            fields = [
+                oracle.field_of_bag([row for _, row in group], [(i, value) for i, (value, _) in enumerate(group)], K)
+                for group in groups
+            ]
         fields += [oracle.field_of_bag(tables[name], bags[name][sample], K) for name in bags]
         logit = model.bias.double().item()
         logit += oracle.first_order(fields) if "linear" in terms else 0.0
@@ -85,11 +96,16 @@ def expected_logits(
 
 
 def assert_is_the_equation(
-    model: DeepFM, dense: torch.Tensor, bags: dict[str, list[oracle.Bag]], **kwargs: object
+    model: DeepFM,
+    dense: torch.Tensor,
+    bags: dict[str, list[oracle.Bag]],
+    *,
+    weighted: bool = False,
+    widths: tuple[int, ...] = (),
 ) -> None:
-    logits = model(dense, to_kjt(bags, weighted=bool(kwargs.get("weighted"))))
+    logits = model(dense, to_kjt(bags, weighted=weighted))
     assert logits.shape == (len(dense), 1)
-    expected = expected_logits(model, dense, bags, model.terms)
+    expected = expected_logits(model, dense, bags, model.terms, widths)
     torch.testing.assert_close(
         logits.squeeze(1).double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=1e-6
     )
@@ -116,6 +132,18 @@ def test_few_fields_and_no_numeric_features(sizes: dict[str, int]) -> None:
     model = make_model(sizes, numeric=0)
     assert model.dense_arch is None
     assert_is_the_equation(model, torch.empty(4, 0), random_bags("one-hot", 4, sizes))
+
+
+@pytest.mark.parametrize("widths", [(3,), (1, 3), (3, 1, 1, 2), (1, 1, 1)], ids=str)
+def test_a_list_of_numbers_is_one_field(widths: tuple[int, ...]) -> None:
+    model = make_model(numeric=sum(widths), dense_widths=widths)
+    assert model.over_arch is not None
+    assert model.over_arch.layers[0].in_features == (len(widths) + len(SIZES)) * K
+    dense, bags = torch.randn(4, sum(widths)), random_bags("one-hot", 4)
+    assert_is_the_equation(model, dense, bags, widths=widths)
+    scripted = torch.jit.script(model)
+    torch.testing.assert_close(scripted(dense, to_kjt(bags)), model(dense, to_kjt(bags)))
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(dense, to_kjt(bags)), model(dense, to_kjt(bags)))
 
 
 def test_a_bag_is_pooled_before_it_interacts() -> None:
@@ -383,6 +411,26 @@ def test_bad_tables(tables: list[EmbeddingBagConfig], message: str) -> None:
 def test_bad_options(options: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=f"^{message}"):
         make_model(**options)  # type: ignore[arg-type]
+
+
+def test_a_list_starts_as_torchs_linear_and_the_other_rows_as_without_it() -> None:
+    def rows(widths: tuple[int, ...]) -> torch.Tensor:
+        torch.manual_seed(0)
+        tables = EmbeddingBagCollection(tables=embedding_tables({"a": 5}, factor_dim=50), device=torch.device("meta"))
+        arch = DeepFM(tables, 302, (4,), 50, dense_widths=widths).dense_arch
+        assert arch is not None
+        return arch.rows.detach()
+
+    found = rows((1, 300, 1))
+    assert torch.equal(found[[0, 301]], rows(())[[0, 301]])
+    linear = torch.nn.Linear(300, 2000).weight.std()
+    assert found[1:301, :50].std() == pytest.approx(linear.item(), rel=0.03)
+    assert not found[:, 50].any()
+
+
+def test_bad_widths() -> None:
+    with pytest.raises(UserError, match="which sum to dense_in_features=2"):
+        make_model(dense_widths=(1, 2))
 
 
 def test_bad_table_requests() -> None:

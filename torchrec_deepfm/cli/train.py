@@ -299,7 +299,7 @@ def _data_set(folder: Path) -> "DataSet":
         folder=str(folder),
         train_rows=data.rows("train"),
         table_rows=sum(data.num_embeddings.values()),
-        numeric=len(data.schema.numeric),
+        numeric=len(data.schema.dense_names),
         fields=len(data.schema.numeric) + len(data.schema.categorical),
     )
 

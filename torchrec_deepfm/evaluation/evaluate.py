@@ -92,7 +92,14 @@ def _predict(
     torch.set_float32_matmul_precision("medium" if run.config.precision == "medium" else "highest")
     # Quantised communication needs GPUs; a run trained with it can be evaluated on CPU ranks too.
     config = run.config if device.type == "cuda" else dataclasses.replace(run.config, qcomms=("fp32",))
-    model = build_model(config, run.num_embeddings, len(run.numeric), device, is_weighted=run.weighted).model
+    model = build_model(
+        config,
+        run.num_embeddings,
+        run.dense_in_features,
+        device,
+        dense_widths=run.widths,
+        is_weighted=run.weighted,
+    ).model
     restore_model(model, weights)
     return predict_rows(model, rows.loader(folder, config.batch_size, device), device, config.precision)
 

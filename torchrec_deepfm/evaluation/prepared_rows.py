@@ -55,9 +55,10 @@ class PreparedRows:
             UserError: it was not.
         """
         data = self._data
-        if run.numeric != data.schema.numeric:
+        if run.differs(data.schema):
             raise UserError(
-                f"numeric columns {data.schema.numeric}, but {folder} has {run.numeric}", where=f"--data {data.folder}"
+                f"numeric columns {data.schema.dense_names}, but {folder} has {run.dense_names}",
+                where=f"--data {data.folder}",
             )
         for name in sorted(set(run.num_embeddings) | set(data.num_embeddings)):
             mine, theirs = run.num_embeddings.get(name), data.num_embeddings.get(name)

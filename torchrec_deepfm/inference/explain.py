@@ -176,7 +176,8 @@ def _shuffled(rows: EncodedRows, schema: Any, name: str, order: NDArray[np.int64
     """The rows with the values of one field in another order."""
     if name in schema.numeric:
         dense = rows.dense.copy()
-        dense[:, schema.numeric.index(name)] = dense[order, schema.numeric.index(name)]
+        columns = schema.dense_slice(name)
+        dense[:, columns] = dense[order, columns]
         return replace(rows, dense=dense)
     if name in schema.one_hot:
         sparse = rows.sparse.copy()

@@ -131,7 +131,7 @@ def export(
         )
     signature = Signature(
         inputs=(),
-        dense=described.numeric,
+        dense=described.dense_names,
         ids=tuple(name for name in described.num_embeddings if name not in bags),
         bags=bags,
         num_embeddings=dict(described.num_embeddings),
@@ -184,7 +184,7 @@ def _open_data(run: Path, data: Path | None) -> PreparedData | None:
         data = trained_on
     prepared = PreparedData.open(data)
     found = {name: prepared.num_embeddings[name] for name in prepared.schema.categorical}
-    if prepared.schema.numeric != described.numeric or found != dict(described.num_embeddings):
+    if described.differs(prepared.schema) or found != dict(described.num_embeddings):
         raise UserError(
             f"has other columns or numbers of ids than {run}",
             where=f"--data {data}",

@@ -140,7 +140,7 @@ def open_run(path: Path, checkpoint: str | int | None, data: Path | None = None)
     """Open the encoder of a run, and digest what distinguishes its trained model; see ``load``."""
     run = run_folder.read(path)
     encoder = encoder_of(path, data)
-    if dict(run.num_embeddings) != dict(encoder.num_embeddings) or run.numeric != encoder.schema.numeric:
+    if dict(run.num_embeddings) != dict(encoder.num_embeddings) or run.differs(encoder.schema):
         raise UserError("encodes other columns than the model has", where=path / run_folder.ENCODER, remedy=_RESTORE)
     # The figures of a finished training are its own, the seconds that it took among them.
     files = [path / name for name in (run_folder.CONFIG, run_folder.SUMMARY, run_folder.SAVED)]

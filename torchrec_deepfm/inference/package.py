@@ -196,9 +196,11 @@ def open_package(folder: Path | str, *, threads: int | None = None) -> tuple[Row
         )
     encoder = RowEncoder.open(folder / ENCODER)
     signature, schema = package.signature, encoder.schema
-    if (schema.numeric, schema.one_hot, schema.multi_hot) != (signature.dense, signature.ids, signature.bags) or dict(
-        encoder.num_embeddings
-    ) != signature.num_embeddings:
+    if (schema.dense_names, schema.one_hot, schema.multi_hot) != (
+        signature.dense,
+        signature.ids,
+        signature.bags,
+    ) or dict(encoder.num_embeddings) != signature.num_embeddings:
         raise UserError("the encoder is of another run than the model", where=folder / ENCODER, remedy=_AGAIN)
     where = folder if MODEL_FILE[package.form] in package.files else folder / VERSION
     return encoder, PackageScorer(package, open_model(package.form, where, threads=threads), schema)

@@ -58,7 +58,7 @@ class ModelScorer:
     def parts(self, rows: EncodedRows) -> LogitParts:
         """Return what the logits are made of, n rows."""
         model, terms, width = self.model, self.model.terms, self.model.factor_dim
-        fields = model.dense_in_features + len(self.schema.categorical)
+        fields = len(self.schema.numeric) + len(self.schema.categorical)
         first = np.zeros((len(rows), fields))
         factors, deep = np.zeros((len(rows), fields, width)), np.zeros(len(rows))
         for start, stop, dense, sparse in self.batches(rows):

@@ -64,8 +64,8 @@ class ShardedScorer:
         )  # fmt: skip
         constraints = {table_name(name): ParameterConstraints(sharding_types=_WHOLE_ROWS) for name in schema.multi_hot}
         sharded = build_model(
-            config, described.num_embeddings, len(described.numeric), CPU, is_weighted=described.weighted,
-            constraints=constraints,
+            config, described.num_embeddings, described.dense_in_features, CPU, dense_widths=described.widths,
+            is_weighted=described.weighted, constraints=constraints,
         )  # fmt: skip
         restore_model(sharded.model, weights)
         self.schema, self._precision = schema, described.config.precision

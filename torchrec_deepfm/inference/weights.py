@@ -37,7 +37,12 @@ def load_model(run: Path | str, checkpoint: str | int | None = None) -> DeepFM:
     described = run_folder.read(run)
     meta = torch.device("meta")
     model = make_deepfm(
-        described.config, described.num_embeddings, len(described.numeric), meta, is_weighted=described.weighted
+        described.config,
+        described.num_embeddings,
+        described.dense_in_features,
+        meta,
+        dense_widths=described.widths,
+        is_weighted=described.weighted,
     )
     model.to_empty(device=CPU)
     try:

@@ -7,6 +7,7 @@ Everything goes by feature key. Sharding may change the order of the keys in the
 is silently wrong.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -147,23 +148,42 @@ def _rows_by_name(pooled: KeyedTensor, names: list[str]) -> Tensor:
 class DenseArch(nn.Module):
     """Gives each numeric feature a field of its own: ``x_j * [v_j | w_j]``.
 
+    A feature of several numbers, such as the embedding of a text, is one field too: the sum of ``x_j * [v_j | w_j]``
+    over its numbers, which is a linear map.
+
     Args:
         in_features: I; zero is allowed.
         factor_dim: K.
-        init_std: standard deviation of v at the start; w starts at zero.
+        widths: how many of the I numbers each field has, in their order; empty for one each.
+        init_std: standard deviation of v at the start; w starts at zero. For a field of n numbers at least
+            1 / sqrt(3 n).
         device: where the parameters live.
 
     Example:
         >>> DenseArch(in_features=2, factor_dim=3)(torch.zeros(5, 2)).shape
         torch.Size([5, 2, 4])
+        >>> DenseArch(in_features=10, factor_dim=3, widths=(1, 8, 1))(torch.zeros(5, 10)).shape
+        torch.Size([5, 3, 4])
     """
 
     def __init__(
-        self, in_features: int, factor_dim: int, *, init_std: float = 0.01, device: torch.device | None = None
+        self,
+        in_features: int,
+        factor_dim: int,
+        *,
+        widths: Sequence[int] = (),
+        init_std: float = 0.01,
+        device: torch.device | None = None,
     ) -> None:
         super().__init__()
+        self._blocks = _blocks(widths or [1] * in_features)
+        self._one_each = all(width == 1 for width in widths)
         self.rows = nn.Parameter(torch.empty(in_features, factor_dim + 1, device=device))
         init_packed_rows_(self.rows, factor_dim, init_std)
+        for start, stop, is_one_field in self._blocks:
+            if is_one_field:  # as torch's own Linear: smaller ones learn slowly (docs/results.md)
+                std = max(init_std, 1 / math.sqrt(3 * (stop - start)))
+                init_packed_rows_(self.rows.data[start:stop], factor_dim, std)
 
     def forward(self, dense_features: Tensor) -> Tensor:
         """Scale each feature's row by its value.
@@ -172,9 +192,31 @@ class DenseArch(nn.Module):
             dense_features: [B, I], finite.
 
         Returns:
-            [B, I, R].
+            [B, I, R], or a field per width.
         """
-        return dense_features.unsqueeze(2) * self.rows
+        if self._one_each:
+            return dense_features.unsqueeze(2) * self.rows
+        fields: list[Tensor] = []
+        for start, stop, is_one_field in self._blocks:
+            numbers, rows = dense_features[:, start:stop], self.rows[start:stop]
+            if is_one_field:
+                fields.append((numbers @ rows).to(rows.dtype).unsqueeze(1))
+            else:
+                fields.append(numbers.unsqueeze(2) * rows)
+        return torch.cat(fields, dim=1)
+
+
+def _blocks(widths: Sequence[int]) -> list[tuple[int, int, bool]]:
+    """(Start, stop, whether it is one field) of neighbouring fields of one number each, and of each wider field."""
+    found = [(0, 0, False)]  # never empty: TorchScript needs a type
+    start = 0
+    for width in widths:
+        if width == 1 and not found[-1][2]:
+            found[-1] = (found[-1][0], start + 1, False)
+        else:
+            found.append((start, start + width, width > 1))
+        start += width
+    return found
 
 
 class FMInteractionArch(nn.Module):

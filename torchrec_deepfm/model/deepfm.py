@@ -24,8 +24,9 @@ TERMS: tuple[Term, ...] = ("linear", "fm", "deep")
 class DeepFM(nn.Module):
     """DeepFM: b + <w, x> + sum_{i<j} <V_i x_i, V_j x_j> + MLP([V_1 x_1, ..., V_F x_F]), with one V for both.
 
-    Every numeric feature is a field with its own ``[v_j | w_j]``. A multi-hot feature is pooled by sum before it
-    interacts, so pairs inside one bag are not counted. The fields go numeric first, then in the order of the tables.
+    Every numeric feature is a field with its own ``[v_j | w_j]``; a list of numbers (``dense_widths``) is one field. A
+    multi-hot feature is pooled by sum before it interacts, so pairs inside one bag are not counted. The fields go
+    numeric first, then in the order of the tables.
 
     Args:
         embedding_bag_collection: tables of packed rows, as ``embedding_tables`` describes them. May be on ``meta`` and
@@ -34,6 +35,8 @@ class DeepFM(nn.Module):
         dense_in_features: I, the number of numeric features; zero is allowed.
         over_arch_layer_sizes: hidden layers of the MLP (400-400-400 in the paper).
         factor_dim: K (10 in the paper).
+        dense_widths: how many of the I numbers each numeric field has, in their order: a list of numbers, such as the
+            embedding of a text, is one field by a linear map. Empty for a field per number.
         terms: which terms make up the logit besides b. ``("linear",)`` is logistic regression, ``("linear", "fm")`` a
             factorization machine, ``("deep",)`` the plain DNN.
         activation: makes the activation modules of the MLP (ReLU in the paper).
@@ -63,6 +66,7 @@ class DeepFM(nn.Module):
         over_arch_layer_sizes: Sequence[int] = (400, 400, 400),
         factor_dim: int = 10,
         *,
+        dense_widths: Sequence[int] = (),
         terms: Sequence[Term] = TERMS,
         activation: Callable[[], nn.Module] = nn.ReLU,
         dropout: float = 0.5,
@@ -76,19 +80,26 @@ class DeepFM(nn.Module):
             raise UserError(
                 "give the number of numeric features, or 0 for none", where=f"dense_in_features={dense_in_features}"
             )
+        if dense_widths and (min(dense_widths) < 1 or sum(dense_widths) != dense_in_features):
+            raise UserError(
+                f"give 1 or more for each field, which sum to dense_in_features={dense_in_features}",
+                where=f"dense_widths={tuple(dense_widths)}",
+            )
         self.terms: tuple[Term, ...] = tuple(term for term in TERMS if term in terms)
         self.factor_dim = factor_dim
         self.dense_in_features = dense_in_features
         self.sparse_arch = SparseArch(embedding_bag_collection, factor_dim)
         self.dense_arch: DenseArch | None = None
         if dense_in_features > 0:
-            self.dense_arch = DenseArch(dense_in_features, factor_dim, init_std=init_std, device=dense_device)
+            self.dense_arch = DenseArch(
+                dense_in_features, factor_dim, widths=dense_widths, init_std=init_std, device=dense_device
+            )
         self.inter_arch: FMInteractionArch | None = None
         if "linear" in terms or "fm" in terms:
             self.inter_arch = FMInteractionArch(linear="linear" in terms, fm="fm" in terms)
         self.over_arch: OverArch | None = None
         if "deep" in terms:
-            num_fields = dense_in_features + len(self.sparse_arch.sparse_feature_names)
+            num_fields = (len(dense_widths) or dense_in_features) + len(self.sparse_arch.sparse_feature_names)
             self.over_arch = OverArch(
                 num_fields * factor_dim,
                 over_arch_layer_sizes,

@@ -67,6 +67,7 @@ def make_deepfm(
     dense_in_features: int,
     dense_device: torch.device,
     *,
+    dense_widths: Sequence[int] = (),
     is_weighted: bool = False,
 ) -> DeepFM:
     """Make the unsharded model of a configuration, its tables on ``meta``.
@@ -80,6 +81,7 @@ def make_deepfm(
         dense_in_features,
         config.over_arch_layer_sizes,
         config.factor_dim,
+        dense_widths=dense_widths,
         terms=config.terms,
         activation=_ACTIVATIONS[config.activation],
         dropout=config.dropout,
@@ -95,6 +97,7 @@ def build_model(
     dense_in_features: int,
     device: torch.device,
     *,
+    dense_widths: Sequence[int] = (),
     is_weighted: bool = False,
     constraints: Mapping[str, ParameterConstraints] | Sequence[str] = (),
     plan: Path | PlanFile | None = None,
@@ -111,6 +114,7 @@ def build_model(
         num_embeddings: rows of each categorical feature's table, in the order of the fields.
         dense_in_features: I.
         device: this rank's device.
+        dense_widths: as in ``DeepFM``.
         is_weighted: whether the batches carry weights, for all ids or for none (``bool(data.schema.weighted)``).
         constraints: for the planner, by table; or rules, see ``sharding.inputs.constraints``.
         hardware: what the ranks run on, for the planner: a preset or a TOML file. Default: the GPU's preset.
@@ -133,7 +137,9 @@ def build_model(
     torch.manual_seed(config.seed)  # the dense part is equal on every rank
     # Drawn on the CPU and moved, so that a training starts from the same weights on every device.
     cpu = torch.device("cpu")
-    deepfm = make_deepfm(config, num_embeddings, dense_in_features, cpu, is_weighted=is_weighted)
+    deepfm = make_deepfm(
+        config, num_embeddings, dense_in_features, cpu, dense_widths=dense_widths, is_weighted=is_weighted
+    )
     _move_dense(deepfm, device)
     if compile_dense != "off":
         deepfm.compile_dense_path(compile_dense)

@@ -73,8 +73,9 @@ class Start:
         return build_model(
             run.config,
             run.num_embeddings,
-            len(run.numeric),
+            run.dense_in_features,
             self.device,
+            dense_widths=run.widths,
             is_weighted=run.weighted,
             constraints=options.rules,
             plan=options.plan,
@@ -87,8 +88,7 @@ class Start:
         """What every manifest of a checkpoint records of the run."""
         return {
             "config": dataclasses.asdict(self.run.config),
-            "num_embeddings": dict(self.run.num_embeddings),
-            "numeric": list(self.run.numeric),
+            **self.run.columns_json(),
             "weighted": self.run.weighted,
             "data_sha256": self.run.data_sha256,
             "schema_sha256": run_folder.digest_of_schema(self.data),

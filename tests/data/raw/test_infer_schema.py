@@ -105,7 +105,7 @@ def test_kinds_of_columns(tmp_path):
     missing = columns()["old_id"].count(None) / ROWS
     assert f"{missing:.1%} missing" in reason(text, '"old_id"')
     assert reason(text, '"event_time_hour"').endswith(": hour of times as ms")
-    assert reason(text, '"embedding"').endswith("as the weights of a list column they stand in its options")
+    assert reason(text, '"embedding"').endswith("the same list in every row")
     assert reason(text, '"nothing"') == "no value in these rows"
     # The table can be read with it as it stands.
     [source] = open_tables(str(path), schema)

@@ -225,7 +225,7 @@ class PreparedData:
         rows = max(other.start + other.rows for other in self._days_of(day.stem))
         schema, stem = self.schema, day.stem
         return DayArrays(
-            dense=self._map(f"{stem}{DENSE}", np.float32, (rows, len(schema.numeric))),
+            dense=self._map(f"{stem}{DENSE}", np.float32, (rows, len(schema.dense_names))),
             sparse=self._map(f"{stem}{SPARSE}", np.int32, (rows, len(schema.one_hot))),
             labels=self._map(f"{stem}{LABELS}", np.int32, (rows, 1)),
             bags={name: self._bags(stem, name, rows) for name in schema.multi_hot},

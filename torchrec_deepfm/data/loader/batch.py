@@ -135,7 +135,7 @@ class Assembler:
         if file is None:
             bags = arrays.bags[column]
             file = bags.weights if where == "weights" and bags.weights is not None else bags.ids
-        assert column in (*schema.numeric, *schema.categorical, schema.label, schema.weight)
+        assert column in (*schema.dense_names, *schema.categorical, schema.label, schema.weight)
         remedy = _REPAIR if self._data.external is None else "fix the file or remove the day's files"
         raise UserError(f"row {inside}, column {column}: {value} {fault}", where=file.where, remedy=remedy)
 
@@ -145,7 +145,7 @@ class Assembler:
         bad = ~np.isfinite(copied.dense.astype(np.float32, copy=False))
         if bad.any():
             i, j = np.argwhere(bad)[0].tolist()
-            return "dense", i, schema.numeric[j], copied.dense[i, j], "is not a finite number"
+            return "dense", i, schema.dense_names[j], copied.dense[i, j], "is not a finite number"
         for j, key in enumerate(schema.one_hot):
             bad = _outside(self._reduced(copied.sparse[:, j], limits[key]), limits[key])
             if bad.any():

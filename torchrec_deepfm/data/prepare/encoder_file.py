@@ -8,6 +8,7 @@ import msgspec
 import polars as pl
 
 from torchrec_deepfm.data.dataset.prepared import PreparedData, read_manifest
+from torchrec_deepfm.data.schema import Schema
 from torchrec_deepfm.data.values.statistics import ColumnStatistics
 from torchrec_deepfm.data.values.vocabulary import vocabulary_file
 from torchrec_deepfm.errors import UserError
@@ -125,8 +126,11 @@ def check_same_encoding(folder: Path, data: PreparedData) -> None:
         )
     learned = msgspec.convert(there.get("statistics") or {}, dict[str, ColumnStatistics])
     minimum = None not in (file.minimum, there["minimum"]) and file.minimum != there["minimum"]
+    raw = Schema.from_json(file.raw_schema)
     for name, transform in file.transforms.items():
-        same = transform == there["transforms"].get(name) and (file.statistics or {}).get(name) == learned.get(name)
+        keys = [name, *(f"{name}[{place}]" for place in range(raw.options(name).width or 0))]
+        same = transform == there["transforms"].get(name)
+        same = same and all((file.statistics or {}).get(key) == learned.get(key) for key in keys)
         if not same or (transform == "log" and minimum):
             raise UserError(
                 f"column {name!r} was transformed in another way than for the run", where=wrong, remedy=remedy

@@ -86,7 +86,12 @@ def encoding(inputs: Inputs, units: Staged, numbers: Sequence[NumericColumn]) ->
         "types": dict(zip(tables[0].schema.categorical, tables[0].types, strict=True)) if tables else None,
         "minimum": min((least for least in training if least is not None), default=None),
     }
-    learned = {column.name: asdict(column.learned) for column in numbers if column.learned is not None}
+    learned = {
+        key: asdict(one)
+        for column in numbers
+        if column.learned
+        for key, one in zip(column.keys, column.learned, strict=True)
+    }
     return found | ({"statistics": learned} if learned else {})
 
 

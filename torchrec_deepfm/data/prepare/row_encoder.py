@@ -32,6 +32,7 @@ from torchrec_deepfm.errors import UserError, one_of
 from torchrec_deepfm.files import seal, write_bytes
 
 BATCH_ROWS: Final = 8192
+_SHOWN: Final = 8  # values of a list that texts show
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,7 +225,7 @@ class RowEncoder:
     def example(self) -> dict[str, Any]:
         """Make a raw row to try: the most frequent categories, or None where they are hashed, and 0 for numbers."""
         raw, row = self.raw_schema, dict.fromkeys(self.raw_schema.features_read)
-        row |= dict.fromkeys(raw.numeric, 0)
+        row |= {name: [0.0] * width if (width := raw.options(name).width) else 0 for name in raw.numeric}
         first = len(self.schema.categorical) - len(raw.categorical)  # before them are the bucketized numbers
         for j, name in enumerate(raw.categorical):
             value = self._vocabularies[first + j].most_frequent if self._vocabularies else None
@@ -349,7 +350,8 @@ def _text(value: Any, *, code: bool) -> str:
     if value is None:
         return ""
     if isinstance(value, list):
-        return "[" + ", ".join(map(str, value)) + "]"
+        shown = [f"{one:g}" if isinstance(one, float) else str(one) for one in value[:_SHOWN]]
+        return "[" + ", ".join(shown) + (f", ... {len(value):,} in all]" if len(value) > _SHOWN else "]")
     if isinstance(value, float):
         return f"{value:g}"
     return f"{value:08x}" if code else str(value)

@@ -207,7 +207,7 @@ def estimate_bytes(heads: Sequence[tuple[Source, float]], schema: Schema, *, sta
                         )  # 8 bytes per offset
         if not rows:
             continue
-        each = 1 + len(schema.numeric) * (2 if log else 1) + len(schema.one_hot) + values / rows
+        each = 1 + len(schema.dense_names) * (2 if log else 1) + len(schema.one_hot) + values / rows
         total += scale * rows / max(done, 1e-12) * (4 * each + (waiting / rows if staged else 0))
     return int(total * MARGIN)
 

@@ -1,7 +1,7 @@
 """Where ``schema infer`` puts a column, from a sample of its values: numeric, categorical, or left out."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -128,8 +128,8 @@ def sort(
             able[0].options["weights"] = weight.name
             able[0].why += f"; {toml_text(weight.name)} has as many numbers in each row, perhaps its weights"
         else:
-            weight.why = "lists of decimal numbers; as the weights of a list column they stand in its options"
-            places["left out"].append(weight)
+            _place_numbers(weight, places)
+    scalars = [column for column in places["numeric"] if "width" not in column.options]
     if not places["categorical"]:
         names = {column.name for column in columns}
         places["numeric"] += [
@@ -141,10 +141,30 @@ def sort(
                 options={"of": column.name, "transform": "bucketize", "buckets": _BUCKETS},
                 why=f"{_BUCKETS} buckets, since a model needs a category",
             )
-            for column in places["numeric"]
+            for column in scalars
             if f"{column.name}_bucket" not in names
         ]
     return places["numeric"], places["categorical"], places["left out"]
+
+
+def _place_numbers(column: SampledColumn, places: Mapping[str, list[SampledColumn]]) -> None:
+    """Place lists of decimal numbers that are no list's weights."""
+    width = column.lengths[0] if column.lengths else 0
+    numbers = _given(column.series)
+    if len(set(column.lengths)) == 1 and width > 1 and len(numbers) == len(column.series):
+        if column.rows >= _MIN_ROWS and not np.ptp(numbers.to_numpy().reshape(-1, width), axis=0).any():
+            column.why = "the same list in every row"
+            places["left out"].append(column)
+            return
+        column.options |= {"width": width, "transform": "standard"}
+        column.why = f"{width} numbers in every row, as embeddings have: one field"
+        places["numeric"].append(column)
+        return
+    column.options = {}
+    column.why = (
+        "lists of decimal numbers, not as many in every row; as the weights of a list column they stand in its options"
+    )
+    places["left out"].append(column)
 
 
 def _parts_of_time(column: SampledColumn, names: set[str]) -> list[SampledColumn]:

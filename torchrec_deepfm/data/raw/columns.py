@@ -69,7 +69,7 @@ def labels(column: pa.ChunkedArray, rule: LabelRule | None = None) -> Values:
     values UInt8; without a rule all but 0, 1, true and false are faults, and missing ones always.
     """
     flat = _flat(column)
-    numbers = _numbers(flat, booleans=True)
+    numbers = flat_numbers(flat, booleans=True)
     if rule is not None:
         for row in np.flatnonzero(numbers.series.is_null().to_numpy()).tolist():
             numbers.faults.setdefault(row, f"the label is missing (expected a number, for {rule})")
@@ -102,7 +102,7 @@ def numbers(column: pa.ChunkedArray, transform: str | None = None) -> Values:
     NaN; what is infinite, non-numeric text, and what the transform does not take is a fault.
     """
     flat = _flat(column)
-    values = _numbers(flat)
+    values = flat_numbers(flat)
     for row in np.flatnonzero(unfit(values.series, transform)).tolist():
         values.faults[row] = f"{shown_value(flat.raw(row))} {UNFIT[str(transform)]}"
     return values
@@ -125,19 +125,19 @@ def lists(
     list is null. And n lists Float32 of the weights, as long and missing where the lists are, or ``None`` without
     weights.
     """
-    bags = _bags(column, separator)
+    bags = cut_lists(column, separator)
     values = _categories(bags.elements, wanted)
     faults = bags.faults_of(values.faults)
     kept = ~values.series.is_null().to_numpy()
     dtype = pl.Int64 if wanted == "integer" else pl.String
     if weights is None:
         return Values(series=bags.rebuilt(values.series, kept, dtype), faults=faults), None
-    other = _bags(weights, separator)
+    other = cut_lists(weights, separator)
     lengths = np.where(bags.missing, 0, other.lengths)
     unequal: dict[int, str] = {}
     for row in np.flatnonzero(lengths != bags.lengths).tolist():
         unequal[row] = f"{bags.lengths[row]} values have {lengths[row]} weights"
-    weighed = _numbers(other.elements)
+    weighed = flat_numbers(other.elements)
     # Weights of a missing list, or of a list of another length, belong to no value: they must not shift the others.
     paired = np.repeat(~bags.missing & (lengths == bags.lengths), other.lengths)
     on_ids = np.repeat(lengths == bags.lengths, bags.lengths)
@@ -218,7 +218,7 @@ class _Flat:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Bags:
+class CellLists:
     """n lists: their m elements, how many each has, which are missing, and the row of each element."""
 
     elements: _Flat
@@ -227,6 +227,7 @@ class _Bags:
 
     @property
     def rows(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """The row of each element."""
         return np.repeat(np.arange(len(self.lengths)), self.lengths)
 
     def faults_of(self, faults: dict[int, str]) -> dict[int, str]:
@@ -312,16 +313,19 @@ def _convert(series: pl.Series, given: pl.Expr, found: pl.Expr) -> tuple[pl.Seri
     return frame["found"], np.flatnonzero(bad["bad"].to_numpy())
 
 
-def _bags(column: pa.ChunkedArray, separator: str | None) -> _Bags:
+def cut_lists(column: pa.ChunkedArray, separator: str | None) -> CellLists:
+    """Take n lists, or n texts that a separator cuts into lists, apart."""
     array = _whole(column)
     kind = kind_of(array.type)
     missing = array.is_null().to_numpy(zero_copy_only=False)
     if kind.is_list:
         counted = pc.fill_null(pc.list_value_length(array), 0).cast(pa.int64())
         lengths = np.where(missing, 0, counted.to_numpy(zero_copy_only=False))
-        return _Bags(elements=_flat(pc.list_flatten(array)), lengths=lengths, missing=missing)
+        return CellLists(elements=_flat(pc.list_flatten(array)), lengths=lengths, missing=missing)
     if kind.scalar == "nothing":
-        return _Bags(elements=_flat(pa.array([], pa.null())), lengths=np.zeros(len(array), np.int64), missing=missing)
+        return CellLists(
+            elements=_flat(pa.array([], pa.null())), lengths=np.zeros(len(array), np.int64), missing=missing
+        )
     flat = _flat(array)
     # Bytes that are not UTF-8 can't be cut: such a cell is a list of itself, a fault of its one element.
     parts = [None if text is None else [text] for text in flat.array.to_pylist()] if flat.undecoded else None
@@ -334,7 +338,7 @@ def _bags(column: pa.ChunkedArray, separator: str | None) -> _Bags:
     if not flat.undecoded:
         # Nothing between two separators is not a value.
         elements = pc.replace_with_mask(elements, pc.equal(elements, ""), pa.scalar(None, pa.large_string()))
-        return _Bags(elements=_flat(elements), lengths=lengths, missing=missing)
+        return CellLists(elements=_flat(elements), lengths=lengths, missing=missing)
     raw: list[bytes | None] = []
     for place, text in enumerate(flat.array.to_pylist()):
         if place in flat.undecoded:
@@ -342,10 +346,11 @@ def _bags(column: pa.ChunkedArray, separator: str | None) -> _Bags:
             lengths[place] = 1
         elif text is not None:
             raw += [part.encode() or None for part in text.split(str(separator))]
-    return _Bags(elements=_flat(pa.array(raw, pa.large_binary())), lengths=lengths, missing=missing)
+    return CellLists(elements=_flat(pa.array(raw, pa.large_binary())), lengths=lengths, missing=missing)
 
 
-def _numbers(flat: _Flat, *, booleans: bool = False) -> Values:
+def flat_numbers(flat: _Flat, *, booleans: bool = False) -> Values:
+    """Read the numbers of cells or elements; what is infinite or not a number is a fault by place."""
     series = _series(flat.array)
     faults = {row: f"{shown_value(value)} is not UTF-8" for row, value in flat.undecoded.items()}
     if flat.kind in ("text", "digits"):

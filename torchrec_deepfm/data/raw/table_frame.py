@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from torchrec_deepfm.data.raw import column_types, dates
 from torchrec_deepfm.data.raw import columns as cells
+from torchrec_deepfm.data.raw.vectors import check_vectors, vectors
 from torchrec_deepfm.data.schema import Column, Schema, is_date
 from torchrec_deepfm.errors import UserError
 
@@ -44,6 +45,8 @@ def table_frame(
         options = schema.options(name)
         if options.part is not None:
             found[f"n{j}"] = _part(table, schema, name)
+        elif options.width is not None:
+            found[f"n{j}"] = vectors(table.column(schema.source(name)), options.width, options.separator)
         else:
             numbers.setdefault(options.transform, {})[f"n{j}"] = table.column(schema.source(name))
     for j, (name, known) in enumerate(zip(schema.categorical, types, strict=True)):
@@ -178,6 +181,9 @@ def _column_type(
         typed = replace(options, type="integer" if wanted == HEX else wanted)
         derived = column_types.category_type(kind, typed, name, csv=is_text)
         return HEX if wanted == HEX else derived
+    if options.width is not None:
+        check_vectors(kind, options, name, csv=is_text)
+        return None
     if is_text:
         return None  # what a cell holds is seen when it is read
     if role == "label":

@@ -368,6 +368,8 @@ def _memory(frame: pl.DataFrame) -> int:
             total += 8 * len(series)
             inner = series.explode().drop_nulls()
             total += 16 * len(inner) + (int(inner.str.len_bytes().sum()) if inner.dtype == pl.String else 0)
+        elif isinstance(series.dtype, pl.Array):
+            total += 4 * series.dtype.size * len(series)
         else:
             total += 8 * len(series)
     return total

@@ -17,3 +17,4 @@ from torchrec_deepfm.data.schema.presets import CRITEO_X1 as CRITEO_X1
 from torchrec_deepfm.data.schema.presets import CRITEO_X4 as CRITEO_X4
 from torchrec_deepfm.data.schema.presets import FRAPPE_X1 as FRAPPE_X1
 from torchrec_deepfm.data.schema.schema import Schema as Schema
+from torchrec_deepfm.data.schema.schema import dense_names as dense_names

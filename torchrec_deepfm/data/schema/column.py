@@ -22,6 +22,8 @@ UNITS: Final = {"s": 1.0, "ms": 1e3, "us": 1e6, "ns": 1e9}
 
 _MAX_NUM_EMBEDDINGS: Final = 2**31 - 1
 _MAX_BUCKETS: Final = 1000
+_MAX_WIDTH: Final = 16_384
+WIDE: Final = ("none", "standard")  # transforms of lists of numbers
 LIST_ONLY: Final = ("separator", "weights")
 
 
@@ -38,6 +40,7 @@ class Column:
         num_embeddings: Ids of this column when values are hashed.
         transform: Transform of the numbers of this column: one of ``TRANSFORMS``.
         buckets: With the transform ``bucketize``: number of buckets that hold equally many training rows each.
+        width: A numeric column with a list of so many numbers per row, such as a text's embedding: one field.
         missing_indicator: Whether another numeric column, ``NAME_missing``, holds 1 where the number is missing.
         of: The column of the table that this one is made of; ``None`` for the one of its own name.
         part: Part of a date or time: one of ``PARTS``; ``age`` is the days from it until ``until``.
@@ -63,6 +66,7 @@ class Column:
     num_embeddings: int | None = None
     transform: str | None = None
     buckets: int | None = None
+    width: int | None = None
     missing_indicator: bool = False
     of: str | None = None
     part: str | None = None
@@ -80,7 +84,7 @@ class Column:
             value = getattr(self, key)
             if value is not None and (not isinstance(value, str) or not value):
                 raise UserError(f"{value!r} is not a text", where=key, remedy="give a non-empty string")
-            if key in LIST_ONLY and value is not None and not self.list:
+            if key in LIST_ONLY and value is not None and not (self.list or (key == "separator" and self.width)):
                 raise UserError("only valid for a list column", where=key, remedy="add list = true, or remove it")
         self._check_time()
         self._check_cross()
@@ -89,6 +93,20 @@ class Column:
         _check_count("min_count", self.min_count, 1)
         _check_count("num_embeddings", self.num_embeddings, 2)
         _check_count("buckets", self.buckets, 2, _MAX_BUCKETS)
+        self._check_width()
+
+    def _check_width(self) -> None:
+        _check_count("width", self.width, 2, _MAX_WIDTH)
+        if self.width is None:
+            return
+        for key in ("list", "part", "buckets", "missing_indicator"):
+            if getattr(self, key):
+                raise UserError(
+                    "not valid beside width, which is for lists of numbers", where=key, remedy="remove one of them"
+                )
+        if self.transform not in (None, *WIDE):
+            what = f"{self.transform} is not valid for lists of numbers (width)"
+            raise UserError(what, where="transform", remedy=f"choose {one_of(WIDE, '')}")
 
     def _check_time(self) -> None:
         check_choice("part", self.part, PARTS)

@@ -3,7 +3,7 @@
 Shape letters: I numeric columns, F categorical columns.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Final
@@ -103,8 +103,14 @@ class Schema:
         for name, column in self.columns.items():
             self._check_column(name, column)
         self._check_sources()
+        if len(set(self.dense_names)) < len(self.dense_names):
+            raise UserError(
+                "a numeric column has a name such as 'x[0]' beside a list 'x'", where="schema", remedy="rename it"
+            )
         if not self.categorical and not any(
-            (self.options(name).transform or self.numeric_transform) in BUCKETS for name in self.numeric
+            (self.options(name).transform or self.numeric_transform) in BUCKETS
+            for name in self.numeric
+            if self.options(name).width is None
         ):
             raise UserError(
                 "no categorical column",
@@ -125,18 +131,18 @@ class Schema:
         given = column.to_json()
         if name not in self.categorical:
             for key in ("list", *LIST_ONLY, "type", "min_count", "num_embeddings", "cross"):
-                if key in given:
+                if key in given and not (key == "separator" and column.width):
                     raise UserError(
                         "only valid for a categorical column", where=f"schema: {place}.{key}", remedy="remove it"
                     )
         if name not in self.numeric:
-            for key in ("transform", "buckets", "missing_indicator"):
+            for key in ("transform", "buckets", "width", "missing_indicator"):
                 if key in given:
                     raise UserError(
                         "only valid for a numeric column", where=f"schema: {place}.{key}", remedy="remove it"
                     )
         if self.layout == "criteo":
-            for key in ("list", "type", "of", "part", "cross"):
+            for key in ("list", "type", "of", "part", "cross", "width"):
                 if key in given:
                     raise UserError(
                         "not valid for Criteo's text", where=f"schema: {place}.{key}", remedy='set layout = "table"'
@@ -207,6 +213,22 @@ class Schema:
     def names(self) -> tuple[str, ...]:
         """All 1 + I + F names in file order: label, numeric, categorical."""
         return (self.label, *self.numeric, *self.categorical)
+
+    @cached_property
+    def widths(self) -> tuple[int, ...]:
+        """How many columns of the dense array each numeric column has: 1, or the ``width`` of its lists."""
+        return tuple(self.options(name).width or 1 for name in self.numeric)
+
+    @cached_property
+    def dense_names(self) -> tuple[str, ...]:
+        """Names of the columns of the dense array: those of lists are ``NAME[0]``, ``NAME[1]`` and so on."""
+        return dense_names(self.numeric, self.widths)
+
+    def dense_slice(self, name: str) -> slice:
+        """The columns of the dense array that a numeric column has."""
+        j = self.numeric.index(name)
+        start = sum(self.widths[:j])
+        return slice(start, start + self.widths[j])
 
     @cached_property
     def multi_hot(self) -> tuple[str, ...]:
@@ -296,6 +318,20 @@ class Schema:
             UserError: A key is missing, unknown or of the wrong type, or the names do not form a valid schema.
         """
         return build_schema(value, layout="criteo")
+
+
+def dense_names(numeric: Sequence[str], widths: Sequence[int]) -> tuple[str, ...]:
+    """Name the columns of the dense array.
+
+    Example:
+        >>> dense_names(("price", "title"), (1, 2))
+        ('price', 'title[0]', 'title[1]')
+    """
+    return tuple(
+        name if width == 1 else f"{name}[{place}]"
+        for name, width in zip(numeric, widths, strict=True)
+        for place in range(width)
+    )
 
 
 def build_schema(value: Mapping[str, Any], *, layout: str) -> Schema:

@@ -58,14 +58,17 @@ class NumericColumn:
         transform: One of ``TRANSFORMS``.
         buckets: Number of learned buckets; ``None`` for the fixed ones of ``bucketize``.
         indicator: Whether another column of the dense array holds 1 where the number is missing.
-        learned: The training values; ``None`` until they are known, and where they are not needed.
+        width: Numbers per row; ``None`` for one, which may be missing.
+        learned: The training values, of lists those at each place; empty until they are known, and where they are not
+            needed.
     """
 
     name: str
     transform: str
     buckets: int | None = None
     indicator: bool = False
-    learned: ColumnStatistics | None = None
+    width: int | None = None
+    learned: tuple[ColumnStatistics, ...] = ()
 
     @property
     def is_category(self) -> bool:
@@ -76,6 +79,11 @@ class NumericColumn:
     def is_learned(self) -> bool:
         """Whether the transform depends on the training rows."""
         return self.transform in LEARNED or self.buckets is not None
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Names of what is learned: the column's own, or those of the places of its lists."""
+        return (self.name,) if self.width is None else tuple(f"{self.name}[{i}]" for i in range(self.width))
 
     @property
     def shares(self) -> int:
@@ -110,8 +118,14 @@ def numeric_columns(schema: Schema, option: str | None) -> tuple[NumericColumn, 
     for name in schema.numeric:
         options = schema.options(name)
         transform = options.transform or schema.numeric_transform or fallback
+        if options.width is not None:
+            transform = options.transform or "none"
         column = NumericColumn(
-            name=name, transform=transform, buckets=options.buckets, indicator=options.missing_indicator
+            name=name,
+            transform=transform,
+            buckets=options.buckets,
+            indicator=options.missing_indicator,
+            width=options.width,
         )
         at = f"schema: columns.{toml_key(name)}"
         if column.buckets is not None and transform != "bucketize":
@@ -148,7 +162,8 @@ def with_statistics(
 ) -> tuple[NumericColumn, ...]:
     """Return the columns with what was learned of them."""
     return tuple(
-        replace(column, learned=statistics[column.name]) if column.is_learned else column for column in columns
+        replace(column, learned=tuple(statistics[key] for key in column.keys)) if column.is_learned else column
+        for column in columns
     )
 
 
@@ -220,14 +235,18 @@ def learned_numbers(frame: pl.DataFrame, columns: Sequence[NumericColumn]) -> ND
         columns: What ``numeric_columns`` returned.
 
     Returns:
-        float64 [n, L] of the L columns that are learned; NaN is missing.
+        float64 [n, L] of the L columns that are learned, a list's places one by one; NaN is missing.
     """
-    found = [_values(frame, j) for j, column in enumerate(columns) if column.is_learned]
-    return np.stack(found, axis=1) if found else np.empty((len(frame), 0))
+    found = [_values(frame, j).reshape(len(frame), -1) for j, column in enumerate(columns) if column.is_learned]
+    return np.concatenate(found, axis=1) if found else np.empty((len(frame), 0))
 
 
 def _values(frame: pl.DataFrame, j: int) -> NDArray[np.float64]:
-    return frame[f"n{j}"].cast(pl.Float64).to_numpy()
+    """float64 [n], or [n, width] of lists."""
+    series = frame[f"n{j}"]
+    if isinstance(series.dtype, pl.Array):
+        return series.to_numpy().astype(np.float64)
+    return series.cast(pl.Float64).to_numpy()
 
 
 def buckets(frame: pl.DataFrame, columns: Sequence[NumericColumn]) -> list[pl.Series]:
@@ -247,8 +266,8 @@ def buckets(frame: pl.DataFrame, columns: Sequence[NumericColumn]) -> list[pl.Se
         number = frame[f"n{j}"].cast(pl.Float64)
         values, missing = number.fill_null(0.0).to_numpy(), number.is_null()
         if column.buckets is not None:
-            assert column.learned is not None, column
-            edges = np.unique(column.learned.quantiles[1:-1])
+            [learned] = column.learned
+            edges = np.unique(learned.quantiles[1:-1])
             found.append(pl.Series(np.searchsorted(edges, values, side="right")).cast(pl.Int64).set(missing, None))
             continue
         bucket = np.trunc(values) if column.transform == "fuxictr" else np.floor(values)
@@ -281,13 +300,33 @@ def dense(frame: pl.DataFrame, columns: Sequence[NumericColumn]) -> NDArray[np.f
         )
     found: list[pl.Expr | pl.Series] = []
     for j, column in kept:
+        if column.width is not None:
+            continue
         if column.transform in LEARNED:
             scaled = np.clip(_scaled(_values(frame, j), column), -_LARGEST, _LARGEST)
             found.append(pl.Series(f"n{j}", scaled.astype(np.float32)))
         else:
             found.append(_transformed(j, column.transform))
     found += [pl.col(f"n{j}").is_null().cast(pl.Float32).alias(f"missing{j}") for j, column in kept if column.indicator]
-    return np.ascontiguousarray(frame.select(found).to_numpy())
+    scalars = np.ascontiguousarray(frame.select(found).to_numpy()) if found else np.empty((len(frame), 0), np.float32)
+    if all(column.width is None for _, column in kept):
+        return scalars
+    blocks, place = [], 0
+    for j, column in kept:
+        blocks.append(scalars[:, place : place + 1] if column.width is None else _list_values(frame, j, column))
+        place += column.width is None
+    return np.concatenate([*blocks, scalars[:, place:]], axis=1)
+
+
+def _list_values(frame: pl.DataFrame, j: int, column: NumericColumn) -> NDArray[np.float32]:
+    """float32 [n, width]."""
+    if column.transform == "none":
+        plain: NDArray[np.float32] = frame[f"n{j}"].to_numpy()
+        return plain
+    mean = np.array([learned.mean for learned in column.learned])
+    std = np.array([learned.std or 1.0 for learned in column.learned])
+    scaled: NDArray[np.float32] = np.clip((_values(frame, j) - mean) / std, -_LARGEST, _LARGEST).astype(np.float32)
+    return scaled
 
 
 @cache
@@ -302,8 +341,7 @@ def _transformed(j: int, transform: str) -> pl.Expr:
 
 def _scaled(values: NDArray[np.float64], column: NumericColumn) -> NDArray[np.float64]:
     """float64 [n], transformed with the learned statistics; NaN is missing."""
-    learned = column.learned
-    assert learned is not None, column
+    [learned] = column.learned
     missing = np.isnan(values)
     if column.transform == "quantile":
         points = np.array(learned.quantiles)

@@ -218,9 +218,9 @@ class OldVocabulary:
             raise UserError(
                 "its categorical columns are not those of --schema", where=f"--vocabulary {folder}", remedy=what
             )
-        if schema.numeric != theirs.numeric:
+        if schema.dense_names != theirs.dense_names:
             raise UserError(
-                f"its numeric columns are {', '.join(theirs.numeric)}, now they are {', '.join(schema.numeric)}",
+                f"its numeric columns are {', '.join(theirs.dense_names)}, now they are {', '.join(schema.dense_names)}",
                 where=f"--vocabulary {folder}",
                 remedy="use its schema",
             )
@@ -246,7 +246,7 @@ class OldVocabulary:
             for name, one in learned.items()
         }
         for column in numbers:
-            theirs_learned = self.statistics.get(column.name)
+            theirs_learned = self.statistics.get(column.keys[-1])
             if column.is_learned and (theirs_learned is None or len(theirs_learned.quantiles) != _points(column)):
                 raise UserError(
                     f"numeric column {column.name!r} was prepared with other buckets",

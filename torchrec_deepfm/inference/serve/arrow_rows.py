@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from torchrec_deepfm.inference.serve.rows import MAX_LIST, MAX_TEXT, Fault, RequestColumn, RequestError
+from torchrec_deepfm.inference.serve.rows import MAX_TEXT, Fault, RequestColumn, RequestError
 
 STREAM: Final = "application/vnd.apache.arrow.stream"
 MAX_UNFOLDED: Final = 64 << 20  # bytes of text, once every cell has its own
@@ -75,8 +75,9 @@ def _check_columns(schema: pa.Schema, columns: Sequence[RequestColumn]) -> None:
 def _text_bytes(array: pa.Array, column: RequestColumn) -> int:
     """Check the type and the lengths of a column; return the bytes of all its texts."""
     kind, types = array.type, pa.types
-    if column.is_list and (types.is_list(kind) or types.is_large_list(kind)):
-        if (pc.max(pc.list_value_length(array)).as_py() or 0) > MAX_LIST:
+    fixed = types.is_fixed_size_list(kind) and kind.list_size == column.width
+    if column.is_list and (types.is_list(kind) or types.is_large_list(kind) or fixed):
+        if (pc.max(pc.list_value_length(array)).as_py() or 0) > column.most:
             raise RequestError(422, Fault(f"expected {column.words}, not a longer list", column=column.name))
         return _text_bytes(array.flatten(), replace(column, is_list=False))
     if types.is_null(kind) or types.is_boolean(kind) or types.is_integer(kind) or types.is_floating(kind):

@@ -94,12 +94,19 @@ class RequestColumn:
         kind: A key of ``_KINDS``.
         is_list: Whether a cell holds several values.
         separator: What separates them if the cell is a text.
+        width: How many they are, if in every row; none may be missing.
     """
 
     name: str
     kind: str
     is_list: bool = False
     separator: str | None = None
+    width: int | None = None
+
+    @property
+    def most(self) -> int:
+        """Most values of a list."""
+        return self.width or MAX_LIST
 
     @property
     def json(self) -> Any:
@@ -107,6 +114,9 @@ class RequestColumn:
         kind = _KINDS[self.kind].json
         if not self.is_list:
             return kind | None
+        if self.width is not None:
+            exactly = Annotated[list[kind], Field(min_length=self.width, max_length=self.width)]  # type: ignore[valid-type]
+            return exactly if self.separator is None else exactly | _TEXT
         several = Annotated[list[kind | None], Field(max_length=MAX_LIST)]  # type: ignore[valid-type]
         return several | None if self.separator is None else several | _TEXT | None
 
@@ -120,6 +130,8 @@ class RequestColumn:
     def words(self) -> str:
         """What a cell may hold."""
         one = _KINDS[self.kind].words
+        if self.width is not None:
+            return f"a list of {self.width:,} finite numbers"
         if self.is_list:
             cut = "" if self.separator is None else f", or text with {self.separator!r} between them"
             one = f"a list of at most {MAX_LIST:,} values, each {one} or null{cut}"
@@ -180,7 +192,8 @@ def columns_of(encoder: RowEncoder) -> tuple[RequestColumn, ...]:
         used = {"number" if name in schema.numeric else kinds[name] or "string" for name in values}
         kind = used.pop() if len(used) == 1 else "integer"  # what is a category and a number at once
         options = schema.options(values[-1])
-        found.append(RequestColumn(source, kind, options.list, options.separator))
+        is_list = options.list or options.width is not None
+        found.append(RequestColumn(source, kind, is_list, options.separator, options.width))
     return tuple(found)
 
 

@@ -52,7 +52,7 @@ def input_warnings(data: PreparedData) -> list[str]:
     Raises:
         UserError: an array does not fit the manifest.
     """
-    names = data.schema.numeric
+    names = data.schema.dense_names
     if not names:
         return []
     blocks = [rows.dense for rows in sample_rows(data, "train", _BLOCKS)]

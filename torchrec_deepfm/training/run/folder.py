@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from torchrec_deepfm.data.dataset.prepared import PreparedData, read_manifest
+from torchrec_deepfm.data.schema import Schema, dense_names
 from torchrec_deepfm.distributed import run_lock
 from torchrec_deepfm.distributed.disk_errors import refused
 from torchrec_deepfm.errors import UserError
@@ -53,6 +54,7 @@ class RunDescription:
         config: the options.
         num_embeddings: rows of each categorical feature's table, in the order of the fields.
         numeric: names of the numeric features.
+        widths: of the numeric features, in the dense array; empty where all are 1.
         weighted: whether the ids carry weights; False in runs of versions that did not record it.
         data_sha256: digest of the data; None in runs of versions that did not record it.
     """
@@ -60,8 +62,28 @@ class RunDescription:
     config: TrainConfig
     num_embeddings: Mapping[str, int]
     numeric: tuple[str, ...]
+    widths: tuple[int, ...] = ()
     weighted: bool = False
     data_sha256: str | None = None
+
+    @property
+    def dense_in_features(self) -> int:
+        """I, the columns of the dense array."""
+        return sum(self.widths) or len(self.numeric)
+
+    @property
+    def dense_names(self) -> tuple[str, ...]:
+        """Names of these columns."""
+        return dense_names(self.numeric, self.widths or (1,) * len(self.numeric))
+
+    def columns_json(self) -> dict[str, Any]:
+        """Return the columns as in ``config.json`` and manifests."""
+        widths = {"widths": list(self.widths)} if self.widths else {}
+        return {"num_embeddings": dict(self.num_embeddings), "numeric": list(self.numeric), **widths}
+
+    def differs(self, schema: Schema) -> bool:
+        """Whether the numeric columns of data are others."""
+        return (self.numeric, self.widths) != (schema.numeric, _widths(schema))
 
 
 def describe(config: TrainConfig, data: PreparedData) -> RunDescription:
@@ -70,9 +92,14 @@ def describe(config: TrainConfig, data: PreparedData) -> RunDescription:
         config=config,
         num_embeddings={name: data.num_embeddings[name] for name in data.schema.categorical},
         numeric=data.schema.numeric,
+        widths=_widths(data.schema),
         weighted=bool(data.schema.weighted),
         data_sha256=digest_of_data(data),
     )
+
+
+def _widths(schema: Schema) -> tuple[int, ...]:
+    return schema.widths if max(schema.widths, default=1) > 1 else ()
 
 
 def check_no_run(folder: Path) -> None:
@@ -161,7 +188,7 @@ def check_same_run(
             remedy="give the same options to resume it, or name another folder",
         )
     same_data = there.data_sha256 in (None, run.data_sha256)
-    if not same_data or there.numeric != run.numeric or dict(there.num_embeddings) != dict(run.num_embeddings):
+    if not same_data or there.columns_json() != run.columns_json():
         raise UserError(
             f"{where} holds a run on other data",
             where=f"--data {data.folder}",
@@ -183,8 +210,7 @@ def create(folder: Path, run: RunDescription, plan: PlanFile, *, data: PreparedD
     config = {
         "format_version": 1,
         "config": asdict(run.config),
-        "num_embeddings": dict(run.num_embeddings),
-        "numeric": list(run.numeric),
+        **run.columns_json(),
         "weighted": run.weighted,
         "data": str(data.folder),
         "data_sha256": run.data_sha256,
@@ -305,6 +331,7 @@ def from_file(raw: RunFile) -> RunDescription:
         config=raw.train_config(),
         num_embeddings=raw.num_embeddings,
         numeric=tuple(raw.numeric),
+        widths=tuple(raw.widths),
         weighted=raw.weighted,
         data_sha256=raw.data_sha256,
     )

@@ -36,6 +36,7 @@ class RunFile(Struct, kw_only=True):
     config: dict[str, Any]
     num_embeddings: dict[str, Positive]
     numeric: list[str]
+    widths: list[Positive] = []
     weighted: bool = False
     data_sha256: Digest | None = None
     encoder_sha256: Digest | None = None

@@ -109,7 +109,7 @@ class Stager:
             DENSE: growing(
                 self.work.staged / stem if log else out,
                 DENSE,
-                (len(self.schema.numeric),),
+                (len(self.schema.dense_names),),
                 np.int32 if log else np.float32,
                 rows,
             ),
@@ -191,7 +191,7 @@ class Stager:
     def _take_logs(self, unit: Unit, record: StageRecord) -> None:
         """Rewrite the dense integers as logarithms, once their minimum is known."""
         for part in unit.parts:
-            columns = (len(self.schema.numeric),)
+            columns = (len(self.schema.dense_names),)
             raw = self.work.staged / part.stem / f"{part.stem}{DENSE}"
             with GrowingArray(self.work.out / f"{part.stem}{DENSE}", columns, np.float32) as logs:
                 for rows in read_rows(raw, columns, np.int32):

@@ -51,7 +51,7 @@ def survey(
     path, row = _file(work, unit), 0
     if work.record(f"survey_{unit.name}") is not None:
         return
-    collected = Survey(sum(column.is_learned for column in columns), key=inputs.units.index(unit))
+    collected = Survey(sum(len(column.keys) for column in columns if column.is_learned), key=inputs.units.index(unit))
     for piece in unit.pieces((0, 0, 0), skip_bad=skip_bad):
         values = learned_numbers(piece.frame, columns)
         for part, chosen in deal(unit, row, len(piece.frame)):
@@ -77,8 +77,8 @@ def statistics(
     for unit in units:
         with np.load(_file(work, unit), allow_pickle=False) as arrays:
             sources.append(dict(arrays))
-    found = merged(sources, [column.shares for column in learned])
-    named = dict(zip((column.name for column in learned), found, strict=True))
+    keys = {key: column.shares for column in learned for key in column.keys}
+    named = dict(zip(keys, merged(sources, list(keys.values())), strict=True))
     record = {name: {**asdict(one), "quantiles": list(one.quantiles)} for name, one in named.items()}
     if work.record(_RECORD) != record:
         on_change()
@@ -89,7 +89,7 @@ def statistics(
 def summary(columns: Sequence[NumericColumn]) -> str:
     """Say in a line what was learned; empty where nothing was."""
     learned = [column for column in columns if column.is_learned]
-    rows = [column.learned.rows for column in learned if column.learned is not None]
+    rows = [column.learned[0].rows for column in learned if column.learned]
     if not rows:
         return ""
     chosen = ", ".join(dict.fromkeys(column.transform for column in learned))
