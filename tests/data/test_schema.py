@@ -141,8 +141,8 @@ KEYS = (
     "choose one of label, numeric, categorical, columns, layout, numeric_transform, delimiter, missing, weight, header"
 )
 OPTIONS = (
-    "choose one of list, separator, weights, type, min_count, num_embeddings, transform, buckets, width, missing_indicator, "
-    "of, part, format, timezone, until, cross"
+    "choose one of list, separator, weights, type, min_count, num_embeddings, transform, buckets, width, "
+    "missing_indicator, of, part, format, timezone, until, cross"
 )
 OF_CATEGORICAL = "only valid for a categorical column; remove it"
 UNNAMED = "is not among label, numeric and categorical; name it there"
