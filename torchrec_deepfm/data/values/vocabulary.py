@@ -220,7 +220,7 @@ class OldVocabulary:
             )
         if schema.dense_names != theirs.dense_names:
             raise UserError(
-                f"its numeric columns are {', '.join(theirs.dense_names)}, now they are {', '.join(schema.dense_names)}",
+                f"its numeric columns are {_few(theirs.dense_names)}, now they are {_few(schema.dense_names)}",
                 where=f"--vocabulary {folder}",
                 remedy="use its schema",
             )
@@ -293,3 +293,7 @@ class OldVocabulary:
                 raise UserError(
                     f"column {name!r} holds {kept} there and {inner} here", where=f"--vocabulary {self.folder}"
                 )
+
+
+def _few(names: Sequence[str], most: int = 20) -> str:
+    return ", ".join(names[:most]) + (f", ... ({len(names)} in all)" if len(names) > most else "")
