@@ -52,6 +52,7 @@ def finish(
         Preempted: the training was asked to stop; its state is saved.
     """
     config, step = start.run.config, loop.position.step
+    about = start.about(sharded)
 
     def evaluate_all() -> dict[str, Metrics]:
         return {
@@ -73,7 +74,7 @@ def finish(
         if best is not None and best != step:
             own = "best" if config.patience else "last"
             with loop.averaged():
-                save_model(sharded.model, start.output / folder_of("last", own))
+                save_model(sharded.model, start.output / folder_of("last", own), about)
             saved = True
             weights = Weights(store=checkpoints.store, key=best, step=best, averaged=loop.average is not None)
             if _restore(sharded, weights, start.say, needed=own == "best"):
@@ -84,10 +85,10 @@ def finish(
     except NotFiniteError:
         loop.refuse_predictions()
     if "best" in metrics:
-        save_model(sharded.model, start.output / folder_of("best", own))
+        save_model(sharded.model, start.output / folder_of("best", own), about)
     elif not saved:
         with loop.averaged():
-            save_model(sharded.model, start.output / folder_of("last", own))
+            save_model(sharded.model, start.output / folder_of("last", own), about)
     if loop.progress is not None:
         at = best if own == "best" and best is not None else step
         for split, result in metrics[own].items():

@@ -147,3 +147,23 @@ def test_an_unfinished_run(runs: dict[str, Path], tmp_path: Path) -> None:
     assert find_weights(run, "last").key == 76
     step = int(sorted((run / "checkpoints").iterdir())[0].name.removeprefix("step_"))
     assert find_weights(run, str(step)).key == step
+
+
+def test_weights_of_another_run_are_not_taken_for_its_own(
+    data: PreparedData, runs: dict[str, Path], device: torch.device, tmp_path: Path
+) -> None:
+    """Their tensors have the same names and sizes, so that nothing else would notice."""
+    mixed = Path(shutil.copytree(runs["last"], tmp_path / "mixed"))
+    other = trained(data, tmp_path / "other", device, seed=5, epochs=4)
+    shutil.rmtree(mixed / "checkpoint")
+    shutil.copytree(other / "checkpoint", mixed / "checkpoint")
+    step = summary(other)["steps"]
+    for folder in ("checkpoint", f"checkpoints/step_{step:08d}"):
+        with pytest.raises(UserError, match=rf"{folder}: these are weights of another run, with --seed 5; restore the"):
+            find_weights(mixed, None if folder == "checkpoint" else step)
+        shutil.rmtree(mixed / "checkpoints", ignore_errors=True)
+        shutil.copytree(other / "checkpoints", mixed / "checkpoints")
+        (mixed / "summary.json").unlink(missing_ok=True)  # it names the folder of the last step
+    manifest = mixed / "checkpoint" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    assert content["config"]["seed"] == 5

@@ -242,7 +242,7 @@ def _error_of_any_rank(error: Exception | None) -> str | None:
     return str(found[0]) if found else None
 
 
-def save_model(model: DistributedModelParallel, folder: Path) -> None:
+def save_model(model: DistributedModelParallel, folder: Path, about: Mapping[str, Any]) -> None:
     """Write the weights, each rank its shards; a collective.
 
     The folder appears complete or not at all: it is written beside its place and renamed.
@@ -250,6 +250,7 @@ def save_model(model: DistributedModelParallel, folder: Path) -> None:
     Args:
         model: the sharded model.
         folder: the target; an existing one is replaced.
+        about: what its manifest records of the run.
 
     Raises:
         UserError: the disk refused.
@@ -270,7 +271,7 @@ def save_model(model: DistributedModelParallel, folder: Path) -> None:
 
     def commit() -> None:
         try:
-            store.commit(0, files, {})
+            store.commit(0, files, about)
         except OSError as error:
             raise refused(folder, error, _AGAIN) from error
 

@@ -196,6 +196,31 @@ def check_same_run(
         )
 
 
+def check_saved_by(folder: Path, where: str, record: Mapping[str, Any]) -> None:
+    """Check that a run has saved these weights, as far as their manifest records it; earlier versions' do not.
+
+    Args:
+        folder: the run's.
+        where: the folder of the weights.
+        record: its manifest.
+
+    Raises:
+        UserError: another run has; names what differs.
+    """
+    run, theirs = read(folder), record.get("config") or {}
+    ours = json.loads(json.dumps(asdict(run.config)))  # as a file has it
+    wrong = ""
+    for name in ours.keys() & theirs.keys() - {*_FREE, *_RATES}:
+        if ours[name] != theirs[name]:
+            wrong = f"with --{name.replace('_', '-')} {_as_typed(theirs[name])}"
+    if record.get("data_sha256", run.data_sha256) not in (None, run.data_sha256):
+        wrong = "on other data"
+    if wrong:
+        raise UserError(
+            f"these are weights of another run, {wrong}", where=where, remedy="restore the folder, or train again"
+        )
+
+
 def create(folder: Path, run: RunDescription, plan: PlanFile, *, data: PreparedData, world_size: int) -> None:
     """Create the folder if missing, and write ``config.json``, ``plan.json`` and what encodes new rows."""
     try:

@@ -10,10 +10,10 @@ import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from torchrec_deepfm.errors import UserError, one_of
-from torchrec_deepfm.training.checkpoint.store import FinalWeights, Store
+from torchrec_deepfm.training.checkpoint.store import Damaged, FinalWeights, Store
 from torchrec_deepfm.training.run import folder as run_folder
 from torchrec_deepfm.training.run.formats import KeptWeights, SavedFile, SummaryFile
 
@@ -43,6 +43,13 @@ class Weights:
         """The folder for messages."""
         return self.store.shown(self.key)
 
+    def record(self) -> Mapping[str, Any]:
+        """What the manifest records of the run that saved them; empty if it is damaged, which reading them tells."""
+        try:
+            return self.store.manifest(self.key)
+        except Damaged:
+            return {}
+
 
 def folder_of(which: Which, own: Which) -> str:
     """Name the folder of the best or the last weights of a run in which they differ."""
@@ -61,8 +68,14 @@ def find_weights(run: Path, checkpoint: str | int | None = None) -> Weights:
         Where they are; their files are not checked.
 
     Raises:
-        UserError: the folder holds no run, or the run has no such weights.
+        UserError: the folder holds no run, or the run has no such weights, or another run has saved them.
     """
+    weights = _find(run, checkpoint)
+    run_folder.check_saved_by(run, weights.shown, weights.record())
+    return weights
+
+
+def _find(run: Path, checkpoint: str | int | None) -> Weights:
     run_folder.check_there(run)
     found = run_folder.read_file(run / run_folder.SUMMARY, SummaryFile, "restore it")
     kept = {} if found is None else _kept(found[1])
