@@ -4,6 +4,8 @@ import asyncio
 import json
 import threading
 from collections.abc import AsyncIterator
+from copy import copy
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,7 @@ from torchrec_deepfm.inference.load import Predictor
 from torchrec_deepfm.inference.serve.arrow_rows import STREAM
 from torchrec_deepfm.inference.serve.batching import Batcher, QueueFullError
 from torchrec_deepfm.inference.serve.limits import Limits
-from torchrec_deepfm.inference.serve.model import ServedModel
+from torchrec_deepfm.inference.serve.model import ServedModel, Work
 
 
 def test_answers_are_those_of_predict(model: ServedModel, predictor: Predictor, frame: pl.DataFrame) -> None:
@@ -166,6 +168,20 @@ def test_a_bad_row_spoils_no_other_request(
             assert bad.json()["detail"] == [{"message": "column 'user': 'x' is strange", "row": 1, "column": None}]
 
     scenario(body)
+
+
+def test_requests_of_a_batch_that_do_not_fit_together_are_answered_apart(
+    model: ServedModel, predictor: Predictor, frame: pl.DataFrame
+) -> None:
+    """A number that no Arrow column holds is found when the rows of a batch become one table."""
+    columns = (*model.columns[:-1], replace(model.columns[-1], kind="integer"))
+    name = columns[-1].name
+    row = frame[:1].to_dicts()[0] | {name: None}
+    odd = copy(model)
+    odd.columns = columns
+    good, bad = odd.answer([Work(rows=[row]), Work(rows=[row | {name: "9" * 19}])])
+    assert good.tolist() == pytest.approx(predictor.predict([row]).tolist(), abs=1e-6)
+    assert (bad.status, bad.faults[0].row, bad.faults[0].column) == (422, 1, name)
 
 
 def test_openapi_has_the_columns(model: ServedModel, frame: pl.DataFrame) -> None:

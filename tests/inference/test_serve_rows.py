@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -16,7 +17,7 @@ from torchrec_deepfm.data.prepare.prepare import prepare
 from torchrec_deepfm.data.prepare.row_encoder import RowEncoder
 from torchrec_deepfm.data.schema import Column, Schema
 from torchrec_deepfm.inference.serve.arrow_rows import read_stream
-from torchrec_deepfm.inference.serve.rows import JsonRows, RequestError, columns_of
+from torchrec_deepfm.inference.serve.rows import JsonRows, RequestColumn, RequestError, columns_of, table_of
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +77,7 @@ def test_every_kind_of_column(table_encoder: RowEncoder) -> None:
     odd[0]["seconds"] = 1715000000.0
     odd[2] |= {"text": 12, "whole": str(-(2**63))}
     expected = table_encoder.encode(rows)
-    table = JsonRows(columns, 9).read(json.dumps({"rows": odd}).encode())
+    table = from_json(columns, odd)
     streamed = read_stream(stream(pa.Table.from_pylist(rows)), columns, 9)
     views = read_stream(polars_stream(pl.DataFrame(pa.Table.from_pylist(rows))), columns, 9)
     coded = pa.Table.from_pylist(rows)
@@ -94,7 +95,7 @@ def test_every_kind_of_column(table_encoder: RowEncoder) -> None:
             assert found.bags[name].lengths.tolist() == expected.bags[name].lengths.tolist()
     assert found.bags["tags"].weights is not None
     assert found.bags["tags"].weights.tolist() == [1, 0.25]
-    lists = JsonRows(columns, 9).read(json.dumps({"rows": [rows[0] | {"cut": ["p", "z"]}]}).encode())
+    lists = from_json(columns, [rows[0] | {"cut": ["p", "z"]}])
     assert table_encoder.encode(lists).bags["cut"].ids.tolist() == expected.bags["cut"].ids[:2].tolist()
     for change, message in (
         ({"whole": "9223372036854775808"}, "expected an integer of 64 bits, or null, not '9223372036854775808'"),
@@ -107,12 +108,16 @@ def test_every_kind_of_column(table_encoder: RowEncoder) -> None:
         ({"w": [1e999, 1]}, "each a finite number"),
     ):
         with pytest.raises(RequestError) as refused:
-            JsonRows(columns, 9).read(json.dumps({"rows": [rows[0] | change]}).encode())
+            from_json(columns, [rows[0] | change])
         assert refused.value.status == 422
         assert message in str(refused.value)
         assert (refused.value.faults[0].row, refused.value.faults[0].column) == (1, next(iter(change)))
     with pytest.raises(RequestError, match="is text, where other rows hold a list"):
-        JsonRows(columns, 9).read(json.dumps({"rows": [rows[0], rows[0] | {"cut": ["p"]}]}).encode())
+        from_json(columns, [rows[0], rows[0] | {"cut": ["p"]}])
+
+
+def from_json(columns: Sequence[RequestColumn], rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    return table_of(columns, JsonRows(columns, 9).read(json.dumps({"rows": rows}).encode()))
 
 
 def polars_stream(frame: pl.DataFrame) -> bytes:

@@ -2,7 +2,7 @@
 
 import asyncio
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Hashable
 from importlib import resources
 from typing import Annotated, Any, Final
 
@@ -21,7 +21,7 @@ from torchrec_deepfm.inference.serve.batching import Batcher, QueueFullError
 from torchrec_deepfm.inference.serve.limits import Limits
 from torchrec_deepfm.inference.serve.metrics import ServiceMetrics
 from torchrec_deepfm.inference.serve.model import ServedModel, Work, parts
-from torchrec_deepfm.inference.serve.rows import Fault, JsonRows, RequestError
+from torchrec_deepfm.inference.serve.rows import Fault, JsonRows, RequestError, Row
 
 EXPLAIN_ROWS: Final = 100
 _PAIRS: Final = 20
@@ -142,12 +142,15 @@ def make_app(model: ServedModel, batcher: Batcher, limits: Limits, metrics: Serv
             held -= before
         return bytes(found)
 
-    async def table_of(request: Request, reader: JsonRows) -> pa.Table:
+    async def rows_of(request: Request, reader: JsonRows) -> tuple[pa.Table | list[Row], Hashable]:
+        """The rows of a request, and what those have in common that may share its batch."""
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind == STREAM and reader is rows:
-            return read_stream(await body_of(request), model.columns, limits.max_rows)
+            table = read_stream(await body_of(request), model.columns, limits.max_rows)
+            return table, table.schema
         if kind == "application/json":
-            return reader.read(await body_of(request))
+            found = reader.read(await body_of(request))
+            return found, reader.form(found)
         arrow = f" or {STREAM}" if reader is rows else ""
         raise RequestError(415, Fault(f"Content-Type is {kind or 'absent'}; expected application/json{arrow}"))
 
@@ -172,9 +175,9 @@ def make_app(model: ServedModel, batcher: Batcher, limits: Limits, metrics: Serv
         """Predict the click probabilities of rows; the answer to an Arrow stream is one with ``probability``."""
 
         async def answer() -> Response:
-            table = await table_of(request, rows)
+            given, key = await rows_of(request, rows)
             request.state.read = True
-            scores = await batcher.submit(Work(rows=table), len(table), table.schema)
+            scores = await batcher.submit(Work(rows=given), len(given), key)
             if request.headers.get("content-type", "").startswith(STREAM):
                 found = pa.table({"probability": scores})
                 sink = pa.BufferOutputStream()
@@ -190,10 +193,10 @@ def make_app(model: ServedModel, batcher: Batcher, limits: Limits, metrics: Serv
         """Take the logits of up to 100 rows apart: bias, fields, pairs of fields, deep part."""
 
         async def answer() -> Response:
-            table = await table_of(request, few)
+            given, _ = await rows_of(request, few)
             request.state.read = True
-            found = await batcher.submit(Work(rows=table, explain=True), len(table))
-            listed = [parts(found, row, _PAIRS) for row in range(len(table))]
+            found = await batcher.submit(Work(rows=given, explain=True), len(given))
+            listed = [parts(found, row, _PAIRS) for row in range(len(given))]
             return _json({"rows": listed, "model": model.sha256})
 
         return await answered(request, answer)

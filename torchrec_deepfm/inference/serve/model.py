@@ -11,7 +11,7 @@ import pyarrow as pa
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.inference.explain import Explanation, explain_rows
 from torchrec_deepfm.inference.load import Predictor, load, spread
-from torchrec_deepfm.inference.serve.rows import Fault, RequestColumn, RequestError, columns_of
+from torchrec_deepfm.inference.serve.rows import Fault, RequestColumn, RequestError, Row, columns_of, table_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,11 +19,11 @@ class Work:
     """What a request asks of the model.
 
     Args:
-        rows: Its rows.
+        rows: Its rows: a table, or checked rows of JSON.
         explain: Whether to take their predictions apart.
     """
 
-    rows: pa.Table
+    rows: pa.Table | list[Row]
     explain: bool = False
 
 
@@ -59,18 +59,24 @@ class ServedModel:
         """Score requests together.
 
         Args:
-            batch: Requests whose rows have the same columns and types.
+            batch: Requests whose rows have the same columns and types, or the same form.
 
         Returns:
             For each one float32 [n], or an ``Explanation``, or the error to answer with.
         """
-        encoder, table = self._predictor.encoder, pa.concat_tables([work.rows for work in batch])
+        encoder, given = self._predictor.encoder, [work.rows for work in batch]
         try:
+            if isinstance(given[0], pa.Table):
+                table = pa.concat_tables(given)
+            else:
+                table = table_of(self.columns, [row for rows in given for row in rows])
             rows = encoder.encode(table, on_bad_row="skip")
             if batch[0].explain and not rows.bad:
                 raw = encoder.read(table)
                 return [explain_rows(self._predictor.score, rows, encoder.texts(raw))]
             scores = spread(self._predictor.score(rows), rows.bad)
+        except RequestError as error:  # of one of them
+            return [error] if len(batch) == 1 else [answer for work in batch for answer in self.answer([work])]
         except UserError as error:
             return [RequestError(422, Fault(str(error)))] * len(batch)
         answers: list[Any] = []

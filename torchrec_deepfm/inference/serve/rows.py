@@ -1,9 +1,9 @@
-"""Rows of a request, checked against the columns of the model, as one Arrow table.
+"""Rows of requests in JSON, checked against the columns of the model; those of a batch become one Arrow table.
 
-Every column has one Arrow type, whatever the request holds, so that rows of different requests can be scored together.
+Every column has one Arrow type, whatever a request holds, so that rows of different requests can be scored together.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Final
 
@@ -18,6 +18,7 @@ MAX_TEXT: Final = 1024  # characters
 MAX_LIST: Final = 1024  # values
 _MOST_FAULTS: Final = 10
 _INT64: Final = 2**63
+Row = dict[str, Any]  # by column
 
 
 @dataclass(frozen=True)
@@ -197,6 +198,19 @@ def columns_of(encoder: RowEncoder) -> tuple[RequestColumn, ...]:
     return tuple(found)
 
 
+def table_of(columns: Sequence[RequestColumn], rows: Sequence[Row]) -> pa.Table:
+    """Convert checked rows of requests.
+
+    Args:
+        columns: Of the model.
+        rows: Of one request, or of several of one form.
+
+    Raises:
+        RequestError: A number is too large, or some lists are texts.
+    """
+    return pa.table({column.name: column.array([row[column.name] for row in rows]) for column in columns})
+
+
 class JsonRows:
     """Reads requests in JSON: ``{"rows": [{column: value, ...}, ...]}``.
 
@@ -208,37 +222,41 @@ class JsonRows:
         type: Of a request, for pydantic.
 
     Example:
-        >>> rows = JsonRows([RequestColumn("price", "number"), RequestColumn("user", "string")], most=2)
-        >>> rows.read(b'{"rows": [{"price": 5, "user": "anna"}, {"price": null, "user": 7}]}').to_pylist()
+        >>> columns = [RequestColumn("price", "number"), RequestColumn("user", "string")]
+        >>> body = b'{"rows": [{"price": 5, "user": "anna"}, {"price": null, "user": 7}]}'
+        >>> table_of(columns, JsonRows(columns, most=2).read(body)).to_pylist()
         [{'price': 5.0, 'user': 'anna'}, {'price': None, 'user': '7'}]
     """
 
     def __init__(self, columns: Sequence[RequestColumn], most: int) -> None:
         self._columns = {column.name: column for column in columns}
+        self._lists = [column.name for column in columns if column.is_list and column.separator is not None]
         self._most = most
         closed = with_config(ConfigDict(extra="forbid"))
         row = closed(TypedDict("Row", {column.name: column.json for column in columns}))  # type: ignore[operator]
         rows = Annotated[list[row], Field(min_length=1, max_length=most)]  # type: ignore[valid-type]
         self.type = TypeAdapter(closed(TypedDict("Rows", {"rows": rows})))  # type: ignore[operator]
 
-    def read(self, body: bytes) -> pa.Table:
-        """Check a request and convert it.
+    def read(self, body: bytes) -> list[Row]:
+        """Check a request.
 
         Args:
             body: JSON.
 
         Returns:
-            n rows.
+            n rows; ``table_of`` converts those of a batch.
 
         Raises:
             RequestError: It is not JSON (400), has too many rows (413), or a cell does not fit (422).
         """
         try:
-            rows: list[dict[str, Any]] = self.type.validate_json(body)["rows"]
+            return self.type.validate_json(body)["rows"]  # type: ignore[no-any-return]
         except ValidationError as error:
             raise self._explain(error) from error
-        names = self._columns
-        return pa.table({name: column.array([row[name] for row in rows]) for name, column in names.items()})
+
+    def form(self, rows: Sequence[Row]) -> Hashable:
+        """Whether the lists of a request are written as texts; requests of one form may share a table."""
+        return tuple(any(isinstance(row[name], str) for row in rows) for name in self._lists)
 
     def _explain(self, error: ValidationError) -> RequestError:
         faults: dict[tuple[int | None, str | None], Fault] = {}

@@ -9,6 +9,7 @@ import gc
 import ipaddress
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, Final
@@ -27,6 +28,9 @@ from torchrec_deepfm.inference.serve.model import ServedModel
 
 _HEADER_BYTES: Final = 16 << 10
 _HEADER_SECONDS: Final = 10.0
+# The event loop gives up Python's lock at every call of the system, and the thread of the model keeps it for that long
+# (5 ms by default) before it gives it back.
+_SWITCH_SECONDS: Final = 0.0002
 _PATHS: Final = ("/", "/predict", "/explain", "/health", "/metrics", "/openapi.json")
 
 
@@ -189,6 +193,7 @@ def serve(read: Callable[[], ServedModel], *, host: str, port: int, limits: Limi
     Raises:
         UserError: The model can't be read, or the address can't be listened on.
     """
+    sys.setswitchinterval(_SWITCH_SECONDS)
     with _listen(host, port) as listener:
         asyncio.run(run(read(), read, listener, limits, say))
 

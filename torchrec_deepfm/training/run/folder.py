@@ -209,10 +209,8 @@ def check_saved_by(folder: Path, where: str, record: Mapping[str, Any]) -> None:
     """
     run, theirs = read(folder), record.get("config") or {}
     ours = json.loads(json.dumps(asdict(run.config)))  # as a file has it
-    wrong = ""
-    for name in ours.keys() & theirs.keys() - {*_FREE, *_RATES}:
-        if ours[name] != theirs[name]:
-            wrong = f"with --{name.replace('_', '-')} {_as_typed(theirs[name])}"
+    other = [name for name in ours if name not in (*_FREE, *_RATES) and theirs.get(name, ours[name]) != ours[name]]
+    wrong = f"with --{other[0].replace('_', '-')} {_as_typed(theirs[other[0]])}" if other else ""
     if record.get("data_sha256", run.data_sha256) not in (None, run.data_sha256):
         wrong = "on other data"
     if wrong:
