@@ -24,6 +24,7 @@ from torchrec_deepfm.sharding.plan.text import plan_text
 from torchrec_deepfm.sharding.plan.validate import check_fits, check_sound
 from torchrec_deepfm.sharding.search import placement
 from torchrec_deepfm.sharding.search.assignment import Effort, choose
+from torchrec_deepfm.sharding.search.best_plan import BestPlan
 from torchrec_deepfm.sharding.search.enumerator import WidthEnumerator
 from torchrec_deepfm.sharding.search.lower_bound import lower_bound
 from torchrec_deepfm.sharding.search.placement import Machine, PlacementOption, fill, place
@@ -262,6 +263,17 @@ def test_torchrecs_plan_is_kept_where_it_is_better() -> None:
     assert kept.predicted is not None
     assert torchrec.predicted is not None
     assert kept.predicted.slowest_ms("total") <= torchrec.predicted.slowest_ms("total") * (1 + 1e-9)
+
+
+def test_torchrecs_plan_is_kept_to_types_that_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On hosts of one rank TorchRec prefers table_row_wise, which is table_wise there; the search is crippled."""
+    monkeypatch.setattr(BestPlan, "balanced", lambda *_, **__: None)
+    tables = [Table(name=f"t{n}", num_embeddings=10**6, embedding_dim=16, pooling_factor=100.0) for n in range(6)]
+    alone = replace(HARDWARE, ranks_per_host=1)
+    planned = plan_tables(tables, alone, 3, batch_size=2048, search="torchrec")
+    assert {table.sharding_type for table in planned.tables} == {"table_row_wise"}
+    plan = plan_tables(tables, alone, 3, batch_size=2048)
+    check_fits(plan, tables, 3, local_world_size=1, compute_device="cuda", where="plan")
 
 
 def test_tight_memory_is_kept_where_torchrec_keeps_it() -> None:

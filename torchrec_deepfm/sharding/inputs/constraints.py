@@ -188,8 +188,9 @@ def keep_to_possible(
             )
             is None
         ]
-        if table.name not in found and len(possible) < len(SHARDING_TYPES):
-            found[table.name] = ParameterConstraints(sharding_types=possible)
+        given = found.get(table.name, ParameterConstraints())
+        if not given.sharding_types and len(possible) < len(SHARDING_TYPES):
+            found[table.name] = replace(given, sharding_types=possible)
     return found
 
 

@@ -79,7 +79,8 @@ class BestPlan:
         effort: How long the balanced search runs.
         group_ms: Milliseconds of each sharding type in a plan.
         in_device_memory: Whether all tables must stay in the device's memory.
-        torchrec_constraints: Those of TorchRec's own search. Default: the same.
+        torchrec_constraints: Those of TorchRec's own search, to keep it to types that these ranks can run. Default:
+            the same.
     """
 
     def __init__(
@@ -124,12 +125,8 @@ class BestPlan:
         ]
         return self._group_ms + lower_bound(machine.ranks, machine.ranks_per_host, ways)
 
-    def find(self, fits: Callable[[list[ShardingOption]], bool] = lambda options: True) -> FoundPlan | None:
-        """Return the best plan of all searches that the ranks can run; None where nothing fits.
-
-        Args:
-            fits: Whether the ranks can run a plan of TorchRec's. Of the others the enumerator took care.
-        """
+    def find(self) -> FoundPlan | None:
+        """Return the best plan of all searches; None where nothing fits."""
         best: FoundPlan | None = None
         bound = self.lower_bound_ms() * (1 + _SAME)
         # Ids that hide behind kernels do not add up over shards: the search takes what is below and what is above.
@@ -147,7 +144,7 @@ class BestPlan:
             if best is not None and (best.ms <= bound or (of_host_memory and not best.lacked_memory)):
                 continue  # nothing can be better, or memory is not the limit
             found = attempt()
-            if found is not None and (found.search == "balanced" or fits(found.options)):
+            if found is not None:
                 best = found if best is None or found.ms < best.ms * (1 - _SAME) else best
         return best
 

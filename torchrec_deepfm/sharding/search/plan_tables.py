@@ -116,7 +116,7 @@ class Planning:
         """Plan with one of the searches; see ``plan_tables``."""
         if search == "torchrec":
             return self._torchrecs_plan()
-        found = self._best.find(self._ranks_can_run)
+        found = self._best.find()
         if found is None:
             assert self._best.error is not None
             raise explain_planner_error(
@@ -146,10 +146,7 @@ class Planning:
         local = self.hardware.local_world_size(self.ranks)
         planning = self
         if search == "torchrec":  # it ignores that some kernels need a row on every rank
-            at = {"world_size": self.ranks, "local_world_size": local}
-            planning = replace(
-                self, constraints=keep_to_possible(self._allowed, self.tables, compute_device=device, **at)
-            )
+            planning = replace(self, constraints=self._possible)
         plan = planning.plan(search)
         where = f"the plan of --search {search}"
         check_fits(plan, self.tables, self.ranks, local_world_size=local, compute_device=device, where=where)
@@ -170,6 +167,17 @@ class Planning:
         return in_device_memory(self.tables, given) if self.ema else given
 
     @cached_property
+    def _possible(self) -> Mapping[str, ParameterConstraints]:
+        """Constraints that keep TorchRec's own search to types that these ranks can run."""
+        return keep_to_possible(
+            self._allowed,
+            self.tables,
+            compute_device=self.hardware.compute_device,
+            world_size=self.ranks,
+            local_world_size=self.hardware.local_world_size(self.ranks),
+        )
+
+    @cached_property
     def _best(self) -> BestPlan:
         return self._search(in_device_memory=self.ema)
 
@@ -187,19 +195,12 @@ class Planning:
             effort=self.effort,
             group_ms=self.hardware.extra.get("group_ms", 0.0),
             in_device_memory=in_device_memory,
+            torchrec_constraints=_with_pooling_factors(self.tables, self._possible),
         )
 
     @cached_property
     def _module(self) -> nn.Module:
         return table_module(self.tables, self.optimizer)
-
-    def _ranks_can_run(self, options: Sequence[ShardingOption]) -> bool:
-        plan = self._plan_file(options, "balanced")
-        try:
-            check_fits(plan, self.tables, self.ranks, compute_device=self.hardware.compute_device)
-        except UserError:
-            return False
-        return True
 
     def _torchrecs_plan(self) -> PlanFile:
         """Run TorchRec's planner as it comes; its error becomes one that explains it."""
