@@ -100,8 +100,8 @@ def _table_kernels(case: Case) -> dict[str, float]:
     }
 
 
-def make_tables(num_embeddings: int, width: int, device: str) -> Any:
-    """FBGEMM's fused tables with row-wise Adagrad, as many as there are categorical columns."""
+def make_tables(num_embeddings: int, width: int, device: str, count: int = CATEGORICAL) -> Any:
+    """FBGEMM's fused tables with row-wise Adagrad, by default as many as there are categorical columns."""
     from fbgemm_gpu.split_embedding_configs import EmbOptimType
     from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation
     from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
@@ -113,7 +113,7 @@ def make_tables(num_embeddings: int, width: int, device: str) -> Any:
     if device == "cuda":
         place = (EmbeddingLocation.DEVICE, ComputeDevice.CUDA)
     tables = SplitTableBatchedEmbeddingBagsCodegen(
-        [(num_embeddings, width, *place)] * CATEGORICAL,
+        [(num_embeddings, width, *place)] * count,
         optimizer=EmbOptimType.EXACT_ROWWISE_ADAGRAD,
         learning_rate=0.01,
     )

@@ -1,14 +1,16 @@
 """The benchmarks of the planner, at small sizes."""
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from torchrec.distributed.planner import ParameterConstraints
 from torchrec.distributed.types import CacheParams
 
-from benchmarks.planner import dlrm_tasks, search
+from benchmarks.planner import dlrm_tasks, kernels, search
 from benchmarks.planner.cases import Case
 from benchmarks.planner.score import score
 from tests.benchmarks.scripts import run
@@ -76,3 +78,49 @@ def test_the_benchmarks_own_equations_give_what_the_estimators_do() -> None:
 def test_tasks_of_the_dlrm_data_sets(capsys: pytest.CaptureFixture[str]) -> None:
     run(dlrm_tasks, "--tasks", 2, "--smallest", 4, "--largest", 6)
     assert "balanced worse in 0 of 2" in capsys.readouterr().out
+
+
+def made_up(rng: np.random.Generator, costs: dict[str, float]) -> list[kernels.Kernel]:
+    """Kernels whose look-up takes ``costs`` per bag, per distinct row and per looked-up byte; an update twice that."""
+    found = []
+    for rows, width, pooling, batch, skewed in itertools.product((100, 10**5), (16, 128), (1, 9), (64, 999), (0, 1)):
+        distinct = min(rows, batch * pooling) * rng.uniform(0.5, 1.0)
+        ns = costs["bag"] * batch + costs["row"] * distinct + costs["byte"] * batch * pooling * width * 4
+        found.append(
+            kernels.Kernel(
+                rows=rows, width=width, pooling=pooling, batch_size=batch, skewed=bool(skewed), distinct=distinct,
+                ms={"look-up": ns / 1e6, "update": 2 * ns / 1e6},
+            )
+        )  # fmt: skip
+    return found
+
+
+def test_the_fit_of_kernels_finds_planted_costs(capsys: pytest.CaptureFixture[str]) -> None:
+    """And predicts those held out; TorchRec's formula, which knows no distinct rows, can't."""
+    planted = made_up(np.random.default_rng(1), {"bag": 3.0, "row": 20.0, "byte": 0.25})
+    cost = dict(zip(kernels.FEATURES, kernels.fit(planted, "look-up"), strict=True))
+    wanted = dict.fromkeys(kernels.FEATURES, 0.0) | {"bag": 3.0, "row": 20.0, "id byte": 0.25 * 1024}
+    assert cost == pytest.approx(wanted, abs=1e-6)
+    errors = kernels.report(planted, kernels.Options(widths=(16, 128), rows=(100, 10**5)))
+    for found in errors.values():
+        assert found["fitted"].max() < 1e-6
+        assert found["TorchRec, bandwidth fitted"].mean() > 0.1
+    assert "update : look-up, median 2.00" in capsys.readouterr().out
+
+
+def test_kernels_are_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--rows", 50, "--widths", 16, 128, "--pooling", 1, 3, "--batch-sizes", 32, "--repetitions", 1)
+    run(kernels, *words, "--output", tmp_path / "found.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "found.jsonl").read_text().splitlines()]
+    assert len(rows) == 8
+    assert all(row["ms"]["look-up"] > 0 and row["ms"]["update"] > 0 for row in rows)
+    assert all(0 < row["distinct"] <= min(50, 32 * row["pooling"]) for row in rows)
+    assert "torchrec#2365 | 0.21 | 1.00" in capsys.readouterr().out
+
+
+def test_skewed_ids_are_as_likely_as_one_by_their_number() -> None:
+    """P(id < n) = log(n + 1) / log(rows + 1)."""
+    kernel = kernels.Kernel(rows=1000, width=4, pooling=10, batch_size=20_000, skewed=True, distinct=0.0)
+    ids = kernels.draw_ids(kernel, np.random.default_rng(0))
+    for n in (1, 10, 100, 1000):
+        assert np.mean(ids < n) == pytest.approx(np.log(n + 1) / np.log(1001), abs=0.01)

@@ -11,7 +11,6 @@ from typing import Final
 
 from torch import nn
 from torchrec.distributed.planner import ParameterConstraints, Topology
-from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 from torchrec.distributed.planner.types import (
     PlannerError,
     PlannerErrorType,
@@ -25,7 +24,7 @@ from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.sharding.inputs.sharding_types import CUDA_KERNELS
 from torchrec_deepfm.sharding.plan.plan import Objective
 from torchrec_deepfm.sharding.search.assignment import Effort
-from torchrec_deepfm.sharding.search.enumerator import WidthEnumerator, constraints_leave_a_type
+from torchrec_deepfm.sharding.search.enumerator import UncopiedEnumerator, WidthEnumerator
 from torchrec_deepfm.sharding.search.lower_bound import lower_bound
 from torchrec_deepfm.sharding.search.torchrec_parts import (
     AllTermsPerfModel,
@@ -174,12 +173,11 @@ class BestPlan:
         """
         tables = {option.fqn for option in self.options}
         if self._topology.world_size * len(tables) <= _ENUMERATE_AGAIN:
-            enumerator = EmbeddingEnumerator(
+            enumerator = UncopiedEnumerator(
                 self._topology, self._batch_size, self._torchrec_constraints, self._estimators
             )
             try:
-                with constraints_leave_a_type():
-                    options = enumerator.enumerate(self._module, self._sharders)
+                options = enumerator.enumerate(self._module, self._sharders)
             except UserError:
                 return None
         else:

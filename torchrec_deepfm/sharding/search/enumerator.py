@@ -32,7 +32,45 @@ _UVM: Final = (EmbeddingComputeKernel.FUSED_UVM.value, EmbeddingComputeKernel.FU
 _NO_DEVICE: Final = "none"  # a device group that no topology has: TorchRec then skips the table
 
 
-class WidthEnumerator(EmbeddingEnumerator):
+class UncopiedEnumerator(EmbeddingEnumerator):
+    """TorchRec's enumerator without the copy of all options and shards that it keeps, which takes longest."""
+
+    _found: list[ShardingOption] | None = None
+
+    def enumerate(self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]]) -> list[ShardingOption]:
+        """Return the options of each table of a module, with estimates."""
+        options = self.enumerate_under(module, sharders, self._constraints or {})
+        self.populate_estimates(options)
+        return options
+
+    def populate_estimates(self, sharding_options: list[ShardingOption]) -> None:
+        """Estimate options; those that TorchRec's ``enumerate`` makes are kept for later, when all are known."""
+        if self._found is None:
+            super().populate_estimates(sharding_options)
+        else:
+            self._found += sharding_options
+            sharding_options.clear()  # TorchRec would copy them all, deeply, for its cache
+
+    def enumerate_under(
+        self,
+        module: nn.Module,
+        sharders: list[ModuleSharder[nn.Module]],
+        constraints: Mapping[str, ParameterConstraints],
+    ) -> list[ShardingOption]:
+        """Return the options under other constraints, without estimates."""
+        before, self._constraints, self._found = self._constraints, dict(constraints), []
+        self._last_stored_module = None
+        try:
+            with warnings.catch_warnings(), constraints_leave_a_type():
+                # Of a width that does not divide: then it is the whole table.
+                warnings.simplefilter("ignore", UserWarning)
+                EmbeddingEnumerator.enumerate(self, module, sharders)
+            return self._found
+        finally:
+            self._constraints, self._found = before, None
+
+
+class WidthEnumerator(UncopiedEnumerator):
     """Offers, besides what TorchRec's enumerator does, column shards of every width, and grid_shard unasked.
 
     TorchRec's offers one width per table, 128 columns unless a constraint sets another, and grid_shard only where a
@@ -70,7 +108,6 @@ class WidthEnumerator(EmbeddingEnumerator):
         super().__init__(topology, batch_size, constraints, estimator, use_exact_enumerate_order)
         self._min_width = max(min_width, 4)
         self._host_memory = host_memory
-        self._found: list[ShardingOption] | None = None
 
     def enumerate(self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]]) -> list[ShardingOption]:
         """Return the ways to shard each table of a module, with estimates, which shards of one size share.
@@ -82,7 +119,7 @@ class WidthEnumerator(EmbeddingEnumerator):
             return copy.deepcopy(self._last_stored_search_space or [])
         given = self._constraints or {}
         by_table: dict[str, list[ShardingOption]] = {}
-        for option in self._enumerate_once(module, sharders, given):
+        for option in self.enumerate_under(module, sharders, given):
             by_table.setdefault(option.fqn, []).append(option)
         order = {fqn: list(dict.fromkeys(each.sharding_type for each in by_table[fqn])) for fqn in by_table}
         widths: dict[tuple[str, str], list[int]] = {}  # by table and type
@@ -98,7 +135,7 @@ class WidthEnumerator(EmbeddingEnumerator):
             kinds: dict[str, list[str]] = {name: [] for name in names.values()}
             for (fqn, kind), listed in widths.items():
                 kinds[names[fqn]] += [kind] if width in listed else []
-            for option in self._enumerate_once(module, sharders, _of_width(width, kinds, given)):
+            for option in self.enumerate_under(module, sharders, _of_width(width, kinds, given)):
                 if width in widths.get((option.fqn, option.sharding_type), ()):
                     by_table[option.fqn].append(option)
         for fqn, options in by_table.items():  # constraints are sets in TorchRec, of another order in every process
@@ -123,32 +160,6 @@ class WidthEnumerator(EmbeddingEnumerator):
                     found.append(other)
         self.populate_estimates(found)
         return found
-
-    def populate_estimates(self, sharding_options: list[ShardingOption]) -> None:
-        """Estimate options; those that TorchRec's ``enumerate`` makes are kept for later, when all are known."""
-        if self._found is None:
-            super().populate_estimates(sharding_options)
-        else:
-            self._found += sharding_options
-            sharding_options.clear()  # TorchRec would copy them for its cache, one for each width
-
-    def _enumerate_once(
-        self,
-        module: nn.Module,
-        sharders: list[ModuleSharder[nn.Module]],
-        constraints: Mapping[str, ParameterConstraints],
-    ) -> list[ShardingOption]:
-        before, self._constraints, self._found = self._constraints, dict(constraints), []
-        self._last_stored_module = None
-        try:
-            with warnings.catch_warnings(), constraints_leave_a_type():
-                warnings.simplefilter(
-                    "ignore", UserWarning
-                )  # of a width that does not divide: then it is the whole table
-                super().enumerate(module, sharders)
-            return self._found
-        finally:
-            self._constraints, self._found = before, None
 
     def _filter_sharding_types(self, name: str, allowed_sharding_types: list[str], sharder_key: str = "") -> list[str]:
         asked = super()._filter_sharding_types(name, allowed_sharding_types, sharder_key)
