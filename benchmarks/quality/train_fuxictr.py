@@ -18,6 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from fuxictr.features import FeatureMap
 from fuxictr.pytorch.layers import FactorizationMachine, FeatureEmbedding, MLP_Block
@@ -25,7 +26,7 @@ from fuxictr.pytorch.models import BaseModel
 from fuxictr.pytorch.torch_utils import seed_everything
 from torch import Tensor
 
-from benchmarks.quality.prepared_arrays import Arrays, Clock, Split, run_worker, write
+from benchmarks.quality.prepared_arrays import Arrays, Clock, Split, run_worker, score, write
 
 
 class DeepFM(BaseModel):
@@ -115,7 +116,10 @@ def main(data: Path, result: Path, settings: dict[str, Any], seed: int) -> None:
         held_out = partial(Batches, arrays, batch_size=16_384, shuffle=False)
         clock = Clock()
         model.fit(train, epochs=settings["epochs"], validation_data=held_out(arrays.splits["validation"]))
-        scores = arrays.held_out_scores(lambda split: model.predict(held_out(split)))
+        predicted = {name: model.predict(held_out(split)) for name, split in arrays.splits.items() if name != "train"}
+    scores = {name: score(arrays.splits[name].labels, found) for name, found in predicted.items()}
+    if "predictions" in settings:
+        np.savez(settings["predictions"], **predicted)
     versions = {"fuxictr": version("fuxictr"), "torch": torch.__version__}
     write(result, {**scores, "seconds": clock(), "epochs": model._epoch_index + 1, "versions": versions})
 
