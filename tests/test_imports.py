@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "torchrec_deepfm"
 
-BASE = {"errors", "launch.processes", "units", "files", "strict_json", "data.schema"}
+BASE = {"errors", "launch.processes", "units", "files", "strict_json", "data.schema", "remote", "remote.names"}
 # What each part may import of the package. A module belongs to the longest name here that begins its own; every part
 # may import itself. "" is the package's own __init__.
 ALLOWED = {
@@ -23,7 +23,7 @@ ALLOWED = {
     "errors": set(),
     "units": {"errors"},
     "files": {"errors", "units"},
-    "console": {"errors", "launch.processes", "units"},
+    "console": {"errors", "launch.processes", "units", "remote.names"},
     "doctor": set(),
     "launch.cpu_threads": set(),
     "launch.interrupt": set(),
@@ -36,6 +36,8 @@ ALLOWED = {
     "launch": {"errors", "launch.cpu_threads", "launch.launcher", "launch.processes"},  # __main__
     "launch.launcher": {"launch.cpu_threads", "errors", "launch.interrupt", "launch.processes", "launch.rendezvous"},
     "launch.torchx_run": {"launch.cpu_threads", "errors", "launch.launcher", "launch.processes", "launch.schedulers"},
+    "remote": {"errors", "units", "remote.names"},
+    "remote.names": set(),
     "data.schema": {"errors", "files", "units"},
     "model": BASE,
     "data": BASE,
@@ -68,6 +70,7 @@ WITHOUT_TORCH = [
     "",
     "errors",
     "units",
+    "remote.places",
     "report.page",
     "sharding.plan.io",
     "data.schema",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from torchrec_deepfm.launch.processes import local_world_size
+from torchrec_deepfm.remote.names import named
 
 # Known and harmless warnings, by message; all others are shown.
 _WARNINGS = (
@@ -39,7 +40,7 @@ _LOGGED: dict[str, str | tuple[str, ...]] = {
 def say(line: str) -> None:
     """Print a line to standard output and flush it, also into a pipe."""
     encoding = sys.stdout.encoding or "utf-8"
-    sys.stdout.write(f"{line}\n".encode(encoding, "backslashreplace").decode(encoding))  # such as odd file names
+    sys.stdout.write(f"{named(line)}\n".encode(encoding, "backslashreplace").decode(encoding))  # such as odd file names
     sys.stdout.flush()
 
 

@@ -5,7 +5,7 @@ import shlex
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import tyro
 
@@ -43,10 +43,13 @@ class Prepare:
     If it is stopped, the same command resumes.
     """
 
+    ADDRESSES: ClassVar = ("output",)
+
     output: Path
-    """Folder to write; must be empty or absent."""
+    """Folder to write, or an address such as s3://bucket/prepared; must be empty or absent."""
     input: tuple[str, ...] = ()
-    """Raw training files: Criteo's text (.gz and .zst too) one a day, or a folder of day_0, day_1, ...; or tables."""
+    """Raw training files: Criteo's text (.gz and .zst too) one a day, or a folder of day_0, day_1, ...; or tables.
+    Paths or addresses."""
     validation: tuple[str, ...] = ()
     """Raw validation files. Without these and --test, the input is split."""
     test: tuple[str, ...] = ()
@@ -63,6 +66,7 @@ class Prepare:
         os.environ["POLARS_MAX_THREADS"] = str(cores)  # read when polars is loaded
         from torchrec_deepfm.data.criteo_defaults import criteo_preset
         from torchrec_deepfm.data.prepare.prepare import prepare
+        from torchrec_deepfm.data.prepare.stored_output import prepared_output
         from torchrec_deepfm.data.prepare.workers import Workers
         from torchrec_deepfm.data.schema import load_schema
 
@@ -71,16 +75,17 @@ class Prepare:
         options = replace(options, **{name: value for name, value in unset.items() if not getattr(options, name)})
 
         def run(workers: Workers) -> None:
-            prepare(
-                self.input,
-                self.output,
-                validation=self.validation,
-                test=self.test,
-                schema=schema,
-                options=options,
-                workers=workers,
-                report=console.say,
-            )
+            with prepared_output(self.output, workers) as output:
+                prepare(
+                    self.input,
+                    output,
+                    validation=self.validation,
+                    test=self.test,
+                    schema=schema,
+                    options=options,
+                    workers=workers,
+                    report=console.say,
+                )
 
         if "RANK" not in os.environ:
             run(Workers())

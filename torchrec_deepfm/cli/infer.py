@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import tyro
 
@@ -24,10 +24,12 @@ if TYPE_CHECKING:
 class Predict:
     """Predict the click probability of every row of some files; if it is stopped, the same command resumes."""
 
+    ADDRESSES: ClassVar = ("output", "run_folder")
+
     input: tuple[str, ...]
     """Raw rows with or without labels: Criteo's text, CSV or Parquet; paths, folders or addresses such as s3://..."""
     output: Path
-    """Parquet file to write: column probability, in the order of the rows."""
+    """Parquet file to write, or its address: column probability, in the order of the rows."""
     run_folder: Annotated[Path | None, tyro.conf.arg(name="run")] = None
     """Run folder that train wrote."""
     package: Path | None = None
@@ -53,44 +55,49 @@ class Predict:
             )
         if self.shard_tables == "always" and self.run_folder is None:
             raise UserError("a package's tables can't be sharded", where="--shard-tables always", remedy="give --run")
-        load = partial(_load, self.run_folder, self.package, self.checkpoint, self.data)
+        run = None if self.run_folder is None else _fetched(self.run_folder)
+        load = partial(_load, run, self.package, self.checkpoint, self.data)
         predictor: Predictor | ShardedPredictor | None = None if "RANK" in os.environ else load()
         with _workers() as ranks:
             if predictor is None:
-                predictor = self._sharded() or load()
+                predictor = self._sharded(run) or load()
             from torchrec_deepfm.inference.predict import predict_files
+            from torchrec_deepfm.inference.stored_output import predicted_output
 
-            found = predict_files(
-                predictor,
-                self.input,
-                self.output,
-                keep=self.keep,
-                on_bad_row=self.on_bad_row,
-                ranks=ranks,
-                report=console.say if ranks.is_main else None,
-            )
+            with predicted_output(self.output, ranks) as output:
+                found = predict_files(
+                    predictor,
+                    self.input,
+                    output,
+                    keep=self.keep,
+                    on_bad_row=self.on_bad_row,
+                    ranks=ranks,
+                    report=console.say if ranks.is_main else None,
+                )
         if ranks.is_main:
             bad = f", {found.bad:,} bad ones without a probability" if found.bad else ""
             before = "is finished already: " if found.before else ""
-            console.say(f"{self.output}: {before}{found.rows:,} rows{bad}")
+            console.say(f"{output}: {before}{found.rows:,} rows{bad}")
 
-    def _sharded(self) -> "ShardedPredictor | None":
+    def _sharded(self, run: Path | None) -> "ShardedPredictor | None":
         """The run with sharded tables, if they are to be."""
         console.quiet()
-        if self.run_folder is None or self.package is not None or self.shard_tables == "never":
+        if run is None or self.package is not None or self.shard_tables == "never":
             return None
         os.environ["POLARS_MAX_THREADS"] = str(console.threads())
         from torchrec_deepfm.distributed.process_group import count, gather
         from torchrec_deepfm.inference.load import load_sharded
         from torchrec_deepfm.inference.sharded import fits_every_rank
 
-        wanted = self.shard_tables == "always" or not all(gather(fits_every_rank(self.run_folder)))
-        return load_sharded(self.run_folder, self.checkpoint, data=self.data) if wanted and count() > 1 else None
+        wanted = self.shard_tables == "always" or not all(gather(fits_every_rank(run)))
+        return load_sharded(run, self.checkpoint, data=self.data) if wanted and count() > 1 else None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Explain:
     """Take predictions apart: bias, first order, pairs of fields, deep part; and which fields matter over many rows."""
+
+    ADDRESSES: ClassVar = ("run_folder",)
 
     input: tuple[str, ...]
     """Raw rows, as for predict. With labels, the AUC lost when a field is shuffled is measured too."""
@@ -130,6 +137,8 @@ class Explain:
 class Export:
     """Write a trained run as a package: a folder with the model in a form that runs elsewhere."""
 
+    ADDRESSES: ClassVar = ("run_folder",)
+
     run_folder: Annotated[Path, tyro.conf.arg(name="run")]
     """Run folder that train wrote."""
     output: Path
@@ -151,8 +160,8 @@ class Export:
         from torchrec_deepfm.inference.export import export
 
         done = export(
-            self.run_folder, self.output, to=self.to, tables=self.tables, checkpoint=self.checkpoint, data=self.data,
-            layout=self.layout, say=console.say,
+            _fetched(self.run_folder), self.output, to=self.to, tables=self.tables, checkpoint=self.checkpoint,
+            data=self.data, layout=self.layout, say=console.say,
         )  # fmt: skip
         size = sum(path.stat().st_size for path in done.folder.rglob("*") if path.is_file())
         console.say(f"wrote {done.folder} ({format_bytes(size)}); {done.folder / 'README.md'} shows how to run it")
@@ -161,6 +170,8 @@ class Export:
 @dataclass(frozen=True, kw_only=True)
 class Serve:
     """Serve a trained model over HTTP: /predict, /explain, /health, /metrics, and a page at / to try a row."""
+
+    ADDRESSES: ClassVar = ("run_folder",)
 
     run_folder: Annotated[Path | None, tyro.conf.arg(name="run")] = None
     """Run folder that train wrote."""
@@ -209,7 +220,14 @@ def _one_of(run: Path | None, package: Path | None) -> Path:
         raise UserError(
             "not a package (no package.json)", where=f"--package {package}", remedy="name the folder that export wrote"
         )
-    return run or package or Path()
+    return package or _fetched(run or Path())
+
+
+def _fetched(run: Path) -> Path:
+    """The run, or a local copy if it is at an address."""
+    from torchrec_deepfm.training.run.stored_output import fetch_run
+
+    return fetch_run(run)
 
 
 def _load(run: Path | None, package: Path | None, checkpoint: str | None, data: Path | None) -> "Predictor":

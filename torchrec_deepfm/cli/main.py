@@ -29,6 +29,7 @@ from torchrec_deepfm.distributed.stop_signals import Preempted
 from torchrec_deepfm.errors import UserError, one_of, shown
 from torchrec_deepfm.files import check_local
 from torchrec_deepfm.launch.launcher import exit_with
+from torchrec_deepfm.remote.names import named
 
 PROG = "python -m torchrec_deepfm"
 
@@ -84,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         parse(sys.argv[1:] if argv is None else argv).run()
     except UserError as error:
+        error.what, error.where, error.remedy = map(named, (error.what, error.where, error.remedy))
         exit_with(error)
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG or error.filename is None:
@@ -149,8 +151,10 @@ DeepFM on TorchRec: make data, prepare, train, evaluate, predict, explain, serve
 
 
 def _check_paths(options: Any) -> None:
-    """Refuse an address where only a local path works: an option that takes both is text, and not a Path."""
+    """Refuse an address where only a local path works: an option that takes both is text, or in ``ADDRESSES``."""
     for field in dataclasses.fields(options):
+        if field.name in getattr(options, "ADDRESSES", ()):
+            continue
         value = getattr(options, field.name)
         for one in value if isinstance(value, tuple) else (value,):
             if isinstance(one, Path):

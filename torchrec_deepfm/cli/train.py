@@ -4,11 +4,12 @@ import json
 import math
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import tyro
 
@@ -32,6 +33,7 @@ from torchrec_deepfm.training.recipes import recipe
 if TYPE_CHECKING:
     from torchrec_deepfm.data.dataset.prepared import PreparedData
     from torchrec_deepfm.training.recipes import DataSet
+    from torchrec_deepfm.training.trainer import Result
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,10 +43,13 @@ class Train:
     The defaults below are those of the paper. The recipe has its own, and an option that is given overrides either.
     """
 
+    ADDRESSES: ClassVar = ("data", "output")
+
     data: Path | None = None
-    """Prepared folder. Without it a small synthetic set is made in data/synthetic, once."""
+    """Prepared folder, or its address. Without it a small synthetic set is made in data/synthetic, once."""
     output: Path | None = None
-    """Run folder. An unfinished run of the same options and data resumes. Default: runs/<time>."""
+    """Run folder, or an address such as s3://bucket/run. An unfinished run of the same options and data resumes.
+    Default: runs/<time>."""
     recipe: str | None = None
     """Named settings, which the command recipes lists, or FILE.py:FUNCTION of your own. Default: paper; without --data,
     synthetic."""
@@ -94,11 +99,12 @@ class Train:
         from torchrec_deepfm.distributed.health import longest_wait
         from torchrec_deepfm.evaluation.field_importance import write_importance_if_small
         from torchrec_deepfm.training.monitoring.quality import refuse_worse
+        from torchrec_deepfm.training.run.stored_output import is_remote, run_output
         from torchrec_deepfm.training.run.tracker import job_tracker, track
         from torchrec_deepfm.training.seeds import train_seeds
         from torchrec_deepfm.training.trainer import train
 
-        how = partial(train_seeds, count=self.seeds) if self.seeds > 1 else train
+        how: Callable[..., Result] = partial(train_seeds, count=self.seeds) if self.seeds > 1 else train
         with ranks.process_group(longest_wait(self.options.timeout)) as device:
             ranks.on_main(lambda: job_tracker() is not None)  # refuses one that cannot be opened
             if self.data is None:
@@ -110,20 +116,30 @@ class Train:
             # The launcher's start, and not this rank's, which may be one of many restarts.
             started = os.environ.get(STARTED) or f"{datetime.now(UTC):%Y%m%d-%H%M%S}"
             output = self.output or ranks.on_main(lambda: Path("runs") / started)
-            result = how(
-                self.config, data, output, device, self.options, say=console.say, measure=write_importance_if_small
-            )
-            if ranks.is_main():
-                if result.before:
-                    console.say(f"{result.folder}: this training is finished, there is nothing left to do")
-                if self.seeds > 1:
-                    console.say(console.seeds_summary(result.summary, result.folder))
-                elif result.before:
-                    console.say(console.metrics_table(console.splits(result.summary)))
-                else:
-                    console.say(console.training_summary(result.summary, result.folder))
-            ranks.on_main(lambda: track(job_tracker(), result.folder, self.config, result.summary))
+            if self.seeds > 1 and is_remote(output):
+                raise UserError(f"--seeds {self.seeds}: several runs can't share the address {output}; start one each")
+            with run_output(output) as stored:
+                options = self.options
+                if stored.address is not None:
+                    how = partial(how, publish=stored.publish)
+                    options = replace(options, checkpoints=options.checkpoints or f"{stored.address}/checkpoints")
+                result = how(
+                    self.config, data, stored.local, device, options, say=console.say, measure=write_importance_if_small
+                )
+                if ranks.is_main():
+                    self._show(result)
+                ranks.on_main(lambda: track(job_tracker(), result.folder, self.config, result.summary))
             ranks.on_main(lambda: refuse_worse(result.summary, str(result.folder), self.max_ne))
+
+    def _show(self, result: "Result") -> None:
+        if result.before:
+            console.say(f"{result.folder}: this training is finished, there is nothing left to do")
+        if self.seeds > 1:
+            console.say(console.seeds_summary(result.summary, result.folder))
+        elif result.before:
+            console.say(console.metrics_table(console.splits(result.summary)))
+        else:
+            console.say(console.training_summary(result.summary, result.folder))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +179,8 @@ class Recipes:
 class Report:
     """Draw the report of a run again, finished or not, or compare runs; train draws a run's own at the end."""
 
+    ADDRESSES: ClassVar = ("runs", "run_folder", "data")
+
     runs: tyro.conf.Positional[tuple[Path, ...]] = ()
     """Run folders that train wrote; several are compared with the first."""
     run_folder: Annotated[Path | None, tyro.conf.arg(name="run")] = None
@@ -188,18 +206,23 @@ class Report:
                 raise UserError(
                     "these are for the report of one run", where="--importance, --data", remedy="leave them out"
                 )
-            from torchrec_deepfm.training.run.comparison import write_comparison
-
-            console.say(f"wrote {write_comparison(self.runs, self.output)}")
+            _compare(self.runs, self.output)
             return
         if self.output is not None:
             raise UserError("a comparison of several runs is written there", where="--output", remedy="name two runs")
-        folder = self.run_folder or self.runs[0]
+        from torchrec_deepfm.remote.places import store_back
+        from torchrec_deepfm.training.run.run_files import IMPORTANCE
+        from torchrec_deepfm.training.run.stored_output import fetch_run
+
+        folder = fetch_run(self.run_folder or self.runs[0])
         if measure:
             self._measure(folder)
         from torchrec_deepfm.training.run.report import write_run_report
 
-        console.say(f"wrote {write_run_report(folder)}")
+        written = [write_run_report(folder), *([folder / IMPORTANCE] if measure else [])]
+        for path in written:
+            store_back(path)
+        console.say(f"wrote {written[0]}")
 
     def _measure(self, folder: Path) -> None:
         from torchrec_deepfm.data.dataset.prepared import PreparedData
@@ -217,16 +240,21 @@ class Report:
 class Runs:
     """List the runs in a folder: status, AUC, speed. See also runs compare."""
 
+    ADDRESSES: ClassVar = ("folder",)
+
     folder: tyro.conf.Positional[Path] = Path("runs")
-    """Folder that holds run folders."""
+    """Folder that holds run folders, or its address."""
     json: bool = False
     """Print a JSON list instead of a table."""
 
     def run(self) -> None:
         """Print a line per run."""
         from torchrec_deepfm.training.run.run_list import list_runs, text
+        from torchrec_deepfm.training.run.stored_output import fetch_records, is_remote
 
-        lines = list_runs(self.folder)
+        lines = list_runs(fetch_records(self.folder))
+        if is_remote(self.folder):  # whether it is running is known on its host only
+            lines = [replace(one, status="unfinished") if one.status == "stopped" else one for one in lines]
         if self.json:
             console.say(json.dumps([asdict(one) for one in lines], default=str, indent=2))
         else:
@@ -237,6 +265,8 @@ class Runs:
 class CompareRuns:
     """Write a page with the options that differ between runs, their figures and curves."""
 
+    ADDRESSES: ClassVar = ("runs",)
+
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Two or more run folders; the others are compared with the first."""
     output: Path | None = None
@@ -244,21 +274,21 @@ class CompareRuns:
 
     def run(self) -> None:
         """Write the page."""
-        from torchrec_deepfm.training.run.comparison import write_comparison
-
         if len(self.runs) < 2:
             raise UserError("name at least two run folders", where="runs compare")
-        console.say(f"wrote {write_comparison(self.runs, self.output)}")
+        _compare(self.runs, self.output)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
     """Evaluate a trained run, or compare two, on labelled rows."""
 
+    ADDRESSES: ClassVar = ("run_folder", "data")
+
     run_folder: Annotated[Path, tyro.conf.arg(name="run")]
-    """Run folder that train wrote."""
+    """Run folder that train wrote, or its address."""
     data: Path | None = None
-    """Prepared folder."""
+    """Prepared folder, or its address."""
     input: tuple[str, ...] = ()
     """Raw files with labels, instead of a prepared folder: as for predict."""
     num_embeddings: tuple[int, ...] = ()
@@ -281,12 +311,25 @@ class Evaluate:
         from torchrec_deepfm.distributed import process_group as ranks
         from torchrec_deepfm.evaluation.evaluate import evaluate_run
         from torchrec_deepfm.evaluation.text import evaluation_text
+        from torchrec_deepfm.remote.places import store_back
+        from torchrec_deepfm.training.run.stored_output import fetch_run
 
         with ranks.process_group() as device:
             data = self.input if self.data is None else _open(self.data, self.num_embeddings)
-            result = evaluate_run(self.run_folder, data, device, self.options)
+            result = evaluate_run(fetch_run(self.run_folder), data, device, self.options)
+            ranks.on_main(lambda: store_back(Path(result["file"])))
             if ranks.is_main():
                 console.say(evaluation_text(result))
+
+
+def _compare(runs: tuple[Path, ...], output: Path | None) -> None:
+    from torchrec_deepfm.remote.places import store_back
+    from torchrec_deepfm.training.run.comparison import write_comparison
+    from torchrec_deepfm.training.run.stored_output import fetch_run
+
+    written = write_comparison([fetch_run(one) for one in runs], output)
+    store_back(written)
+    console.say(f"wrote {written}")
 
 
 def _data_set(folder: Path) -> "DataSet":

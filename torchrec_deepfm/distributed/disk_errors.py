@@ -6,6 +6,7 @@ from pathlib import Path
 from torchrec_deepfm.errors import UserError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_CONNECTION = "check address, network and credentials"
 _CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -25,6 +26,8 @@ def refused(where: str | Path, error: OSError, remedy: str = "") -> UserError:
         'runs/a: no space is left on the device; free some, then run the same command again'
     """
     then = f", then {remedy}" if remedy else ""
+    if "://" in str(where):
+        return UserError(f"can't be written ({_reason(error)})", where=where, remedy=f"{_CONNECTION}{then}")
     if error.errno in _FULL:
         return UserError("no space is left on the device", where=where, remedy=f"free some{then}")
     if error.errno == errno.ELOOP:
@@ -50,9 +53,11 @@ def unreadable(where: str | Path, error: OSError) -> UserError:
         >>> str(unreadable("runs/a", OSError(errno.EIO, "Input/output error")))
         "runs/a: can't be read (Input/output error); nothing was changed; check the disk and permissions, then retry"
     """
-    reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
+    check = _CONNECTION if "://" in str(where) else "check the disk and permissions"
     return UserError(
-        f"can't be read ({reason}); nothing was changed",
-        where=where,
-        remedy="check the disk and permissions, then retry",
+        f"can't be read ({_reason(error)}); nothing was changed", where=where, remedy=f"{check}, then retry"
     )
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or " ".join(str(error).split()) or type(error).__name__

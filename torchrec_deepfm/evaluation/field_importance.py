@@ -37,7 +37,7 @@ def write_importance(folder: Path, data: PreparedData) -> None:
     """
     if data.external is not None:
         raise UserError(
-            "another tool wrote these data", where=data.folder, remedy="fields are measured on what prepare wrote"
+            "another tool wrote these data", where=data.named, remedy="fields are measured on what prepare wrote"
         )
     split = next(name for name in ("validation", "test", "train") if data.rows(name))
     run = run_folder.read(folder)

@@ -58,14 +58,14 @@ class PreparedRows:
         if run.differs(data.schema):
             raise UserError(
                 f"numeric columns {data.schema.dense_names}, but {folder} has {run.dense_names}",
-                where=f"--data {data.folder}",
+                where=f"--data {data.named}",
             )
         for name in sorted(set(run.num_embeddings) | set(data.num_embeddings)):
             mine, theirs = run.num_embeddings.get(name), data.num_embeddings.get(name)
             if mine != theirs:
                 raise UserError(
                     f"column {name!r} has {theirs} ids, but {folder} was trained on {mine}",
-                    where=f"--data {data.folder}",
+                    where=f"--data {data.named}",
                     remedy="name the data that it was trained on, or data prepared with the same vocabulary",
                 )
         check_encoding(folder, data)
@@ -73,7 +73,7 @@ class PreparedRows:
     def describe(self) -> dict[str, Any]:
         """What the result file records of the rows."""
         return {
-            "folder": str(self._data.folder),
+            "folder": self._data.named,
             "split": self._split,
             "sha256": run_folder.digest_of_data(self._data),
         }
@@ -98,7 +98,7 @@ class PreparedRows:
                 remedy=f"choose {one_of(schema.one_hot, None)}",
             )
         if name not in schema.one_hot:
-            kind = "the column is numeric" if name in schema.numeric else f"{self._data.folder} has no such column"
+            kind = "the column is numeric" if name in schema.numeric else f"{self._data.named} has no such column"
             raise UserError(kind, where=f"{option} {name}", remedy=f"choose {one_of(schema.one_hot, name)}")
 
     def column(self, name: str) -> Keys:

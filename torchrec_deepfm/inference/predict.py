@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -32,8 +32,6 @@ from torchrec_deepfm.files import check_local, check_parquet_name, check_target,
 from torchrec_deepfm.inference.load import Predictor, ShardedPredictor, spread
 from torchrec_deepfm.inference.parts import Scorer, sigmoid
 from torchrec_deepfm.inference.scorer import ModelScorer
-
-T = TypeVar("T")
 
 PROBABILITY: Final = "probability"
 _JOB: Final = b"torchrec_deepfm.job"
@@ -139,10 +137,10 @@ def predict_files(
     parts = _Parts(output, json.dumps(job))
     failed: UserError | None = None
     try:
-        before = _agreed(ranks, lambda: parts.enter([Path(one) for one in inputs if "://" not in one]))
+        before = ranks.on_first(lambda: parts.enter([Path(one) for one in inputs if "://" not in one]))
         if before is not None:
             return before
-        start = _agreed(ranks, parts.finished)
+        start = ranks.on_first(parts.finished)
         try:
             with Phase("predict", sum(source.bytes for source in sources) / 1e6, report=report) as phase:
                 own = parts.own(sources, ranks, phase, start, skip_bad=on_bad_row == "skip")
@@ -158,25 +156,11 @@ def predict_files(
             failed = error
         for other in ranks.gather(failed):
             if other is not None:
-                _agreed(ranks, parts.leave)
+                ranks.on_first(parts.leave)
                 raise failed or other
-        return _agreed(ranks, parts.join)
+        return ranks.on_first(parts.join)
     finally:
         parts.release()
-
-
-def _agreed(ranks: Workers, work: Callable[[], T]) -> T:
-    """Do something on the first rank; return its result, or raise its error, on all."""
-    outcome: T | UserError | None = None
-    if ranks.is_main:
-        try:
-            outcome = work()
-        except UserError as error:
-            outcome = error
-    agreed = ranks.gather(outcome)[0]
-    if isinstance(agreed, UserError):
-        raise agreed
-    return agreed  # type: ignore[no-any-return]
 
 
 def _probabilities(score: Scorer, rows: EncodedRows) -> NDArray[Any]:

@@ -28,6 +28,7 @@ class Start:
         device: of this rank.
         options: how this start runs.
         say: called on rank 0 with a line for the user.
+        publish: called on rank 0 before and after each checkpoint becomes visible.
     """
 
     run: run_folder.RunDescription
@@ -36,6 +37,12 @@ class Start:
     device: torch.device
     options: RunOptions
     say: Callable[[str], None]
+    publish: Callable[[], None]
+
+    def committed(self, step: int) -> None:
+        """Record a checkpoint that has become visible."""
+        run_folder.write_saved(self.output, self.checkpoints, step)
+        self.publish()
 
     @property
     def checkpoints(self) -> str:
@@ -53,7 +60,7 @@ class Start:
         loaders = {"train": self._loader("train", trains=True)}
         if config.ema_every > len(loaders["train"]):
             raise UserError(
-                f"an epoch of {data.folder} has {len(loaders['train'])} steps, so it would be evaluated "
+                f"an epoch of {data.named} has {len(loaders['train'])} steps, so it would be evaluated "
                 "before the first update",
                 where=f"--ema-every {config.ema_every}",
                 remedy="take at most as many",
@@ -119,7 +126,7 @@ def check_options(config: TrainConfig, data: PreparedData) -> None:
     for option in ("patience", "lr_patience"):
         if getattr(config, option) and not data.rows("validation"):
             raise UserError(
-                f"{data.folder} has no validation split",
+                f"{data.named} has no validation split",
                 where=f"--{option.replace('_', '-')}",
                 remedy="leave the option out, or prepare the data with --validation",
             )
@@ -127,7 +134,7 @@ def check_options(config: TrainConfig, data: PreparedData) -> None:
         if getattr(config, option) and data.schema.multi_hot:
             name = option.replace("_", "-")
             raise UserError(
-                f"column {data.schema.multi_hot[0]!r} of {data.folder} holds lists, whose rows are summed "
+                f"column {data.schema.multi_hot[0]!r} of {data.named} holds lists, whose rows are summed "
                 "before this penalty sees them",
                 where=f"--{name}",
                 remedy=f"take --{name.removeprefix('touched-')} with --sparse-optimizer adam",

@@ -60,6 +60,7 @@ def train(
     measure: Callable[[Path, PreparedData], None] = lambda folder, data: None,
     show: bool = True,
     report: bool = True,
+    publish: Callable[[], None] = lambda: None,
 ) -> Result:
     """Train a sharded DeepFM and evaluate it; a collective over the current process group.
 
@@ -75,6 +76,7 @@ def train(
         measure: called on rank 0 with the finished run, to write more figures for its report.
         show: print the progress.
         report: draw the report at the end; it can be drawn later too.
+        publish: called on rank 0 before and after each checkpoint becomes visible, to store the run's files elsewhere.
 
     Returns:
         The folder and the summary of the run.
@@ -106,7 +108,7 @@ def train(
         stopping = requests_to_stop(lambda: lock.stopping() if lock else None)
         in_time = stop_before_limit(options.stop_before_limit if is_main() else 0)
         with stopping as requests, in_time, closing(Heartbeat(options.timeout)) as heartbeat:
-            start = Start(run=run, data=data, output=output, device=device, options=options, say=say)
+            start = Start(run=run, data=data, output=output, device=device, options=options, say=say, publish=publish)
             ended = partial(draw_report, output, say, partial(measure, output, data), report=report)
             training = _Training(start, requests, heartbeat, ended, show=show)
             try:
@@ -152,7 +154,8 @@ class _Training:
             start.checkpoints,
             keep_last=config.keep_last,
             timeout=longest_wait(options.timeout),
-            committed=lambda step: run_folder.write_saved(output, start.checkpoints, step),
+            committing=start.publish,
+            committed=start.committed,
             not_finite=lambda step, name: record_not_finite(output, {"step": step, "weight": name}),
         )
         profiler = StepProfiler(options.profile, output / "profile", dist.get_rank(), start.device, start.say)

@@ -14,15 +14,19 @@ import resource
 import struct
 import weakref
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from torchrec_deepfm.errors import UserError
+
+if TYPE_CHECKING:
+    from torchrec_deepfm.data.dataset.remote_rows import RemoteFile
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a member of a zip: signature, length of its name and of its extras
 _MAX_MEMBERS = 65536
@@ -98,7 +102,12 @@ class MappedRows:
     It can be used where numpy expects an array (``np.asarray``, ``rows[3:5]``).
 
     ``where``: the name for messages: the file, and the array in it if it holds several.
+
+    Attributes:
+        remote: The file at an address that this one is a copy of, with holes; ``None`` for a local file.
     """
+
+    remote: "RemoteFile | None" = None
 
     def __init__(
         self, path: Path, where: str, memory: FileMap, offset: int, dtype: np.dtype[Any], shape: tuple[int, ...]
@@ -161,6 +170,16 @@ class MappedRows:
         Returns [stop - start] or [stop - start, E].
         """
         return self._array[start:stop].copy()
+
+    @contextmanager
+    def ends(self) -> Iterator[None]:
+        """Keep the first and the last row on the local disk while they are read."""
+        if self.remote is None:
+            yield
+            return
+        chunks = self.remote.chunks_of(np.array([0, len(self) - 1]))
+        with self.remote.copy.held([(self.remote, chunks)]):
+            yield
 
     def check_whole(self) -> None:
         """Check that the file is at least as long as when it was opened.

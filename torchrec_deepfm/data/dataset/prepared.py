@@ -28,14 +28,17 @@ from torchrec_deepfm.data.dataset.arrays import Day as Day
 from torchrec_deepfm.data.dataset.checksums import CHECKSUMS, HASH, borders
 from torchrec_deepfm.data.dataset.external import ExternalData, open_external
 from torchrec_deepfm.data.dataset.npy_mmap import MappedRows, map_npy
+from torchrec_deepfm.data.dataset.remote_rows import RemoteCopy, open_copy
 from torchrec_deepfm.data.schema import Schema
 from torchrec_deepfm.errors import UserError, one_of
 from torchrec_deepfm.files import check_seal, read_bytes
+from torchrec_deepfm.remote.address import address_of
 
 FORMAT_VERSION: Final = 2
 MANIFEST: Final = "manifest.json"
 SPLITS: Final = ("train", "validation", "test")
 MAX_MANIFEST_BYTES: Final = 64 << 20
+HEADER_BYTES: Final = 4096  # that hold the header of any array
 
 _AGAIN = "prepare the data again"
 
@@ -89,6 +92,7 @@ class PreparedData:
         external: How to read it if another tool wrote it.
         blocks: Rows per block with a checksum; ``None`` in folders without block checksums.
         checksums_sha256: Digest of the file that holds them.
+        remote: The copy that ``folder`` is, if the data are at an address.
     """
 
     folder: Path
@@ -100,6 +104,12 @@ class PreparedData:
     external: ExternalData | None = None
     blocks: int | None = None
     checksums_sha256: str = ""
+    remote: RemoteCopy | None = None
+
+    @property
+    def named(self) -> str:
+        """The folder as the user named it, which may be an address."""
+        return str(self.folder) if self.remote is None else self.remote.address
 
     @classmethod
     def open(cls, folder: Path | str, *, num_embeddings: int | Sequence[int] | None = None) -> "PreparedData":
@@ -120,7 +130,10 @@ class PreparedData:
         Raises:
             UserError: The folder or its manifest is missing or damaged, or a file is missing or has another size.
         """
-        folder = Path(folder)
+        address, remote = address_of(folder), None
+        if address is not None:
+            remote = open_copy(address, MANIFEST, "make one with prepare")
+        folder = Path(folder) if remote is None else remote.folder
         if not folder.is_dir():
             raise UserError("no such folder", where=folder, remedy="make it with prepare")
         path = folder / MANIFEST
@@ -142,6 +155,7 @@ class PreparedData:
         try:
             data = cls(
                 folder=folder,
+                remote=remote,
                 schema=Schema.from_json(manifest["schema"]),
                 num_embeddings={str(name): int(count) for name, count in manifest["num_embeddings"].items()},
                 splits={split: tuple(_day(entry) for entry in manifest["splits"][split]) for split in SPLITS},
@@ -249,7 +263,7 @@ class PreparedData:
         parts = [len(borders(self.splits[name], self.blocks)) - 1 if self.splits[name] else 0 for name in SPLITS]
         arrays = len(stem_files(self.schema, ""))
         mapped = self._map(CHECKSUMS, np.uint64, (sum(parts), arrays))
-        with (self.folder / CHECKSUMS).open("rb") as file:
+        with self.file(CHECKSUMS).open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != self.checksums_sha256:
                 raise UserError(
                     "the content is not what was written (SHA-256 differs)", where=mapped.where, remedy=_AGAIN
@@ -257,10 +271,17 @@ class PreparedData:
         first = sum(parts[: SPLITS.index(split)])
         return mapped.array[first : first + parts[SPLITS.index(split)]]
 
+    def file(self, name: str) -> Path:
+        """Return the path of a file, which is fetched first if the folder is at an address."""
+        if self.remote is not None:
+            self.remote.whole(name)
+        return self.folder / name
+
     def _bags(self, stem: str, name: str, rows: int) -> Bags:
         j = self.schema.categorical.index(name)
         offsets = self._map(offsets_file(stem, j), np.int64, (rows + 1,))
-        first, last = int(offsets[0]), int(offsets[rows])
+        with offsets.ends():
+            first, last = int(offsets[0]), int(offsets[rows])
         if first != 0 or last < 0:
             raise UserError(
                 f"the borders run from {first} to {last} and must begin at 0", where=offsets.where, remedy=_AGAIN
@@ -271,6 +292,10 @@ class PreparedData:
         return Bags(ids=ids, offsets=offsets, weights=weights)
 
     def _map(self, name: str, dtype: type[Any], shape: tuple[int, ...]) -> MappedRows:
+        if name == CHECKSUMS:
+            self.file(name)
+        elif self.remote is not None:
+            self.remote.head(name, HEADER_BYTES)
         rows = map_npy(self.folder / name, _AGAIN)
         if rows.dtype != dtype or rows.shape != shape:
             raise UserError(
@@ -278,6 +303,10 @@ class PreparedData:
                 where=rows.where,
                 remedy=_AGAIN,
             )
+        if self.remote is not None and name != CHECKSUMS:
+            _, first, row_bytes = rows.raw
+            rows.where = f"{self.named}/{name}"
+            rows.remote = self.remote.file(name, first, row_bytes, len(rows))
         return rows
 
     def _days_of(self, stem: str) -> list[Day]:

@@ -114,18 +114,18 @@ class Loader:
         if prefetch < 0:
             raise UserError(f"{prefetch} is negative", where="prefetch", remedy="give 0 or more")
         if self._rows == 0:
-            raise UserError(f"split {split} is empty", where=data.folder, remedy="prepare the data with rows for it")
+            raise UserError(f"split {split} is empty", where=data.named, remedy="prepare the data with rows for it")
         if self._rows < world_size:
             raise UserError(
                 f"split {split} has {self._rows} rows for {world_size} ranks",
-                where=data.folder,
+                where=data.named,
                 remedy="use fewer ranks or more data",
             )
         if drop_last and self._rows < self._global:
             raise UserError(
                 f"split {split} has {self._rows} rows, less than one step of batch size {batch_size} on "
                 f"{world_size} ranks",
-                where=data.folder,
+                where=data.named,
                 remedy="lower --batch-size or use fewer ranks",
             )
         if pin_memory and not torch.cuda.is_available():

@@ -4,7 +4,8 @@ Shape letters: n rows that are copied, I numeric columns, F1 categorical columns
 column with the same number in every row, m ids of n bags.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from torchrec_deepfm.data.dataset.arrays import Bags
 from torchrec_deepfm.data.dataset.checksums import BlockCheck
 from torchrec_deepfm.data.dataset.npy_mmap import MappedRows
 from torchrec_deepfm.data.dataset.prepared import PreparedData
+from torchrec_deepfm.data.dataset.remote_rows import RemoteFile
 from torchrec_deepfm.errors import UserError
 
 
@@ -44,15 +46,19 @@ class CopiedRows:
     weights: NDArray[np.float32] | None = None
 
 
+# A day's number and rows in its files: int64 [rows], or the first and one past the last.
+_Part = tuple[int, NDArray[np.int64] | tuple[int, int]]
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Plan:
     """Which rows of which day are copied, and their order.
 
-    ``parts``: per day its number and its rows in the files: int64 [its rows], or the first and one past the last.
+    ``parts``: of each day.
     ``order``: int64 [n], the position of each row among the copies; ``None`` if already in order.
     """
 
-    parts: list[tuple[int, NDArray[np.int64] | tuple[int, int]]]
+    parts: list[_Part]
     order: NDArray[np.int64] | None
 
 
@@ -66,6 +72,7 @@ class SplitRows:
         self._begins = np.cumsum([0, *(day.rows for day in self.days)])
         self._files = [file for arrays in self.arrays for file in arrays.files()]
         checksums = data.checksums(split)
+        self._remote, self._block_rows = data.remote, data.blocks or 1
         self._check = None
         if checksums is not None and data.blocks is not None:
             self._check = BlockCheck(self.days, self.arrays, checksums, data.blocks)
@@ -97,16 +104,16 @@ class SplitRows:
 
     def stretch(self, start: int, stop: int) -> CopiedRows:
         """Copy neighbouring rows, after comparing their blocks; faster than ``take``."""
-        parts: list[tuple[int, NDArray[np.int64] | tuple[int, int]]] = []
-        for day, a, b in self._cut(start, stop):
-            parts.append((day, (a, b)))
-        return self._copy(_Plan(parts=parts, order=None), compare=[(start, stop)])
+        return self._copy(_Plan(parts=self._parts([(start, stop)]), order=None), compare=[(start, stop)])
 
     def fetch(self, stretches: Iterable[tuple[int, int]]) -> None:
         """Start reading rows from the disk, without waiting.
 
         ``stretches``: first row and one past the last, numbered over all days.
         """
+        if self._remote is not None:
+            self._remote.fetch_ahead(self._wanted(self._parts(stretches)))
+            return
         for start, stop in stretches:
             for day, a, b in self._cut(start, stop):
                 arrays = self.arrays[day]
@@ -126,9 +133,12 @@ class SplitRows:
 
         ``stretches``: first row and one past the last, numbered over all days.
         """
-        if self._check is not None:
-            for file in self._files:
-                file.check_whole()
+        stretches = list(stretches)
+        if self._check is None or not stretches:
+            return
+        for file in self._files:
+            file.check_whole()
+        with self._here(lambda: self._parts(self._blocks_of(stretches))):
             self._check.check(stretches)
 
     def release(self) -> None:
@@ -146,21 +156,74 @@ class SplitRows:
             start = end
             day += 1
 
+    def _blocks_of(self, stretches: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+        """Whole blocks around some rows, which are compared as such."""
+        size, last = self._block_rows, int(self._begins[-1])
+        return ((start // size * size, min(-(-stop // size) * size, last)) for start, stop in stretches)
+
+    def _parts(self, stretches: Iterable[tuple[int, int]]) -> list[_Part]:
+        return [(day, (a, b)) for start, stop in stretches for day, a, b in self._cut(start, stop)]
+
+    @contextmanager
+    def _here(self, parts: Callable[[], Sequence[_Part]]) -> Iterator[None]:
+        """Keep rows on the local disk while they are read."""
+        if self._remote is None:
+            yield
+            return
+        found = parts()
+        wanted = self._wanted(found)
+        with self._remote.held(wanted):
+            # The borders of the bags are there now, and say where their ids are.
+            ids = self._wanted_ids(found)
+        with self._remote.held([*wanted, *ids]):
+            yield
+
+    def _wanted(self, parts: Sequence[_Part]) -> list[tuple[RemoteFile, NDArray[np.int64]]]:
+        """The chunks of some rows in the files that have a line for each."""
+        found = []
+        for day, rows in parts:
+            arrays = self.arrays[day]
+            found += [(file.remote, file.remote.chunks_of(rows)) for file in arrays.by_row() if file.remote is not None]
+            ends = (rows[0], rows[1] + 1) if isinstance(rows, tuple) else np.union1d(rows, rows + 1)
+            for bags in arrays.bags.values():
+                if bags.offsets is not None and bags.offsets.remote is not None:
+                    found.append((bags.offsets.remote, bags.offsets.remote.chunks_of(ends)))
+        return _merged(found)
+
+    def _wanted_ids(self, parts: Sequence[_Part]) -> list[tuple[RemoteFile, NDArray[np.int64]]]:
+        found = []
+        for day, rows in parts:
+            for bags in self.arrays[day].bags.values():
+                begins, counts = _borders(bags, rows)
+                remote = [file.remote for file in (bags.ids, bags.weights) if file is not None]
+                found += [(file, file.chunks_of(_spread(begins, counts))) for file in remote if file is not None]
+        return _merged(found)
+
     def _copy(self, plan: _Plan, compare: Sequence[tuple[int, int]] = ()) -> CopiedRows:
         arrays = [self.arrays[day] for day, _ in plan.parts]
         for each in arrays:
             for file in each.files():
                 file.check_whole()
-        if self._check is not None:
-            self._check.check(compare)
-        weights = [each.weights for each in arrays if each.weights is not None]
-        return CopiedRows(
-            dense=_rows([each.dense for each in arrays], plan),
-            sparse=_rows([each.sparse for each in arrays], plan),
-            labels=_rows([each.labels for each in arrays], plan).reshape(-1),
-            bags={name: _bags([each.bags[name] for each in arrays], plan) for name in arrays[0].bags},
-            weights=_rows(weights, plan).reshape(-1) if weights else None,
-        )
+        self.check(compare)
+        with self._here(lambda: plan.parts):
+            weights = [each.weights for each in arrays if each.weights is not None]
+            return CopiedRows(
+                dense=_rows([each.dense for each in arrays], plan),
+                sparse=_rows([each.sparse for each in arrays], plan),
+                labels=_rows([each.labels for each in arrays], plan).reshape(-1),
+                bags={name: _bags([each.bags[name] for each in arrays], plan) for name in arrays[0].bags},
+                weights=_rows(weights, plan).reshape(-1) if weights else None,
+            )
+
+
+def _merged(
+    found: Iterable[tuple[RemoteFile, NDArray[np.int64]]],
+) -> list[tuple[RemoteFile, NDArray[np.int64]]]:
+    """Each file once."""
+    by_file: dict[RemoteFile, list[NDArray[np.int64]]] = {}
+    for file, chunks in found:
+        by_file.setdefault(file, []).append(chunks)
+    return [(file, np.unique(np.concatenate(chunks))) for file, chunks in by_file.items()]
 
 
 def _rows(files: Sequence[MappedRows], plan: _Plan) -> NDArray[Any]:

@@ -118,7 +118,7 @@ def check_same_encoding(folder: Path, data: PreparedData) -> None:
     if "raw_schema" not in data.made:
         return  # another tool prepared them and recorded nothing
     file, there = read_encoder(folder)[0], encoder_content(data)
-    wrong = f"--data {data.folder}"
+    wrong = f"--data {data.named}"
     remedy = "name the data that it was trained on, or data prepared with the same vocabulary and options"
     if file.hashed != there["hashed"]:
         raise UserError(
@@ -140,7 +140,7 @@ def check_same_encoding(folder: Path, data: PreparedData) -> None:
         if file.files.get(here.name) == there["files"].get(here.name):
             continue
         try:
-            same = _values(here).equals(_values(vocabulary_file(data.folder, j)))  # other versions write other bytes
+            same = _values(here).equals(_values(data.file(here.name)))  # other versions write other bytes
         except (OSError, pl.exceptions.PolarsError):
             same = False
         if not same:

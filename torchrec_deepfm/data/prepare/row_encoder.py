@@ -173,13 +173,13 @@ class RowEncoder:
         """
         if "raw_schema" not in data.made:
             raise UserError(
-                "the folder does not record its raw columns", where=data.folder, remedy="make it with prepare"
+                "the folder does not record its raw columns", where=data.named, remedy="make it with prepare"
             )
         content = encoder_content(data)
         files: Mapping[str, Any] = content["files"]
         with new_folder(folder) as partial:
             for name, entry in files.items():
-                shutil.copyfile(data.folder / name, partial / name)
+                shutil.copyfile(data.file(name), partial / name)
                 if digest(partial / name) != entry:
                     raise UserError(
                         "the file is damaged (its checksum differs)",

@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from torchrec_deepfm.errors import UserError
+
 T = TypeVar("T")
 
 
@@ -45,3 +47,16 @@ class Workers:
             owners[place] = owner
             loads[owner] += weights[place]
         return [work[place] for place in range(len(work)) if owners[place] == self.rank]
+
+    def on_first(self, work: Callable[[], T]) -> T:
+        """Do something on the first rank; return its result, or raise its ``UserError``, on all; a collective."""
+        outcome: T | UserError | None = None
+        if self.is_main:
+            try:
+                outcome = work()
+            except UserError as error:
+                outcome = error
+        agreed = self.gather(outcome)[0]
+        if isinstance(agreed, UserError):
+            raise agreed
+        return agreed  # type: ignore[no-any-return]

@@ -13,12 +13,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Final
 from urllib.parse import unquote
 
-import fsspec
 import pyarrow as pa
-from fsspec.registry import known_implementations
 
 from torchrec_deepfm.data.raw.file_kind import compression
 from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.remote.address import AddressFile, open_address, reported
+from torchrec_deepfm.remote.address import one_line as one_line
 
 PARQUET: Final = (".parquet", ".pq")
 CSV: Final = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".csv.zst", ".tsv.zst")
@@ -77,7 +77,7 @@ class File:
                 with pa.OSFile(self.path) as file:
                     yield file
             else:
-                with self.filesystem.open(self.path, "rb") as file:
+                with AddressFile(self.filesystem, self.path) as file:
                     yield file
         except FileNotFoundError as error:
             raise UserError("the file is gone", where=self.name, remedy="check the path") from error
@@ -86,9 +86,10 @@ class File:
                 "reading is not permitted", where=self.name, remedy="check permissions and credentials"
             ) from error
         except OSError as error:
-            raise UserError(
-                f"reading failed ({one_line(error)})", where=self.name, remedy="download or write the file again"
-            ) from error
+            remedy = "download or write the file again"
+            if self.filesystem is not None:
+                remedy = "check address and network, then run the same command again"
+            raise UserError(f"reading failed ({one_line(error)})", where=self.name, remedy=remedy) from error
 
 
 def find_files(named: str) -> list[File]:
@@ -132,17 +133,6 @@ def _partitions(relative: str) -> dict[str, int | str | None]:
         if equals and key:
             found[key] = None if value == _MISSING else unquote(value)
     return found
-
-
-def one_line(error: BaseException) -> str:
-    r"""Return what an error says, on one line and not too long.
-
-    Example:
-        >>> one_line(ValueError("two\nlines"))
-        'two lines'
-    """
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:200] + "..."
 
 
 def _suffix(name: str) -> str:
@@ -207,7 +197,7 @@ def find_text(named: str) -> File:
     if "://" not in named and "::" not in named:
         path = Path(named)
         return File(name=named, bytes=path.stat().st_size if path.is_file() else 0, path=named)
-    filesystem, path_there = _connect(named)
+    filesystem, path_there = open_address(named)
     try:
         info = filesystem.info(path_there)
     except FileNotFoundError as error:
@@ -219,6 +209,29 @@ def find_text(named: str) -> File:
     if info["type"] == "directory":
         raise UserError("this is a folder", where=named, remedy="name the files in it")
     return File(name=named, bytes=int(info["size"] or 0), path=path_there, filesystem=filesystem)
+
+
+def text_files(named: str) -> list[str] | None:
+    """List the files in a folder of texts.
+
+    Args:
+        named: A local path or an fsspec address.
+
+    Returns:
+        Their paths or addresses, sorted; None if it is not a folder.
+
+    Raises:
+        UserError: The address can't be reached.
+    """
+    if "://" not in named and "::" not in named:
+        folder = Path(named)
+        return [str(path) for path in sorted(folder.iterdir())] if folder.is_dir() else None
+    filesystem, path = open_address(named)
+    with reported(named):
+        if not filesystem.isdir(path):
+            return None
+        filesystem.invalidate_cache()
+        return [str(filesystem.unstrip_protocol(one)) for one in sorted(filesystem.ls(path, detail=False))]
 
 
 def is_table_file(named: str, *, tsv: bool = True) -> bool:
@@ -235,34 +248,8 @@ def is_table_file(named: str, *, tsv: bool = True) -> bool:
     return bool(suffix) and (tsv or not suffix.startswith(".tsv"))
 
 
-def _connect(named: str) -> tuple[Any, str]:
-    protocol = named.partition("::")[0].partition("://")[0]
-    try:
-        filesystem, path = fsspec.core.url_to_fs(named)
-        return filesystem, str(path)
-    except ImportError as error:
-        driver = getattr(error.__cause__, "name", None) or known_implementations[protocol]["class"]
-        package = driver.partition(".")[0]
-        raise UserError(
-            f"{protocol}:// needs the package {package}, which is not installed",
-            where=named,
-            remedy=f"run: pip install {package}",
-        ) from error
-    except ValueError as error:
-        raise UserError(
-            f"{one_line(error)}", where=named, remedy="give a local path or an address that fsspec knows, such as s3://"
-        ) from error
-    # Some drivers connect at once, and raise errors of their own: pyarrow's over hdfs:// without Java is an OSError.
-    except Exception as error:
-        java = "libjvm" in str(error) or "libhdfs" in str(error)
-        remedy = (
-            "set JAVA_HOME and HADOOP_HOME, or copy the file to a disk" if java else "check address and credentials"
-        )
-        raise UserError(f"{protocol}:// can't be opened ({one_line(error)})", where=named, remedy=remedy) from error
-
-
 def _find_remote(named: str) -> list[File]:
-    filesystem, path = _connect(named)
+    filesystem, path = open_address(named)
     try:
         if glob.has_magic(path) and not filesystem.exists(path):
             matches = sorted(filesystem.glob(path), key=_natural)

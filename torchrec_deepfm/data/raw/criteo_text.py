@@ -23,6 +23,7 @@ from torchrec_deepfm.data.raw.source import Piece, Skipped
 from torchrec_deepfm.data.schema import Schema
 from torchrec_deepfm.data.values import numeric
 from torchrec_deepfm.errors import UserError, one_of
+from torchrec_deepfm.remote.address import AddressFile
 
 T = TypeVar("T")
 
@@ -376,7 +377,7 @@ def _skip(stream: pa.NativeFile, count: int) -> None:
 def _opened(file: File) -> pa.NativeFile:
     if file.filesystem is None:
         return pa.OSFile(file.path, "rb")
-    return pa.PythonFile(file.filesystem.open(file.path, "rb"), mode="r")
+    return pa.PythonFile(AddressFile(file.filesystem, file.path), mode="r")
 
 
 def _check_readable(file: File) -> None:

@@ -20,6 +20,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec_deepfm.distributed.disk_errors import refused, unreadable
 from torchrec_deepfm.distributed.process_group import is_main, on_main
 from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.remote.address import as_os_error
 from torchrec_deepfm.training.checkpoint.dcp import (
     METADATA,
     CpuStager,
@@ -45,6 +46,7 @@ class Checkpoints:
         target: a folder or an fsspec URL.
         keep_last: number of newest checkpoints to keep.
         timeout: seconds that ranks wait for each other.
+        committing: called on rank 0 before a checkpoint becomes visible.
         committed: called on rank 0 with the step of each committed checkpoint.
         not_finite: called on rank 0 with a step that is not saved and the name of a weight that is not finite.
 
@@ -59,11 +61,12 @@ class Checkpoints:
         *,
         keep_last: int,
         timeout: float = 1800.0,
+        committing: Callable[[], None] = lambda: None,
         committed: Callable[[int], None] = lambda step: None,
         not_finite: Callable[[int, str], None] = lambda step, name: None,
     ) -> None:
         self.store = Store(target)
-        self._committed, self._not_finite = committed, not_finite
+        self._committing, self._committed, self._not_finite = committing, committed, not_finite
         self.saved: int | None = None
         self._keep_last = keep_last
         # Saves run in a thread and need their own group: the training uses the others at the same time.
@@ -168,7 +171,11 @@ class Checkpoints:
         self, step: int, files: Mapping[str, Any], meta: Mapping[str, Any], keep: frozenset[int]
     ) -> UserError | None:
         try:
+            self._committing()
             self.store.commit(step, files, meta)
+        except UserError as error:
+            self.store.abandon(step)
+            return error
         except OSError as error:
             self.store.abandon(step)
             return refused(self.store.shown(step), error, self._again)
@@ -391,11 +398,11 @@ def _read_manifest(store: Store, step: int) -> tuple[dict[str, Any], str | None]
 
 
 def _first_cause(error: BaseException) -> BaseException:
-    """Return the error of a rank that a CheckpointException wraps."""
+    """Return the error of a rank that a CheckpointException wraps; one of a driver of addresses as an OSError."""
     if isinstance(error, CheckpointException) and error.failures:
-        causes = [failure[0] for failure in error.failures.values()]
+        causes = [as_os_error(failure[0]) for failure in error.failures.values()]
         return next((cause for cause in causes if isinstance(cause, OSError)), causes[0])
-    return error
+    return as_os_error(error)
 
 
 def _as_user_error(error: BaseException, where: str, again: str) -> BaseException:

@@ -191,7 +191,7 @@ def check_same_run(
     if not same_data or there.columns_json() != run.columns_json():
         raise UserError(
             f"{where} holds a run on other data",
-            where=f"--data {data.folder}",
+            where=f"--data {data.named}",
             remedy="name the data that it was trained on, or another folder",
         )
 
@@ -235,7 +235,7 @@ def create(folder: Path, run: RunDescription, plan: PlanFile, *, data: PreparedD
         "config": asdict(run.config),
         **run.columns_json(),
         "weighted": run.weighted,
-        "data": str(data.folder),
+        "data": data.named,
         "data_sha256": run.data_sha256,
         "encoder_sha256": _keep_encoder(folder, data),
         "world_size": world_size,

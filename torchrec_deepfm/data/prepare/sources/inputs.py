@@ -11,6 +11,7 @@ from typing import Final
 
 from torchrec_deepfm.data.prepare.options import SPLITS_BY_ROW
 from torchrec_deepfm.data.prepare.sources.units import Part, Unit
+from torchrec_deepfm.data.raw.addresses import find_text, text_files
 from torchrec_deepfm.data.raw.chunk_files import ChunkTable
 from torchrec_deepfm.data.raw.criteo_text import TextLog
 from torchrec_deepfm.data.raw.source import Source
@@ -147,7 +148,7 @@ def heads(units: Sequence[Unit], schema: Schema, *, piece_bytes: int) -> list[tu
             small = (
                 replace(source, piece_rows=max(piece_bytes // BYTES_OF_A_ROW, 1))
                 if isinstance(source, TableSource)
-                else TextLog(Path(source.path), schema, piece_bytes=piece_bytes)
+                else TextLog(find_text(source.path), schema, piece_bytes=piece_bytes)
             )
             chosen.append((small, scale))
     return chosen
@@ -176,15 +177,16 @@ def _expand(entries: Sequence[Entry], schema: Schema) -> list[str | ChunkTable]:
     paths: list[str | ChunkTable] = []
     for entry in entries:
         assert not isinstance(entry, ChunkTable)
-        folder = Path(entry)
-        if not folder.is_dir():
-            paths.append(str(entry))
+        folder = str(entry)
+        files = text_files(folder)
+        if files is None:
+            paths.append(folder)
             continue
-        named = [(match, path) for path in sorted(folder.iterdir()) if (match := _DAY.fullmatch(path.name))]
+        named = [(match, path) for path in files if (match := _DAY.fullmatch(Path(path).name))]
         days = [path for _, path in sorted(named, key=lambda pair: int(pair[0][1]))]
         if not days:
             raise UserError("this is a folder without day_0, day_1, ...", where=folder, remedy="name the files")
-        paths += [str(path) for path in days]
+        paths += days
     return paths
 
 
@@ -229,7 +231,7 @@ def _days(paths: Mapping[str, Sequence[str]]) -> list[int] | None:
 def _open(paths: Mapping[str, Sequence[str | ChunkTable]], schema: Schema, piece_bytes: int) -> dict[str, list[Source]]:
     if schema.layout == "criteo":
         return {
-            part: [TextLog(Path(str(entry)), schema, piece_bytes=piece_bytes) for entry in entries]
+            part: [TextLog(find_text(str(entry)), schema, piece_bytes=piece_bytes) for entry in entries]
             for part, entries in paths.items()
         }
     rows = max(piece_bytes // BYTES_OF_A_ROW, 1)

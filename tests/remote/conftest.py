@@ -1,0 +1,28 @@
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.s3_server import FaultProxy, s3_server
+from torchrec_deepfm.remote import cache
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[FaultProxy]:
+    """An S3 server for all tests; each uses a prefix of its own."""
+    pytest.importorskip("s3fs", reason="pip install 'torchrec_deepfm[s3]'")
+    with pytest.MonkeyPatch.context() as patch, s3_server() as proxy:
+        patch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("AWS_MAX_ATTEMPTS", "3")  # of botocore, which waits longer before each
+        yield proxy
+
+
+@pytest.fixture(autouse=True)
+def local_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of the test's own."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv(cache.FOLDER, str(folder))
+    return folder
