@@ -17,9 +17,16 @@ from torchrec_deepfm.training.build import Sharded
 from torchrec_deepfm.training.checkpoint.manager import Checkpoints, save_model, try_load_model
 from torchrec_deepfm.training.config import TrainConfig
 from torchrec_deepfm.training.loop import Loop
-from torchrec_deepfm.training.monitoring.quality import click_rate, first_loss_warnings, input_warnings, result_warnings
+from torchrec_deepfm.training.monitoring.quality import (
+    click_rate,
+    first_loss_warnings,
+    input_warnings,
+    result_warnings,
+    unknown_warnings,
+)
 from torchrec_deepfm.training.run import folder as run_folder
 from torchrec_deepfm.training.run import metrics_log
+from torchrec_deepfm.training.run.data_summary import data_summary
 from torchrec_deepfm.training.run.report import write_run_report
 from torchrec_deepfm.training.run.run_files import CALIBRATION, CURVES
 from torchrec_deepfm.training.run.weights import Weights, Which, folder_of
@@ -147,6 +154,7 @@ def _warnings(start: Start, summary: Mapping[str, Any]) -> list[str]:
     first = next((one for one in log.records if one["split"] == "train"), None) if log else None
     return [
         *input_warnings(start.data),
+        *unknown_warnings(data_summary(start.data)),
         *(first_loss_warnings(first["step"], first["loss"], click_rate(start.data)) if first else []),
         *result_warnings(summary),
     ]

@@ -24,7 +24,7 @@ from torchrec_deepfm.training.config import RunOptions, TrainConfig
 from torchrec_deepfm.training.finish import draw_report, finish
 from torchrec_deepfm.training.loop import Loop, LoopContext
 from torchrec_deepfm.training.monitoring.nonfinite import record_not_finite
-from torchrec_deepfm.training.monitoring.quality import click_rate, input_warnings
+from torchrec_deepfm.training.monitoring.quality import click_rate, input_warnings, unknown_warnings
 from torchrec_deepfm.training.monitoring.step_profile import StepProfiler
 from torchrec_deepfm.training.run import folder as run_folder
 from torchrec_deepfm.training.run import metrics_log, progress
@@ -188,11 +188,11 @@ class _Training:
                         output, start.run, sharded.plan_file, data=start.data, world_size=world_size
                     )
                 )
-                on_main(lambda: write_data_summary(output, start.data))
+                about_data = on_main(lambda: write_data_summary(output, start.data))
                 if is_main():
                     if world_size > 1:
                         start.say(_planner_line(sharded.plan_file, options.plan))
-                    self._show_start(loop, resumed=resumed)
+                    self._show_start(loop, about_data, resumed=resumed)
                 loop.run()
                 profiler.close()
                 summary = finish(start, loop, sharded, checkpoints, loaders)
@@ -204,7 +204,7 @@ class _Training:
             if loop.progress is not None:
                 loop.progress.close()
 
-    def _show_start(self, loop: Loop, *, resumed: bool) -> None:
+    def _show_start(self, loop: Loop, about_data: dict[str, Any], *, resumed: bool) -> None:
         """Open the log and the progress, and print where the training begins."""
         start, step = self._start, loop.position.step
         for line in metrics_log.forget_after(start.output, step, evaluated=loop.position.evaluated):
@@ -217,7 +217,7 @@ class _Training:
             click_rate=click_rate(start.data),
             show=self._show,
         )
-        for line in input_warnings(start.data):
+        for line in (*input_warnings(start.data), *unknown_warnings(about_data)):
             start.say(f"warning: {line}")
         if resumed:
             start.say(f"Resuming from step {step} of {start.output}")

@@ -20,6 +20,7 @@ from torchrec_deepfm.training.monitoring.quality import (
     refuse_worse,
     result_warnings,
     scale_warnings,
+    unknown_warnings,
 )
 from torchrec_deepfm.training.seeds import summarise
 
@@ -74,6 +75,21 @@ def test_an_untrained_model_gives_no_warning(rate: float | None) -> None:
         entropy = -(rate * math.log(rate) + (1 - rate) * math.log(1 - rate))
         assert binary_entropy(rate) == pytest.approx(entropy)
         assert f"{30 / entropy:.3g} times the entropy of the click rate ({entropy:.3g})" in line
+
+
+def test_columns_that_held_out_rows_do_not_know_are_named() -> None:
+    def line(mode: str = "vocabulary", **test: float) -> list[str]:
+        train = {"user": 0.01, "item": 0.2, "shop": 0.0}
+        return unknown_warnings({"mode": mode, "splits": {"train": {"zero": train}, "test": {"zero": train | test}}})
+
+    assert line() == line(item=0.79) == line(user=0.49) == line("hash", user=1.0) == []
+    [warning] = line(user=0.5, shop=0.9)
+    assert warning.startswith(
+        "column 'shop' is unknown or rare in 90% of the test rows, but in 0% of the training rows,"
+    )
+    assert "'user' is unknown or rare in 50% of the test rows, but in 1%" in warning
+    assert "'item'" not in warning
+    assert line(item=0.8) != []
 
 
 def test_the_result_of_each_split_and_seed_counts() -> None:

@@ -19,6 +19,8 @@ _LARGEST: Final = 1000.0
 # An untrained model predicts 0.5 and has the loss log(2) whatever the click rate; losses well above that come from
 # inputs or learning rates.
 _FIRST_LOSS: Final = 2.0 * math.log(2.0)
+# A column most of whose held-out values were rarely or never trained on: the model knows nothing of them.
+_UNKNOWN, _TIMES = 0.5, 4.0
 _NAMED: Final = 3  # columns that a warning lists
 
 
@@ -89,6 +91,38 @@ def scale_warnings(names: Sequence[str], dense: NDArray[Any]) -> list[str]:
     more = f", and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
     remedy = "set a transform for it in the schema, such as log1p, and prepare again"
     return [f"numeric column {', '.join(found[:_NAMED])}{more}; {remedy}"]
+
+
+def unknown_warnings(data_summary: Mapping[str, Any]) -> list[str]:
+    """Name columns whose held-out values are mostly unknown, though the training values are not.
+
+    Args:
+        data_summary: the content of ``data.json``.
+
+    Returns:
+        At most one line.
+
+    Example:
+        >>> splits = {"train": {"zero": {"user": 0.01, "item": 0.02}}, "test": {"zero": {"user": 0.85, "item": 0.03}}}
+        >>> unknown_warnings({"mode": "vocabulary", "splits": splits})[0][:76]
+        "column 'user' is unknown or rare in 85% of the test rows, but in 1% of the t"
+    """
+    if data_summary["mode"] != "vocabulary":
+        return []
+    known = data_summary["splits"].get("train", {}).get("zero", {})
+    for split in _SPLITS:
+        shares = data_summary["splits"].get(split, {}).get("zero", {})
+        found = [
+            f"{name!r} is unknown or rare in {share:.0%} of the {split} rows, but in {known[name]:.0%} of the training "
+            "rows"
+            for name, share in sorted(shares.items(), key=lambda one: -one[1])
+            if name in known and share >= _UNKNOWN and share >= _TIMES * known[name]
+        ]
+        if found:
+            more = f", and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+            remedy = "raise its min_count in the schema, so that training has such rows too, or leave it out"
+            return [f"column {', '.join(found[:_NAMED])}{more}; {remedy}"]
+    return []
 
 
 def first_loss_warnings(step: int, loss: float, rate: float | None) -> list[str]:

@@ -12,9 +12,14 @@ from torchrec_deepfm.training.scoring.row_sample import sample_rows
 _BLOCKS: Final = 64
 
 
-def write_data_summary(folder: Path, data: PreparedData) -> None:
-    """Write the rows and clicks of each split, and the share of id 0 in a sample of each, into the folder of a run."""
-    run_folder.write_json(folder / run_folder.DATA, data_summary(data))
+def write_data_summary(folder: Path, data: PreparedData) -> dict[str, Any]:
+    """Write the rows and clicks of each split, and the share of id 0 in a sample of each, into the folder of a run.
+
+    Returns what was written.
+    """
+    content = data_summary(data)
+    run_folder.write_json(folder / run_folder.DATA, content)
+    return content
 
 
 def data_summary(data: PreparedData) -> dict[str, Any]:
