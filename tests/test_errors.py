@@ -14,6 +14,7 @@ def test_its_line_is_made_of_its_fields_and_both_travel_between_ranks() -> None:
     error = pickle.loads(pickle.dumps(UserError("not a number", where="a.csv, row 3", remedy="use a dot")))
     assert (error.what, error.where, error.remedy) == ("not a number", "a.csv, row 3", "use a dot")
     assert str(error) == "a.csv, row 3: not a number; use a dot"
+    assert error.args == (str(error),)  # which libraries show
     assert str(UserError("whole")) == "whole"
 
 

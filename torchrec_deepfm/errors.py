@@ -21,8 +21,8 @@ class UserError(ValueError):
     exit_code: ClassVar[int] = 2
 
     def __init__(self, what: str, *, where: object = "", remedy: str = "") -> None:
-        super().__init__(what)
         self.what, self.where, self.remedy = what, str(where), remedy
+        super().__init__(str(self))  # what other libraries show of an exception is its first argument
 
     def within(self, where: object) -> "UserError":
         """The same error with a place put before its own, by a caller that knows the file, column or option."""

@@ -388,7 +388,7 @@ def table(name: str, width: int, pooling: PoolingType = PoolingType.SUM) -> Embe
         ),
         (
             [table("x", 8)],
-            r"table 'x' is 8 wide, but factor_dim=3 wants 4 columns \[v \(3\) \| w \(1\) \| padding\]: use",
+            r"table 'x' is 8 wide, but factor_dim=3 wants 4 columns \[v \(3\) \| w \(1\) \| padding\]; use",
         ),
     ],
 )
@@ -457,7 +457,7 @@ def test_bad_batches(bags: dict[str, list[oracle.Bag]], message: str) -> None:
 
 def test_weights_that_one_side_has_and_the_other_has_not() -> None:
     bags, dense = random_bags("weighted", 4), torch.randn(4, 2)
-    with pytest.raises(UserError, match=r"^the batch has weights, but the tables have none: make the"):
+    with pytest.raises(UserError, match=r"^the batch has weights, but the tables have none; make the"):
         make_model()(dense, to_kjt(bags, weighted=True))
     with pytest.raises(UserError, match=r"^the tables are weighted, but the batch has no weights; give every id one"):
         make_model(weighted=True)(dense, to_kjt(bags))

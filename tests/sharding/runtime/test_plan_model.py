@@ -196,7 +196,7 @@ def test_tables_that_do_not_share_out() -> None:
     message = no_plan(["*=table_wise"], sizes=dict.fromkeys(["C1", "C2", "C3"], 5_000_000), ranks=2, hbm=int(1.1 * GIB))
     assert re.fullmatch(
         r"none of the [0-9]+ plans that the search tried fits the memory of the ranks \(the last left no room for a "
-        r"part of table t_C[123]\), though each table by itself fits, and all take less than the ranks have: use "
+        r"part of table t_C[123]\), though each table by itself fits, and all take less than the ranks have; use "
         r"more ranks \(-j\), or let the large tables be row_wise \(--constraint\)",
         message,
     )
