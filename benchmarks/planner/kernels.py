@@ -1,6 +1,6 @@
 """FBGEMM's look-up and update of one table on the machine at hand, fitted, beside TorchRec's model of them.
 
-    python -m benchmarks.planner.kernels                   # on one core of the CPU, 2 minutes
+    python -m benchmarks.planner.kernels                   # on one core of the CPU, 3 minutes
     python -m benchmarks.planner.kernels --device cuda
 
 Each kernel is a table of rows x width, a batch, ids per bag, and ids that are uniform or skewed (the n-th row as
