@@ -130,7 +130,9 @@ def test_a_penalty_on_whole_tables_wants_whole_gradients(
 
 @pytest.mark.parametrize("option", ["touched_embedding_l2", "touched_linear_l2"])
 def test_rows_of_a_bag_have_no_penalty_of_their_own(option: str) -> None:
-    data: Any = SimpleNamespace(schema=SimpleNamespace(multi_hot=("tags",)), folder="prepared", rows=lambda split: 9)
+    data: Any = SimpleNamespace(
+        schema=SimpleNamespace(multi_hot=("tags",)), folder="prepared", named="prepared", rows=lambda split: 9
+    )
     check_options(BASE, data)
     with pytest.raises(UserError) as raised:
         check_options(replace(BASE, **{option: 0.1}), data)  # type: ignore[arg-type]
