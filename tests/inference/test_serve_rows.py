@@ -17,7 +17,7 @@ from torchrec_deepfm.data.prepare.prepare import prepare
 from torchrec_deepfm.data.prepare.row_encoder import RowEncoder
 from torchrec_deepfm.data.schema import Column, Schema
 from torchrec_deepfm.inference.serve.arrow_rows import read_stream
-from torchrec_deepfm.inference.serve.rows import JsonRows, RequestColumn, RequestError, columns_of, table_of
+from torchrec_deepfm.inference.serve.rows import JsonRows, RequestColumn, RequestError, as_table, columns_of
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,7 @@ def test_every_kind_of_column(table_encoder: RowEncoder) -> None:
 
 
 def from_json(columns: Sequence[RequestColumn], rows: Sequence[Mapping[str, Any]]) -> pa.Table:
-    return table_of(columns, JsonRows(columns, 9).read(json.dumps({"rows": rows}).encode()))
+    return as_table(columns, JsonRows(columns, 9).read(json.dumps({"rows": rows}).encode()))
 
 
 def polars_stream(frame: pl.DataFrame) -> bytes:

@@ -11,7 +11,7 @@ import pyarrow as pa
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.inference.explain import Explanation, explain_rows
 from torchrec_deepfm.inference.load import Predictor, load, spread
-from torchrec_deepfm.inference.serve.rows import Fault, RequestColumn, RequestError, Row, columns_of, table_of
+from torchrec_deepfm.inference.serve.rows import Fault, RequestColumn, RequestError, Row, as_table, columns_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,7 @@ class ServedModel:
             if isinstance(given[0], pa.Table):
                 table = pa.concat_tables(given)
             else:
-                table = table_of(self.columns, [row for rows in given for row in rows])
+                table = as_table(self.columns, [row for rows in given for row in rows])
             rows = encoder.encode(table, on_bad_row="skip")
             if batch[0].explain and not rows.bad:
                 raw = encoder.read(table)

@@ -198,7 +198,7 @@ def columns_of(encoder: RowEncoder) -> tuple[RequestColumn, ...]:
     return tuple(found)
 
 
-def table_of(columns: Sequence[RequestColumn], rows: Sequence[Row]) -> pa.Table:
+def as_table(columns: Sequence[RequestColumn], rows: Sequence[Row]) -> pa.Table:
     """Convert checked rows of requests.
 
     Args:
@@ -224,7 +224,7 @@ class JsonRows:
     Example:
         >>> columns = [RequestColumn("price", "number"), RequestColumn("user", "string")]
         >>> body = b'{"rows": [{"price": 5, "user": "anna"}, {"price": null, "user": 7}]}'
-        >>> table_of(columns, JsonRows(columns, most=2).read(body)).to_pylist()
+        >>> as_table(columns, JsonRows(columns, most=2).read(body)).to_pylist()
         [{'price': 5.0, 'user': 'anna'}, {'price': None, 'user': '7'}]
     """
 
@@ -244,7 +244,7 @@ class JsonRows:
             body: JSON.
 
         Returns:
-            n rows; ``table_of`` converts those of a batch.
+            n rows; ``as_table`` converts those of a batch.
 
         Raises:
             RequestError: It is not JSON (400), has too many rows (413), or a cell does not fit (422).

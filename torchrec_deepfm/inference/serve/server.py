@@ -28,9 +28,9 @@ from torchrec_deepfm.inference.serve.model import ServedModel
 
 _HEADER_BYTES: Final = 16 << 10
 _HEADER_SECONDS: Final = 10.0
-# The event loop gives up Python's lock at every call of the system, and the thread of the model keeps it for that long
-# (5 ms by default) before it gives it back.
-_SWITCH_SECONDS: Final = 0.0002
+# The event loop gives up Python's lock at every system call, and the thread of the model then keeps it for up to this
+# long. The default of 5 ms costs answers under overload (docs/results.md).
+_SWITCH_SECONDS: Final = 0.001
 _PATHS: Final = ("/", "/predict", "/explain", "/health", "/metrics", "/openapi.json")
 
 
