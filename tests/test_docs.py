@@ -51,6 +51,26 @@ def test_links_lead_somewhere() -> None:
             assert target.startswith("https://") or (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+def anchors(page: Path) -> set[str]:
+    """What a link may name in a page, by GitHub's rule for headings."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_links_to_headings_lead_somewhere() -> None:
+    pages = [*PAGES, ROOT / "CHANGELOG.md", ROOT / "benchmarks/README.md"]
+    links = [
+        (page, target, anchor)
+        for page in pages
+        for target, anchor in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", page.read_text(encoding="utf-8"))
+    ]
+    assert len(links) > 30
+    for page, target, anchor in links:
+        found = anchors((page.parent / target).resolve() if target else page)
+        assert anchor in found, f"{page.name}: {target}#{anchor}"
+
+
 def test_every_function_that_contributing_names_exists() -> None:
     """`file.py:name` is a file of the package or of tests/, and a class, function or constant in it."""
     named = re.findall(r"`([\w/]+\.py)(?::(\w+))?`", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))

@@ -16,6 +16,7 @@ from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.files import is_partial
 from torchrec_deepfm.training.config import RunOptions, TrainConfig
 from torchrec_deepfm.training.run import folder as run_folder
+from torchrec_deepfm.training.run.same_run import check_same
 from torchrec_deepfm.training.trainer import Result, train
 
 _SPLITS = ("validation", "test")
@@ -142,7 +143,7 @@ def _finished(config: TrainConfig, data: PreparedData, output: Path) -> dict[int
     for seed, folder in run_folder.seed_folders(output).items():
         if not (folder / "config.json").exists():
             continue
-        run_folder.check_same(folder, replace(run, config=replace(config, seed=seed)), data)
+        check_same(folder, replace(run, config=replace(config, seed=seed)), data)
         summary = run_folder.read_summary(folder)
         if summary is not None:
             found[seed] = summary

@@ -31,6 +31,7 @@ from torchrec_deepfm.training.run import metrics_log, progress
 from torchrec_deepfm.training.run.data_summary import write_data_summary
 from torchrec_deepfm.training.run.formats import Manifest, convert
 from torchrec_deepfm.training.run.report import report_is_drawn
+from torchrec_deepfm.training.run.same_run import check_same, check_same_run, lowered_rates
 from torchrec_deepfm.training.start import Start
 
 
@@ -130,7 +131,7 @@ def _check_output(
     if options.resume == "never" or not (output / "config.json").exists():
         run_folder.check_no_run(output)
         return None
-    run_folder.check_same(output, run, data)
+    check_same(output, run, data)
     return run_folder.read_summary(output)
 
 
@@ -236,7 +237,7 @@ class _Training:
                     found = convert(manifest, Manifest)
                     there = run_folder.from_file(found)
                     where, may_lower = f"--checkpoints {self._start.checkpoints}", on_main(self._was_not_finite)
-                    run_folder.check_same_run(where, there, self._start.run, self._start.data, may_lower=may_lower)
+                    check_same_run(where, there, self._start.run, self._start.data, may_lower=may_lower)
                     state, restore = loop.resume(found)
                 except UserError:
                     raise
@@ -253,7 +254,7 @@ class _Training:
                 if reason is None:
                     restore()
                     on_main(lambda step=step: checkpoints.store.forget_newer(step))  # type: ignore[misc]
-                    self._lowered = run_folder.lowered_rates(there, self._start.run)
+                    self._lowered = lowered_rates(there, self._start.run)
                     return True
                 refusals.append(f"{checkpoints.store.shown(step)}: {reason}")
         finally:

@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, distribution, version
@@ -38,12 +38,6 @@ SAVED = "saved.json"
 SUMMARY = "summary.json"
 T = TypeVar("T")
 _SEED = re.compile("0|[1-9][0-9]*", re.ASCII)
-
-# Options that may change when a run resumes: they do not change what is learnt, except the batch size, which changes
-# with the number of ranks anyway.
-_FREE = ("batch_size", "checkpoint_every", "keep_last")
-# Options that may be lowered once a loss was not finite: the same rates would lead to the same loss.
-_RATES = ("sparse_lr", "dense_lr")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,77 +140,9 @@ def check_there(folder: Path) -> None:
     )
 
 
-def check_same(folder: Path, run: RunDescription, data: PreparedData) -> None:
-    """Check that the run in ``folder`` has the options and data asked for, so that it can resume.
-
-    ``folder``: the run's folder, with a ``config.json``.
-    """
-    there = read(folder, "name another --output, or remove the folder")
-    check_same_run(f"--output {folder}", there, run, data, may_lower=was_not_finite(folder))
-
-
 def was_not_finite(folder: Path) -> bool:
     """Whether a loss or a weight of the run was not finite."""
     return any(folder.glob("nonfinite_step_*"))
-
-
-def lowered_rates(there: RunDescription, run: RunDescription) -> str:
-    """List the learning rates that differ between two runs that ``check_same_run`` accepts; empty if none does."""
-    changes = [
-        f"--{name.replace('_', '-')} {getattr(run.config, name)} instead of {getattr(there.config, name)}"
-        for name in _RATES
-        if getattr(run.config, name) != getattr(there.config, name)
-    ]
-    return ", ".join(changes)
-
-
-def check_same_run(
-    where: str, there: RunDescription, run: RunDescription, data: PreparedData, *, may_lower: bool = False
-) -> None:
-    """Check that two runs are the same; see ``check_same``.
-
-    ``may_lower``: learning rates lower than those of the first run are allowed.
-    """
-    for option in fields(TrainConfig):
-        old, new = getattr(there.config, option.name), getattr(run.config, option.name)
-        if old == new or option.name in _FREE or (may_lower and option.name in _RATES and new < old):
-            continue
-        name = f"--{option.name.replace('_', '-')}"
-        raise UserError(
-            f"holds a run with {name} {_as_typed(old)}, not {_as_typed(new)}",
-            where=where,
-            remedy="give the same options to resume it, or name another folder",
-        )
-    same_data = there.data_sha256 in (None, run.data_sha256)
-    if not same_data or there.columns_json() != run.columns_json():
-        raise UserError(
-            f"{where} holds a run on other data",
-            where=f"--data {data.named}",
-            remedy="name the data that it was trained on, or another folder",
-        )
-
-
-def check_saved_by(folder: Path, where: str, record: Mapping[str, Any]) -> None:
-    """Check that a run has saved these weights, as far as their manifest records it; earlier versions' do not.
-
-    Args:
-        folder: the run's.
-        where: the folder of the weights.
-        record: its manifest.
-
-    Raises:
-        UserError: another run has; names what differs.
-    """
-    run, theirs = read(folder), record.get("config") or {}
-    ours = json.loads(json.dumps(asdict(run.config)))  # as a file has it
-    other = [name for name in ours if name not in (*_FREE, *_RATES) and theirs.get(name, ours[name]) != ours[name]]
-    wrong = f"with --{other[0].replace('_', '-')} {_as_typed(theirs[other[0]])}" if other else ""
-    if record.get("data_sha256", run.data_sha256) not in (None, run.data_sha256):
-        wrong = "on other data"
-    if wrong:
-        raise UserError(
-            f"these are weights of another run, {wrong}", where=where, remedy="restore the folder, or train again"
-        )
 
 
 def create(folder: Path, run: RunDescription, plan: PlanFile, *, data: PreparedData, world_size: int) -> None:
@@ -445,7 +371,3 @@ def _commit() -> str | None:
         url = json.loads(distribution("torchrec_deepfm").read_text("direct_url.json") or "{}")
         return str(url["vcs_info"]["commit_id"])
     return None
-
-
-def _as_typed(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -16,6 +16,7 @@ from torchrec_deepfm.errors import UserError, one_of
 from torchrec_deepfm.training.checkpoint.store import Damaged, FinalWeights, Store
 from torchrec_deepfm.training.run import folder as run_folder
 from torchrec_deepfm.training.run.formats import KeptWeights, SavedFile, SummaryFile
+from torchrec_deepfm.training.run.same_run import check_saved_by
 
 Which = Literal["best", "last"]
 _CHOICES = get_args(Which)
@@ -71,7 +72,7 @@ def find_weights(run: Path, checkpoint: str | int | None = None) -> Weights:
         UserError: the folder holds no run, or the run has no such weights, or another run has saved them.
     """
     weights = _find(run, checkpoint)
-    run_folder.check_saved_by(run, weights.shown, weights.record())
+    check_saved_by(run, weights.shown, weights.record())
     return weights
 
 
