@@ -10,12 +10,13 @@ ARGS ?=
 # A worker per core. The tests of a file stay together, as they share what their fixtures have made.
 PYTEST = $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup train test faults mutants gpu-check lint sbom clean
+.PHONY: help setup train test newest faults mutants gpu-check lint sbom clean
 
 help:  ## say what there is (the default)
 	@echo "make setup   prepare .venv: CUDA builds where nvidia-smi answers, CPU builds elsewhere"
 	@echo "make train   set up, then train through TorchX, a rank per GPU, two without (RANKS=1x4, ARGS=\"-- --help\")"
 	@echo "make test    set up, then run all tests in parallel (ARGS=\"-k model\")"
+	@echo "make newest  the tests with the newest TorchRec and FBGEMM, in an environment of their own (ARGS=\"tests/model\")"
 	@echo "make faults  set up, then the long fault campaign: kills, signals, full disks (half an hour)"
 	@echo "make mutants break the code in many places, one after the other: do the tests see each? (some ten minutes)"
 	@echo "make gpu-check  all that only a machine with a GPU can show, in one report (exit code 2 without a GPU)"
@@ -30,6 +31,11 @@ train: setup
 	$(BIN)/torchx run apps/deepfm.py -j $(RANKS) $(ARGS)
 
 test: setup
+	$(PYTEST) $(ARGS)
+
+newest: BIN = .venv-newest/bin
+newest:
+	@NEWEST=1 $(PYTHON) .ci/setup.py
 	$(PYTEST) $(ARGS)
 
 faults: setup
@@ -59,4 +65,4 @@ sbom:
 	build/sbom/tools/bin/cyclonedx-py environment --pyproject pyproject.toml -o build/sbom/sbom.json $(ENVIRONMENT)/bin/python
 
 clean:
-	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-newest build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

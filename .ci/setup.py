@@ -1,5 +1,8 @@
 """Prepares .venv with this package, its pinned dependencies and the tools; `make setup` calls it.
 
+NEWEST=1 prepares .venv-newest instead, for `make newest`: the newest TorchRec and FBGEMM, and the torch that belongs to
+them.
+
     python3 .ci/setup.py           (again at any time: it does nothing when all is up to date)
     python3 .ci/setup.py --lock    (writes what .venv holds now into constraints.txt, to move the pins)
     python3 .ci/setup.py --dependencies    (what the package needs, without the tools and itself: for an image)
@@ -34,10 +37,12 @@ from pathlib import Path
 from threading import Thread
 
 ROOT = Path(__file__).resolve().parent.parent
-VENV = ROOT / ".venv"
+NEWEST = bool(os.environ.get("NEWEST"))
+VENV = ROOT / (".venv-newest" if NEWEST else ".venv")
 VENV_PYTHON = VENV / "bin" / "python"
 PYPROJECT = ROOT / "pyproject.toml"
-CONSTRAINTS = ROOT / "constraints.txt"
+PINS = ROOT / "constraints.txt"
+CONSTRAINTS = VENV / "constraints.txt" if NEWEST else PINS
 # The fingerprint of the finished set-up, and the sign that a set-up is under way (left behind if it is killed).
 STAMP = VENV / "setup-done"
 UNFINISHED = VENV / "setup-unfinished"
@@ -87,7 +92,13 @@ def set_up(*, dependencies_only: bool = False) -> None:
     STAMP.unlink(missing_ok=True)
     UNFINISHED.touch()
 
+    if NEWEST:
+        CONSTRAINTS.write_text(loose_pins(), encoding="utf-8")
     pip("pip and build tools", "--upgrade", "pip", *build_tools)
+    if NEWEST:
+        fbgemm = "fbgemm-gpu-cpu" if device == "cpu" else "fbgemm-gpu"
+        pip("the newest FBGEMM", "--no-deps", fbgemm)
+        CONSTRAINTS.write_text(loose_pins() + torch_of(version_of(fbgemm)), encoding="utf-8")
     # torch goes in alone: an index of PyTorch's own has few other packages, and old ones.
     pip(f"torch, {device.upper()} build", "--no-deps", "torch", *torch_index(device))
     if device == "cpu":
@@ -121,9 +132,25 @@ def chosen_device() -> str:
 
 def fingerprint_of(device: str) -> str:
     """All that .venv depends on."""
-    files = [path.read_bytes() for path in (PYPROJECT, CONSTRAINTS, Path(__file__))]
+    files = [path.read_bytes() for path in (PYPROJECT, PINS, Path(__file__))]
     rest = [device, sys.version_info, VENV]  # a moved .venv does not work
     return hashlib.sha256(b"\0".join([*files, *(str(part).encode() for part in rest)])).hexdigest()
+
+
+def loose_pins() -> str:
+    """The pins without torch, TorchRec, FBGEMM and what torch pins itself."""
+    lines = PINS.read_text(encoding="utf-8").splitlines(keepends=True)
+    return "".join(one for one in lines if not re.match("(torch|torchrec|fbgemm.*|setuptools|sympy)==", one))
+
+
+def torch_of(fbgemm: str) -> str:
+    """The torch that an FBGEMM is built for: 1.8 belongs to 2.13, 1.9 to 2.14; with another one it does not load."""
+    return f"torch~=2.{int(fbgemm.split('.')[1]) + 5}.0\n"
+
+
+def version_of(distribution: str) -> str:
+    code = f"import importlib.metadata as m; print(m.version({distribution!r}))"
+    return subprocess.run([VENV_PYTHON, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
 
 def has_gpu() -> bool:
@@ -223,9 +250,9 @@ def lock() -> None:
     head = (
         "# The version of everything that `make setup` installs. To move them: edit, make setup, .ci/setup.py --lock\n"
     )
-    draft = CONSTRAINTS.with_suffix(".new")
+    draft = PINS.with_suffix(".new")
     draft.write_text(head + "".join(f"{name}=={version}\n" for name, version in sorted(pins.items())), encoding="utf-8")
-    draft.replace(CONSTRAINTS)
+    draft.replace(PINS)
 
 
 if __name__ == "__main__":
