@@ -220,7 +220,7 @@ def test_the_help_of_train_is_in_groups_and_the_same_whatever_else_is_typed(
             cli.main(["train", *words, "--help"])
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] == texts[2]
-    groups = re.findall(r"^(?:╭─)? ([a-z ]*options) ", texts[0], flags=re.MULTILINE)
+    groups = re.findall(r"^(?:╭─)? ([a-z]* ?options) ", texts[0], flags=re.MULTILINE)
     kinds = ("model", "optimization", "regularization", "evaluation", "checkpoint", "planner", "run")
     assert groups == ["options", *(f"{kind} options" for kind in kinds)]
     text = " ".join(texts[0].replace("│", " ").split())

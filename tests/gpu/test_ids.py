@@ -19,7 +19,7 @@ from torchrec_deepfm.model import arches
 from torchrec_deepfm.model.deepfm import DeepFM
 from torchrec_deepfm.model.id_check import SeenIds, check_ids
 from torchrec_deepfm.model.tables import embedding_tables
-from torchrec_deepfm.training import trainer
+from torchrec_deepfm.training import start
 from torchrec_deepfm.training.build import build_model
 
 SIZES = {"a": 5, "b": 3}
@@ -94,7 +94,7 @@ def test_a_training_ends_in_one_line_at_the_next_record(tmp_path: Path, capsys: 
     words = ["train", "--data", tmp_path / "data", "--output", tmp_path / "run", "--recipe", "smoke"]
     with (
         pretend_gpu(),
-        mock.patch.object(trainer, "build_model", with_less_rows),
+        mock.patch.object(start, "build_model", with_less_rows),
         pytest.raises(SystemExit) as stop,
     ):
         main([str(word) for word in [*words, "--batch-size", "32"]])

@@ -117,7 +117,11 @@ class Train:
             started = os.environ.get(STARTED) or f"{datetime.now(UTC):%Y%m%d-%H%M%S}"
             output = self.output or ranks.on_main(lambda: Path("runs") / started)
             if self.seeds > 1 and is_remote(output):
-                raise UserError(f"--seeds {self.seeds}: several runs can't share the address {output}; start one each")
+                raise UserError(
+                    f"several runs can't share the address {output}",
+                    where=f"--seeds {self.seeds}",
+                    remedy="start one each",
+                )
             with run_output(output) as stored:
                 options = self.options
                 if stored.address is not None:

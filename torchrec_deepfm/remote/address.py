@@ -56,11 +56,13 @@ def open_address(named: str) -> tuple[Any, str]:
         driver = getattr(error.__cause__, "name", None) or known_implementations[protocol]["class"]
         package = driver.partition(".")[0]
         raise UserError(
-            f"{named}: {protocol}:// needs the package {package}, which is not installed; run: pip install {package}"
+            f"{protocol}:// needs the package {package}, which is not installed",
+            where=named,
+            remedy=f"run: pip install {package}",
         ) from error
     except ValueError as error:
         raise UserError(
-            f"{named}: {one_line(error)}; give a local path or an address that fsspec knows, such as s3://"
+            one_line(error), where=named, remedy="give a local path or an address that fsspec knows, such as s3://"
         ) from error
     # Some drivers connect at once, and raise errors of their own: pyarrow's over hdfs:// without Java is an OSError.
     except Exception as error:
@@ -68,7 +70,7 @@ def open_address(named: str) -> tuple[Any, str]:
         remedy = (
             "set JAVA_HOME and HADOOP_HOME, or copy the file to a disk" if java else "check address and credentials"
         )
-        raise UserError(f"{named}: {protocol}:// can't be opened ({one_line(error)}); {remedy}") from error
+        raise UserError(f"{protocol}:// can't be opened ({one_line(error)})", where=named, remedy=remedy) from error
 
 
 @contextmanager
@@ -83,10 +85,10 @@ def reported(where: str) -> Iterator[None]:
     except UserError:
         raise
     except FileNotFoundError as error:
-        raise UserError(f"{where}: nothing exists at this address; check it") from error
+        raise UserError("nothing exists at this address", where=where, remedy="check it") from error
     except Exception as error:  # of each driver's own kind: botocore's, aiohttp's, ...
         reason = getattr(error, "strerror", None) or one_line(error)
-        raise UserError(f"{where}: can't be reached ({reason}); {_CHECK}") from error
+        raise UserError(f"can't be reached ({reason})", where=where, remedy=_CHECK) from error
 
 
 class AddressFile:

@@ -59,7 +59,9 @@ def hold(name: str, *, exclusive: bool) -> Path | None:
             os.close(descriptor)
         os.utime(folder)
     except OSError as error:
-        raise UserError(f"{folder}: can't be written ({error.strerror}); name another folder with {FOLDER}") from error
+        raise UserError(
+            f"can't be written ({error.strerror})", where=folder, remedy=f"name another folder with {FOLDER}"
+        ) from error
     _held[str(folder)] = descriptor
     return folder
 
@@ -80,8 +82,9 @@ def make_room(needed: int, what: str) -> None:
     """
     if needed > cache_limit():
         raise UserError(
-            f"{what}: needs {format_bytes(needed)} of the cache, whose limit is {format_bytes(cache_limit())}; raise "
-            f"it with {LIMIT}"
+            f"needs {format_bytes(needed)} of the cache, whose limit is {format_bytes(cache_limit())}",
+            where=what,
+            remedy=f"raise it with {LIMIT}",
         )
     root = cache_folder()
     copies = sorted(root.glob("copy-*"), key=lambda path: path.stat().st_mtime) if root.is_dir() else []

@@ -28,7 +28,7 @@ class Objects:
 
     def __init__(self, address: str) -> None:
         if "::" in address:
-            raise UserError(f"{address}: a chain of addresses can't be used here; name the last one alone")
+            raise UserError("a chain of addresses can't be used here", where=address, remedy="name the last one alone")
         self.address = address.rstrip("/")
         self._fs, root = open_address(self.address)
         self._root = root.rstrip("/")
@@ -100,7 +100,9 @@ class Objects:
         for (name, start, end), content in zip(parts, found, strict=True):
             if len(content) != end - start:
                 raise UserError(
-                    f"{self.address}/{name}: the file became shorter while it was read; do not change it, start again"
+                    "the file became shorter while it was read",
+                    where=f"{self.address}/{name}",
+                    remedy="do not change it, start again",
                 )
         return list(found)
 

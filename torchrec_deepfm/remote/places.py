@@ -35,7 +35,7 @@ def fetched(path: Path, wanted: Callable[[str], bool], *, also: Callable[[str], 
     state = [f"{name} {one.bytes} {one.version}" for name, one in entries.items()]
     entry = cache.hold(cache.entry_name("copy", address, *state), exclusive=False)
     if entry is None:
-        raise UserError(f"{address}: its copy is being removed from the cache; run the same command again")
+        raise UserError("its copy is being removed from the cache", where=address, remedy="run the same command again")
     folder = entry / address.rpartition("/")[2]
     with FileLock(entry / "fetching"):
         if not (entry / "complete").exists():
@@ -82,8 +82,9 @@ class Output:
             return
         if os.environ.get("LOCAL_WORLD_SIZE", "1") != os.environ.get("WORLD_SIZE", "1"):
             raise UserError(
-                f"--output {self.address}: ranks on several hosts need a folder that all of them see; name one, and "
-                "store it afterwards (train --checkpoints takes an address)"
+                "ranks on several hosts need a folder that all of them see",
+                where=f"--output {self.address}",
+                remedy="name one, and store it afterwards (train --checkpoints takes an address)",
             )
         self.objects = Objects(self.address)
         self.entry = cache.cache_folder() / cache.entry_name("work", self.address)
@@ -101,8 +102,9 @@ class Output:
         while cache.hold(self.entry.name, exclusive=True) is None:
             if time.monotonic() > until:
                 raise UserError(
-                    f"--output {self.address}: another process of this host is writing it; wait for its end, or name "
-                    "another one"
+                    "another process of this host is writing it",
+                    where=f"--output {self.address}",
+                    remedy="wait for its end, or name another one",
                 )
             time.sleep(0.2)
         return True
@@ -178,7 +180,9 @@ class PreparedOutput(Output):
             return
         stored = self._record.read_text().splitlines() if self._record.exists() and self.local.is_dir() else []
         if set(entries) - set(stored):
-            raise UserError(f"--output {self.address}: it is not empty; name another one or remove what is there")
+            raise UserError(
+                "it is not empty", where=f"--output {self.address}", remedy="name another one or remove what is there"
+            )
         self._sent = {name: _state(self.local / name) for name in stored if name in entries}
 
     def finish(self, manifest: str) -> None:

@@ -188,7 +188,9 @@ class RemoteCopy:
                 file.write(content)
         except OSError as error:
             raise UserError(
-                f"{path}: the cache can't be written ({one_line(error)}); free the disk, or lower {cache.LIMIT}"
+                f"the cache can't be written ({one_line(error)})",
+                where=path,
+                remedy=f"free the disk, or lower {cache.LIMIT}",
             ) from error
         self._bytes += len(content)
 
@@ -219,7 +221,7 @@ def open_copy(address: str, manifest_name: str, remedy: str) -> RemoteCopy:
     entries = objects.entries()
     content = objects.read(manifest_name) if manifest_name in entries else None
     if content is None:
-        raise UserError(f"{address}: not a prepared folder, {manifest_name} is missing; {remedy}")
+        raise UserError(f"not a prepared folder, {manifest_name} is missing", where=address, remedy=remedy)
     version = "\n".join(f"{name} {one.bytes} {one.version}" for name, one in entries.items())
     if (address, version) not in _copies:
         sizes = {name: one.bytes for name, one in entries.items() if name != manifest_name and "/" not in name}
@@ -242,6 +244,7 @@ def _punch(path: Path, start: int, stop: int) -> None:
         if _libc.fallocate(file.fileno(), _PUNCH_HOLE, ctypes.c_long(start), ctypes.c_long(stop - start)):
             reason = os.strerror(ctypes.get_errno())
             raise UserError(
-                f"{path}: this file system can't free a part of a file ({reason}); name another folder with "
-                f"{cache.FOLDER}, or raise {cache.LIMIT}"
+                f"this file system can't free a part of a file ({reason})",
+                where=path,
+                remedy=f"name another folder with {cache.FOLDER}, or raise {cache.LIMIT}",
             )
