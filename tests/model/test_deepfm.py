@@ -2,61 +2,18 @@
 
 import dataclasses
 import itertools
-import random
 
 import pytest
 import torch
 import torchrec.fx
 from torch import nn
-from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor, PoolingType
+from torchrec import EmbeddingBagCollection, KeyedJaggedTensor, PoolingType
 from torchrec.datasets.utils import Batch
 
 from tests.model import oracle
+from tests.model.small_models import SIZES, K, make_model, random_bags, to_kjt
 from torchrec_deepfm import DeepFM, DeepFMTrain, embedding_tables
-from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.model.deepfm import TERMS, Term
-
-K = 3
-# Not in alphabetical order, so that a test fails where fields are sorted by name.
-SIZES = {"b": 5, "c": 7, "a": 9}
-
-
-def make_model(
-    sizes: dict[str, int] = SIZES, numeric: int = 2, *, weighted: bool = False, seed: int = 0, **options: object
-) -> DeepFM:
-    """A model with every parameter set to noise, so that no term can hide behind a zero."""
-    tables = embedding_tables(sizes, factor_dim=K)
-    options = {"over_arch_layer_sizes": (6, 5), "factor_dim": K, "dropout": 0.0} | options
-    model = DeepFM(EmbeddingBagCollection(tables=tables, is_weighted=weighted), numeric, **options)  # type: ignore[arg-type]
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0.0, 0.5, generator=generator)
-    return model
-
-
-def to_kjt(bags: dict[str, list[oracle.Bag]], *, weighted: bool = False) -> KeyedJaggedTensor:
-    flat = [pair for bag_list in bags.values() for bag in bag_list for pair in bag]
-    return KeyedJaggedTensor(
-        keys=list(bags),
-        values=torch.tensor([i for i, _ in flat], dtype=torch.int32),
-        lengths=torch.tensor([len(bag) for bag_list in bags.values() for bag in bag_list], dtype=torch.int32),
-        weights=torch.tensor([w for _, w in flat], dtype=torch.float32) if weighted else None,
-    )
-
-
-def random_bags(kind: str, batch: int, sizes: dict[str, int] = SIZES) -> dict[str, list[oracle.Bag]]:
-    rng = random.Random(f"{kind}{batch}")
-    length = {"one-hot": lambda: 1, "multi-hot": lambda: rng.randint(1, 4), "empty": lambda: rng.randint(0, 2)}
-    kind_of_length = "multi-hot" if kind == "weighted" else kind
-
-    def bag(size: int) -> oracle.Bag:
-        count = length[kind_of_length]()
-        return [
-            (rng.randrange(size), rng.choice([0.5, 2.0, -1.0]) if kind == "weighted" else 1.0) for _ in range(count)
-        ]
-
-    return {name: [bag(size) for _ in range(batch)] for name, size in sizes.items()}
 
 
 def expected_logits(
@@ -375,44 +332,6 @@ def test_initial_values_of_every_field() -> None:
         assert rows[:, K:].abs().max().item() == 0.0
 
 
-def table(name: str, width: int, pooling: PoolingType = PoolingType.SUM) -> EmbeddingBagConfig:
-    return EmbeddingBagConfig(name=name, feature_names=[name], num_embeddings=5, embedding_dim=width, pooling=pooling)
-
-
-@pytest.mark.parametrize(
-    ("tables", "message"),
-    [
-        (
-            [table("x", 4), table("y", 8)],
-            r"tables of unequal width \(x=4, y=8\), where each of a DeepFM's is 4 wide; use",
-        ),
-        (
-            [table("x", 8)],
-            r"table 'x' is 8 wide, but factor_dim=3 wants 4 columns \[v \(3\) \| w \(1\) \| padding\]; use",
-        ),
-    ],
-)
-def test_bad_tables(tables: list[EmbeddingBagConfig], message: str) -> None:
-    with pytest.raises(UserError, match=f"^{message}.*$"):
-        DeepFM(EmbeddingBagCollection(tables=tables), dense_in_features=0, factor_dim=3)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"terms": ()}, r"terms=\(\): choose one or more of 'linear', 'fm', 'deep'"),
-        ({"terms": ("wide",)}, r"terms=\('wide',\): choose one or more"),
-        ({"terms": "fm"}, r"terms='fm': choose one or more of 'linear', 'fm', 'deep', as a tuple"),
-        ({"dropout": 1.0}, r"dropout=1.0: the probability of dropping a unit lies in \[0, 1\)"),
-        ({"over_arch_layer_sizes": (4, 0)}, r"over_arch_layer_sizes=\(4, 0\): every hidden layer needs at least one"),
-        ({"numeric": -1}, r"dense_in_features=-1: give the number of numeric features, or 0"),
-    ],
-)
-def test_bad_options(options: dict[str, object], message: str) -> None:
-    with pytest.raises(UserError, match=f"^{message}"):
-        make_model(**options)  # type: ignore[arg-type]
-
-
 def test_a_list_starts_as_torchs_linear_and_the_other_rows_as_without_it() -> None:
     def rows(widths: tuple[int, ...]) -> torch.Tensor:
         torch.manual_seed(0)
@@ -426,43 +345,3 @@ def test_a_list_starts_as_torchs_linear_and_the_other_rows_as_without_it() -> No
     linear = torch.nn.Linear(300, 2000).weight.std()
     assert found[1:301, :50].std() == pytest.approx(linear.item(), rel=0.03)
     assert not found[:, 50].any()
-
-
-def test_bad_widths() -> None:
-    with pytest.raises(UserError, match="which sum to dense_in_features=2"):
-        make_model(dense_widths=(1, 2))
-
-
-def test_bad_table_requests() -> None:
-    with pytest.raises(UserError, match=r"^num_embeddings is empty; name at least one categorical feature"):
-        embedding_tables({})
-    with pytest.raises(UserError, match=r"^num_embeddings\['a'\]=0: a table needs at least one row"):
-        embedding_tables({"a": 0})
-
-
-@pytest.mark.parametrize(
-    ("bags", "message"),
-    [
-        ({"a": [[(5, 1.0)]]}, r"feature 'a' has the id 5, but its table has 5 rows \(ids 0 to 4\)"),
-        ({"a": [[(-1, 1.0)]]}, r"feature 'a' has the id -1, but its table has 5 rows"),
-        ({"a": [[(2**31 - 1, 1.0)]]}, r"feature 'a' has the id 2147483647, but its table"),
-        ({"z": [[(0, 1.0)]]}, r"feature 'a' of the tables is not in the batch, whose keys are \['z'\]"),
-    ],
-)
-def test_bad_batches(bags: dict[str, list[oracle.Bag]], message: str) -> None:
-    model = make_model({"a": 5}, numeric=0)
-    with pytest.raises(UserError, match=f"^{message}"):
-        model(torch.empty(1, 0), to_kjt(bags))
-
-
-def test_weights_that_one_side_has_and_the_other_has_not() -> None:
-    bags, dense = random_bags("weighted", 4), torch.randn(4, 2)
-    with pytest.raises(UserError, match=r"^the batch has weights, but the tables have none; make the"):
-        make_model()(dense, to_kjt(bags, weighted=True))
-    with pytest.raises(UserError, match=r"^the tables are weighted, but the batch has no weights; give every id one"):
-        make_model(weighted=True)(dense, to_kjt(bags))
-
-
-def test_bad_dense_features() -> None:
-    with pytest.raises(UserError, match=r"^dense_features has shape \(1, 3\), but the model was made for \[B, 2\]"):
-        make_model()(torch.zeros(1, 3), to_kjt(random_bags("one-hot", 1)))
