@@ -85,7 +85,7 @@ class Signature:
             if len(ids) and not 0 <= (low := int(ids.min())) <= (high := int(ids.max())) <= most:
                 wrong = low if low < 0 else high
                 raise UserError(
-                    f"id {wrong} is not one of 0 to {most}",
+                    f"id {wrong} is not one of 0 to {most}, so the encoder is of another run",
                     where=f"column {name!r}",
-                    remedy="the encoder is of another run",
+                    remedy="restore the run or package",
                 )
