@@ -29,7 +29,7 @@ from benchmarks._lib.formatting import markdown
 from benchmarks._lib.peer_environments import peer_python
 from benchmarks._lib.seed_statistics import with_deviation
 from benchmarks.quality.prepared_arrays import Arrays, score
-from benchmarks.quality.train_sklearn import features
+from benchmarks.quality.workers.train_sklearn import features
 from torchrec_deepfm import load
 from torchrec_deepfm.evaluation.ranking import user_metrics
 from torchrec_deepfm.training.run.folder import read, seed_folders
@@ -195,7 +195,7 @@ def _fuxictr(options: Compare, seed: int) -> NDArray[Any]:
         }  # fmt: skip
         Path(temporary, "settings.json").write_text(json.dumps(settings), encoding="utf-8")
         words = [options.folder / "data", f"{temporary}/result.json", f"{temporary}/settings.json", seed]
-        module = "benchmarks.quality.train_fuxictr"
+        module = "benchmarks.quality.workers.train_fuxictr"
         subprocess.run([peer_python("fuxictr-models"), "-m", module, *map(str, words)], check=True)
         with np.load(settings["predictions"]) as arrays:
             return np.asarray(arrays[options.split]).reshape(-1)

@@ -31,7 +31,7 @@ _SAVED_VARIANTS = {
 class Job:
     """A training: worker, data, settings and seed.
 
-    ``worker`` is a module beside this one that takes DATA RESULT.json SETTINGS.json SEED. ``environment`` names the
+    ``worker`` is a module of `workers` that takes DATA RESULT.json SETTINGS.json SEED. ``environment`` names the
     peer's environment that runs it; if it is empty, the running interpreter does.
     """
 
@@ -83,7 +83,9 @@ def result_of(job: Job, output: Path, *, cores: int = 1) -> dict[str, Any]:
     settings, fresh = path.with_suffix(".settings"), path.with_suffix(".new")
     settings.write_text(json.dumps(job.settings | {"threads": cores}), encoding="utf-8")
     python = peer_python(job.environment) if job.environment else sys.executable
-    command = module_command(f"benchmarks.quality.{job.worker}", job.data, fresh, settings, job.seed, python=python)
+    command = module_command(
+        f"benchmarks.quality.workers.{job.worker}", job.data, fresh, settings, job.seed, python=python
+    )
     began = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment(cores))
     if done.returncode:

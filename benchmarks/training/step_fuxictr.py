@@ -16,7 +16,7 @@ import torch
 from fuxictr.features import FeatureMap
 
 from benchmarks._lib.windows import serve
-from benchmarks.quality.train_fuxictr import DeepFM
+from benchmarks.quality.workers.train_fuxictr import DeepFM
 from benchmarks.training.criteo_rows import CATEGORICAL, HIDDEN, NUMERIC, arguments, draw
 
 

@@ -1,6 +1,6 @@
 """Trains TorchRec's ``SimpleDeepFMNN`` on a prepared folder; ``table.py`` starts this, one process per training.
 
-    python -m benchmarks.quality.train_simple_deepfm DATA RESULT.json SETTINGS.json SEED
+    python -m benchmarks.quality.workers.train_simple_deepfm DATA RESULT.json SETTINGS.json SEED
 
 TorchRec has no training for this model: here Adam over all parameters, the best epoch by validation AUC, the rate
 divided by ten when that does not rise, a stop after ``patience`` epochs without a rise. The model ends in a Sigmoid.

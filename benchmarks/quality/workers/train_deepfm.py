@@ -1,6 +1,6 @@
 """Trains DeepFM or a part of it with the project's trainer; the quality benchmarks start this, a process per training.
 
-    python -m benchmarks.quality.train_deepfm DATA RESULT.json SETTINGS.json SEED
+    python -m benchmarks.quality.workers.train_deepfm DATA RESULT.json SETTINGS.json SEED
 
 The settings are a JSON object: ``model`` ("DeepFM" or "FM & DNN"), ``recipe``, and ``changes``, options that override
 the recipe's. The run folder is made beside the result and removed at the end.

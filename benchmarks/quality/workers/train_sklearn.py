@@ -1,6 +1,6 @@
 """Trains scikit-learn's logistic regression on a prepared folder; ``table.py`` starts this.
 
-    python -m benchmarks.quality.train_sklearn DATA RESULT.json SETTINGS.json SEED
+    python -m benchmarks.quality.workers.train_sklearn DATA RESULT.json SETTINGS.json SEED
 
 Ids are one-hot, numbers are divided by their standard deviation. The strength of the L2 penalty is chosen from
 ``settings["C"]`` by validation AUC. The solver (lbfgs) is deterministic: all seeds give the same result.

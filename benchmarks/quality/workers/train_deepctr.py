@@ -1,6 +1,6 @@
 """Trains DeepCTR-Torch's DeepFM on a prepared folder; ``table.py`` starts this in DeepCTR-Torch's environment.
 
-    .bench/deepctr/bin/python -m benchmarks.quality.train_deepctr DATA RESULT.json SETTINGS.json SEED
+    .bench/deepctr/bin/python -m benchmarks.quality.workers.train_deepctr DATA RESULT.json SETTINGS.json SEED
 
 Its ``fit`` trains, its ``EarlyStopping`` restores the best epoch by validation AUC. Its loss is a sum over the batch
 plus l2 * ||E||^2 over whole tables: per sample, an ``l2`` of B * lambda / 2 equals this project's lambda.

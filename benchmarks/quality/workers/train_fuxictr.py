@@ -1,6 +1,6 @@
 """Trains FuxiCTR's DeepFM on a prepared folder; ``table.py`` starts this in FuxiCTR's environment.
 
-    .bench/fuxictr-models/bin/python -m benchmarks.quality.train_fuxictr DATA RESULT.json SETTINGS.json SEED
+    .bench/fuxictr-models/bin/python -m benchmarks.quality.workers.train_fuxictr DATA RESULT.json SETTINGS.json SEED
 
 The wheel of FuxiCTR 2.3.10 contains no DeepFM (its model zoo is not packed). Here it is composed of its public layers
 on its ``BaseModel``, as their documentation describes: ``FactorizationMachine`` (which includes the first order) plus
