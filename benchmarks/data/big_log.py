@@ -5,8 +5,8 @@
 
 The columns are as large as those of Criteo Terabyte (40 million at most, MLPerf's cap). A column's share of draws is
 uniform over its range, the rest is log-uniform over the ranks (Zipf's law), so that there are both frequent values and
-millions of values that occur once or twice. The labels are random: to train, use ``python -m torchrec_deepfm
-synthetic``.
+millions of values that occur once or twice. The labels are random, or with ``--clicks planted`` drawn from
+``click_probability`` of a few columns, so that a model can learn them.
 
 Rows are made in blocks, each from its own seed, so the bytes depend on ``--rows`` and ``--seed`` only. A block is a
 matrix of bytes with a fixed position for every field, zero where the field is shorter; removing the zeros leaves the
@@ -16,6 +16,7 @@ Shape letters: n rows of a block, W bytes of a row with zeros.
 """
 
 import gzip
+import itertools
 import multiprocessing
 import os
 import sys
@@ -25,7 +26,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import BinaryIO, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -53,7 +54,11 @@ MISSING = (
     *(0, 0, 9, 0, 196, 113, 9, 9, 0, 0, 9, 113, 113),
 )
 
+# Categorical columns, from 0, that planted clicks depend on: few values each, so that every value can be learnt.
+PLANTED = (5, 8, 12, 15, 16, 17, 18, 24, 25)
+
 Bytes = npt.NDArray[np.uint8]
+Clicks = Literal["random", "planted"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,11 +71,13 @@ class Options:
     """Rows."""
     seed: int = 0
     """Random seed."""
+    clicks: Clicks = "random"
+    """Labels: random, or planted in a few columns."""
     processes: int = len(os.sched_getaffinity(0))
     """Processes that make blocks."""
 
 
-def write_log(output: Path, rows: int, seed: int = 0, processes: int = 1) -> int:
+def write_log(output: Path, rows: int, seed: int = 0, processes: int = 1, clicks: Clicks = "random") -> int:
     """Write a log, completely or not at all.
 
     Args:
@@ -78,6 +85,7 @@ def write_log(output: Path, rows: int, seed: int = 0, processes: int = 1) -> int
         rows: Number of rows.
         seed: Random seed.
         processes: Number of processes that make blocks.
+        clicks: Labels: random, or planted in a few columns. The features are the same.
 
     Returns:
         Bytes of text before compression.
@@ -86,33 +94,37 @@ def write_log(output: Path, rows: int, seed: int = 0, processes: int = 1) -> int
     partial = output.with_name(f"{output.name}.partial")
     total = 0
     with _opener(output)(partial) as file:
-        for block in _blocks(rows, seed, processes):
+        for block in _blocks(rows, seed, processes, clicks):
             file.write(block)
             total += len(block)
     partial.replace(output)
     return total
 
 
-def block_text(seed: int, index: int, rows: int) -> bytes:
+def block_text(seed: int, index: int, rows: int, clicks: Clicks = "random") -> bytes:
     """Make one block.
 
     Args:
         seed: Seed of the log.
         index: Number of the block.
         rows: n.
+        clicks: Labels: random, or planted in a few columns.
 
     Returns:
         n lines of text.
     """
     draw = np.random.Generator(np.random.SFC64([seed, index]))
+    point = draw.random(rows, np.float32)
     fields = [
-        _label(draw, rows),
         *(_absent(draw, _number(draw, rows, column), MISSING[column]) for column in range(len(LARGEST))),
         *(
             _absent(draw, _category(draw, rows, column), MISSING[len(LARGEST) + column])
             for column in range(len(RANGES))
         ),
     ]
+    first = len(LARGEST)
+    rate = 0.25 if clicks == "random" else click_probability([fields[first + column] for column in PLANTED])
+    fields.insert(0, (ord("0") + (point < rate)).astype(np.uint8)[:, None])
     width = sum(field.shape[1] + 1 for field in fields)
     text = np.full((rows, width), ord("\t"), np.uint8)
     place = 0
@@ -121,6 +133,22 @@ def block_text(seed: int, index: int, rows: int) -> bytes:
         place += field.shape[1] + 1
     text[:, -1] = ord("\n")
     return text.tobytes().translate(None, b"\0")
+
+
+def click_probability(fields: list[Bytes]) -> npt.NDArray[np.float64]:
+    """Return the probabilities [n] of planted clicks: each value of a column, and of pairs of neighbours, has a weight.
+
+    Args:
+        fields: The texts of the columns ``PLANTED``, each [n, 8], zeros where missing.
+    """
+    words = [np.ascontiguousarray(field).view(np.uint64)[:, 0] for field in fields]
+    pairs = [one ^ (other << np.uint64(1)) for one, other in itertools.pairwise(words)]
+    logit = np.full(len(words[0]), -1.4)
+    for word in (*words, *pairs):
+        mixed = (word ^ (word >> np.uint64(29))) * np.uint64(0x9E3779B97F4A7C15)
+        mixed = (mixed ^ (mixed >> np.uint64(32))) * np.uint64(0xBF58476D1CE4E5B9)
+        logit += (mixed >> np.uint64(11)) * 2.0**-53 * 1.4 - 0.7
+    return 1 / (1 + np.exp(-logit))
 
 
 def skewed_ranks(draw: np.random.Generator, rows: int, values: int, uniform: float) -> npt.NDArray[np.uint32]:
@@ -133,8 +161,8 @@ def skewed_ranks(draw: np.random.Generator, rows: int, values: int, uniform: flo
     return np.minimum(rank.astype(np.uint32), np.uint32(values))
 
 
-def _blocks(rows: int, seed: int, processes: int) -> Iterator[bytes]:
-    parts = [(seed, i, min(BLOCK_ROWS, rows - start)) for i, start in enumerate(range(0, rows, BLOCK_ROWS))]
+def _blocks(rows: int, seed: int, processes: int, clicks: Clicks) -> Iterator[bytes]:
+    parts = [(seed, i, min(BLOCK_ROWS, rows - start), clicks) for i, start in enumerate(range(0, rows, BLOCK_ROWS))]
     if processes <= 1:
         yield from (block_text(*part) for part in parts)
         return
@@ -148,10 +176,6 @@ def _blocks(rows: int, seed: int, processes: int) -> Iterator[bytes]:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
-
-
-def _label(draw: np.random.Generator, rows: int) -> Bytes:
-    return (ord("0") + (draw.random(rows, np.float32) < 0.25)).astype(np.uint8)[:, None]
 
 
 def _number(draw: np.random.Generator, rows: int, column: int) -> Bytes:
@@ -216,7 +240,7 @@ def _opener(output: Path) -> Callable[[Path], BinaryIO]:
 
 def main(options: Options) -> None:
     started = time.perf_counter()
-    total = write_log(options.output, options.rows, options.seed, options.processes)
+    total = write_log(options.output, options.rows, options.seed, options.processes, options.clicks)
     seconds = time.perf_counter() - started
     print(
         f"{options.output}: {options.rows:,} rows, {total / 1e9:.2f} GB of text in {seconds:.1f} s, "

@@ -6,17 +6,29 @@ Expected results are computed in plain Python.
 import gzip
 import json
 import re
+import signal
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from sklearn.metrics import roc_auc_score
 
 from benchmarks._lib import resource_usage
-from benchmarks.data import big_log, engines, loader_speed, prepare_scale, prepare_speed, shuffle_mixing
+from benchmarks.data import (
+    big_log,
+    dress_rehearsal,
+    engines,
+    loader_speed,
+    prepare_scale,
+    prepare_speed,
+    shuffle_mixing,
+)
 from tests.benchmarks.scripts import forked, run
 
 LINE = re.compile(rb"[01](\t(-?[0-9]+)?){13}(\t([0-9a-f]{8})?){26}\n")
@@ -50,6 +62,41 @@ def test_big_log_depends_on_rows_and_seed_only(tmp_path: Path) -> None:
     assert pa.input_stream(str(packed_zst)).read() == text
     assert other.read_bytes() != text
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_planted_clicks_change_nothing_but_the_labels(tmp_path: Path) -> None:
+    rows = 20_000
+    plain, planted = (big_log.block_text(3, 0, rows, clicks).splitlines() for clicks in ("random", "planted"))
+    assert [line[1:] for line in plain] == [line[1:] for line in planted]
+    # A click is as probable as the values of the columns say, read back from the text: each of ten groups agrees.
+    values = [line.split(b"\t")[1 + len(big_log.LARGEST) :] for line in planted]
+    fields = [
+        np.array([row[column] for row in values], "S8").view(np.uint8).reshape(-1, 8) for column in big_log.PLANTED
+    ]
+    probability = big_log.click_probability(fields)
+    clicks = np.array([line[:1] == b"1" for line in planted])
+    for group in np.array_split(np.argsort(probability), 10):
+        expected, deviation = probability[group].mean(), np.sqrt((probability[group].mean()) / len(group))
+        assert abs(clicks[group].mean() - expected) < 4 * deviation
+    assert dress_rehearsal.write_day((tmp_path, 3, rows)) > 0
+    assert dress_rehearsal.best_auc(tmp_path / "day_3.zst") == pytest.approx(
+        roc_auc_score(clicks, probability), abs=1e-9
+    )
+
+
+def test_the_rehearsal_finds_and_limits_its_processes(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with subprocess.Popen([sys.executable, "-c", "input()", run], stdin=subprocess.PIPE) as rank:
+        assert dress_rehearsal.processes_of(run, launchers=False) == [rank.pid]
+        assert dress_rehearsal.processes_of(run, launchers=True) == []
+        dress_rehearsal.kill_a_rank(run)
+        assert rank.wait() == -signal.SIGKILL
+    with dress_rehearsal.control_group(64 << 20) as (front, figures):
+        if not front:
+            pytest.skip("no control group can be made here")
+        greedy = [sys.executable, "-c", "bytearray(200 << 20)"]
+        assert subprocess.run([*front, *greedy], check=False).returncode in (-signal.SIGKILL, 137)
+        assert max(figures().values()) > 32 << 20
 
 
 def test_big_log_is_criteo_with_the_stated_ranges() -> None:
