@@ -16,7 +16,7 @@ from tests.support.raw_oracle import SMALL, random_text
 from torchrec_deepfm.data.loader.loader import Loader
 from torchrec_deepfm.data.prepare.prepare import prepare
 from torchrec_deepfm.data.prepare.row_encoder import RowEncoder
-from torchrec_deepfm.data.raw import columns as cells
+from torchrec_deepfm.data.raw.cells import columns as cells
 from torchrec_deepfm.data.schema import Column, Schema
 from torchrec_deepfm.data.values import hashing, vocabulary
 from torchrec_deepfm.data.values.numeric import BUCKETS, LEARNED

@@ -21,8 +21,8 @@ from torchrec_deepfm.data.dataset.prepared import PreparedData
 from torchrec_deepfm.data.dataset.publish import digest, new_folder
 from torchrec_deepfm.data.loader.row_reader import CopiedBags
 from torchrec_deepfm.data.prepare.encoder_file import AGAIN, ENCODER, EncoderFile, encoder_content, read_encoder
+from torchrec_deepfm.data.raw.cells.table_frame import HEX, category_types, table_frame
 from torchrec_deepfm.data.raw.frames import as_arrow
-from torchrec_deepfm.data.raw.table_frame import HEX, category_types, table_frame
 from torchrec_deepfm.data.schema import Schema
 from torchrec_deepfm.data.values import numeric
 from torchrec_deepfm.data.values.hashing import Hashing

@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from torchrec_deepfm.data.raw import column_types
-from torchrec_deepfm.data.raw import columns as cells
-from torchrec_deepfm.data.raw.dates import guessed_format, is_time
+from torchrec_deepfm.data.raw.cells import column_types
+from torchrec_deepfm.data.raw.cells import columns as cells
+from torchrec_deepfm.data.raw.cells.dates import guessed_format, is_time
 from torchrec_deepfm.data.schema import toml_text
 
 # "id" as a word of its own, in snake_case, spaced or camelCase; and names of time.

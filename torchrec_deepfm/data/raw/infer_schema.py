@@ -13,8 +13,8 @@ from typing import Final
 import numpy as np
 import pyarrow as pa
 
-from torchrec_deepfm.data.raw import columns as cells
 from torchrec_deepfm.data.raw.addresses import find_files
+from torchrec_deepfm.data.raw.cells import columns as cells
 from torchrec_deepfm.data.raw.chunk_files import ChunkTable, TableFile, open_table
 from torchrec_deepfm.data.raw.column_roles import SampledColumn, sampled, sort
 from torchrec_deepfm.data.raw.table_source import delimiter_in, is_number, missing_column

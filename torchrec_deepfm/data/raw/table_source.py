@@ -12,12 +12,12 @@ from typing import Final
 import polars as pl
 import pyarrow as pa
 
-from torchrec_deepfm.data.raw import columns as cells
 from torchrec_deepfm.data.raw.addresses import find_files
+from torchrec_deepfm.data.raw.cells import columns as cells
+from torchrec_deepfm.data.raw.cells.table_frame import category_types, table_frame
 from torchrec_deepfm.data.raw.chunk_files import ChunkTable, TableFile, open_table
 from torchrec_deepfm.data.raw.source import JoinedPiece, Piece, Skipped
 from torchrec_deepfm.data.raw.table_files import BATCH_ROWS, CsvTable
-from torchrec_deepfm.data.raw.table_frame import category_types, table_frame
 from torchrec_deepfm.data.schema import Schema, toml_key, toml_text
 from torchrec_deepfm.errors import UserError
 

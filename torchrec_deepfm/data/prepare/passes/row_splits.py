@@ -22,8 +22,8 @@ from torchrec_deepfm.data.prepare.options import SPLITS_BY_ROW, SplitBy
 from torchrec_deepfm.data.prepare.sources.inputs import LOTS_BY_ROW
 from torchrec_deepfm.data.prepare.sources.units import OnPiece, Unit, deal
 from torchrec_deepfm.data.prepare.work_folder import WorkFolder
-from torchrec_deepfm.data.raw import dates
-from torchrec_deepfm.data.raw.columns import scalars, shown_value
+from torchrec_deepfm.data.raw.cells import dates
+from torchrec_deepfm.data.raw.cells.columns import scalars, shown_value
 from torchrec_deepfm.data.raw.source import Source
 from torchrec_deepfm.data.raw.table_source import TableSource, missing_column
 from torchrec_deepfm.data.schema import Column, Schema

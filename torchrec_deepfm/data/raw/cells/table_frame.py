@@ -9,9 +9,9 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from torchrec_deepfm.data.raw import column_types, dates
-from torchrec_deepfm.data.raw import columns as cells
-from torchrec_deepfm.data.raw.vectors import check_vectors, vectors
+from torchrec_deepfm.data.raw.cells import column_types, dates
+from torchrec_deepfm.data.raw.cells import columns as cells
+from torchrec_deepfm.data.raw.cells.vectors import check_vectors, vectors
 from torchrec_deepfm.data.schema import Column, Schema, is_date
 from torchrec_deepfm.errors import UserError
 

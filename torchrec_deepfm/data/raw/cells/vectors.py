@@ -7,8 +7,8 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from torchrec_deepfm.data.raw import columns as cells
-from torchrec_deepfm.data.raw.column_types import Kind
+from torchrec_deepfm.data.raw.cells import columns as cells
+from torchrec_deepfm.data.raw.cells.column_types import Kind
 from torchrec_deepfm.data.schema import Column, toml_key
 from torchrec_deepfm.errors import UserError
 

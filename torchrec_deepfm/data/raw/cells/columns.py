@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from torchrec_deepfm.data.raw.column_types import kind_of, stored
+from torchrec_deepfm.data.raw.cells.column_types import kind_of, stored
 from torchrec_deepfm.data.schema import LabelRule
 from torchrec_deepfm.data.values.numeric import UNFIT, unfit
 

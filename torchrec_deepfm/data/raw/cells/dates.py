@@ -11,8 +11,8 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from torchrec_deepfm.data.raw.column_types import Kind, kind_of, stored
-from torchrec_deepfm.data.raw.columns import Values, scalars, shown_value, texts
+from torchrec_deepfm.data.raw.cells.column_types import Kind, kind_of, stored
+from torchrec_deepfm.data.raw.cells.columns import Values, scalars, shown_value, texts
 from torchrec_deepfm.data.schema import UNITS, Column, toml_key
 from torchrec_deepfm.errors import UserError
 

@@ -1,0 +1,1 @@
+"""Cells of a user's table: from any Arrow type to the few types of a `Piece`."""
