@@ -110,8 +110,8 @@ def set_up(*, dependencies_only: bool = False) -> None:
         pip("FBGEMM, from the index of torch", "--no-deps", "fbgemm-gpu", *torch_index(device))
     pip("everything else", *needed)
     if not dependencies_only:
-        # Its protobuf schema only, for a test: it asks for a urllib3 that TorchX refuses.
-        pip("Triton's schema", "--no-deps", "tritonclient")
+        # For tests, their schemas only: they ask for packages that TorchX and this project refuse or do not need.
+        pip("Triton's and KServe's schemas", "--no-deps", "tritonclient", "kserve")
     if dependencies_only:
         UNFINISHED.unlink()
         return  # without the stamp: `make setup` in this folder resumes from here

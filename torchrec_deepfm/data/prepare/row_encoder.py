@@ -15,6 +15,7 @@ from typing import Any, Final, Literal
 import duckdb
 import numpy as np
 import polars as pl
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from torchrec_deepfm.data.dataset.prepared import PreparedData
@@ -32,6 +33,7 @@ from torchrec_deepfm.errors import UserError, one_of
 from torchrec_deepfm.files import seal, write_bytes
 
 BATCH_ROWS: Final = 8192
+_ACCEPTED: Final = 64  # types of tables whose check is remembered
 _SHOWN: Final = 8  # values of a list that texts show
 
 
@@ -139,6 +141,7 @@ class RowEncoder:
         else:
             self._vocabularies = [self._vocabulary(folder, j, file) for j in range(len(names))]
         self._types = self._value_types(where, file.types)
+        self._accepted: dict[tuple[pa.DataType, ...], tuple[str | None, ...]] = {}  # by types of a table's columns
 
     @classmethod
     def open(cls, folder: Path | str) -> "RowEncoder":
@@ -214,8 +217,13 @@ class RowEncoder:
         if on_bad_row not in ("error", "skip"):
             raise UserError(f"choose {one_of(('error', 'skip'), on_bad_row)}", where=f"on_bad_row {on_bad_row!r}")
         table = as_arrow(frame, self.raw_schema.features_read)
-        fields = dict(zip(table.schema.names, table.schema.types, strict=True))
-        types = category_types(fields, self._reading, types=self._types, labelled=False)
+        kinds = tuple(table.schema.types)
+        types = self._accepted.get(kinds)
+        if types is None:
+            fields = dict(zip(table.schema.names, kinds, strict=True))
+            types = category_types(fields, self._reading, types=self._types, labelled=False)
+            if len(self._accepted) < _ACCEPTED:
+                self._accepted[kinds] = types
         raw, bad = table_frame(table, self._reading, types, labelled=False)
         if bad and on_bad_row == "error":
             row = min(bad)

@@ -23,6 +23,7 @@ from torchrec_deepfm.errors import UserError
 HASH_EMBEDDINGS: Final = 40_000_000
 # For bucketized numbers: floor(log(x)^2) stays below 999 up to x = 5e13.
 BUCKET_EMBEDDINGS: Final = 1000
+# Up to this many rows Python hashes: DuckDB and polars' engine take longer to start.
 _FEW: Final = 256
 
 
@@ -54,6 +55,12 @@ class Hashing:
         if not columns:
             return np.empty((len(frame), 0), np.int32)
         numbers = [self._md5(frame[f"c{j}"]) if frame.schema[f"c{j}"] == pl.String else frame[f"c{j}"] for j in columns]
+        if len(frame) <= _FEW:
+            few = np.empty((len(frame), len(columns)), np.int32)
+            for place, (j, series) in enumerate(zip(columns, numbers, strict=True)):
+                size = self._sizes[j] - 1
+                few[:, place] = [0 if value is None else 1 + value % size for value in series.to_list()]
+            return few
         hashed = pl.DataFrame(numbers).select(
             (pl.col(f"c{j}") % pl.lit(self._sizes[j] - 1, dtype=series.dtype) + pl.lit(1, dtype=series.dtype))
             .fill_null(0)
@@ -63,7 +70,7 @@ class Hashing:
         return np.ascontiguousarray(hashed.to_numpy(order="c"))
 
     def _md5(self, text: pl.Series) -> pl.Series:
-        if len(text) <= _FEW:  # a query alone takes longer
+        if len(text) <= _FEW:
             few = [None if value is None else _md5_number_lower(value) for value in text]
             return pl.Series(text.name, few, dtype=pl.UInt64)
         rows = pl.DataFrame({"value": text}).with_row_index("row")

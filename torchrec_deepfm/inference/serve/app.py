@@ -15,6 +15,7 @@ from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, Field
 from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from torchrec_deepfm.inference.serve.arrow_rows import STREAM, read_stream
 from torchrec_deepfm.inference.serve.batching import Batcher, QueueFullError
@@ -102,7 +103,7 @@ class Problems(BaseModel):
     detail: list[Problem]
 
 
-def make_app(model: ServedModel, batcher: Batcher, limits: Limits, metrics: ServiceMetrics) -> FastAPI:
+def make_app(model: ServedModel, batcher: Batcher, limits: Limits, metrics: ServiceMetrics) -> ASGIApp:
     """Build the application of a model.
 
     Args:
@@ -235,7 +236,17 @@ def make_app(model: ServedModel, batcher: Batcher, limits: Limits, metrics: Serv
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]
-    return app
+    direct = {"/predict": predict, "/explain": explain}
+
+    async def route(scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer what costs the model time past FastAPI, which would double the time around it."""
+        if scope["method"] == "POST" and (handler := direct.get(scope["path"])) is not None:
+            response = await handler(Request(scope, receive))
+            await response(scope, receive, send)
+        else:
+            await app(scope, receive, send)
+
+    return route
 
 
 def busy() -> Response:

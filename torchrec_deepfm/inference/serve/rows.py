@@ -208,7 +208,23 @@ def as_table(columns: Sequence[RequestColumn], rows: Sequence[Row]) -> pa.Table:
     Raises:
         RequestError: A number is too large, or some lists are texts.
     """
-    return pa.table({column.name: column.array([row[column.name] for row in rows]) for column in columns})
+    # Cells of one kind become one array, which is cut: for few rows a call costs more than the cells.
+    arrays: dict[str, pa.Array] = {}
+    kinds: dict[str, list[RequestColumn]] = {}
+    for column in columns:
+        if column.is_list:
+            arrays[column.name] = column.array([row[column.name] for row in rows])
+        else:
+            kinds.setdefault(column.kind, []).append(column)
+    for same in kinds.values():
+        try:
+            joined = same[0].array([row[column.name] for column in same for row in rows])
+        except RequestError:  # says which column
+            arrays |= {column.name: column.array([row[column.name] for row in rows]) for column in same}
+            continue
+        for place, column in enumerate(same):
+            arrays[column.name] = joined.slice(place * len(rows), len(rows))
+    return pa.table({column.name: arrays[column.name] for column in columns})
 
 
 class JsonRows:

@@ -5,6 +5,7 @@ A cell that does not fit makes a bad row. Columns of a wrong type were refused b
 Shape letters: n rows, m list elements in all of them.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
@@ -28,6 +29,8 @@ _HEX: Final = "^[0-9a-fA-F]{1,8}$"
 _TRUTH: Final = {"true": "1", "false": "0"}
 # Up to this many rows, columns of one type are read in one call: the calls cost more than the cells.
 _FEW: Final = 1024
+# Up to this many cells are converted without polars' engine, whose threads a busy machine runs late.
+_FEW_CELLS: Final = 4096
 _CELL: Final = pl.col("cell")
 _Texts = TypeVar("_Texts", pl.Series, pl.Expr)
 
@@ -313,6 +316,15 @@ def _convert(series: pl.Series, given: pl.Expr, found: pl.Expr) -> tuple[pl.Seri
     return frame["found"], np.flatnonzero(bad["bad"].to_numpy())
 
 
+def _hex_codes(texts: pl.Series) -> tuple[pl.Series, NDArray[np.intp]]:
+    if len(texts) > _FEW_CELLS:
+        return _convert(texts, _CELL != "", from_hex(pl.when(_CELL.str.contains(_HEX)).then(_CELL)))
+    cells = texts.to_list()
+    codes = [int(text, 16) if text and re.fullmatch(_HEX, text) else None for text in cells]
+    bad = [place for place, (text, code) in enumerate(zip(cells, codes, strict=True)) if text and code is None]
+    return pl.Series(codes, dtype=pl.UInt32), np.array(bad, np.intp)
+
+
 def cut_lists(column: pa.ChunkedArray, separator: str | None) -> CellLists:
     """Take n lists, or n texts that a separator cuts into lists, apart."""
     array = _whole(column)
@@ -377,7 +389,7 @@ def _categories(flat: _Flat, wanted: str) -> Values:
     if wanted == "string":
         return Values(series=series.cast(pl.String), faults=faults)
     if wanted == "hex" and flat.kind in ("text", "digits"):
-        found, bad = _convert(series, _CELL != "", from_hex(pl.when(_CELL.str.contains(_HEX)).then(_CELL)))
+        found, bad = _hex_codes(series)
         for row in bad.tolist():
             faults[row] = f"{shown_value(series[row])} is not a hexadecimal number of at most 8 digits"
         return Values(series=found, faults=faults)
@@ -389,6 +401,8 @@ def _categories(flat: _Flat, wanted: str) -> Values:
                 shown = shown_value(flat.raw(row))
                 faults[row] = f"{shown} is not an integer of 32 bits, which a hexadecimal category is"
         return Values(series=codes, faults=values.faults | faults)
+    if series.dtype.is_integer() and series.dtype != pl.UInt64:
+        return Values(series=series.cast(pl.Int64), faults=faults)
     given, whole = _CELL.is_not_null(), _CELL.cast(pl.Int64, strict=False)
     if flat.kind in ("text", "digits"):
         stripped = _CELL.str.strip_chars(" ")

@@ -68,26 +68,34 @@ def table_frame(
         found |= cells.read_columns(some, partial(cells.numbers, transform=transform))
     for wanted, some in categories.items():
         found |= cells.read_columns(some, partial(cells.categories, wanted=wanted))
-    names = {"label": schema.label_column, "row_weight": str(schema.weight)}
-    names |= {f"n{j}": name for j, name in enumerate(schema.numeric)}
-    for j, name in enumerate(schema.categorical):
-        names |= {f"c{j}": name, f"w{j}": str(schema.options(name).weights)}
-    columns = {key: found[key].series for key in names if key in found}
+    keys = ["label", "row_weight", *(f"n{j}" for j in range(len(schema.numeric)))]
+    keys += [f"{kind}{j}" for j in range(len(schema.categorical)) for kind in "cw"]
+    columns = {key: found[key].series for key in keys if key in found}
     faults: dict[int, str] = {}
     for key in columns:
         for row, what in found[key].faults.items():
-            faults.setdefault(row, f"column {names[key]!r}: {what}")
+            faults.setdefault(row, f"column {_name_of(key, schema)!r}: {what}")
     frame = pl.DataFrame(columns)
-    keys = {name: f"c{j}" for j, name in enumerate(schema.categorical)}
     crosses = [name for name in schema.categorical if schema.options(name).cross]
     if crosses:
-        made = (_cross([keys[other] for other in schema.options(name).cross]).alias(keys[name]) for name in crosses)
+        key_of = {name: f"c{j}" for j, name in enumerate(schema.categorical)}
+        made = (_cross([key_of[other] for other in schema.options(name).cross]).alias(key_of[name]) for name in crosses)
         frame = frame.with_columns(made)
     if faults:
         good = np.ones(frame.height, bool)
         good[list(faults)] = False
         frame = frame.filter(pl.Series(good))
     return frame, faults
+
+
+def _name_of(key: str, schema: Schema) -> str:
+    """The raw column of a key of the frame."""
+    if key in ("label", "row_weight"):
+        return schema.label_column if key == "label" else str(schema.weight)
+    kind, j = key[0], int(key[1:])
+    if kind == "n":
+        return schema.numeric[j]
+    return schema.categorical[j] if kind == "c" else str(schema.options(schema.categorical[j]).weights)
 
 
 def _part(table: pa.Table, schema: Schema, name: str) -> cells.Values:
