@@ -49,6 +49,9 @@ UNFINISHED = VENV / "setup-unfinished"
 # Which builds are in it. pip takes the CUDA torch for the CPU one, so .venv is made anew when this changes.
 DEVICE = VENV / "setup-device"
 
+# Extras that are large and not pinned; their tests are skipped where they are not installed.
+ON_DEMAND = ("mlflow", "wandb")
+
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 PROBE_SECONDS = 5
 
@@ -85,7 +88,10 @@ def set_up(*, dependencies_only: bool = False) -> None:
     project = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))
     extras = project["project"]["optional-dependencies"]
     needed: list[str] = project["project"]["dependencies"] + [
-        one for name, some in extras.items() if name != "dev" or not dependencies_only for one in some
+        one
+        for name, some in extras.items()
+        if name not in ON_DEMAND and (name != "dev" or not dependencies_only)
+        for one in some
     ]
     build_tools: list[str] = project["build-system"]["requires"]
     make_venv(device)

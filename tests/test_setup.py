@@ -10,6 +10,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+ON_DEMAND = ("mlflow", "wandb")  # .ci/setup.py: neither installed nor pinned
 PINS = {
     canonicalize_name(name): version
     for name, version in re.findall(r"^([^#\s=]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), flags=re.MULTILINE)
@@ -18,7 +19,8 @@ PINS = {
 
 def asked_for() -> list[Requirement]:
     project = PROJECT["project"]
-    lists = [project["dependencies"], *project["optional-dependencies"].values(), PROJECT["build-system"]["requires"]]
+    extras = [some for name, some in project["optional-dependencies"].items() if name not in ON_DEMAND]
+    lists = [project["dependencies"], *extras, PROJECT["build-system"]["requires"]]
     return [Requirement(one) for some in lists for one in some]
 
 

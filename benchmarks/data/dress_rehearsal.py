@@ -58,7 +58,7 @@ class Options:
     """GiB that both ranks of prepare may use together."""
     factor_dim: int = 15
     """Width of the latent vectors."""
-    layers: tuple[int, ...] = (512, 256)
+    layers: tuple[int, ...] = (256, 128)
     """Layers of the MLP."""
     batch_size: int = 8192
     """Samples per step over all ranks."""
@@ -140,7 +140,7 @@ def rehearse(folder: Path, options: Options) -> tuple[list[Part], dict[str, Any]
     fixed = (
         "--recipe", "criteo-terabyte", "--data", data, "--output", run, "--factor-dim", options.factor_dim,
         "--over-arch-layer-sizes", *options.layers, "--sparse-optimizer", "rowwise_adagrad", "--sparse-lr", "0.02",
-        "--precision", "bf16", "--checkpoint-every", every, "--eval-every", max(steps // 4, 1), "--keep-last", 1,
+        "--checkpoint-every", every, "--eval-every", max(steps // 4, 1), "--keep-last", 1,
     )  # fmt: skip
     for name, ranks, plan in (
         ("train, 2 ranks, one killed", RANKS, [(KILL, kill_a_rank), (LEAVE, stop)]),

@@ -90,6 +90,7 @@ OPTIONS = {
         "timeout",
         "stop-before-limit",
         "profile",
+        "watch",
         "checkpoint-every",
         "keep-last",
         "metric",

@@ -253,6 +253,8 @@ class RunOptions:
     """Steps to profile after the first ten: a trace for Perfetto and a table of operators, in the folder profile."""
     stop_before_limit: int = 0
     """Seconds before the time limit of a slurm job at which to save and stop (exit code 143); 0: never."""
+    watch: tuple[Literal["mlflow", "wandb"], ...] = ()
+    """Show the curves in MLflow and Weights & Biases too, as their own environment variables say."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""

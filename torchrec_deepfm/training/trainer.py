@@ -32,6 +32,7 @@ from torchrec_deepfm.training.run.data_summary import write_data_summary
 from torchrec_deepfm.training.run.formats import Manifest, convert
 from torchrec_deepfm.training.run.report import report_is_drawn
 from torchrec_deepfm.training.run.same_run import check_same, check_same_run, lowered_rates
+from torchrec_deepfm.training.run.watchers import check_installed, open_watchers
 from torchrec_deepfm.training.start import Start
 
 
@@ -93,6 +94,7 @@ def train(
     if summary is not None:
         on_main(lambda: None if report_is_drawn(output) else draw_report(output, say))
         return Result(folder=output, summary=summary, before=True)
+    check_installed(options.watch)
     lock: RunLock | None = None
 
     def take() -> tuple[dict[str, Any] | None, bool, bool]:
@@ -178,6 +180,7 @@ class _Training:
                 prefetch=sharded.prefetch,
             ),
         )
+        finished = False
         try:
             with raise_on_all_ranks(), explained(self._heartbeat):
                 resumed = self._resume(loop, checkpoints)
@@ -198,12 +201,13 @@ class _Training:
                 profiler.close()
                 summary = finish(start, loop, sharded, checkpoints, loaders)
                 on_main(self._ended)
+                finished = True
                 return summary
         finally:
             profiler.close(wrote=False)
             checkpoints.close()
             if loop.progress is not None:
-                loop.progress.close()
+                loop.progress.close(finished=finished)
 
     def _show_start(self, loop: Loop, about_data: dict[str, Any], *, resumed: bool) -> None:
         """Open the log and the progress, and print where the training begins."""
@@ -217,6 +221,7 @@ class _Training:
             done_samples=loop.samples,
             click_rate=click_rate(start.data),
             show=self._show,
+            watchers=open_watchers(start.options.watch, start.output, start.run.config, resumed=resumed),
         )
         for line in (*input_warnings(start.data), *unknown_warnings(about_data)):
             start.say(f"warning: {line}")

@@ -5,7 +5,7 @@ import json
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Never
@@ -17,6 +17,7 @@ from torchrec_deepfm import console
 from torchrec_deepfm.distributed.disk_errors import refused
 from torchrec_deepfm.training.monitoring.quality import first_loss_warnings
 from torchrec_deepfm.training.run import metrics_log
+from torchrec_deepfm.training.run.watchers import Watcher
 from torchrec_deepfm.training.scoring.metrics import Metrics
 
 SECONDS_BETWEEN_LINES = 5.0
@@ -29,7 +30,7 @@ class Progress:
     seconds.
 
     ``folder``: the run's folder; gets ``metrics.jsonl`` and ``tensorboard/``. ``click_rate``: of the training split.
-    ``show``: print at all.
+    ``show``: print at all. ``watchers``: get the same values as TensorBoard.
     """
 
     def __init__(
@@ -41,7 +42,9 @@ class Progress:
         done_samples: int = 0,
         click_rate: float | None = None,
         show: bool = True,
+        watchers: Sequence[Watcher] = (),
     ) -> None:
+        self._watchers = list(watchers)
         self._path = folder / metrics_log.NAME
         with self._writing():
             self._file = metrics_log.open_log(folder)
@@ -65,14 +68,16 @@ class Progress:
                 desc="train",
             )
 
-    def close(self) -> None:
-        """Close the files and the bar."""
+    def close(self, *, finished: bool = False) -> None:
+        """Close the files and the bar; ``finished``: the training is complete."""
         if self._bar is not None:
             self._bar.close()
         with contextlib.suppress(OSError):  # a full disk has been reported already
             self._tensorboard.close()
         with contextlib.suppress(OSError):
             self._file.close()
+        self._watch(lambda one: one.close(finished=finished))
+        self._watchers = []
 
     def train(
         self, *, step: int, epoch: int, loss: float, lr: Mapping[str, float], samples: int, rate: float, seconds: float
@@ -91,10 +96,8 @@ class Progress:
         with self._writing():
             clock = {"samples_per_second": rate, "seconds": seconds}
             self._write("train", step, {"epoch": epoch, "loss": loss, "lr": dict(lr), **clock})
-            self._tensorboard.add_scalar("train/loss", loss, step)
-            self._tensorboard.add_scalar("train/samples_per_second", rate, step)
-            for name, value in lr.items():
-                self._tensorboard.add_scalar(f"lr/{name}", value, step)
+            rates = {f"lr/{name}": value for name, value in lr.items()}
+            self._draw({"train/loss": loss, "train/samples_per_second": rate, **rates}, step)
         if self._begins:
             self._begins = False
             for line in first_loss_warnings(step, loss, self._click_rate):
@@ -113,9 +116,7 @@ class Progress:
         values = metrics.to_json()
         with self._writing():
             self._write(split, step, {"loss": metrics.logloss, **values})
-            for name, value in values.items():
-                if value is not None:
-                    self._tensorboard.add_scalar(f"{split}/{name}", value, step)
+            self._draw({f"{split}/{name}": value for name, value in values.items() if value is not None}, step)
         if not show:
             return
         shown = "  ".join(f"{name} {value:.5f}" for name, value in values.items() if isinstance(value, float))
@@ -129,6 +130,21 @@ class Progress:
             self._bar.write(line, file=sys.stderr)
         else:
             console.say(line)
+
+    def _draw(self, values: Mapping[str, float], step: int) -> None:
+        """Add points to curves."""
+        for name, value in values.items():
+            self._tensorboard.add_scalar(name, value, step)
+        self._watch(lambda one: one.log(values, step))
+
+    def _watch(self, do: Callable[[Watcher], None]) -> None:
+        """Do something with each watcher; one that fails is left out from here on, and the training continues."""
+        for one in list(self._watchers):
+            try:
+                do(one)
+            except Exception as error:  # whatever its package raises
+                self._watchers.remove(one)
+                self.say(f"warning: {type(one).__name__} fails and is left out: {' '.join(str(error).split())}")
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
