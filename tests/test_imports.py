@@ -98,6 +98,9 @@ WITHOUT_TORCH = [
     "sharding.plan.text",
     "notebook.fit",
     "cli.main",
+    "cli.data",
+    "cli.train",
+    "cli.infer",
     "cli.experiment",
     "cli.plan",
 ]
@@ -235,6 +238,8 @@ def test_a_part_loads_nothing_above_it() -> None:
 def test_these_load_no_torch() -> None:
     loaded = loaded_by([[module] for module in WITHOUT_TORCH], ROOT)
     assert [module for module, found in zip(WITHOUT_TORCH, loaded, strict=True) if "torch" in found] == []
+    overview = loaded[WITHOUT_TORCH.index("cli.main")]  # no command, nor what parses its options
+    assert [name for name in overview if name.startswith(("tyro", f"{PACKAGE}.cli."))] == [f"{PACKAGE}.cli.main"]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "apps").glob("*.py")), ids=lambda path: path.name)

@@ -15,7 +15,9 @@ def main() -> NoReturn:
     code = 1
     try:
         try:
-            import torchrec_deepfm.cli.main  # noqa: F401 (what takes a second)
+            from torchrec_deepfm.cli.main import load
+
+            load(sys.argv[1:])
         except ModuleNotFoundError as error:
             remedy = "run `make setup` and `source .venv/bin/activate` in the clone"
             sys.stderr.write(f"torchrec_deepfm: {sys.executable} lacks the package {error.name!r}; {remedy}\n")

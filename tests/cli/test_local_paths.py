@@ -59,7 +59,7 @@ def test_an_address_is_refused_wherever_a_local_path_is_meant(
         with pytest.raises(SystemExit):
             cli.main([*command.split(), "--help"])
         named = re.findall(r"--([a-z-]+) \[?PATH", capsys.readouterr().out)
-        taken = {name.replace("run_folder", "run") for name in getattr(cli.COMMANDS[command], "ADDRESSES", ())}
+        taken = {name.replace("run_folder", "run") for name in getattr(cli.command_class(command), "ADDRESSES", ())}
         cases |= {(command, name) for name in named if name not in taken}
     assert cases >= WRITTEN
     for command, name in sorted(cases):

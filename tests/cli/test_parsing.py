@@ -8,6 +8,7 @@ import tyro
 
 from torchrec_deepfm import __main__
 from torchrec_deepfm.cli import main as cli
+from torchrec_deepfm.cli.train import Train
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.training.config import TrainConfig
 from torchrec_deepfm.training.recipes import recipe
@@ -15,7 +16,7 @@ from torchrec_deepfm.training.recipes import recipe
 
 def train_config(*words: str) -> TrainConfig:
     command = cli.parse(["train", *words])
-    assert isinstance(command, cli.Train)
+    assert isinstance(command, Train)
     return command.config
 
 

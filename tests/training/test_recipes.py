@@ -9,6 +9,8 @@ import torch
 from torchrec import EmbeddingBagCollection
 
 from torchrec_deepfm.cli import main as cli
+from torchrec_deepfm.cli.data import Prepare
+from torchrec_deepfm.cli.train import Train
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.model.deepfm import DeepFM
 from torchrec_deepfm.model.tables import embedding_tables
@@ -89,12 +91,12 @@ def test_the_text_of_a_recipe_is_a_command_line(tmp_path: Path) -> None:
     for option, value in re.findall(r"^  (--[a-z0-9-]+) +(.*)$", text, re.MULTILINE):
         words += [option] if value == "yes" else [option, *value.split()]
     command = cli.parse(["train", "--data", "x", *words])
-    assert isinstance(command, cli.Train)
+    assert isinstance(command, Train)
     assert command.config == recipe("criteo-x4")
     for name in ("criteo-x1", "criteo-x4", "frappe-x1", "criteo-terabyte"):
         [line] = [line for line in recipe_text(name).splitlines() if " -m torchrec_deepfm prepare " in line]
         prepare = cli.parse(line.split()[3:])
-        assert isinstance(prepare, cli.Prepare)
+        assert isinstance(prepare, Prepare)
         assert str(prepare.output) == DATA[name].folder
 
 
@@ -103,7 +105,7 @@ def test_a_recipe_of_ones_own(tmp_path: Path) -> None:
     path.write_text(OWN)
     assert recipe(f"{path}:wider") == replace(recipe("criteo-x1"), factor_dim=20, dropout=0.2)
     command = cli.parse(["train", "--data", "x", "--recipe", f"{path}:wider", "--seed", "4"])
-    assert isinstance(command, cli.Train)
+    assert isinstance(command, Train)
     assert command.config == replace(recipe("criteo-x1"), factor_dim=20, dropout=0.2, seed=4)
     assert "--factor-dim              20" in recipe_text(f"{path}:wider")
     with pytest.raises(UserError) as without_data:

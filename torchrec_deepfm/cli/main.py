@@ -6,6 +6,7 @@ as it stands, and ``train`` and ``evaluate`` as a rank when torchrun or TorchX s
 
 import dataclasses
 import errno
+import importlib
 import os
 import shutil
 import sys
@@ -13,18 +14,9 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import tyro
+from typing import Any, Final
 
 from torchrec_deepfm import console
-from torchrec_deepfm.cli.data import InferSchema, Prepare, Synthetic, Verify
-from torchrec_deepfm.cli.experiment import CalibrateCommand, ExperimentCommand
-from torchrec_deepfm.cli.infer import Explain, Export, Predict, Serve
-from torchrec_deepfm.cli.options import REGISTRY
-from torchrec_deepfm.cli.parse_errors import one_line_errors
-from torchrec_deepfm.cli.plan import ComparePlans, DiffPlans, PlanCommand, ShowPlan
-from torchrec_deepfm.cli.train import CompareRuns, Evaluate, Recipes, Report, Runs, Train
 from torchrec_deepfm.distributed.stop_signals import Preempted
 from torchrec_deepfm.errors import UserError, one_of, shown
 from torchrec_deepfm.files import check_local
@@ -47,29 +39,54 @@ class Doctor:
         sys.exit(report.exit_code)
 
 
-COMMANDS: dict[str, type[Any]] = {
-    "synthetic": Synthetic,
-    "schema infer": InferSchema,
-    "prepare": Prepare,
-    "verify": Verify,
-    "recipes": Recipes,
-    "train": Train,
-    "report": Report,
-    "runs": Runs,
-    "runs compare": CompareRuns,
-    "evaluate": Evaluate,
-    "predict": Predict,
-    "explain": Explain,
-    "export": Export,
-    "serve": Serve,
-    "plan": PlanCommand,
-    "plan show": ShowPlan,
-    "plan diff": DiffPlans,
-    "plan --compare": ComparePlans,
-    "experiment": ExperimentCommand,
-    "calibrate": CalibrateCommand,
-    "doctor": Doctor,
+# The class of each command, in a module of this folder, and what the overview says of it: neither the overview nor a
+# command loads the other commands.
+COMMANDS: Final = {
+    "synthetic": ("data:Synthetic", "Write raw click logs whose best reachable AUC is known."),
+    "schema infer": ("data:InferSchema", "Write a first schema for a table of your own, to edit."),
+    "prepare": ("data:Prepare", "Turn raw click logs into the folder that training reads."),
+    "verify": ("data:Verify", "Check every byte of a prepared folder."),
+    "recipes": ("train:Recipes", "List the named recipes; the sources and cost of one."),
+    "train": ("train:Train", "Train a sharded DeepFM, evaluate it, and write a run folder."),
+    "report": ("train:Report", "Draw the report of a run again, or compare runs."),
+    "runs": ("train:Runs", "List the runs in a folder: status, AUC, speed."),
+    "runs compare": ("train:CompareRuns", "Compare the options, figures and curves of runs on a page."),
+    "evaluate": ("train:Evaluate", "Evaluate a trained run, or compare two, on labelled rows."),
+    "predict": ("infer:Predict", "Predict the click probability of every row of some files."),
+    "explain": ("infer:Explain", "Take predictions apart; say which fields matter."),
+    "export": ("infer:Export", "Write a trained run as a package that runs elsewhere."),
+    "serve": ("infer:Serve", "Serve a trained model over HTTP, with a page to try a row."),
+    "plan": ("plan:PlanCommand", "Plan where tables go on hardware that need not be there."),
+    "plan show": ("plan:ShowPlan", "Print a plan: its costs, its memory, where each table goes."),
+    "plan diff": ("plan:DiffPlans", "Print how two plans differ."),
+    "plan --compare": ("plan:ComparePlans", "Compare kinds of hardware and numbers of ranks."),
+    "experiment": ("experiment:ExperimentCommand", "Measure plans on real ranks, beside what is predicted."),
+    "calibrate": ("experiment:CalibrateCommand", "Fit a hardware description to experiments."),
+    "doctor": ("main:Doctor", "Check that torch, FBGEMM and TorchRec fit together."),
 }
+
+
+def load(argv: Sequence[str]) -> None:
+    """Import what the command of a command line needs to be parsed, which takes half a second."""
+    name, _ = _name(argv)
+    if name in COMMANDS:
+        import torchrec_deepfm.cli.parse_errors  # noqa: F401 (and tyro)
+
+        command_class(name)
+
+
+def _name(argv: Sequence[str]) -> tuple[str, Sequence[str]]:
+    """The command's name, and its options."""
+    length = 2 if len(argv) > 1 and " ".join(argv[:2]) in COMMANDS and not argv[1].startswith("-") else 1
+    name, options = " ".join(argv[:length]), argv[length:]
+    return ("plan --compare" if name == "plan" and "--compare" in options else name), options
+
+
+def command_class(name: str) -> type[Any]:
+    """Import the dataclass of a command, whose fields are its options."""
+    module, _, found = COMMANDS[name][0].partition(":")
+    command: type[Any] = getattr(importlib.import_module(f"torchrec_deepfm.cli.{module}"), found)
+    return command
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -113,18 +130,20 @@ def parse(argv: Sequence[str]) -> Any:
             where only a local path works.
         SystemExit: after ``--help``.
     """
-    length = 2 if len(argv) > 1 and " ".join(argv[:2]) in COMMANDS and not argv[1].startswith("-") else 1
-    name, options = " ".join(argv[:length]), argv[length:]
-    if name == "plan" and "--compare" in options:
-        name = "plan --compare"
+    name, options = _name(argv)
     if name in ("-h", "--help"):
         print(_overview())
         sys.exit(0)
     if name not in COMMANDS:
         raise UserError(f"{f'{name}: unknown' if name else 'no'} command", remedy=f"choose {one_of(COMMANDS, name)}")
+    import tyro
+
+    from torchrec_deepfm.cli.options import REGISTRY
+    from torchrec_deepfm.cli.parse_errors import one_line_errors
+
     with one_line_errors(f"{PROG} {name}"):
         command = tyro.cli(
-            COMMANDS[name],
+            command_class(name),
             args=options,
             prog=f"{PROG} {name}",
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone, tyro.conf.PositionalMetavarFromFieldName),
@@ -140,7 +159,7 @@ def _filled(text: str, indent: int = 0) -> str:
 
 
 def _overview() -> str:
-    commands = (f"  {name:<14} {str(command.__doc__).splitlines()[0]}" for name, command in COMMANDS.items())
+    commands = (f"  {name:<14} {summary}" for name, (_, summary) in COMMANDS.items())
     return f"""usage: {PROG} COMMAND [OPTIONS]
 
 DeepFM on TorchRec: make data, prepare, train, evaluate, predict, explain, serve.
