@@ -146,7 +146,7 @@ def start(name: str, case: floors.Case, options: Options) -> Worker:
         "device": case.device,
     }
     flags = [word for key, value in words.items() for word in (f"--{key}", value)]
-    return Worker(module_command(f"benchmarks.training.{module}", *flags, python=python), options.threads)
+    return Worker(module_command(f"benchmarks.training.steps.{module}", *flags, python=python), options.threads)
 
 
 def report(

@@ -11,7 +11,7 @@ from benchmarks._lib.commands import ROOT
 
 MODULES = {
     path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path
-    for path in sorted((ROOT / "benchmarks").glob("*/*.py"))
+    for path in sorted((ROOT / "benchmarks").glob("**/*.py"))
     if path.stem != "__init__"
 }
 # They run in the environment of a peer, or are started by another script.

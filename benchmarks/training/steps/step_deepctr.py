@@ -1,6 +1,6 @@
 """The side of DeepCTR-Torch's DeepFM in ``speed.py``, in its own environment: Adam over whole tables.
 
-    .bench/deepctr/bin/python -m benchmarks.training.step_deepctr --precision bf16
+    .bench/deepctr/bin/python -m benchmarks.training.steps.step_deepctr --precision bf16
 
 ``speed.py`` starts it and says when to work.
 """

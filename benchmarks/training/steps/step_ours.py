@@ -1,6 +1,6 @@
 """This project's side of ``speed.py``: the trainer's step, sharded by DMP, through TrainPipelineSparseDist.
 
-    python -m benchmarks.training.step_ours --precision bf16
+    python -m benchmarks.training.steps.step_ours --precision bf16
 
 ``speed.py`` starts it and says when to work.
 """

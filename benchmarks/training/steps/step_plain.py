@@ -2,7 +2,7 @@
 
 Nothing of TorchRec, FBGEMM or this project's model, and nothing compiled.
 
-    python -m benchmarks.training.step_plain --precision bf16
+    python -m benchmarks.training.steps.step_plain --precision bf16
 
 ``speed.py`` starts it and says when to work.
 """
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from benchmarks._lib.windows import serve
 from benchmarks.training.criteo_rows import CATEGORICAL, arguments, draw
-from benchmarks.training.step_bare import Head
+from benchmarks.training.steps.step_bare import Head
 
 
 def main() -> None:

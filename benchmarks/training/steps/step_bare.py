@@ -2,7 +2,7 @@
 
 Nothing of TorchRec or of this project's model: what the kernels themselves allow.
 
-    python -m benchmarks.training.step_bare --precision bf16
+    python -m benchmarks.training.steps.step_bare --precision bf16
 
 ``speed.py`` starts it and says when to work.
 """

@@ -1,6 +1,6 @@
 """The side of FuxiCTR's DeepFM in ``speed.py``, in its own environment: Adam over whole tables.
 
-    .bench/fuxictr-models/bin/python -m benchmarks.training.step_fuxictr --precision bf16
+    .bench/fuxictr-models/bin/python -m benchmarks.training.steps.step_fuxictr --precision bf16
 
 ``speed.py`` starts it and says when to work.
 """

@@ -2,7 +2,7 @@
 
 Its tables have DeepFM's width, its over arch DeepFM's hidden layers.
 
-    python -m benchmarks.training.step_dlrm --precision bf16
+    python -m benchmarks.training.steps.step_dlrm --precision bf16
 
 ``speed.py`` starts it and says when to work.
 """
@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.training.criteo_rows import HIDDEN, NUMERIC, arguments
 from benchmarks.training.random_criteo import KEYS
-from benchmarks.training.step_ours import pipelined
+from benchmarks.training.steps.step_ours import pipelined
 
 
 def build(options: Any, device: Any) -> tuple[Any, Any]:
