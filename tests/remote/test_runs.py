@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import polars as pl
+import pyarrow as pa
 import pytest
 import torch
 
@@ -138,3 +139,39 @@ def test_a_checkpoint_that_cannot_be_stored_is_one_line(
     assert "check address, network and credentials, then run the same command again" in line
     cli.main(words)
     assert "summary.json" in Objects("s3://bucket/runs/failing").entries()
+
+
+def test_a_run_at_an_address_explains_exports_and_serves(
+    run: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the commands give is what they give for a local copy of the run."""
+    beside = tmp_path / "copy"
+    Objects(run).fetch([name for name in Objects(run).entries() if "/step_" not in name], beside)
+    raw = str(data / "test.tsv")
+    printed = []
+    for one in (run, str(beside)):
+        cli.main(["explain", "--run", one, "--input", raw, "--rows", "2"])
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
+    assert "bias" in printed[0]
+    package = tmp_path / "package"
+    cli.main(["export", "--run", run, "--output", str(package), "--to", "torch-export"])
+    scores = []
+    for word, one in (("--package", package), ("--run", beside)):
+        output = tmp_path / f"{word.strip('-')}.parquet"
+        cli.main(["predict", word, str(one), "--input", raw, "--output", str(output)])
+        scores.append(pl.read_parquet(output)["probability"].to_numpy())
+    assert scores[0] == pytest.approx(scores[1], abs=1e-6)
+
+    pytest.importorskip("fastapi", reason="pip install 'torchrec_deepfm[serve]'")
+    from torchrec_deepfm.inference.serve import server
+    from torchrec_deepfm.inference.serve.model import ServedModel, Work
+
+    served: list[ServedModel] = []
+    monkeypatch.setattr(server, "serve", lambda read, **_: served.append(read()))
+    for one in (run, str(beside)):
+        cli.main(["serve", "--run", one])
+    there, here = served
+    row = pa.table({column.name: column.array(["1"]) for column in here.columns})
+    assert there.sha256 == here.sha256
+    assert there.answer([Work(rows=row)])[0].tolist() == here.answer([Work(rows=row)])[0].tolist()

@@ -17,16 +17,14 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
+from torchrec_deepfm.data.dataset.remote_rows import RemoteFile, chunks_of
 from torchrec_deepfm.errors import UserError
-
-if TYPE_CHECKING:
-    from torchrec_deepfm.data.dataset.remote_rows import RemoteFile
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a member of a zip: signature, length of its name and of its extras
 _MAX_MEMBERS = 65536
@@ -107,7 +105,7 @@ class MappedRows:
         remote: The file at an address that this one is a copy of, with holes; ``None`` for a local file.
     """
 
-    remote: "RemoteFile | None" = None
+    remote: RemoteFile | None = None
 
     def __init__(
         self, path: Path, where: str, memory: FileMap, offset: int, dtype: np.dtype[Any], shape: tuple[int, ...]
@@ -177,7 +175,7 @@ class MappedRows:
         if self.remote is None:
             yield
             return
-        chunks = self.remote.chunks_of(np.array([0, len(self) - 1]))
+        chunks = chunks_of(np.array([0, len(self) - 1]))
         with self.remote.copy.held([(self.remote, chunks)]):
             yield
 

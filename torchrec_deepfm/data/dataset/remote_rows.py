@@ -52,19 +52,13 @@ class RemoteFile:
         if not marks.exists():
             marks.parent.mkdir(exist_ok=True)
             write_bytes(marks, bytes(chunks))
-        self.marks = np.memmap(marks, np.uint8, "r+", shape=(chunks,))
+        # Without memmap's class, which costs time at each access.
+        self.marks = np.asarray(np.memmap(marks, np.uint8, "r+", shape=(chunks,)))
 
     def span(self, chunk: int) -> tuple[int, int]:
         """The bytes of a chunk."""
         start = self.first + chunk * self.chunk_bytes
         return start, min(start + self.chunk_bytes, self.end)
-
-    def chunks_of(self, rows: NDArray[np.int64] | tuple[int, int]) -> NDArray[np.int64]:
-        """The chunks of some rows, or of the rows from one to before another."""
-        if isinstance(rows, tuple):
-            start, stop = rows
-            return np.arange(start // CHUNK_ROWS, -(-stop // CHUNK_ROWS)) if start < stop else np.empty(0, np.int64)
-        return np.unique(rows // CHUNK_ROWS)
 
 
 class RemoteCopy:
@@ -210,6 +204,14 @@ class RemoteCopy:
 
 
 Wanted = Sequence[tuple[RemoteFile, NDArray[np.int64]]]
+
+
+def chunks_of(rows: NDArray[np.int64] | tuple[int, int]) -> NDArray[np.int64]:
+    """The chunks of some rows, or of the rows from one to before another, in any file."""
+    if isinstance(rows, tuple):
+        start, stop = rows
+        return np.arange(start // CHUNK_ROWS, -(-stop // CHUNK_ROWS)) if start < stop else np.empty(0, np.int64)
+    return np.unique(rows // CHUNK_ROWS)
 
 
 def open_copy(address: str, manifest_name: str, remedy: str) -> RemoteCopy:

@@ -16,7 +16,7 @@ from torchrec_deepfm.data.dataset.arrays import Bags
 from torchrec_deepfm.data.dataset.checksums import BlockCheck
 from torchrec_deepfm.data.dataset.npy_mmap import MappedRows
 from torchrec_deepfm.data.dataset.prepared import PreparedData
-from torchrec_deepfm.data.dataset.remote_rows import RemoteFile
+from torchrec_deepfm.data.dataset.remote_rows import RemoteFile, chunks_of
 from torchrec_deepfm.errors import UserError
 
 
@@ -175,6 +175,9 @@ class SplitRows:
         with self._remote.held(wanted):
             # The borders of the bags are there now, and say where their ids are.
             ids = self._wanted_ids(found)
+            if not ids:
+                yield
+                return
         with self._remote.held([*wanted, *ids]):
             yield
 
@@ -183,11 +186,12 @@ class SplitRows:
         found = []
         for day, rows in parts:
             arrays = self.arrays[day]
-            found += [(file.remote, file.remote.chunks_of(rows)) for file in arrays.by_row() if file.remote is not None]
-            ends = (rows[0], rows[1] + 1) if isinstance(rows, tuple) else np.union1d(rows, rows + 1)
-            for bags in arrays.bags.values():
-                if bags.offsets is not None and bags.offsets.remote is not None:
-                    found.append((bags.offsets.remote, bags.offsets.remote.chunks_of(ends)))
+            chunks = chunks_of(rows)
+            found += [(file.remote, chunks) for file in arrays.by_row() if file.remote is not None]
+            offsets = [bags.offsets.remote for bags in arrays.bags.values() if bags.offsets is not None]
+            if offsets:
+                ends = chunks_of((rows[0], rows[1] + 1) if isinstance(rows, tuple) else np.union1d(rows, rows + 1))
+                found += [(file, ends) for file in offsets if file is not None]
         return _merged(found)
 
     def _wanted_ids(self, parts: Sequence[_Part]) -> list[tuple[RemoteFile, NDArray[np.int64]]]:
@@ -196,7 +200,7 @@ class SplitRows:
             for bags in self.arrays[day].bags.values():
                 begins, counts = _borders(bags, rows)
                 remote = [file.remote for file in (bags.ids, bags.weights) if file is not None]
-                found += [(file, file.chunks_of(_spread(begins, counts))) for file in remote if file is not None]
+                found += [(file, chunks_of(_spread(begins, counts))) for file in remote if file is not None]
         return _merged(found)
 
     def _copy(self, plan: _Plan, compare: Sequence[tuple[int, int]] = ()) -> CopiedRows:
@@ -223,7 +227,9 @@ def _merged(
     by_file: dict[RemoteFile, list[NDArray[np.int64]]] = {}
     for file, chunks in found:
         by_file.setdefault(file, []).append(chunks)
-    return [(file, np.unique(np.concatenate(chunks))) for file, chunks in by_file.items()]
+    return [
+        (file, chunks[0] if len(chunks) == 1 else np.unique(np.concatenate(chunks))) for file, chunks in by_file.items()
+    ]
 
 
 def _rows(files: Sequence[MappedRows], plan: _Plan) -> NDArray[Any]:
