@@ -45,7 +45,9 @@ def test_auc_is_that_of_all_pairs_with_ties_half(pairs: list[tuple[int, int]]) -
         assert auc == pytest.approx(auc_by_pairs(logits, labels), abs=1e-12)
 
 
-def test_every_metric_is_its_definition() -> None:
+@pytest.mark.parametrize("rows_at_a_time", [1, 7, 300, 1 << 20])
+def test_every_metric_is_its_definition(rows_at_a_time: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torchrec_deepfm.training.scoring.metrics._PART", rows_at_a_time)
     rng = random.Random(0)
     logits = [round(rng.gauss(-1.0, 2.0) * 8) / 8 for _ in range(300)]  # exact in float32, with ties
     labels = [int(rng.random() < 0.3) for _ in logits]
