@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from torchrec_deepfm.cli.main import Train, parse
+from torchrec_deepfm.cli.main import parse
+from torchrec_deepfm.cli.train import Train
 
 ROOT = Path(__file__).resolve().parents[2]
 TORCHX = Path(sys.executable).parent / "torchx"

@@ -6,7 +6,7 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
-from torchrec_deepfm.data.raw import columns
+from torchrec_deepfm.data.raw.cells import columns
 from torchrec_deepfm.data.values import hashing, numeric
 from torchrec_deepfm.data.values.numeric import NumericColumn
 
