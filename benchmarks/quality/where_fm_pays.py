@@ -6,19 +6,24 @@ and an MLP has to find. Rows per pair of values fall with the number of values: 
 Shape letters: n rows, F fields.
 """
 
+import base64
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 import tyro
+from matplotlib.figure import Figure
 from sklearn.metrics import roc_auc_score
 from torchrec import EmbeddingBagCollection
 
 from benchmarks._lib.formatting import markdown
-from benchmarks._lib.seed_statistics import compare_paired, with_deviation
+from benchmarks._lib.seed_statistics import compare_paired, deviation, mean, with_deviation
 from benchmarks.quality.plain_training import PlainRows, best_auc
 from torchrec_deepfm import DeepFM, embedding_tables
 from torchrec_deepfm.model.deepfm import Term
+from torchrec_deepfm.report.page import BLUE, GREEN, GREY, ORANGE, PURPLE, Picture
 
 _FIELDS, _RANK = 4, 3
 _MODELS: dict[str, tuple[Term, ...]] = {
@@ -41,6 +46,7 @@ class Options:
         epochs: at most; the best one by validation AUC counts.
         learning_rate: of Adam.
         init_std: standard deviation of the embeddings at the start.
+        picture: an SVG file to draw.
     """
 
     rows: tuple[int, ...] = (2_000, 8_000, 32_000)
@@ -50,6 +56,7 @@ class Options:
     epochs: int = 15
     learning_rate: float = 3e-3
     init_std: float = 0.05
+    picture: Path | None = None
 
 
 def generate(rows: int, values: int, seed: int) -> tuple[PlainRows, PlainRows, float]:
@@ -71,6 +78,7 @@ def main(options: Options) -> None:
     """Print a line per table, with the gain of DeepFM over the plain DNN."""
     torch.set_num_threads(1)
     lines = []
+    drawn: dict[tuple[int, int], Mapping[str, Sequence[float]]] = {}
     for values in options.values:
         sizes = {f"f{field}": values for field in range(_FIELDS)}
         for rows in options.rows:
@@ -86,11 +94,57 @@ def main(options: Options) -> None:
                     model = DeepFM(collection, 0, options.layers, 8, terms=terms, dropout=0.0)
                     found = best_auc(model, train, validation, epochs=options.epochs, lr=options.learning_rate)
                     aucs[name].append(found)
+            drawn[values, rows] = aucs | {"truth": known}
             gain = compare_paired(aucs["DeepFM"], aucs["DNN"], digits=4)
             cells = [with_deviation(found) for found in aucs.values()]
             lines.append([values, f"{rows:,}", f"{rows / values**2:.2g}", *cells, with_deviation(known), gain])
     head = ["values per field", "rows", "rows per pair", *_MODELS, "truth", "DeepFM against DNN"]
     print(markdown(head, lines))
+    if options.picture is not None:
+        draw(drawn, options.picture)
+
+
+def draw(aucs: Mapping[tuple[int, int], Mapping[str, Sequence[float]]], path: Path) -> None:
+    """Draw validation AUC over rows, a panel for each number of values per field, in colours for light and dark.
+
+    ``aucs``: those of all seeds by model, by (values per field, rows).
+    """
+    sizes = sorted({values for values, _ in aucs})
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    panels = figure.subplots(1, len(sizes), sharey=True, squeeze=False)[0]
+    styles = {
+        "truth": (GREY, "--"),
+        "DeepFM": (BLUE, "-"),
+        "FM": (GREEN, "-"),
+        "DNN": (ORANGE, "-"),
+        "LR": (PURPLE, "-"),
+    }
+    for axis, values in zip(panels, sizes, strict=True):
+        rows = sorted(count for size, count in aucs if size == values)
+        for name, (colour, line) in styles.items():
+            found = [aucs[values, count][name] for count in rows]
+            errors = [deviation(one) for one in found]
+            axis.errorbar(
+                rows,
+                [mean(one) for one in found],
+                errors,
+                color=colour,
+                linestyle=line,
+                label=name,
+                capsize=2,
+                marker=".",
+            )
+        axis.set_xscale("log")
+        ticks = [f"{count:,}\n{count / values**2:.2g} per pair" for count in rows]
+        axis.set_xticks(rows, ticks)
+        axis.minorticks_off()
+        axis.set_title(f"{values} values per field")
+        axis.set_xlabel("training rows")
+        axis.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("validation AUC")
+    panels[-1].legend(frameon=False, loc="center left")
+    picture = Picture(figure, alt="validation AUC over training rows").address
+    path.write_bytes(base64.b64decode(picture.partition(",")[2]))
 
 
 if __name__ == "__main__":

@@ -17,11 +17,13 @@ Activation = Literal["relu", "tanh", "sigmoid", "gelu", "silu"]
 Precision = Literal["float32", "medium", "bf16"]
 CompileDense = Literal["off", "default", "reduce-overhead"]
 Metric = Literal["auc", "logloss", "auc-logloss"]
+ClipEmbedding = Literal["none", "cowclip"]
 _CHOICES = {
     "activation": get_args(Activation),
     "sparse_optimizer": get_args(SparseOptimizer),
     "precision": get_args(Precision),
     "metric": get_args(Metric),
+    "clip_embedding": get_args(ClipEmbedding),
 }
 _PENALTIES = (
     "embedding_l2",
@@ -76,6 +78,13 @@ class OptimizationConfig:
     """Power of the polynomial by which they fall."""
     clip_norm: float = 0.0
     """Largest norm of the gradient of everything that is not fused, all together; 0: no limit."""
+    clip_embedding: ClipEmbedding = "none"
+    """cowclip (arXiv 2204.06240), for large batches: the gradient of a row's latent vector v is at most as long as
+    n max(ratio ||v||, bound), where n samples of the batch look the row up."""
+    cowclip_ratio: float = 1.0
+    """The ratio of cowclip."""
+    cowclip_bound: float = 1e-5
+    """The bound of cowclip."""
     precision: Precision = "float32"
     """float32; float32 with bfloat16 matrix products inside (medium); or bfloat16 autocast of the MLP."""
     seed: int = 0
@@ -155,7 +164,7 @@ class TrainConfig(
         for option in ("epochs", "batch_size", "factor_dim", "keep_last", "ema_every"):
             if getattr(self, option) < 1:
                 raise UserError("must be at least 1", where=f"--{option.replace('_', '-')} {getattr(self, option)}")
-        for option in ("sparse_lr", "dense_lr", "decay_power", "init_std"):
+        for option in ("sparse_lr", "dense_lr", "decay_power", "init_std", "cowclip_ratio", "cowclip_bound"):
             if not 0.0 < getattr(self, option) < math.inf:
                 raise UserError(
                     "must be greater than 0, and finite", where=f"--{option.replace('_', '-')} {getattr(self, option)}"

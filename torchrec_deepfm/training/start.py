@@ -139,3 +139,10 @@ def check_options(config: TrainConfig, data: PreparedData) -> None:
                 where=f"--{name}",
                 remedy=f"take --{name.removeprefix('touched-')} with --sparse-optimizer adam",
             )
+    if config.clip_embedding == "cowclip" and data.schema.multi_hot:
+        raise UserError(
+            f"column {data.schema.multi_hot[0]!r} of {data.named} holds lists, "
+            "and the gradient of a bag is not that of its rows",
+            where="--clip-embedding cowclip",
+            remedy="leave the option out",
+        )

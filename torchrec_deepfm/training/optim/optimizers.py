@@ -13,6 +13,7 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from torchrec_deepfm.sharding.inputs.sparse_optimizers import SPARSE_OPTIMIZERS
 from torchrec_deepfm.training.config import TrainConfig
+from torchrec_deepfm.training.optim.cowclip import CowClip
 from torchrec_deepfm.training.optim.regularisers import before_step, is_table_weight
 
 
@@ -59,7 +60,8 @@ def make_optimizer(model: DistributedModelParallel, config: TrainConfig) -> Comb
         )
         parts.insert(1, eager)
     combined = CombinedOptimizer(parts)
-    hook = before_step(rest, config)
+    clip_rows = CowClip(model, rest, config).clip_tables if config.clip_embedding == "cowclip" else None
+    hook = before_step(rest, config, clip_rows)
     if hook is not None:
         combined.register_step_pre_hook(hook)
     return combined

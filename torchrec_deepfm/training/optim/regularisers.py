@@ -45,28 +45,33 @@ def penalise_looked_up_rows(sparse_arch: SparseArch, config: TrainConfig, device
     sparse_arch.register_forward_hook(pull)
 
 
-def before_step(parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> Callable[..., None] | None:
+def before_step(
+    parameters: Mapping[str, nn.Parameter], config: TrainConfig, clip_rows: Callable[[], None] | None = None
+) -> Callable[..., None] | None:
     """Build the hook that changes the gradients between the backward pass and the optimizers' step.
 
-    Each penalty lambda/2 ||weight||^2 adds lambda * weight, then the common norm of the gradients is clipped. Gradients
-    are averaged over the ranks before, so both are the same on any number of ranks.
+    Each penalty lambda/2 ||weight||^2 adds lambda * weight, rows are clipped, then the common norm of the gradients is.
+    Gradients are averaged over the ranks before, so all of this is the same on any number of ranks.
 
     Args:
         parameters: those that are not fused, by name.
         config: ``embedding_l2``, ``linear_l2``, ``over_arch_l2`` and ``clip_norm``.
+        clip_rows: clips the gradients of rows.
 
     Returns:
         A hook for ``Optimizer.register_step_pre_hook``; None if no option needs it.
     """
     penalised = list(_penalised(parameters, config))
     weights = list(parameters.values())
-    if not penalised and not config.clip_norm:
+    if not penalised and not config.clip_norm and clip_rows is None:
         return None
 
     def hook(*_: Any) -> None:
         for weight, penalty in penalised:
             if weight.grad is not None:
                 weight.grad.addcmul_(weight.detach(), penalty)
+        if clip_rows is not None:
+            clip_rows()
         if config.clip_norm:
             torch.nn.utils.clip_grad_norm_(weights, config.clip_norm)
 

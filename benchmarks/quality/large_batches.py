@@ -1,0 +1,109 @@
+"""Large batches with and without CowClip (arXiv 2204.06240): test AUC by batch size and by rule of scaling.
+
+One epoch on synthetic clicks, Adam on everything. s is the batch size over the smallest one. The rules:
+
+    unscaled   the rates of the smallest batch
+    sqrt       all rates and the penalty on embeddings times sqrt(s)
+    cowclip    the embeddings' rate as it is, their penalty times s, the dense rate times sqrt(s), gradients clipped
+"""
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from benchmarks._lib.formatting import markdown
+from torchrec_deepfm import console
+from torchrec_deepfm.data.dataset.prepared import PreparedData
+from torchrec_deepfm.data.prepare.prepare import prepare
+from torchrec_deepfm.data.synthetic.generate import generate
+from torchrec_deepfm.distributed.process_group import process_group
+from torchrec_deepfm.training.config import TrainConfig
+from torchrec_deepfm.training.trainer import train
+
+Rule = Literal["unscaled", "sqrt", "cowclip"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of the benchmark.
+
+    Args:
+        output: folder for data and runs; finished runs are not repeated.
+        rows: training rows; a tenth as many for the test.
+        batches: sizes of a batch, the smallest first.
+        rules: rules of scaling.
+        sparse_lr: Adam's rate of the tables at the smallest batch.
+        dense_lr: the same of everything else.
+        l2: penalty on whole tables at the smallest batch.
+        seed: of data and training.
+    """
+
+    output: Path
+    rows: int = 5_000_000
+    batches: tuple[int, ...] = (1024, 4096, 16_384, 65_536)
+    rules: tuple[Rule, ...] = ("unscaled", "sqrt", "cowclip")
+    sparse_lr: float = 0.01
+    dense_lr: float = 1e-3
+    l2: float = 1e-6
+    seed: int = 0
+
+
+def settings(options: Options, batch: int, rule: Rule) -> TrainConfig:
+    """Return the options of one training."""
+    scale = batch / options.batches[0]
+    config = TrainConfig(
+        over_arch_layer_sizes=(128, 64), dropout=0.0, batch_size=batch, sparse_optimizer="adam",
+        sparse_lr=options.sparse_lr, dense_lr=options.dense_lr, embedding_l2=options.l2, linear_l2=options.l2,
+        warmup=0.05, decay=0.95, decay_power=1.0, precision="medium", seed=options.seed,
+    )  # fmt: skip
+    if rule == "unscaled":
+        return config
+    root = math.sqrt(scale)
+    rates, penalty = (options.sparse_lr * root, root) if rule == "sqrt" else (options.sparse_lr, scale)
+    return replace(
+        config,
+        sparse_lr=rates,
+        dense_lr=options.dense_lr * root,
+        embedding_l2=options.l2 * penalty,
+        linear_l2=options.l2 * penalty,
+        clip_embedding="cowclip" if rule == "cowclip" else "none",
+    )
+
+
+def _data(options: Options) -> PreparedData:
+    raw, folder = options.output / "raw", options.output / "data"
+    if not (folder / "manifest.json").exists():
+        if not raw.exists():
+            generate(raw, rows=options.rows, seed=options.seed)
+        prepare([raw / "day_0.tsv"], folder, test=[raw / "test.tsv"])
+    return PreparedData.open(folder)
+
+
+def main(options: Options) -> None:
+    """Print a line per batch size and rule."""
+    console.quiet()
+    data, lines, small = _data(options), [], 0.0
+    with process_group() as device:
+        for batch in options.batches:
+            for rule in options.rules:
+                if batch == options.batches[0] and rule == "sqrt":
+                    continue  # the same as unscaled
+                config = settings(options, batch, rule)
+                folder = options.output / f"{rule}_{batch}_{options.sparse_lr:g}_{options.l2:g}"
+                summary = train(config, data, folder, device).summary
+                auc = summary["test"]["auc"]
+                small = small or auc
+                line = [
+                    f"{batch:,}", f"{data.rows('train') // batch:,}", rule, f"{auc:.5f}", f"{auc - small:+.5f}",
+                    f"{summary['test']['logloss']:.5f}",
+                ]  # fmt: skip
+                print(*line, flush=True)
+                lines.append(line)
+    print(markdown(["batch", "steps", "rule", "test AUC", "less the first", "log loss"], lines))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
