@@ -4,12 +4,14 @@
 
 A synthetic log, prepared and trained (39 fields, factor_dim 15, MLP 400-400-400), exported to ONNX, served by one
 process. A client process beside it sends at a fixed rate (open loop: a slow answer does not slow the next request); its
-times count from when a request was due. Capacity is the rate with 32 requests always under way.
+times count from when a request was due. Capacity is the rate with 32 requests always under way. The server's CPU time
+per answer hardly depends on what else the machine does.
 """
 
 import asyncio
 import json
 import multiprocessing
+import os
 import re
 import subprocess
 import sys
@@ -109,7 +111,13 @@ async def opened(client: Client, rate: float, seconds: float) -> list[tuple[int,
     return found
 
 
-def client_main(port: int, folder: Path, options: Options) -> None:
+def cpu_seconds(pid: int) -> float:
+    """User and system time of a process so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def client_main(port: int, pid: int, folder: Path, options: Options) -> None:
     """The client's process: writes a line for each load."""
     lines: list[dict[str, Any]] = []
     rows: list[dict[str, Any]] = json.loads((folder / "rows.json").read_text())
@@ -121,9 +129,14 @@ def client_main(port: int, folder: Path, options: Options) -> None:
 
         async def measure(size: int = size, client: Client = client, count: int = len(bodies)) -> None:
             await closed(client, 1)
+            before = cpu_seconds(pid)
             capacity = await closed(client, options.seconds)
+            per_answer = 1e3 * (cpu_seconds(pid) - before) / (capacity * options.seconds)
+            print(f"{size} rows: {capacity:,.0f} requests/s with 32 under way, {per_answer:.2f} ms of CPU each")
             for load in options.loads:
+                before = cpu_seconds(pid)
                 found = await opened(client, load * capacity, options.seconds)
+                used = cpu_seconds(pid) - before
                 wrong = 0
                 for number, _, status, body in found:
                     if status == 200:
@@ -136,6 +149,7 @@ def client_main(port: int, folder: Path, options: Options) -> None:
                     "rows": size, "load": load, "rate": load * capacity, "answered": len(times) / options.seconds,
                     "p50": float(np.quantile(times, 0.5)), "p99": float(np.quantile(times, 0.99)), "wrong": wrong,
                     "lost": statuses[0], "429": statuses[429], "503": statuses[503],
+                    "cpu": 1e3 * used / max(1, len(times)),
                 })  # fmt: skip
 
         asyncio.run(measure())
@@ -166,7 +180,9 @@ def main(options: Options) -> None:
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment()) as server:
             assert server.stdout is not None
             port = int(re.search(r":(\d+) ", server.stdout.readline())[1])  # type: ignore[index]
-            client = multiprocessing.get_context("spawn").Process(target=client_main, args=(port, folder, options))
+            client = multiprocessing.get_context("spawn").Process(
+                target=client_main, args=(port, server.pid, folder, options)
+            )
             client.start()
             client.join()
             server.terminate()
@@ -174,10 +190,11 @@ def main(options: Options) -> None:
         if client.exitcode or code:
             sys.exit(f"client {client.exitcode}, server {code}")
         lines = json.loads((folder / "lines.json").read_text())
-        head = ("rows", "of capacity", "sent/s", "answered/s", "p50 ms", "p99 ms", "429", "503", "lost", "wrong")
+        head = ("rows", "of capacity", "sent/s", "answered/s", "p50 ms", "p99 ms", "429", "503", "lost", "wrong",
+                "CPU ms/answer")  # fmt: skip
         table = [
             (x["rows"], x["load"], f"{x['rate']:,.0f}", f"{x['answered']:,.0f}", f"{x['p50']:.1f}", f"{x['p99']:.1f}",
-             x["429"], x["503"], x["lost"], x["wrong"])
+             x["429"], x["503"], x["lost"], x["wrong"], f"{x['cpu']:.2f}")
             for x in lines
         ]  # fmt: skip
         print(markdown(head, table))

@@ -1,6 +1,7 @@
 """``serve`` as a process: how it starts, reloads and stops, by sockets and signals; slow clients, a slow model."""
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -249,5 +250,63 @@ def test_a_full_queue_refuses_before_the_body(
             release.set()
             assert {answer.status_code for answer in await asyncio.gather(*taken)} == {200}
             assert (await client.post("/predict", json=one)).status_code == 200
+
+    scenario(body)
+
+
+def test_headers_that_are_too_long(model: ServedModel) -> None:
+    """They end the connection though they never end; those of a usual length do not."""
+
+    async def body() -> None:
+        async with serving(model) as (client, _):
+            for size, status in ((server._HEADER_BYTES // 2, b"200"), (2 * server._HEADER_BYTES, b"400")):
+                reader, writer = await asyncio.open_connection("127.0.0.1", client.base_url.port)
+                writer.write(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * size)
+                if status == b"200":
+                    await asyncio.sleep(0.1)
+                    writer.write(b"\r\nConnection: close\r\n\r\n")
+                with contextlib.suppress(ConnectionResetError):  # where the server leaves some of it unread
+                    assert (await asyncio.wait_for(reader.read(), 10)).split()[1] == status
+                writer.close()
+
+    scenario(body)
+
+
+def test_refusals_keep_a_connection_in_order(model: ServedModel, frame: pl.DataFrame) -> None:
+    """While the queue is full, a body that comes late is skipped, and the next request is answered after it."""
+    release, answer_now = threading.Event(), model.answer
+    slow = ServedModel.__new__(ServedModel)
+    slow.__dict__ |= model.__dict__
+    slow.answer = lambda batch: answer_now(batch) if release.wait(20) else []  # type: ignore[method-assign]
+    one = json.dumps({"rows": frame[:1].to_dicts()}).encode()
+
+    async def body() -> None:
+        async with serving(slow, Limits(queue_requests=1)) as (client, _):
+            reader, writer = await asyncio.open_connection("127.0.0.1", client.base_url.port)
+            kind = b"Host: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n" % len(one)
+            post = b"POST /predict?x=1 HTTP/1.1\r\n" + kind
+
+            async def answered() -> tuple[int, bytes]:
+                head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10)
+                length = re.search(rb"content-length: (\d+)", head)
+                return int(head[9:12]), await reader.readexactly(int(length[1]) if length else 0)
+
+            taken = asyncio.create_task(client.post("/predict", content=one, headers=JSON))
+            while "deepfm_waiting_rows 0.0" not in (await client.get("/metrics")).text:
+                await asyncio.sleep(0.01)
+            writer.write(post + b"\r\n" + one[:7])
+            status, why = await answered()
+            assert status == 429
+            assert json.loads(why)["detail"][0]["message"].startswith("too many rows")
+            writer.write(one[7:] + b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n" + post + b"\r\n" + one)
+            assert (await answered())[0] == 200
+            assert (await answered())[0] == 429
+            release.set()
+            assert (await taken).status_code == 200
+            writer.write(post + b"Connection: close\r\n\r\n" + one)
+            assert (await answered())[0] == 200
+            assert await reader.read() == b""
+            counted = (await client.get("/metrics")).text
+            assert 'deepfm_requests_total{path="/predict",status="429"} 2.0' in counted
 
     scenario(body)

@@ -3,6 +3,7 @@
 import asyncio
 import secrets
 from collections.abc import Awaitable, Callable, Hashable
+from http import HTTPStatus
 from importlib import resources
 from typing import Annotated, Any, Final
 
@@ -252,6 +253,20 @@ def make_app(model: ServedModel, batcher: Batcher, limits: Limits, metrics: Serv
 def busy() -> Response:
     """The answer to a request that the queue has no room for."""
     return _problems(429, Fault("too many rows wait for the model; try again later"), headers=_RETRY)
+
+
+def raw(response: Response) -> bytes:
+    """A response as it is sent.
+
+    Args:
+        response: With its whole body.
+
+    Returns:
+        Status line, headers and body.
+    """
+    lines = [b"HTTP/1.1 %d %s" % (response.status_code, HTTPStatus(response.status_code).phrase.encode())]
+    lines += [b"%s: %s" % header for header in response.raw_headers]
+    return b"\r\n".join([*lines, b"", bytes(response.body)])
 
 
 def _json(value: Any) -> Response:

@@ -119,7 +119,16 @@ class Batcher:
                     pass
                 else:
                     continue
+            await self._take_in()
             await self._answer(self._take())
+
+    async def _take_in(self) -> None:
+        """Let the event loop read what has arrived, for which it has no time while it scores."""
+        before = -1
+        while before != len(self._jobs) and self.waiting < self._batch_rows:
+            before = len(self._jobs)
+            for _ in range(2):  # reads a socket, then runs its request
+                await asyncio.sleep(0)
 
     def _take(self) -> list[_Job]:
         """The jobs of the next batch; those whose client has given up are dropped."""

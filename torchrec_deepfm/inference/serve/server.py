@@ -5,6 +5,7 @@ The event loop of uvicorn reads and checks requests; a thread scores them (``bat
 
 import asyncio
 import contextlib
+import functools
 import gc
 import ipaddress
 import signal
@@ -17,10 +18,10 @@ from typing import Any, Final
 import uvicorn
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import Receive, Scope, Send
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from torchrec_deepfm.errors import UserError
-from torchrec_deepfm.inference.serve.app import QUEUED, busy, make_app
+from torchrec_deepfm.inference.serve.app import QUEUED, busy, make_app, raw
 from torchrec_deepfm.inference.serve.batching import Batcher
 from torchrec_deepfm.inference.serve.limits import Limits
 from torchrec_deepfm.inference.serve.metrics import ServiceMetrics
@@ -31,6 +32,8 @@ _HEADER_SECONDS: Final = 10.0
 # The event loop gives up Python's lock at every system call, and the thread of the model then keeps it for up to this
 # long. The default of 5 ms costs answers under overload (docs/results.md).
 _SWITCH_SECONDS: Final = 0.001
+_REFUSAL: Final = raw(busy())
+_LAST_REFUSAL: Final = _REFUSAL.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n", 1)
 _PATHS: Final = ("/", "/predict", "/explain", "/health", "/metrics", "/openapi.json")
 
 
@@ -73,6 +76,16 @@ class Service:
         self._served: _Served | None = None
         self._lock = asyncio.Lock()
         self._busy = busy()
+
+    def full(self) -> bool:
+        """Whether as many requests wait as may."""
+        served = self._served
+        return served is not None and served.batcher.unanswered >= self._limits.queue_requests
+
+    def refused(self, path: str) -> None:
+        """Count a request that was answered 429 before it came here."""
+        self.metrics.requests.labels(path, 429).inc()
+        self.metrics.seconds.labels(path).observe(0)
 
     async def start(self, model: ServedModel) -> None:
         """Answer with a model from now on; the one before answers what it has taken."""
@@ -122,9 +135,7 @@ class Service:
 
         served.inside += 1
         try:
-            full = served.batcher.unanswered >= self._limits.queue_requests
-            # Under overload most requests end here: parsing them, too, would leave no time to answer the others.
-            await (self._busy if full and path in QUEUED else served.app)(scope, receive, sending)
+            await (self._busy if path in QUEUED and self.full() else served.app)(scope, receive, sending)
         finally:
             served.inside -= 1
             served.empty.set()
@@ -132,31 +143,83 @@ class Service:
             self.metrics.seconds.labels(path).observe(time.perf_counter() - start)
 
 
-class _Protocol(H11Protocol):
-    """Closes a connection whose request line and headers do not come, on which uvicorn would wait for ever."""
+class _Protocol(HttpToolsProtocol):
+    """Limits headers in size and time, on which uvicorn would wait for ever, and refuses while the queue is full.
 
-    _late: asyncio.TimerHandle | None = None
+    Args:
+        service: Answers requests.
+        options: Of uvicorn's protocol.
+    """
+
+    def __init__(self, service: Service, **options: Any) -> None:
+        super().__init__(**options)
+        self._service = service
+        self._late: asyncio.TimerHandle | None = None
+        self._in_head, self._head_bytes = False, 0
+        self._refusing = False
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self._watch()
 
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._unwatch()
+
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
+        self._head_bytes = self._head_bytes + len(data) if self._in_head else 0
+        if self._head_bytes > _HEADER_BYTES and not self.transport.is_closing():
+            self.send_400_response("The headers are too long.")
         self._watch()
 
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._in_head = True
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        path = self.url.partition(b"?")[0].decode("latin-1")
+        # Under overload most requests end here: what uvicorn and Starlette do for one would leave no time to answer
+        # the others. Not for one that waits to be asked for its body: it may send another request in its place.
+        if path not in QUEUED or not self._service.full() or not self._waits() or self.expect_100_continue:
+            super().on_headers_complete()
+            return
+        self._refusing = True
+        self._service.refused(path)
+        self.transport.write(_REFUSAL if self.parser.should_keep_alive() else _LAST_REFUSAL)
+
+    def on_body(self, body: bytes) -> None:
+        if not self._refusing:
+            super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        if not self._refusing:
+            super().on_message_complete()
+            return
+        self._refusing = False
+        self._unwatch()  # the next request has a time of its own
+        if not self.parser.should_keep_alive():
+            self.transport.close()
+
+    def _waits(self) -> bool:
+        """Whether the connection waits for a request; the next one's answer may be under way."""
+        return self.cycle is None or self.cycle.response_complete
+
     def _watch(self) -> None:
-        # The next request's answer may be under way: its body and answer have a limit of their own.
-        waits = self.cycle is None or self.cycle.response_complete
-        if not waits and self._late is not None:
+        if not self._waits():  # body and answer have a limit of their own
+            self._unwatch()
+        elif self._late is None and not self.transport.is_closing():
+            self._late = asyncio.get_running_loop().call_later(_HEADER_SECONDS, self._close)
+
+    def _unwatch(self) -> None:
+        if self._late is not None:
             self._late.cancel()
             self._late = None
-        elif waits and self._late is None:
-            self._late = asyncio.get_running_loop().call_later(_HEADER_SECONDS, self._close)
 
     def _close(self) -> None:
         self._late = None
-        if (self.cycle is None or self.cycle.response_complete) and not self.transport.is_closing():
+        if self._waits() and not self.transport.is_closing():
             self.transport.close()
 
 
@@ -227,13 +290,13 @@ async def run(
 
     config = uvicorn.Config(
         app,
-        http=_Protocol,
+        http=functools.partial(_Protocol, service),  # type: ignore[arg-type]
         ws="none",
         lifespan="off",
         log_level="error",
         access_log=False,
         server_header=False,
-        h11_max_incomplete_event_size=_HEADER_BYTES,
+        proxy_headers=False,
         limit_concurrency=limits.max_connections,
         timeout_graceful_shutdown=int(limits.timeout) + 1,
     )
