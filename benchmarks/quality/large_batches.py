@@ -5,6 +5,7 @@ One epoch on synthetic clicks, Adam on everything. s is the batch size over the 
     unscaled   the rates of the smallest batch
     sqrt       all rates and the penalty on embeddings times sqrt(s)
     cowclip    the embeddings' rate as it is, their penalty times s, the dense rate times sqrt(s), gradients clipped
+    unclipped  as cowclip, without the clipping
 """
 
 import math
@@ -23,7 +24,7 @@ from torchrec_deepfm.distributed.process_group import process_group
 from torchrec_deepfm.training.config import TrainConfig
 from torchrec_deepfm.training.trainer import train
 
-Rule = Literal["unscaled", "sqrt", "cowclip"]
+Rule = Literal["unscaled", "sqrt", "unclipped", "cowclip"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Options:
     output: Path
     rows: int = 5_000_000
     batches: tuple[int, ...] = (1024, 4096, 16_384, 65_536)
-    rules: tuple[Rule, ...] = ("unscaled", "sqrt", "cowclip")
+    rules: tuple[Rule, ...] = ("unscaled", "sqrt", "unclipped", "cowclip")
     sparse_lr: float = 0.01
     dense_lr: float = 1e-3
     l2: float = 1e-6
@@ -89,7 +90,7 @@ def main(options: Options) -> None:
     with process_group() as device:
         for batch in options.batches:
             for rule in options.rules:
-                if batch == options.batches[0] and rule == "sqrt":
+                if batch == options.batches[0] and rule in ("sqrt", "unclipped"):
                     continue  # the same as unscaled
                 config = settings(options, batch, rule)
                 folder = options.output / f"{rule}_{batch}_{options.sparse_lr:g}_{options.l2:g}"

@@ -20,8 +20,9 @@ import torchrec_deepfm
 from torchrec_deepfm import fit, load
 from torchrec_deepfm.data.schema import Schema
 from torchrec_deepfm.errors import UserError
-from torchrec_deepfm.notebook.fit import TrainedRun, small_table
+from torchrec_deepfm.notebook.fit import TrainedRun
 from torchrec_deepfm.training.loop import Loop
+from torchrec_deepfm.training.recipes import small_table
 
 pytestmark = pytest.mark.pictures
 

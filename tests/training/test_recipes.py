@@ -3,6 +3,8 @@
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -77,7 +79,7 @@ def test_every_recipe_says_where_it_comes_from(name: str) -> None:
     assert isinstance(recipe(name), TrainConfig)
     assert len(recipe_line(name)) < 110
     documentation = RECIPES[name].__doc__ or ""
-    if name not in ("smoke", "synthetic"):
+    if name not in ("smoke", "small-table", "synthetic"):
         assert re.search(r"arXiv|d2l\.ai|reczoo/BARS|mlcommons/training", documentation)
     text = recipe_text(name)
     assert "--output runs/" in text or name not in DATA
@@ -130,6 +132,19 @@ def test_a_recipe_of_ones_own(tmp_path: Path) -> None:
         assert str(refused.value).startswith(f"--recipe {name}: ")
         assert message in str(refused.value)
         assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(("validation", "epochs", "patience"), [(0, 3, 0), (100, 20, 2)])
+def test_small_table_fits_its_rows(validation: int, epochs: int, patience: int) -> None:
+    """40,000 rows: global batches of 512 are the largest power of two with 64 steps; options still override."""
+    data: Any = SimpleNamespace(rows=lambda split: {"train": 40_000, "validation": validation}[split])
+    command = cli.parse(["train", "--data", "x", "--recipe", "small-table", "--dropout", "0.4"])
+    assert isinstance(command, Train)
+    config = command._config_for(data, ranks=2)
+    assert (config.batch_size, config.epochs, config.patience, config.dropout) == (256, epochs, patience, 0.4)
+    other = cli.parse(["train", "--data", "x", "--dropout", "0.4"])
+    assert isinstance(other, Train)
+    assert other._config_for(data, ranks=2) == TrainConfig(dropout=0.4)
 
 
 @pytest.mark.parametrize("words", [["--ranks", "2"], ["--samples-per-second", "1000"]])

@@ -28,7 +28,7 @@ from torchrec_deepfm.training.config import (
     RunOptions,
     TrainConfig,
 )
-from torchrec_deepfm.training.recipes import recipe
+from torchrec_deepfm.training.recipes import recipe, small_table
 
 if TYPE_CHECKING:
     from torchrec_deepfm.data.dataset.prepared import PreparedData
@@ -78,8 +78,17 @@ class Train:
     @cached_property
     def config(self) -> TrainConfig:
         """The recipe's values, overridden by the options that are given."""
+        return self._with_options(recipe(self.recipe or ("synthetic" if self.data is None else "paper")))
+
+    def _config_for(self, data: "PreparedData", ranks: int) -> TrainConfig:
+        """The same; the recipe small-table depends on the data."""
+        if self.recipe != "small-table":
+            return self.config
+        rows = data.rows("train")
+        return self._with_options(small_table(rows, validation=bool(data.rows("validation")), ranks=ranks))
+
+    def _with_options(self, named: TrainConfig) -> TrainConfig:
         groups = (self.model, self.optimization, self.regularization, self.evaluation, self.checkpoint, self.planner)
-        named = recipe(self.recipe or ("synthetic" if self.data is None else "paper"))
         return replace(named, **{name: value for group in groups for name, value in given(group).items()})
 
     def run(self) -> None:
@@ -113,6 +122,11 @@ class Train:
             else:
                 folder = self.data
             data = _open(folder, self.num_embeddings)
+            config = self._config_for(data, ranks.count())
+            if self.recipe == "small-table" and ranks.is_main():
+                console.say(
+                    f"small-table: {data.rows('train'):,} training rows in batches of {config.batch_size} per rank"
+                )
             # The launcher's start, and not this rank's, which may be one of many restarts.
             started = os.environ.get(STARTED) or f"{datetime.now(UTC):%Y%m%d-%H%M%S}"
             output = self.output or ranks.on_main(lambda: Path("runs") / started)
@@ -128,11 +142,11 @@ class Train:
                     how = partial(how, publish=stored.publish)
                     options = replace(options, checkpoints=options.checkpoints or f"{stored.address}/checkpoints")
                 result = how(
-                    self.config, data, stored.local, device, options, say=console.say, measure=write_importance_if_small
+                    config, data, stored.local, device, options, say=console.say, measure=write_importance_if_small
                 )
                 if ranks.is_main():
                     self._show(result)
-                ranks.on_main(lambda: track(job_tracker(), result.folder, self.config, result.summary))
+                ranks.on_main(lambda: track(job_tracker(), result.folder, config, result.summary))
             ranks.on_main(lambda: refuse_worse(result.summary, str(result.folder), self.max_ne))
 
     def _show(self, result: "Result") -> None:

@@ -26,6 +26,7 @@ from torchrec_deepfm.errors import UserError, did_you_mean
 from torchrec_deepfm.launch.cpu_threads import choose_threads
 from torchrec_deepfm.training.config import TrainConfig
 from torchrec_deepfm.training.recipes import recipe as named_recipe
+from torchrec_deepfm.training.recipes import small_table
 from torchrec_deepfm.training.run.report import REPORT, write_run_report
 
 if TYPE_CHECKING:
@@ -175,21 +176,6 @@ def fit(
         summary = _train(config, data, folder, say, show=show, report=output is not None)
         say(console.training_summary(summary, folder))
     return TrainedRun(folder=folder, schema=text, summary=summary, _keeps=tuple(keeps))
-
-
-def small_table(rows: int, *, validation: bool = True) -> TrainConfig:
-    """Return options for a table of so many training rows.
-
-    At least 64 steps per epoch as far as batches of 64 rows allow. With a ``validation`` split, up to 20 epochs, until
-    two in a row are not better.
-    """
-    batch = 64
-    while batch < 2048 and batch * 128 <= rows:
-        batch *= 2
-    early: dict[str, Any] = {"epochs": 20, "patience": 2} if validation else {"epochs": 3}
-    return TrainConfig(
-        **early, batch_size=min(batch, max(rows, 1)), over_arch_layer_sizes=(64, 32), dropout=0.2, sparse_lr=0.05
-    )
 
 
 def _sorted_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
