@@ -153,7 +153,17 @@ def test_the_default_is_the_paper() -> None:
 
 
 def test_recipes_by_name() -> None:
-    names = ["paper", "d2l", "criteo-x1", "criteo-x4", "frappe-x1", "criteo-terabyte", "synthetic", "smoke"]
+    names = [
+        "paper",
+        "d2l",
+        "criteo-x1",
+        "criteo-x4",
+        "frappe-x1",
+        "criteo-terabyte",
+        "small-table",
+        "synthetic",
+        "smoke",
+    ]
     assert list(RECIPES) == names
     for name, make in RECIPES.items():
         assert recipe(name) == make()
