@@ -8,7 +8,7 @@ GPUS = $(shell if [ -n "$${CUDA_VISIBLE_DEVICES+set}" ]; then echo "$$CUDA_VISIB
 RANKS ?= 1x$(patsubst 0,2,$(GPUS))
 ARGS ?=
 # A worker per core. The tests of a file stay together, as they share what their fixtures have made.
-PYTEST = $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+PYTEST = $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder --durations 30
 
 .PHONY: help setup train test newest faults mutants gpu-check lint sbom clean
 

@@ -1,7 +1,7 @@
 import pytest
 
-from tests.support.data_batches import DAYS
-from tests.support.data_folders import LISTS, make
+from tests.support.data.batches import DAYS
+from tests.support.data.folders import LISTS, make
 from torchrec_deepfm.data.dataset.prepared import PreparedData
 from torchrec_deepfm.data.loader import epoch_order
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from torchrec.distributed.planner import ParameterConstraints
 
-from tests.support.experiments import cpu, experiment, plan
+from tests.support.plans.experiments import cpu, experiment, plan
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.experiment.calibrate import BANDWIDTHS, Measurement, calibrate, fit_hardware, recalculate
 from torchrec_deepfm.experiment.results import Experiment

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.experiments import BATCH_SIZE, plan
+from tests.support.plans.experiments import BATCH_SIZE, plan
 from tests.support.ranks import run_module, run_modules
 from torchrec_deepfm.cli import main as cli
 from torchrec_deepfm.cli.experiment import ExperimentCommand

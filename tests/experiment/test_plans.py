@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.experiments import BATCH_SIZE, cpu
+from tests.support.plans.experiments import BATCH_SIZE, cpu
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.experiment.plans import PlanSelection, PlanSet, check_output, make_plans
 from torchrec_deepfm.sharding.inputs.sharding_types import ROW_TYPES

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.experiments import cpu, experiment, plan
+from tests.support.plans.experiments import cpu, experiment, plan
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.experiment.report import write_experiment_report
 from torchrec_deepfm.report.page import embedded_data

@@ -7,7 +7,7 @@ from unittest import mock
 import pytest
 import torch
 
-from tests.support.experiments import BATCH_SIZE, plan
+from tests.support.plans.experiments import BATCH_SIZE, plan
 from tests.support.pretend_gpu import Event, pretend_gpu
 from torchrec_deepfm.experiment import step_timer
 from torchrec_deepfm.experiment.step_timer import PHASES, split_step, step_seconds

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchrec.datasets.utils import Batch
 
-from tests.support.data_folders import LISTS, SCHEMA, make
+from tests.support.data.folders import LISTS, SCHEMA, make
 from torchrec_deepfm.data.loader.batch import Assembler
 from torchrec_deepfm.data.loader.row_reader import SplitRows
 from torchrec_deepfm.data.schema import Schema

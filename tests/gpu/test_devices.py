@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torchrec.distributed.types import EnumerableShardingSpec
 
-from tests.support.experiments import plan
+from tests.support.plans.experiments import plan
 from tests.support.pretend_gpu import Properties, pretend_gpu
 from tests.support.ranks import one_rank
 from torchrec_deepfm.distributed import health, process_group

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.raw_oracle import random_text
+from tests.support.data.raw_oracle import random_text
 
 PRESS = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n"
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchrec.datasets.utils import Batch
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
-from tests.support.data_folders import LISTS, bag, ids, label, make, number, weights
+from tests.support.data.folders import LISTS, bag, ids, label, make, number, weights
 from tests.support.ranks import CPU, run_ranks
 from tests.support.samples import read_state, write_state
 from torchrec_deepfm.data.dataset.prepared import PreparedData

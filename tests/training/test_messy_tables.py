@@ -10,7 +10,7 @@ from scipy import sparse
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
-from tests.support.messy_tables import avazu_like, movielens_like
+from tests.support.data.messy_tables import avazu_like, movielens_like
 from tests.support.ranks import CPU, one_rank
 from torchrec_deepfm.data.dataset.prepared import PreparedData
 from torchrec_deepfm.data.prepare.prepare import prepare

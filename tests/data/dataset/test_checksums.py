@@ -11,9 +11,9 @@ import pytest
 import xxhash
 
 from tests.data.prepare.test_prepare import write
-from tests.support.data_folders import make
-from tests.support.data_tables import parquet
-from tests.support.raw_oracle import SMALL, random_text
+from tests.support.data.folders import make
+from tests.support.data.raw_oracle import SMALL, random_text
+from tests.support.data.tables import parquet
 from torchrec_deepfm.data.dataset.prepared import PreparedData
 from torchrec_deepfm.data.loader.loader import Loader
 from torchrec_deepfm.data.prepare.prepare import prepare

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torchrec.datasets.criteo import BinaryCriteoUtils, InMemoryBinaryCriteoIterDataPipe
 
-from tests.support.raw_oracle import random_text
+from tests.support.data.raw_oracle import random_text
 from torchrec_deepfm.data.dataset import external
 from torchrec_deepfm.data.dataset.prepared import PreparedData
 from torchrec_deepfm.data.loader.loader import Loader

@@ -6,8 +6,8 @@ import random
 import numpy as np
 import pytest
 
-from tests.support.data_folders import LISTS, bag, halved, ids, make, weights
-from tests.support.raw_oracle import SMALL, random_text
+from tests.support.data.folders import LISTS, bag, halved, ids, make, weights
+from tests.support.data.raw_oracle import SMALL, random_text
 from torchrec_deepfm.data.dataset import prepared
 from torchrec_deepfm.data.dataset.prepared import Day, PreparedData
 from torchrec_deepfm.data.prepare.prepare import prepare

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from tests.data.prepare.test_prepare import write
-from tests.support.raw_oracle import SMALL, random_text
+from tests.support.data.raw_oracle import SMALL, random_text
 from torchrec_deepfm.data.dataset.verify import verify
 from torchrec_deepfm.data.prepare.prepare import prepare
 from torchrec_deepfm.errors import UserError

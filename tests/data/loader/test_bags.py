@@ -10,8 +10,8 @@ import pytest
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from tests.support.data_batches import real_rows, rows_of
-from tests.support.data_folders import LISTS, SCHEMA, bag, halved, ids, make, number, weights
+from tests.support.data.batches import real_rows, rows_of
+from tests.support.data.folders import LISTS, SCHEMA, bag, halved, ids, make, number, weights
 from torchrec_deepfm.data.dataset.prepared import PreparedData
 from torchrec_deepfm.data.loader.loader import Loader
 from torchrec_deepfm.data.schema import Column, Schema

@@ -9,9 +9,9 @@ import torch
 from torchrec.datasets.criteo import InMemoryBinaryCriteoIterDataPipe
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from tests.support.data_batches import real_rows, rows_of
-from tests.support.data_folders import SCHEMA, ids, label, make, number, write
-from tests.support.raw_oracle import random_text
+from tests.support.data.batches import real_rows, rows_of
+from tests.support.data.folders import SCHEMA, ids, label, make, number, write
+from tests.support.data.raw_oracle import random_text
 from torchrec_deepfm.data.dataset.prepared import PreparedData
 from torchrec_deepfm.data.loader import epoch_order
 from torchrec_deepfm.data.loader.epoch_order import EpochOrder

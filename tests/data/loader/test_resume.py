@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.data_batches import real_rows, rows_of
+from tests.support.data.batches import real_rows, rows_of
 from torchrec_deepfm.data.loader.loader import Loader
 from torchrec_deepfm.errors import UserError
 

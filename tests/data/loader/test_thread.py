@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support.data_batches import DAYS, rows_of
-from tests.support.data_folders import LISTS, SCHEMA, make
+from tests.support.data.batches import DAYS, rows_of
+from tests.support.data.folders import LISTS, SCHEMA, make
 from torchrec_deepfm.data.loader.loader import Loader
 from torchrec_deepfm.errors import UserError
 

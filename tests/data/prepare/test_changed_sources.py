@@ -11,8 +11,8 @@ import pytest
 
 from tests.data.prepare.test_prepare import small_pieces, write
 from tests.data.prepare.test_resume import interrupted
-from tests.support.raw_oracle import SMALL, random_text
-from tests.support.stopped_prepare import content
+from tests.support.data.raw_oracle import SMALL, random_text
+from tests.support.data.stopped_prepare import content
 from torchrec_deepfm.data.prepare import pipeline as module
 from torchrec_deepfm.data.prepare.passes import stage
 from torchrec_deepfm.data.prepare.prepare import prepare

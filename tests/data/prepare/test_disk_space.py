@@ -13,8 +13,8 @@ import pytest
 
 from tests.data.prepare.test_prepare import small_pieces, write
 from tests.data.prepare.test_resume import interrupted
-from tests.support.raw_oracle import SMALL, random_text
-from tests.support.stopped_prepare import content
+from tests.support.data.raw_oracle import SMALL, random_text
+from tests.support.data.stopped_prepare import content
 from torchrec_deepfm.cli import main as cli
 from torchrec_deepfm.data.dataset.publish import disk_errors
 from torchrec_deepfm.data.prepare import pipeline as module

@@ -6,7 +6,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from tests.support.raw_oracle import SMALL, parse, random_text
+from tests.support.data.raw_oracle import SMALL, parse, random_text
 from torchrec_deepfm.data.prepare.prepare import prepare
 from torchrec_deepfm.data.raw import criteo_text
 from torchrec_deepfm.data.schema import CRITEO_KAGGLE, TRANSFORMS

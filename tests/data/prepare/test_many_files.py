@@ -14,9 +14,9 @@ import pyarrow as pa
 import pytest
 
 from tests.data.prepare.test_prepare import small_pieces
-from tests.support.data_folders import make
-from tests.support.data_tables import parquet, text_file
-from tests.support.stopped_prepare import content, stop_at_each_record
+from tests.support.data.folders import make
+from tests.support.data.stopped_prepare import content, stop_at_each_record
+from tests.support.data.tables import parquet, text_file
 from torchrec_deepfm.data.dataset import npy_mmap
 from torchrec_deepfm.data.dataset.prepared import PreparedData
 from torchrec_deepfm.data.loader.loader import Loader

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torchrec.datasets.criteo import BinaryCriteoUtils, InMemoryBinaryCriteoIterDataPipe
 
 from tests.data.prepare.test_prepare import check, expected, small_pieces, write
-from tests.support.raw_oracle import SMALL, float32, parse, random_text
+from tests.support.data.raw_oracle import SMALL, float32, parse, random_text
 from torchrec_deepfm.cli import main as cli
 from torchrec_deepfm.data.criteo_defaults import MLPERF_NUM_EMBEDDINGS
 from torchrec_deepfm.data.dataset.prepared import SPLITS, PreparedData

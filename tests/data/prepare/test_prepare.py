@@ -12,7 +12,7 @@ import xxhash
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.support.raw_oracle import SMALL, parse, random_text, splits_of, vocabularies
+from tests.support.data.raw_oracle import SMALL, parse, random_text, splits_of, vocabularies
 from torchrec_deepfm.data.dataset.prepared import SPLITS, PreparedData
 from torchrec_deepfm.data.prepare import pipeline as module
 from torchrec_deepfm.data.prepare.options import PrepareOptions

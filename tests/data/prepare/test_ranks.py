@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.data.raw_oracle import random_text
+from tests.support.data.stopped_prepare import content
 from tests.support.fork import ROOT, Fork
 from tests.support.ranks import run_module, run_modules
-from tests.support.raw_oracle import random_text
-from tests.support.stopped_prepare import content
 from torchrec_deepfm.data.prepare.prepare import prepare
 from torchrec_deepfm.data.prepare.work_folder import WorkFolder
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.data.prepare.test_prepare import small_pieces, write
-from tests.support.raw_oracle import SMALL, random_text
-from tests.support.stopped_prepare import content, stop_at_each_record
+from tests.support.data.raw_oracle import SMALL, random_text
+from tests.support.data.stopped_prepare import content, stop_at_each_record
 from torchrec_deepfm.data.prepare import pipeline as module
 from torchrec_deepfm.data.prepare.passes import stage
 from torchrec_deepfm.data.prepare.prepare import prepare

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from tests.data.prepare.test_prepare import write
-from tests.support.raw_oracle import SMALL, random_text
+from tests.support.data.raw_oracle import SMALL, random_text
 from torchrec_deepfm.data.loader.loader import Loader
 from torchrec_deepfm.data.prepare.prepare import prepare
 from torchrec_deepfm.data.prepare.row_encoder import RowEncoder

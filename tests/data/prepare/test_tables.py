@@ -12,7 +12,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from tests.support.raw_oracle import splits_of
+from tests.support.data.raw_oracle import splits_of
 from torchrec_deepfm.data.dataset.verify import verify
 from torchrec_deepfm.data.loader.loader import Loader
 from torchrec_deepfm.data.prepare import pipeline as module

@@ -12,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.data.raw.test_table_source import FLOATS, MANY, between, maybe, to_number
-from tests.support.data_tables import SMALL, message, rows_of, text_file
+from tests.support.data.tables import SMALL, message, rows_of, text_file
 from torchrec_deepfm.data.raw import table_files
 from torchrec_deepfm.data.raw.table_source import open_tables
 from torchrec_deepfm.data.schema import Column, Schema

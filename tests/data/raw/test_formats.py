@@ -12,7 +12,7 @@ import pyarrow.orc
 import pyarrow.parquet as pq
 import pytest
 
-from tests.support.data_tables import SMALL, message, rows_of
+from tests.support.data.tables import SMALL, message, rows_of
 from torchrec_deepfm.data.prepare.prepare import prepare
 from torchrec_deepfm.data.raw import table_source
 from torchrec_deepfm.data.raw.table_source import open_tables

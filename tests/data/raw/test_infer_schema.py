@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.data_tables import parquet, text_file
-from tests.support.messy_tables import avazu_like, movielens_like
+from tests.support.data.messy_tables import avazu_like, movielens_like
+from tests.support.data.tables import parquet, text_file
 from torchrec_deepfm.data.prepare.prepare import prepare
 from torchrec_deepfm.data.raw.infer_schema import infer_schema, write_inferred
 from torchrec_deepfm.data.raw.table_source import open_tables

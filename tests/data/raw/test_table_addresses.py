@@ -9,7 +9,7 @@ import fsspec
 import pyarrow as pa
 import pytest
 
-from tests.support.data_tables import SMALL, message, parquet, rows_of, small, text_file
+from tests.support.data.tables import SMALL, message, parquet, rows_of, small, text_file
 from torchrec_deepfm.data.raw.table_source import open_tables
 
 

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.support.data_tables import BAGS, SMALL, message, parquet, rows_of, small, text_file
+from tests.support.data.tables import BAGS, SMALL, message, parquet, rows_of, small, text_file
 from torchrec_deepfm.data.raw import table_files
 from torchrec_deepfm.data.raw.table_source import open_tables, unify
 from torchrec_deepfm.data.schema import Column, Schema

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.support.data_tables import BAGS, SMALL, parquet, rows_of, small, text_file
+from tests.support.data.tables import BAGS, SMALL, parquet, rows_of, small, text_file
 from torchrec_deepfm.data.raw import table_files
 from torchrec_deepfm.data.raw import table_source as table_module
 from torchrec_deepfm.data.raw.table_source import open_tables

@@ -8,7 +8,7 @@ import sys
 import pyarrow as pa
 import pytest
 
-from tests.support.data_tables import BAGS, SMALL, message, parquet, rows_of, text_file
+from tests.support.data.tables import BAGS, SMALL, message, parquet, rows_of, text_file
 from torchrec_deepfm.data.dataset.prepared import PreparedData
 from torchrec_deepfm.data.prepare.prepare import prepare
 from torchrec_deepfm.data.raw.criteo_text import TextLog

@@ -9,8 +9,8 @@ import polars as pl
 import pytest
 from sklearn.preprocessing import KBinsDiscretizer, MinMaxScaler, QuantileTransformer, StandardScaler
 
-from tests.support.raw_oracle import splits_of
-from tests.support.stopped_prepare import StoppedError, content, stopping
+from tests.support.data.raw_oracle import splits_of
+from tests.support.data.stopped_prepare import StoppedError, content, stopping
 from torchrec_deepfm.data.dataset.prepared import PreparedData
 from torchrec_deepfm.data.prepare import pipeline as module
 from torchrec_deepfm.data.prepare.options import PrepareOptions

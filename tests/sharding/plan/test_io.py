@@ -13,7 +13,7 @@ import torch
 from torchrec.distributed.types import BoundsCheckMode, CacheAlgorithm, CacheParams
 from torchrec.types import DataType
 
-from tests.support.plans import PATH, TABLES, plan_file, sharding_plan
+from tests.support.plans.every_type import PATH, TABLES, plan_file, sharding_plan
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.sharding.inputs.presets import PRESETS
 from torchrec_deepfm.sharding.inputs.sharding_types import SHARDING_TYPES

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.support.experiments import cpu
+from tests.support.plans.experiments import cpu
 from torchrec_deepfm.sharding.inputs.constraints import parse_constraints
 from torchrec_deepfm.sharding.inputs.sharding_types import SHARDING_TYPES
 from torchrec_deepfm.sharding.inputs.tables import Table

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tests.support.exact_plans import best_slowest_rank
+from tests.support.plans.exact import best_slowest_rank
 from torchrec_deepfm.sharding.inputs.presets import PRESETS
 from torchrec_deepfm.sharding.inputs.tables import Table
 from torchrec_deepfm.sharding.search.assignment import choose

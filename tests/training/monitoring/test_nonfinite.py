@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 import torch
 
-from tests.support.data_folders import LISTS, make
+from tests.support.data.folders import LISTS, make
 from tests.support.ranks import one_rank
 from torchrec_deepfm.data.loader import epoch_order
 from torchrec_deepfm.data.loader.loader import Loader

@@ -8,8 +8,8 @@ from pathlib import Path
 import polars as pl
 import pytest
 
+from tests.support.data.stopped_prepare import StoppedError, content, stop_at_each_record, stopping
 from tests.support.ranks import run_module
-from tests.support.stopped_prepare import StoppedError, content, stop_at_each_record, stopping
 from torchrec_deepfm.data.prepare.options import SplitBy
 from torchrec_deepfm.data.prepare.prepare import prepare
 from torchrec_deepfm.data.prepare.work_folder import WorkFolder

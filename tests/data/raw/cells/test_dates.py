@@ -7,7 +7,7 @@ from zoneinfo import ZoneInfo
 import pyarrow as pa
 import pytest
 
-from tests.support.data_tables import parquet, text_file
+from tests.support.data.tables import parquet, text_file
 from torchrec_deepfm.data.raw.table_source import open_tables
 from torchrec_deepfm.data.schema import Column, Schema, read_schema
 from torchrec_deepfm.errors import UserError
