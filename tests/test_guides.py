@@ -66,7 +66,7 @@ def test_a_wrong_option_is_seen() -> None:
 
 
 def test_the_terabyte_guide_is_the_recipe_that_the_dry_run_follows() -> None:
-    """tests/test_dry_runs.py runs these very commands on small days."""
+    """tests/test_dry_runs.py prepares small days and trains on them as the recipe documents it."""
     found = {words[2].partition(":")[2]: words[words.index("--") + 1 :] for words in commands("criteo-terabyte.md")
              if words[:2] == ["torchx", "run"]}  # fmt: skip
     documented = [{"DAYS": "raw"}.get(word, word) for word in DATA["criteo-terabyte"].prepare.split()[1:]]

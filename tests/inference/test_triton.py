@@ -9,6 +9,7 @@ import onnxruntime
 import pytest
 from google.protobuf import text_format
 
+from tests.inference.test_export import run_readme
 from tests.inference.test_load import read_raw
 from torchrec_deepfm import load
 from torchrec_deepfm.data.dataset.prepared import PreparedData
@@ -35,7 +36,9 @@ def schema() -> Any:
     return module
 
 
-def test_the_model_is_the_one_described(run: Path, run_data: PreparedData, tmp_path: Path, schema: Any) -> None:
+def test_the_model_is_the_one_described(
+    run: Path, run_data: PreparedData, tmp_path: Path, schema: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "models" / "deepfm"
     folder.parent.mkdir()
     export(run, folder, to="onnx", layout="triton")
@@ -53,6 +56,7 @@ def test_the_model_is_the_one_described(run: Path, run_data: PreparedData, tmp_p
     [found] = session.run(["probability"], {"dense": rows.dense, "ids": rows.sparse.astype(np.int64)})
     assert np.abs(found - expected).max() <= 1e-6
     assert np.abs(load(folder).predict(frame) - expected).max() <= 1e-6  # it is a package too
+    assert [part.get("session") is not None for part in run_readme(folder, monkeypatch)] == [False, True]
 
 
 def test_lists_are_not_batched(schema: Any) -> None:

@@ -25,7 +25,7 @@ from torchrec_deepfm.inference.graph import ScoringGraph, Tables, arrays_of
 from torchrec_deepfm.inference.inputs import Signature
 from torchrec_deepfm.inference.load import check_encoding, encoder_of
 from torchrec_deepfm.inference.package import ENCODER, FORMAT_VERSION, README, PackageFile, readme, write_package_json
-from torchrec_deepfm.inference.triton import lay_out
+from torchrec_deepfm.inference.triton import VERSION, lay_out
 from torchrec_deepfm.inference.weights import load_model
 from torchrec_deepfm.model.deepfm import DeepFM
 from torchrec_deepfm.training.run import folder as run_folder
@@ -169,7 +169,8 @@ def export(
         )  # fmt: skip
         if layout == "triton":
             lay_out(partial, signature, described.config.factor_dim)
-        write_bytes(partial / README, readme(package, example).encode())
+        place = f"{VERSION}/" if layout == "triton" else ""
+        write_bytes(partial / README, readme(package, example, place).encode())
         write_package_json(partial, package)
     return Exported(folder=output, parity=parity, bytes_before=graph.bytes_before, bytes_after=graph.bytes_after)
 

@@ -206,10 +206,10 @@ def open_package(folder: Path | str, *, threads: int | None = None) -> tuple[Row
     return encoder, PackageScorer(package, open_model(package.form, where, threads=threads), schema)
 
 
-def readme(package: PackageFile, example: Mapping[str, Any] | None) -> str:
+def readme(package: PackageFile, example: Mapping[str, Any] | None, folder: str = "") -> str:
     """Write the text of ``README.md``: what the folder holds and how to run it.
 
-    ``example``: a raw row; ``None`` for a package without encoder.
+    ``example``: a raw row; ``None`` for a package without encoder. ``folder``: where in it the model is, with a slash.
     """
     signature = package.signature
     shapes = {
@@ -224,7 +224,7 @@ def readme(package: PackageFile, example: Mapping[str, Any] | None) -> str:
         "onnx": [
             "import numpy as np",
             "import onnxruntime",
-            'session = onnxruntime.InferenceSession("model.onnx")',
+            f'session = onnxruntime.InferenceSession("{folder}model.onnx")',
             f"inputs = {{{inputs}}}",
             'print(session.run(["probability"], inputs)[0])',
         ],
