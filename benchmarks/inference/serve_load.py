@@ -1,6 +1,7 @@
 """Latency and rate of ``serve`` under load; every answer is compared with ``predict``'s.
 
     python -m benchmarks.inference.serve_load
+    python -m benchmarks.inference.serve_load --echo --batches 1
 
 A synthetic log, prepared and trained (39 fields, factor_dim 15, MLP 400-400-400), exported to ONNX, served by one
 process. A client process beside it sends at a fixed rate (open loop: a slow answer does not slow the next request); its
@@ -13,6 +14,7 @@ import json
 import multiprocessing
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -44,6 +46,8 @@ class Options:
     """Rows per request."""
     package: Path | None = None
     """Serve this package, made before; and test.tsv beside it."""
+    echo: bool = False
+    """Measure a server that gives constant answers instead: what client and HTTP take of the times."""
 
 
 _IDLE_SECONDS = 3  # uvicorn closes a connection that is idle for 5
@@ -139,7 +143,7 @@ def client_main(port: int, pid: int, folder: Path, options: Options) -> None:
                 used = cpu_seconds(pid) - before
                 wrong = 0
                 for number, _, status, body in found:
-                    if status == 200:
+                    if status == 200 and not options.echo:
                         place = number % count * size
                         given = np.array(json.loads(body)["probabilities"])
                         wrong += not np.abs(given - expected[place : place + size]).max() <= 1e-6
@@ -177,6 +181,8 @@ def main(options: Options) -> None:
         (folder / "rows.json").write_text(json.dumps(frame.to_dicts()))
         np.save(folder / "expected.npy", predictor.predict(frame))
         command = module_command("torchrec_deepfm", "serve", "--package", package, "--port", 0)
+        if options.echo:
+            command = module_command("benchmarks.inference.echo_server")
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment()) as server:
             assert server.stdout is not None
             port = int(re.search(r":(\d+) ", server.stdout.readline())[1])  # type: ignore[index]
@@ -187,7 +193,7 @@ def main(options: Options) -> None:
             client.join()
             server.terminate()
             code = server.wait(60)
-        if client.exitcode or code:
+        if client.exitcode or code not in ((0, -signal.SIGTERM) if options.echo else (0,)):
             sys.exit(f"client {client.exitcode}, server {code}")
         lines = json.loads((folder / "lines.json").read_text())
         head = ("rows", "of capacity", "sent/s", "answered/s", "p50 ms", "p99 ms", "429", "503", "lost", "wrong",
