@@ -86,7 +86,10 @@ def test_planted_clicks_change_nothing_but_the_labels(tmp_path: Path) -> None:
 
 def test_the_rehearsal_finds_and_limits_its_processes(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    with subprocess.Popen([sys.executable, "-c", "input()", run], stdin=subprocess.PIPE) as rank:
+    waits = [sys.executable, "-c", "print(flush=True); input()", run]
+    with subprocess.Popen(waits, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as rank:
+        assert rank.stdout is not None
+        rank.stdout.readline()  # it has its command line now
         assert dress_rehearsal.processes_of(run, launchers=False) == [rank.pid]
         assert dress_rehearsal.processes_of(run, launchers=True) == []
         dress_rehearsal.kill_a_rank(run)

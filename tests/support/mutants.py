@@ -89,11 +89,10 @@ SHARDING: Final = [
     Mutant("if plan.world_size != world_size:", "if False:", "plan/test_io.py"),
 ]
 TRAINING: Final = [
-    Mutant("np.average(np.logaddexp(0.0, z) - y * z", "np.average(np.logaddexp(0.0, z) - z", "test_metrics.py"),
+    Mutant("(np.logaddexp(0.0, z) - y * z) * each", "(np.logaddexp(0.0, z) - z) * each", "test_metrics.py"),
     Mutant("ne = logloss / -(", "ne = logloss * -(", "test_metrics.py"),
-    Mutant(
-        "float(np.average(predicted, weights=w)) / rate", "float(np.average(predicted, weights=w))", "test_metrics.py"
-    ),
+    Mutant("chances / weight / rate", "chances / weight", "test_metrics.py"),
+    Mutant('for side in ("left", "right")', 'for side in ("left", "left")', "test_metrics.py"),
     Mutant("return (step + 1) / warmup_steps", "return step / warmup_steps", "test_optimizers.py"),
     Mutant("math.pow(left, config.decay_power)", "left", "test_optimizers.py"),
     Mutant(
