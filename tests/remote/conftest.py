@@ -26,3 +26,9 @@ def local_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "cache"
     monkeypatch.setenv(cache.FOLDER, str(folder))
     return folder
+
+
+@pytest.fixture
+def tried_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For faults that stay: s3fs tries twice, not five times, and each wait is longer than the one before."""
+    monkeypatch.setattr("s3fs.S3FileSystem.retries", 2)

@@ -64,6 +64,7 @@ def test_half_an_answer_is_read_again(s3: FaultProxy, tmp_path: Path) -> None:
         ("expired", r"The provided token has expired|Bad Request"),
     ],
 )
+@pytest.mark.usefixtures("tried_twice")
 def test_a_fault_that_stays_is_one_line(s3: FaultProxy, tmp_path: Path, kind: Kind, reason: str) -> None:
     objects = put(f"s3://bucket/staying-{kind}", tmp_path, a=b"abc")
     for work in (

@@ -127,6 +127,7 @@ def test_commands_that_read_a_run(run: str, capsys: pytest.CaptureFixture[str]) 
     assert Objects(run).entries()["report.html"].version != before
 
 
+@pytest.mark.usefixtures("tried_twice")
 def test_a_checkpoint_that_cannot_be_stored_is_one_line(
     s3: FaultProxy, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
