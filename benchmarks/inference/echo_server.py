@@ -25,6 +25,7 @@ async def answer(scope: dict[str, Any], receive: Any, send: Any) -> None:
 
 if __name__ == "__main__":
     with socket.create_server(("127.0.0.1", 0)) as listening:
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # as serve's
         print(f"http://127.0.0.1:{listening.getsockname()[1]} echoes", flush=True)
         config = uvicorn.Config(answer, http="httptools", lifespan="off", log_level="warning", access_log=False)
         asyncio.run(uvicorn.Server(config).serve([listening]))

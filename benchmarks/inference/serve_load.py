@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -123,6 +124,8 @@ def cpu_seconds(pid: int) -> float:
 
 def client_main(port: int, pid: int, folder: Path, options: Options) -> None:
     """The client's process: writes a line for each load."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each request under way has a connection
     lines: list[dict[str, Any]] = []
     rows: list[dict[str, Any]] = json.loads((folder / "rows.json").read_text())
     expected = np.load(folder / "expected.npy")
