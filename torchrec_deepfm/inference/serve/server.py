@@ -1,6 +1,7 @@
 """``serve``: one process, one model at a time, until SIGTERM; SIGHUP reads the model again.
 
-The event loop of uvicorn reads and checks requests; a thread scores them (``batching.py``).
+The event loop of uvicorn reads and checks requests and scores short batches; a thread scores the others
+(``batching.py``).
 """
 
 import asyncio
@@ -30,7 +31,7 @@ from torchrec_deepfm.inference.serve.model import ServedModel
 _HEADER_BYTES: Final = 16 << 10
 _HEADER_SECONDS: Final = 10.0
 # The event loop gives up Python's lock at every system call, and the thread of the model then keeps it for up to this
-# long. The default of 5 ms costs answers under overload (docs/results.md).
+# long. The default of 5 ms costs answers under overload.
 _SWITCH_SECONDS: Final = 0.001
 _REFUSAL: Final = raw(busy())
 _LAST_REFUSAL: Final = _REFUSAL.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n", 1)
