@@ -141,7 +141,7 @@ class RowEncoder:
         else:
             self._vocabularies = [self._vocabulary(folder, j, file) for j in range(len(names))]
         self._types = self._value_types(where, file.types)
-        self._accepted: dict[tuple[pa.DataType, ...], tuple[str | None, ...]] = {}  # by types of a table's columns
+        self._accepted: dict[tuple[pa.DataType, ...], tuple[str | None, ...]] = {}  # by types of ``features_read``
 
     @classmethod
     def open(cls, folder: Path | str) -> "RowEncoder":
