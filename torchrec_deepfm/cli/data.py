@@ -3,13 +3,13 @@
 import os
 import shlex
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, ClassVar
 
 import tyro
 
 from torchrec_deepfm import console
+from torchrec_deepfm.cli.data_ranks import data_ranks
 from torchrec_deepfm.data.prepare.options import PrepareOptions
 
 
@@ -67,35 +67,23 @@ class Prepare:
         from torchrec_deepfm.data.criteo_defaults import criteo_preset
         from torchrec_deepfm.data.prepare.prepare import prepare
         from torchrec_deepfm.data.prepare.stored_output import prepared_output
-        from torchrec_deepfm.data.prepare.workers import Workers
         from torchrec_deepfm.data.schema import load_schema
 
         schema, options = load_schema(self.schema), replace(self.options, threads=cores)
         unset = criteo_preset(self.schema, hash=options.hash, held_out=bool(self.validation or self.test))
         options = replace(options, **{name: value for name, value in unset.items() if not getattr(options, name)})
 
-        def run(workers: Workers) -> None:
-            with prepared_output(self.output, workers) as output:
-                prepare(
-                    self.input,
-                    output,
-                    validation=self.validation,
-                    test=self.test,
-                    schema=schema,
-                    options=options,
-                    workers=workers,
-                    report=console.say,
-                )
-
-        if "RANK" not in os.environ:
-            run(Workers())
-            return
-        console.quiet()
-        from torchrec_deepfm.distributed import process_group as ranks
-
-        # A rank may wait for another one as long as a day of Criteo Terabyte takes.
-        with ranks.process_group(timeout=timedelta(days=30).total_seconds(), cpu=True):
-            run(Workers(rank=ranks.rank(), count=ranks.count(), gather=ranks.gather))
+        with data_ranks() as workers, prepared_output(self.output, workers) as output:
+            prepare(
+                self.input,
+                output,
+                validation=self.validation,
+                test=self.test,
+                schema=schema,
+                options=options,
+                workers=workers,
+                report=console.say,
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,6 @@
 """Commands that use a trained model: ``predict``, ``explain``, ``export``, ``serve``."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 import tyro
 
 from torchrec_deepfm import console
+from torchrec_deepfm.cli.data_ranks import data_ranks
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.inference.serve.limits import Limits
 from torchrec_deepfm.units import format_bytes
 
 if TYPE_CHECKING:
-    from torchrec_deepfm.data.prepare.workers import Workers
     from torchrec_deepfm.inference.load import Predictor, ShardedPredictor
 
 
@@ -58,7 +56,7 @@ class Predict:
         run = None if self.run_folder is None else _fetched(self.run_folder)
         load = partial(_load, run, self.package, self.checkpoint, self.data)
         predictor: Predictor | ShardedPredictor | None = None if "RANK" in os.environ else load()
-        with _workers() as ranks:
+        with data_ranks() as ranks:
             if predictor is None:
                 predictor = self._sharded(run) or load()
             from torchrec_deepfm.inference.predict import predict_files
@@ -237,17 +235,3 @@ def _load(run: Path | None, package: Path | None, checkpoint: str | None, data: 
     from torchrec_deepfm.inference.load import load
 
     return load(path, checkpoint, data=data)
-
-
-@contextmanager
-def _workers() -> Iterator["Workers"]:
-    """This process alone, or as one of several ranks."""
-    from torchrec_deepfm.data.prepare.workers import Workers
-
-    if "RANK" not in os.environ:
-        yield Workers()
-        return
-    from torchrec_deepfm.distributed import process_group as ranks
-
-    with ranks.process_group(timeout=24 * 3600.0, cpu=True):
-        yield Workers(rank=ranks.rank(), count=ranks.count(), gather=ranks.gather)

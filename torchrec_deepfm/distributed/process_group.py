@@ -30,7 +30,7 @@ _ONE_RANK_PER_GPU = (
 
 
 @contextmanager
-def process_group(timeout: float = 1800.0, *, cpu: bool = False) -> Iterator[torch.device]:
+def process_group(timeout: float = 1800.0, *, cpu: bool = False, keep_memory: bool = True) -> Iterator[torch.device]:
     """Join the process group of this run, or create one of a single process; leave it at the end.
 
     NCCL carries CUDA tensors if every local rank has a GPU, gloo everything else.
@@ -38,6 +38,7 @@ def process_group(timeout: float = 1800.0, *, cpu: bool = False) -> Iterator[tor
     Args:
         timeout: seconds after which a rank gives up waiting for the others.
         cpu: use no GPU.
+        keep_memory: on a CPU, keep freed memory for the next step (``cpu_memory.py``); a command with a limit does not.
 
     Yields:
         This rank's device, already set as the current one.
@@ -48,7 +49,7 @@ def process_group(timeout: float = 1800.0, *, cpu: bool = False) -> Iterator[tor
     device = torch.device("cpu") if cpu else _own_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    else:
+    elif keep_memory:
         keep_freed_memory()
     _stay_on_this_host()
     limit = timedelta(seconds=timeout)
