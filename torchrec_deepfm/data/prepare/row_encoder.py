@@ -216,14 +216,8 @@ class RowEncoder:
     def _read(self, frame: Any, on_bad_row: str) -> tuple[pl.DataFrame, dict[int, str]]:
         if on_bad_row not in ("error", "skip"):
             raise UserError(f"choose {one_of(('error', 'skip'), on_bad_row)}", where=f"on_bad_row {on_bad_row!r}")
-        table = as_arrow(frame, self.raw_schema.features_read)
-        kinds = tuple(table.schema.types)
-        types = self._accepted.get(kinds)
-        if types is None:
-            fields = dict(zip(table.schema.names, kinds, strict=True))
-            types = category_types(fields, self._reading, types=self._types, labelled=False)
-            if len(self._accepted) < _ACCEPTED:
-                self._accepted[kinds] = types
+        table = frame if self._is_accepted(frame) else as_arrow(frame, self.raw_schema.features_read)
+        types = self._category_types(table.schema)
         raw, bad = table_frame(table, self._reading, types, labelled=False)
         if bad and on_bad_row == "error":
             row = min(bad)
@@ -283,7 +277,9 @@ class RowEncoder:
         if dense.dtype == np.int32:
             # A number below the smallest one of the training rows has no logarithm: it counts as that one.
             dense = numeric.shifted_log(np.maximum(dense, self._minimum).astype(np.int32), self._minimum)
-        columns = categorical_columns(raw, self._numbers)
+        columns = raw
+        if any(column.is_category for column in self._numbers):
+            columns = categorical_columns(raw, self._numbers)
         one_hot, bags = [], {}
         for j, name in enumerate(self.schema.categorical):
             if name not in self.schema.multi_hot:
@@ -294,9 +290,10 @@ class RowEncoder:
         if self._hashing is not None:
             sparse = self._hashing.block(columns, one_hot)
         else:
+            series = dict(zip(columns.columns, columns.get_columns(), strict=True))
             sparse = np.empty((len(raw), len(one_hot)), np.int32)
             for column, j in enumerate(one_hot):
-                sparse[:, column] = self._ids(j, columns[f"c{j}"])
+                sparse[:, column] = self._vocabularies[j].ids(series[f"c{j}"])
         return EncodedRows(dense=dense.astype(np.float32, copy=False), sparse=sparse, bags=bags, bad=bad or {})
 
     @property
@@ -308,6 +305,26 @@ class RowEncoder:
     def types(self) -> tuple[str | None, ...]:
         """Type of the values per raw categorical column: ``string``, ``integer`` or ``hex``."""
         return self._types
+
+    def _is_accepted(self, frame: Any) -> bool:
+        """Whether it is a table of types that are read as they are."""
+        if not isinstance(frame, pa.Table) or frame.schema.names != list(self.raw_schema.features_read):
+            return False
+        try:
+            self._category_types(frame.schema)
+        except UserError:  # of columns of missing values perhaps, which have any type
+            return False
+        return True
+
+    def _category_types(self, fields: pa.Schema) -> tuple[str | None, ...]:
+        kinds = tuple(fields.types)
+        types = self._accepted.get(kinds)
+        if types is None:
+            found = dict(zip(fields.names, kinds, strict=True))
+            types = category_types(found, self._reading, types=self._types, labelled=False)
+            if len(self._accepted) < _ACCEPTED:
+                self._accepted[kinds] = types
+        return types
 
     def _ids(self, j: int, values: pl.Series) -> NDArray[np.int32]:
         return self._vocabularies[j].ids(values) if self._hashing is None else self._hashing.ids(j, values)

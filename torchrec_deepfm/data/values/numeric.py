@@ -22,7 +22,7 @@ Shape letters: n rows, I columns of the dense array.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Final
@@ -49,6 +49,10 @@ UNFIT: Final = {
 _INT32: Final = np.iinfo(np.int32)
 # Up to this many cells are transformed without polars' engine, whose threads a busy machine runs late.
 _FEW_CELLS: Final = 4096
+_LOGARITHMS: Final[Mapping[str, Callable[[float], float]]] = {
+    "log1p": lambda value: math.log1p(max(value, 0.0)),
+    "signed_log1p": lambda value: math.copysign(math.log1p(abs(value)), value),
+}
 _LARGEST: Final = float(np.finfo(np.float32).max)
 
 
@@ -249,7 +253,7 @@ def _values(frame: pl.DataFrame, j: int) -> NDArray[np.float64]:
     series = frame[f"n{j}"]
     if isinstance(series.dtype, pl.Array):
         return series.to_numpy().astype(np.float64)
-    return series.cast(pl.Float64).to_numpy()
+    return (series if series.dtype == pl.Float64 else series.cast(pl.Float64)).to_numpy()
 
 
 def buckets(frame: pl.DataFrame, columns: Sequence[NumericColumn]) -> list[pl.Series]:
@@ -325,22 +329,19 @@ def dense(frame: pl.DataFrame, columns: Sequence[NumericColumn]) -> NDArray[np.f
 
 def _few_scalars(frame: pl.DataFrame, kept: Sequence[tuple[int, NumericColumn]]) -> NDArray[np.float32]:
     """The dense array of a few rows, bit for bit that of many."""
-    found, missing = [], []
-    for j, column in kept:
-        values = _values(frame, j)
-        if column.indicator:
-            missing.append(np.isnan(values))
+    values = np.stack([_values(frame, j) for j, _ in kept], axis=1)
+    missing = np.isnan(values)
+    found = np.where(missing, 0.0, values)
+    # math's logarithms are those of the C library, as polars' are; numpy has its own on some processors.
+    for transform, logarithm in _LOGARITHMS.items():
+        places = [i for i, (_, column) in enumerate(kept) if column.transform == transform]
+        some = found[:, places]
+        found[:, places] = np.array([logarithm(value) for value in some.ravel().tolist()]).reshape(some.shape)
+    for i, (_, column) in enumerate(kept):
         if column.transform in LEARNED:
-            found.append(np.clip(_scaled(values, column), -_LARGEST, _LARGEST))
-            continue
-        values = np.where(np.isnan(values), 0.0, values)
-        # math's logarithms are those of the C library, as polars' are; numpy has its own on some processors.
-        if column.transform == "log1p":
-            values = np.array([math.log1p(max(value, 0.0)) for value in values.tolist()])
-        elif column.transform == "signed_log1p":
-            values = np.array([math.copysign(math.log1p(abs(value)), value) for value in values.tolist()])
-        found.append(values)
-    return np.stack([*found, *missing], axis=1).astype(np.float32)
+            found[:, i] = np.clip(_scaled(values[:, i], column), -_LARGEST, _LARGEST)
+    indicators = [i for i, (_, column) in enumerate(kept) if column.indicator]
+    return np.concatenate([found, missing[:, indicators]], axis=1).astype(np.float32)
 
 
 def _list_values(frame: pl.DataFrame, j: int, column: NumericColumn) -> NDArray[np.float32]:

@@ -7,6 +7,7 @@ counts and joins, since it does both beyond memory.
 import shutil
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from itertools import repeat
 from pathlib import Path
 from typing import Any, Final
 
@@ -129,8 +130,7 @@ class Vocabulary:
             int32 [n]; 0 for a value that is not in the vocabulary.
         """
         if len(values) <= _FEW and len(self) <= _DICTIONARY:
-            numbers = self._numbers
-            return np.array([numbers.get(value, 0) for value in values.to_list()], np.int32)
+            return np.array(list(map(self._numbers.get, values.to_list(), repeat(0))), np.int32)
         if values.dtype != self.dtype:
             if values.null_count() == len(values):  # of whatever type: nothing in it shows its type
                 values = values.cast(self.dtype)

@@ -25,7 +25,7 @@ _SHOWN: Final = 40
 _LABEL: Final = "(expected 0 or 1)"
 # Above this, two whole numbers can have the same float64, so two ids could have become one.
 _EXACT: Final = 2.0**53
-_HEX: Final = "^[0-9a-fA-F]{1,8}$"
+_HEX: Final = re.compile("^[0-9a-fA-F]{1,8}$")
 _TRUTH: Final = {"true": "1", "false": "0"}
 # Up to this many rows, columns of one type are read in one call: the calls cost more than the cells.
 _FEW: Final = 1024
@@ -318,9 +318,9 @@ def _convert(series: pl.Series, given: pl.Expr, found: pl.Expr) -> tuple[pl.Seri
 
 def _hex_codes(texts: pl.Series) -> tuple[pl.Series, NDArray[np.intp]]:
     if len(texts) > _FEW_CELLS:
-        return _convert(texts, _CELL != "", from_hex(pl.when(_CELL.str.contains(_HEX)).then(_CELL)))
+        return _convert(texts, _CELL != "", from_hex(pl.when(_CELL.str.contains(_HEX.pattern)).then(_CELL)))
     cells = texts.to_list()
-    codes = [int(text, 16) if text and re.fullmatch(_HEX, text) else None for text in cells]
+    codes = [int(text, 16) if text and _HEX.fullmatch(text) else None for text in cells]
     bad = [place for place, (text, code) in enumerate(zip(cells, codes, strict=True)) if text and code is None]
     return pl.Series(codes, dtype=pl.UInt32), np.array(bad, np.intp)
 

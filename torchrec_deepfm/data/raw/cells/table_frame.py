@@ -1,7 +1,7 @@
 """Rows of an Arrow table, of a file or in memory, into the frame of a ``Piece``."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Final
 
@@ -34,48 +34,33 @@ def table_frame(
         The good rows, as in ``Piece.frame``; and what is wrong with the others by place from 0.
     """
     found: dict[str, cells.Values] = {}
+    layout = _layout(schema, tuple(types))
     if labelled:
         found["label"] = cells.labels(table.column(schema.label_column), schema.label_rule)
     if labelled and schema.weight is not None:
         found["row_weight"] = cells.row_weights(table.column(schema.weight))
-    # What follows the same rules, by keys of the frame.
-    numbers: dict[str | None, dict[str, pa.ChunkedArray]] = {}
-    categories: dict[str, dict[str, pa.ChunkedArray]] = {}
-    for j, name in enumerate(schema.numeric):
+    for key, name in layout.parts.items():
+        found[key] = _part(table, schema, name)
+    for key, (source, width, separator) in layout.vectors.items():
+        found[key] = vectors(table.column(source), width, separator)
+    for key, (name, wanted) in layout.lists.items():
         options = schema.options(name)
-        if options.part is not None:
-            found[f"n{j}"] = _part(table, schema, name)
-        elif options.width is not None:
-            found[f"n{j}"] = vectors(table.column(schema.source(name)), options.width, options.separator)
-        else:
-            numbers.setdefault(options.transform, {})[f"n{j}"] = table.column(schema.source(name))
-    for j, (name, known) in enumerate(zip(schema.categorical, types, strict=True)):
-        options, wanted = schema.options(name), known or "string"
-        if options.cross:
-            continue
-        if options.part is not None:
-            found[f"c{j}"] = _part(table, schema, name)
-            continue
-        column = table.column(schema.source(name))
-        if not options.list:
-            categories.setdefault(wanted, {})[f"c{j}"] = column
-            continue
         weights = None if options.weights is None else table.column(options.weights)
-        found[f"c{j}"], weighed = cells.lists(column, wanted, options.separator, weights)
+        found[key], weighed = cells.lists(table.column(schema.source(name)), wanted, options.separator, weights)
         if weighed is not None:
-            found[f"w{j}"] = weighed
-    for transform, some in numbers.items():
-        found |= cells.read_columns(some, partial(cells.numbers, transform=transform))
-    for wanted, some in categories.items():
-        found |= cells.read_columns(some, partial(cells.categories, wanted=wanted))
-    keys = ["label", "row_weight", *(f"n{j}" for j in range(len(schema.numeric)))]
-    keys += [f"{kind}{j}" for j in range(len(schema.categorical)) for kind in "cw"]
-    columns = {key: found[key].series for key in keys if key in found}
+            found[f"w{key[1:]}"] = weighed
+    for transform, some in layout.numbers.items():
+        columns = {key: table.column(source) for key, source in some}
+        found |= cells.read_columns(columns, partial(cells.numbers, transform=transform))
+    for wanted, some in layout.categories.items():
+        columns = {key: table.column(source) for key, source in some}
+        found |= cells.read_columns(columns, partial(cells.categories, wanted=wanted))
+    keys = [key for key in layout.keys if key in found]
     faults: dict[int, str] = {}
-    for key in columns:
+    for key in keys:
         for row, what in found[key].faults.items():
             faults.setdefault(row, f"column {_name_of(key, schema)!r}: {what}")
-    frame = pl.DataFrame(columns)
+    frame = pl.DataFrame([found[key].series.rename(key) for key in keys])
     crosses = [name for name in schema.categorical if schema.options(name).cross]
     if crosses:
         key_of = {name: f"c{j}" for j, name in enumerate(schema.categorical)}
@@ -86,6 +71,46 @@ def table_frame(
         good[list(faults)] = False
         frame = frame.filter(pl.Series(good))
     return frame, faults
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Layout:
+    """How the columns of a frame are read, by their keys: each by its own rule, or many by one."""
+
+    parts: Mapping[str, str]
+    vectors: Mapping[str, tuple[str, int, str | None]]
+    lists: Mapping[str, tuple[str, str]]
+    numbers: Mapping[str | None, Sequence[tuple[str, str]]]
+    categories: Mapping[str, Sequence[tuple[str, str]]]
+    keys: Sequence[str]
+
+
+@lru_cache(64)  # for few rows this takes longer than reading them
+def _layout(schema: Schema, types: tuple[str | None, ...]) -> _Layout:
+    parts, number_lists, lists = {}, {}, {}
+    numbers: dict[str | None, list[tuple[str, str]]] = {}
+    categories: dict[str, list[tuple[str, str]]] = {}
+    for j, name in enumerate(schema.numeric):
+        options, key = schema.options(name), f"n{j}"
+        if options.part is not None:
+            parts[key] = name
+        elif options.width is not None:
+            number_lists[key] = (str(schema.source(name)), options.width, options.separator)
+        else:
+            numbers.setdefault(options.transform, []).append((key, str(schema.source(name))))
+    for j, (name, known) in enumerate(zip(schema.categorical, types, strict=True)):
+        options, key, wanted = schema.options(name), f"c{j}", known or "string"
+        if options.cross:
+            continue
+        if options.part is not None:
+            parts[key] = name
+        elif options.list:
+            lists[key] = (name, wanted)
+        else:
+            categories.setdefault(wanted, []).append((key, str(schema.source(name))))
+    keys = ["label", "row_weight", *(f"n{j}" for j in range(len(schema.numeric)))]
+    keys += [f"{kind}{j}" for j in range(len(schema.categorical)) for kind in "cw"]
+    return _Layout(parts=parts, vectors=number_lists, lists=lists, numbers=numbers, categories=categories, keys=keys)
 
 
 def _name_of(key: str, schema: Schema) -> str:
