@@ -310,3 +310,36 @@ def test_refusals_keep_a_connection_in_order(model: ServedModel, frame: pl.DataF
             assert 'deepfm_requests_total{path="/predict",status="429"} 2.0' in counted
 
     scenario(body)
+
+
+def test_a_connection_too_many_is_told_so(model: ServedModel, frame: pl.DataFrame) -> None:
+    one = json.dumps({"rows": frame[:1].to_dicts()}).encode()
+    head = "POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n"
+
+    async def body() -> None:
+        async with serving(model, Limits(max_connections=2)) as (client, _):
+            port = client.base_url.port
+
+            async def connect() -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+                return await asyncio.open_connection("127.0.0.1", port)
+
+            async def ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, pause: float = 0) -> bytes:
+                writer.write(head.format(len(one)).encode())
+                await asyncio.sleep(pause)  # the rest of the request must not meet a closed connection
+                writer.write(one)
+                answer = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10)
+                return answer + await reader.readexactly(int(re.findall(rb"content-length: (\d+)", answer)[0]))
+
+            first, second, third = await connect(), await connect(), await connect()
+            assert b" 200 " in await ask(*first)
+            refused = await ask(*third, pause=0.1)
+            assert refused.startswith(b"HTTP/1.1 503 ")
+            assert b"retry-after: 1" in refused
+            assert b"too many connections" in refused
+            assert await asyncio.wait_for(third[0].read(), 10) == b""  # closed
+            assert b" 200 " in await ask(*second)  # those before it are answered as before
+            first[1].close()
+            await asyncio.sleep(0.1)
+            assert b" 200 " in await ask(*await connect())
+
+    scenario(body)

@@ -22,7 +22,7 @@ from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from torchrec_deepfm.errors import UserError
-from torchrec_deepfm.inference.serve.app import QUEUED, busy, make_app, raw
+from torchrec_deepfm.inference.serve.app import QUEUED, make_app, raw, refusal
 from torchrec_deepfm.inference.serve.batching import Batcher
 from torchrec_deepfm.inference.serve.limits import Limits
 from torchrec_deepfm.inference.serve.metrics import ServiceMetrics
@@ -33,8 +33,10 @@ _HEADER_SECONDS: Final = 10.0
 # The event loop gives up Python's lock at every system call, and the thread of the model then keeps it for up to this
 # long. The default of 5 ms costs answers under overload.
 _SWITCH_SECONDS: Final = 0.001
-_REFUSAL: Final = raw(busy())
-_LAST_REFUSAL: Final = _REFUSAL.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n", 1)
+_REFUSALS: Final = {status: raw(refusal(status)) for status in (429, 503)}
+_LAST_REFUSALS: Final = {
+    status: answer.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n", 1) for status, answer in _REFUSALS.items()
+}
 _PATHS: Final = ("/", "/predict", "/explain", "/health", "/metrics", "/openapi.json")
 
 
@@ -76,16 +78,16 @@ class Service:
         self.metrics = ServiceMetrics()
         self._served: _Served | None = None
         self._lock = asyncio.Lock()
-        self._busy = busy()
+        self._busy = refusal(429)
 
     def full(self) -> bool:
         """Whether as many requests wait as may."""
         served = self._served
         return served is not None and served.batcher.unanswered >= self._limits.queue_requests
 
-    def refused(self, path: str) -> None:
-        """Count a request that was answered 429 before it came here."""
-        self.metrics.requests.labels(path, 429).inc()
+    def refused(self, path: str, status: int) -> None:
+        """Count a request that was refused before it came here."""
+        self.metrics.requests.labels(path, status).inc()
         self.metrics.seconds.labels(path).observe(0)
 
     async def start(self, model: ServedModel) -> None:
@@ -126,7 +128,7 @@ class Service:
         """Answer a request, as an ASGI application does."""
         served = self._served
         assert served is not None
-        path, start, status = scope["path"] if scope["path"] in _PATHS else "other", time.perf_counter(), 500
+        path, start, status = _counted(scope["path"]), time.perf_counter(), 500
 
         async def sending(message: Any) -> None:
             nonlocal status
@@ -144,23 +146,30 @@ class Service:
             self.metrics.seconds.labels(path).observe(time.perf_counter() - start)
 
 
+def _counted(path: str) -> str:
+    return path if path in _PATHS else "other"
+
+
 class _Protocol(HttpToolsProtocol):
-    """Limits headers in size and time, on which uvicorn would wait for ever, and refuses while the queue is full.
+    """Limits headers in size and time, on which uvicorn would wait for ever, and refuses what is too much.
 
     Args:
         service: Answers requests.
+        max_connections: Connections whose requests are answered; those beyond them are refused once.
         options: Of uvicorn's protocol.
     """
 
-    def __init__(self, service: Service, **options: Any) -> None:
+    def __init__(self, service: Service, max_connections: int, **options: Any) -> None:
         super().__init__(**options)
-        self._service = service
+        self._service, self._max_connections = service, max_connections
+        self._in_excess = False
         self._late: asyncio.TimerHandle | None = None
         self._in_head, self._head_bytes = False, 0
         self._refusing = False
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        self._in_excess = len(self.connections) > self._max_connections
         self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -181,14 +190,25 @@ class _Protocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._in_head = False
         path = self.url.partition(b"?")[0].decode("latin-1")
-        # Under overload most requests end here: what uvicorn and Starlette do for one would leave no time to answer
-        # the others. Not for one that waits to be asked for its body: it may send another request in its place.
-        if path not in QUEUED or not self._service.full() or not self._waits() or self.expect_100_continue:
+        status = self._refusal(path)
+        if status is None:
             super().on_headers_complete()
             return
         self._refusing = True
-        self._service.refused(path)
-        self.transport.write(_REFUSAL if self.parser.should_keep_alive() else _LAST_REFUSAL)
+        self._service.refused(_counted(path), status)
+        last = self._in_excess or not self.parser.should_keep_alive()
+        self.transport.write((_LAST_REFUSALS if last else _REFUSALS)[status])
+
+    def _refusal(self, path: str) -> int | None:
+        """The status of a refusal. Under overload most requests end in one.
+
+        What uvicorn and Starlette do for a request would leave no time to answer the others.
+        """
+        if self._in_excess:
+            return 503
+        # Not for one that waits to be asked for its body: it may send another request in its place.
+        full = path in QUEUED and self._service.full() and self._waits() and not self.expect_100_continue
+        return 429 if full else None
 
     def on_body(self, body: bytes) -> None:
         if not self._refusing:
@@ -200,7 +220,7 @@ class _Protocol(HttpToolsProtocol):
             return
         self._refusing = False
         self._unwatch()  # the next request has a time of its own
-        if not self.parser.should_keep_alive():
+        if self._in_excess or not self.parser.should_keep_alive():
             self.transport.close()
 
     def _waits(self) -> bool:
@@ -291,14 +311,13 @@ async def run(
 
     config = uvicorn.Config(
         app,
-        http=functools.partial(_Protocol, service),  # type: ignore[arg-type]
+        http=functools.partial(_Protocol, service, limits.max_connections),  # type: ignore[arg-type]
         ws="none",
         lifespan="off",
         log_level="error",
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        limit_concurrency=limits.max_connections,
         timeout_graceful_shutdown=int(limits.timeout) + 1,
     )
     await _Server(config, reload, started).serve([listener])
