@@ -11,7 +11,7 @@ from torchrec_deepfm.data.prepare.passes.npy_appender import GrowingArray
 from torchrec_deepfm.distributed.run_lock import RunLock
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.files import is_partial, read_bytes, regular_file, write_bytes
-from torchrec_deepfm.training.run.progress import Progress
+from torchrec_deepfm.training.run.tracking.progress import Progress
 
 # Writes and is killed before the rename.
 KILLED = """

@@ -28,10 +28,10 @@ from torchrec.inference.modules import quantize_embeddings  # noqa: E402
 from torchrec_deepfm.data.dataset.prepared import PreparedData  # noqa: E402
 from torchrec_deepfm.data.loader.loader import Loader  # noqa: E402
 from torchrec_deepfm.errors import UserError  # noqa: E402
-from torchrec_deepfm.inference.export import export  # noqa: E402
-from torchrec_deepfm.inference.forms import PROBABILITY, open_model  # noqa: E402
-from torchrec_deepfm.inference.graph import arrays_of  # noqa: E402
-from torchrec_deepfm.inference.package import read_package  # noqa: E402
+from torchrec_deepfm.inference.export.export import export  # noqa: E402
+from torchrec_deepfm.inference.export.forms import PROBABILITY, open_model  # noqa: E402
+from torchrec_deepfm.inference.export.graph import arrays_of  # noqa: E402
+from torchrec_deepfm.inference.export.package import read_package  # noqa: E402
 from torchrec_deepfm.inference.weights import load_model  # noqa: E402
 from torchrec_deepfm.training.run import folder as run_folder  # noqa: E402
 from torchrec_deepfm.units import format_bytes  # noqa: E402

@@ -26,9 +26,9 @@ from benchmarks.data import (
     engines,
     loader_speed,
     prepare_scale,
-    prepare_speed,
     shuffle_mixing,
 )
+from benchmarks.data.peers import prepare_speed
 from tests.benchmarks.scripts import forked, run
 
 LINE = re.compile(rb"[01](\t(-?[0-9]+)?){13}(\t([0-9a-f]{8})?){26}\n")

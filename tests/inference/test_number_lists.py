@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 
-from tests.inference.serving import stream
+from tests.inference.serve.serving import stream
 from tests.model import oracle
 from tests.support.ranks import CPU, one_rank, run_ranks
 from torchrec_deepfm import load, load_model
@@ -23,7 +23,7 @@ from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.evaluation.evaluate import evaluate_run
 from torchrec_deepfm.evaluation.options import EvaluateOptions
 from torchrec_deepfm.inference.explain import importance
-from torchrec_deepfm.inference.export import export
+from torchrec_deepfm.inference.export.export import export
 from torchrec_deepfm.inference.load import load_sharded
 from torchrec_deepfm.inference.predict import predict_files
 from torchrec_deepfm.inference.serve.arrow_rows import read_stream

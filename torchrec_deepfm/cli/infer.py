@@ -155,7 +155,7 @@ class Export:
     def run(self) -> None:
         """Run the command."""
         console.quiet()
-        from torchrec_deepfm.inference.export import export
+        from torchrec_deepfm.inference.export.export import export
 
         done = export(
             _fetched(self.run_folder), self.output, to=self.to, tables=self.tables, checkpoint=self.checkpoint,

@@ -109,7 +109,7 @@ class Train:
         from torchrec_deepfm.evaluation.field_importance import write_importance_if_small
         from torchrec_deepfm.training.monitoring.quality import refuse_worse
         from torchrec_deepfm.training.run.stored_output import is_remote, run_output
-        from torchrec_deepfm.training.run.tracker import job_tracker, track
+        from torchrec_deepfm.training.run.tracking.tracker import job_tracker, track
         from torchrec_deepfm.training.seeds import train_seeds
         from torchrec_deepfm.training.trainer import train
 

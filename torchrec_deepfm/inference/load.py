@@ -107,7 +107,7 @@ def load(
             raise UserError(
                 "this is a package, which has weights and encoder of its own", where=path, remedy=f"leave {option} out"
             )
-        from torchrec_deepfm.inference.package import open_package  # which a run does not need
+        from torchrec_deepfm.inference.export.package import open_package  # which a run does not need
 
         encoder, package = open_package(path, threads=threads)
         return Predictor(path=path, sha256=_digest(path / PACKAGE), encoder=encoder, score=package)

@@ -25,10 +25,10 @@ from torchrec_deepfm.training.monitoring.quality import (
     unknown_warnings,
 )
 from torchrec_deepfm.training.run import folder as run_folder
-from torchrec_deepfm.training.run import metrics_log
 from torchrec_deepfm.training.run.data_summary import data_summary
 from torchrec_deepfm.training.run.report import write_run_report
 from torchrec_deepfm.training.run.run_files import CALIBRATION, CURVES
+from torchrec_deepfm.training.run.tracking import metrics_log
 from torchrec_deepfm.training.run.weights import Weights, Which, folder_of
 from torchrec_deepfm.training.scoring.evaluation import evaluate_split
 from torchrec_deepfm.training.scoring.metrics import RELIABILITY_BINS, Metrics, NotFiniteError, lift

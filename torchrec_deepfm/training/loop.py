@@ -34,7 +34,7 @@ from torchrec_deepfm.training.monitoring.step_profile import StepProfiler
 from torchrec_deepfm.training.optim.ema import MovingAverage
 from torchrec_deepfm.training.optim.optimizers import make_optimizer, make_scheduler, set_rates
 from torchrec_deepfm.training.run.formats import RECORD_EVERY, Manifest, TrainingPosition
-from torchrec_deepfm.training.run.progress import Progress
+from torchrec_deepfm.training.run.tracking.progress import Progress
 from torchrec_deepfm.training.scoring.evaluation import autocast, evaluate_split
 from torchrec_deepfm.training.scoring.metrics import Metrics, NotFiniteError
 

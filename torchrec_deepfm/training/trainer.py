@@ -27,12 +27,12 @@ from torchrec_deepfm.training.monitoring.nonfinite import record_not_finite
 from torchrec_deepfm.training.monitoring.quality import click_rate, input_warnings, unknown_warnings
 from torchrec_deepfm.training.monitoring.step_profile import StepProfiler
 from torchrec_deepfm.training.run import folder as run_folder
-from torchrec_deepfm.training.run import metrics_log, progress
 from torchrec_deepfm.training.run.data_summary import write_data_summary
 from torchrec_deepfm.training.run.formats import Manifest, convert
 from torchrec_deepfm.training.run.report import report_is_drawn
 from torchrec_deepfm.training.run.same_run import check_same, check_same_run, lowered_rates
-from torchrec_deepfm.training.run.watchers import check_installed, open_watchers
+from torchrec_deepfm.training.run.tracking import metrics_log, progress
+from torchrec_deepfm.training.run.tracking.watchers import check_installed, open_watchers
 from torchrec_deepfm.training.start import Start
 
 

@@ -25,8 +25,9 @@ from torchrec_deepfm.files import is_partial, write_bytes
 from torchrec_deepfm.sharding.plan.io import plan_json
 from torchrec_deepfm.sharding.plan.plan import PlanFile
 from torchrec_deepfm.training.config import TrainConfig
-from torchrec_deepfm.training.run import formats, metrics_log
+from torchrec_deepfm.training.run import formats
 from torchrec_deepfm.training.run.formats import RunFile, SavedFile, SummaryFile
+from torchrec_deepfm.training.run.tracking import metrics_log
 
 CHECKPOINT = "checkpoint"
 CHECKPOINTS = "checkpoints"

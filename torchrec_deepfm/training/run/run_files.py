@@ -10,8 +10,8 @@ from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.sharding.plan.io import load_plan
 from torchrec_deepfm.sharding.plan.plan import PlanFile
 from torchrec_deepfm.training.run import folder as run_folder
-from torchrec_deepfm.training.run import metrics_log
 from torchrec_deepfm.training.run.formats import CalibrationFile, CurvesFile, DataFile, ImportanceFile, RunFile
+from torchrec_deepfm.training.run.tracking import metrics_log
 
 CALIBRATION: Final = "calibration.json"
 CURVES: Final = "curves.json"

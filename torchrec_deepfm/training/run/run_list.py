@@ -8,7 +8,7 @@ from typing import Any
 from torchrec_deepfm.distributed import run_lock
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.training.run import folder as run_folder
-from torchrec_deepfm.training.run import metrics_log
+from torchrec_deepfm.training.run.tracking import metrics_log
 
 
 @dataclass(frozen=True, kw_only=True)

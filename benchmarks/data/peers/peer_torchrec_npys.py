@@ -1,6 +1,6 @@
 """TorchRec's ``tsv_to_npys`` on the given files, one after another; ``prepare_speed.py`` starts this.
 
-    python -m benchmarks.data.peer_torchrec_npys FOLDER FILE...
+    python -m benchmarks.data.peers.peer_torchrec_npys FOLDER FILE...
 
 Prints as JSON the start and end of the calls (seconds since 1970, without imports) and the number of rows written.
 """

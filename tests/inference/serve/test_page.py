@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import websocket
 
-from tests.inference.serving import serving
+from tests.inference.serve.serving import serving
 from tests.inference.test_load import read_raw
 from torchrec_deepfm import load
 from torchrec_deepfm.data.dataset.prepared import PreparedData

@@ -30,7 +30,7 @@ from torchrec.datasets.utils import Batch
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from torchrec_deepfm.errors import UserError
-from torchrec_deepfm.inference.inputs import Arrays, Signature
+from torchrec_deepfm.inference.export.inputs import Arrays, Signature
 from torchrec_deepfm.model.deepfm import DeepFM
 
 Tables = Literal["fp32", "fp16", "int8", "int4"]

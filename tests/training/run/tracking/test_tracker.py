@@ -11,7 +11,7 @@ from torchx.tracker.backend.fsspec import create
 
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.training.config import TrainConfig
-from torchrec_deepfm.training.run.tracker import job_tracker, track
+from torchrec_deepfm.training.run.tracking.tracker import job_tracker, track
 
 JOB = "local_cwd://torchx/deepfm-train-1"
 

@@ -20,11 +20,11 @@ import numpy as np
 import polars as pl
 import pytest
 
-from tests.inference.serving import JSON, scenario, serving
+from tests.inference.serve.serving import JSON, scenario, serving
 from torchrec_deepfm import load
 from torchrec_deepfm.cli.main import main
 from torchrec_deepfm.errors import UserError
-from torchrec_deepfm.inference.export import export
+from torchrec_deepfm.inference.export.export import export
 from torchrec_deepfm.inference.load import Predictor
 from torchrec_deepfm.inference.serve import server
 from torchrec_deepfm.inference.serve.limits import Limits
@@ -165,7 +165,7 @@ def test_a_model_without_numbers_is_not_served(run: Path, monkeypatch: pytest.Mo
 @pytest.mark.skipif(shutil.which("curl") is None, reason="no curl here")
 def test_the_commands_of_the_page(run: Path, tmp_path: Path) -> None:
     """docs/inference.md's service, in a process of its own, on a free port."""
-    page = (Path(__file__).parents[2] / "docs" / "inference.md").read_text()
+    page = (Path(__file__).parents[3] / "docs" / "inference.md").read_text()
     [block] = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
     start, predict, health = block.splitlines()
     export(run, tmp_path / "package", to="onnx")

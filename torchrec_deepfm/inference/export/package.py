@@ -21,10 +21,10 @@ from torchrec_deepfm.data.prepare.row_encoder import EncodedRows, RowEncoder
 from torchrec_deepfm.data.schema import Schema
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.files import check_seal, read_bytes, seal, write_bytes
-from torchrec_deepfm.inference.forms import MODEL_FILE, OUTPUTS, PROBABILITY, Form, OpenedModel, open_model
-from torchrec_deepfm.inference.inputs import Signature
+from torchrec_deepfm.inference.export.forms import MODEL_FILE, OUTPUTS, PROBABILITY, Form, OpenedModel, open_model
+from torchrec_deepfm.inference.export.inputs import Signature
+from torchrec_deepfm.inference.export.triton import VERSION
 from torchrec_deepfm.inference.parts import LogitParts
-from torchrec_deepfm.inference.triton import VERSION
 from torchrec_deepfm.strict_json import as_type, parse_json
 
 PACKAGE: Final = "package.json"

@@ -1,6 +1,6 @@
 """FuxiCTR's build of train.csv, valid.csv and test.csv; ``prepare_speed.py`` starts this in FuxiCTR's environment.
 
-    .bench/fuxictr/bin/python -m benchmarks.data.peer_fuxictr_build CSV_FOLDER OUTPUT MIN_COUNT CORES WORKERS
+    .bench/fuxictr/bin/python -m benchmarks.data.peers.peer_fuxictr_build CSV_FOLDER OUTPUT MIN_COUNT CORES WORKERS
 
 The columns are declared as in its configuration Criteo_x4: numbers are bucketised and become categories. Ray, which
 runs FuxiCTR's encoder, is started before the clock, with as many cores as are allowed.

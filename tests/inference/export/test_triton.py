@@ -9,14 +9,14 @@ import onnxruntime
 import pytest
 from google.protobuf import text_format
 
-from tests.inference.test_export import run_readme
+from tests.inference.export.test_export import run_readme
 from tests.inference.test_load import read_raw
 from torchrec_deepfm import load
 from torchrec_deepfm.data.dataset.prepared import PreparedData
 from torchrec_deepfm.errors import UserError
-from torchrec_deepfm.inference.export import export
-from torchrec_deepfm.inference.inputs import Signature
-from torchrec_deepfm.inference.triton import config
+from torchrec_deepfm.inference.export.export import export
+from torchrec_deepfm.inference.export.inputs import Signature
+from torchrec_deepfm.inference.export.triton import config
 
 TYPES = {"tensor(float)": "TYPE_FP32", "tensor(int64)": "TYPE_INT64"}
 

@@ -16,8 +16,8 @@ from tqdm import TqdmWarning, tqdm
 from torchrec_deepfm import console
 from torchrec_deepfm.distributed.disk_errors import refused
 from torchrec_deepfm.training.monitoring.quality import first_loss_warnings
-from torchrec_deepfm.training.run import metrics_log
-from torchrec_deepfm.training.run.watchers import Watcher
+from torchrec_deepfm.training.run.tracking import metrics_log
+from torchrec_deepfm.training.run.tracking.watchers import Watcher
 from torchrec_deepfm.training.scoring.metrics import Metrics
 
 SECONDS_BETWEEN_LINES = 5.0

@@ -1,6 +1,6 @@
 """FuxiCTR's ids of three CSV files; ``fuxictr_ids.py`` starts this in FuxiCTR's environment.
 
-    .bench/fuxictr/bin/python -m benchmarks.data.peer_fuxictr_ids FOLDER
+    .bench/fuxictr/bin/python -m benchmarks.data.peers.peer_fuxictr_ids FOLDER
 
 FOLDER contains train.csv, valid.csv, test.csv and config.json; the script adds train.npz, ... (an array per column) and
 sizes.json (vocab_size per categorical column). FuxiCTR's class does everything except starting Ray, which distributes

@@ -13,14 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from torchrec_deepfm.errors import UserError
-from torchrec_deepfm.inference.inputs import Arrays
+from torchrec_deepfm.inference.export.inputs import Arrays
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch.export import ExportedProgram
 
-    from torchrec_deepfm.inference.graph import ScoringGraph
+    from torchrec_deepfm.inference.export.graph import ScoringGraph
 
 Form = Literal["aoti", "onnx", "torch-export"]
 

@@ -13,7 +13,7 @@ from tests.faults.runs import make_data, records
 from torchrec_deepfm.cli import main as cli
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.training.config import TrainConfig
-from torchrec_deepfm.training.run import watchers
+from torchrec_deepfm.training.run.tracking import watchers
 
 CONFIG = TrainConfig(factor_dim=7)
 

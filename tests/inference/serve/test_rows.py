@@ -12,7 +12,7 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
-from tests.inference.serving import stream
+from tests.inference.serve.serving import stream
 from torchrec_deepfm.data.prepare.prepare import prepare
 from torchrec_deepfm.data.prepare.row_encoder import RowEncoder
 from torchrec_deepfm.data.schema import Column, Schema

@@ -20,12 +20,19 @@ from torchrec_deepfm.data.loader.loader import Loader
 from torchrec_deepfm.data.prepare.row_encoder import RowEncoder
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.files import write_bytes
-from torchrec_deepfm.inference.forms import PROBABILITY, Form, open_model, write_model
-from torchrec_deepfm.inference.graph import ScoringGraph, Tables, arrays_of
-from torchrec_deepfm.inference.inputs import Signature
+from torchrec_deepfm.inference.export.forms import PROBABILITY, Form, open_model, write_model
+from torchrec_deepfm.inference.export.graph import ScoringGraph, Tables, arrays_of
+from torchrec_deepfm.inference.export.inputs import Signature
+from torchrec_deepfm.inference.export.package import (
+    ENCODER,
+    FORMAT_VERSION,
+    README,
+    PackageFile,
+    readme,
+    write_package_json,
+)
+from torchrec_deepfm.inference.export.triton import VERSION, lay_out
 from torchrec_deepfm.inference.load import check_encoding, encoder_of
-from torchrec_deepfm.inference.package import ENCODER, FORMAT_VERSION, README, PackageFile, readme, write_package_json
-from torchrec_deepfm.inference.triton import VERSION, lay_out
 from torchrec_deepfm.inference.weights import load_model
 from torchrec_deepfm.model.deepfm import DeepFM
 from torchrec_deepfm.training.run import folder as run_folder

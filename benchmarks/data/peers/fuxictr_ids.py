@@ -1,7 +1,7 @@
 """Checks that the ids of ``prepare`` are FuxiCTR's, on the layouts of its benchmarks.
 
-    python -m benchmarks.data.fuxictr_ids
-    python -m benchmarks.data.fuxictr_ids --rows 1000000
+    python -m benchmarks.data.peers.fuxictr_ids
+    python -m benchmarks.data.peers.fuxictr_ids --rows 1000000
 
 For Criteo_x4 and Criteo_x1 it writes train.csv, valid.csv and test.csv of random rows (with missing cells, negative and
 large numbers, rare and new categories), and runs FuxiCTR's processor with the feature columns of BARS' configurations,
@@ -108,7 +108,7 @@ def compare(schema: str, folder: Path, options: Options) -> list[str]:
             writer.writerow([config["label"], *NUMERIC, *CATEGORICAL])
             writer.writerows(made(draw, rows))
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    peer = commands.module_command("benchmarks.data.peer_fuxictr_ids", folder, python=peer_python("fuxictr"))
+    peer = commands.module_command("benchmarks.data.peers.peer_fuxictr_ids", folder, python=peer_python("fuxictr"))
     subprocess.run(peer, check=True, env=commands.environment())
     files = ("--input", folder / "train.csv", "--validation", folder / "valid.csv", "--test", folder / "test.csv")
     commands.torchrec_deepfm("prepare", "--schema", schema, "--output", folder / "prepared", *files)

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.inference.serving import JSON, scenario, serving, stream
+from tests.inference.serve.serving import JSON, scenario, serving, stream
 from torchrec_deepfm.data.prepare.row_encoder import RowEncoder
 from torchrec_deepfm.inference.load import Predictor
 from torchrec_deepfm.inference.serve.arrow_rows import STREAM

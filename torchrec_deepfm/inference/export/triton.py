@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Final
 
 from torchrec_deepfm.files import write_bytes
-from torchrec_deepfm.inference.forms import OUTPUTS
-from torchrec_deepfm.inference.inputs import Signature
+from torchrec_deepfm.inference.export.forms import OUTPUTS
+from torchrec_deepfm.inference.export.inputs import Signature
 
 VERSION: Final = "1"
 _MAX_BATCH: Final = 8192

@@ -47,7 +47,7 @@ def check(value: Any, kind: str, models: dict[str, Any], place: str = "") -> Non
 
 
 def test_the_manifest_of_the_page(models: dict[str, Any]) -> None:
-    page = (Path(__file__).parents[2] / "docs" / "inference.md").read_text()
+    page = (Path(__file__).parents[3] / "docs" / "inference.md").read_text()
     [block] = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
     manifest = yaml.safe_load(block)
     assert (manifest["apiVersion"], manifest["kind"]) == ("serving.kserve.io/v1beta1", "InferenceService")

@@ -22,9 +22,9 @@ from torchrec_deepfm.cli.main import main
 from torchrec_deepfm.data.dataset.prepared import PreparedData
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.files import seal
-from torchrec_deepfm.inference import export as module
-from torchrec_deepfm.inference.export import export
-from torchrec_deepfm.inference.graph import ScoringGraph, Tables
+from torchrec_deepfm.inference.export import export as module
+from torchrec_deepfm.inference.export.export import export
+from torchrec_deepfm.inference.export.graph import ScoringGraph, Tables
 
 # Blocks what a machine that only has the package lacks, and runs the README's second block.
 ALONE = """

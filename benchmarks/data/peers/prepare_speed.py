@@ -1,7 +1,7 @@
 """Rows per second of ``prepare``, from text to files on disk, beside its peers on the same rows and cores.
 
-    python -m benchmarks.data.prepare_speed
-    python -m benchmarks.data.prepare_speed --raw train.txt --cores 4
+    python -m benchmarks.data.peers.prepare_speed
+    python -m benchmarks.data.peers.prepare_speed --raw train.txt --cores 4
 
 Hashing is compared with TorchRec's ``BinaryCriteoUtils.tsv_to_npys``, the vocabulary with FuxiCTR's build. The raw rows
 are split 8:1:1 into files for training, validation and test before, and every program gets these.
@@ -190,7 +190,7 @@ def torchrec_programs(
             def one(i: int) -> ResourceUsage:
                 place = output / str(i)
                 place.mkdir()
-                command = module_command("benchmarks.data.peer_torchrec_npys", place, *lists[i])
+                command = module_command("benchmarks.data.peers.peer_torchrec_npys", place, *lists[i])
                 return measure(command, cores=pick_cores(options.cores))
 
             with ThreadPoolExecutor(len(lists)) as pool:
@@ -222,7 +222,7 @@ def fuxictr_programs(options: Options, files: dict[str, Path], folder: Path) -> 
 
         def run(output: Path, workers: int = workers) -> tuple[float, ResourceUsage, dict[str, object]]:
             words = (csv, output, options.min_count, options.cores, workers)
-            command = module_command("benchmarks.data.peer_fuxictr_build", *words, python=python)
+            command = module_command("benchmarks.data.peers.peer_fuxictr_build", *words, python=python)
             measured = measure(command, cores=pick_cores(options.cores), environment={"RAY_USAGE_STATS_ENABLED": "0"})
             found = printed_facts(measured)
             return found["ended"] - found["began"], measured, found

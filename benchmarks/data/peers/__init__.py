@@ -1,0 +1,1 @@
+"""Benchmarks of `prepare` beside other tools, and the scripts that run these."""

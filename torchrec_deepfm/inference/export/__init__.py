@@ -1,0 +1,1 @@
+"""``export``: a run as one folder that other runtimes score."""
