@@ -78,6 +78,12 @@ class Client:
             self._idle.append((time.monotonic(), reader, writer))
         return int(head[9:12]), body
 
+    async def close(self) -> None:
+        """Close all connections; the server counts those that are idle too."""
+        for _, _, writer in self._idle:
+            writer.close()
+        await asyncio.gather(*(writer.wait_closed() for _, _, writer in self._idle), return_exceptions=True)
+
 
 async def closed(client: Client, seconds: float) -> float:
     """Requests per second with 32 always under way."""
@@ -158,6 +164,7 @@ def client_main(port: int, pid: int, folder: Path, options: Options) -> None:
                     "lost": statuses[0], "429": statuses[429], "503": statuses[503],
                     "cpu": 1e3 * used / max(1, len(times)),
                 })  # fmt: skip
+            await client.close()
 
         asyncio.run(measure())
     (folder / "lines.json").write_text(json.dumps(lines))
