@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Final
 
+import numpy as np
 from torchrec.distributed.planner.partitioners import GreedyPerfPartitioner
 from torchrec.distributed.planner.proposers import MAX_PROPOSALS
 from torchrec.distributed.planner.types import PartitionByType, Perf, PlannerError, Shard, ShardingOption, Topology
@@ -32,10 +33,11 @@ def greedy_proposals(options: Options) -> Iterator[Choice]:
     sums every shard of every table again at each step, which is too slow for a thousand ranks.
     """
     sizes = [{number: _memory(option) for number, option in each.items()} for each in options]
-    for total in (max, sum):
+    totals = [{number: _per_shard(option, _total) for number, option in each.items()} for each in options]
+    for figure in (max, sum):
         ranked = [
-            sorted(each, key=lambda number, each=each: total(_perf_totals(each[number])))  # type: ignore[misc]
-            for each in options
+            sorted(each, key=lambda number, each=each: figure(each[number]))  # type: ignore[misc]
+            for each in totals
         ]
         choice = [each[0] for each in ranked]
         left = [iter(each[1:]) for each in ranked]
@@ -66,7 +68,7 @@ def torchrec_proposals(options: Options) -> Iterator[Choice]:
         fitting = [[n for n, option in each.items() if option.sharding_type == kind] for each in options]
         if all(fitting):
             yield tuple(
-                min(numbers, key=lambda n, each=each: max(_perf_totals(each[n])))  # type: ignore[misc]
+                min(numbers, key=lambda n, each=each: max(_per_shard(each[n], _total)))  # type: ignore[misc]
                 for numbers, each in zip(fitting, options, strict=True)
             )
 
@@ -92,13 +94,19 @@ def best_proposal(
         Options with ranks; None where no proposal fits and is faster than the known plan.
     """
     hbm, ddr = (sum(getattr(rank.storage, tier) for rank in ranks.devices) for tier in ("hbm", "ddr"))
-    loads = [{number: _load(option, ranks, shard_ms) for number, option in each.items()} for each in options]
+    most = max(max(each, default=0) for each in options) + 1
+    times = np.full((len(options), most, 3), np.inf)  # added to the mean rank, to every rank, to one rank
+    bytes_ = np.zeros((len(options), most, 2))  # added to the memory of all ranks
+    for table, each in enumerate(options):
+        for number, option in each.items():
+            times[table, number], bytes_[table, number] = _load(option, ranks, shard_ms)
+    tables = np.arange(len(options))
     partitioner, best, best_ms = GreedyPerfPartitioner(), None, known_ms
     for choice in dict.fromkeys(torchrec_proposals(options)):
-        added = [each[number] for each, number in zip(loads, choice, strict=True)]
-        sums = [sum(each) for each in zip(*added, strict=True)]
-        bound = max(sums[0], sums[1] + max(each[2] for each in added))
-        if sums[3] > hbm or sums[4] > ddr or bound >= best_ms * (1 - _SAME):
+        mean, every, one = times[tables, choice].T
+        needed = bytes_[tables, choice].sum(axis=0)
+        bound = max(mean.sum(), every.sum() + one.max())
+        if needed[0] > hbm or needed[1] > ddr or bound >= best_ms * (1 - _SAME):
             continue
         proposal = [own_shards(each[number]) for each, number in zip(options, choice, strict=True)]
         try:
@@ -119,22 +127,24 @@ def own_shards(option: ShardingOption) -> ShardingOption:
 
 def _load(
     option: ShardingOption, ranks: Topology, shard_ms: Callable[[Perf], float]
-) -> tuple[float, float, float, int, int]:
-    """What an option adds to the mean rank, to every rank, to one rank, and to the memory of all ranks."""
-    ms = [shard_ms(shard.perf) for shard in option.shards if shard.perf is not None]
-    held = [shard.storage for shard in option.shards if shard.storage is not None]
+) -> tuple[tuple[float, float, float], tuple[int, int]]:
+    """What an option adds to the mean rank, to every rank, to one rank; and to the memory of all ranks."""
+    ms = _per_shard(option, shard_ms)
     everywhere = option.partition_by == PartitionByType.UNIFORM.value
-    return (
-        sum(ms) / ranks.world_size,
-        min(ms) if everywhere else 0.0,
-        0.0 if everywhere else max(ms),
-        sum(each.hbm for each in held),
-        sum(each.ddr for each in held),
-    )
+    times = (sum(ms) / ranks.world_size, min(ms) if everywhere else 0.0, 0.0 if everywhere else max(ms))
+    _, hbm, _, ddr = _memory(option)
+    return times, (hbm, ddr)
 
 
-def _perf_totals(option: ShardingOption) -> list[float]:
-    return [float(shard.perf.total) for shard in option.shards if shard.perf is not None]
+def _per_shard(option: ShardingOption, figure: Callable[[Perf], float]) -> list[float]:
+    """A figure of each shard; it is computed once for shards of a size, which share their estimate."""
+    perfs = [shard.perf for shard in option.shards if shard.perf is not None]
+    found = {key: figure(perf) for key, perf in {id(perf): perf for perf in perfs}.items()}
+    return [found[id(perf)] for perf in perfs]
+
+
+def _total(perf: Perf) -> float:
+    return float(perf.total)
 
 
 def _negated(size: tuple[int, ...]) -> tuple[int, ...]:
