@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.other_stores import az_server, gs_server
 from tests.support.s3_server import FaultProxy, s3_server
 from torchrec_deepfm.remote import cache
 
@@ -17,6 +18,20 @@ def s3() -> Iterator[FaultProxy]:
         patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         patch.setenv("AWS_MAX_ATTEMPTS", "3")  # of botocore, which waits longer before each
+        yield proxy
+
+
+@pytest.fixture(scope="session")
+def gs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultProxy]:
+    """A server of Google's storage."""
+    with gs_server(tmp_path_factory.mktemp("gs")) as proxy:
+        yield proxy
+
+
+@pytest.fixture(scope="session")
+def az(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultProxy]:
+    """A server of Azure's storage."""
+    with az_server(tmp_path_factory.mktemp("az")) as proxy:
         yield proxy
 
 

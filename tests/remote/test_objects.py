@@ -18,9 +18,14 @@ def put(address: str, folder: Path, **contents: bytes) -> Objects:
     return objects
 
 
-def test_files_are_stored_listed_fetched_and_removed(s3: FaultProxy, tmp_path: Path) -> None:
-    assert Objects("s3://bucket/files").entries() == {}
-    objects = put("s3://bucket/files/", tmp_path, a=b"abc", b=bytes(1000))
+@pytest.mark.parametrize("store", ["s3", "gs", "az"])
+def test_files_are_stored_listed_fetched_and_removed(
+    store: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    request.getfixturevalue(store)
+    address = f"{store}://bucket/files"
+    assert Objects(address).entries() == {}
+    objects = put(f"{address}/", tmp_path, a=b"abc", b=bytes(1000))
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "c").write_bytes(b"c")
     objects.store(tmp_path, ["deep/c"])
@@ -31,7 +36,7 @@ def test_files_are_stored_listed_fetched_and_removed(s3: FaultProxy, tmp_path: P
     objects.fetch(["deep/c"], tmp_path / "there")
     assert (tmp_path / "there" / "deep" / "c").read_bytes() == b"c"
     before = objects.entries()["a"].version
-    put("s3://bucket/files", tmp_path, a=b"xyz")
+    put(address, tmp_path, a=b"xyz")
     assert objects.entries()["a"].version != before
     objects.remove(["a", "b", "absent"])
     assert list(objects.entries()) == ["deep/c"]

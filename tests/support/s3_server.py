@@ -1,6 +1,8 @@
 """A real S3 server on loopback (moto's), behind a proxy that injects faults into its HTTP answers."""
 
 import http.client
+import json
+import re
 import socket
 import struct
 import threading
@@ -11,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal
 
 Kind = Literal["500", "503", "reset", "cut", "slow", "expired"]
-_ERRORS = {
+_ERRORS = {  # as S3 answers; Google's storage gives the same as JSON
     "500": (500, "InternalError", "We encountered an internal error. Please try again."),
     "503": (503, "SlowDown", "Please reduce your request rate."),
     "expired": (400, "ExpiredToken", "The provided token has expired."),
@@ -25,7 +27,7 @@ class FaultProxy:
         seen: method and path of every request, with the fault that it met.
     """
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, *, json_errors: bool = False) -> None:
         self.seen: list[tuple[str, str, Kind | None]] = []
         self._faults: list[tuple[Kind, Callable[[str, str], bool], list[int]]] = []
         proxy = self
@@ -37,14 +39,19 @@ class FaultProxy:
 
             def _forward(self) -> None:
                 body = self._body()
-                kind = proxy._next(self.command, self.path)
-                proxy.seen.append((self.command, self.path, kind))
+                path = self.path
+                if "uploadType=multipart" in path and (name := re.search(rb'"name": "([^"]+)"', body)):
+                    path += f"&name={name[1].decode()}"  # Google's: the file's name is in the body
+                kind = proxy._next(self.command, path)
+                proxy.seen.append((self.command, path, kind))
                 if kind in _ERRORS:
                     status, code, message = _ERRORS[kind]
-                    content = (
-                        f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{message}</Message></Error>".encode()
-                    )
-                    self._answer(status, {"Content-Type": "application/xml"}, content)
+                    text = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{message}</Message></Error>"
+                    if json_errors:
+                        text = json.dumps({"error": {"code": status, "message": message}})
+                    kind_of_text = "application/json" if json_errors else "application/xml"
+                    headers = {"Content-Type": kind_of_text, "x-ms-error-code": code}  # the last is Azure's
+                    self._answer(status, headers, text.encode())
                     return
                 if kind == "reset":
                     self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -76,7 +83,8 @@ class FaultProxy:
 
             def _answer(self, status: int, headers: dict[str, str], content: bytes, sent: int | None = None) -> None:
                 self.send_response_only(status)
-                length = headers.get("Content-Length", str(len(content)))  # of a HEAD, that of the object
+                lengths = [value for name, value in headers.items() if name.lower() == "content-length"]
+                length = lengths[0] if lengths else str(len(content))  # of a HEAD, that of the object
                 for name, value in headers.items():
                     if name.lower() not in ("content-length", "transfer-encoding", "connection", "server", "date"):
                         self.send_header(name, value)

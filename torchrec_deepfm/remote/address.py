@@ -1,6 +1,7 @@
 """Addresses that fsspec knows (``s3://...``, ``memory://...``), and one-line errors of the drivers behind them."""
 
 import errno
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ from torchrec_deepfm.errors import UserError
 
 # pathlib makes one slash of the two in s3://bucket, and one letter before the colon is a drive.
 _ADDRESS: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+:)/+")
+# gcsfs logs the traceback of each error that it raises.
+logging.getLogger("gcsfs").addFilter(lambda record: not record.exc_info)
 _CHECK: Final = "check address, network and credentials, then run the same command again"
 
 
@@ -124,6 +127,21 @@ class AddressFile:
 def as_os_error(error: BaseException) -> BaseException:
     """Convert an error of a driver that is not an ``OSError``, such as botocore's; return others unchanged."""
     drivers = ("aiobotocore", "aiohttp", "botocore", "fsspec", "gcsfs", "google", "azure", "adlfs")
-    if not isinstance(error, OSError) and type(error).__module__.partition(".")[0] in drivers:
-        return OSError(errno.EIO, one_line(error))
+    one: BaseException | None = None if isinstance(error, OSError) else error
+    while one is not None:  # adlfs raises a RuntimeError from azure's own
+        if type(one).__module__.partition(".")[0] in drivers:
+            return OSError(errno.EIO, one_line(one))
+        one = one.__cause__
     return error
+
+
+@contextmanager
+def os_errors() -> Iterator[None]:
+    """Turn an error of a driver into an ``OSError``."""
+    try:
+        yield
+    except Exception as error:
+        found = as_os_error(error)
+        if found is error:
+            raise
+        raise found from error

@@ -35,6 +35,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.staging import AsyncStager
 
 from torchrec_deepfm.files import regular_file
+from torchrec_deepfm.remote.address import os_errors
 
 METADATA = ".metadata"
 METADATA_LIMIT = 2**30  # bytes; some hundred bytes per tensor and rank
@@ -339,7 +340,7 @@ class _Digesting:
             with self._inner.create_stream(path, mode) as stream:
                 yield stream
             return
-        with self._create(path) as stream:
+        with os_errors(), self._create(path) as stream:  # here: between ranks an error loses its cause
             wrapped = _DigestingStream(stream)
             yield cast(io.IOBase, wrapped)
             name = os.fspath(path).rpartition("/")[2]

@@ -28,7 +28,7 @@ from fsspec.implementations.local import LocalFileSystem
 from torchrec_deepfm.distributed.disk_errors import unreadable
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.files import NotRegularError, check_seal, regular_file, seal, write_bytes
-from torchrec_deepfm.remote.address import as_os_error
+from torchrec_deepfm.remote.address import os_errors
 
 MANIFEST: Final = "checkpoint.json"
 FORMAT_VERSION: Final = 1
@@ -128,7 +128,7 @@ class Store:
         """
         content = seal({"format_version": FORMAT_VERSION, "step": step, **meta, "files": dict(files)})
         if not self.local:
-            with _os_errors(), self._fs.open(f"{self.path(step)}/{MANIFEST}", "wb") as file:
+            with os_errors(), self._fs.open(f"{self.path(step)}/{MANIFEST}", "wb") as file:
                 file.write(content)
             return
         partial, final = Path(f"{self.path(step)}.partial"), Path(self.path(step))
@@ -143,7 +143,7 @@ class Store:
 
     def abandon(self, step: int) -> None:
         """Remove the files of a checkpoint that could not be written."""
-        with contextlib.suppress(OSError), _os_errors():
+        with contextlib.suppress(OSError), os_errors():
             self._discard(f"{self.path(step)}.partial" if self.local else self.path(step))
 
     def remove(self, step: int) -> None:
@@ -154,7 +154,7 @@ class Store:
             Path(self.path(step)).rename(gone)
             self._discard(gone)
             return
-        with _os_errors():
+        with os_errors():
             self._fs.rm(f"{self.path(step)}/{MANIFEST}")
             self._fs.rm(self.path(step), recursive=True)
 
@@ -298,24 +298,12 @@ class FinalWeights(Store):
 def _report_io_errors(where: str) -> Iterator[None]:
     """Pass on errors of a missing or irregular file; turn any other one into a UserError."""
     try:
-        with _os_errors():
+        with os_errors():
             yield
     except (FileNotFoundError, *_NOT_A_FILE):
         raise
     except OSError as error:
         raise unreadable(where, error) from error
-
-
-@contextlib.contextmanager
-def _os_errors() -> Iterator[None]:
-    """Turn an error of a driver of addresses into an OSError."""
-    try:
-        yield
-    except Exception as error:
-        found = as_os_error(error)
-        if found is error:
-            raise
-        raise found from error
 
 
 def _sync_folder(folder: Path) -> None:
