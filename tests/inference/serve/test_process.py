@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -343,3 +344,16 @@ def test_a_connection_too_many_is_told_so(model: ServedModel, frame: pl.DataFram
             assert b" 200 " in await ask(*await connect())
 
     scenario(body)
+
+
+def test_connections_within_the_limit_of_open_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    now: list[int] = [1024, 2048]
+    said: list[str] = []
+    monkeypatch.setattr(resource, "getrlimit", lambda what: tuple(now))
+    monkeypatch.setattr(resource, "setrlimit", lambda what, limits: now.__setitem__(slice(None), limits))
+    assert server._within_open_files(Limits(max_connections=1000), said.append).max_connections == 1000
+    assert now == [1256, 2048]
+    assert said == []
+    assert server._within_open_files(Limits(), said.append).max_connections == 2048 - 256
+    assert now == [2048, 2048]
+    assert "1,792 connections" in said[0]

@@ -25,8 +25,8 @@ class Limits:
     """Rows per request of predict; explain takes a hundred. A larger request is answered 413."""
     max_body_mb: float = 8.0
     """Size of a request in MiB. A larger one is answered 413."""
-    max_connections: int = 512
-    """Open connections; further ones are answered 503."""
+    max_connections: int = 4096
+    """Open connections; a further one is answered 503 and closed."""
     timeout: float = 10.0
     """Seconds for a request, from its first byte to its answer: 408 if its body is late, 503 if the model is."""
 

@@ -9,11 +9,13 @@ import contextlib
 import functools
 import gc
 import ipaddress
+import resource
 import signal
 import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, Final
 
 import uvicorn
@@ -29,6 +31,7 @@ from torchrec_deepfm.inference.serve.metrics import ServiceMetrics
 from torchrec_deepfm.inference.serve.model import ServedModel
 
 _HEADER_BYTES: Final = 16 << 10
+_OTHER_FILES: Final = 256  # besides connections: libraries, the model, the listener
 _HEADER_SECONDS: Final = 10.0
 # The event loop gives up Python's lock at every system call, and the thread of the model then keeps it for up to this
 # long. The default of 5 ms costs answers under overload.
@@ -278,6 +281,7 @@ def serve(read: Callable[[], ServedModel], *, host: str, port: int, limits: Limi
         UserError: The model can't be read, or the address can't be listened on.
     """
     sys.setswitchinterval(_SWITCH_SECONDS)
+    limits = _within_open_files(limits, say)
     with _listen(host, port) as listener:
         asyncio.run(run(read(), read, listener, limits, say))
 
@@ -325,6 +329,19 @@ async def run(
         await task
     await service.stop()
     say("stopped; all requests that were accepted are answered")
+
+
+def _within_open_files(limits: Limits, say: Callable[[str], None]) -> Limits:
+    """Raise this process's limit on open files for the connections; where that is refused, take fewer of them."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = limits.max_connections + _OTHER_FILES
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        needed = hard
+        limits = replace(limits, max_connections=max(hard - _OTHER_FILES, 1))
+        say(f"note: at most {limits.max_connections:,} connections, as a process may open {hard:,} files (ulimit -Hn)")
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+    return limits
 
 
 def _listen(host: str, port: int) -> socket.socket:
