@@ -16,7 +16,7 @@ from torchrec_deepfm.training.recipes import DATA
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 GUIDES = ["containers.md", "criteo-terabyte.md", "object-storage.md", "preemption.md", "slurm.md", "training.md"]
 # What belongs to others, and to the shell.
-FOREIGN = {"docker", "hf", "kubectl", "scancel", "sky"}
+FOREIGN = {"docker", "hf", "kubectl", "sbatch", "scancel", "sky"}
 
 
 def commands(page: str) -> list[list[str]]:

@@ -23,6 +23,7 @@ pytestmark = [
     pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)} (tests/slurm/cluster.sh install)"),
 ]
 TORCHX = Path(sys.executable).parent / "torchx"
+ELASTIC = Path(__file__).parents[2] / "docs" / "slurm" / "elastic.sh"
 EPOCHS = 12
 
 
@@ -67,6 +68,15 @@ def wait(condition: Callable[[], bool], seconds: float = 240) -> None:
 
 def ended(job: str) -> bool:
     return not subprocess.run(["squeue", "-h", "-j", job], capture_output=True, text=True).stdout.strip()
+
+
+def squeue(form: str, job: str) -> list[str]:
+    run = subprocess.run(["squeue", "-h", "-o", form, "-j", job], capture_output=True, text=True, check=True)
+    return run.stdout.split("\n")[:-1]
+
+
+def pgrep(*words: str) -> list[str]:
+    return subprocess.run(["pgrep", *words], capture_output=True, text=True, check=False).stdout.split()
 
 
 def trained(output: Path, epochs: int) -> bool:
@@ -127,6 +137,54 @@ def test_a_job_saves_before_its_time_limit_and_when_it_is_cancelled(tmp_path: Pa
     subprocess.run(["scancel", job], check=True)
     wait(lambda: ended(job))
     assert json.loads((output / "saved.json").read_text())["step"] > step
+
+
+@pytest.mark.campaign
+def test_a_lost_node_is_left_out_and_taken_back(tmp_path: Path, data: PreparedData) -> None:
+    """docs/slurm/elastic.sh: a job per node. Lost as a host that loses power: its slurmd and all that it runs."""
+    output = tmp_path / "run"
+    words = ["sbatch", "--parsable", "-p", "debug", ELASTIC, "train", "--data", data.folder, "--output", output]
+    more = ["--recipe", "smoke", "--epochs", "100000", "--max-ne", "inf", "--checkpoint-every", "20"]
+    env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    run = subprocess.run([*words, *more], cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
+    array = run.stdout.strip()
+
+    def resumed() -> list[int]:
+        logs = "".join(path.read_text() for path in sorted(tmp_path.glob(f"slurm-{array}-*.out")))
+        return sorted(int(step) for step in re.findall(r"Resuming from step (\d+)", logs))
+
+    def states() -> list[str]:
+        return sorted(squeue("%i %t", array))
+
+    wait(lambda: trained(output, 1))
+    assert states() == [f"{array}_0 R", f"{array}_1 R"]
+    (node,), (job,) = squeue("%N", f"{array}_1"), squeue("%A", f"{array}_1")
+    pids = [
+        (Path(os.environ["SLURM_HOME"]) / f"{node}.pid").read_text().strip(),
+        *pgrep("-f", rf"slurmstepd: \[{job}\."),
+    ]
+    for pid in pids[1:]:
+        pids += pgrep("-P", pid)  # the list grows while it is read: children of children
+    subprocess.run(["kill", "-9", *pids], check=True)
+    subprocess.run(["scontrol", "update", f"nodename={node}", "state=down", "reason=lost"], check=True)
+    wait(lambda: len(resumed()) == 1)
+    assert states() == [f"{array}_0 R", f"{array}_1 PD"]
+    evaluated = (output / "metrics.jsonl").read_text().count('"validation"')
+    wait(lambda: trained(output, evaluated + 1))
+
+    subprocess.run(["slurmd", "-N", node], check=True)
+    time.sleep(2)
+    subprocess.run(["scontrol", "update", f"nodename={node}", "state=idle"], check=True)
+    # slurm waits two minutes before it starts a requeued job
+    subprocess.run(["scontrol", "update", f"jobid={array}_1", "StartTime=now"], check=True)
+    wait(lambda: len(resumed()) == 2)
+    assert states() == [f"{array}_0 R", f"{array}_1 R"]
+    assert resumed()[1] > resumed()[0]
+    evaluated = (output / "metrics.jsonl").read_text().count('"validation"')
+    wait(lambda: trained(output, evaluated + 1))
+    subprocess.run(["scancel", array], check=True)
+    wait(lambda: ended(array))
+    assert json.loads((output / "saved.json").read_text())["step"] > resumed()[1]
 
 
 def test_what_slurm_refuses_is_one_line(tmp_path: Path) -> None:
