@@ -10,6 +10,7 @@ per answer hardly depends on what else the machine does.
 """
 
 import asyncio
+import gc
 import json
 import multiprocessing
 import os
@@ -130,6 +131,7 @@ def cpu_seconds(pid: int) -> float:
 
 def client_main(port: int, pid: int, folder: Path, options: Options) -> None:
     """The client's process: writes a line for each load."""
+    gc.disable()  # with all requests of a load in memory a collection takes long enough to send a burst after it
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each request under way has a connection
     lines: list[dict[str, Any]] = []

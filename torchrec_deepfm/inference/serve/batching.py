@@ -10,7 +10,7 @@ from typing import Any, Final
 
 # A batch that takes less is scored by the event loop itself. In a thread it takes several times as long under load:
 # every call of a library gives up Python's lock, which the event loop then keeps.
-_SHORT_SECONDS: Final = 0.01
+_SHORT_SECONDS: Final = 0.05
 _REMEMBERED: Final = 8
 
 
@@ -35,7 +35,7 @@ class Batcher:
 
     Args:
         call: Given the payloads of a batch, returns an answer for each; or an exception in its place. Runs in a thread
-            of its own, unless batches of about as many rows, with a key, took less than 10 ms before.
+            of its own, unless batches of about as many rows, with a key, took less than 50 ms before.
         rows: Rows of a batch, unless a single payload has more.
         wait: Seconds.
         queue_rows: Rows that may wait; but a payload of any size is taken by an empty queue.
