@@ -186,16 +186,13 @@ def test_bad_rows_are_left_out_before(tmp_path):
 
 
 def test_stopped_anywhere_and_on_two_ranks(tmp_path):
-    """After each record up to the first encoded block, with a transform that learns; and by two ranks.
-
-    What follows depends on no split by rows: it is test_resume's.
-    """
+    """After each record up to the first checksum, with a transform that learns; and by two ranks."""
     make(tmp_path, 120)
     schema = Schema(
         label="y", numeric=("n",), categorical=("c",), columns={"n": Column(transform="quantile")}, layout="table"
     )
     options = {"schema": schema, "split": "time", "time": "t", "gap": "3600", "min_count": 1}
-    assert stop_at_each_record(lambda out: run(tmp_path, out.name, **options), tmp_path / "out", last="encode_") > 10
+    assert stop_at_each_record(lambda out: run(tmp_path, out.name, **options), tmp_path / "out", last="sum_") > 10
     whole = content(run(tmp_path, "whole", **options)[0].folder)
     text = 'label = "y"\nnumeric = ["n"]\ncategorical = ["c"]\n[columns.n]\ntransform = "quantile"\n'
     (tmp_path / "schema.toml").write_text(text)
