@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import pytest
-
 from torchrec_deepfm.data.prepare.work_folder import WorkFolder
 
 
@@ -43,22 +41,27 @@ def stop_at_each_record(
 ) -> int:
     """Stop ``run(output)`` at each record in turn, and call it again: it ends with the folder of an undisturbed call.
 
-    Of the checksums, a record per file that no other one depends on, only the first and the last are stopped at.
     ``last``: how the name of the last record to stop at begins. Returns how often it was stopped.
     """
-    names: list[str] = []
-    with stopping(lambda name, _: bool(names.append(name))):  # at none
-        run(whole := output.with_name("whole"))
-    sums = [number for number, name in enumerate(names) if name.startswith("sum_")]
-    stops = [number for number in range(len(names)) if number not in sums[1:-1]]
-    if last:
-        stops = stops[: next(at for at, number in enumerate(stops) if names[number].startswith(last)) + 1]
-    for number in stops:
-        written = itertools.count()
-        with pytest.raises(StoppedError), stopping(lambda *_, n=number, w=written: next(w) == n, before=before):
+    run(whole := output.with_name("whole"))
+    for number in itertools.count():
+        seen: list[str] = []
+
+        def is_next(name: str, _: Any, seen: list[str] = seen, number: int = number) -> bool:
+            seen.append(name)
+            return len(seen) > number
+
+        try:
+            with stopping(is_next, before=before):
+                run(output)
+        except StoppedError:
             run(output)
-        run(output)
-        assert content(output) == content(whole), names[: number + 1]
+            stopped = True
+        else:
+            stopped = False
+        assert content(output) == content(whole), seen
         shutil.rmtree(output)
-    shutil.rmtree(whole)
-    return len(stops)
+        if not stopped or (last and seen[-1].startswith(last)):
+            shutil.rmtree(whole)
+            return number + stopped
+    raise AssertionError

@@ -105,13 +105,12 @@ def test_large_files_share_by_their_size(tmp_path, monkeypatch):
 def test_a_kill_after_every_record(tmp_path, monkeypatch):
     """Up to the first checksum: those of the other arrays are test_resume's."""
     small_pieces(monkeypatch, piece_bytes=256 * 40)
-    monkeypatch.setattr(inputs, "SEPARATE", 5)
-    paths = write_files(tmp_path / "many", 7)
-    monkeypatch.setattr(inputs, "SHARED_BYTES", paths[0].stat().st_size * 5)  # two groups
+    paths = write_files(tmp_path / "many", inputs.SEPARATE + 2)
+    monkeypatch.setattr(inputs, "SHARED_BYTES", paths[0].stat().st_size * 12)  # two groups
     stops = stop_at_each_record(
         lambda folder: prepare(paths, folder, schema=SCHEMA, min_count=1), tmp_path / "out", last="sum_"
     )
-    assert stops > 12
+    assert stops > 20
 
 
 def test_bad_rows_are_named_by_file_and_row(tmp_path):
