@@ -27,6 +27,16 @@ def published_case(name: str, ranks: int) -> Case:
     return Case(tables=tables, hardware=PRESETS["torchrec"], ranks=ranks, batch_size=8192, name=name, memory="enough")
 
 
+def power_law_rows(draw: random.Random) -> int:
+    """Draw the rows of a table: most are small, the largest have 40 million."""
+    return int(min(10 ** min(1.5 + draw.paretovariate(1.1), 8.0), 4e7))
+
+
+def power_law_pooling(draw: random.Random) -> float:
+    """Draw the ids per sample, 1 to 100."""
+    return float(min(round(draw.paretovariate(0.8)), 100))
+
+
 def random_case(draw: random.Random) -> Case:
     """Draw tables (20 to 200, power-law rows), hosts, ranks and memory."""
     per_host = draw.choice([1, 4, 5, 8, 24, 40, 72])
@@ -37,8 +47,8 @@ def random_case(draw: random.Random) -> Case:
     widths = draw.choice([(16,), (64,), (128,), (256,), (16, 64, 128), (12, 36, 100), (48, 96, 192)])
     tables = []
     for number in range(count):
-        rows = int(min(10 ** min(1.5 + draw.paretovariate(1.1), 8.0), 4e7))
-        pooling = 1.0 if style == "one-hot" else float(min(round(draw.paretovariate(0.8)), 100))
+        rows = power_law_rows(draw)
+        pooling = 1.0 if style == "one-hot" else power_law_pooling(draw)
         tables.append(
             Table(
                 name=f"t{number}",

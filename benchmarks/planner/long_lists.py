@@ -18,6 +18,7 @@ from torchrec_deepfm import console
 console.quiet()
 
 from benchmarks._lib.formatting import markdown, versions, versions_line  # noqa: E402
+from benchmarks.planner.cases import power_law_pooling, power_law_rows  # noqa: E402
 from torchrec_deepfm.sharding.inputs.presets import PRESETS  # noqa: E402
 from torchrec_deepfm.sharding.inputs.tables import Table  # noqa: E402
 from torchrec_deepfm.sharding.search.plan_tables import Planning  # noqa: E402
@@ -41,9 +42,9 @@ def long_list(count: int, seed: int) -> list[Table]:
     return [
         Table(
             name=f"t{number}",
-            num_embeddings=int(min(10 ** min(1.5 + draw.paretovariate(1.1), 8.0), 4e7)),
+            num_embeddings=power_law_rows(draw),
             embedding_dim=draw.choice((16, 32, 64, 128)),
-            pooling_factor=float(min(round(draw.paretovariate(0.8)), 100)),
+            pooling_factor=power_law_pooling(draw),
         )
         for number in range(count)
     ]

@@ -160,7 +160,7 @@ def refusal(path: Path) -> str:
     ("content", "message"),
     [
         (b"", "damaged (Expecting value: line 1 column 1 (char 0)); make the plan again"),
-        (plan_json(plan_file()).encode()[:-50], "damaged (Expecting value: line 105 column 52"),
+        (plan_json(plan_file()).encode()[:-50], "damaged (Expecting value: line 105 column 52 (char 3446)); make th"),
         (b"\xff\xfe", "byte 0 is not valid UTF-8; save it as UTF-8, or make a plan with plan, or"),
         (b"[" * 100_000, "damaged (nested too deeply); make the plan again"),
         (b'{"world_size": NaN}', "damaged (NaN is not a valid number); make the plan again"),

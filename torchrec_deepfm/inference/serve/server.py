@@ -131,7 +131,7 @@ class Service:
         """Answer a request, as an ASGI application does."""
         served = self._served
         assert served is not None
-        path, start, status = _counted(scope["path"]), time.perf_counter(), 500
+        path, start, status = _metric_path(scope["path"]), time.perf_counter(), 500
 
         async def sending(message: Any) -> None:
             nonlocal status
@@ -149,7 +149,8 @@ class Service:
             self.metrics.seconds.labels(path).observe(time.perf_counter() - start)
 
 
-def _counted(path: str) -> str:
+def _metric_path(path: str) -> str:
+    """The path under which metrics count a request: there is a bounded number."""
     return path if path in _PATHS else "other"
 
 
@@ -198,7 +199,7 @@ class _Protocol(HttpToolsProtocol):
             super().on_headers_complete()
             return
         self._refusing = True
-        self._service.refused(_counted(path), status)
+        self._service.refused(_metric_path(path), status)
         last = self._in_excess or not self.parser.should_keep_alive()
         self.transport.write((_LAST_REFUSALS if last else _REFUSALS)[status])
 

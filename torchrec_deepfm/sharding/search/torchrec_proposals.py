@@ -33,12 +33,9 @@ def greedy_proposals(options: Options) -> Iterator[Choice]:
     sums every shard of every table again at each step, which is too slow for a thousand ranks.
     """
     sizes = [{number: _memory(option) for number, option in each.items()} for each in options]
-    totals = [{number: _per_shard(option, _total) for number, option in each.items()} for each in options]
-    for figure in (max, sum):
-        ranked = [
-            sorted(each, key=lambda number, each=each: figure(each[number]))  # type: ignore[misc]
-            for each in totals
-        ]
+    rates = [{number: _largest_and_sum(option) for number, option in each.items()} for each in options]
+    for place in (0, 1):
+        ranked = [sorted(each, key=lambda number, each=each: each[number][place]) for each in rates]  # type: ignore[misc]
         choice = [each[0] for each in ranked]
         left = [iter(each[1:]) for each in ranked]
         largest = [
@@ -68,7 +65,7 @@ def torchrec_proposals(options: Options) -> Iterator[Choice]:
         fitting = [[n for n, option in each.items() if option.sharding_type == kind] for each in options]
         if all(fitting):
             yield tuple(
-                min(numbers, key=lambda n, each=each: max(_per_shard(each[n], _total)))  # type: ignore[misc]
+                min(numbers, key=lambda n, each=each: _largest_and_sum(each[n])[0])  # type: ignore[misc]
                 for numbers, each in zip(fitting, options, strict=True)
             )
 
@@ -96,15 +93,15 @@ def best_proposal(
     hbm, ddr = (sum(getattr(rank.storage, tier) for rank in ranks.devices) for tier in ("hbm", "ddr"))
     most = max(max(each, default=0) for each in options) + 1
     times = np.full((len(options), most, 3), np.inf)  # added to the mean rank, to every rank, to one rank
-    bytes_ = np.zeros((len(options), most, 2))  # added to the memory of all ranks
+    memory = np.zeros((len(options), most, 2))  # added to the memory of all ranks
     for table, each in enumerate(options):
         for number, option in each.items():
-            times[table, number], bytes_[table, number] = _load(option, ranks, shard_ms)
+            times[table, number], memory[table, number] = _load(option, ranks, shard_ms)
     tables = np.arange(len(options))
     partitioner, best, best_ms = GreedyPerfPartitioner(), None, known_ms
     for choice in dict.fromkeys(torchrec_proposals(options)):
         mean, every, one = times[tables, choice].T
-        needed = bytes_[tables, choice].sum(axis=0)
+        needed = memory[tables, choice].sum(axis=0)
         bound = max(mean.sum(), every.sum() + one.max())
         if needed[0] > hbm or needed[1] > ddr or bound >= best_ms * (1 - _SAME):
             continue
@@ -143,8 +140,9 @@ def _per_shard(option: ShardingOption, figure: Callable[[Perf], float]) -> list[
     return [found[id(perf)] for perf in perfs]
 
 
-def _total(perf: Perf) -> float:
-    return float(perf.total)
+def _largest_and_sum(option: ShardingOption) -> tuple[float, float]:
+    totals = _per_shard(option, lambda perf: float(perf.total))
+    return max(totals), sum(totals)
 
 
 def _negated(size: tuple[int, ...]) -> tuple[int, ...]:
