@@ -171,17 +171,21 @@ def main(options: Options) -> None:
 def summarise(rows: Sequence[Mapping[str, Any]]) -> None:
     """Print, for each rival and objective, how often and by how much the balanced search is better."""
     print(f"{len(rows)} cases")
-    print(f"{'rival':<21}{'objective':<11}{'cases':>6}{'balanced worse':>16}{'rival : balanced, least':>25}"
-          f"{'median':>8}{'most':>8}{'planned by balanced only':>26}{'rival only':>12}{'out of time':>13}")  # fmt: skip
+    print(f"{'':<32}{'balanced is':^21}{'plan only of':^18}{'':>8}{'rival : balanced':^24}")
+    print(f"{'rival':<21}{'objective':<11}{'better':>7}{'equal':>7}{'worse':>7}{'balanced':>10}{'rival':>8}"
+          f"{'no plan':>8}{'least':>8}{'median':>8}{'most':>8}{'out of time':>13}")  # fmt: skip
     for name, objective in itertools.product(("torchrec", *PROPOSERS, "tuned loop"), OBJECTIVES):
         asked = [row for row in rows if f"{name} {objective}" in row]
         pairs = [(row[f"{name} {objective}"], row[f"balanced {objective}"]) for row in asked]
         ratios = sorted(theirs / mine for theirs, mine in pairs if theirs is not None and mine is not None)
-        if ratios:
-            print(f"{name:<21}{objective:<11}{len(asked):>6}{sum(ratio < 1 - 1e-6 for ratio in ratios):>16}"
-                  f"{ratios[0]:>25.3f}{ratios[len(ratios) // 2]:>8.2f}{ratios[-1]:>8.1f}"
-                  f"{sum(theirs is None and mine is not None for theirs, mine in pairs):>26}"
-                  f"{sum(theirs is not None and mine is None for theirs, mine in pairs):>12}"
+        if asked:
+            worse, better = sum(ratio < 1 - 1e-6 for ratio in ratios), sum(ratio > 1 + 1e-6 for ratio in ratios)
+            spread = [f"{ratios[at]:.3f}" if ratios else "-" for at in (0, len(ratios) // 2, -1)]
+            print(f"{name:<21}{objective:<11}{better:>7}{len(ratios) - better - worse:>7}{worse:>7}"
+                  f"{sum(theirs is None and mine is not None for theirs, mine in pairs):>10}"
+                  f"{sum(theirs is not None and mine is None for theirs, mine in pairs):>8}"
+                  f"{sum(theirs is None and mine is None for theirs, mine in pairs):>8}"
+                  f"{spread[0]:>8}{spread[1]:>8}{spread[2]:>8}"
                   f"{sum(name in row['ran out of time'] for row in asked):>13}")  # fmt: skip
 
 
