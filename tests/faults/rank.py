@@ -57,6 +57,7 @@ def fault(at: str, step: int) -> None:
                 _checkpoints.wait()
                 os.kill(os.getpid(), signal.SIGKILL)
             case "stop":
+                _checkpoints.wait()
                 os.kill(os.getpid(), signal.SIGSTOP)
             case "term":
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -68,6 +69,7 @@ def fault(at: str, step: int) -> None:
             case "memory":
                 torch.empty(2**45)
             case "busy":
+                _checkpoints.wait()
                 time.sleep(3600)
             case "fill":
                 _checkpoints.wait()
