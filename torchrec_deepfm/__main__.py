@@ -42,10 +42,12 @@ def main() -> NoReturn:
 def run() -> int:
     """Run the command line and give back its exit code."""
     from torchrec_deepfm.cli.main import main as run_command
+    from torchrec_deepfm.distributed.cpu_memory import use_huge_pages
     from torchrec_deepfm.launch.cpu_threads import choose_threads
 
     end_with_parent(os.environ.get(UNDER_LAUNCHER), signal.SIGKILL)
     choose_threads(local_world_size())
+    use_huge_pages()
     try:
         run_command()
     except SystemExit as stop:

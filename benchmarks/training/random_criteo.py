@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 from torchrec_deepfm import console
+from torchrec_deepfm.distributed.cpu_memory import use_huge_pages
 
 Precision = Literal["float32", "medium", "bf16"]
 KEYS = [f"C{i}" for i in range(1, 27)]
@@ -28,6 +29,7 @@ def training_rank(device: str, threads: int) -> Iterator[Any]:
     if device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is loaded
     console.quiet()
+    use_huge_pages()
     import torch
 
     from torchrec_deepfm.distributed import process_group

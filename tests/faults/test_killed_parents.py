@@ -37,7 +37,9 @@ def wait_until(found: Callable[[], object], log: Path, seconds: float = 240) -> 
     deadline = time.monotonic() + seconds
     while not found():
         if time.monotonic() > deadline:
-            processes = subprocess.run(["ps", "-eo", "pid,ppid,stat,wchan:20,etime,args"], capture_output=True, text=True)
+            processes = subprocess.run(
+                ["ps", "-eo", "pid,ppid,stat,wchan:20,etime,args"], capture_output=True, text=True
+            )
             raise AssertionError(f"{log.read_text(errors='replace')[-3000:]}\n{processes.stdout}")
         time.sleep(0.05)
 

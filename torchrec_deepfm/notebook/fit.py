@@ -22,6 +22,7 @@ from torchrec_deepfm import console
 from torchrec_deepfm.data.prepare.options import PrepareOptions
 from torchrec_deepfm.data.raw.frames import as_arrow, frame_columns
 from torchrec_deepfm.data.schema import Schema, parse_schema, read_schema, toml_text
+from torchrec_deepfm.distributed.cpu_memory import use_huge_pages
 from torchrec_deepfm.errors import UserError, did_you_mean
 from torchrec_deepfm.launch.cpu_threads import choose_threads
 from torchrec_deepfm.training.config import TrainConfig
@@ -262,7 +263,8 @@ def _nothing_left_behind() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             if not loaded:
-                choose_threads()  # read once, when torch is loaded
+                choose_threads()  # this and the next are read once, when torch is loaded
+                use_huge_pages()
             console.quiet()
             import torch
 
