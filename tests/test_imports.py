@@ -26,6 +26,7 @@ ALLOWED = {
     "console": {"errors", "launch.processes", "units", "remote.names"},
     "doctor": set(),
     "launch.cpu_threads": set(),
+    "launch.huge_pages": set(),
     "launch.interrupt": set(),
     "launch.processes": set(),
     "launch.rendezvous": {"errors"},
@@ -56,7 +57,7 @@ ALLOWED = {
     | {"console", "report", "model", "data", "sharding", "distributed", "training"},
     "notebook": BASE
     | {
-        "console", "launch.cpu_threads", "report", "model", "data", "sharding", "distributed",
+        "console", "launch.cpu_threads", "launch.huge_pages", "report", "model", "data", "sharding", "distributed",
         "training", "evaluation", "inference",
     },
     "cli": BASE
@@ -64,7 +65,7 @@ ALLOWED = {
         "console", "doctor", "launch.launcher", "report", "model", "data", "sharding", "distributed",
         "training", "evaluation", "experiment", "inference",
     },
-    "__main__": {"cli", "launch.cpu_threads", "launch.interrupt", "launch.processes"},
+    "__main__": {"cli", "launch.cpu_threads", "launch.huge_pages", "launch.interrupt", "launch.processes"},
 }  # fmt: skip
 WITHOUT_TORCH = [
     "",
@@ -81,6 +82,7 @@ WITHOUT_TORCH = [
     "training.run.report",
     "report.training_curves",
     "launch.cpu_threads",
+    "launch.huge_pages",
     "doctor",
     "launch.launcher",
     "launch.processes",

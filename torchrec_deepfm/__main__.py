@@ -42,8 +42,8 @@ def main() -> NoReturn:
 def run() -> int:
     """Run the command line and give back its exit code."""
     from torchrec_deepfm.cli.main import main as run_command
-    from torchrec_deepfm.distributed.cpu_memory import use_huge_pages
     from torchrec_deepfm.launch.cpu_threads import choose_threads
+    from torchrec_deepfm.launch.huge_pages import use_huge_pages
 
     end_with_parent(os.environ.get(UNDER_LAUNCHER), signal.SIGKILL)
     choose_threads(local_world_size())

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 from torchrec_deepfm import console
-from torchrec_deepfm.distributed.cpu_memory import use_huge_pages
+from torchrec_deepfm.launch.huge_pages import use_huge_pages
 
 Precision = Literal["float32", "medium", "bf16"]
 KEYS = [f"C{i}" for i in range(1, 27)]

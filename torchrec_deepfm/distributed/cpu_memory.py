@@ -1,24 +1,12 @@
-"""Memory of a training on CPUs: huge pages for large tensors, and freed memory that is kept. Loads no torch."""
+"""Memory that the C library keeps for the next step instead of handing it back to the kernel. Loads no torch."""
 
 import ctypes
 import os
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping
 
 # Of mallopt(3), in bytes. glibc's own are at most 32 and 64 MiB, which the activations of a large batch exceed.
 _M_TRIM_THRESHOLD, _TRIM_THRESHOLD = -1, 1 << 30
 _M_MMAP_THRESHOLD, _MMAP_THRESHOLD = -3, 256 << 20
-
-
-def use_huge_pages(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Let torch ask Linux for huge pages for tensors of 2 MiB and more, unless a user has set its variable.
-
-    A look-up touches a page per row: in tables far larger than a processor's caches most of its time goes into finding
-    the pages (docs/performance.md). torch reads the variable once, when it is loaded.
-
-    Args:
-        environment: where the variable is set.
-    """
-    environment.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def keep_freed_memory(environment: Mapping[str, str] = os.environ) -> None:

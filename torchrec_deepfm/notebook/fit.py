@@ -22,9 +22,9 @@ from torchrec_deepfm import console
 from torchrec_deepfm.data.prepare.options import PrepareOptions
 from torchrec_deepfm.data.raw.frames import as_arrow, frame_columns
 from torchrec_deepfm.data.schema import Schema, parse_schema, read_schema, toml_text
-from torchrec_deepfm.distributed.cpu_memory import use_huge_pages
 from torchrec_deepfm.errors import UserError, did_you_mean
 from torchrec_deepfm.launch.cpu_threads import choose_threads
+from torchrec_deepfm.launch.huge_pages import use_huge_pages
 from torchrec_deepfm.training.config import TrainConfig
 from torchrec_deepfm.training.recipes import recipe as named_recipe
 from torchrec_deepfm.training.recipes import small_table
