@@ -7,6 +7,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torchrec_deepfm import doctor
 from torchrec_deepfm.cli.main import main
 from torchrec_deepfm.data.prepare.prepare import prepare
 from torchrec_deepfm.data.synthetic.generate import generate
+from torchrec_deepfm.training.monitoring import quality
 
 # Two tables of Adam, checkpoints and evaluations in the middle, a moving average: what CUDA has branches for.
 OPTIONS = ["--batch-size", "256", "--data-parallel-rows", "8", "--eval-every", "4", "--checkpoint-every", "3"]
@@ -24,18 +26,20 @@ OPTIONS += ["--ema", "0.5", "--max-ne", "inf", "--clip-norm", "1.0"]
 
 @dataclass(frozen=True, kw_only=True)
 class Walk:
-    """A run of each command, on the CPU and on the pretended GPU."""
+    """A run of each command, on the CPU and on the pretended GPU; `said`: what the trainings on them printed."""
 
     folder: Path
+    said: list[str]
     train: Calls
     resume: Calls
     predict: Calls
     experiment: Calls
 
 
-def run(*words: object) -> None:
-    with contextlib.redirect_stdout(io.StringIO()):
+def run(*words: object) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as said:
         main([str(word) for word in words])
+    return said.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +52,11 @@ def walk(tmp_path_factory: pytest.TempPathFactory) -> Walk:
         validation=[folder / "raw" / "validation.tsv"],
         test=[folder / "raw" / "test.tsv"],
     )
-    run("train", "--data", folder / "data", "--output", folder / "cpu", *OPTIONS)
-    with pretend_gpu() as trained:
-        run("train", "--data", folder / "data", "--output", folder / "gpu", *OPTIONS)
+    with mock.patch.object(quality, "_FEW_STEPS", 0):
+        said = [run("train", "--data", folder / "data", "--output", folder / "cpu", *OPTIONS)]
+        with pretend_gpu() as trained:
+            said.append(run("train", "--data", folder / "data", "--output", folder / "gpu", *OPTIONS))
+    with pretend_gpu():
         run("evaluate", "--run", folder / "gpu", "--data", folder / "data")
     rules = ["--constraint", "C1=table_wise:kernel=fused_uvm_caching"]
     plain = [word for word in OPTIONS if word not in ("--ema", "0.5")]
@@ -72,7 +78,7 @@ def walk(tmp_path_factory: pytest.TempPathFactory) -> Walk:
     with pretend_gpu() as measured:
         words = ["--tables", tables, "--batch-size", "32", "--steps", "2", "--turns", "1"]
         run("experiment", *words, "--output", folder / "experiment")
-    return Walk(folder=folder, train=trained, resume=resumed, predict=predicted, experiment=measured)
+    return Walk(folder=folder, said=said, train=trained, resume=resumed, predict=predicted, experiment=measured)
 
 
 def figures(run: Path) -> Any:
@@ -90,6 +96,11 @@ def test_training_on_a_gpu_computes_what_the_cpu_does(walk: Walk) -> None:
     assert figures(walk.folder / "gpu") == figures(walk.folder / "cpu")
     evaluated = json.loads((walk.folder / "gpu" / "evaluate_test.json").read_text())
     assert evaluated["auc"] == figures(walk.folder / "cpu")[1]["auc"]
+
+
+def test_a_small_batch_is_advised_against_on_a_gpu_only(walk: Walk) -> None:
+    line = "warning: --batch-size 256: a step takes a GPU as long as one of 8192"
+    assert [line in said for said in walk.said] == [False, True]
 
 
 def test_a_plan_that_caches_fetches_ahead_and_computes_the_same(walk: Walk) -> None:

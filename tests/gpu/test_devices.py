@@ -178,6 +178,22 @@ def test_a_cuda_build_without_a_driver_says_so(
 
 
 @pytest.mark.parametrize(
+    ("name", "capability", "reported"),
+    [("Tesla T4", (7, 5), True), ("NVIDIA GeForce RTX 5090", (12, 0), True), ("NVIDIA L4", (8, 9), False)],
+)
+def test_a_gpu_without_kernels_is_reported(
+    name: str, capability: tuple[int, int], reported: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    major, minor = capability
+    with pretend_gpu(properties=replace(Properties(), name=name, major=major, minor=minor)):
+        for rank in ("0", "1"):
+            with mock.patch.dict(os.environ, RANK=rank):
+                assert process_group._own_device() == torch.device("cuda", 0)
+    line = f"warning: {name} has compute capability {major}.{minor}, and the wheels of fbgemm-gpu hold kernels for "
+    assert [shown.startswith(line) for shown in capsys.readouterr().err.splitlines()] == [True] * reported
+
+
+@pytest.mark.parametrize(
     ("name", "memory", "preset"),
     [
         ("NVIDIA H100 80GB HBM3", 81_559 * 2**20, "h100"),

@@ -1,11 +1,14 @@
-"""Does every operator of a training step have a kernel for CUDA?
+"""Does every operator of a training step have a kernel for CUDA, and for the types of its tensors?
 
 Some steps on the CPU are recorded, operator by operator. A CUDA build of torch has its kernels registered, and FBGEMM's
 too: the dispatcher is asked. A CPU build has none, so the list of operators that comes with each build of torch is
-read instead; of FBGEMM's a CPU build cannot tell. Neither knows which types a kernel takes. docs/gpu.md has what the
-CUDA builds answered.
+read instead; of FBGEMM's a CPU build cannot tell. Neither knows which types a kernel takes: those are in the list by
+which torch's own tests try each operator on a GPU. docs/gpu.md has what the CUDA builds answered.
 """
 
+import json
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -20,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from tests.support.ranks import one_rank
 from tests.support.samples import draw, to_batch
+from torchrec_deepfm.model import arches
 from torchrec_deepfm.training.build import build_model
 from torchrec_deepfm.training.config import Precision, TrainConfig
 from torchrec_deepfm.training.optim import optimizers
@@ -27,6 +31,24 @@ from torchrec_deepfm.training.optim.optimizers import make_optimizer
 from torchrec_deepfm.training.scoring.evaluation import autocast
 
 SIZES = {"a": 50, "b": 30, "c": 4}
+
+# In a process of its own, since torch's test modules change torch's settings when they are loaded.
+PRINT_TYPES_ON_CUDA = """
+import json, sys, types, unittest
+sys.modules["expecttest"] = types.SimpleNamespace(TestCase=unittest.TestCase)  # not installed, not needed here
+from torch.testing._internal import common_cuda
+common_cuda.SM53OrLater = True  # else matrix products in bfloat16 are listed only where there is a GPU
+from torch.testing._internal import common_methods_invocations as ops
+found = {}
+for op in [*ops.op_db, *ops.foreach_unary_op_db, *ops.foreach_binary_op_db, *ops.foreach_reduce_op_db]:
+    for name, kinds in ((op.aten_name, op.supported_dtypes("cuda")),
+                        (f"{op.aten_name}_backward", op.supported_backward_dtypes("cuda"))):
+        found[name] = found.get(name, set(kinds)) & set(kinds)  # of all variants
+print(json.dumps({name: [str(kind) for kind in kinds] for name, kinds in found.items()}))
+"""
+BACKWARD_OF = {"threshold_backward": "relu_backward"}
+# They copy or rename memory, or read one number; and Adam in one kernel, which has a list of its own.
+WITHOUT_TYPES = {"_fused_adam_", "_local_scalar_dense", "_to_copy", "_unsafe_view", "copy_", "detach", "lift_fresh"}
 
 
 class Recorder(TorchDispatchMode):
@@ -47,7 +69,12 @@ def recorded() -> dict[Precision, dict[str, set[torch.dtype]]]:
     """The operators of two steps in each precision, with every penalty, batch normalisation and Adam in one kernel."""
     found = {}
     # Adam is fused on a GPU only; its kernel for the CPU has the same name.
-    with one_rank() as device, mock.patch.object(optimizers, "_is_on_gpu", return_value=True):
+    # Ids on a GPU are checked by other operators than those in host memory.
+    with (
+        one_rank() as device,
+        mock.patch.object(optimizers, "_is_on_gpu", return_value=True),
+        mock.patch.object(arches, "_in_host_memory", return_value=False),
+    ):
         for precision in get_args(Precision):
             config = TrainConfig(
                 over_arch_layer_sizes=(8,),
@@ -90,6 +117,42 @@ def test_every_operator_of_torch_has_a_kernel_for_cuda(
     assert len(names) > 30, "the step was not recorded"
     assert "aten::_fused_adam_" in names
     assert missing_on_cuda(names) == set()
+
+
+@pytest.fixture(scope="module")
+def types_on_cuda() -> dict[str, set[str]]:
+    """The types with which torch's tests try each operator on a GPU."""
+    done = subprocess.run([sys.executable, "-c", PRINT_TYPES_ON_CUDA], capture_output=True, text=True, check=True)
+    return {name: set(kinds) for name, kinds in json.loads(done.stdout).items()}
+
+
+def test_kernels_for_cuda_take_the_types_of_every_operator(
+    recorded: dict[Precision, dict[str, set[torch.dtype]]], types_on_cuda: dict[str, set[str]]
+) -> None:
+    used: dict[str, set[torch.dtype]] = {}
+    for found in recorded.values():
+        for name, kinds in found.items():
+            if name.startswith("aten::") and kinds:
+                used.setdefault(name, set()).update(kinds)
+    assert {"aten::mul.Tensor", "aten::sum.dim_IntList"} <= {name for name in used if torch.float64 in used[name]}
+    assert {"aten::aminmax", "aten::maximum"} <= {name for name in used if torch.int32 in used[name]}
+    assert not_taken(used, types_on_cuda) == {}
+
+
+def test_a_type_without_a_kernel_is_found(types_on_cuda: dict[str, set[str]]) -> None:
+    used = {"aten::addmm": {torch.float32, torch.int32}, "aten::unheard_of": {torch.float32}}
+    assert not_taken(used, types_on_cuda) == {"aten::addmm": {"torch.int32"}, "aten::unheard_of": {"torch.float32"}}
+
+
+def not_taken(used: Mapping[str, set[torch.dtype]], listed: Mapping[str, set[str]]) -> dict[str, set[str]]:
+    """The types that the list does not have, by operator."""
+    missing = {}
+    for full, kinds in used.items():
+        name = full.removeprefix("aten::").partition(".")[0]
+        if name not in WITHOUT_TYPES:
+            name = BACKWARD_OF.get(name, name)
+            missing[full] = {str(kind) for kind in kinds} - (listed.get(name) or listed.get(name.rstrip("_"), set()))
+    return {name: kinds for name, kinds in missing.items() if kinds}
 
 
 def test_ids_are_int32_and_nothing_has_another_type_than_expected(

@@ -16,6 +16,7 @@ from torch.distributed.rendezvous import rendezvous
 from torchrec_deepfm.distributed.cpu_memory import keep_freed_memory
 from torchrec_deepfm.distributed.disk_errors import refused
 from torchrec_deepfm.distributed.stop_signals import Preempted
+from torchrec_deepfm.doctor import FBGEMM_GENERATIONS
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.launch.processes import local_world_size
 
@@ -89,7 +90,22 @@ def _own_device() -> torch.device:
             remedy=_ONE_RANK_PER_GPU,
         )
     # Schedulers may show each rank one GPU of its own, as slurm's --gpus-per-task=1 does.
-    return torch.device("cuda", 0 if gpus == 1 else int(os.environ.get("LOCAL_RANK", "0")))
+    device = torch.device("cuda", 0 if gpus == 1 else int(os.environ.get("LOCAL_RANK", "0")))
+    _report_old_gpu(device)
+    return device
+
+
+def _report_old_gpu(device: torch.device) -> None:
+    """Report on rank 0 a GPU for which FBGEMM's wheels have no kernels; a build of one's own may have them."""
+    capability = "{}.{}".format(*torch.cuda.get_device_capability(device))
+    if capability.startswith(FBGEMM_GENERATIONS) or os.environ.get("RANK", "0") != "0":
+        return
+    sys.stderr.write(
+        f"warning: {torch.cuda.get_device_name(device)} has compute capability {capability}, and the wheels of "
+        "fbgemm-gpu hold kernels for 8.x, 9.0 and 10.x; build FBGEMM for this GPU, or train on the CPU with "
+        "CUDA_VISIBLE_DEVICES=\n"
+    )
+    sys.stderr.flush()
 
 
 def _report_no_gpu() -> None:

@@ -24,7 +24,12 @@ from torchrec_deepfm.training.config import RunOptions, TrainConfig
 from torchrec_deepfm.training.finish import draw_report, finish
 from torchrec_deepfm.training.loop import Loop, LoopContext
 from torchrec_deepfm.training.monitoring.nonfinite import record_not_finite
-from torchrec_deepfm.training.monitoring.quality import click_rate, input_warnings, unknown_warnings
+from torchrec_deepfm.training.monitoring.quality import (
+    batch_warnings,
+    click_rate,
+    input_warnings,
+    unknown_warnings,
+)
 from torchrec_deepfm.training.monitoring.step_profile import StepProfiler
 from torchrec_deepfm.training.run import folder as run_folder
 from torchrec_deepfm.training.run.data_summary import write_data_summary
@@ -223,7 +228,10 @@ class _Training:
             show=self._show,
             watchers=open_watchers(start.options.watch, start.output, start.run.config, resumed=resumed),
         )
-        for line in (*input_warnings(start.data), *unknown_warnings(about_data)):
+        size = start.run.config.batch_size
+        on_gpu = start.device.type == "cuda"
+        slow = batch_warnings(size, start.data.rows("train") // dist.get_world_size()) if on_gpu else []
+        for line in (*input_warnings(start.data), *unknown_warnings(about_data), *slow):
             start.say(f"warning: {line}")
         if resumed:
             start.say(f"Resuming from step {step} of {start.output}")

@@ -1,4 +1,4 @@
-"""Whether a training makes sense: the scale of its inputs, its first losses, its final normalised entropy."""
+"""Whether a training makes sense: the scale of its inputs, its batch on a GPU, its first losses, its final NE."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -22,6 +22,9 @@ _FIRST_LOSS: Final = 2.0 * math.log(2.0)
 # A column most of whose held-out values were rarely or never trained on: the model knows nothing of them.
 _UNKNOWN, _TIMES = 0.5, 4.0
 _NAMED: Final = 3  # columns that a warning lists
+# A GPU computes fewer samples sooner than the step's kernels are launched (docs/gpu.md).
+_LAUNCH_BOUND: Final = 8192
+_FEW_STEPS: Final = 100
 
 
 def binary_entropy(rate: float) -> float:
@@ -123,6 +126,29 @@ def unknown_warnings(data_summary: Mapping[str, Any]) -> list[str]:
             remedy = "raise its min_count in the schema, so that training has such rows too, or leave it out"
             return [f"column {', '.join(found[:_NAMED])}{more}; {remedy}"]
     return []
+
+
+def batch_warnings(batch_size: int, rows: int) -> list[str]:
+    """Check that a GPU has enough to compute per step.
+
+    Args:
+        batch_size: samples per step and rank.
+        rows: training rows per rank.
+
+    Returns:
+        At most one line; none where larger batches would leave less than 100 steps per epoch.
+
+    Example:
+        >>> batch_warnings(2048, 45_840_617)[0][:71]
+        '--batch-size 2048: a step takes a GPU as long as one of 8192, since it '
+        >>> batch_warnings(2048, 100_000), batch_warnings(8192, 45_840_617)
+        ([], [])
+    """
+    if batch_size >= _LAUNCH_BOUND or rows < _FEW_STEPS * _LAUNCH_BOUND:
+        return []
+    remedy = f"take {_LAUNCH_BOUND} to {8 * _LAUNCH_BOUND} per rank, with learning rates to match"
+    why = "since it waits for kernels to be launched"
+    return [f"--batch-size {batch_size}: a step takes a GPU as long as one of {_LAUNCH_BOUND}, {why}; {remedy}"]
 
 
 def first_loss_warnings(step: int, loss: float, rate: float | None) -> list[str]:
