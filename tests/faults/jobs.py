@@ -10,6 +10,7 @@ from typing import Any
 from tests.support.fork import ROOT, Fork
 
 OPTIONS = [
+    "--recipe", "paper",
     "--factor-dim", "4", "--over-arch-layer-sizes", "16", "8", "--dropout", "0.2", "--batch-norm", "--epochs", "2",
     "--data-parallel-rows", "20", "--warmup", "0.1", "--decay", "0.5", "--eval-every", "15", "--checkpoint-every", "4",
     "--ema", "0.9", "--ema-every", "3", "--clip-norm", "0.5", "--max-ne", "inf",

@@ -21,6 +21,7 @@ from torchrec_deepfm.remote.objects import Objects
 
 RUN = "s3://bucket/runs/one"
 OPTIONS = [
+    "--recipe", "paper",
     "--factor-dim", "3", "--over-arch-layer-sizes", "4", "--batch-size", "50", "--epochs", "3", "--checkpoint-every",
     "7", "--max-ne", "100",
 ]  # fmt: skip

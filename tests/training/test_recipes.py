@@ -1,7 +1,8 @@
 """The named recipes, those of users, and what is said of their size."""
 
+import json
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,7 @@ from torchrec_deepfm.model.tables import embedding_tables
 from torchrec_deepfm.training.config import TrainConfig
 from torchrec_deepfm.training.memory_estimate import dense_parameters, size_of
 from torchrec_deepfm.training.recipe_text import recipe_text, recipes_table
-from torchrec_deepfm.training.recipes import DATA, RECIPES, recipe, recipe_line
+from torchrec_deepfm.training.recipes import DATA, RECIPES, paper, recipe, recipe_for, recipe_line, small_table
 
 OWN = """
 from dataclasses import replace
@@ -134,17 +135,64 @@ def test_a_recipe_of_ones_own(tmp_path: Path) -> None:
         assert "\n" not in str(refused.value)
 
 
+def prepared(rows: int, *, validation: int = 100, ids: int = 3) -> Any:
+    """What the choice of a recipe looks at."""
+    splits = {"train": rows, "validation": validation}
+    schema = SimpleNamespace(multi_hot=())
+    return SimpleNamespace(rows=splits.__getitem__, num_embeddings={"a": ids - 1, "b": 1}, schema=schema)
+
+
 @pytest.mark.parametrize(("validation", "epochs", "patience"), [(0, 3, 0), (100, 20, 2)])
-def test_small_table_fits_its_rows(validation: int, epochs: int, patience: int) -> None:
+def test_small_table_fits_its_rows(validation: int, epochs: int, patience: int, tmp_path: Path) -> None:
     """40,000 rows: global batches of 512 are the largest power of two with 64 steps; options still override."""
-    data: Any = SimpleNamespace(rows=lambda split: {"train": 40_000, "validation": validation}[split])
+    data = prepared(40_000, validation=validation)
     command = cli.parse(["train", "--data", "x", "--recipe", "small-table", "--dropout", "0.4"])
     assert isinstance(command, Train)
-    config = command._config_for(data, ranks=2)
+    config = command._config_for(data, 2, tmp_path)
     assert (config.batch_size, config.epochs, config.patience, config.dropout) == (256, epochs, patience, 0.4)
-    other = cli.parse(["train", "--data", "x", "--dropout", "0.4"])
+    other = cli.parse(["train", "--data", "x", "--recipe", "paper", "--dropout", "0.4"])
     assert isinstance(other, Train)
-    assert other._config_for(data, ranks=2) == TrainConfig(dropout=0.4)
+    assert other._config_for(data, 2, tmp_path) == TrainConfig(dropout=0.4)
+
+
+@pytest.mark.parametrize(
+    ("rows", "ids", "is_small"), [(999_999, 999_999, True), (1_000_000, 3, False), (3, 1_000_000, False)]
+)
+def test_the_default_depends_on_the_data(
+    rows: int, ids: int, is_small: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = cli.parse(["train", "--data", "x", "--factor-dim", "7"])
+    assert isinstance(command, Train)
+    expected = replace(small_table(rows) if is_small else paper(), factor_dim=7)
+    assert command._config_for(prepared(rows, ids=ids), 1, tmp_path) == expected
+    said = capsys.readouterr().out
+    assert said.count("--recipe paper") == said.count("\n") == is_small
+
+
+def test_lists_leave_out_the_penalty_that_does_not_fit_them() -> None:
+    about: Any = {"rows": 50_000, "ids": 3, "validation": True}
+    found = [recipe_for(None, {"dropout": 0.4}, **about, multi_hot=multi_hot) for multi_hot in (False, True)]
+    assert found[0].touched_embedding_l2 > 0.0
+    assert found[1] == replace(found[0], touched_embedding_l2=0.0)
+
+
+@pytest.mark.parametrize(("rows", "layers", "ema"), [(4_999, (64, 32), 0.0), (5_000, (400, 400, 400), 0.99)])
+def test_few_rows_have_a_small_mlp(rows: int, layers: tuple[int, ...], ema: float) -> None:
+    config = small_table(rows)
+    assert (config.over_arch_layer_sizes, config.ema, config.touched_embedding_l2 > 0) == (layers, ema, ema > 0)
+
+
+@pytest.mark.parametrize("place", [".", "seed_3"])
+def test_a_run_keeps_what_it_began_with(place: str, tmp_path: Path) -> None:
+    """The paper's options if an earlier version made it, as far as they are the command's; batches follow the ranks."""
+    (tmp_path / place).mkdir(exist_ok=True)
+    options = asdict(TrainConfig(factor_dim=7, batch_size=17, seed=3))
+    written = {"format_version": 1, "config": options, "num_embeddings": {"a": 3}, "numeric": []}
+    (tmp_path / place / "config.json").write_text(json.dumps(written))
+    for width, expected in ((7, paper()), (8, small_table(1000))):
+        command = cli.parse(["train", "--data", "x", "--factor-dim", str(width)])
+        assert isinstance(command, Train)
+        assert command._config_for(prepared(1000), 1, tmp_path) == replace(expected, factor_dim=width)
 
 
 @pytest.mark.parametrize("words", [["--ranks", "2"], ["--samples-per-second", "1000"]])

@@ -28,7 +28,7 @@ from torchrec_deepfm.training.config import (
     RunOptions,
     TrainConfig,
 )
-from torchrec_deepfm.training.recipes import recipe, small_table
+from torchrec_deepfm.training.recipes import recipe, recipe_for
 
 if TYPE_CHECKING:
     from torchrec_deepfm.data.dataset.prepared import PreparedData
@@ -40,7 +40,8 @@ if TYPE_CHECKING:
 class Train:
     """Train a sharded DeepFM, evaluate it, and write a run folder.
 
-    The defaults below are those of the paper. The recipe has its own, and an option that is given overrides either.
+    The defaults below are those of the recipe paper. Other recipes have their own, such as small-table, the default
+    where the data are small. An option that is given overrides any recipe.
     """
 
     ADDRESSES: ClassVar = ("data", "output")
@@ -51,8 +52,8 @@ class Train:
     """Run folder, or an address such as s3://bucket/run. An unfinished run of the same options and data resumes.
     Default: runs/<time>."""
     recipe: str | None = None
-    """Named settings, which the command recipes lists, or FILE.py:FUNCTION of your own. Default: paper; without --data,
-    synthetic."""
+    """Named settings, which the command recipes lists, or FILE.py:FUNCTION of your own. Default: small-table below a
+    million training rows and ids, else paper; without --data, synthetic."""
     seeds: int = 1
     """Train with so many seeds, from --seed on, into folders seed_0, seed_1, ... of the run folder."""
     max_ne: float = 1.0
@@ -77,19 +78,34 @@ class Train:
 
     @cached_property
     def config(self) -> TrainConfig:
-        """The recipe's values, overridden by the options that are given."""
-        return self._with_options(recipe(self.recipe or ("synthetic" if self.data is None else "paper")))
+        """The recipe's values, overridden by the options that are given; without a recipe the paper's."""
+        return replace(recipe(self.recipe or ("synthetic" if self.data is None else "paper")), **self._given)
 
-    def _config_for(self, data: "PreparedData", ranks: int) -> TrainConfig:
-        """The same; the recipe small-table depends on the data."""
-        if self.recipe != "small-table":
+    def _config_for(self, data: "PreparedData", ranks: int, output: Path) -> TrainConfig:
+        """The same for these data, on which small-table and the default depend.
+
+        A run in ``output`` keeps what it began with: earlier versions took the paper's options without a recipe.
+        """
+        from torchrec_deepfm.training.run.same_run import holds_run_of
+
+        if self.recipe not in (None, "small-table") or (self.recipe is None and self.data is None):
             return self.config
-        rows = data.rows("train")
-        return self._with_options(small_table(rows, validation=bool(data.rows("validation")), ranks=ranks))
+        rows, validation = data.rows("train"), bool(data.rows("validation"))
+        ids, multi_hot = sum(data.num_embeddings.values()), bool(data.schema.multi_hot)
+        config = recipe_for(
+            self.recipe, self._given, rows=rows, ids=ids, validation=validation, ranks=ranks, multi_hot=multi_hot
+        )
+        if self.recipe is None and (config == self.config or holds_run_of(output, self.config)):
+            return self.config
+        small = f"small-table: {rows:,} training rows in batches of {config.batch_size} per rank"
+        default = f"No --recipe given, the data are small: {small}; --recipe paper takes the paper's options"
+        console.say(default if self.recipe is None else small)
+        return config
 
-    def _with_options(self, named: TrainConfig) -> TrainConfig:
+    @property
+    def _given(self) -> dict[str, Any]:
         groups = (self.model, self.optimization, self.regularization, self.evaluation, self.checkpoint, self.planner)
-        return replace(named, **{name: value for group in groups for name, value in given(group).items()})
+        return {name: value for group in groups for name, value in given(group).items()}
 
     def run(self) -> None:
         """Train, or resume, and print the result."""
@@ -122,11 +138,6 @@ class Train:
             else:
                 folder = self.data
             data = _open(folder, self.num_embeddings)
-            config = self._config_for(data, ranks.count())
-            if self.recipe == "small-table" and ranks.is_main():
-                console.say(
-                    f"small-table: {data.rows('train'):,} training rows in batches of {config.batch_size} per rank"
-                )
             # The launcher's start, and not this rank's, which may be one of many restarts.
             started = os.environ.get(STARTED) or f"{datetime.now(UTC):%Y%m%d-%H%M%S}"
             output = self.output or ranks.on_main(lambda: Path("runs") / started)
@@ -137,6 +148,7 @@ class Train:
                     remedy="start one each",
                 )
             with run_output(output) as stored:
+                config = ranks.on_main(lambda: self._config_for(data, ranks.count(), stored.local))
                 options = self.options
                 if stored.address is not None:
                     how = partial(how, publish=stored.publish)

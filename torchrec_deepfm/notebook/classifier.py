@@ -51,7 +51,7 @@ class DeepFMClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     Args:
         schema: The columns, or a TOML file with them; inferred from X by default. Its label is not used.
-        recipe: Options of the training, or the name of a recipe; by default those of ``small_table``.
+        recipe: Options of the training, or the name of a recipe; by default as in ``fit``.
         epochs: Passes over the rows; with validation rows the most, until two in a row are no better. ``None``: 20 with
             validation rows, else as many as 300 steps need, 3 to 50.
         batch_size: Rows per step; ``None`` leaves it to the recipe, like the options that follow.

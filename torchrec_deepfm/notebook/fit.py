@@ -26,8 +26,7 @@ from torchrec_deepfm.errors import UserError, did_you_mean
 from torchrec_deepfm.launch.cpu_threads import choose_threads
 from torchrec_deepfm.launch.huge_pages import use_huge_pages
 from torchrec_deepfm.training.config import TrainConfig
-from torchrec_deepfm.training.recipes import recipe as named_recipe
-from torchrec_deepfm.training.recipes import small_table
+from torchrec_deepfm.training.recipes import recipe_for
 from torchrec_deepfm.training.run.report import REPORT, write_run_report
 
 if TYPE_CHECKING:
@@ -128,7 +127,8 @@ def fit(
         validation: rows to evaluate on; without these and ``test``, a tenth of ``frame`` each, at random.
         test: rows of the final test.
         schema: the columns, or a TOML file with them; inferred by default.
-        recipe: options of the training, or the name of a recipe; by default ``small_table`` for that many rows.
+        recipe: options of the training, or the name of a recipe; by default ``small-table`` below a million training
+            rows and ids, else ``paper``.
         output: a new folder for the run; temporary by default.
         show: print the schema, the progress and the metrics.
         **options: fields of ``TrainConfig``, such as ``epochs=3``, and of ``PrepareOptions``, such as ``min_count=2``.
@@ -169,7 +169,7 @@ def fit(
             report=lambda line: say(line.replace(f"{work}{os.sep}", "")),
             **prepare_options,
         )
-        config = _config(recipe, data.rows("train"), bool(data.rows("validation")), train_options)
+        config = _config(recipe, data, train_options)
         if output is None and "checkpoint_every" not in options:  # nobody resumes it
             config = replace(config, checkpoint_every=_NEVER)
         keeps = [] if output is not None else [TemporaryDirectory(prefix="torchrec_deepfm-run-")]
@@ -218,11 +218,12 @@ def inferred(rows: pa.Table, label: str, *, keep: bool = False) -> str:
     return text.replace('"train rows"', "the frame")
 
 
-def _config(recipe: TrainConfig | str | None, rows: int, validation: bool, options: Mapping[str, Any]) -> TrainConfig:
-    if recipe is None:
-        recipe = small_table(rows, validation=validation)
-    config = named_recipe(recipe) if isinstance(recipe, str) else recipe
-    return replace(config, **options)
+def _config(recipe: TrainConfig | str | None, data: Any, options: Mapping[str, Any]) -> TrainConfig:
+    if isinstance(recipe, TrainConfig):
+        return replace(recipe, **options)
+    rows, ids = data.rows("train"), sum(data.num_embeddings.values())
+    validation, multi_hot = bool(data.rows("validation")), bool(data.schema.multi_hot)
+    return recipe_for(recipe, options, rows=rows, ids=ids, validation=validation, multi_hot=multi_hot)
 
 
 def _train(

@@ -48,7 +48,7 @@ def recipe_text(
     blocks = []
     if name in RECIPES:
         blocks.append(f"{name}: {inspect.getdoc(RECIPES[name])}".replace("``", ""))
-    blocks.append("\n".join(["Options that differ from the defaults:", *_options(config)]))
+    blocks.append("\n".join(["Options that differ from paper's:", *_options(config)]))
     published = DATA.get(name)
     data = data or published
     if data is not None:

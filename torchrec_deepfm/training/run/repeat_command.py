@@ -20,7 +20,7 @@ def repeat_command(config: RunFile, folder: Path) -> str:
     words = ["python", "-m", "torchrec_deepfm", "train"]
     if config.world_size > 1:
         words = ["torchrun", "--nproc-per-node", str(config.world_size), "-m", "torchrec_deepfm", "train"]
-    words += ["--data", config.data, "--output", f"{folder}-again"]
+    words += ["--data", config.data, "--output", f"{folder}-again", "--recipe", "paper"]
     if config.world_size > 1:
         words += ["--plan", str(folder / run_folder.PLAN)]
     for name, value in config.config.items():

@@ -28,6 +28,16 @@ def check_same(folder: Path, run: RunDescription, data: PreparedData) -> None:
     check_same_run(f"--output {folder}", there, run, data, may_lower=run_folder.was_not_finite(folder))
 
 
+def holds_run_of(folder: Path, config: TrainConfig) -> bool:
+    """Whether a folder holds a run, or runs of several seeds, with these options, except those that may change."""
+    for one in (folder, *run_folder.seed_folders(folder).values()):
+        if (one / run_folder.CONFIG).is_file():
+            there = run_folder.read(one).config
+            names = {option.name for option in fields(TrainConfig)} - {*_FREE, *_RATES, "seed"}
+            return all(getattr(there, name) == getattr(config, name) for name in names)
+    return False
+
+
 def lowered_rates(there: RunDescription, run: RunDescription) -> str:
     """List the learning rates that differ between two runs that ``check_same_run`` accepts; empty if none does."""
     changes = [

@@ -53,7 +53,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> type[Recorder]:
 
 def train(data: Path, run: Path) -> None:
     small = ["--factor-dim", "3", "--over-arch-layer-sizes", "4", "--batch-size", "50", "--max-ne", "100"]
-    cli.main(["train", "--data", str(data), "--output", str(run), *small, "--watch", "mlflow"])
+    cli.main(["train", "--data", str(data), "--output", str(run), "--recipe", "paper", *small, "--watch", "mlflow"])
 
 
 def test_a_training_gives_what_its_own_log_has(data: Path, tmp_path: Path, recorder: type[Recorder]) -> None:
