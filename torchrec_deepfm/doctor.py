@@ -44,7 +44,7 @@ import torchrec
 done("torchrec")
 """
 # Beginnings of the compute capabilities that wheels of fbgemm-gpu 1.8 hold kernels for: sm_80, sm_90, sm_100, no PTX.
-FBGEMM_GENERATIONS = ("8.", "9.", "10.")
+_FBGEMM_GENERATIONS = ("8.", "9.", "10.")
 _STAGES = ("torch", "fbgemm_gpu", "torchrec")
 
 
@@ -187,7 +187,7 @@ def _fbgemm_problems(installed: Mapping[str, str], probe: Probe, minor: str | No
     if minor and _numbers(version) != _numbers(minor):
         return [f"{name} {version} is built for another torch than {torch}: {replace}"]
     for gpu, (gpu_name, capability) in enumerate(zip(probe.names, probe.capabilities, strict=True)):
-        if name == "fbgemm-gpu" and not capability.startswith(FBGEMM_GENERATIONS):
+        if name == "fbgemm-gpu" and not capability.startswith(_FBGEMM_GENERATIONS):
             line = f"GPU {gpu} ({gpu_name}) has compute capability {capability}, and the wheels of fbgemm-gpu hold "
             remedy = "hide it with CUDA_VISIBLE_DEVICES, or build FBGEMM from its source for this GPU"
             return [f"{line}kernels for 8.x, 9.0 and 10.x: {remedy}"]

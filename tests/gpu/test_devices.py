@@ -19,6 +19,7 @@ from torchrec.distributed.types import EnumerableShardingSpec
 from tests.support.plans.experiments import plan
 from tests.support.pretend_gpu import Properties, pretend_gpu
 from tests.support.ranks import one_rank
+from torchrec_deepfm import doctor
 from torchrec_deepfm.distributed import health, process_group
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.sharding.inputs.tables import Table
@@ -189,6 +190,7 @@ def test_a_gpu_without_kernels_is_reported(
         for rank in ("0", "1"):
             with mock.patch.dict(os.environ, RANK=rank):
                 assert process_group._own_device() == torch.device("cuda", 0)
+    assert process_group._FBGEMM_GENERATIONS == doctor._FBGEMM_GENERATIONS
     line = f"warning: {name} has compute capability {major}.{minor}, and the wheels of fbgemm-gpu hold kernels for "
     assert [shown.startswith(line) for shown in capsys.readouterr().err.splitlines()] == [True] * reported
 

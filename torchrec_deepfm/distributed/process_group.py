@@ -16,7 +16,6 @@ from torch.distributed.rendezvous import rendezvous
 from torchrec_deepfm.distributed.cpu_memory import keep_freed_memory
 from torchrec_deepfm.distributed.disk_errors import refused
 from torchrec_deepfm.distributed.stop_signals import Preempted
-from torchrec_deepfm.doctor import FBGEMM_GENERATIONS
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.launch.processes import local_world_size
 
@@ -25,6 +24,7 @@ T = TypeVar("T")
 # Keys of the group's store: the message of a rank's UserError, and whether a rank has failed in another way.
 USER_ERROR = "torchrec_deepfm/user_error"
 FAILED = f"torchrec_deepfm/failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+_FBGEMM_GENERATIONS = ("8.", "9.", "10.")  # as in doctor.py, which stands alone
 _ONE_RANK_PER_GPU = (
     "start at most one rank per GPU (-j), or hide the GPUs with CUDA_VISIBLE_DEVICES= to train on the CPU"
 )
@@ -98,7 +98,7 @@ def _own_device() -> torch.device:
 def _report_old_gpu(device: torch.device) -> None:
     """Report on rank 0 a GPU for which FBGEMM's wheels have no kernels; a build of one's own may have them."""
     capability = "{}.{}".format(*torch.cuda.get_device_capability(device))
-    if capability.startswith(FBGEMM_GENERATIONS) or os.environ.get("RANK", "0") != "0":
+    if capability.startswith(_FBGEMM_GENERATIONS) or os.environ.get("RANK", "0") != "0":
         return
     sys.stderr.write(
         f"warning: {torch.cuda.get_device_name(device)} has compute capability {capability}, and the wheels of "
