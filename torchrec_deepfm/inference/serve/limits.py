@@ -15,7 +15,7 @@ class Limits:
 
     batch_rows: int = 256
     """Rows that are scored together at most, unless a single request has more."""
-    batch_wait_ms: float = 2.0
+    batch_wait_ms: float = 0.0
     """How long a request may wait for others to be scored with."""
     queue_rows: int = 4096
     """Rows that may wait for the model; a request beyond them is answered 429 with Retry-After."""
