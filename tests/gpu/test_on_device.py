@@ -24,7 +24,7 @@ from torchrec_deepfm.sharding.inputs.sparse_optimizers import SPARSE_OPTIMIZERS
 from torchrec_deepfm.training.build import build_model
 from torchrec_deepfm.training.config import Precision, TrainConfig
 from torchrec_deepfm.training.optim.optimizers import make_optimizer
-from torchrec_deepfm.training.scoring.evaluation import autocast
+from torchrec_deepfm.training.scoring.evaluation import autocast, float32_products
 
 SIZES, K = {"a": 50, "b": 30, "c": 4}, 5
 CONFIG = TrainConfig(
@@ -46,13 +46,8 @@ def make(config: TrainConfig, device: torch.device) -> DistributedModelParallel:
 
 def logits(model: DistributedModelParallel, batch: Batch, precision: Precision, device: torch.device) -> list[float]:
     model.eval()
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium" if precision == "medium" else "highest")
-    try:
-        with torch.no_grad(), autocast(precision, device):
-            _, (_, found, _) = model(batch.to(device))
-    finally:
-        torch.set_float32_matmul_precision(before)
+    with torch.no_grad(), float32_products(precision), autocast(precision, device):
+        _, (_, found, _) = model(batch.to(device))
     values: list[float] = found.float().cpu().tolist()
     return values
 

@@ -28,7 +28,7 @@ from torchrec_deepfm.training.build import build_model
 from torchrec_deepfm.training.config import Precision, TrainConfig
 from torchrec_deepfm.training.optim import optimizers
 from torchrec_deepfm.training.optim.optimizers import make_optimizer
-from torchrec_deepfm.training.scoring.evaluation import autocast
+from torchrec_deepfm.training.scoring.evaluation import autocast, float32_products
 
 SIZES = {"a": 50, "b": 30, "c": 4}
 
@@ -91,11 +91,10 @@ def recorded() -> dict[Precision, dict[str, set[torch.dtype]]]:
 
 
 def record(config: TrainConfig, device: torch.device) -> dict[str, set[torch.dtype]]:
-    recorder, before = Recorder(), torch.get_float32_matmul_precision()
+    recorder = Recorder()
     model = build_model(config, SIZES, 2, device).model
     optimizer = make_optimizer(model, config)
-    torch.set_float32_matmul_precision("medium" if config.precision == "medium" else "highest")
-    try:
+    with float32_products(config.precision):
         for seed in range(2):
             batch = to_batch(draw(8, SIZES, 2, seed=seed), list(SIZES))
             optimizer.zero_grad()
@@ -104,8 +103,6 @@ def record(config: TrainConfig, device: torch.device) -> dict[str, set[torch.dty
                     loss, _ = model(batch)
                 loss.backward()
                 optimizer.step()
-    finally:
-        torch.set_float32_matmul_precision(before)
     return recorder.found
 
 

@@ -22,7 +22,7 @@ from torchrec_deepfm.training.checkpoint.manager import restore_model
 from torchrec_deepfm.training.run import folder as run_folder
 from torchrec_deepfm.training.run.formats import JSON_LIMIT
 from torchrec_deepfm.training.run.weights import Weights, find_weights
-from torchrec_deepfm.training.scoring.evaluation import Predictions, predict_rows
+from torchrec_deepfm.training.scoring.evaluation import Predictions, float32_products, predict_rows
 from torchrec_deepfm.training.scoring.metrics import lift
 
 FORMAT_VERSION = 1
@@ -89,7 +89,6 @@ def evaluate_run(
 def _predict(
     folder: Path, run: run_folder.RunDescription, weights: Weights, rows: Rows, device: torch.device
 ) -> Predictions | None:
-    torch.set_float32_matmul_precision("medium" if run.config.precision == "medium" else "highest")
     # Quantised communication needs GPUs; a run trained with it can be evaluated on CPU ranks too.
     config = run.config if device.type == "cuda" else dataclasses.replace(run.config, qcomms=("fp32",))
     model = build_model(
@@ -101,7 +100,8 @@ def _predict(
         is_weighted=run.weighted,
     ).model
     restore_model(model, weights)
-    return predict_rows(model, rows.loader(folder, config.batch_size, device), device, config.precision)
+    with float32_products(config.precision):
+        return predict_rows(model, rows.loader(folder, config.batch_size, device), device, config.precision)
 
 
 def _figures(rows: Rows, predictions: list[Predictions | None], options: EvaluateOptions) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torchrec_deepfm.data.prepare.row_encoder import EncodedRows
 from torchrec_deepfm.data.schema import Schema
 from torchrec_deepfm.inference.parts import LogitParts, sigmoid
 from torchrec_deepfm.model.deepfm import DeepFM
-from torchrec_deepfm.training.scoring.evaluation import autocast
+from torchrec_deepfm.training.scoring.evaluation import autocast, float32_products
 
 _CPU = torch.device("cpu")
 
@@ -80,10 +80,5 @@ class ModelScorer:
 @contextmanager
 def computing(precision: str, mode: AbstractContextManager[object]) -> Iterator[None]:
     """Compute in a precision, as in ``TrainConfig``, which other work in this process does not see."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium" if precision == "medium" else "highest")
-    try:
-        with mode, autocast(precision, _CPU):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    with float32_products(precision), mode, autocast(precision, _CPU):
+        yield

@@ -258,7 +258,7 @@ def _train(
 
 @contextmanager
 def _nothing_left_behind() -> Iterator[None]:
-    """Undo what a training changes in its process: environment, warnings, random state, precision of products."""
+    """Undo what a training changes in its process: environment, warnings, random state."""
     before, hook = dict(os.environ), sys.excepthook  # each process group wraps the hook once more
     loaded = "torch" in sys.modules
     try:
@@ -269,12 +269,10 @@ def _nothing_left_behind() -> Iterator[None]:
             console.quiet()
             import torch
 
-            precision = torch.get_float32_matmul_precision()
             state = torch.random.get_rng_state()
             try:
                 yield
             finally:
-                torch.set_float32_matmul_precision(precision)
                 torch.random.set_rng_state(state)
     finally:
         sys.excepthook = hook

@@ -76,7 +76,6 @@ class Start:
             UserError: the tables fit no plan, or the plan or a constraint does not fit them.
         """
         run, options = self.run, self.options
-        torch.set_float32_matmul_precision("medium" if run.config.precision == "medium" else "highest")
         return build_model(
             run.config,
             run.num_embeddings,

@@ -38,6 +38,7 @@ from torchrec_deepfm.training.run.report import report_is_drawn
 from torchrec_deepfm.training.run.same_run import check_same, check_same_run, lowered_rates
 from torchrec_deepfm.training.run.tracking import metrics_log, progress
 from torchrec_deepfm.training.run.tracking.watchers import check_installed, open_watchers
+from torchrec_deepfm.training.scoring.evaluation import float32_products
 from torchrec_deepfm.training.start import Start
 
 
@@ -114,8 +115,9 @@ def train(
         if summary is not None:
             return Result(folder=output, summary=summary, before=True)
         stopping = requests_to_stop(lambda: lock.stopping() if lock else None)
+        products = float32_products(config.precision)
         in_time = stop_before_limit(options.stop_before_limit if is_main() else 0)
-        with stopping as requests, in_time, closing(Heartbeat(options.timeout)) as heartbeat:
+        with products, stopping as requests, in_time, closing(Heartbeat(options.timeout)) as heartbeat:
             start = Start(run=run, data=data, output=output, device=device, options=options, say=say, publish=publish)
             ended = partial(draw_report, output, say, partial(measure, output, data), report=report)
             training = _Training(start, requests, heartbeat, ended, show=show)
