@@ -4,17 +4,20 @@ A worker calls ``serve``: it prepares its work, then does it for as long as the 
 controller's ``Worker`` starts it and asks for windows. Standard library only: workers run in environments of peers.
 """
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks._lib.commands import ROOT, environment
+
+FOREIGN = 0.05  # CPU seconds of anything else per second, above which a window is spoilt
 
 
 def serve(step: Callable[[], int], about: dict[str, Any], wait: Callable[[], object] | None = None) -> None:
@@ -25,19 +28,43 @@ def serve(step: Callable[[], int], about: dict[str, Any], wait: Callable[[], obj
         about: What the controller is to know, such as versions.
         wait: Waits for a GPU that still has work of the steps before it; None without one.
     """
-    for _ in range(3):  # warms up, compiles
-        step()
+    work = windows(about, wait)
+    next(work)
+    with contextlib.suppress(StopIteration):
+        while True:
+            work.send(step())
+
+
+def windows(
+    about: dict[str, Any],
+    wait: Callable[[], object] | None = None,
+    cpu: Callable[[], float] = time.process_time,
+    warm_up: int = 3,
+) -> Generator[None, int]:
+    """Answer a controller from inside a loop of steps that is not ``serve``'s, until it closes the pipe.
+
+    Args:
+        about: As for ``serve``.
+        wait: As for ``serve``.
+        cpu: Returns the CPU seconds of the work so far.
+        warm_up: Steps before the controller is answered.
+
+    Yields:
+        Nothing; do a step and send its samples. Between two windows ``send`` waits for the controller.
+    """
+    for _ in range(warm_up):  # compiles, among others
+        yield
     if wait is not None:
         wait()
     _say(about)
     for line in sys.stdin:
         wanted = float(line)
-        samples, cpu, start = 0, time.process_time(), time.perf_counter()
+        samples, used, start = 0, cpu(), time.perf_counter()
         while time.perf_counter() - start < wanted:
-            samples += step()
+            samples += yield
         if wait is not None:
             wait()
-        _say({"samples": samples, "seconds": time.perf_counter() - start, "cpu": time.process_time() - cpu})
+        _say({"samples": samples, "seconds": time.perf_counter() - start, "cpu": cpu() - used})
 
 
 def _say(what: dict[str, Any]) -> None:
@@ -98,6 +125,47 @@ class Worker:
                 found: dict[str, Any] = json.loads(line)
                 return found
         raise SystemExit(f"{self._process.args}: ended with exit code {self._process.wait()}; its output is above")
+
+
+@dataclass(frozen=True)
+class Turns:
+    """What sides did by turns.
+
+    Attributes:
+        good: The windows that count, by side.
+        spoilt: Those in which something else used the machine.
+        noisy: Sides without enough good windows; the least spoilt ones count too.
+    """
+
+    good: dict[str, list[Window]]
+    spoilt: dict[str, list[Window]]
+    noisy: set[str]
+
+
+def by_turns(sides: Mapping[str, Callable[[float], Window]], *, count: int, seconds: float, retries: int) -> Turns:
+    """Let sides work one at a time until each has its good windows.
+
+    Args:
+        sides: Each works for some seconds.
+        count: Good windows of each side.
+        seconds: Length of a window.
+        retries: How many spoilt windows of a side to repeat before the least spoilt ones count.
+    """
+    good: dict[str, list[Window]] = {name: [] for name in sides}
+    spoilt: dict[str, list[Window]] = {name: [] for name in sides}
+    while short := [name for name in sides if len(good[name]) < count]:
+        for name in short:
+            window = sides[name](seconds)
+            (good if window.foreign <= FOREIGN else spoilt)[name].append(window)
+            if window.foreign > FOREIGN:
+                time.sleep(1)
+        if all(len(spoilt[name]) > retries for name in short):
+            break
+    noisy = {name for name in sides if len(good[name]) < count}
+    for name in noisy:
+        least = sorted(spoilt[name], key=lambda window: window.foreign)
+        good[name] += least[: count - len(good[name])]
+    return Turns(good, spoilt, noisy)
 
 
 def _busy_seconds() -> float:

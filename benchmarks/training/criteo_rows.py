@@ -48,9 +48,9 @@ def draw(rows: int, batch_size: int, batches: int = 8) -> Rows:
     )
 
 
-def arguments() -> argparse.Namespace:
-    """Read the options that every side takes."""
-    parser = argparse.ArgumentParser()
+def arguments(parser: argparse.ArgumentParser | None = None) -> argparse.Namespace:
+    """Read the options that every side takes, besides those of ``parser``."""
+    parser = parser or argparse.ArgumentParser()
     parser.add_argument("--work", choices=["train", "forward"], default="train")
     parser.add_argument("--precision", choices=["float32", "medium", "bf16"], default="float32")
     parser.add_argument("--rows", type=int, default=1_000_000)

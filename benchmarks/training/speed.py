@@ -15,8 +15,7 @@ import itertools
 import json
 import statistics
 import sys
-import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -26,13 +25,16 @@ import tyro
 from benchmarks._lib.commands import module_command
 from benchmarks._lib.formatting import markdown, spread, versions_line
 from benchmarks._lib.peer_environments import peer_python
-from benchmarks._lib.windows import Window, Worker
+from benchmarks._lib.windows import Turns, Worker, by_turns
 from benchmarks.training import floors
 
 SIDES = {
     "bf16": ("step_ours", "bf16"),
     "medium": ("step_ours", "medium"),
     "float32": ("step_ours", "float32"),
+    "command-bf16": ("step_command", "bf16"),
+    "command-medium": ("step_command", "medium"),
+    "command-float32": ("step_command", "float32"),
     "bare-bf16": ("step_bare", "bf16"),
     "bare-medium": ("step_bare", "medium"),
     "dlrm-float32": ("step_dlrm", "float32"),
@@ -43,7 +45,6 @@ SIDES = {
     "fuxictr": ("step_fuxictr", "float32"),
 }
 PEER = {"step_deepctr": "deepctr", "step_fuxictr": "fuxictr-models"}
-FOREIGN = 0.05
 CPU_SIDES = ("bf16", "medium", "float32", "bare-bf16", "bare-medium", "deepctr", "fuxictr")
 CUDA_SIDES = ("bf16", "float32", "bare-bf16", "dlrm-bf16", "plain-bf16")
 
@@ -102,34 +103,26 @@ def main(options: Options) -> None:
 def measure(case: floors.Case, sides: Sequence[str], options: Options) -> dict[str, Any]:
     """Start the sides, let them work by turns, and print what they did; return it too."""
     workers = {name: start(name, case, options) for name in sides}
-    good: dict[str, list[Window]] = {name: [] for name in workers}
-    spoilt: dict[str, list[Window]] = {name: [] for name in workers}
-    while short := [name for name in workers if len(good[name]) < options.windows]:
-        for name in short:
-            window = workers[name].window(options.seconds)
-            (good if window.foreign <= FOREIGN else spoilt)[name].append(window)
-            if window.foreign > FOREIGN:
-                time.sleep(1)
-        if all(len(spoilt[name]) > options.retries for name in short):
-            break
+    turns = by_turns(
+        {name: worker.window for name, worker in workers.items()},
+        count=options.windows,
+        seconds=options.seconds,
+        retries=options.retries,
+    )
     for worker in workers.values():
         worker.close()
-    noisy = {name for name in workers if len(good[name]) < options.windows}
-    for name in noisy:
-        least = sorted(spoilt[name], key=lambda window: window.foreign)
-        good[name] += least[: options.windows - len(good[name])]
     import torch
 
     torch.set_num_threads(options.threads)
     floor = floors.measure(case)
     print(versions_line({name: version for worker in workers.values() for name, version in worker.about.items()}))
-    print(report(case, options, good, spoilt, noisy, floor))
+    print(report(case, options, turns, floor))
     return {
         "case": asdict(case),
         "about": {name: worker.about for name, worker in workers.items()},
         "floors": floor,
-        "windows": {name: [asdict(one) for one in windows] for name, windows in good.items()},
-        "spoilt": {name: [asdict(one) for one in windows] for name, windows in spoilt.items()},
+        "windows": {name: [asdict(one) for one in windows] for name, windows in turns.good.items()},
+        "spoilt": {name: [asdict(one) for one in windows] for name, windows in turns.spoilt.items()},
     }
 
 
@@ -152,12 +145,11 @@ def start(name: str, case: floors.Case, options: Options) -> Worker:
 def report(
     case: floors.Case,
     options: Options,
-    good: Mapping[str, Sequence[Window]],
-    spoilt: Mapping[str, Sequence[Window]],
-    noisy: Collection[str],
+    turns: Turns,
     floor: Mapping[str, float],
 ) -> str:
     """Lay out the table of the sides, and the floors under it."""
+    good = turns.good
     first = next(iter(good))
     reference = statistics.median(window.rate for window in good[first])
     memory = floor.get("memory, GB/s", floor["copy, GB/s"])
@@ -171,13 +163,13 @@ def report(
         moved = middle * case.table_bytes / 1e9
         lines.append(
             [
-                name + (" (spoilt windows)" if name in noisy else ""),
+                name + (" (spoilt windows)" if name in turns.noisy else ""),
                 spread(rates),
                 f"{reference / middle:.2f}",
                 f"{statistics.median(1e3 * case.batch_size * one.cpu / one.rate for one in windows):.1f}",
                 f"{multiplied:.3g} ({multiplied / products:.0%})",
                 f"{moved:.3g} ({moved / memory:.0%})",
-                len(spoilt[name]),
+                len(turns.spoilt[name]),
             ]
         )
     head = [

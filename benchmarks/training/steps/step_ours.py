@@ -22,12 +22,13 @@ def deepfm(options: Any, device: Any) -> tuple[Any, Any]:
     return model, optimizer
 
 
-def pipelined(options: Any, make: Callable[[Any, Any], tuple[Any, Any]]) -> None:
+def pipelined(options: Any, make: Callable[[Any, Any], tuple[Any, Any]], answer: Callable[..., None] = serve) -> None:
     """Serve a sharded model through TorchRec's pipeline.
 
     Args:
         options: Of ``arguments``.
         make: Makes model and optimizer from the options and the rank's device.
+        answer: ``serve``, or what does the same for all ranks.
     """
     with training_rank(options.device, int(os.environ["OMP_NUM_THREADS"])) as device:
         import torch
@@ -38,6 +39,7 @@ def pipelined(options: Any, make: Callable[[Any, Any], tuple[Any, Any]]) -> None
         from torchrec_deepfm.training.scoring.evaluation import autocast
 
         torch.set_float32_matmul_precision("medium" if options.precision == "medium" else "highest")
+        rank = int(os.environ.get("RANK", "0"))
         rows = draw(options.rows, options.batch_size)
         model, optimizer = make(options, device)
         lengths = torch.ones(len(KEYS) * options.batch_size, dtype=torch.int32)
@@ -51,6 +53,7 @@ def pipelined(options: Any, make: Callable[[Any, Any], tuple[Any, Any]]) -> None
             )
             for dense, ids, labels in zip(rows.dense, rows.ids, rows.labels, strict=True)
         ]
+        made = made[rank:] + made[:rank]  # ranks work on different batches
         batches = itertools.cycle([batch.pin_memory() for batch in made] if device.type == "cuda" else made)
 
         def with_loss(batch: Batch) -> object:
@@ -71,7 +74,7 @@ def pipelined(options: Any, make: Callable[[Any, Any], tuple[Any, Any]]) -> None
         model.train(options.work == "train")
         about = {"torch": torch.__version__, "torchrec": version("torchrec")}
         wait = torch.cuda.synchronize if device.type == "cuda" else None
-        serve(train if options.work == "train" else forward, about, wait)
+        answer(train if options.work == "train" else forward, about, wait)
 
 
 if __name__ == "__main__":
