@@ -130,16 +130,20 @@ class _FloatPairs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, factors: Tensor) -> Tensor:
-        ctx.save_for_backward(factors)
         dtype = torch.promote_types(factors.dtype, torch.float32)
         sum_BK = factors.sum(dim=1, dtype=dtype)
+        ctx.save_for_backward(factors, sum_BK)
         norm_B = torch.linalg.vector_norm(factors, dim=(1, 2), dtype=dtype)
         pairs_B1: Tensor = 0.5 * ((sum_BK * sum_BK).sum(dim=1) - norm_B * norm_B).unsqueeze(1)
         return pairs_B1
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        (factors,) = ctx.saved_tensors
-        others_BFK = factors.sum(dim=1, keepdim=True, dtype=gradient.dtype) - factors
-        gradient_BFK: Tensor = (others_BFK * gradient.unsqueeze(2)).to(factors.dtype)
-        return gradient_BFK
+        factors, sum_BK = ctx.saved_tensors
+        scale_B11 = gradient.unsqueeze(2)
+        if torch.is_grad_enabled():  # for a second derivative, to which the saved sum would be a constant
+            others_BFK = factors.sum(dim=1, keepdim=True, dtype=gradient.dtype) - factors
+            gradient_BFK: Tensor = others_BFK * scale_B11
+        else:
+            gradient_BFK = (sum_BK.unsqueeze(1) - factors).mul_(scale_B11)
+        return gradient_BFK.to(factors.dtype)
