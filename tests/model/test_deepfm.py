@@ -7,12 +7,13 @@ import pytest
 import torch
 import torchrec.fx
 from torch import nn
-from torchrec import EmbeddingBagCollection, KeyedJaggedTensor, PoolingType
+from torchrec import EmbeddingBagCollection, KeyedJaggedTensor, KeyedTensor, PoolingType
 from torchrec.datasets.utils import Batch
 
 from tests.model import oracle
 from tests.model.small_models import SIZES, K, make_model, random_bags, to_kjt
 from torchrec_deepfm import DeepFM, DeepFMTrain, embedding_tables
+from torchrec_deepfm.model.arches import _rows_by_name
 from torchrec_deepfm.model.deepfm import TERMS, Term
 
 
@@ -155,6 +156,22 @@ def test_any_key_order_in_the_batch(order: tuple[str, ...]) -> None:
     model, dense, bags = make_model(), torch.randn(4, 2), random_bags("multi-hot", 4)
     shuffled = {name: bags[name] for name in order}
     assert torch.equal(model(dense, to_kjt(shuffled)), model(dense, to_kjt(bags)))
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations("abc")), ids="".join)
+@pytest.mark.parametrize("samples", [0, 4])
+def test_any_key_order_in_the_pooled_rows(order: tuple[str, ...], samples: int) -> None:
+    """Sharding orders the keys by rank. Row and gradient of each name, to the last bit."""
+    by_name = {name: torch.randn(samples, 4) for name in "abc"}
+    values = torch.cat([by_name[name] for name in order], dim=1).requires_grad_()
+    rows = _rows_by_name(KeyedTensor(list(order), [4, 4, 4], values), list("abc"))
+    weights = torch.randn(samples, 3, 4)
+    (rows * weights).sum().backward()
+    assert values.grad is not None
+    for place, name in enumerate("abc"):
+        assert rows[:, place].equal(by_name[name])
+        begin = 4 * order.index(name)
+        assert values.grad[:, begin : begin + 4].equal(weights[:, place])
 
 
 def test_gradients_by_finite_differences() -> None:

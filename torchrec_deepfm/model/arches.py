@@ -9,6 +9,7 @@ is silently wrong.
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -137,12 +138,32 @@ def _in_host_memory(values: Tensor) -> bool:
 @torch.fx.wrap  # a leaf for symbolic tracing: the order of the keys is known at the call only
 def _rows_by_name(pooled: KeyedTensor, names: list[str]) -> Tensor:
     """The pooled rows [B, S, D] in the order of ``names``."""
-    if pooled.keys() == names:  # no copy
-        values = pooled.values()
+    keys, values = pooled.keys(), pooled.values()
+    if keys == names:  # no copy
         return values.view(values.shape[0], len(names), values.shape[1] // len(names))
+    if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+        if values.is_cpu and sorted(keys) == sorted(names):  # a plan orders the keys by rank
+            order = torch.tensor([keys.index(name) for name in names])
+            rows_BSD = values.view(values.shape[0], len(names), values.shape[1] // len(names))
+            reordered: Tensor = _Reordered.apply(rows_BSD, order)  # type: ignore[no-untyped-call]
+            return reordered
     # One split: its backward pass is one concatenation, where a slice per key would each write the full width.
     by_name = pooled.to_dict()
     return torch.stack([by_name[name] for name in names], dim=1)
+
+
+class _Reordered(torch.autograd.Function):
+    """Fields [B, S, D] in another order: half the CPU time of ``stack`` and the backward pass of ``split``."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: Tensor) -> Tensor:
+        ctx.save_for_backward(order)
+        return rows.index_select(1, order)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (order,) = ctx.saved_tensors
+        return gradient.index_select(1, order.argsort()), None
 
 
 class DenseArch(nn.Module):
