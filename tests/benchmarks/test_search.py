@@ -35,6 +35,9 @@ def test_the_mean_gap_is_to_the_best_of_each_set() -> None:
 def test_batches_are_as_large_as_the_steps_allow(rows: int, steps: int, batch: int) -> None:
     config = small_table.make_config(rows, {"steps": steps, "dropout": 0.1}, seed=4)
     assert (config.batch_size, config.dropout, config.seed) == (batch, 0.1, 4)
+    settings = {"steps": steps, "prior": 250, "linear_prior": 25, "sparse_optimizer": "adam"}
+    config = small_table.make_config(rows, settings, seed=4)
+    assert (config.embedding_l2, config.linear_l2) == (250 / rows, 25 / rows)
 
 
 def test_the_search_takes_the_better_settings_along(
@@ -60,6 +63,7 @@ def test_the_search_takes_the_better_settings_along(
     best = max([first, *candidates], key=lambda one: one[1])[0]
     assert last[0] == best | {"factor_dim": 2}
     assert f"| {max(auc for _, auc in found.values()):.4f}, " in text
+    assert "| logistic regression |" in text
     with mock.patch.object(small_table, "train", side_effect=AssertionError):
         run(small_table, *words, "--seeds", 0, 1, "--most-epochs", 1)  # every training is kept
 

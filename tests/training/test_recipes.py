@@ -144,12 +144,13 @@ def prepared(rows: int, *, validation: int = 100, ids: int = 3) -> Any:
 
 @pytest.mark.parametrize(("validation", "epochs", "patience"), [(0, 3, 0), (100, 20, 2)])
 def test_small_table_fits_its_rows(validation: int, epochs: int, patience: int, tmp_path: Path) -> None:
-    """40,000 rows: global batches of 512 are the largest power of two with 64 steps; options still override."""
+    """40,000 rows: global batches of 128 are the largest power of two with 256 steps; options still override."""
     data = prepared(40_000, validation=validation)
     command = cli.parse(["train", "--data", "x", "--recipe", "small-table", "--dropout", "0.4"])
     assert isinstance(command, Train)
     config = command._config_for(data, 2, tmp_path)
-    assert (config.batch_size, config.epochs, config.patience, config.dropout) == (256, epochs, patience, 0.4)
+    assert (config.batch_size, config.epochs, config.patience, config.dropout) == (64, epochs, patience, 0.4)
+    assert (config.embedding_l2, config.linear_l2) == (250 / 40_000, 25 / 40_000)
     other = cli.parse(["train", "--data", "x", "--recipe", "paper", "--dropout", "0.4"])
     assert isinstance(other, Train)
     assert other._config_for(data, 2, tmp_path) == TrainConfig(dropout=0.4)
@@ -163,23 +164,57 @@ def test_the_default_depends_on_the_data(
 ) -> None:
     command = cli.parse(["train", "--data", "x", "--factor-dim", "7"])
     assert isinstance(command, Train)
-    expected = replace(small_table(rows) if is_small else paper(), factor_dim=7)
+    expected = replace(small_table(rows, ids=ids) if is_small else paper(), factor_dim=7)
     assert command._config_for(prepared(rows, ids=ids), 1, tmp_path) == expected
     said = capsys.readouterr().out
     assert said.count("--recipe paper") == said.count("\n") == is_small
 
 
+@pytest.mark.parametrize(
+    ("about", "words", "optimizer"),
+    [
+        ({}, [], "adam"),
+        ({"ids": 200_000}, [], "adam"),
+        ({"ids": 200_001}, [], "rowwise_adagrad"),
+        ({"ids": 200_001}, ["--sparse-optimizer", "adam"], "adam"),
+        ({}, ["--sparse-lr", "0.1"], "rowwise_adagrad"),
+        ({}, ["--sparse-lr", "0.1", "--sparse-optimizer", "adam"], "adam"),
+        ({}, ["--sparse-optimizer", "adagrad"], "adagrad"),
+        ({}, ["--data-parallel-rows", "10"], "rowwise_adagrad"),
+        ({}, ["--constraint", "a=row_wise"], "rowwise_adagrad"),
+        ({}, ["--plan", "row_wise.json"], "rowwise_adagrad"),
+        ({}, ["--plan", "data_parallel.json"], "adam"),
+    ],
+)
+def test_adam_ends_where_tables_are_large_or_sharded(
+    about: dict[str, int], words: list[str], optimizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And where a rate is given, which is row-wise Adagrad's."""
+
+    def load(path: Path) -> Any:
+        return SimpleNamespace(tables=[SimpleNamespace(sharding_type=path.stem)])
+
+    monkeypatch.setattr("torchrec_deepfm.sharding.plan.io.load_plan", load)
+    command = cli.parse(["train", "--data", "x", *words])
+    assert isinstance(command, Train)
+    config = command._config_for(prepared(20_000, **about), 1, tmp_path)
+    assert config.sparse_optimizer == optimizer
+    assert (config.embedding_l2 > 0, config.touched_embedding_l2 > 0) == (optimizer == "adam", optimizer != "adam")
+
+
 def test_lists_leave_out_the_penalty_that_does_not_fit_them() -> None:
     about: Any = {"rows": 50_000, "ids": 3, "validation": True}
-    found = [recipe_for(None, {"dropout": 0.4}, **about, multi_hot=multi_hot) for multi_hot in (False, True)]
+    options = {"sparse_optimizer": "rowwise_adagrad"}
+    found = [recipe_for(None, options, **about, multi_hot=multi_hot) for multi_hot in (False, True)]
     assert found[0].touched_embedding_l2 > 0.0
     assert found[1] == replace(found[0], touched_embedding_l2=0.0)
 
 
 @pytest.mark.parametrize(("rows", "layers", "ema"), [(4_999, (64, 32), 0.0), (5_000, (400, 400, 400), 0.99)])
-def test_few_rows_have_a_small_mlp(rows: int, layers: tuple[int, ...], ema: float) -> None:
-    config = small_table(rows)
+def test_few_rows_have_a_small_mlp_without_adam(rows: int, layers: tuple[int, ...], ema: float) -> None:
+    config = small_table(rows, whole=False)
     assert (config.over_arch_layer_sizes, config.ema, config.touched_embedding_l2 > 0) == (layers, ema, ema > 0)
+    assert small_table(rows) == replace(small_table(6000), batch_size=64, embedding_l2=250 / rows, linear_l2=25 / rows)
 
 
 @pytest.mark.parametrize("place", [".", "seed_3"])

@@ -93,14 +93,22 @@ class Train:
         rows, validation = data.rows("train"), bool(data.rows("validation"))
         ids, multi_hot = sum(data.num_embeddings.values()), bool(data.schema.multi_hot)
         config = recipe_for(
-            self.recipe, self._given, rows=rows, ids=ids, validation=validation, ranks=ranks, multi_hot=multi_hot
-        )
+            self.recipe, self._given, rows=rows, ids=ids, validation=validation, ranks=ranks, multi_hot=multi_hot,
+            placed=self._places_tables(),
+        )  # fmt: skip
         if self.recipe is None and (config == self.config or holds_run_of(output, self.config)):
             return self.config
         small = f"small-table: {rows:,} training rows in batches of {config.batch_size} per rank"
         default = f"No --recipe given, the data are small: {small}; --recipe paper takes the paper's options"
         console.say(default if self.recipe is None else small)
         return config
+
+    def _places_tables(self) -> bool:
+        """Whether constraints or a plan say that tables are sharded."""
+        from torchrec_deepfm.sharding.plan.io import load_plan
+
+        plan = load_plan(self.options.plan).tables if self.options.plan is not None else ()
+        return bool(self.options.rules) or any(table.sharding_type != "data_parallel" for table in plan)
 
     @property
     def _given(self) -> dict[str, Any]:

@@ -193,29 +193,48 @@ def synthetic() -> TrainConfig:
     )
 
 
-_SEARCHED: Final = 5_000  # training rows, fewer than in any set of the search
+_ADAM_IDS: Final = 200_000  # rows of all tables up to which small-table takes Adam, which steps on all of them
+_PRIOR: Final = 250.0  # L2 of the latent vectors times training rows: a Gaussian prior of variance 1 / 250
+_LINEAR_PRIOR: Final = 25.0  # the same of the first-order weights
+_FEW: Final = 5_000  # training rows, fewer than in any set of the search
 
 
 def small_table(
-    rows: int = 100_000, *, validation: bool = True, ranks: int = 1, multi_hot: bool = False
+    rows: int = 100_000,
+    *,
+    ids: int = 0,
+    validation: bool = True,
+    ranks: int = 1,
+    multi_hot: bool = False,
+    whole: bool | None = None,
 ) -> TrainConfig:
-    """Tables of fewer than a million rows: many steps, a moving average of the weights, an early stop.
+    """Tables of fewer than a million rows: many steps, L2 by the number of rows, a moving average, an early stop.
 
-    What ``train``, ``fit`` and ``DeepFMClassifier`` take by default, with rows and ranks read off the data. At least 64
-    steps per epoch as far as global batches of 64 rows allow. With a ``validation`` split, up to 20 epochs, until two
-    in a row are not better. Chosen by a search on the validation splits of Frappe, MovieLens 100K and the Criteo sample
-    (docs/results.md), for 5,000 rows and more. Fewer rows have an MLP of 64-32 without average and penalty, by hand.
-    Columns of lists (``multi_hot``) leave out the penalty, which does not fit them.
+    What ``train``, ``fit`` and ``DeepFMClassifier`` take by default, with rows, ids and ranks read off the data. Up to
+    200,000 ``ids``, Adam trains the ``whole`` tables on every rank, with an L2 of 250 (first order 25) over the rows: a
+    Gaussian prior of one variance. At least 256 steps per epoch as far as global batches of 64 rows allow. With a
+    ``validation`` split, up to 20 epochs, until two in a row are not better. Chosen by a search on the validation
+    splits of Frappe, MovieLens 100K and the Criteo sample (docs/results.md).
+
+    With more ids, or where ``recipe_for`` finds that Adam does not fit the options, row-wise Adagrad: 64 steps and an
+    L2 on looked-up rows, which does not fit columns of lists (``multi_hot``); below 5,000 rows an MLP of 64-32 without
+    average and penalty, by hand.
     """
+    whole = ids <= _ADAM_IDS if whole is None else whole
     batch = 64
-    while batch < 2048 and batch * 128 <= rows:
+    while batch < 2048 and 2 * batch * (256 if whole else 64) <= rows:
         batch *= 2
     batch = max(min(batch, rows) // ranks, 1)
     epochs, patience = (20, 2) if validation else (3, 0)
-    config = TrainConfig(epochs=epochs, patience=patience, batch_size=batch, dropout=0.2, sparse_lr=0.05)
-    if rows < _SEARCHED:
-        return replace(config, over_arch_layer_sizes=(64, 32))
-    return replace(config, ema=0.99, touched_embedding_l2=0.0 if multi_hot else 0.05)
+    config = TrainConfig(epochs=epochs, patience=patience, batch_size=batch, dropout=0.2)
+    if whole:
+        return replace(
+            config, sparse_optimizer="adam", sparse_lr=1e-3, ema=0.99, embedding_l2=_PRIOR / max(rows, 1),
+            linear_l2=_LINEAR_PRIOR / max(rows, 1),
+        )  # fmt: skip
+    if rows < _FEW:
+        return replace(config, over_arch_layer_sizes=(64, 32), sparse_lr=0.005)
+    return replace(config, sparse_lr=0.02, ema=0.99, touched_embedding_l2=0.0 if multi_hot else 0.05)
 
 
 SMALL_TABLE: Final = 1_000_000  # training rows, and rows of all tables, below which small-table is the default
@@ -308,17 +327,20 @@ def recipe_for(
     validation: bool,
     ranks: int = 1,
     multi_hot: bool = False,
+    placed: bool = False,
 ) -> TrainConfig:
     """Look up a recipe for the data that it is to train on, and take the options on top.
 
     Args:
         name: as in ``recipe``; by default ``small-table`` below ``SMALL_TABLE`` rows and ids, else ``paper``.
-        options: override the recipe's.
+        options: override the recipe's. ``small-table`` has row-wise Adagrad where they name ``sparse_lr`` or
+            ``data_parallel_rows``, but no optimizer.
         rows: training rows.
         ids: rows of all tables.
         validation: whether there are rows to validate on.
         ranks: number of ranks.
         multi_hot: whether columns hold lists.
+        placed: whether the user says where the tables go, so that they can't all be replicated.
 
     Returns:
         The configuration.
@@ -327,7 +349,13 @@ def recipe_for(
         name = "small-table"
     if name != "small-table":
         return replace(recipe(name or "paper"), **options)
-    return replace(small_table(rows, validation=validation, ranks=ranks, multi_hot=multi_hot), **options)
+    # A rate without an optimizer is meant for row-wise Adagrad, the default of the options: Adam's are far smaller.
+    fused = placed or "sparse_lr" in options or options.get("data_parallel_rows")
+    whole = False if fused else None
+    if "sparse_optimizer" in options:
+        whole = options["sparse_optimizer"] == "adam"
+    config = small_table(rows, ids=ids, validation=validation, ranks=ranks, multi_hot=multi_hot, whole=whole)
+    return replace(config, **options)
 
 
 def recipe(name: str) -> TrainConfig:

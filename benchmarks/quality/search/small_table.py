@@ -21,6 +21,7 @@ import tyro
 from benchmarks._lib.formatting import markdown
 from benchmarks._lib.seed_statistics import mean, with_deviation
 from benchmarks.quality import datasets
+from benchmarks.quality.workers import train_sklearn
 from torchrec_deepfm import console
 from torchrec_deepfm.data.dataset.prepared import PreparedData
 from torchrec_deepfm.distributed.process_group import process_group
@@ -30,10 +31,19 @@ from torchrec_deepfm.training.trainer import train
 Settings = dict[str, Any]
 
 _ADAM: Final = {"sparse_optimizer": "adam", "sparse_lr": 1e-3, "ema": 0.99}
-# "steps" is not an option: batches are the largest power of two from 64 to 2,048 with so many steps per epoch.
+# Three are not options. "steps": batches are the largest power of two from 64 to 2,048 with so many steps per epoch.
+# "prior" and "linear_prior": the L2 of latent vectors and first-order weights is this over the training rows, as a
+# Gaussian prior of one variance, 1 / prior, gives it for any number of rows.
 START: Final[Settings] = {
     "steps": 64, "over_arch_layer_sizes": (64, 32), "dropout": 0.2, "sparse_lr": 0.05, "epochs": 20, "patience": 2,
 }  # fmt: skip
+_STRENGTHS: Final = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # of logistic regression
+_WIDE: Final = {
+    "over_arch_layer_sizes": (400, 400, 400), "dropout": 0.2, "batch_norm": False, "factor_dim": 10, "ema": 0.99,
+    "embedding_l2": 0.0, "linear_l2": 0.0,
+}  # fmt: skip
+_ADAGRAD: Final = _WIDE | {"sparse_optimizer": "rowwise_adagrad", "sparse_lr": 0.05, "touched_embedding_l2": 0.05}
+_PRIOR: Final = _WIDE | _ADAM | {"touched_embedding_l2": 0.0}
 STAGES: Final[dict[str, list[Settings]]] = {
     "optimizer of the tables": [
         {"sparse_lr": 0.02},
@@ -53,6 +63,15 @@ STAGES: Final[dict[str, list[Settings]]] = {
     "Adam with that MLP": [
         _ADAM | {"embedding_l2": 0.01, "linear_l2": 0.01, "touched_embedding_l2": 0.0},
     ],
+    "prior": [
+        _ADAGRAD,  # the recipe until 2026-11-29
+        _ADAGRAD | {"sparse_lr": 0.02},
+        _ADAGRAD | {"sparse_lr": 0.02, "touched_embedding_l2": 0.2},
+        *(_PRIOR | {"prior": prior, "linear_prior": prior} for prior in (100, 250, 500, 1000)),
+        *(_PRIOR | {"prior": prior, "linear_prior": 25} for prior in (100, 250, 500)),
+        _PRIOR | {"prior": 250, "linear_prior": 25, "over_arch_layer_sizes": (64, 32)},
+        *(_PRIOR | {"prior": prior, "linear_prior": 25, "steps": 256} for prior in (250, 500)),
+    ],
 }
 
 
@@ -67,6 +86,7 @@ class Options:
         seeds: seeds of the trainings.
         finalists: how many are trained with all of them.
         most_epochs: largest number of epochs.
+        stages: names in ``STAGES``, to run after ``START``; default: all.
     """
 
     output: Path
@@ -75,6 +95,7 @@ class Options:
     seeds: tuple[int, ...] = (0, 1, 2)
     finalists: int = 3
     most_epochs: int = 20
+    stages: tuple[str, ...] = ()
 
 
 class Search:
@@ -85,22 +106,32 @@ class Search:
         self._file = options.output / "results.json"
         self.kept: dict[str, Any] = json.loads(self._file.read_text()) if self._file.exists() else {}
         sample = [datasets.real("criteo-sample", options.output, options.shared, seed=seed) for seed in range(3)]
-        found = {
+        found: dict[str, list[Path | None]] = {
             "Frappe": [datasets.real("frappe", options.output, options.shared)],
             "MovieLens": [datasets.movielens(options.output, options.atomic)],
             "Criteo sample": sample,
         }
-        self.sets = {
-            name: [PreparedData.open(folder) for folder in folders if folder is not None]
-            for name, folders in found.items()
-        }
-        self.sets = {name: splits for name, splits in self.sets.items() if splits}
+        self._folders = {name: [folder for folder in folders if folder] for name, folders in found.items()}
+        self._folders = {name: folders for name, folders in self._folders.items() if folders}
+        self.sets = {name: [PreparedData.open(folder) for folder in one] for name, one in self._folders.items()}
 
     def scores(self, settings: Settings, seed: int) -> dict[str, dict[str, float]]:
         """Validation AUC, log loss and seconds on each set, means over its splits."""
         found = {}
         for name, splits in self.sets.items():
             one = [self._train(f"{name} {split}", data, settings, seed) for split, data in enumerate(splits)]
+            found[name] = {key: mean([figures[key] for figures in one]) for key in one[0]}
+        return found
+
+    def logistic_regression(self) -> dict[str, dict[str, float]]:
+        """The same of scikit-learn's, the strength of its penalty chosen by validation AUC on each split."""
+        found, file = {}, self._options.output / "logistic_regression.json"
+        for name, folders in self._folders.items():
+            one = []
+            for folder in folders:
+                train_sklearn.main(folder, file, {"C": _STRENGTHS, "max_iter": 1000}, 0)
+                result = json.loads(file.read_text(encoding="utf-8"))
+                one.append(result["validation"] | {"seconds": result["seconds"]})
             found[name] = {key: mean([figures[key] for figures in one]) for key in one[0]}
         return found
 
@@ -125,6 +156,9 @@ def make_config(rows: int, settings: Settings, seed: int) -> TrainConfig:
     """Return the options of one training on so many rows."""
     changes, batch = dict(settings), 64
     steps = changes.pop("steps")
+    for option, prior in (("embedding_l2", "prior"), ("linear_l2", "linear_prior")):
+        if prior in changes:
+            changes[option] = changes.pop(prior) / rows
     while batch < 2048 and 2 * batch * steps <= rows:
         batch *= 2
     return TrainConfig(batch_size=batch, precision="medium", checkpoint_every=2**31, seed=seed, **changes)
@@ -143,9 +177,9 @@ def main(options: Options) -> None:
     with process_group() as device:
         search = Search(options, device)
         tried, scores, stages = [START], [search.scores(START, options.seeds[0])], ["start"]
-        for stage, candidates in STAGES.items():
+        for stage in options.stages or STAGES:
             best = _best(tried, scores)[0]
-            for candidate in candidates:
+            for candidate in STAGES[stage]:
                 tried.append(tried[best] | candidate)
                 stages.append(f"{stage}: {_text(candidate)}, on top of {best}")
                 scores.append(search.scores(tried[-1], options.seeds[0]))
@@ -155,6 +189,10 @@ def main(options: Options) -> None:
              f"{sum(one['seconds'] for one in score.values()):.0f}"]
             for number, (stage, score, gap) in enumerate(zip(stages, scores, mean_gaps(scores), strict=True))
         ]  # fmt: skip
+        peer = search.logistic_regression()
+        lines.append(
+            ["", "logistic regression", *(f"{one['auc']:.4f}, {one['logloss']:.4f}" for one in peer.values()), "", ""]
+        )
         print(markdown(["", "settings", *search.sets, "mean gap", "s"], lines), flush=True)
         lines = []
         for number in [*_best(tried, scores)[: options.finalists], 0]:
