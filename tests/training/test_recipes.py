@@ -230,6 +230,16 @@ def test_a_run_keeps_what_it_began_with(place: str, tmp_path: Path) -> None:
         assert command._config_for(prepared(1000), 1, tmp_path) == replace(expected, factor_dim=width)
 
 
+def test_a_run_keeps_the_optimizer_of_sharded_tables(tmp_path: Path) -> None:
+    commands = [cli.parse(["train", "--data", "x", *words]) for words in ([], ["--constraint", "a=row_wise"])]
+    for command in (*commands[1:], *commands):
+        assert isinstance(command, Train)
+        config = command._config_for(prepared(1000), 1, tmp_path)
+        assert config.sparse_optimizer == "rowwise_adagrad"
+        written = {"format_version": 1, "config": asdict(config), "num_embeddings": {"a": 3}, "numeric": []}
+        (tmp_path / "config.json").write_text(json.dumps(written))
+
+
 @pytest.mark.parametrize("words", [["--ranks", "2"], ["--samples-per-second", "1000"]])
 def test_nothing_to_work_out_for(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):

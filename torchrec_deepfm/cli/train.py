@@ -84,7 +84,8 @@ class Train:
     def _config_for(self, data: "PreparedData", ranks: int, output: Path) -> TrainConfig:
         """The same for these data, on which small-table and the default depend.
 
-        A run in ``output`` keeps what it began with: earlier versions took the paper's options without a recipe.
+        A run in ``output`` keeps what it began with: the optimizer of sharded tables, also where this start doesn't say
+        where they go; and earlier versions took the paper's options without a recipe.
         """
         from torchrec_deepfm.training.run.same_run import holds_run_of
 
@@ -92,10 +93,15 @@ class Train:
             return self.config
         rows, validation = data.rows("train"), bool(data.rows("validation"))
         ids, multi_hot = sum(data.num_embeddings.values()), bool(data.schema.multi_hot)
-        config = recipe_for(
-            self.recipe, self._given, rows=rows, ids=ids, validation=validation, ranks=ranks, multi_hot=multi_hot,
-            placed=self._places_tables(),
+        config, sharded = (
+            recipe_for(
+                self.recipe, self._given, rows=rows, ids=ids, validation=validation, ranks=ranks, multi_hot=multi_hot,
+                placed=placed,
+            )
+            for placed in (self._places_tables(), True)
         )  # fmt: skip
+        if holds_run_of(output, sharded):
+            config = sharded
         if self.recipe is None and (config == self.config or holds_run_of(output, self.config)):
             return self.config
         small = f"small-table: {rows:,} training rows in batches of {config.batch_size} per rank"
