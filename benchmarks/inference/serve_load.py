@@ -13,7 +13,6 @@ import asyncio
 import gc
 import json
 import multiprocessing
-import os
 import re
 import resource
 import signal
@@ -32,6 +31,7 @@ import tyro
 
 from benchmarks._lib.commands import environment, module_command, torchrec_deepfm
 from benchmarks._lib.formatting import markdown
+from benchmarks._lib.windows import cpu_seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,12 +121,6 @@ async def opened(client: Client, rate: float, seconds: float) -> list[tuple[int,
         tasks.append(asyncio.create_task(one(number, due)))
     await asyncio.gather(*tasks)
     return found
-
-
-def cpu_seconds(pid: int) -> float:
-    """User and system time of a process so far."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def client_main(port: int, pid: int, folder: Path, options: Options) -> None:

@@ -13,14 +13,13 @@ import statistics
 import subprocess
 import threading
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import tyro
 
 from benchmarks._lib.commands import environment, module_command
 from benchmarks._lib.formatting import markdown, spread
-from benchmarks._lib.windows import Turns, Window, Worker, by_turns
+from benchmarks._lib.windows import Turns, Window, Worker, by_turns, cpu_seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,14 +73,14 @@ class Side:
 
     def window(self, seconds: float) -> Window:
         """Let all work; the sum of their rates, the CPU time of the first, and that of everything else."""
-        before = [_cpu_seconds(process.pid) for process in self._others]
+        before = [cpu_seconds(process.pid) for process in self._others]
         found: list[Window] = []
         threads = [threading.Thread(target=lambda w=w: found.append(w.window(seconds))) for w in self._workers]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        others = sum(_cpu_seconds(process.pid) for process in self._others) - sum(before)
+        others = sum(cpu_seconds(process.pid) for process in self._others) - sum(before)
         others += seconds * sum(one.cpu for one in found[1:])
         return Window(sum(one.rate for one in found), found[0].cpu, max(0.0, found[0].foreign - others / seconds))
 
@@ -91,11 +90,6 @@ class Side:
             worker.close()
         for process in self._others:
             process.wait(timeout=60)
-
-
-def _cpu_seconds(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def main(options: Options) -> None:

@@ -26,7 +26,7 @@ def test_imports_of_the_repository_exist() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and re.match(r"(torchrec_deepfm|benchmarks)\b", node.module or ""):
                 if node.module in MODULES and STARTED.search(node.module):  # only a peer's environment can import it
-                    body = ast.parse(MODULES[str(node.module)].read_text(encoding="utf-8")).body
+                    body = ast.parse(MODULES[node.module].read_text(encoding="utf-8")).body
                     names = {one.name for one in body if isinstance(one, ast.ClassDef | ast.FunctionDef)}
                     missing += [f"{module}: {name.name}" for name in node.names if name.name not in names]
                     continue

@@ -150,7 +150,7 @@ def test_small_table_fits_its_rows(validation: int, epochs: int, patience: int, 
     assert isinstance(command, Train)
     config = command._config_for(data, 2, tmp_path)
     assert (config.batch_size, config.epochs, config.patience, config.dropout) == (64, epochs, patience, 0.4)
-    assert (config.embedding_l2, config.linear_l2) == (250 / 40_000, 25 / 40_000)
+    assert (config.embedding_l2, config.linear_l2) == (25 / 40_000, 25 / 40_000)
     other = cli.parse(["train", "--data", "x", "--recipe", "paper", "--dropout", "0.4"])
     assert isinstance(other, Train)
     assert other._config_for(data, 2, tmp_path) == TrainConfig(dropout=0.4)
@@ -214,7 +214,7 @@ def test_lists_leave_out_the_penalty_that_does_not_fit_them() -> None:
 def test_few_rows_have_a_small_mlp_without_adam(rows: int, layers: tuple[int, ...], ema: float) -> None:
     config = small_table(rows, whole=False)
     assert (config.over_arch_layer_sizes, config.ema, config.touched_embedding_l2 > 0) == (layers, ema, ema > 0)
-    assert small_table(rows) == replace(small_table(6000), batch_size=64, embedding_l2=250 / rows, linear_l2=25 / rows)
+    assert small_table(rows) == replace(small_table(6000), batch_size=64, embedding_l2=25 / rows, linear_l2=25 / rows)
 
 
 @pytest.mark.parametrize("place", [".", "seed_3"])

@@ -194,8 +194,7 @@ def synthetic() -> TrainConfig:
 
 
 _ADAM_IDS: Final = 200_000  # rows of all tables up to which small-table takes Adam, which steps on all of them
-_PRIOR: Final = 250.0  # L2 of the latent vectors times training rows: a Gaussian prior of variance 1 / 250
-_LINEAR_PRIOR: Final = 25.0  # the same of the first-order weights
+_PRIOR: Final = 25.0  # L2 times training rows: a Gaussian prior of variance 1 / 25 on the weights of the tables
 _FEW: Final = 5_000  # training rows, fewer than in any set of the search
 
 
@@ -211,8 +210,8 @@ def small_table(
     """Tables of fewer than a million rows: many steps, L2 by the number of rows, a moving average, an early stop.
 
     What ``train``, ``fit`` and ``DeepFMClassifier`` take by default, with rows, ids and ranks read off the data. Up to
-    200,000 ``ids``, Adam trains the ``whole`` tables on every rank, with an L2 of 250 (first order 25) over the rows: a
-    Gaussian prior of one variance. At least 256 steps per epoch as far as global batches of 64 rows allow. With a
+    200,000 ``ids``, Adam trains the ``whole`` tables on every rank, with an L2 of 25 over the rows: a Gaussian
+    prior of one variance. At least 256 steps per epoch as far as global batches of 64 rows allow. With a
     ``validation`` split, up to 20 epochs, until two in a row are not better. Chosen by a search on the validation
     splits of Frappe, MovieLens 100K and the Criteo sample (docs/results.md).
 
@@ -228,10 +227,10 @@ def small_table(
     epochs, patience = (20, 2) if validation else (3, 0)
     config = TrainConfig(epochs=epochs, patience=patience, batch_size=batch, dropout=0.2)
     if whole:
+        penalty = _PRIOR / max(rows, 1)
         return replace(
-            config, sparse_optimizer="adam", sparse_lr=1e-3, ema=0.99, embedding_l2=_PRIOR / max(rows, 1),
-            linear_l2=_LINEAR_PRIOR / max(rows, 1),
-        )  # fmt: skip
+            config, sparse_optimizer="adam", sparse_lr=1e-3, ema=0.99, embedding_l2=penalty, linear_l2=penalty
+        )
     if rows < _FEW:
         return replace(config, over_arch_layer_sizes=(64, 32), sparse_lr=0.005)
     return replace(config, sparse_lr=0.02, ema=0.99, touched_embedding_l2=0.0 if multi_hot else 0.05)

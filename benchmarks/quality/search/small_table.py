@@ -70,7 +70,7 @@ STAGES: Final[dict[str, list[Settings]]] = {
         *(_PRIOR | {"prior": prior, "linear_prior": prior} for prior in (100, 250, 500, 1000)),
         *(_PRIOR | {"prior": prior, "linear_prior": 25} for prior in (100, 250, 500)),
         _PRIOR | {"prior": 250, "linear_prior": 25, "over_arch_layer_sizes": (64, 32)},
-        *(_PRIOR | {"prior": prior, "linear_prior": 25, "steps": 256} for prior in (250, 500)),
+        *(_PRIOR | {"prior": prior, "linear_prior": 25, "steps": 256} for prior in (25, 250, 500)),
     ],
 }
 
