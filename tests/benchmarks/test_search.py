@@ -13,6 +13,7 @@ import pytest
 import torch
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
+from benchmarks._lib.commands import ROOT
 from benchmarks.quality import datasets, large_batches
 from benchmarks.quality.prepared_arrays import Arrays, Split
 from benchmarks.quality.search import row_rules, small_table
@@ -44,6 +45,7 @@ def test_the_search_takes_the_better_settings_along(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """On generated ratings alone: the other sets are absent."""
+    monkeypatch.setattr(datasets, "products", lambda *_, **__: None)
     monkeypatch.setattr(
         small_table, "STAGES", {"one": [{"dropout": 0.0}, {"sparse_lr": 1e-6}], "two": [{"factor_dim": 2}]}
     )
@@ -71,6 +73,20 @@ def test_the_search_takes_the_better_settings_along(
 def test_the_schema_is_that_of_the_page() -> None:
     [schema] = re.findall(r"^```toml\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
     assert tomllib.loads(datasets._MOVIELENS) == tomllib.loads(schema)
+
+
+def test_products_are_those_of_the_quickstart(tmp_path: Path) -> None:
+    cell = json.loads((ROOT / "docs" / "quickstart.ipynb").read_text(encoding="utf-8"))["cells"][1]
+    source = "".join(cell["source"])
+    assert source.count("rows = 6_000") == 1
+    names: dict[str, Any] = {}
+    exec(source.replace("rows = 6_000", "rows = 14_800"), names)
+    folder = datasets.products(tmp_path)
+    labels = [np.load(folder / f"{name}_0_labels.npy").ravel() for name in ("day", "validation")]
+    assert [len(one) for one in labels] == [4800, 10_000]
+    np.testing.assert_array_equal(np.concatenate(labels), names["clicks"]["click"].to_numpy())
+    dense, price = np.load(folder / "validation_0_dense.npy").ravel(), names["price"]
+    np.testing.assert_allclose(dense, (price[4800:] - price[:4800].mean()) / price[:4800].std(), rtol=1e-3, atol=1e-3)
 
 
 def _walk(rule: Rule, table: torch.Tensor, gradients: list[torch.Tensor], seen: list[torch.Tensor]) -> torch.Tensor:

@@ -2,10 +2,10 @@
 
     python -m benchmarks.quality.search.small_table --output small-table
 
-Frappe, MovieLens 100K and the Criteo sample in three splits, judged by validation splits alone. The search starts from
-``START``. Each stage trains its candidates, changes to the best settings so far, with the first seed. The best have the
-smallest mean gap: the AUC that is missing to the best candidate of each set, averaged over the sets. The best of all
-and ``START`` are trained with the other seeds too.
+Frappe, MovieLens 100K, three splits of the Criteo sample and three generated sets whose chances are products, judged by
+validation splits alone. The search starts from ``START``. Each stage trains its candidates, changes to the best
+settings so far, with the first seed. The best have the smallest mean gap: the AUC that is missing to the best candidate
+of each set, averaged over the sets. The best of all and ``START`` are trained with the other seeds too.
 """
 
 import gc
@@ -72,6 +72,7 @@ STAGES: Final[dict[str, list[Settings]]] = {
         _PRIOR | {"prior": 250, "linear_prior": 25, "over_arch_layer_sizes": (64, 32)},
         *(_PRIOR | {"prior": prior, "linear_prior": 25, "steps": 256} for prior in (25, 250, 500)),
     ],
+    "c": [_PRIOR | {"prior": prior, "linear_prior": 25, "steps": 256} for prior in (10, 25, 50, 100, 250)],
 }
 
 
@@ -110,6 +111,7 @@ class Search:
             "Frappe": [datasets.real("frappe", options.output, options.shared)],
             "MovieLens": [datasets.movielens(options.output, options.atomic)],
             "Criteo sample": sample,
+            "products": [datasets.products(options.output, seed=seed) for seed in range(3)],
         }
         self._folders = {name: [folder for folder in folders if folder] for name, folders in found.items()}
         self._folders = {name: folders for name, folders in self._folders.items() if folders}
