@@ -99,3 +99,24 @@ def test_threads_that_the_user_has_set_stay(tmp_path: Path) -> None:
 def test_without_the_launcher_the_line_is_printed() -> None:
     run = subprocess.run([sys.executable, "-c", MISTAKE], capture_output=True, text=True, check=False)
     assert (run.returncode, run.stderr) == (2, "error: day_0 row 3: label 7\n")
+
+
+IMPORTS = """
+import gc, pathlib, sys
+from torchrec_deepfm.launch.processes import import_frozen
+pathlib.Path("large.py").write_text("import gc; collected, kept = gc.isenabled(), [[] for _ in range(1000)]")
+before = gc.get_freeze_count()
+import_frozen("large")
+frozen = gc.get_freeze_count()
+import_frozen("large")
+try:
+    import_frozen("missing")
+except ModuleNotFoundError:
+    print(sys.modules["large"].collected, frozen > before + 1000, gc.get_freeze_count() == frozen, gc.isenabled())
+"""
+
+
+def test_a_library_is_imported_without_collection_and_left_out_of_later_ones(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(IMPORTS)
+    done = run_module(["program.py"], cwd=tmp_path)
+    assert (done.stdout, done.stderr) == ("False True False True\n", "")

@@ -13,6 +13,7 @@ import tyro
 from torchrec_deepfm import console
 from torchrec_deepfm.errors import UserError, one_of
 from torchrec_deepfm.files import check_target
+from torchrec_deepfm.launch.processes import import_frozen
 from torchrec_deepfm.sharding.inputs.sharding_types import FusedOptimizer
 from torchrec_deepfm.sharding.plan.plan import OLD_SEARCHES, Objective, PlanFile, Search
 
@@ -136,6 +137,7 @@ class PlanCommand:
         hardware = read_hardware(self.hardware)
         domain_size = hardware.local_world_size(self.ranks) * hardware.pod_size_of(self.ranks)
 
+        import_frozen("torchrec")
         from torchrec_deepfm.sharding.inputs.constraints import parse_constraints
         from torchrec_deepfm.sharding.plan.io import save_plan
         from torchrec_deepfm.sharding.plan.text import plan_text
@@ -217,6 +219,7 @@ class ComparePlans:
                 f"two descriptions have the name {twice}", where="--compare", remedy="give one of them another name"
             )
 
+        import_frozen("torchrec")
         from torchrec_deepfm.sharding.search.compare import compare, comparison_text
 
         found = compare(

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from torchrec_deepfm.errors import USER_ERROR_EXIT_CODES, UserError
 from torchrec_deepfm.launch.cpu_threads import choose_threads
-from torchrec_deepfm.launch.processes import UNDER_LAUNCHER, UNDER_TORCHX, end_with_parent
+from torchrec_deepfm.launch.processes import UNDER_LAUNCHER, UNDER_TORCHX, end_with_parent, import_frozen
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -108,6 +108,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _launch(argv: list[str] | None) -> None:
+    import_frozen("torch.distributed.run")
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record

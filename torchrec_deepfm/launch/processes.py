@@ -1,6 +1,8 @@
-"""Processes that end together: ranks with their launcher, a launcher with the torchx that runs it."""
+"""Processes that start fast and end together: ranks with their launcher, a launcher with the torchx that runs it."""
 
 import ctypes
+import gc
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -22,6 +24,20 @@ def local_world_size() -> int:
 def pod_size() -> int:
     """Return how many hosts share an NVLink domain, as TorchRec's process groups see it; 1 unless the user sets it."""
     return int(os.environ.get("TORCHREC_RESOLVED_POD_SIZE", "1"))
+
+
+def import_frozen(library: str) -> None:
+    """Import a large library without garbage collection, which would search all that it defines again and again.
+
+    Later collections, the one at the end of the process among them, leave it out.
+    """
+    if library not in sys.modules and gc.isenabled():
+        gc.disable()
+        try:
+            importlib.import_module(library)
+        finally:
+            gc.freeze()
+            gc.enable()
 
 
 def end_with_parent(parent: str | None, signum: int) -> None:
