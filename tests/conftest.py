@@ -1,4 +1,6 @@
+import gc
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
@@ -10,6 +12,7 @@ import pytest
 
 from tests.support.end_to_end import Workspace
 from tests.support.pictures import undrawn
+from torchrec_deepfm.launch.processes import import_frozen
 
 if TYPE_CHECKING:
     import torch
@@ -19,6 +22,15 @@ if TYPE_CHECKING:
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; torch and Polars read these when they are loaded
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("POLARS_MAX_THREADS", "1")
+    import_frozen("torchrec")
+gc.disable()  # until all tests are imported
+
+# Tests write many small files, and `prepare` waits for each to be on the disk: three quarters of its time. In memory it
+# does not wait. Not where libraries can't be loaded from there, nor where it is as small as a container's.
+MEMORY = Path("/dev/shm")
+ROOM = os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free >= 6 << 30
+if ROOM and not os.statvfs(MEMORY).f_flag & os.ST_NOEXEC:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
 
 if (
     signal.getsignal(signal.SIGINT) is signal.SIG_IGN
@@ -82,3 +94,7 @@ def shared_data() -> Path:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: next((n for n, name in enumerate(LONG) if name in item.nodeid), len(LONG)))
+
+
+def pytest_collection_finish() -> None:
+    gc.enable()

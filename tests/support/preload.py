@@ -4,10 +4,12 @@ Polars and pyarrow are left out, as importing them starts threads; they load in 
 imports pyarrow: scikit-learn would import it if it could, and does without it here. A fork may import all three.
 """
 
+import gc
 import sys
 from pathlib import Path
 from unittest import mock
 
+gc.disable()
 sys.modules["pandas"] = None  # type: ignore[assignment]  # makes its import fail
 with mock.patch("warnings.showwarning"):
     import matplotlib.figure  # noqa: F401
@@ -23,6 +25,8 @@ with mock.patch("warnings.showwarning"):
     import torchrec_deepfm.cli.main
     import torchrec_deepfm.training.trainer  # noqa: F401
 del sys.modules["pandas"]
+gc.freeze()  # no fork searches what is imported for garbage, and copies its pages
+gc.enable()
 
 threads = len(list(Path("/proc/self/task").iterdir()))
 assert threads == 1, f"{threads} threads run in the server, which do not survive a fork"
