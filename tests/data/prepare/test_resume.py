@@ -79,16 +79,23 @@ def test_twenty_kills_twenty_identical_folders(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "mode", [pytest.param(mode, marks=[pytest.mark.campaign] * (mode != "vocabulary")) for mode in MODES]
+    ("mode", "checksums"),
+    [
+        ("vocabulary", slice(None, None, 10)),
+        *(pytest.param(mode, slice(None), marks=pytest.mark.campaign) for mode in MODES),
+    ],
+    ids=["some checksums", *MODES],
 )
-def test_a_kill_after_every_record(tmp_path, monkeypatch, mode):
+def test_a_kill_after_every_record(tmp_path, monkeypatch, mode, checksums):
     """Stopped right after each record is written, and right before."""
     small_pieces(monkeypatch, piece_bytes=3000, block_rows=100)
     options = {**MODES[mode], "schema": SMALL}
     paths = write(tmp_path, **{f"day_{i}": random_text(150, i, SMALL) for i in range(2)})
     paths = [path.rename(path.with_suffix("")) for path in paths]
     stops = sum(
-        stop_at_each_record(lambda folder: prepare(paths, folder, **options), tmp_path / "out", before=before)
+        stop_at_each_record(
+            lambda folder: prepare(paths, folder, **options), tmp_path / "out", before=before, checksums=checksums
+        )
         for before in (True, False)
     )
     assert stops > 20

@@ -12,7 +12,7 @@ from torchrec_deepfm.sharding.inputs.tables import Table
 from torchrec_deepfm.sharding.search.assignment import choose
 from torchrec_deepfm.sharding.search.lower_bound import lower_bound
 from torchrec_deepfm.sharding.search.placement import Machine, PlacementOption
-from torchrec_deepfm.sharding.search.plan_tables import Planning, plan_tables
+from torchrec_deepfm.sharding.search.plan_tables import Planning
 
 
 def drawn_ways(draw: random.Random, tables: int, hosts: int) -> list[list[PlacementOption]]:
@@ -57,10 +57,10 @@ def test_more_column_shards_than_ranks_fill_them_evenly(ranks: int, count: int, 
     """Where the bound of an earlier version, for at most a column shard per rank, was too high."""
     tables = [Table(name=f"t{n}", num_embeddings=10**6, embedding_dim=dim) for n in range(count)]
     hardware = replace(PRESETS["torchrec"], ranks_per_host=ranks)
-    plan = plan_tables(tables, hardware, ranks, batch_size=8192)
+    planning = Planning(tables, hardware, ranks, 8192)
+    plan, bound = planning.plan(), planning.lower_bound_ms
     assert plan.predicted is not None
-    bound = Planning(tables, hardware, ranks, 8192).lower_bound_ms
     assert bound * (1 - 1e-9) <= plan.predicted.critical_path_ms <= bound * 1.02
-    torchrec = plan_tables(tables, hardware, ranks, batch_size=8192, search="torchrec")
+    torchrec = planning.plan("torchrec")
     assert torchrec.predicted is not None
     assert plan.predicted.critical_path_ms < torchrec.predicted.critical_path_ms * 0.95

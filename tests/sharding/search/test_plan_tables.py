@@ -160,10 +160,10 @@ def test_memory_is_kept_and_its_lack_is_reported() -> None:
 @pytest.mark.parametrize("ranks", [8, 16, 64, 128, 512, 1024])
 def test_criteo_is_planned_as_well_as_it_can_be(ranks: int) -> None:
     """No plan of these types can be better, and the one found is as good (0.5%)."""
-    plan = plan_tables(criteo_tables(), HARDWARE, ranks, batch_size=8192)
+    planning = Planning(criteo_tables(), HARDWARE, ranks, 8192)
+    plan, bound = planning.plan(), planning.lower_bound_ms
     check_sound(plan, "here")
     check_fits(plan, criteo_tables(), ranks)
-    bound = Planning(criteo_tables(), HARDWARE, ranks, 8192).lower_bound_ms
     assert bound * (1 - 1e-9) <= critical_path(plan) <= bound * 1.005
     by_hand = {16: 8.54, 64: 10.46, 128: 10.46, 512: 13.845}
     assert critical_path(plan) < by_hand.get(ranks, 20.0)
@@ -228,9 +228,9 @@ def test_never_worse_where_rows_or_host_memory_are_best(
     else:
         at = PRESETS[hardware]
     torchrec = plan_tables(listed, at, ranks, batch_size=512, search="torchrec")
-    balanced = plan_tables(listed, at, ranks, batch_size=512)
+    planning = Planning(listed, at, ranks, 512)
+    balanced, bound = planning.plan(), planning.lower_bound_ms
     assert critical_path(balanced) <= critical_path(torchrec) * (1 + 1e-9)
-    bound = Planning(listed, at, ranks, 512).lower_bound_ms
     assert bound <= min(critical_path(balanced), critical_path(torchrec)) * (1 + 1e-9)
 
 
@@ -240,15 +240,15 @@ def test_the_objective_is_what_the_search_makes_small(ranks_per_host: int) -> No
     hardware = replace(PRESETS["cpu"], ranks_per_host=ranks_per_host)
     tables = mixed_tables()
     objectives: tuple[Objective, ...] = ("all", "total", "hidden-ids")
-    plans = [plan_tables(tables, hardware, 12, batch_size=512, objective=each) for each in objectives]
-    plans.append(plan_tables(tables, hardware, 12, batch_size=512, search="torchrec"))
+    plannings = [Planning(tables, hardware, 12, 512, objective=each) for each in objectives]
+    plans = [*(planning.plan() for planning in plannings), plannings[0].plan("torchrec")]
     assert [plan.objective for plan in plans] == [*objectives, "total"]
-    for objective, plan in zip(objectives, plans, strict=False):
+    for objective, planning, plan in zip(objectives, plannings, plans, strict=False):
         assert plan.predicted is not None
         torchrec = plans[-1].predicted
         assert torchrec is not None
         assert plan.predicted.slowest_ms(objective) <= torchrec.slowest_ms(objective) * (1 + 1e-9)
-        bound = Planning(tables, hardware, 12, 512, objective=objective).lower_bound_ms
+        bound = planning.lower_bound_ms
         assert all(bound <= each.predicted.slowest_ms(objective) * (1 + 1e-9) for each in plans if each.predicted)
     found = {objective: plan.predicted for objective, plan in zip(objectives, plans, strict=False)}
     assert found["total"].slowest_ms("total") < found["all"].slowest_ms("total")

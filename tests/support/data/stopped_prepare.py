@@ -1,6 +1,5 @@
 """``prepare`` stopped where a kill would stop it; the same call then has to end with the same folder."""
 
-import itertools
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,14 +36,20 @@ def stopping(at: Callable[[str, dict[str, Any]], bool], *, before: bool = False)
 
 
 def stop_at_each_record(
-    run: Callable[[Path], object], output: Path, *, before: bool = False, last: str | None = None
+    run: Callable[[Path], object], output: Path, *, before: bool = False, checksums: slice = slice(None)
 ) -> int:
     """Stop ``run(output)`` at each record in turn, and call it again: it ends with the folder of an undisturbed call.
 
-    ``last``: how the name of the last record to stop at begins. Returns how often it was stopped.
+    ``checksums``: at which of the records of checksums, which come last, one per array. Returns how often it was stopped.
     """
-    run(whole := output.with_name("whole"))
-    for number in itertools.count():
+    names: list[str] = []
+    with stopping(lambda name, _: bool(names.append(name))):
+        run(whole := output.with_name("whole"))
+    expected = content(whole)
+    first = next(number for number, name in enumerate(names) if name.startswith("sum_"))
+    assert all(name.startswith("sum_") for name in names[first:])
+    stops = [*range(first), *range(first, len(names))[checksums]]
+    for number in stops:
         seen: list[str] = []
 
         def is_next(name: str, _: Any, seen: list[str] = seen, number: int = number) -> bool:
@@ -56,12 +61,8 @@ def stop_at_each_record(
                 run(output)
         except StoppedError:
             run(output)
-            stopped = True
-        else:
-            stopped = False
-        assert content(output) == content(whole), seen
+        assert seen == names[: number + 1]
+        assert content(output) == expected, seen
         shutil.rmtree(output)
-        if not stopped or (last and seen[-1].startswith(last)):
-            shutil.rmtree(whole)
-            return number + stopped
-    raise AssertionError
+    shutil.rmtree(whole)
+    return len(stops)
