@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from torchrec_deepfm.sharding.search.assignment import choose
-from torchrec_deepfm.sharding.search.placement import Machine, PlacementOption
+from torchrec_deepfm.sharding.search.placement import Machine, PlacementOption, place
 
 
 @pytest.mark.parametrize("seed", [7, 23, 101, 4242])
@@ -60,3 +60,32 @@ def test_pieces_larger_than_a_rank_lead_nowhere(seed: int) -> None:
     found = choose(machine, offered)
     assert found.short == 0
     assert found.critical_path <= choose(machine, fitting).critical_path * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_piece_lies_where_the_load_is_least_and_memory_is_left(seed: int) -> None:
+    """Against the rule written down, over all ranks for each piece; what fits nowhere goes to the least load."""
+    draw = random.Random(seed)
+    ways = [
+        PlacementOption(
+            where="any rank", count=draw.randint(1, 9), ms=ms, hbm=draw.randint(1, 60), ddr=draw.randint(0, 3)
+        )
+        for ms in draw.sample(range(1, 99), 12)
+    ]
+    load, hbm, ddr, short = (
+        [0.0] * 6,
+        [draw.randint(150, 400) for _ in range(6)],
+        [draw.randint(9, 30) for _ in range(6)],
+        0,
+    )
+    machine = Machine(ranks=6, ranks_per_host=3, hbm=np.array(hbm, float), ddr=np.array(ddr, float))
+    for way in sorted(ways, key=lambda way: -way.ms):
+        for _ in range(way.count):
+            with_room = [rank for rank in range(6) if way.hbm <= hbm[rank] and way.ddr <= ddr[rank]]
+            short += 0 if with_room else way.hbm + way.ddr
+            rank = min(with_room or range(6), key=lambda rank: load[rank])
+            load[rank] += way.ms
+            hbm[rank] -= way.hbm
+            ddr[rank] -= way.ddr
+    found = place(machine, ways)
+    assert (found.ms.tolist(), found.short) == (load, short)

@@ -6,7 +6,7 @@ A plan of TorchRec's planner is kept where it is better by the objective, at any
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Final
 
 from torch import nn
@@ -150,7 +150,7 @@ class BestPlan:
     def balanced(self, score: Objective, *, host_memory: bool = False) -> FoundPlan | None:
         """Run the balanced search once, by an objective of its own."""
         if host_memory:
-            options = [*self.options, *self._enumerator.other_cache_sizes(self.options)]
+            options = self._of_all_caches
         else:
             named = {name for name, given in (self._constraints or {}).items() if given.compute_kernels}
             options = [each for each in self.options if each.name in named or each.compute_kernel not in CUDA_KERNELS]
@@ -190,6 +190,10 @@ class BestPlan:
             plan_ms=AllTermsPerfModel(self._topology, self._objective).rate,
         )
         return None if found is None else self._found("torchrec", found)
+
+    @cached_property
+    def _of_all_caches(self) -> list[ShardingOption]:
+        return [*self.options, *self._enumerator.other_cache_sizes(self.options)]
 
     def _reserve(self) -> Topology:
         return self._reservation.reserve(

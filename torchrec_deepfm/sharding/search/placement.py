@@ -179,11 +179,17 @@ def _fill_by_piece(
     heap = [(ms, slot) for slot, ms in enumerate(loads)]
     heapq.heapify(heap)
     short, found = 0.0, []
+    full: list[tuple[float, int]] = []  # too full for the pieces so far: back on the heap when one would fit
     for (ms, piece_hbm, piece_ddr), count in zip(pieces, counts, strict=True):
         least_hbm: float = piece_hbm
         least_ddr: float = piece_ddr
         slots: list[int] = []
-        full: list[tuple[float, int]] = []
+        aside, full = full, []
+        for each in aside:
+            if least_hbm > hbm[each[1]] or least_ddr > ddr[each[1]]:
+                full.append(each)
+            else:
+                heapq.heappush(heap, each)
         while len(slots) < count:
             if not heap:
                 short += float(count - len(slots)) * (piece_hbm + piece_ddr)
@@ -199,10 +205,8 @@ def _fill_by_piece(
             hbm[slot] -= piece_hbm
             ddr[slot] -= piece_ddr
             slots.append(slot)
-        for each in full:
-            heapq.heappush(heap, each)
         found.append(np.bincount(slots, minlength=len(loads)))
-    for ms, slot in heap:
+    for ms, slot in (*heap, *full):
         load[slot] = ms
     room[0][:], room[1][:] = hbm, ddr
     return short, found
