@@ -205,6 +205,8 @@ def _fill_by_piece(
             hbm[slot] -= piece_hbm
             ddr[slot] -= piece_ddr
             slots.append(slot)
+        if least_hbm < 0:  # no slot had room, and the next piece will find few
+            heap, full = full, heap
         found.append(np.bincount(slots, minlength=len(loads)))
     for ms, slot in (*heap, *full):
         load[slot] = ms
