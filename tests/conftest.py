@@ -1,11 +1,15 @@
 import gc
+import getpass
+import multiprocessing.util
 import os
 import shutil
 import signal
+import tempfile
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
+from unittest import mock
 
 import hypothesis
 import pytest
@@ -46,6 +50,15 @@ hypothesis.settings.load_profile("untimed")
 LONG = ("training/test_end_to_end.py", "test_docs.py", "tests/training/", "tests/experiment/", "tests/sharding/")
 
 collect_ignore = ["support/preload.py"]  # only for a process that is about to fork
+
+
+@pytest.fixture(scope="session", autouse=True)
+def temporary_files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Where `tmp_path` is, for what asks `tempfile`; compiled code stays where the next session finds it."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_{getpass.getuser()}")
+    multiprocessing.util.get_temp_dir()  # of the server of forks, which outlives the session
+    with mock.patch.object(tempfile, "tempdir", str(tmp_path_factory.mktemp("tmp"))):
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)

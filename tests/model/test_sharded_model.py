@@ -158,6 +158,16 @@ def test_initial_weights_depend_on_no_plan_and_no_number_of_ranks(
             assert torch.equal(rank["initial"][plan][name], weight)
 
 
+@pytest.mark.parametrize("rows", [1, 2, 40, BLOCK_ROWS, BLOCK_ROWS + 1])
+def test_a_row_begins_as_it_would_in_a_larger_table(rows: int) -> None:
+    weights = []
+    for size in (rows, BLOCK_ROWS + 100):
+        ebc = EmbeddingBagCollection(tables=embedding_tables({"a": size}, 16))
+        initialize_tables(ebc, ebc.embedding_bag_configs(), factor_dim=16, std=0.01, seed=3)
+        weights.append(ebc.state_dict()["embedding_bags.t_a.weight"])
+    assert torch.equal(weights[0], weights[1][:rows])
+
+
 def test_initial_weights_are_what_the_row_layout_asks_for(ranks: list[dict[str, Any]]) -> None:
     tables = ranks[0]["initial"]["column_wise"]
     for name, weight in tables.items():

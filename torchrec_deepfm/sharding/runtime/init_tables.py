@@ -65,8 +65,10 @@ def _fill(
     rows, columns = shard.shape
     for block in range(row // BLOCK_ROWS, (row + rows - 1) // BLOCK_ROWS + 1):
         generator = torch.Generator().manual_seed(_block_seed(seed, table.name, block))
-        values = init_packed_rows_(torch.empty(BLOCK_ROWS, table.embedding_dim), factor_dim, std, generator)
         first, last = max(row, block * BLOCK_ROWS), min(row + rows, (block + 1) * BLOCK_ROWS)
+        # Rows are drawn one after the other, those after the last for nothing. A single row would be drawn another way.
+        drawn = max(last - block * BLOCK_ROWS, 2)
+        values = init_packed_rows_(torch.empty(drawn, table.embedding_dim), factor_dim, std, generator)
         cut = values[first - block * BLOCK_ROWS : last - block * BLOCK_ROWS, column : column + columns]
         with torch.no_grad():
             shard[first - row : last - row].copy_(cut)
