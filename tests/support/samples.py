@@ -61,21 +61,28 @@ def batches_of_rank(samples: Sequence[Sample], keys: Sequence[str], global_batch
 
 def read_state(model: nn.Module) -> dict[str, Tensor]:
     """Copy the weights out of a model, tables put together from their shards on all ranks; a collective."""
-    state = {}
-    for name, value in model.state_dict().items():
-        if not hasattr(value, "local_shards"):
-            state[name] = value.detach().clone()
-            continue
-        mine = [(shard.metadata.shard_offsets, shard.tensor.clone()) for shard in value.local_shards()]
-        everyones: list[Any] = [None] * dist.get_world_size()
+    held = model.state_dict()
+    state = {name: value.detach().clone() for name, value in held.items() if not _is_sharded(value)}
+    tables = {name: value for name, value in held.items() if _is_sharded(value)}
+    mine = {
+        name: [(shard.metadata.shard_offsets, shard.tensor.clone()) for shard in value.local_shards()]
+        for name, value in tables.items()
+    }
+    everyones: list[Any] = [None] * (dist.get_world_size() if tables else 0)
+    if tables:
         dist.all_gather_object(everyones, mine)
+    for name, value in tables.items():
         whole = torch.full(tuple(value.size()), torch.nan)
         for shards in everyones:
-            for (row, column), cut in shards:
+            for (row, column), cut in shards[name]:
                 whole[row : row + cut.shape[0], column : column + cut.shape[1]] = cut
         assert not whole.isnan().any(), f"{name}: the shards leave a hole"
         state[name] = whole
     return state
+
+
+def _is_sharded(value: Tensor) -> bool:
+    return hasattr(value, "local_shards")
 
 
 def write_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -84,7 +91,7 @@ def write_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     assert set(mine) == set(state)
     with torch.no_grad():
         for name, value in mine.items():
-            if not hasattr(value, "local_shards"):
+            if not _is_sharded(value):
                 value.copy_(state[name])
                 continue
             for shard in value.local_shards():
