@@ -16,7 +16,6 @@ import pytest
 
 from tests.support.end_to_end import Workspace
 from tests.support.pictures import undrawn
-from torchrec_deepfm.launch.processes import import_frozen
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; torch and Polars read these when they are loaded
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("POLARS_MAX_THREADS", "1")
-    import_frozen("torchrec")
 gc.disable()  # until all tests are imported
 
 # Tests write many small files, and `prepare` waits for each to be on the disk: three quarters of its time. In memory it
@@ -110,4 +108,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
+    gc.freeze()  # no collection searches what was imported
     gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
