@@ -1,5 +1,7 @@
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,14 +19,17 @@ def s3() -> Iterator[FaultProxy]:
         patch.setenv("AWS_ACCESS_KEY_ID", "test")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        patch.setenv("AWS_MAX_ATTEMPTS", "3")  # of botocore, which waits longer before each
+        patch.setenv("AWS_MAX_ATTEMPTS", "3")  # of botocore, which waits longer before each; not in this process
+        patch.setattr("botocore.retryhandler.delay_exponential", lambda **_: 0.01)
         yield proxy
 
 
 @pytest.fixture(scope="session")
 def gs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultProxy]:
     """A server of Google's storage."""
-    with gs_server(tmp_path_factory.mktemp("gs")) as proxy:
+    impatient = SimpleNamespace(**vars(asyncio) | {"sleep": lambda _: asyncio.sleep(0.01)})
+    with pytest.MonkeyPatch.context() as patch, gs_server(tmp_path_factory.mktemp("gs")) as proxy:
+        patch.setattr("gcsfs.retry.asyncio", impatient)
         yield proxy
 
 
