@@ -23,7 +23,7 @@ RUN = "s3://bucket/runs/one"
 OPTIONS = [
     "--recipe", "paper",
     "--factor-dim", "3", "--over-arch-layer-sizes", "4", "--batch-size", "50", "--epochs", "3", "--checkpoint-every",
-    "7", "--max-ne", "100",
+    "20", "--max-ne", "100",
 ]  # fmt: skip
 
 
@@ -137,7 +137,7 @@ def test_a_checkpoint_that_cannot_be_stored_is_one_line(
         cli.main(words)
     assert ended.value.code == 2
     (line,) = [one for one in capsys.readouterr().err.splitlines() if one.startswith("error")]
-    assert line.startswith("error: s3://bucket/runs/failing/checkpoints/step_00000007: can't be written (Please reduce")
+    assert line.startswith("error: s3://bucket/runs/failing/checkpoints/step_00000020: can't be written (Please reduce")
     assert "check address, network and credentials, then run the same command again" in line
     cli.main(words)
     assert "summary.json" in Objects("s3://bucket/runs/failing").entries()
