@@ -45,8 +45,8 @@ MODEL: Final = [
     ),
     Mutant("rows[:, :factor_dim].normal_(", "rows.normal_(", "test_fm.py"),
     Mutant("first_order_B1 + pairs_B1 if self._linear else pairs_B1", "first_order_B1 + pairs_B1", "test_deepfm.py"),
-    Mutant("for name in names], dim=1)", "for name in sorted(names)], dim=1)", "test_sharded_model.py"),
-    Mutant("[by_name[name] for name in names]", "list(by_name.values())", "test_sharded_model.py"),
+    Mutant("[keys.index(name) for name in names]", "[names.index(name) for name in keys]", "test_sharded_model.py"),
+    Mutant("[keys.index(name) for name in names]", "list(range(len(names)))", "test_sharded_model.py"),
     Mutant("logits_B1 = self.bias\n", "logits_B1 = 0.0 * self.bias\n", "test_deepfm.py"),
     Mutant("return total / max(logits.shape[0], 1)", "return total", "test_deepfm.py"),
     Mutant(
