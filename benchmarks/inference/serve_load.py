@@ -48,18 +48,21 @@ class Options:
     """Rows per request."""
     package: Path | None = None
     """Serve this package, made before; and test.tsv beside it."""
+    connections: int = 6000
+    """That the client opens at most, more than the server accepts. A request that has none waits, and its time runs."""
     echo: bool = False
     """Measure a server that gives constant answers instead: what client and HTTP take of the times."""
 
 
 _IDLE_SECONDS = 3  # uvicorn closes a connection that is idle for 5
+_LOST = 0  # in the place of a status
 
 
 class Client:
-    """Connections that are kept, plain HTTP/1.1 on asyncio's streams."""
+    """Connections that are kept, at most a number of them, plain HTTP/1.1 on asyncio's streams."""
 
-    def __init__(self, port: int, bodies: list[bytes]) -> None:
-        self._port = port
+    def __init__(self, port: int, bodies: list[bytes], connections: int) -> None:
+        self._port, self._room = port, asyncio.Semaphore(connections)
         head = (
             "POST /predict HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n"
         )
@@ -68,6 +71,10 @@ class Client:
 
     async def ask(self, number: int) -> tuple[int, bytes]:
         """Send a request; return status and body."""
+        async with self._room:
+            return await self._ask(number)
+
+    async def _ask(self, number: int) -> tuple[int, bytes]:
         used, *streams = self._idle.pop() if self._idle else (0.0,)
         if time.monotonic() - used > _IDLE_SECONDS:
             streams = list(await asyncio.open_connection("127.0.0.1", self._port))
@@ -101,17 +108,31 @@ async def closed(client: Client, seconds: float) -> float:
     return done / seconds
 
 
-async def opened(client: Client, rate: float, seconds: float) -> list[tuple[int, float, int, bytes]]:
-    """Send at a rate; return number, seconds since it was due, status (0: lost) and body of each request."""
-    found: list[tuple[int, float, int, bytes]] = []
+@dataclass(frozen=True)
+class Answer:
+    """What became of a request."""
+
+    number: int
+    status: int
+    body: bytes
+    seconds: float
+    """Since it was due."""
+    at: float
+    """Seconds since the first one was due."""
+
+
+async def opened(client: Client, rate: float, seconds: float) -> list[Answer]:
+    """Send at a rate; return what came of each request."""
+    found: list[Answer] = []
     start = time.perf_counter()
 
     async def one(number: int, due: float) -> None:
         try:
             status, body = await client.ask(number)
         except (OSError, asyncio.IncompleteReadError):
-            status, body = 0, b""
-        found.append((number, time.perf_counter() - due, status, body))
+            status, body = _LOST, b""
+        now = time.perf_counter()
+        found.append(Answer(number, status, body, now - due, now - start))
 
     tasks = []
     for number in range(int(rate * seconds)):
@@ -134,7 +155,7 @@ def client_main(port: int, pid: int, folder: Path, options: Options) -> None:
     for size in options.batches:
         places = range(0, len(rows) - size, size)
         bodies = [json.dumps({"rows": rows[place : place + size]}).encode() for place in places]
-        client = Client(port, bodies)
+        client = Client(port, bodies, options.connections)
 
         async def measure(size: int = size, client: Client = client, count: int = len(bodies)) -> None:
             await closed(client, 1)
@@ -147,18 +168,20 @@ def client_main(port: int, pid: int, folder: Path, options: Options) -> None:
                 found = await opened(client, load * capacity, options.seconds)
                 used = cpu_seconds(pid) - before
                 wrong = 0
-                for number, _, status, body in found:
-                    if status == 200 and not options.echo:
-                        place = number % count * size
-                        given = np.array(json.loads(body)["probabilities"])
+                for answer in found:
+                    if answer.status == 200 and not options.echo:
+                        place = answer.number % count * size
+                        given = np.array(json.loads(answer.body)["probabilities"])
                         wrong += not np.abs(given - expected[place : place + size]).max() <= 1e-6
-                times = 1e3 * np.array([seconds for _, seconds, status, _ in found if status == 200])
-                statuses = Counter(status for _, _, status, _ in found)
+                good = [answer for answer in found if answer.status == 200]
+                times = 1e3 * np.array([answer.seconds for answer in good])
+                statuses = Counter(answer.status for answer in found)
                 lines.append({
-                    "rows": size, "load": load, "rate": load * capacity, "answered": len(times) / options.seconds,
+                    "rows": size, "load": load, "rate": load * capacity,
+                    "answered": sum(answer.at < options.seconds for answer in good) / options.seconds,
                     "p50": float(np.quantile(times, 0.5)), "p99": float(np.quantile(times, 0.99)), "wrong": wrong,
-                    "lost": statuses[0], "429": statuses[429], "503": statuses[503],
-                    "cpu": 1e3 * used / max(1, len(times)),
+                    "429": statuses[429], "503": statuses[503], "lost": statuses[_LOST],
+                    "cpu": 1e3 * used / max(1, len(good)),
                 })  # fmt: skip
             await client.close()
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import json
 import os
 import re
@@ -313,37 +314,57 @@ def test_refusals_keep_a_connection_in_order(model: ServedModel, frame: pl.DataF
     scenario(body)
 
 
-def test_a_connection_too_many_is_told_so(model: ServedModel, frame: pl.DataFrame) -> None:
+def test_a_connection_too_many_waits(model: ServedModel, frame: pl.DataFrame) -> None:
+    """Until one of the others ends; those are answered meanwhile."""
     one = json.dumps({"rows": frame[:1].to_dicts()}).encode()
-    head = "POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n"
+    head = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
 
     async def body() -> None:
         async with serving(model, Limits(max_connections=2)) as (client, _):
-            port = client.base_url.port
+            streams = [await asyncio.open_connection("127.0.0.1", client.base_url.port) for _ in range(5)]
 
-            async def connect() -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-                return await asyncio.open_connection("127.0.0.1", port)
+            async def ask(number: int) -> int:
+                reader, writer = streams[number]
+                writer.write(head % len(one) + one)
+                answer = await reader.readuntil(b"\r\n\r\n")
+                await reader.readexactly(int(re.findall(rb"content-length: (\d+)", answer)[0]))
+                return int(answer[9:12])
 
-            async def ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, pause: float = 0) -> bytes:
-                writer.write(head.format(len(one)).encode())
-                await asyncio.sleep(pause)  # the rest of the request must not meet a closed connection
-                writer.write(one)
-                answer = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10)
-                return answer + await reader.readexactly(int(re.findall(rb"content-length: (\d+)", answer)[0]))
-
-            first, second, third = await connect(), await connect(), await connect()
-            assert b" 200 " in await ask(*first)
-            refused = await ask(*third, pause=0.1)
-            assert refused.startswith(b"HTTP/1.1 503 ")
-            assert b"retry-after: 1" in refused
-            assert b"too many connections" in refused
-            assert await asyncio.wait_for(third[0].read(), 10) == b""  # closed
-            assert b" 200 " in await ask(*second)  # those before it are answered as before
-            first[1].close()
-            await asyncio.sleep(0.1)
-            assert b" 200 " in await ask(*await connect())
+            waiting = [asyncio.create_task(ask(number)) for number in (2, 3, 4)]
+            for _ in range(2):
+                assert [await asyncio.wait_for(ask(number), 10) for number in (0, 1)] == [200, 200]
+            assert not any(task.done() for task in waiting)
+            for number, task in enumerate(waiting):  # one at a time, in the order of the connections
+                streams[number][1].close()
+                assert await asyncio.wait_for(task, 10) == 200
+                assert [other.done() for other in waiting] == [True] * (number + 1) + [False] * (2 - number)
+            streams[3][1].close()  # for the client's own
 
     scenario(body)
+
+
+def test_a_want_of_files_ends_no_service(
+    model: ServedModel, frame: pl.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Connections that the system does not let it accept wait, and are answered."""
+    refused: list[int] = []
+
+    async def body() -> None:
+        loop = asyncio.get_running_loop()
+        accept_now = loop.sock_accept
+
+        async def accept(listener: socket.socket) -> tuple[socket.socket, object]:
+            if len(refused) < 2:
+                refused.append(errno.EMFILE)
+                raise OSError(errno.EMFILE, "Too many open files")
+            return await accept_now(listener)
+
+        monkeypatch.setattr(loop, "sock_accept", accept)
+        async with serving(model, Limits(max_connections=1)) as (client, _):
+            assert (await client.get("/health")).status_code == 200
+
+    scenario(body)
+    assert len(refused) == 2
 
 
 def test_connections_within_the_limit_of_open_files(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -164,7 +164,7 @@ def make_app(model: ServedModel, batcher: Batcher, limits: Limits, metrics: Serv
         except RequestError as error:
             return _problems(error.status, *error.faults)
         except QueueFullError:
-            return refusal(429)
+            return refusal()
         except ClientDisconnect:
             return Response(status_code=400)  # which nobody reads
         except TimeoutError:
@@ -250,10 +250,9 @@ def make_app(model: ServedModel, batcher: Batcher, limits: Limits, metrics: Serv
     return route
 
 
-def refusal(status: int) -> Response:
-    """The answer to a request that comes when the queue is full (429), or too many connections are open (503)."""
-    what = {429: "too many rows wait for the model", 503: "too many connections are open"}[status]
-    return _problems(status, Fault(f"{what}; try again later"), headers=_RETRY)
+def refusal() -> Response:
+    """The answer to a request that comes when the queue is full."""
+    return _problems(429, Fault("too many rows wait for the model; try again later"), headers=_RETRY)
 
 
 def raw(response: Response) -> bytes:

@@ -26,7 +26,7 @@ class Limits:
     max_body_mb: float = 8.0
     """Size of a request in MiB. A larger one is answered 413."""
     max_connections: int = 4096
-    """Open connections; a further one is answered 503 and closed."""
+    """Open connections; a further one waits until another has ended."""
     timeout: float = 10.0
     """Seconds for a request, from its first byte to its answer: 408 if its body is late, 503 if the model is."""
 

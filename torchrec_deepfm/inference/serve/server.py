@@ -36,10 +36,10 @@ _HEADER_SECONDS: Final = 10.0
 # The event loop gives up Python's lock at every system call, and the thread of the model then keeps it for up to this
 # long. The default of 5 ms costs answers under overload.
 _SWITCH_SECONDS: Final = 0.001
-_REFUSALS: Final = {status: raw(refusal(status)) for status in (429, 503)}
-_LAST_REFUSALS: Final = {
-    status: answer.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n", 1) for status, answer in _REFUSALS.items()
-}
+_REFUSAL: Final = raw(refusal())
+_LAST_REFUSAL: Final = _REFUSAL.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n", 1)
+_WAITING_CONNECTIONS: Final = 4096  # that the system keeps while no more are accepted, or fewer (net.core.somaxconn)
+_ACCEPT_PAUSE: Final = 0.1  # seconds after the system has refused a connection, for want of files or memory
 _PATHS: Final = ("/", "/predict", "/explain", "/health", "/metrics", "/openapi.json")
 
 
@@ -81,16 +81,16 @@ class Service:
         self.metrics = ServiceMetrics()
         self._served: _Served | None = None
         self._lock = asyncio.Lock()
-        self._busy = refusal(429)
+        self._busy = refusal()
 
     def full(self) -> bool:
         """Whether as many requests wait as may."""
         served = self._served
         return served is not None and served.batcher.unanswered >= self._limits.queue_requests
 
-    def refused(self, path: str, status: int) -> None:
+    def refused(self, path: str) -> None:
         """Count a request that was refused before it came here."""
-        self.metrics.requests.labels(path, status).inc()
+        self.metrics.requests.labels(path, 429).inc()
         self.metrics.seconds.labels(path).observe(0)
 
     async def start(self, model: ServedModel) -> None:
@@ -159,25 +159,24 @@ class _Protocol(HttpToolsProtocol):
 
     Args:
         service: Answers requests.
-        max_connections: Connections whose requests are answered; those beyond them are refused once.
+        room: Released when the connection has ended.
         options: Of uvicorn's protocol.
     """
 
-    def __init__(self, service: Service, max_connections: int, **options: Any) -> None:
+    def __init__(self, service: Service, room: asyncio.Semaphore, **options: Any) -> None:
         super().__init__(**options)
-        self._service, self._max_connections = service, max_connections
-        self._in_excess = False
+        self._service, self._room = service, room
         self._late: asyncio.TimerHandle | None = None
         self._in_head, self._head_bytes = False, 0
         self._refusing = False
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self._in_excess = len(self.connections) > self._max_connections
         self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
+        self._room.release()
         self._unwatch()
 
     def data_received(self, data: bytes) -> None:
@@ -194,25 +193,14 @@ class _Protocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._in_head = False
         path = self.url.partition(b"?")[0].decode("latin-1")
-        status = self._refusal(path)
-        if status is None:
+        # Under overload most requests end here: what uvicorn and Starlette do for one would leave no time to answer the
+        # others. Not for one that waits to be asked for its body: it may send another request in its place.
+        if not (path in QUEUED and self._service.full() and self._waits() and not self.expect_100_continue):
             super().on_headers_complete()
             return
         self._refusing = True
-        self._service.refused(_metric_path(path), status)
-        last = self._in_excess or not self.parser.should_keep_alive()
-        self.transport.write((_LAST_REFUSALS if last else _REFUSALS)[status])
-
-    def _refusal(self, path: str) -> int | None:
-        """The status of a refusal. Under overload most requests end in one.
-
-        What uvicorn and Starlette do for a request would leave no time to answer the others.
-        """
-        if self._in_excess:
-            return 503
-        # Not for one that waits to be asked for its body: it may send another request in its place.
-        full = path in QUEUED and self._service.full() and self._waits() and not self.expect_100_continue
-        return 429 if full else None
+        self._service.refused(path)
+        self.transport.write(_REFUSAL if self.parser.should_keep_alive() else _LAST_REFUSAL)
 
     def on_body(self, body: bytes) -> None:
         if not self._refusing:
@@ -224,7 +212,7 @@ class _Protocol(HttpToolsProtocol):
             return
         self._refusing = False
         self._unwatch()  # the next request has a time of its own
-        if self._in_excess or not self.parser.should_keep_alive():
+        if not self.parser.should_keep_alive():
             self.transport.close()
 
     def _waits(self) -> bool:
@@ -249,15 +237,60 @@ class _Protocol(HttpToolsProtocol):
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server with our signals: it ends with exit code 0 after SIGTERM."""
+    """uvicorn's server with our signals and our way to accept: it ends with exit code 0 after SIGTERM.
 
-    def __init__(self, config: uvicorn.Config, reload: Callable[[], None], started: Callable[[], None]) -> None:
+    At its limit of connections it accepts no more of them, and the system lets the others wait. To accept and refuse
+    them would take the time of the answers.
+    """
+
+    def __init__(
+        self, config: uvicorn.Config, room: asyncio.Semaphore, reload: Callable[[], None], started: Callable[[], None]
+    ) -> None:
         super().__init__(config)
-        self._reload, self._started = reload, started
+        self._room, self._reload, self._started = room, reload, started
+        self._accepting: list[asyncio.Task[None]] = []
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
+        await super().startup([])  # with what it is to listen on, it would accept without a limit
+        for listener in sockets or []:
+            listener.setblocking(False)
+            task = asyncio.create_task(self._accept(listener))
+            task.add_done_callback(lambda _: setattr(self, "should_exit", True))
+            self._accepting.append(task)
         self._started()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for task in self._accepting:
+            task.cancel()
+        await asyncio.wait(self._accepting)
+        await super().shutdown(sockets)
+        for task in self._accepting:
+            if not task.cancelled():
+                task.result()
+
+    async def _accept(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        async with asyncio.TaskGroup() as group:
+            while True:
+                await self._room.acquire()
+                try:
+                    connection, _ = await loop.sock_accept(listener)
+                except OSError:
+                    self._room.release()
+                    await asyncio.sleep(_ACCEPT_PAUSE)
+                else:
+                    group.create_task(self._connect(connection))
+
+    async def _connect(self, connection: socket.socket) -> None:
+        make: Callable[..., asyncio.Protocol] = self.config.http_protocol_class
+        protocol = functools.partial(
+            make, config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
+        try:
+            await asyncio.get_running_loop().connect_accepted_socket(protocol, connection)
+        except OSError:  # it has ended already
+            connection.close()
+            self._room.release()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -314,9 +347,10 @@ async def run(
             say(f"warning: {name} can be reached from other machines, without password or encryption")
         say(f"serving {model.name} on http://{name}:{port} (model {model.sha256[:12]}); SIGHUP reloads, SIGTERM stops")
 
+    room = asyncio.Semaphore(limits.max_connections)
     config = uvicorn.Config(
         app,
-        http=functools.partial(_Protocol, service, limits.max_connections),  # type: ignore[arg-type]
+        http=functools.partial(_Protocol, service, room),  # type: ignore[arg-type]
         ws="none",
         lifespan="off",
         log_level="error",
@@ -325,7 +359,7 @@ async def run(
         proxy_headers=False,
         timeout_graceful_shutdown=int(limits.timeout) + 1,
     )
-    await _Server(config, reload, started).serve([listener])
+    await _Server(config, room, reload, started).serve([listener])
     for task in list(reloads):
         await task
     await service.stop()
@@ -350,7 +384,7 @@ def _listen(host: str, port: int) -> socket.socket:
         raise UserError(f"must be 0 to {2**16 - 1:,}", where=f"--port {port}")
     try:
         [family, _, _, _, address], *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        listener = socket.create_server(address[:2], family=family, backlog=1024)
+        listener = socket.create_server(address[:2], family=family, backlog=_WAITING_CONNECTIONS)
     except (OSError, UnicodeError) as error:
         what = getattr(error, "strerror", None) or error
         raise UserError(
