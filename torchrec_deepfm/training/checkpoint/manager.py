@@ -71,7 +71,6 @@ class Checkpoints:
         self._keep_last = keep_last
         # Saves run in a thread and need their own group: the training uses the others at the same time.
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._stager = CpuStager()
         self._pending: Future[int] | None = None
 
@@ -92,7 +91,11 @@ class Checkpoints:
             async_stager=self._stager,
         )
         assert isinstance(written, Future)
-        self._pending = self._pool.submit(self._finish, written, writer, step, dict(meta), frozenset(keep))
+        # A thread for each save: as long as a thread that has computed with torch lives, its OpenMP threads count, and
+        # where there are more of them than cores, libgomp lets those of the training sleep at every barrier.
+        thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending = thread.submit(self._finish, written, writer, step, dict(meta), frozenset(keep))
+        thread.shutdown(wait=False)
 
     def poll(self) -> None:
         """Raise the error of a finished save, if it failed; not a collective, and does not wait.
@@ -113,7 +116,6 @@ class Checkpoints:
         """Wait for a running save, ignore its errors, and free the memory."""
         with contextlib.suppress(Exception):
             self.wait()
-        self._pool.shutdown(wait=True)
         self._stager.close()
 
     def intact(self, refusals: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
