@@ -20,6 +20,7 @@ from benchmarks.quality.search import row_rules, small_table
 from benchmarks.quality.search.row_rules import Rule
 from tests.benchmarks.scripts import run
 from tests.benchmarks.test_movielens import PAGE, write_atomic
+from torchrec_deepfm.training.recipes import small_table as small_recipe
 
 ROWS, BATCH = 6, 10
 
@@ -39,6 +40,13 @@ def test_batches_are_as_large_as_the_steps_allow(rows: int, steps: int, batch: i
     settings = {"steps": steps, "prior": 250, "linear_prior": 25, "sparse_optimizer": "adam"}
     config = small_table.make_config(rows, settings, seed=4)
     assert (config.embedding_l2, config.linear_l2) == (250 / rows, 25 / rows)
+
+
+@pytest.mark.parametrize("rows", [100, 4800, 9600, 202_027])
+def test_the_recipe_is_among_the_candidates(rows: int) -> None:
+    settings = small_table.START | small_table.STAGES["c"][6]
+    found = replace(small_table.make_config(rows, settings, seed=0), precision="float32", checkpoint_every=0)
+    assert found == replace(small_recipe(rows), checkpoint_every=0)
 
 
 def test_the_search_takes_the_better_settings_along(

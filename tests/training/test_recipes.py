@@ -157,6 +157,17 @@ def test_small_table_fits_its_rows(validation: int, epochs: int, patience: int, 
 
 
 @pytest.mark.parametrize(
+    ("rows", "patience", "epochs"),
+    [(10, 10, 40), (1500, 10, 40), (4800, 8, 32), (9600, 4, 20), (20_000, 2, 20), (202_027, 2, 20)],
+)
+def test_few_rows_have_the_patience_of_600_steps(rows: int, patience: int, epochs: int) -> None:
+    """64 rows per step, of which the quickstart's table has 75 per epoch; row-wise Adagrad stays at two epochs."""
+    config = small_table(rows)
+    assert (config.patience, config.epochs) == (patience, epochs)
+    assert (small_table(rows, whole=False).patience, small_table(rows, validation=False).patience) == (2, 0)
+
+
+@pytest.mark.parametrize(
     ("rows", "ids", "is_small"), [(999_999, 999_999, True), (1_000_000, 3, False), (3, 1_000_000, False)]
 )
 def test_the_default_depends_on_the_data(
@@ -214,7 +225,7 @@ def test_lists_leave_out_the_penalty_that_does_not_fit_them() -> None:
 def test_few_rows_have_a_small_mlp_without_adam(rows: int, layers: tuple[int, ...], ema: float) -> None:
     config = small_table(rows, whole=False)
     assert (config.over_arch_layer_sizes, config.ema, config.touched_embedding_l2 > 0) == (layers, ema, ema > 0)
-    assert small_table(rows) == replace(small_table(6000), batch_size=64, embedding_l2=25 / rows, linear_l2=25 / rows)
+    assert small_table(rows) == replace(small_table(5001), batch_size=64, embedding_l2=25 / rows, linear_l2=25 / rows)
 
 
 @pytest.mark.parametrize("place", [".", "seed_3"])

@@ -10,6 +10,7 @@ of each set, averaged over the sets. The best of all and ``START`` are trained w
 
 import gc
 import json
+import math
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,9 +32,10 @@ from torchrec_deepfm.training.trainer import train
 Settings = dict[str, Any]
 
 _ADAM: Final = {"sparse_optimizer": "adam", "sparse_lr": 1e-3, "ema": 0.99}
-# Three are not options. "steps": batches are the largest power of two from 64 to 2,048 with so many steps per epoch.
+# Four are not options. "steps": batches are the largest power of two from 64 to 2,048 with so many steps per epoch.
 # "prior" and "linear_prior": the L2 of latent vectors and first-order weights is this over the training rows, as a
-# Gaussian prior of one variance, 1 / prior, gives it for any number of rows.
+# Gaussian prior of one variance, 1 / prior, gives it for any number of rows. "idle_steps": patience is at least so many
+# steps, up to 10 epochs, and epochs are at least four times the patience.
 START: Final[Settings] = {
     "steps": 64, "over_arch_layer_sizes": (64, 32), "dropout": 0.2, "sparse_lr": 0.05, "epochs": 20, "patience": 2,
 }  # fmt: skip
@@ -72,7 +74,11 @@ STAGES: Final[dict[str, list[Settings]]] = {
         _PRIOR | {"prior": 250, "linear_prior": 25, "over_arch_layer_sizes": (64, 32)},
         *(_PRIOR | {"prior": prior, "linear_prior": 25, "steps": 256} for prior in (25, 250, 500)),
     ],
-    "c": [_PRIOR | {"prior": prior, "linear_prior": 25, "steps": 256} for prior in (10, 25, 50, 100, 250)],
+    "c": [
+        _PRIOR | {"prior": prior, "linear_prior": 25, "steps": 256, "idle_steps": idle}
+        for idle in (0, 600)
+        for prior in (10, 25, 50, 100, 250)
+    ],
 }
 
 
@@ -95,7 +101,7 @@ class Options:
     atomic: Path | None = None
     seeds: tuple[int, ...] = (0, 1, 2)
     finalists: int = 3
-    most_epochs: int = 20
+    most_epochs: int = 40
     stages: tuple[str, ...] = ()
 
 
@@ -157,12 +163,15 @@ class Search:
 def make_config(rows: int, settings: Settings, seed: int) -> TrainConfig:
     """Return the options of one training on so many rows."""
     changes, batch = dict(settings), 64
-    steps = changes.pop("steps")
+    steps, idle_steps = changes.pop("steps"), changes.pop("idle_steps", 0)
     for option, prior in (("embedding_l2", "prior"), ("linear_l2", "linear_prior")):
         if prior in changes:
             changes[option] = changes.pop(prior) / rows
     while batch < 2048 and 2 * batch * steps <= rows:
         batch *= 2
+    if idle_steps:
+        changes["patience"] = min(max(math.ceil(idle_steps * batch / rows), changes["patience"]), 10)
+        changes["epochs"] = max(4 * changes["patience"], changes["epochs"])
     return TrainConfig(batch_size=batch, precision="medium", checkpoint_every=2**31, seed=seed, **changes)
 
 
