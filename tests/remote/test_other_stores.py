@@ -19,7 +19,7 @@ from torchrec_deepfm.remote.objects import Objects
 ROWS = 1_000
 OPTIONS = [
     "--factor-dim", "3", "--over-arch-layer-sizes", "4", "--batch-size", "100", "--checkpoint-every", "3", "--max-ne",
-    "100",
+    "100", "--epochs", "2",
 ]  # fmt: skip
 STORES = pytest.mark.parametrize(("store", "method"), [("gs", "POST"), ("az", "PUT")])
 
