@@ -28,7 +28,7 @@ from sklearn.linear_model import LogisticRegression
 from benchmarks._lib.formatting import markdown
 from benchmarks._lib.peer_environments import peer_python
 from benchmarks._lib.seed_statistics import with_deviation
-from benchmarks.quality.prepared_arrays import Arrays, score
+from benchmarks.quality.workers.prepared_arrays import Arrays, score
 from benchmarks.quality.workers.train_sklearn import features
 from torchrec_deepfm import load
 from torchrec_deepfm.evaluation.ranking import user_metrics

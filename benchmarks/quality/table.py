@@ -26,7 +26,7 @@ from benchmarks._lib.commands import ROOT
 from benchmarks._lib.formatting import versions
 from benchmarks.quality.datasets import SHARED, real, synthetic
 from benchmarks.quality.settings import Row, rows
-from benchmarks.quality.training_jobs import Job, kept_result, result_of
+from benchmarks.quality.workers.training_jobs import Job, kept_result, result_of
 from benchmarks.quality.write_tables import ModelScores, write
 from torchrec_deepfm.data.dataset.prepared import PreparedData
 

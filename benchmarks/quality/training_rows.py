@@ -17,7 +17,7 @@ import tyro
 from benchmarks._lib.formatting import markdown
 from benchmarks._lib.seed_statistics import mean, with_deviation
 from benchmarks.quality.datasets import synthetic
-from benchmarks.quality.training_jobs import Job, result_of
+from benchmarks.quality.workers.training_jobs import Job, result_of
 from torchrec_deepfm.data.dataset.prepared import PreparedData
 
 

@@ -22,7 +22,7 @@ from benchmarks._lib.formatting import markdown, markdown_row
 from benchmarks._lib.seed_statistics import compare_paired, with_deviation
 from benchmarks.quality.datasets import SHARED, real, synthetic
 from benchmarks.quality.settings import deepfm_config
-from benchmarks.quality.training_jobs import Job, result_of
+from benchmarks.quality.workers.training_jobs import Job, result_of
 
 # Changes per variant; the others are compared with the first one.
 PRECISIONS: dict[str, list[dict[str, Any]]] = {name: [{"precision": name}] for name in ("float32", "medium", "bf16")}

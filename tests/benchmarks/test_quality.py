@@ -14,8 +14,8 @@ import torch
 from torchrec import EmbeddingBagCollection, KeyedJaggedTensor
 
 from benchmarks._lib import commands, seed_statistics
-from benchmarks.quality import prepared_arrays, settings, table, training_jobs, variants, write_tables
-from benchmarks.quality.workers import train_deepfm
+from benchmarks.quality import settings, table, variants, write_tables
+from benchmarks.quality.workers import prepared_arrays, train_deepfm, training_jobs
 from tests.benchmarks.scripts import forked, run
 from torchrec_deepfm import embedding_tables
 from torchrec_deepfm.data.dataset.prepared import PreparedData

@@ -15,9 +15,9 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from benchmarks._lib.commands import ROOT
 from benchmarks.quality import datasets, large_batches
-from benchmarks.quality.prepared_arrays import Arrays, Split
 from benchmarks.quality.search import row_rules, small_table
 from benchmarks.quality.search.row_rules import Rule
+from benchmarks.quality.workers.prepared_arrays import Arrays, Split
 from tests.benchmarks.scripts import run
 from tests.benchmarks.test_movielens import PAGE, write_atomic
 from torchrec_deepfm.training.recipes import small_table as small_recipe

@@ -11,7 +11,7 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
-from benchmarks.quality.prepared_arrays import Arrays
+from benchmarks.quality.workers.prepared_arrays import Arrays
 from benchmarks.quality.workers.train_sklearn import features
 from tests.support.end_to_end import ROOT, Workspace
 from tests.support.ranks import CPU, one_rank, run_module

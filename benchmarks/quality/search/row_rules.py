@@ -25,7 +25,7 @@ from torchrec import EmbeddingBagCollection
 from benchmarks._lib.formatting import markdown
 from benchmarks._lib.seed_statistics import mean, with_deviation
 from benchmarks.quality import datasets
-from benchmarks.quality.prepared_arrays import Arrays, Split, score
+from benchmarks.quality.workers.prepared_arrays import Arrays, Split, score
 from torchrec_deepfm import DeepFM, embedding_tables
 from torchrec_deepfm.model.fm import init_packed_rows_, packed_dim
 from torchrec_deepfm.training.optim.ema import decay_at

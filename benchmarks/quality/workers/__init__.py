@@ -1,1 +1,1 @@
-"""A training of each model in the quality table: MODULE DATA RESULT.json SETTINGS.json SEED."""
+"""The trainings of the quality benchmarks, one process each: MODULE DATA RESULT.json SETTINGS.json SEED."""

@@ -15,7 +15,7 @@ from deepctr_torch.callbacks import EarlyStopping
 from deepctr_torch.inputs import DenseFeat, SparseFeat
 from deepctr_torch.models import DeepFM
 
-from benchmarks.quality.prepared_arrays import Arrays, Clock, Split, run_worker, write
+from benchmarks.quality.workers.prepared_arrays import Arrays, Clock, Split, run_worker, write
 
 
 def main(data: Path, result: Path, settings: dict[str, Any], seed: int) -> None:

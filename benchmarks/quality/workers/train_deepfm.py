@@ -17,7 +17,7 @@ from torch import Tensor
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from benchmarks.quality.prepared_arrays import Clock, run_worker, write
+from benchmarks.quality.workers.prepared_arrays import Clock, run_worker, write
 from torchrec_deepfm import console
 from torchrec_deepfm.data.dataset.prepared import PreparedData
 from torchrec_deepfm.distributed import process_group

@@ -26,7 +26,7 @@ from fuxictr.pytorch.models import BaseModel
 from fuxictr.pytorch.torch_utils import seed_everything
 from torch import Tensor
 
-from benchmarks.quality.prepared_arrays import Arrays, Clock, Split, run_worker, score, write
+from benchmarks.quality.workers.prepared_arrays import Arrays, Clock, Split, run_worker, score, write
 
 
 class DeepFM(BaseModel):

@@ -19,7 +19,7 @@ from torch.nn.functional import binary_cross_entropy, binary_cross_entropy_with_
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
 from torchrec.models.deepfm import SimpleDeepFMNN
 
-from benchmarks.quality.prepared_arrays import Arrays, Clock, Split, run_worker, score, write
+from benchmarks.quality.workers.prepared_arrays import Arrays, Clock, Split, run_worker, score, write
 
 EVALUATION_BATCH = 16_384
 

@@ -14,7 +14,7 @@ import scipy.sparse as sp
 import sklearn
 from sklearn.linear_model import LogisticRegression
 
-from benchmarks.quality.prepared_arrays import Arrays, Clock, Split, run_worker, score, write
+from benchmarks.quality.workers.prepared_arrays import Arrays, Clock, Split, run_worker, score, write
 
 
 def main(data: Path, result: Path, settings: dict[str, Any], seed: int) -> None:

@@ -31,7 +31,7 @@ _SAVED_VARIANTS = {
 class Job:
     """A training: worker, data, settings and seed.
 
-    ``worker`` is a module of `workers` that takes DATA RESULT.json SETTINGS.json SEED. ``environment`` names the
+    ``worker`` is a module beside this one that takes DATA RESULT.json SETTINGS.json SEED. ``environment`` names the
     peer's environment that runs it; if it is empty, the running interpreter does.
     """
 
