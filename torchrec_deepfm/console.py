@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torchrec_deepfm.launch.processes import local_world_size
+from torchrec_deepfm.launch.processes import import_frozen, local_world_size
 from torchrec_deepfm.remote.names import named
 
 # Known and harmless warnings, by message; all others are shown.
@@ -56,6 +56,12 @@ def quiet() -> None:
         warnings.filterwarnings("ignore", message=message)
     for name in _LOGGED:
         logging.getLogger(name).addFilter(_is_news)
+
+
+def import_quietly(library: str) -> None:
+    """Import a large library without its known warnings, and fast; see ``quiet`` and ``import_frozen``."""
+    quiet()
+    import_frozen(library)
 
 
 def _is_news(record: logging.LogRecord) -> bool:

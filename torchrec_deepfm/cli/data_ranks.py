@@ -7,7 +7,6 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Final
 
 from torchrec_deepfm import console
-from torchrec_deepfm.launch.processes import import_frozen
 
 if TYPE_CHECKING:
     from torchrec_deepfm.data.prepare.workers import Workers
@@ -24,8 +23,7 @@ def data_ranks() -> Iterator["Workers"]:
     if "RANK" not in os.environ:
         yield Workers()
         return
-    console.quiet()
-    import_frozen("torch")
+    console.import_quietly("torch")
     from torchrec_deepfm.distributed import process_group as ranks
 
     with ranks.process_group(_TIMEOUT, cpu=True, keep_memory=False):

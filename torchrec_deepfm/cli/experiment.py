@@ -11,7 +11,6 @@ from torchrec_deepfm import console
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.files import check_target
 from torchrec_deepfm.launch import launcher
-from torchrec_deepfm.launch.processes import import_frozen
 from torchrec_deepfm.sharding.inputs.hardware import MAX_BATCH_SIZE, MAX_RANKS
 from torchrec_deepfm.sharding.inputs.sharding_types import FusedOptimizer
 
@@ -84,8 +83,7 @@ class ExperimentCommand:
 
     def run(self) -> None:
         """Measure the plans and write the results."""
-        console.quiet()
-        import_frozen("torchrec")
+        console.import_quietly("torchrec")
         if "RANK" not in os.environ:
             import torch
 
@@ -186,8 +184,7 @@ class CalibrateCommand:
 
     def run(self) -> None:
         """Fit the hardware and write its description."""
-        console.quiet()
-        import_frozen("torchrec")
+        console.import_quietly("torchrec")
         from torchrec_deepfm.experiment.calibrate import calibrate, recalculate
         from torchrec_deepfm.experiment.report import write_experiment_report
         from torchrec_deepfm.experiment.results import RESULTS, read_experiment

@@ -12,7 +12,6 @@ from torchrec_deepfm import console
 from torchrec_deepfm.cli.data_ranks import data_ranks
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.inference.serve.limits import Limits
-from torchrec_deepfm.launch.processes import import_frozen
 from torchrec_deepfm.units import format_bytes
 
 if TYPE_CHECKING:
@@ -155,8 +154,7 @@ class Export:
 
     def run(self) -> None:
         """Run the command."""
-        console.quiet()
-        import_frozen("torchrec")
+        console.import_quietly("torchrec")
         from torchrec_deepfm.inference.export.export import export
 
         done = export(
@@ -193,9 +191,8 @@ class Serve:
         path = _one_of(self.run_folder, self.package)
         if self.threads < 1:
             raise UserError("must be at least 1", where=f"--threads {self.threads}")
-        console.quiet()
         os.environ["POLARS_MAX_THREADS"] = "1"  # a batch is small
-        import_frozen("torchrec")
+        console.import_quietly("torchrec")
         try:
             from torchrec_deepfm.inference.serve.model import ServedModel
             from torchrec_deepfm.inference.serve.server import serve
@@ -233,9 +230,8 @@ def _fetched(run: Path) -> Path:
 
 def _load(run: Path | None, package: Path | None, checkpoint: str | None, data: Path | None) -> "Predictor":
     path = _one_of(run, package)
-    console.quiet()
     os.environ["POLARS_MAX_THREADS"] = str(console.threads())  # read when polars is loaded
-    import_frozen("torchrec")
+    console.import_quietly("torchrec")
     from torchrec_deepfm.inference.load import load
 
     return load(path, checkpoint, data=data)

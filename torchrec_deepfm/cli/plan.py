@@ -13,7 +13,6 @@ import tyro
 from torchrec_deepfm import console
 from torchrec_deepfm.errors import UserError, one_of
 from torchrec_deepfm.files import check_target
-from torchrec_deepfm.launch.processes import import_frozen
 from torchrec_deepfm.sharding.inputs.sharding_types import FusedOptimizer
 from torchrec_deepfm.sharding.plan.plan import OLD_SEARCHES, Objective, PlanFile, Search
 
@@ -118,7 +117,6 @@ class PlanCommand:
 
     def run(self) -> None:
         """Search for a plan, print and write it."""
-        console.quiet()
         if os.environ.get("RANK", "0") != "0":  # a plan is made once, however many ranks were started
             return
         from torchrec_deepfm.sharding.inputs.hardware import MAX_BATCH_SIZE, MAX_RANKS, RESERVED
@@ -137,7 +135,7 @@ class PlanCommand:
         hardware = read_hardware(self.hardware)
         domain_size = hardware.local_world_size(self.ranks) * hardware.pod_size_of(self.ranks)
 
-        import_frozen("torchrec")
+        console.import_quietly("torchrec")
         from torchrec_deepfm.sharding.inputs.constraints import parse_constraints
         from torchrec_deepfm.sharding.plan.io import save_plan
         from torchrec_deepfm.sharding.plan.text import plan_text
@@ -195,7 +193,6 @@ class ComparePlans:
 
     def run(self) -> None:
         """Search for the plans and print the table."""
-        console.quiet()
         if os.environ.get("RANK", "0") != "0":
             return
         from torchrec_deepfm.sharding.inputs.hardware import MAX_BATCH_SIZE, MAX_RANKS
@@ -219,7 +216,7 @@ class ComparePlans:
                 f"two descriptions have the name {twice}", where="--compare", remedy="give one of them another name"
             )
 
-        import_frozen("torchrec")
+        console.import_quietly("torchrec")
         from torchrec_deepfm.sharding.search.compare import compare, comparison_text
 
         found = compare(

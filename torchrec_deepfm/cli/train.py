@@ -18,7 +18,6 @@ from torchrec_deepfm.cli.options import Unset, given
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.evaluation.options import EvaluateOptions
 from torchrec_deepfm.launch.launcher import STARTED
-from torchrec_deepfm.launch.processes import import_frozen
 from torchrec_deepfm.training.config import (
     CheckpointConfig,
     EvaluationConfig,
@@ -124,8 +123,7 @@ class Train:
 
     def run(self) -> None:
         """Train, or resume, and print the result."""
-        console.quiet()
-        import_frozen("torchrec")
+        console.import_quietly("torchrec")
         from torchrec_deepfm.distributed.health import LostPeer
 
         try:
@@ -353,8 +351,7 @@ class Evaluate:
 
     def run(self) -> None:
         """Print the metrics of the run's final weights."""
-        console.quiet()
-        import_frozen("torchrec")
+        console.import_quietly("torchrec")
         from torchrec_deepfm.distributed import process_group as ranks
         from torchrec_deepfm.evaluation.evaluate import evaluate_run
         from torchrec_deepfm.evaluation.text import evaluation_text
