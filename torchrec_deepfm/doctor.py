@@ -73,11 +73,9 @@ class Probe:
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnosis:
-    """The result of `check`.
+    """What `check` found: the versions by package ("-" if it is not installed), and the problems.
 
-    Attributes:
-        versions: by name of the package; "-" if it is not installed.
-        problems: one line each, with the command that fixes it. Empty if there are none.
+    Each problem is one line with the command that fixes it.
     """
 
     versions: Mapping[str, str]

@@ -44,14 +44,7 @@ USER_ERROR_EXIT_CODES = (UserError.exit_code, WorseThanConstantError.exit_code)
 
 
 def shown(value: object, most: int = 60) -> str:
-    """Write a value that is wrong for a message, in short.
-
-    Args:
-        value: anything that a file may hold.
-        most: characters that it may take.
-
-    Returns:
-        Its ``repr``, cut if it is longer.
+    """Write a value that is wrong for a message: its ``repr``, cut to ``most`` characters.
 
     Example:
         >>> shown([1, "a"]), shown("long" * 100, most=8)
@@ -65,14 +58,7 @@ def shown(value: object, most: int = 60) -> str:
 
 
 def did_you_mean(wrong: object, choices: Iterable[str]) -> str:
-    """Hint at the choice that a mistyped word may stand for.
-
-    Args:
-        wrong: what was given.
-        choices: what may be given.
-
-    Returns:
-        The hint in parentheses, after a space; empty where no choice is close.
+    """Hint in parentheses, after a space, at the choice that a mistyped word may stand for; empty if none is close.
 
     Example:
         >>> did_you_mean("row_wize", ["row_wise", "table_wise"])

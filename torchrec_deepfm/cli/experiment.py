@@ -227,14 +227,7 @@ class CalibrateCommand:
 
 
 def experiment_table(experiment: "Experiment") -> str:
-    """Lay out an experiment: a line for each plan, fastest first, and how well the predictions order them.
-
-    Args:
-        experiment: the experiment.
-
-    Returns:
-        The lines.
-    """
+    """Lay out an experiment: a line per plan, fastest first, and how well the predictions order them."""
     lines = [f"{'plan':<40}{'predicted':>11}{'measured':>10}  (ms per step; fastest to slowest turn)"]
     ordered = sorted(experiment.plans, key=lambda plan: plan.step_ms)
     for one in ordered:

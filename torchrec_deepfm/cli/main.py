@@ -117,18 +117,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def parse(argv: Sequence[str]) -> Any:
-    """Parse a command line.
+    """Parse a command line into the command, ready to run.
 
-    Args:
-        argv: the command and its options.
-
-    Returns:
-        The command, ready to run.
-
-    Raises:
-        UserError: the command does not exist; or an option is unknown, missing or has a bad value, such as an address
-            where only a local path works.
-        SystemExit: after ``--help``.
+    UserError: the command does not exist, or an option is unknown, missing or has a bad value, such as an address where
+    only a local path works. SystemExit after ``--help``.
     """
     name, options = _name(argv)
     if name in ("-h", "--help"):

@@ -12,18 +12,9 @@ from torchrec_deepfm.errors import UserError
 
 @contextmanager
 def one_line_errors(prog: str) -> Iterator[None]:
-    """Turn tyro's parse errors into ``UserError``.
+    """Turn tyro's parse errors into ``UserError``, for a command as typed; parse inside.
 
     A kind of error that is not known here falls through to tyro's own report, which exits with code 2 as well.
-
-    Args:
-        prog: the command, as typed.
-
-    Yields:
-        Nothing; parse inside.
-
-    Raises:
-        UserError: the command line is wrong.
     """
 
     def refuse(event: tyro_errors.ParseErrorEvent) -> None:

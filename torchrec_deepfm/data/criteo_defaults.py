@@ -15,15 +15,9 @@ _MIN_COUNTS: Final = {"criteo-x1": 1, "criteo-x4": 10, "frappe-x1": 1}
 
 
 def criteo_preset(schema: str, *, hash: bool, held_out: bool) -> dict[str, Any]:  # noqa: A002 (the option's name)
-    """Return the options of ``prepare`` that are customary for a schema, where they apply.
+    """Return the options of ``prepare`` that are customary for a schema, by field of ``PrepareOptions``.
 
-    Args:
-        schema: Its name, or the path of a TOML file.
-        hash: Whether values are hashed.
-        held_out: Whether files are given for validation or test.
-
-    Returns:
-        Values by field of ``PrepareOptions``; none for most schemas.
+    ``schema`` is a name or a TOML file; ``held_out``: files are given for validation or test. Most schemas have none.
 
     Example:
         >>> criteo_preset("criteo-terabyte", hash=False, held_out=False)

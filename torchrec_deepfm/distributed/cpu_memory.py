@@ -15,9 +15,6 @@ def keep_freed_memory(environment: Mapping[str, str] = os.environ) -> None:
     A training step frees tens of megabytes of activations, and takes as many in the next one. By default glibc returns
     them to the kernel, which zeroes each page when it is touched again: a fifth of a step in bfloat16 on a CPU
     (docs/performance.md). Does nothing where a user has set malloc's variables, or with another C library.
-
-    Args:
-        environment: where malloc's variables would be.
     """
     if "glibc.malloc" in environment.get("GLIBC_TUNABLES", "") or any(
         name.startswith("MALLOC_") for name in environment

@@ -11,15 +11,7 @@ _CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def refused(where: str | Path, error: OSError, remedy: str = "") -> UserError:
-    """Explain why a file could not be written.
-
-    Args:
-        where: the file, folder or URL.
-        error: the system's error.
-        remedy: what to do once the disk is writable.
-
-    Returns:
-        The error to raise.
+    """Explain why a file, folder or URL could not be written; ``remedy`` is what to do once the disk is writable.
 
     Example:
         >>> str(refused("runs/a", OSError(errno.ENOSPC, "No space left on device"), "run the same command again"))
@@ -40,14 +32,7 @@ def refused(where: str | Path, error: OSError, remedy: str = "") -> UserError:
 
 
 def unreadable(where: str | Path, error: OSError) -> UserError:
-    """Explain why a file or folder could not be read; it may exist all the same.
-
-    Args:
-        where: the file, folder or URL.
-        error: the system's error.
-
-    Returns:
-        The error to raise.
+    """Explain why a file, folder or URL could not be read; it may exist all the same.
 
     Example:
         >>> str(unreadable("runs/a", OSError(errno.EIO, "Input/output error")))

@@ -39,21 +39,13 @@ class LostPeer(RuntimeError):  # noqa: N818 - it names what happened
 
 
 class DataFiles:
-    """The arrays of a prepared folder, and their sizes at the start of the training.
-
-    Args:
-        folder: the folder.
-    """
+    """The arrays of a prepared folder, and their sizes at the start of the training."""
 
     def __init__(self, folder: Path) -> None:
         self._sizes = {str(path): path.stat().st_size for path in sorted(folder.glob("*.np[yz]"))}
 
     def check(self) -> None:
-        """Check that each file still has its size.
-
-        Raises:
-            UserError: a file has vanished or has another size.
-        """
+        """Check that each file still has its size; a UserError names one that has not."""
         for path, size in self._sizes.items():
             try:
                 found = os.stat(path).st_size  # noqa: PTH116 - before each batch: half the time of Path.stat
@@ -74,14 +66,7 @@ _RESTART = "the ranks start again if --max_restarts allows it, or run the same c
 
 
 def longest_wait(timeout: float) -> float:
-    """Seconds that ranks wait for each other outside of steps: at the start, in evaluations and checkpoints.
-
-    Args:
-        timeout: seconds after which a step may count as stalled.
-
-    Returns:
-        Half an hour, or ``timeout`` if that is longer.
-    """
+    """Seconds that ranks wait for each other outside of steps: half an hour, or ``timeout`` if that is longer."""
     return max(1800.0, timeout)
 
 
@@ -98,9 +83,6 @@ class Heartbeat:
     The process then ends with exit code 1, after which torchelastic restarts the ranks: the main thread waits inside a
     collective, where no exception reaches it. Time during which this process itself was stopped does not count, so a
     job that is suspended as a whole simply continues.
-
-    Args:
-        timeout: seconds.
     """
 
     def __init__(self, timeout: float) -> None:
@@ -117,12 +99,7 @@ class Heartbeat:
             threading.Thread(target=self._run, name="heartbeat", daemon=True).start()
 
     def at(self, phase: str, step: int) -> None:
-        """Set what this rank does now.
-
-        Args:
-            phase: what it does, such as ``training``.
-            step: at which step.
-        """
+        """Set what this rank does now, such as ``training``, and at which step."""
         now = time.monotonic()
         if phase not in _STEP:
             self._step_began = None
@@ -137,11 +114,7 @@ class Heartbeat:
         self._end.set()
 
     def stalled(self) -> str | None:
-        """Find the rank that the others wait for; takes some seconds.
-
-        Returns:
-            A sentence that names it; None if no rank is behind.
-        """
+        """Name the rank that the others wait for in a sentence; None if no rank is behind. Takes some seconds."""
         if self._store is None:
             return None
         with contextlib.suppress(RuntimeError):
@@ -237,18 +210,7 @@ def _behind(beats: list[dict[str, Any]]) -> list[int]:
 
 @contextmanager
 def explained(heartbeat: Heartbeat) -> Iterator[None]:
-    """Turn known causes of a failure into one line: a rank that stalls or has ended, or memory.
-
-    Args:
-        heartbeat: of this rank.
-
-    Yields:
-        Nothing; train inside.
-
-    Raises:
-        UserError: out of memory.
-        LostPeer: another rank has ended or stalls.
-    """
+    """Turn known causes of a failure inside into one line: UserError for memory, LostPeer for a rank that stalls."""
     try:
         yield
     except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:

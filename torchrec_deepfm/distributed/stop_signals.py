@@ -14,12 +14,7 @@ ONE_PRESS_SECONDS = 0.5
 
 
 class Preempted(Exception):  # noqa: N818 - not a failure: the training stopped as requested
-    """The training stopped on request; its state is saved.
-
-    Args:
-        signum: the signal.
-        message: one line for the user.
-    """
+    """The training stopped at a signal; its state is saved. ``message`` is one line for the user."""
 
     def __init__(self, signum: int, message: str) -> None:
         super().__init__(message)
@@ -32,11 +27,7 @@ class Preempted(Exception):  # noqa: N818 - not a failure: the training stopped 
 
 
 class Requests:
-    """Whether this process has been asked to stop.
-
-    Args:
-        noted: called at the first request.
-    """
+    """Whether this process has been asked to stop; ``noted`` is called at the first request."""
 
     def __init__(self, noted: Callable[[], None]) -> None:
         self.signum = 0
@@ -57,14 +48,8 @@ class Requests:
 def requests_to_stop(noted: Callable[[], None] = lambda: None) -> Iterator[Requests]:
     """Turn SIGTERM and SIGINT into a request that can be polled; outside the main thread this does nothing.
 
-    The first signal is the request. Repeated SIGTERMs change nothing; a second Ctrl-C ends the process at once, without
-    saving.
-
-    Args:
-        noted: called at the first request.
-
-    Yields:
-        The requests; ``signum`` is 0 until one comes.
+    The first signal is the request, at which ``noted`` is called. Repeated SIGTERMs change nothing; a second Ctrl-C
+    ends the process at once, without saving.
     """
     requests = Requests(noted)
     if threading.current_thread() is not threading.main_thread():

@@ -20,11 +20,7 @@ _OPTION = "--stop-before-limit"
 def stop_before_limit(seconds: int) -> Iterator[None]:
     """Send this process SIGTERM some seconds before the time limit of its slurm job: it saves its state and stops.
 
-    Args:
-        seconds: how long before the limit; 0 does nothing.
-
-    Raises:
-        UserError: this is not a slurm job, or slurm does not answer.
+    0 does nothing. UserError: this is not a slurm job, or slurm does not answer.
     """
     end = job_end() if seconds else None
     if end is None:
@@ -46,14 +42,7 @@ def stop_before_limit(seconds: int) -> Iterator[None]:
 
 
 def job_end() -> float | None:
-    """When the slurm job of this process reaches its time limit.
-
-    Returns:
-        Unix time in seconds; None for a job without a limit.
-
-    Raises:
-        UserError: this is not a slurm job, or slurm does not answer.
-    """
+    """When the slurm job of this process reaches its time limit, in Unix time; None for a job without a limit."""
     job = os.environ.get("SLURM_JOB_ID")
     if job is None:
         raise UserError(

@@ -17,13 +17,7 @@ ROWS, USERS = 0, 1
 
 @dataclass(frozen=True, kw_only=True)
 class Bootstrap:
-    """How to resample.
-
-    Attributes:
-        resamples: R.
-        confidence: share of the resamples inside an interval.
-        seed: of the random numbers; the same seed and rows give the same intervals.
-    """
+    """How to resample; the same seed and rows give the same intervals."""
 
     resamples: int
     confidence: float = 0.95
@@ -45,12 +39,9 @@ class Bootstrap:
 
 
 class RowMetrics:
-    """AUC, log loss, NE and calibration of rows that count several times; sorts them once.
+    """AUC, log loss, NE and calibration of N rows that count several times; sorts them once.
 
-    Args:
-        logits: [N].
-        labels: [N] of 0 and 1.
-        weights: [N] of the rows; None if equal.
+    ``weights`` are those of the rows; None if equal.
     """
 
     NAMES = ("auc", "logloss", "ne", "calibration")

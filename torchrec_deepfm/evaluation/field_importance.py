@@ -26,14 +26,8 @@ def write_importance(folder: Path, data: PreparedData) -> None:
     """Measure which fields matter to a finished run, and write ``importance.json`` into its folder.
 
     It takes 8,192 rows of the validation split at most, or else of test or train, and a pass over them per field. It
-    needs memory for one copy of the tables.
-
-    Args:
-        folder: of the run.
-        data: prepared data with the columns and ids of the run.
-
-    Raises:
-        UserError: the run has no weights, or the data are damaged or written by another tool.
+    needs memory for one copy of the tables. UserError: the run has no weights, or the data are damaged or written by
+    another tool.
     """
     if data.external is not None:
         raise UserError(

@@ -65,17 +65,12 @@ class Sample:
 
 
 def figures(sample: Sample, ks: Sequence[int], how: Bootstrap | None) -> dict[str, Any]:
-    """Compute all figures of a sample.
+    """Compute all figures of a sample of at least one row.
 
-    Args:
-        sample: at least one row.
-        ks: values of k of the metrics by user.
-        how: resamples for intervals; None for none.
-
-    Returns:
-        The metrics of the first run as ``Metrics.to_json``. With users, ``users`` and ``rows_without_user`` count them
-        and ``by_user`` has their metrics. With resamples, ``intervals`` has the lower and upper border by metric. With
-        a second run, ``compare`` has its ``metrics``, the ``difference`` first minus second, and its ``intervals``.
+    The metrics of the first run as ``Metrics.to_json``. With users, ``users`` and ``rows_without_user`` count them and
+    ``by_user`` has their metrics for each of ``ks``. With resamples, ``intervals`` has the lower and upper border by
+    metric. With a second run, ``compare`` has its ``metrics``, the ``difference`` first minus second, and its
+    ``intervals``.
     """
     runs = [_Measured(sample, logits, ks) for logits in sample.logits]
     found: dict[str, Any] = {**runs[0].metrics, **runs[0].counts}
@@ -104,18 +99,10 @@ def figures(sample: Sample, ks: Sequence[int], how: Bootstrap | None) -> dict[st
 
 
 def slices(sample: Sample, keys: Keys, ks: Sequence[int], how: Bootstrap | None, most: int) -> list[dict[str, Any]]:
-    """Compute the figures of the rows of each value of a column.
+    """Compute the figures of the rows of each value of a column; the rest as in ``figures``.
 
-    Args:
-        sample: N rows.
-        keys: of the same rows.
-        ks: as in ``figures``.
-        how: as in ``figures``.
-        most: values to list; the rows of the others are taken together.
-
-    Returns:
-        The figures by falling number of rows, each with its ``value`` (None: missing); at the end those of all other
-        values, with their number as ``others``.
+    They come by falling number of rows, each with its ``value`` (None: missing); after the first ``most`` values those
+    of all others, with their number as ``others``.
     """
     codes, counts = np.unique(keys.codes, return_counts=True)
     order = np.lexsort((codes, -counts))

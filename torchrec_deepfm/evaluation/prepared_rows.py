@@ -26,19 +26,9 @@ _PIECE = 2**20  # rows
 
 
 class PreparedRows:
-    """A split of a prepared folder.
+    """A split of a prepared folder; ``columns`` group the rows, as (option, name).
 
-    Args:
-        data: the opened folder.
-        split: its split.
-        columns: columns that group the rows, as (option, name).
-
-    Raises:
-        UserError: a column can't group rows.
-
-    Attributes:
-        name: of the rows, for tables and file names.
-        optimum: the best reachable ``auc`` of synthetic data, if known.
+    ``optimum`` is the best reachable ``auc`` of synthetic data, if known.
     """
 
     def __init__(self, data: PreparedData, split: str, columns: Sequence[tuple[str, str]] = ()) -> None:
@@ -49,11 +39,7 @@ class PreparedRows:
         self.optimum = data.optimum.get(split)
 
     def check(self, run: run_folder.RunDescription, folder: Path) -> None:
-        """Check that a run was trained on such columns and ids.
-
-        Raises:
-            UserError: it was not.
-        """
+        """Check that a run was trained on such columns and ids."""
         data = self._data
         if run.differs(data.schema):
             raise UserError(

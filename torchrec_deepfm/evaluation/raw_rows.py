@@ -26,15 +26,10 @@ from torchrec_deepfm.inference.predict import open_sources
 
 
 class RawRows:
-    """The rows of some files, in their order.
+    """The rows of some files, as for ``open_sources``, in their order; each run encodes them by its own encoder.
 
-    Args:
-        inputs: as for ``open_sources``.
-        runs: folders of the runs to evaluate; each encodes the rows by its own encoder.
-        columns: columns that group the rows, as (option, name).
-
-    Raises:
-        UserError: a run keeps no encoder, or a file can't be read or lacks a column.
+    ``columns`` group the rows, as (option, name). UserError: a run keeps no encoder, or a file can't be read or lacks a
+    column.
     """
 
     name = "input"
@@ -70,13 +65,7 @@ class RawRows:
 
 
 class RawBatches:
-    """One rank's batches; see ``training.evaluation.Batches``.
-
-    Args:
-        inputs: as for ``open_sources``.
-        encoder: of the run.
-        batch_size: B.
-    """
+    """One rank's batches of ``inputs``, as for ``open_sources``; see ``training.evaluation.Batches``."""
 
     def __init__(self, inputs: Sequence[str], encoder: RowEncoder, batch_size: int) -> None:
         self._inputs, self._encoder, self.batch_size = inputs, encoder, batch_size

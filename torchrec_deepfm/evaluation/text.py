@@ -7,14 +7,7 @@ _COLUMNS = ("auc", "logloss", "ne", "calibration")
 
 
 def evaluation_text(result: Mapping[str, Any]) -> str:
-    """Format an evaluation.
-
-    Args:
-        result: of ``evaluate_run``.
-
-    Returns:
-        Lines: a table of the rows and their slices, one of the metrics by user, and the best reachable AUC if known.
-    """
+    """Format what ``evaluate_run`` returns: the rows and their slices, the metrics by user, the best reachable AUC."""
     name = str(result["data"].get("split", "input"))
     parts: list[tuple[str, Mapping[str, Any]]] = [(name, result)]
     for column, found in result.get("slices", {}).items():

@@ -67,17 +67,9 @@ class Measurement:
 
 
 def calibrate(experiments: Sequence[Experiment], name: str) -> Calibration:
-    """Fit a description to experiments.
+    """Fit a description to experiments of one kind of host, with the same number of ranks on each.
 
-    Args:
-        experiments: of one kind of host, with the same number of ranks on each.
-        name: name of the description.
-
-    Returns:
-        The fitted description.
-
-    Raises:
-        UserError: there are fewer plans than figures to find, or the experiments are of different hosts.
+    UserError: there are fewer plans than figures to find, or the experiments are of different hosts.
     """
     if not experiments:
         raise UserError("no experiment given", remedy="name folders that experiment wrote")
@@ -149,12 +141,8 @@ def _inseparable(shares: Matrix, names: Sequence[str], error: float) -> tuple[st
     """Find figures that others could stand in for.
 
     A figure can't be separated where its share of the plans' steps is, up to the error of the fit (at least 10%), a sum
-    of multiples of the others' shares.
-
-    Args:
-        shares: [plans, figures], a figure's part of each plan's step, up to a factor per figure.
-        names: of the figures.
-        error: of the fit.
+    of multiples of the others' shares. ``shares`` [plans, figures] is a figure's part of each plan's step, up to a
+    factor per figure.
     """
     norms = np.linalg.norm(shares, axis=0)
     columns = shares / np.where(norms > 0, norms, 1.0)

@@ -13,9 +13,6 @@ class PeakMemory:
 
     On a GPU it is what PyTorch allocates there. On a CPU it is the resident memory as Linux keeps it, with its highest
     mark set back at the start.
-
-    Args:
-        device: where the work runs.
     """
 
     def __init__(self, device: torch.device) -> None:

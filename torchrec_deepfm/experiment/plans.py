@@ -45,12 +45,7 @@ class PlanSelection:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanSet:
-    """The plans of an experiment.
-
-    Attributes:
-        named: the plans by name, with predictions.
-        left_out: what the sweep could not make, or made already, with the reason.
-    """
+    """The plans of an experiment by name, with predictions, and what the sweep left out, with the reason."""
 
     named: tuple[tuple[str, PlanFile], ...]
     left_out: Mapping[str, str]

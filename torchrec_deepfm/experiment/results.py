@@ -38,13 +38,7 @@ Positive = Annotated[int, Meta(ge=1, lt=2**31)]
 
 @dataclass(frozen=True, kw_only=True)
 class CollectiveBytes:
-    """All collectives of one kind in a step, on one rank.
-
-    Attributes:
-        calls: how many.
-        given_bytes: bytes of the tensors that the rank put in.
-        sent_bytes: bytes that leave the rank.
-    """
+    """All collectives of one kind in a step, on one rank: the bytes that it put in, and those that left it."""
 
     calls: Count = 0
     given_bytes: Count = 0
@@ -55,15 +49,10 @@ class CollectiveBytes:
 class RankMeasured:
     """What a plan took on one rank.
 
-    Attributes:
-        rank: the rank.
-        step_ms: milliseconds per step, one number for each turn of the plan.
-        split_ms: milliseconds of each phase (``measure.PHASES``), the median over the steps that were split; these are
-            other steps than those of ``step_ms``.
-        traffic: the collectives of one step by kind.
-        table_bytes: what the rank holds of tables and the state of their optimizer.
-        peak_bytes: peak memory of the process above what it had before the model was built: resident memory on a CPU,
-            allocated CUDA memory on a GPU; None where the system does not report it.
+    ``step_ms`` has a number per turn, ``split_ms`` the median of each phase (``step_timer.PHASES``) over the steps that
+    were split, which are others. ``traffic`` has the collectives of one step by kind. ``peak_bytes`` is above what the
+    process had before the model was built: resident memory on a CPU, allocated CUDA memory on a GPU; None where the
+    system does not report it.
     """
 
     rank: Count
@@ -76,13 +65,7 @@ class RankMeasured:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanMeasured:
-    """A plan, its prediction, and what it took.
-
-    Attributes:
-        name: its name in the experiment.
-        plan: the plan; its ``predicted`` is for the experiment's hardware description.
-        ranks: rank 0 first.
-    """
+    """A plan, its prediction for the experiment's hardware description, and what it took on each rank."""
 
     name: str
     plan: PlanFile
@@ -111,21 +94,7 @@ class PlanMeasured:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What all plans of an experiment have in common.
-
-    Attributes:
-        tables: the tables.
-        ranks: ranks in all.
-        local_ranks: ranks per host.
-        batch_size: samples per rank.
-        steps: steps in a turn.
-        turns: turns of each plan.
-        optimizer: of the tables.
-        over_arch_layer_sizes: hidden layers of the dense part.
-        ids: their distribution.
-        seed: of the ids.
-        device: ``cpu`` or a GPU's name.
-    """
+    """What all plans of an experiment have in common; ``steps`` are those of a turn."""
 
     tables: tuple[Table, ...]
     ranks: Positive
@@ -142,16 +111,10 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """An experiment: plans that were predicted and measured.
+    """An experiment: plans that were predicted and measured, in the order in which they were asked for.
 
-    Attributes:
-        settings: what they have in common.
-        plans: in the order in which they were asked for.
-        hardware: what the predictions are for.
-        left_out: plans that could not be made, with the reason.
-        scaling: by number of ranks, the milliseconds predicted for the plan that the search finds there.
-        made_at: when, UTC.
-        made_with: versions of torch, torchrec and this package.
+    ``left_out`` has plans that could not be made, with the reason; ``scaling``, by number of ranks, the milliseconds
+    predicted for the plan that the search finds there.
     """
 
     settings: Settings
@@ -241,14 +204,7 @@ class _Results:
 
 
 def read_experiment(folder: Path) -> Experiment:
-    """Read the folder of an experiment.
-
-    Args:
-        folder: the folder, or its ``results.json``.
-
-    Raises:
-        UserError: the folder does not exist, it holds no experiment, or one that is damaged.
-    """
+    """Read the folder of an experiment, or its ``results.json``."""
     path = folder if folder.name == RESULTS else folder / RESULTS
     text = read_text(path, most=_MAX_BYTES, what=RESULTS, instead="name a folder that experiment wrote")
     raw = parse_json(text, where=str(path), remedy=_REMEDY)

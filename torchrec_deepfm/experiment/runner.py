@@ -26,13 +26,7 @@ BATCHES = 4  # drawn once, used in turn
 class RunnerOptions:
     """How often and on what the plans run.
 
-    Attributes:
-        tables: the tables.
-        draw: the batches.
-        steps: steps of a turn that are timed as a whole; half as many more are split into phases.
-        turns: of each plan.
-        optimizer: of the tables.
-        over_arch_layer_sizes: hidden layers of the dense part.
+    ``steps`` of a turn are timed as a whole; half as many more are split into phases.
     """
 
     tables: tuple[Table, ...]

@@ -74,13 +74,7 @@ class Stopwatch:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainableModel:
-    """A sharded model with what trains it.
-
-    Attributes:
-        model: gives ``(loss, ...)`` for a batch.
-        optimizer: of everything that is not fused into the tables' backward pass.
-        device: this rank's.
-    """
+    """A sharded model, which gives ``(loss, ...)`` for a batch, with the optimizer of all that is not fused."""
 
     model: nn.Module
     optimizer: Optimizer
@@ -97,12 +91,8 @@ class TrainableModel:
 def step_seconds(trained: TrainableModel, batches: Sequence[Batch]) -> float:
     """Train on batches in the pipeline of ``train``: the ids of the next batch travel while one is computed.
 
-    Args:
-        trained: The model. It can be used without a pipeline afterwards.
-        batches: At least ``UNTIMED_STEPS`` and one. The first step fills the pipeline, the last two empty it.
-
-    Returns:
-        Mean seconds of the steps in between.
+    Returns the mean seconds of a step, without the first ``UNTIMED_STEPS``, which fill the pipeline, and the last two,
+    which empty it. The model can be used without a pipeline afterwards.
     """
     pipeline: TrainPipelineSparseDist[Batch, Any] = TrainPipelineSparseDist(
         trained.model, trained.optimizer, trained.device, execute_all_batches=True

@@ -40,14 +40,7 @@ DENSE_IN_FEATURES = 13  # Criteo's
 
 
 class PooledRows(nn.Module):
-    """Numeric features and the pooled rows of tables of any widths, side by side into an MLP.
-
-    Args:
-        embedding_bag_collection: the tables.
-        dense_in_features: I.
-        over_arch_layer_sizes: hidden layers.
-        device: where the MLP lives.
-    """
+    """Numeric features [B, I] and the pooled rows of tables of any widths, side by side into an MLP."""
 
     def __init__(
         self,

@@ -49,15 +49,7 @@ class Explanation:
         return sigmoid(self.logits)
 
     def pairs(self, row: int, most: int | None = None) -> list[tuple[int, int, float]]:
-        """Return the pairs of fields of a row, strongest first.
-
-        Args:
-            row: From 0.
-            most: At most so many.
-
-        Returns:
-            (place of a field, place of another one, their inner product).
-        """
+        """List the pairs of fields of a row, strongest first: (place, other place, inner product)."""
         factors = self.parts.factors[row]
         products = factors @ factors.T
         upper = np.triu_indices(len(self.fields), 1)
@@ -65,11 +57,7 @@ class Explanation:
         return [(int(upper[0][at]), int(upper[1][at]), float(products[upper][at])) for at in order]
 
     def contributions(self) -> NDArray[np.float64]:
-        """Return what each field adds: its first order and half of its pairs; with bias and deep part, the logit.
-
-        Returns:
-            float64 [n, F].
-        """
+        """What each field adds [n, F]: its first order and half of its pairs; with bias and deep part, the logit."""
         total = self.parts.factors.sum(axis=1, keepdims=True)
         halves: NDArray[np.float64] = 0.5 * (self.parts.factors * (total - self.parts.factors)).sum(axis=2)
         return self.parts.first_order + halves
@@ -112,16 +100,7 @@ class Explanation:
 
 
 def explain_rows(scorer: Scorer, rows: EncodedRows, values: Sequence[tuple[str, ...]]) -> Explanation:
-    """Take the logits of encoded rows apart.
-
-    Args:
-        scorer: The model.
-        rows: n rows.
-        values: Their raw values as text, F of each row.
-
-    Returns:
-        Their parts.
-    """
+    """Take the logits of n encoded rows apart; ``values`` are their raw values as text, F of each row."""
     schema = scorer.schema
     return Explanation(fields=(*schema.numeric, *schema.categorical), values=values, parts=scorer.parts(rows))
 
@@ -145,17 +124,7 @@ class Importance:
 def importance(
     scorer: Scorer, rows: EncodedRows, labels: NDArray[np.int64] | None, *, seed: int = 0
 ) -> list[Importance]:
-    """Measure how much each field matters.
-
-    Args:
-        scorer: The model.
-        rows: n rows.
-        labels: int64 [n] of 0 and 1, or ``None``.
-        seed: Of the shuffles.
-
-    Returns:
-        The fields, most important first: by the AUC's loss, or else by contribution.
-    """
+    """Measure how much each field matters, most important first: by the AUC's loss, without labels by contribution."""
     from sklearn.metrics import roc_auc_score  # slow to import, and predict needs none of it
 
     found = explain_rows(scorer, rows, [])

@@ -18,13 +18,7 @@ from torchrec_deepfm.report.page import PageTable, Paragraph, Section, write_pag
 
 @dataclass(frozen=True, kw_only=True)
 class Explained:
-    """What ``explain_files`` found.
-
-    Args:
-        rows: The first rows.
-        fields: The fields, most important first.
-        measured: Over how many rows their importance was measured.
-    """
+    """The first rows, and the fields, most important first, as measured over so many rows."""
 
     rows: Explanation
     fields: Sequence[Importance]
@@ -41,15 +35,9 @@ class Explained:
         return "\n".join(lines)
 
     def write(self, rows: Path | None, page: Path | None, title: str) -> list[Path]:
-        """Write the files that are asked for.
+        """Write the files that are asked for, and list them.
 
-        Args:
-            rows: Parquet file for the parts of the rows, one part a line; the fields go to ``NAME_fields.parquet``.
-            page: HTML file.
-            title: Of the page.
-
-        Returns:
-            What was written.
+        The Parquet file ``rows`` has a part of a row per line; the fields go to ``NAME_fields.parquet``.
         """
         written = []
         if rows is not None:
@@ -93,21 +81,9 @@ def explain_files(
     output: Path | None = None,
     page: Path | None = None,
 ) -> Explained:
-    """Explain the first rows of some files, and which fields matter over more of them.
+    """Explain the first ``rows`` rows of some files, and which fields matter over ``importance_rows`` of them.
 
-    Args:
-        predictor: The model.
-        inputs: As for ``predict_files``; with labels the AUC's loss is measured too.
-        rows: Rows to take apart.
-        importance_rows: Rows to measure the importance over.
-        output: File for ``Explained.write``, which must not exist.
-        page: As ``output``.
-
-    Returns:
-        What was found.
-
-    Raises:
-        UserError: As ``predict_files``; or a target can't be written.
+    With labels the AUC's loss is measured too. ``output`` and ``page``, for ``Explained.write``, are checked first.
     """
     for option, least, value in (("--rows", 0, rows), ("--importance-rows", 1, importance_rows)):
         if value < least:

@@ -192,14 +192,7 @@ def _digest(*files: Path, more: str = "") -> str:
 
 
 def spread(values: NDArray[Any], bad: Any) -> NDArray[Any]:
-    """Put values of good rows in their places among all rows; NaN stands at the others.
-
-    Args:
-        values: One for every good row.
-        bad: Places of the others.
-
-    Returns:
-        The values of all rows.
+    """Put values of good rows in their places among all rows; NaN stands at the places ``bad``.
 
     Example:
         >>> spread(np.float32([0.25, 0.5]), [1]).tolist()

@@ -43,13 +43,7 @@ _LOCK_SECONDS: Final = 5.0  # a rank that was killed may not be gone yet
 
 @dataclass(frozen=True, kw_only=True)
 class PredictionFile:
-    """What ``predict_files`` wrote.
-
-    Args:
-        rows: Rows of the output.
-        bad: Those of them that were skipped and have no probability.
-        before: It was finished already; this call wrote nothing.
-    """
+    """What ``predict_files`` wrote; ``bad`` rows have no probability. ``before``: it was finished already."""
 
     rows: int
     bad: int
@@ -59,20 +53,9 @@ class PredictionFile:
 def open_sources(
     encoder: RowEncoder, inputs: Sequence[str], *, labelled: bool = False, keep: Sequence[str] = ()
 ) -> list[Source]:
-    """Open files of raw rows.
+    """Open files of raw rows, or folders of them, one source per file; ``keep`` are columns to carry along.
 
-    Args:
-        encoder: Knows the columns.
-        inputs: Paths or fsspec addresses of Parquet and CSV files or folders of them, or of Criteo's text where the
-            model was trained on it.
-        labelled: Whether to read labels; Criteo's text may have one in any case.
-        keep: Columns to carry along.
-
-    Returns:
-        One source per file.
-
-    Raises:
-        UserError: A file can't be read or lacks a column.
+    Criteo's text is read where the model was trained on it; it may have a label in any case.
     """
     sources: list[Source] = []
     if not inputs:

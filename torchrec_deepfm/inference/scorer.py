@@ -23,13 +23,7 @@ _CPU = torch.device("cpu")
 
 
 class ModelScorer:
-    """Scores rows in batches, as ``evaluate`` does.
-
-    Args:
-        model: In eval mode, on the CPU.
-        schema: The columns of encoded rows.
-        precision: As in ``TrainConfig``.
-    """
+    """Scores encoded rows in batches, as ``evaluate`` does, by a model in eval mode on the CPU."""
 
     def __init__(self, model: DeepFM, schema: Schema, precision: str = "float32") -> None:
         self.model, self.schema, self._precision = model, schema, precision

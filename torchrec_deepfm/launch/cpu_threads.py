@@ -23,9 +23,7 @@ _PROC, _SYS = Path("/proc"), Path("/sys")
 def choose_threads(local_ranks: int = 1, environment: MutableMapping[str, str] = os.environ) -> None:
     """Set OpenMP's variables for this process and those that it starts, except those that a user has set.
 
-    Args:
-        local_ranks: processes that share this host's cores.
-        environment: where they are set.
+    ``local_ranks`` processes share this host's cores.
     """
     by_hand = {name for name in environment if name.startswith("KMP_")}
     if not {"OMP_NUM_THREADS", "MKL_NUM_THREADS"} & environment.keys():

@@ -9,8 +9,5 @@ def use_huge_pages(environment: MutableMapping[str, str] = os.environ) -> None:
 
     A look-up touches a page per row: in tables far larger than a processor's caches most of its time goes into finding
     the pages (docs/performance.md). torch reads the variable once, when it is loaded.
-
-    Args:
-        environment: where the variable is set.
     """
     environment.setdefault("THP_MEM_ALLOC_ENABLE", "1")

@@ -26,11 +26,7 @@ _PROGRAMS: Final = {
 
 
 def check_packages(scheduler: str) -> None:
-    """Refuse a scheduler whose Python packages are not installed.
-
-    Raises:
-        UserError: with the pip command.
-    """
+    """Refuse a scheduler whose Python packages are not installed, with the pip command."""
     missing = {pip for module, pip in PACKAGES.get(scheduler, {}).items() if not _installed(module)}
     if missing:
         names = " ".join(f"'{name}'" if "[" in name else name for name in sorted(missing))
@@ -47,11 +43,7 @@ def _installed(module: str) -> bool:
 
 
 def scheduler_error(error: Exception, scheduler: str) -> UserError | None:
-    """The one line for an error that a scheduler raised because its service or its programs cannot be reached.
-
-    Returns:
-        None where the error is of another kind.
-    """
+    """The one line for an error of a scheduler whose service or programs cannot be reached; None for another kind."""
     if isinstance(error, FileNotFoundError) and error.filename in _PROGRAMS.get(scheduler, ()):
         return UserError(
             f"{error.filename} is not on this machine",

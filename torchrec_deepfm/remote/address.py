@@ -43,13 +43,9 @@ def one_line(error: BaseException) -> str:
 
 
 def open_address(named: str) -> tuple[Any, str]:
-    """Open the file system of an address.
+    """Return the fsspec file system of an address, and the path in it.
 
-    Returns:
-        The fsspec file system, and the path in it.
-
-    Raises:
-        UserError: the protocol is unknown, or its driver is not installed or can't connect.
+    UserError: the protocol is unknown, or its driver is not installed or can't connect.
     """
     protocol = named.partition("::")[0].partition("://")[0]
     try:
@@ -78,11 +74,7 @@ def open_address(named: str) -> tuple[Any, str]:
 
 @contextmanager
 def reported(where: str) -> Iterator[None]:
-    """Report any error of a driver in one line; the driver has tried again by then, as often as it is set to.
-
-    Raises:
-        UserError: what was done inside failed.
-    """
+    """Report any error of a driver in one line; the driver has tried again by then, as often as it is set to."""
     try:
         yield
     except UserError:

@@ -59,18 +59,9 @@ def store_back(path: Path) -> None:
 class Output:
     """A folder or file that a command writes: at a local path, or at an address by way of a local copy.
 
-    What is written there becomes visible in the order in which it is stored; readers go by the last file.
-
-    Args:
-        path: as the user named it.
-
-    Raises:
-        UserError: the ranks do not share a disk.
-
-    Attributes:
-        address: None for a local path.
-        local: the path to write to.
-        kept: whether the local copy may hold what exists nowhere else.
+    What is written to ``local`` becomes visible in the order in which it is stored; readers go by the last file.
+    ``address`` is None for a local path. ``kept``: the local copy may hold what exists nowhere else. UserError: the
+    ranks do not share a disk.
     """
 
     def __init__(self, path: Path) -> None:

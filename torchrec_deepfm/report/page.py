@@ -91,11 +91,7 @@ Cell = str | int | float | bool | None | Link
 
 @dataclass(frozen=True)
 class Paragraph:
-    """A paragraph of plain text, or of pieces of which some are links.
-
-    Attributes:
-        text: the text; or text and links, joined without anything between them.
-    """
+    """A paragraph of plain text, or of text and links, joined without anything between them."""
 
     text: str | Sequence[str | Link]
 
@@ -221,22 +217,14 @@ class Picture:
 
 @dataclass(frozen=True)
 class Pictures:
-    """Small pictures side by side, on a narrow screen one below the other.
-
-    Attributes:
-        pictures: about 4.5 inches wide each.
-    """
+    """Small pictures, about 4.5 inches wide, side by side, on a narrow screen one below the other."""
 
     pictures: Sequence[Picture]
 
 
 @dataclass(frozen=True)
 class Code:
-    """Text to copy, such as a command.
-
-    Attributes:
-        text: the text.
-    """
+    """Text to copy, such as a command."""
 
     text: str
 
@@ -272,12 +260,7 @@ Block = Paragraph | Terms | PageTable | Picture | Pictures | Code | Data
 
 @dataclass(frozen=True, init=False)
 class Section:
-    """A heading and what stands below it: ``Section("Plans", Paragraph(...), PageTable(...))``.
-
-    Attributes:
-        heading: the heading.
-        blocks: what stands below it.
-    """
+    """A heading and what stands below it: ``Section("Plans", Paragraph(...), PageTable(...))``."""
 
     heading: str
     blocks: tuple[Block, ...]
@@ -325,17 +308,7 @@ def write_page(path: Path, title: str, sections: Iterable[Section], *, subtitle:
 
 
 def embedded_data(html: str) -> dict[str, Any]:
-    """Read the ``Data`` of a page back.
-
-    Args:
-        html: the page.
-
-    Returns:
-        Their values by name.
-
-    Raises:
-        ValueError: the data are not valid JSON.
-    """
+    """Read the values of the ``Data`` of a page back, by name."""
     reader = _DataReader()
     reader.feed(html)
     reader.close()

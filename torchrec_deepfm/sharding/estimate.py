@@ -95,12 +95,7 @@ class SharedShardEstimator(ShardEstimator):
         self._shard_ms = shard_ms
 
     def estimate(self, sharding_options: list[ShardingOption], sharder_data_map: SharderDataMap) -> None:
-        """Fill in ``perf`` or ``storage`` of every shard.
-
-        Args:
-            sharding_options: What to estimate; changed in place.
-            sharder_data_map: What the estimators need to know of the sharders.
-        """
+        """Fill in ``perf`` or ``storage`` of every shard, in place."""
         whole = [option.shards for option in sharding_options]
         alike = [_one_of_each_size(shards) for shards in whole]
         for option, sizes in zip(sharding_options, alike, strict=True):
@@ -134,10 +129,7 @@ class EmaStorageEstimator(ShardEstimator):
     """Adds the moving average of a shard's weights (``train --ema``) to its memory.
 
     The average lies beside the weights, and only kernels that keep all weights in the device's memory have one.
-
-    Args:
-        estimator: TorchRec's estimator of memory.
-        on_gpu: Whether the device's memory is HBM.
+    ``on_gpu``: the device's memory is HBM.
     """
 
     def __init__(self, estimator: ShardEstimator, *, on_gpu: bool) -> None:
@@ -219,22 +211,11 @@ def with_prediction(
     optimizer: SparseOptimizer = "rowwise_adagrad",
     ema: bool = False,
 ) -> PlanFile:
-    """Fill in what each shard and each rank of a plan costs.
+    """Fill in the hardware, and what each shard and each rank of a plan costs.
 
-    Args:
-        plan: The plan.
-        tables: Its tables.
-        hardware: The hardware.
-        ranks: How many there are; the plan's by default.
-        batch_size: Samples per rank and step; the plan's by default.
-        optimizer: The tables' optimizer, for its memory.
-        ema: Whether a moving average of the weights is kept.
-
-    Returns:
-        The plan with its hardware and predictions.
-
-    Raises:
-        UserError: The plan is for other tables or another number of ranks, or no batch size is known.
+    ``ranks`` and ``batch_size`` are the plan's by default. The memory is that of ``optimizer``, with a moving average
+    of the weights where ``ema``. UserError: the plan is for other tables or another number of ranks, or no batch size
+    is known.
     """
     if ranks not in (None, plan.world_size):
         raise UserError(f"the plan is for {plan.world_size} ranks, not for {ranks}", remedy=f"plan again for {ranks}")
@@ -277,18 +258,9 @@ def memory_by_rank(
     optimizer: SparseOptimizer,
     ema: bool,
 ) -> list[Storage]:
-    """Estimate the memory that a plan's tables take on each rank.
+    """Estimate the bytes that a plan's tables take on each rank, rank 0 first.
 
-    Args:
-        plan: The plan.
-        tables: Its tables.
-        planner_topology: The hardware as the planner sees it.
-        batch_size: Samples per rank and step.
-        optimizer: The tables' optimizer, whose state is counted.
-        ema: Whether a moving average of the weights is kept.
-
-    Returns:
-        Bytes of weights, optimizer state, moving average, ids and pooled rows, rank 0 first.
+    They are weights, optimizer state, moving average (``ema``), ids and pooled rows.
     """
     storage = storage_estimator(planner_topology, table_constraints(tables), ema=ema)
     estimator = _PlanEstimator(tables, [storage], batch_size, optimizer)

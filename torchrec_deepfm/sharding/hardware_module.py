@@ -97,12 +97,7 @@ def make_topology(world_size: int, local_world_size: int | None = None) -> Topol
 
 
 def hardware_module(hardware: Hardware, module: str) -> str:
-    """Return the text of the module.
-
-    Args:
-        hardware: The description; its hosts share no NVLink domain.
-        module: Name under which it is imported.
-    """
+    """Return the text of a module that is imported as ``module``; the hosts share no NVLink domain."""
     fixed = [f"{key} = {ms:.4g} ms for {EXTRA[key]}" for key, ms in hardware.extra.items() if ms]
     left_out = "\nTorchRec's estimates have no place for these fixed costs, which are left out:\n"
     return _MODULE.substitute(
@@ -125,11 +120,7 @@ def hardware_module(hardware: Hardware, module: str) -> str:
 
 
 def write_hardware_module(hardware: Hardware, path: Path) -> None:
-    """Write the module; an existing file is replaced.
-
-    Raises:
-        UserError: The file can't be written.
-    """
+    """Write the module; an existing file is replaced."""
     write_text(path, hardware_module(hardware, path.stem), what="module")
 
 

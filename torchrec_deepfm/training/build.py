@@ -43,13 +43,7 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Sharded:
-    """A sharded model and the plan behind it.
-
-    Attributes:
-        model: the model.
-        plan: in TorchRec's form.
-        plan_file: in the form of a plan file.
-    """
+    """A sharded model and the plan behind it, in TorchRec's form and in that of a plan file."""
 
     model: DistributedModelParallel
     plan: ShardingPlan

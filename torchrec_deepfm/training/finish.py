@@ -116,11 +116,7 @@ def draw_report(
 ) -> None:
     """Write the report of a finished run; a failure is reported and does not fail the run.
 
-    Args:
-        folder: the run's folder.
-        say: called with a line for the user.
-        measure: called first, to write more figures for the report.
-        report: draw it; else only ``measure`` is called.
+    ``measure`` is called first, to write more figures for the report; without ``report`` it is all that is done.
     """
     steps: dict[str, Callable[[], object]] = {"fields could not be measured": measure}
     if report:

@@ -45,20 +45,8 @@ EXCHANGE_EVERY = 4  # steps on a GPU: an exchange takes 0.15 ms of the thread th
 class LoopContext:
     """What a ``Loop`` gets from its owner.
 
-    Attributes:
-        config: the options.
-        device: of this rank.
-        train: loader of the training split.
-        validation: loader of the validation split; None where there is none.
-        checkpoints: where to save.
-        about: what every manifest records of the run: options, data, plan, versions.
-        requests: the user's or the scheduler's request to stop.
-        heartbeat: reports to the other ranks what this one does.
-        files: the data files.
-        folder: of the run.
-        timeout: seconds after which a step may count as stalled.
-        profiler: counts the steps.
-        prefetch: whether the plan caches rows on the device.
+    ``about`` is what every manifest records of the run. ``timeout``: seconds after which a step may count as stalled.
+    ``prefetch``: the plan caches rows on the device.
     """
 
     config: TrainConfig
@@ -79,13 +67,7 @@ class LoopContext:
 class Loop:
     """Steps, records, evaluations and checkpoints of one training.
 
-    ``context``: everything else.
-
-    Attributes:
-        position: how far the training has come.
-        tracker: the best evaluation, and patience.
-        average: the moving average of the weights; None without.
-        progress: prints and records the training; rank 0 sets it once the first step is known.
+    ``progress`` prints and records them; rank 0 sets it once the first step is known.
     """
 
     def __init__(self, model: DistributedModelParallel, context: LoopContext) -> None:

@@ -259,16 +259,10 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class DataSet:
-    """The published data that a recipe is made for.
+    """The published data that a recipe is made for, and the number of ranks.
 
-    Attributes:
-        prepare: the command that prepares them, after ``python -m torchrec_deepfm``.
-        folder: the folder that it writes.
-        train_rows: training samples.
-        table_rows: rows of all tables.
-        numeric: numeric columns that stay numbers.
-        fields: all fields, numeric and categorical.
-        ranks: how many ranks the recipe is meant for.
+    ``prepare`` is the command that writes ``folder``, after ``python -m torchrec_deepfm``. ``numeric`` counts the
+    columns that stay numbers, ``fields`` all.
     """
 
     prepare: str
@@ -336,19 +330,9 @@ def recipe_for(
 ) -> TrainConfig:
     """Look up a recipe for the data that it is to train on, and take the options on top.
 
-    Args:
-        name: as in ``recipe``; by default ``small-table`` below ``SMALL_TABLE`` rows and ids, else ``paper``.
-        options: override the recipe's. ``small-table`` has row-wise Adagrad where they name ``sparse_lr`` or
-            ``data_parallel_rows``, but no optimizer.
-        rows: training rows.
-        ids: rows of all tables.
-        validation: whether there are rows to validate on.
-        ranks: number of ranks.
-        multi_hot: whether columns hold lists.
-        placed: whether the user says where the tables go, so that they can't all be replicated.
-
-    Returns:
-        The configuration.
+    Without a name ``small-table`` below ``SMALL_TABLE`` training rows and ids of all tables, else ``paper``.
+    ``small-table`` has row-wise Adagrad where the options name ``sparse_lr`` or ``data_parallel_rows``, but no
+    optimizer; and where the user places tables (``placed``), so that they can't all be replicated.
     """
     if name is None and max(rows, ids) < SMALL_TABLE:
         name = "small-table"

@@ -21,14 +21,7 @@ from torchrec_deepfm.training.run import folder as run_folder
 class Start:
     """One start of a training, on one rank.
 
-    Attributes:
-        run: what is trained.
-        data: the prepared data.
-        output: the run's folder.
-        device: of this rank.
-        options: how this start runs.
-        say: called on rank 0 with a line for the user.
-        publish: called on rank 0 before and after each checkpoint becomes visible.
+    ``say`` and ``publish`` are called on rank 0, the latter before and after each checkpoint becomes visible.
     """
 
     run: run_folder.RunDescription
@@ -50,11 +43,7 @@ class Start:
         return self.options.checkpoints or str(self.output / run_folder.CHECKPOINTS)
 
     def loaders(self) -> dict[str, Loader]:
-        """Check the options and open the loader of each split that has rows.
-
-        Raises:
-            UserError: the data do not support an option.
-        """
+        """Check the options and open the loader of each split that has rows."""
         config, data = self.run.config, self.data
         check_options(config, data)
         loaders = {"train": self._loader("train", trains=True)}
@@ -70,11 +59,7 @@ class Start:
         }
 
     def build(self) -> Sharded:
-        """Build the model and place its tables; a collective.
-
-        Raises:
-            UserError: the tables fit no plan, or the plan or a constraint does not fit them.
-        """
+        """Build the model and place its tables; a collective."""
         run, options = self.run, self.options
         return build_model(
             run.config,
@@ -117,11 +102,7 @@ class Start:
 
 
 def check_options(config: TrainConfig, data: PreparedData) -> None:
-    """Refuse options that these data do not support.
-
-    Raises:
-        UserError: names the option.
-    """
+    """Refuse options that these data do not support."""
     for option in ("patience", "lr_patience"):
         if getattr(config, option) and not data.rows("validation"):
             raise UserError(

@@ -44,13 +44,7 @@ from torchrec_deepfm.training.start import Start
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """A finished training, the same on every rank.
-
-    Attributes:
-        folder: the run's folder.
-        summary: the content of ``summary.json``.
-        before: it was already finished; this call trained nothing.
-    """
+    """A finished training, the same on every rank; ``before``: it was finished already, this call trained nothing."""
 
     folder: Path
     summary: dict[str, Any]

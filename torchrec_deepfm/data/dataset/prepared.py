@@ -59,15 +59,10 @@ def weights_file(stem: str, j: int) -> str:
 
 
 def stem_files(schema: Schema, stem: str) -> list[str]:
-    """Name the files of a stem.
+    """Name the files of a stem, the prefix of their names.
 
-    Args:
-        schema: The prepared schema.
-        stem: The prefix of their names.
-
-    Returns:
-        Dense, sparse, labels, and the weights of the rows if they have any; then the offsets, ids and weights of each
-        multi-hot column that has them.
+    Dense, sparse, labels, and the weights of the rows if they have any; then the offsets, ids and weights of each
+    multi-hot column that has them.
     """
     endings = (DENSE, SPARSE, LABELS, *([] if schema.weight is None else [ROW_WEIGHTS]))
     names = [f"{stem}{ending}" for ending in endings]
@@ -330,17 +325,7 @@ class PreparedData:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read the manifest of a prepared folder without checks, except that it is JSON.
-
-    Args:
-        folder: The folder.
-
-    Returns:
-        Its keys.
-
-    Raises:
-        UserError: The manifest is missing or can't be read.
-    """
+    """Read the manifest of a prepared folder; it is only checked to exist and to be JSON."""
     path = folder / MANIFEST
     content = _read(path)
     if content is None:

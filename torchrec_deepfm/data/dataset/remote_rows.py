@@ -62,13 +62,7 @@ class RemoteFile:
 
 
 class RemoteCopy:
-    """The local copy of a prepared folder for this process.
-
-    Attributes:
-        address: Of the folder.
-        folder: Of the copy.
-        entry: The cache's folder that it lies in.
-    """
+    """The local copy of a prepared folder for this process; ``entry`` is the cache's folder that it lies in."""
 
     def __init__(self, address: str, manifest: bytes, sizes: Mapping[str, int], version: str) -> None:
         self.address, self._objects = address, Objects(address)

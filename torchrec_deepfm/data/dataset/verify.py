@@ -14,16 +14,8 @@ _AGAIN = "prepare the data again"
 def verify(folder: Path, report: Callable[[str], None] | None = None) -> int:
     """Check every byte of a prepared folder against its manifest, and the manifest against its own checksum.
 
-    Args:
-        folder: The folder.
-        report: Called with a line of progress from time to time.
-
-    Returns:
-        The number of files checked.
-
-    Raises:
-        UserError: A file is missing, differs from what was written, or is not in the manifest; the message names
-            the first one and counts the others.
+    Returns how many files were checked. UserError: a file is missing, differs from what was written, or is not in the
+    manifest; the message names the first one and counts the others.
     """
     PreparedData.open(folder)
     files = read_manifest(folder).get("files")

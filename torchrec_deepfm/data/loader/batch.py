@@ -173,17 +173,10 @@ class Assembler:
 def key_jagged(
     schema: Schema, by_key: NDArray[np.int32], bags: Mapping[str, CopiedBags], rows: int, *, offsets: bool = True
 ) -> KeyedJaggedTensor:
-    """Put the ids of all columns into one tensor.
+    """Put the ids of all columns, int32 [F1, B] of the one-hot ones and bags of the others, into one tensor.
 
-    Args:
-        schema: The prepared columns.
-        by_key: int32 [F1, B], the ids of the one-hot columns.
-        bags: The multi-hot columns by name.
-        rows: B.
-        offsets: Compute the offsets now.
-
-    Returns:
-        B bags per column, with weights if any column has some; then an id without one weighs 1.
+    It has B bags per column, with weights if any column has some; then an id without one weighs 1. ``offsets``: compute
+    them now.
     """
     one_hot, keys = iter(by_key), list(schema.categorical)
     lengths = np.ones((len(keys), rows), np.int32)

@@ -74,17 +74,7 @@ def encoder_content(data: PreparedData) -> dict[str, Any]:
 
 
 def read_encoder(folder: Path) -> tuple[EncoderFile, str]:
-    """Read ``encoder.json``.
-
-    Args:
-        folder: The folder that ``RowEncoder.save`` wrote.
-
-    Returns:
-        Its content, and its digest.
-
-    Raises:
-        UserError: It is missing or damaged, or of another format.
-    """
+    """Read ``encoder.json`` of the folder that ``RowEncoder.save`` wrote: its content and its digest."""
     path = folder / ENCODER
     try:
         content = read_bytes(path, most=_MAX_BYTES)
@@ -108,12 +98,7 @@ def read_encoder(folder: Path) -> tuple[EncoderFile, str]:
 def check_same_encoding(folder: Path, data: PreparedData) -> None:
     """Check that rows were prepared as an encoder encodes rows: with its vocabularies and transforms.
 
-    Args:
-        folder: The folder that ``RowEncoder.save`` wrote.
-        data: The prepared rows.
-
-    Raises:
-        UserError: They were not, so that their ids or numbers mean something else; the message names a column.
+    The UserError names a column whose ids or numbers would mean something else.
     """
     if "raw_schema" not in data.made:
         return  # another tool prepared them and recorded nothing

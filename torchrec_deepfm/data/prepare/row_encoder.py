@@ -58,15 +58,7 @@ class EncodedRows:
         return len(self.dense)
 
     def slice(self, start: int, stop: int) -> "EncodedRows":
-        """Take neighbouring rows.
-
-        Args:
-            start: The first row.
-            stop: One past the last.
-
-        Returns:
-            Views of these rows; ``bad`` is empty.
-        """
+        """Take the rows from ``start`` to before ``stop``, as views; ``bad`` is empty."""
         bags = {}
         for name, one in self.bags.items():
             first, last = int(one.lengths[:start].sum()), int(one.lengths[:stop].sum())
@@ -150,29 +142,14 @@ class RowEncoder:
 
     @staticmethod
     def sha256_of(folder: Path) -> str:
-        """Read the digest of an encoder without its vocabularies.
-
-        Args:
-            folder: The folder that ``save`` wrote.
-
-        Returns:
-            Its ``sha256``.
-
-        Raises:
-            UserError: ``encoder.json`` is missing or damaged.
-        """
+        """Read the digest of a saved encoder without its vocabularies."""
         return read_encoder(folder)[1]
 
     @staticmethod
     def save(data: PreparedData, folder: Path) -> None:
         """Write what encodes new rows as those of a prepared folder; it appears whole or not at all.
 
-        Args:
-            data: The prepared folder.
-            folder: The folder to write.
-
-        Raises:
-            UserError: ``prepare`` did not make the data, a vocabulary is damaged, or the disk refuses.
+        UserError: ``prepare`` did not make the data, a vocabulary is damaged, or the disk refuses.
         """
         if "raw_schema" not in data.made:
             raise UserError(
@@ -242,14 +219,7 @@ class RowEncoder:
         return row
 
     def texts(self, raw: pl.DataFrame) -> list[tuple[str, ...]]:
-        """Write the raw values of each row as text, in the order of the model's fields.
-
-        Args:
-            raw: n rows of a piece.
-
-        Returns:
-            For each row a text per numeric and categorical column of ``schema``; an empty one is missing.
-        """
+        """Write the raw values of n rows as text, in the order of the model's fields; an empty text is missing."""
         keys = {name: f"n{j}" for j, name in enumerate(self.raw_schema.numeric)}
         keys |= {name: f"c{j}" for j, name in enumerate(self.raw_schema.categorical)}
         missing = {column.indicator_name: keys[column.name] for column in self._numbers if column.indicator}
@@ -264,15 +234,7 @@ class RowEncoder:
         return list(zip(*columns, strict=True))
 
     def encode_piece(self, raw: pl.DataFrame, bad: Mapping[int, str] | None = None) -> EncodedRows:
-        """Encode rows that a source has read; see ``raw.source.Piece``.
-
-        Args:
-            raw: n rows.
-            bad: What is wrong with others that are not among them.
-
-        Returns:
-            The rows.
-        """
+        """Encode n rows of a ``raw.source.Piece``; ``bad`` is what is wrong with others, not among them."""
         dense = numeric.dense(raw, self._numbers)
         if dense.dtype == np.int32:
             # A number below the smallest one of the training rows has no logarithm: it counts as that one.

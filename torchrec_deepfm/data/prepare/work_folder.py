@@ -38,12 +38,9 @@ _HEAD_PIECES: Final = 16
 
 
 class WorkFolder:
-    """Paths and records of one unfinished output.
+    """Paths and records of one unfinished output: ``out`` will be renamed to it.
 
-    Attributes:
-        path: The work folder.
-        out: What will be renamed to the output.
-        staged: Values before they have ids.
+    ``staged`` holds values before they have ids.
     """
 
     def __init__(self, output: Path) -> None:

@@ -183,17 +183,7 @@ def _raise(error: OSError) -> None:
 
 
 def find_text(named: str) -> File:
-    """Find a text file of any name.
-
-    Args:
-        named: A local path or an fsspec address.
-
-    Returns:
-        The file; a local one may not exist.
-
-    Raises:
-        UserError: There is nothing at the address, it can't be reached, or it is a folder.
-    """
+    """Find a text file of any name, at a path or an fsspec address; a local one may not exist."""
     if "://" not in named and "::" not in named:
         path = Path(named)
         return File(name=named, bytes=path.stat().st_size if path.is_file() else 0, path=named)
@@ -212,17 +202,7 @@ def find_text(named: str) -> File:
 
 
 def text_files(named: str) -> list[str] | None:
-    """List the files in a folder of texts.
-
-    Args:
-        named: A local path or an fsspec address.
-
-    Returns:
-        Their paths or addresses, sorted; None if it is not a folder.
-
-    Raises:
-        UserError: The address can't be reached.
-    """
+    """List the paths or addresses of the files in a folder of texts, sorted; None if it is not a folder."""
     if "://" not in named and "::" not in named:
         folder = Path(named)
         return [str(path) for path in sorted(folder.iterdir())] if folder.is_dir() else None
@@ -235,14 +215,9 @@ def text_files(named: str) -> list[str] | None:
 
 
 def is_table_file(named: str, *, tsv: bool = True) -> bool:
-    """Whether a name is that of a Parquet file or CSV.
+    """Whether a name is that of a Parquet file or CSV, tables with named columns.
 
-    Args:
-        named: A path or an address.
-        tsv: Whether tab separated files are CSVs too; Criteo's text has the same ending.
-
-    Returns:
-        True for a table with named columns.
+    Criteo's text may end in .tsv too; without ``tsv`` such files are not tables.
     """
     suffix = _suffix(named)
     return bool(suffix) and (tsv or not suffix.startswith(".tsv"))

@@ -18,15 +18,7 @@ _BLOCK_BYTES: Final = 4 << 20
 
 
 class ChunkTable:
-    """A file of ORC, Arrow IPC or JSON lines, or rows in memory.
-
-    ``file``: where it lies. ``memory``: the rows, where they lie in memory.
-
-    Attributes:
-        fields: Arrow type by column name.
-        twice: Names that several columns have.
-        first_row: Number that messages give to the first row.
-    """
+    """A file of ORC, Arrow IPC or JSON lines, or rows in ``memory``; see ``ParquetTable``."""
 
     first_row = 1
     is_text = False

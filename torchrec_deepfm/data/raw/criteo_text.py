@@ -50,17 +50,11 @@ _SHOWN = 40
 
 
 class TextLog:
-    """One text file in Criteo's format, plain, ``.gz`` or ``.zst``.
+    """One text file in Criteo's format, plain, ``.gz`` or ``.zst``, at a local path or where ``find_text`` found it.
 
-    Args:
-        path: The file: a local path, or where ``find_text`` found it.
-        schema: Its columns.
-        piece_bytes: Bytes of text in a piece, about; a line must fit.
-        labelled: Whether lines begin with the label; ``None`` looks at the first line.
-        keep: Columns that pieces carry along; categories in 8 hexadecimal digits.
-
-    Raises:
-        UserError: The file is absent, a folder, or can't be opened, or a column to keep is not in it.
+    A piece has about ``piece_bytes`` of text; a line must fit. ``labelled``: whether lines begin with the label;
+    ``None`` looks at the first line. Columns to ``keep`` are carried along, categories in 8 hexadecimal digits.
+    UserError: the file is absent, a folder, or can't be opened, or lacks one of them.
     """
 
     def __init__(

@@ -18,18 +18,9 @@ _FEW: Final = 8
 
 
 def as_arrow(frame: Any, names: Sequence[str]) -> pa.Table:
-    """Take columns out of rows in memory.
+    """Take columns out of n rows in memory, in any of the forms that ``prepare`` takes; NaN becomes null.
 
-    Args:
-        frame: n rows: a pandas or polars DataFrame, an Arrow table or record batch, a Dataset of Hugging Face's
-            ``datasets``, or a list of dicts.
-        names: The wanted columns.
-
-    Returns:
-        n rows with these columns; NaN is null.
-
-    Raises:
-        UserError: It is another kind of object, a column or a key is absent, or a column mixes types.
+    UserError: it is another kind of object, a column or a key is absent, or a column mixes types.
 
     Example:
         >>> as_arrow([{"user": "anna", "age": 3}, {"user": None, "age": 4}], ["user"]).to_pylist()

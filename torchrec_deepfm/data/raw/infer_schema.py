@@ -34,19 +34,11 @@ _SHOWN: Final = 4
 def infer_schema(
     named: str | ChunkTable, *, label: str | None = None, sample_rows: int = 100_000, keep: bool = False
 ) -> str:
-    """Guess a schema from the first rows of a table.
+    """Guess a schema from the first rows of a table, as TOML with a comment beside each column.
 
-    Args:
-        named: A local path or fsspec address of a Parquet or CSV file, or of a folder of such files; or rows in memory.
-        label: Name of the 0/1 column, or a comparison such as ``rating >= 4``; ``None`` looks for one.
-        sample_rows: Rows to read.
-        keep: Whether columns that can be read are kept whatever they hold: keys, constants, what gives the label away.
-
-    Returns:
-        TOML that ``read_schema`` takes, with a comment beside each column.
-
-    Raises:
-        UserError: The table can't be read, no column looks like a label, or none like a feature.
+    ``label`` is a 0/1 column or a comparison such as ``rating >= 4``; ``None`` looks for one. ``keep`` keeps columns
+    whatever they hold: keys, constants, what gives the label away. UserError: the table can't be read, no column looks
+    like a label, or none like a feature.
     """
     tables: Sequence[TableFile]
     tables, delimiter = ([named], None) if isinstance(named, ChunkTable) else _open(named)
@@ -116,16 +108,7 @@ def infer_schema(
 
 
 def write_inferred(named: str, output: Path, label: str | None = None) -> None:
-    """Guess a schema and write it to a new file.
-
-    Args:
-        named: The table, as for ``infer_schema``.
-        output: The TOML file to write; it must not exist.
-        label: Name of the 0/1 column; ``None`` looks for one.
-
-    Raises:
-        UserError: As ``infer_schema``, or the file exists or can't be written.
-    """
+    """Guess a schema as ``infer_schema`` does, and write it to a new file."""
     check_local(output)
     exists = UserError(
         "the file exists, and its corrections would be lost", where=output, remedy="name another or remove it"

@@ -53,14 +53,9 @@ class Batch:
 
 
 class ParquetTable:
-    """A Parquet file.
+    """A Parquet file: the Arrow type of each column in ``fields``, names that several have in ``twice``.
 
-    Attributes:
-        file: Where it lies.
-        fields: Arrow type by column name.
-        twice: Names that several columns have.
-        rows: Number of rows.
-        first_row: Number that messages give to the first row.
+    ``first_row`` is the number that messages give to the first row.
     """
 
     first_row = 1
@@ -104,20 +99,13 @@ class ParquetTable:
 
 
 class CsvTable:
-    """A CSV file whose first row holds the column names; all its cells are text here.
+    """A CSV file whose first row holds the column names; all its cells are text here. See ``ParquetTable``.
 
     Rows are counted as a spreadsheet counts them, the header being row 1: blank lines are not rows, and a row whose
-    quoted cells hold newlines is one row.
+    quoted cells hold newlines is one row. ``rows`` is ``None``: they must be read to be counted.
 
     ``delimiter``: between the cells; ``None`` takes it from the file's name. ``header``: the column names of a file
     without such a row.
-
-    Attributes:
-        file: Where it lies.
-        fields: Arrow type by column name.
-        twice: Names that several columns have.
-        rows: ``None``: a CSV must be read to be counted.
-        first_row: Number that messages give to the first row.
     """
 
     is_text = True

@@ -150,11 +150,7 @@ class Column:
             raise UserError(f"not valid beside {others[0]}", where="cross", remedy="remove one of them")
 
     def to_json(self) -> dict[str, Any]:
-        """Return the options that differ from their defaults.
-
-        Returns:
-            Plain JSON values, which ``Column(**values)`` reads back.
-        """
+        """Return the options that differ from their defaults, as JSON values that ``Column(**values)`` reads back."""
         default = asdict(Column())
         given = {key: value for key, value in asdict(self).items() if value != default[key]}
         return given | ({"cross": list(self.cross)} if self.cross else {})
@@ -190,13 +186,7 @@ def is_date(text: str) -> bool:
 
 
 def toml_text(text: str) -> str:
-    r"""Quote a text as a TOML string.
-
-    Args:
-        text: Any text, also one with quotes and control characters.
-
-    Returns:
-        A TOML basic string, on one line.
+    r"""Quote any text, also one with quotes and control characters, as a TOML string on one line.
 
     Example:
         >>> toml_text('a "b"')
@@ -207,13 +197,7 @@ def toml_text(text: str) -> str:
 
 
 def toml_key(name: str) -> str:
-    """Write a column's name as a TOML key.
-
-    Args:
-        name: Any name.
-
-    Returns:
-        The name itself where TOML allows that, else in quotes.
+    """Write a column's name as a TOML key: as it is where TOML allows that, else in quotes.
 
     Example:
         >>> toml_key("price"), toml_key("user id")

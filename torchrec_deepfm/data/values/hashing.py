@@ -85,18 +85,9 @@ class Hashing:
 
 
 def hash_sizes(raw: Schema, schema: Schema, num_embeddings: Sequence[int]) -> list[int]:
-    """Settle how many ids each column has when values are hashed.
+    """Settle how many ids each categorical column of the prepared schema has when values are hashed.
 
-    Args:
-        raw: The schema of the raw data.
-        schema: The prepared schema: bucketized numbers come first among its categorical columns.
-        num_embeddings: None, one for all, or one for each categorical column, of the raw or of the prepared schema.
-
-    Returns:
-        One number for each categorical column of the prepared schema.
-
-    Raises:
-        UserError: There are too many or too few numbers, or one is out of range.
+    ``num_embeddings`` has none, one for all, or one for each categorical column, of the raw or of the prepared schema.
     """
     names, buckets = schema.categorical, len(schema.categorical) - len(raw.categorical)
     each = list(num_embeddings)

@@ -104,19 +104,11 @@ class NumericColumn:
 
 
 def numeric_columns(schema: Schema, option: str | None) -> tuple[NumericColumn, ...]:
-    """Settle the transform of every numeric column.
+    """Settle the transform of every numeric column; nothing is learned yet.
 
-    A column's own option overrides the schema's, and the schema's overrides the command's.
-
-    Args:
-        schema: The columns.
-        option: What the command says; ``None`` for log1p in Criteo's layout and none in a table.
-
-    Returns:
-        One per numeric column; nothing is learned yet.
-
-    Raises:
-        UserError: The transform does not exist, ``log`` is mixed with another one, or an option does not fit it.
+    A column's own option overrides the schema's, and the schema's overrides the command's ``option``, by default log1p
+    in Criteo's layout and none in a table. UserError: the transform does not exist, ``log`` is mixed with another one,
+    or an option does not fit it.
     """
     if option is not None and option not in TRANSFORMS:
         raise UserError("not a transform", where=f"--numeric {option}", remedy=f"choose {one_of(TRANSFORMS, option)}")
@@ -179,13 +171,6 @@ def prepared_schema(schema: Schema, columns: Sequence[NumericColumn]) -> Schema:
 
     Numbers that become categories are the first categorical columns, indicators of missing numbers the last numeric
     ones.
-
-    Args:
-        schema: The schema of the raw data.
-        columns: What ``numeric_columns`` returned.
-
-    Returns:
-        The schema with the remaining numeric columns.
     """
     bucketized = tuple(column.name for column in columns if column.is_category)
     dense = tuple(column.name for column in columns if not column.is_category)
@@ -195,28 +180,13 @@ def prepared_schema(schema: Schema, columns: Sequence[NumericColumn]) -> Schema:
 
 
 def settled(schema: Schema, transforms: Mapping[str, str]) -> Schema:
-    """Return the schema with every numeric column's transform named, for the sources: some numbers fit none of it.
-
-    Args:
-        schema: The schema of the raw data.
-        transforms: The transform of each numeric column.
-
-    Returns:
-        The same columns.
-    """
+    """Name the transform of every numeric column in the schema, for the sources: some numbers fit none of it."""
     named = {name: replace(schema.options(name), transform=transform) for name, transform in transforms.items()}
     return replace(schema, columns={**schema.columns, **named})
 
 
 def unfit(numbers: pl.Series, transform: str | None) -> NDArray[np.bool_]:
-    """Find the numbers that a transform does not take; ``UNFIT`` says why.
-
-    Args:
-        numbers: n numbers, finite or null.
-        transform: One of ``TRANSFORMS``, or ``None`` where it is not known yet.
-
-    Returns:
-        bool [n].
+    """Find the numbers that a transform (``None``: not known yet) does not take, bool [n]; ``UNFIT`` says why.
 
     Example:
         >>> unfit(pl.Series([1.0, 1e39, None]), "none").tolist(), unfit(pl.Series([1.0, 0.5, 3e9]), "log").tolist()
@@ -235,15 +205,7 @@ def unfit(numbers: pl.Series, transform: str | None) -> NDArray[np.bool_]:
 
 
 def learned_numbers(frame: pl.DataFrame, columns: Sequence[NumericColumn]) -> NDArray[np.float64]:
-    """Take the numbers that something is learned from.
-
-    Args:
-        frame: n rows with ``n0`` ...
-        columns: What ``numeric_columns`` returned.
-
-    Returns:
-        float64 [n, L] of the L columns that are learned, a list's places one by one; NaN is missing.
-    """
+    """Take the numbers that something is learned from, [n, L]; a list has a column per place, NaN is missing."""
     found = [_values(frame, j).reshape(len(frame), -1) for j, column in enumerate(columns) if column.is_learned]
     return np.concatenate(found, axis=1) if found else np.empty((len(frame), 0))
 
@@ -257,15 +219,7 @@ def _values(frame: pl.DataFrame, j: int) -> NDArray[np.float64]:
 
 
 def buckets(frame: pl.DataFrame, columns: Sequence[NumericColumn]) -> list[pl.Series]:
-    """Turn the bucketized columns of a piece into categories.
-
-    Args:
-        frame: n rows with ``n0`` ...
-        columns: What ``numeric_columns`` returned.
-
-    Returns:
-        Int64 series, null for missing.
-    """
+    """Turn the bucketized columns of a piece into categories, Int64, null for missing."""
     found = []
     for j, column in enumerate(columns):
         if not column.is_category:
@@ -288,15 +242,9 @@ def buckets(frame: pl.DataFrame, columns: Sequence[NumericColumn]) -> list[pl.Se
 
 
 def dense(frame: pl.DataFrame, columns: Sequence[NumericColumn]) -> NDArray[np.float32] | NDArray[np.int32]:
-    """Turn the other numeric columns of a piece into the dense array.
+    """Turn the other numeric columns of a piece into float32 [n, I], indicators of missing numbers last.
 
-    Args:
-        frame: n rows with ``n0`` ..., none of them ``unfit``.
-        columns: What ``numeric_columns`` returned, with what was learned.
-
-    Returns:
-        float32 [n, I], indicators of missing numbers last; under ``log``, whose minimum is known at the end of the file
-        only, the integers as int32 [n, I].
+    Under ``log``, whose minimum is known at the end of the file only, the integers as int32 [n, I].
     """
     kept = [(j, column) for j, column in enumerate(columns) if not column.is_category]
     if not kept:
@@ -389,12 +337,7 @@ def _scaled(values: NDArray[np.float64], column: NumericColumn) -> NDArray[np.fl
 def shifted_log(numbers: NDArray[np.int32], minimum: int) -> NDArray[np.float32]:
     """Take the logarithm as TorchRec's ``BinaryCriteoUtils.tsv_to_npys`` does, bit for bit.
 
-    Args:
-        numbers: int32 [n, I].
-        minimum: The smallest number of the whole file.
-
-    Returns:
-        float32 [n, I].
+    ``numbers`` are int32 [n, I], ``minimum`` is the smallest one of the whole file.
     """
     logs: NDArray[np.float32] = np.log((numbers.astype(np.int64) - (minimum - 2)).astype(np.float32))
     return logs

@@ -14,14 +14,9 @@ from torchrec_deepfm.data.values.numeric import NumericColumn, buckets
 
 
 def categorical_columns(frame: pl.DataFrame, numbers: Sequence[NumericColumn]) -> pl.DataFrame:
-    """Put the categories that numbers became before the categorical columns.
+    """Put the categories that numbers became before the categorical columns, in the order of the prepared schema.
 
-    Args:
-        frame: n rows of a ``Piece``.
-        numbers: What ``numeric.numeric_columns`` returned, with what was learned.
-
-    Returns:
-        n rows: ``c0`` ... in the order of the prepared schema, with the weights ``w{j}`` of lists.
+    The result has ``c0`` ..., with the weights ``w{j}`` of lists.
     """
     extra = buckets(frame, numbers)
     kept = [series for series in frame.get_columns() if series.name[0] in "cw"]
@@ -46,15 +41,7 @@ class ListValues:
 
 
 def list_values(frame: pl.DataFrame, j: int) -> ListValues:
-    """Take a list column apart.
-
-    Args:
-        frame: What ``categorical_columns`` returned.
-        j: The column's position.
-
-    Returns:
-        Its parts.
-    """
+    """Take list column ``j`` of ``categorical_columns``'s result apart."""
     lists = frame[f"c{j}"]
     weights = frame[f"w{j}"] if f"w{j}" in frame.columns else None
     return ListValues(
@@ -66,12 +53,6 @@ def list_values(frame: pl.DataFrame, j: int) -> ListValues:
 
 def flat(lists: pl.Series) -> pl.Series:
     """Return the values of a list column one after another; an absent or empty list has none.
-
-    Args:
-        lists: A List series.
-
-    Returns:
-        The values.
 
     Example:
         >>> flat(pl.Series([[1, 2], None, [], [3]])).to_list()

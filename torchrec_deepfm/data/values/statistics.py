@@ -95,14 +95,10 @@ class Survey:
 
 
 def merged(sources: Sequence[dict[str, NDArray[Any]]], quantiles: Sequence[int]) -> list[ColumnStatistics]:
-    """Join what was collected from several sources.
+    """Join ``Survey.content`` of several sources, in their order, into the statistics of L columns.
 
-    Args:
-        sources: ``Survey.content`` of each, in their order; at least one.
-        quantiles: How many equal shares of the rows the quantiles divide, by column; 0 for none.
-
-    Returns:
-        L statistics. A column without any value has zeros.
+    ``quantiles``: how many equal shares of the rows they divide, by column; 0 for none. A column without any value has
+    zeros.
     """
     moments = _no_moments(len(quantiles))
     for source in sources:

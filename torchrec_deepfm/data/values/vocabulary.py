@@ -121,13 +121,9 @@ class Vocabulary:
         return self._values[0] if len(self) else None
 
     def ids(self, values: pl.Series) -> NDArray[np.int32]:
-        """Turn values into ids.
+        """Turn n values, null for missing, into ids; 0 for a value that is not in the vocabulary.
 
-        Args:
-            values: n values of the vocabulary's type, or other integers where it holds integers; null for missing.
-
-        Returns:
-            int32 [n]; 0 for a value that is not in the vocabulary.
+        They have the vocabulary's type, or are other integers where it holds integers.
         """
         if len(values) <= _FEW and len(self) <= _DICTIONARY:
             return np.array(list(map(self._numbers.get, values.to_list(), repeat(0))), np.int32)

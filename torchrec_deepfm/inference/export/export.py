@@ -77,14 +77,7 @@ class Parity:
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
-    """A written package.
-
-    Attributes:
-        folder: its folder.
-        parity: with the run.
-        bytes_before: of the tables in training's layout.
-        bytes_after: of the tables in the package.
-    """
+    """A written package, and the bytes of its tables in training's layout and in the package."""
 
     folder: Path
     parity: Parity
@@ -285,11 +278,7 @@ def _compare(
     rounding: float | None,
     source: str,
 ) -> Parity:
-    """Compare two sets of scores.
-
-    Raises:
-        UserError: they differ too much.
-    """
+    """Compare two sets of scores; a UserError where they differ too much."""
     difference = float(np.abs(expected.astype(np.float64) - found).max())
     parity = Parity(rows=len(expected), source=source, difference=difference, rounding=rounding)
     if rounding is not None:

@@ -42,16 +42,7 @@ _EXTRA: Final = "pip install 'torchrec_deepfm[export]'"
 
 
 def write_model(graph: "ScoringGraph", form: Form, folder: Path) -> None:
-    """Write a graph as a file that loads without the classes of this package.
-
-    Args:
-        graph: the graph.
-        form: the form.
-        folder: an existing folder.
-
-    Raises:
-        UserError: a package that the form needs is not installed.
-    """
+    """Write a graph into an existing folder, as a file that loads without the classes of this package."""
     import torch
     from torch._inductor.exc import InductorError, InvalidCxxCompiler
 
@@ -108,19 +99,7 @@ def _trace(graph: "ScoringGraph") -> "ExportedProgram":
 
 
 def open_model(form: Form, folder: Path, *, threads: int | None = None) -> OpenedModel:
-    """Open the file of a model.
-
-    Args:
-        form: its form.
-        folder: the folder that ``write_model`` wrote to.
-        threads: threads per call; None for the runtime's default.
-
-    Returns:
-        The model.
-
-    Raises:
-        UserError: a package that the form needs is not installed, or the file can't be opened.
-    """
+    """Open the file that ``write_model`` wrote to a folder; ``threads`` per call, None for the runtime's default."""
     path = folder / MODEL_FILE[form]
     if form == "onnx":
         return _open_onnx(path, threads)

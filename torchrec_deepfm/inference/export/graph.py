@@ -46,11 +46,7 @@ class FloatRows(nn.Module):
         self.rows = nn.Buffer(torch.empty(num_rows, factor_dim + 1, dtype=dtype))
 
     def write(self, first: int, rows: Tensor) -> None:
-        """Write the rows [n, R] of a block from row ``first`` on.
-
-        Raises:
-            UserError: a weight is too large for float16.
-        """
+        """Write the rows [n, R] of a block from row ``first`` on; a weight too large for float16 is refused."""
         if self.rows.dtype == torch.float16:
             _check_half(rows)
         self.rows[first : first + len(rows)] = rows
@@ -76,11 +72,7 @@ class QuantizedRows(nn.Module):
         self.first_order = nn.Buffer(torch.empty(num_rows, 1, dtype=torch.float16))
 
     def write(self, first: int, rows: Tensor) -> None:
-        """Quantize the rows [n, R] of a block and write them from row ``first`` on.
-
-        Raises:
-            UserError: a weight is too large for float16.
-        """
+        """Quantize the rows [n, R] of a block and write them from row ``first`` on; see ``FloatRows.write``."""
         _check_half(rows)
         v = rows[:, : self._factor_dim]
         bounds = torch.stack(v.aminmax(dim=1), dim=1).half()
@@ -109,21 +101,9 @@ class QuantizedRows(nn.Module):
 class ScoringGraph(nn.Module):
     """A trained model as plain tensor operations, to be exported.
 
-    Args:
-        model: the unsharded model, in eval mode. Its tables are moved into this module one by one, so that memory holds
-            one copy: the model cannot be used afterwards.
-        bags: names of the multi-hot features.
-        tables: how the rows are stored.
-
-    Attributes:
-        ids: names of the one-hot features, in the order of the input.
-        bags: names of the multi-hot features, in the order of the input.
-        inputs: names of the inputs.
-        bytes_before: of the tables in the model.
-        bytes_after: of the tables here.
-
-    Raises:
-        UserError: the tables hold a weight that ``tables`` has no room for.
+    The tables of ``model``, unsharded and in eval mode, are moved into this module one by one, so that memory holds one
+    copy: it cannot be used afterwards. ``ids`` and ``bags`` name the one-hot and multi-hot features in the order of the
+    inputs. UserError: the tables hold a weight that ``tables`` has no room for.
     """
 
     def __init__(self, model: DeepFM, bags: Sequence[str], tables: Tables = "fp32") -> None:
@@ -170,18 +150,7 @@ class ScoringGraph(nn.Module):
         lengths: Tensor | None = None,
         weights: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Score rows.
-
-        Args:
-            dense: float32 [B, I].
-            ids: int64 [B, S].
-            values: int64 [N].
-            lengths: int64 [M, B].
-            weights: float32 [N].
-
-        Returns:
-            The outputs by name.
-        """
+        """Score rows: dense [B, I], ids int64 [B, S], and of lists values [N], lengths [M, B], weights [N]."""
         parts = []
         if ids is not None:
             parts.append(self._look_up(ids, self.ids_first_rows, self.ids_sizes))
@@ -226,15 +195,7 @@ class ScoringGraph(nn.Module):
 
 
 def arrays_of(batch: Batch, signature: Signature) -> Arrays:
-    """Return the inputs of an exported model for a batch of the loader.
-
-    Args:
-        batch: B rows.
-        signature: of the model.
-
-    Returns:
-        The arrays by input.
-    """
+    """Return the inputs of an exported model, by name, for a batch of the loader."""
     features = batch.sparse_features.to_dict()
     bags = [features[name] for name in signature.bags]
     tensors = {"dense": batch.dense_features}

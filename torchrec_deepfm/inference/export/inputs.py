@@ -22,12 +22,8 @@ Arrays = Mapping[str, NDArray[Any]]
 class Signature:
     """The inputs of an exported model.
 
-    Attributes:
-        inputs: their names.
-        dense: numeric features, in the order of the columns of ``dense``.
-        ids: one-hot features, in the order of the columns of ``ids``.
-        bags: multi-hot features, in the order of the rows of ``lengths``.
-        num_embeddings: ids per categorical feature: 0 to this number minus 1.
+    ``dense`` and ``ids`` name the columns of these inputs, ``bags`` the rows of ``lengths``. An id is 0 to
+    ``num_embeddings`` minus 1.
     """
 
     inputs: tuple[str, ...]
@@ -37,17 +33,7 @@ class Signature:
     num_embeddings: dict[str, Count]
 
     def from_rows(self, rows: EncodedRows) -> Arrays:
-        """Return the inputs for encoded rows.
-
-        Args:
-            rows: n rows of ``RowEncoder.encode``.
-
-        Returns:
-            The arrays by input.
-
-        Raises:
-            UserError: the rows have other features, or an id is out of the range of its feature.
-        """
+        """Return the inputs for n rows of ``RowEncoder.encode``; features and ids that do not fit are refused."""
         n, bags = len(rows.dense), [rows.bags[name] for name in self.bags if name in rows.bags]
         if (
             rows.dense.shape[1] != len(self.dense)
@@ -68,14 +54,7 @@ class Signature:
         return found
 
     def check_ids(self, arrays: Arrays) -> None:
-        """Check that every id has a row in its table.
-
-        Args:
-            arrays: the inputs.
-
-        Raises:
-            UserError: one has none.
-        """
+        """Check that every id has a row in its table."""
         groups = [(name, arrays["ids"][:, column]) for column, name in enumerate(self.ids)]
         if self.bags:
             ends = np.cumsum(arrays["lengths"].sum(1))[:-1]

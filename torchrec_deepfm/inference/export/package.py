@@ -47,17 +47,8 @@ class FileEntry:
 class PackageFile:
     """The content of ``package.json``.
 
-    Attributes:
-        format_version: of the file.
-        form: of the model.
-        tables: how its tables are stored.
-        signature: the inputs.
-        factor_dim: columns of V.
-        terms: of the logit, as in ``TrainConfig``.
-        bias: of the logit.
-        parity: how the model was compared with the run's own; see ``export.Parity``.
-        versions: of the packages that wrote it.
-        files: every other file by its path in the folder.
+    ``parity`` is how the model was compared with the run's own, see ``export.Parity``; ``files`` has every other file
+    by its path in the folder.
     """
 
     format_version: Literal[2]
@@ -83,17 +74,7 @@ def write_package_json(folder: Path, content: PackageFile) -> None:
 
 
 def read_package(folder: Path) -> PackageFile:
-    """Read ``package.json`` and compare every other file with it.
-
-    Args:
-        folder: the package.
-
-    Returns:
-        The content.
-
-    Raises:
-        UserError: the folder is not a package, is of a newer format, or a file is missing or damaged.
-    """
+    """Read ``package.json`` and compare every other file with it."""
     path = folder / PACKAGE
     try:
         content = read_bytes(path, most=_MAX_BYTES)
@@ -132,13 +113,7 @@ def read_package(folder: Path) -> PackageFile:
 
 
 class PackageScorer:
-    """Scores and explains encoded rows by an exported model; ids are checked before it runs.
-
-    Args:
-        package: the content of ``package.json``.
-        run: the model.
-        schema: the columns of encoded rows.
-    """
+    """Scores and explains encoded rows by an exported model; ids are checked before it runs."""
 
     def __init__(self, package: PackageFile, run: OpenedModel, schema: Schema) -> None:
         self.schema, self._package, self._run = schema, package, run
@@ -173,18 +148,10 @@ class PackageScorer:
 
 
 def open_package(folder: Path | str, *, threads: int | None = None) -> tuple[RowEncoder, PackageScorer]:
-    """Open a package to score rows with.
+    """Open a package: the encoder of raw rows, and what scores its rows with ``threads`` per call.
 
-    Args:
-        folder: the folder that ``export`` wrote.
-        threads: threads per call of the model; None for the runtime's default.
-
-    Returns:
-        The encoder of raw rows, and what scores its rows.
-
-    Raises:
-        UserError: the folder is not a package, is damaged or of a newer format, its encoder is of another run, or a
-            package that its form needs is not installed.
+    UserError: it is damaged or of a newer format, its encoder is of another run, or a package that its form needs is
+    not installed.
     """
     folder = Path(folder)
     package = read_package(folder)

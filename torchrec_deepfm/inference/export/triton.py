@@ -12,13 +12,7 @@ _MAX_BATCH: Final = 8192
 
 
 def lay_out(folder: Path, signature: Signature, factor_dim: int) -> None:
-    """Move ``model.onnx`` of a package to where Triton looks for it, and write ``config.pbtxt``.
-
-    Args:
-        folder: the package, before its ``package.json`` is written.
-        signature: its inputs.
-        factor_dim: K.
-    """
+    """Move ``model.onnx`` to where Triton looks for it, and write ``config.pbtxt``; ``package.json`` comes later."""
     (folder / VERSION).mkdir()
     for path in sorted(folder.glob("model.onnx*")):  # large tables are in a file beside the model
         path.rename(folder / VERSION / path.name)
@@ -26,17 +20,10 @@ def lay_out(folder: Path, signature: Signature, factor_dim: int) -> None:
 
 
 def config(signature: Signature, factor_dim: int) -> str:
-    """Write Triton's description of a model.
+    """Write Triton's description of a model as protobuf text, without a name, so that the folder's name counts.
 
     Without lists every input has the batch first, so that Triton may batch requests. The values of lists do not: then a
     request is a batch of its own.
-
-    Args:
-        signature: its inputs.
-        factor_dim: K.
-
-    Returns:
-        A ``ModelConfig`` as protobuf text. It names no model, so that the folder's name counts.
     """
     batched, fields = not signature.bags, len(signature.num_embeddings) + len(signature.dense)
     types = {"dense": "TYPE_FP32", "weights": "TYPE_FP32"}

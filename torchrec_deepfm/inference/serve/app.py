@@ -105,17 +105,7 @@ class Problems(BaseModel):
 
 
 def make_app(model: ServedModel, batcher: Batcher, limits: Limits, metrics: ServiceMetrics) -> ASGIApp:
-    """Build the application of a model.
-
-    Args:
-        model: The model.
-        batcher: Calls it.
-        limits: Limits of requests.
-        metrics: What is counted.
-
-    Returns:
-        The application.
-    """
+    """Build the application of a model, which ``batcher`` calls; ``metrics`` counts."""
     # Swagger's and ReDoc's pages would load scripts from elsewhere.
     app = FastAPI(title="DeepFM", version=model.sha256[:12], docs_url=None, redoc_url=None)
     rows = JsonRows(model.columns, limits.max_rows)
@@ -256,14 +246,7 @@ def refusal() -> Response:
 
 
 def raw(response: Response) -> bytes:
-    """A response as it is sent.
-
-    Args:
-        response: With its whole body.
-
-    Returns:
-        Status line, headers and body.
-    """
+    """A response with its whole body as it is sent: status line, headers and body."""
     lines = [b"HTTP/1.1 %d %s" % (response.status_code, HTTPStatus(response.status_code).phrase.encode())]
     lines += [b"%s: %s" % header for header in response.raw_headers]
     return b"\r\n".join([*lines, b"", bytes(response.body)])

@@ -21,18 +21,9 @@ _COMPRESSION: Final = 3  # field of RecordBatch in Arrow's Message.fbs
 
 
 def read_stream(body: bytes, columns: Sequence[RequestColumn], most: int) -> pa.Table:
-    """Read and check a stream.
+    """Read and check a stream of at most ``most`` rows with these columns, of types that share no memory.
 
-    Args:
-        body: The stream.
-        columns: The columns of a row.
-        most: Rows per request.
-
-    Returns:
-        n rows with these columns, of types that share no memory.
-
-    Raises:
-        RequestError: It is not a stream (400), unfolds to too much (413), or its columns or values do not fit (422).
+    RequestError: it is not a stream (400), unfolds to too much (413), or its columns or values do not fit (422).
     """
     try:
         for message in pa.MessageReader.open_stream(body):

@@ -67,19 +67,9 @@ class Batcher:
         self.unanswered = 0
 
     async def submit(self, payload: Any, rows: int, key: Hashable = None) -> Any:
-        """Wait for the answer to a payload.
+        """Wait for the answer to a payload of some rows; payloads with the same key, not ``None``, may share a batch.
 
-        Args:
-            payload: What ``call`` is given.
-            rows: How many rows it has.
-            key: Payloads with the same key may share a batch; one with ``None`` has a batch of its own.
-
-        Returns:
-            Its answer.
-
-        Raises:
-            QueueFullError: Too many rows wait.
-            Exception: What ``call`` returned for it, or raised.
+        Raises what ``call`` returned for it or raised, or QueueFullError where too many rows wait.
         """
         if self._jobs and self.waiting + rows > self._queue_rows:
             raise QueueFullError

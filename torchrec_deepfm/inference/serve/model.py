@@ -16,32 +16,16 @@ from torchrec_deepfm.inference.serve.rows import Fault, RequestColumn, RequestEr
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What a request asks of the model.
-
-    Args:
-        rows: Its rows: a table, or checked rows of JSON.
-        explain: Whether to take their predictions apart.
-    """
+    """The rows of a request, a table or checked rows of JSON, and whether to take their predictions apart."""
 
     rows: pa.Table | list[Row]
     explain: bool = False
 
 
 class ServedModel:
-    """A run or a package, read once and tried on a row.
+    """A run or a package, read once and tried on a row; a link is followed now, and may move later.
 
-    Args:
-        path: Folder; a link is followed now, so that a link that moves later changes nothing.
-        checkpoint: As for ``load``.
-        threads: Threads per call of the model.
-
-    Attributes:
-        columns: The columns of a request.
-        name: The path that it was read from.
-        sha256: Distinguishes models.
-
-    Raises:
-        UserError: As ``load``; or it gives no probability for a row of missing values.
+    UserError: as ``load``; or it gives no probability for a row of missing values.
     """
 
     def __init__(self, path: Path, *, checkpoint: str | None = None, threads: int | None = None) -> None:
@@ -56,13 +40,9 @@ class ServedModel:
             raise UserError(f"can't score a row of missing values ({found})", where=path, remedy="serve another model")
 
     def answer(self, batch: Sequence[Work]) -> list[Any]:
-        """Score requests together.
+        """Score requests whose rows have the same columns and types, or the same form.
 
-        Args:
-            batch: Requests whose rows have the same columns and types, or the same form.
-
-        Returns:
-            For each one float32 [n], or an ``Explanation``, or the error to answer with.
+        Each gets float32 [n], or an ``Explanation``, or the error to answer with.
         """
         encoder, given = self._predictor.encoder, [work.rows for work in batch]
         try:
@@ -95,16 +75,7 @@ class ServedModel:
 
 
 def parts(explanation: Explanation, row: int, most_pairs: int) -> dict[str, Any]:
-    """Return the parts of a row's logit as plain values.
-
-    Args:
-        explanation: Of some rows.
-        row: From 0.
-        most_pairs: Pairs at most, strongest first.
-
-    Returns:
-        What ``app.RowParts`` describes.
-    """
+    """Return the parts of a row's logit as ``app.RowParts`` describes them, with the ``most_pairs`` strongest pairs."""
     found, fields = explanation.parts, explanation.fields
     amounts = zip(
         fields, explanation.values[row], found.first_order[row], explanation.contributions()[row], strict=True

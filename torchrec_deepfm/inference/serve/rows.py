@@ -23,13 +23,7 @@ Row = dict[str, Any]  # by column
 
 @dataclass(frozen=True)
 class Fault:
-    """What is wrong with a request.
-
-    Args:
-        message: In words.
-        row: Row of the request, from 1.
-        column: RequestColumn's name.
-    """
+    """What is wrong with a request; rows count from 1."""
 
     message: str
     row: int | None = None
@@ -37,12 +31,7 @@ class Fault:
 
 
 class RequestError(Exception):
-    """A request that can't be answered.
-
-    Args:
-        status: HTTP status, 4xx.
-        faults: What is wrong.
-    """
+    """A request that can't be answered: its HTTP status, 4xx, and what is wrong."""
 
     def __init__(self, status: int, *faults: Fault) -> None:
         super().__init__(faults[0].message)
@@ -90,12 +79,8 @@ _KINDS: Final = {
 class RequestColumn:
     """A column of a request.
 
-    Args:
-        name: Its name.
-        kind: A key of ``_KINDS``.
-        is_list: Whether a cell holds several values.
-        separator: What separates them if the cell is a text.
-        width: How many they are, if in every row; none may be missing.
+    ``kind`` is a key of ``_KINDS``. ``separator`` splits a text into several values; ``width`` is how many there are,
+    if in every row, where none may be missing.
     """
 
     name: str
@@ -139,11 +124,7 @@ class RequestColumn:
         return f"{one}, or null"
 
     def array(self, values: Sequence[Any]) -> pa.Array:
-        """Convert the checked cells of all rows.
-
-        Raises:
-            RequestError: Some cells are lists, some text.
-        """
+        """Convert the checked cells of all rows; refused where some are lists, some text."""
         kind = _KINDS[self.kind]
         if not self.is_list:
             try:
@@ -199,15 +180,7 @@ def columns_of(encoder: RowEncoder) -> tuple[RequestColumn, ...]:
 
 
 def as_table(columns: Sequence[RequestColumn], rows: Sequence[Row]) -> pa.Table:
-    """Convert checked rows of requests.
-
-    Args:
-        columns: Of the model.
-        rows: Of one request, or of several of one form.
-
-    Raises:
-        RequestError: A number is too large, or some lists are texts.
-    """
+    """Convert checked rows of a request, or of several of one form; a number that is too large is refused."""
     # Cells of one kind become one array, which is cut: for few rows a call costs more than the cells.
     arrays: dict[str, pa.Array] = {}
     kinds: dict[str, list[RequestColumn]] = {}
@@ -230,13 +203,6 @@ def as_table(columns: Sequence[RequestColumn], rows: Sequence[Row]) -> pa.Table:
 class JsonRows:
     """Reads requests in JSON: ``{"rows": [{column: value, ...}, ...]}``.
 
-    Args:
-        columns: The columns of a row.
-        most: Rows per request.
-
-    Attributes:
-        type: Of a request, for pydantic.
-
     Example:
         >>> columns = [RequestColumn("price", "number"), RequestColumn("user", "string")]
         >>> body = b'{"rows": [{"price": 5, "user": "anna"}, {"price": null, "user": 7}]}'
@@ -254,16 +220,9 @@ class JsonRows:
         self.type = TypeAdapter(closed(TypedDict("Rows", {"rows": rows})))  # type: ignore[operator]
 
     def read(self, body: bytes) -> list[Row]:
-        """Check a request.
+        """Check the n rows of a request; ``as_table`` converts those of a batch.
 
-        Args:
-            body: JSON.
-
-        Returns:
-            n rows; ``as_table`` converts those of a batch.
-
-        Raises:
-            RequestError: It is not JSON (400), has too many rows (413), or a cell does not fit (422).
+        RequestError: it is not JSON (400), has too many rows (413), or a cell does not fit (422).
         """
         try:
             return self.type.validate_json(body)["rows"]  # type: ignore[no-any-return]

@@ -70,10 +70,7 @@ class _Served:
 class Service:
     """The application that uvicorn runs: every request goes to the newest model and stays with it.
 
-    Args:
-        read: Reads the model, at the start and at each reload.
-        limits: Limits of requests.
-        say: Called with lines for the user.
+    ``read`` reads it, at the start and at each reload.
     """
 
     def __init__(self, read: Callable[[], ServedModel], limits: Limits, say: Callable[[str], None]) -> None:
@@ -157,10 +154,7 @@ def _metric_path(path: str) -> str:
 class _Protocol(HttpToolsProtocol):
     """Limits headers in size and time, on which uvicorn would wait for ever, and refuses what is too much.
 
-    Args:
-        service: Answers requests.
-        room: Released when the connection has ended.
-        options: Of uvicorn's protocol.
+    ``room`` is released when the connection has ended.
     """
 
     def __init__(self, service: Service, room: asyncio.Semaphore, **options: Any) -> None:
@@ -302,18 +296,7 @@ class _Server(uvicorn.Server):
 
 
 def serve(read: Callable[[], ServedModel], *, host: str, port: int, limits: Limits, say: Callable[[str], None]) -> None:
-    """Serve a model until SIGTERM or Ctrl-C; what was accepted before is answered.
-
-    Args:
-        read: Reads the model, at the start and at SIGHUP.
-        host: Address to listen on.
-        port: Port; 0 takes a free one.
-        limits: Limits of requests.
-        say: Called with lines for the user.
-
-    Raises:
-        UserError: The model can't be read, or the address can't be listened on.
-    """
+    """Serve a model until SIGTERM or Ctrl-C; what was accepted before is answered. SIGHUP calls ``read`` again."""
     sys.setswitchinterval(_SWITCH_SECONDS)
     limits = _within_open_files(limits, say)
     with _listen(host, port) as listener:

@@ -51,14 +51,7 @@ def _known(key: str) -> bool:
 
 
 def read_dlrm_tensors(path: Path) -> list[dict[str, Any]]:
-    """Read rows and mean bag lengths out of a ``.pt`` file; it loads torch.
-
-    Returns:
-        The tables of a list without their widths, in the order of the file.
-
-    Raises:
-        UserError: The file can't be read, or does not hold the three tensors.
-    """
+    """Read rows and mean bag lengths out of a ``.pt`` file, which loads torch: tables without their widths."""
     import torch
 
     remedy = "name a file of dlrm_datasets/embedding_bag, which holds ids, offsets and lengths"

@@ -59,15 +59,7 @@ def read_hardware(name_or_toml: str) -> Hardware:
 
 
 def write_hardware(hardware: Hardware, path: Path) -> None:
-    """Write a description as a TOML file that ``read_hardware`` reads back equal.
-
-    Args:
-        hardware: The description.
-        path: The file; an existing one is replaced.
-
-    Raises:
-        UserError: The file can't be written.
-    """
+    """Write a description as a TOML file that ``read_hardware`` reads back equal; an existing one is replaced."""
     lines = [
         f"{each.name} = {_toml(getattr(hardware, each.name))}"
         for each in fields(hardware)

@@ -226,15 +226,9 @@ def hardware_preset(name: object) -> Hardware:
 
 
 def from_properties(name: str, memory: int, bandwidth: float) -> Hardware:
-    """Describe a GPU without a preset by what its driver reports.
+    """Describe a GPU without a preset by what its driver reports: its bytes, and bytes per second from them.
 
-    Args:
-        name: its name.
-        memory: bytes of its memory.
-        bandwidth: bytes per second from its memory.
-
-    Returns:
-        The description, with the links of the preset l4, the slowest of today's.
+    The links are those of the preset l4, the slowest of today's.
 
     Example:
         >>> from_properties("NVIDIA L40S", 48 * 10**9, 864e9).hbm_bandwidth / 1e9

@@ -144,17 +144,9 @@ NAMED_TABLES: Final[Mapping[str, Callable[[int | None], tuple[Table, ...]]]] = {
 
 
 def read_tables(source: str, dim: int | None = None) -> tuple[Table, ...]:
-    """Find the tables to plan for.
+    """Find the tables to plan for: a key of ``NAMED_TABLES``; a TOML, JSON or CSV file; or a prepared folder.
 
-    Args:
-        source: A key of ``NAMED_TABLES``; a TOML, JSON or CSV file; or a prepared folder.
-        dim: Width of every table, instead of the file's. Default: 128 for named tables, 12 for a prepared folder.
-
-    Returns:
-        The tables, in the order of the source.
-
-    Raises:
-        UserError: The source does not exist, or a table in it is not valid.
+    ``dim`` overrides the file's widths. Default: 128 for named tables, 12 for a prepared folder.
     """
     path = Path(source)
     if dim is not None:

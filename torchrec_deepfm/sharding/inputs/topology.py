@@ -59,10 +59,6 @@ class NvlinkDomains(GeneralizedCommsBandwidth):
     """Bandwidths of hosts that share NVLink domains, in bytes per millisecond.
 
     TorchRec's ``BasicCommsBandwidths`` gives every collective over several hosts the bandwidth of the network.
-
-    Args:
-        hardware: The hardware.
-        ranks: How many ranks there are.
     """
 
     def __init__(self, hardware: Hardware, ranks: int) -> None:

@@ -30,18 +30,7 @@ _REMEDY: Final = "make the plan again"
 
 
 def load_plan(path: Path) -> PlanFile:
-    """Read a plan.
-
-    Args:
-        path: the file.
-
-    Returns:
-        The plan, checked by itself: its shards cover every table exactly, cut as the sharding type requires, on
-        existing ranks.
-
-    Raises:
-        UserError: the file does not exist, it is damaged or not a plan, has another version, or is inconsistent.
-    """
+    """Read a plan and check it by itself, as ``check_sound`` does."""
     if path.is_dir():
         inside = path / "plan.json"
         raise UserError("a folder", where=path, remedy=f"name {inside if inside.is_file() else 'the file of a plan'}")
@@ -70,18 +59,7 @@ def load_plan(path: Path) -> PlanFile:
 
 
 def parse_plan(raw: Mapping[str, Any], where: str) -> PlanFile:
-    """Check plain values of this format version, and make a plan of them.
-
-    Args:
-        raw: the content of a plan's file.
-        where: where it is from, for messages.
-
-    Returns:
-        The plan, checked as by ``load_plan``.
-
-    Raises:
-        UserError: a key or a value is wrong, or the plan is inconsistent.
-    """
+    """Check plain values of this format version, and make a plan of them; ``where`` they are from is for messages."""
     predicted = raw.get("predicted")
     order: list[Any] = []
     if isinstance(predicted, dict):
@@ -118,15 +96,7 @@ def _split(rows: Any, key: str) -> tuple[Any, list[Any]]:
 
 
 def save_plan(plan: PlanFile, path: Path) -> None:
-    """Write a plan, completely or not at all.
-
-    Args:
-        plan: the plan.
-        path: the file; an existing one is replaced.
-
-    Raises:
-        UserError: the file can't be written.
-    """
+    """Write a plan, completely or not at all; an existing file is replaced."""
     write_text(path, plan_json(plan), what="plan")
 
 

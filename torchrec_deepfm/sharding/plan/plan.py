@@ -93,14 +93,7 @@ class PlanCost:
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedShard:
-    """A block of a table and the rank that holds it.
-
-    Attributes:
-        rank: the rank.
-        offsets: row and column of the table at which the block starts.
-        sizes: its rows and columns.
-        predicted: its cost; None where it was not predicted.
-    """
+    """A block of a table and the rank that holds it; ``offsets`` are the row and column at which it starts."""
 
     rank: Count
     offsets: tuple[Count, Count]
@@ -110,18 +103,11 @@ class PlannedShard:
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedTable:
-    """Where a table goes.
+    """Where a table goes, in TorchRec's words.
 
-    Attributes:
-        name: name of the table.
-        num_embeddings: its rows.
-        embedding_dim: its columns.
-        sharding_type: one of TorchRec's ``ShardingType``.
-        compute_kernel: one of TorchRec's ``EmbeddingComputeKernel``.
-        shards: what each rank holds of it.
-        kernel_options: further fields of TorchRec's ``ParameterSharding``, such as ``cache_load_factor``.
-        module: path of the table's collection in the model; empty where the plan is for a list of tables, or for a
-            model with one collection.
+    ``kernel_options`` are further fields of TorchRec's ``ParameterSharding``, such as ``cache_load_factor``. ``module``
+    is the path of the table's collection in the model; empty where the plan is for a list of tables, or for a model
+    with one collection.
     """
 
     name: Text
@@ -163,18 +149,10 @@ def _made_with() -> dict[str, str]:
 class PlanFile:
     """A plan of all tables, and what it was made for.
 
-    Attributes:
-        world_size: ranks.
-        local_world_size: ranks per host.
-        pod_size: hosts that share an NVLink domain, over which table_row_wise, table_column_wise and the blocks of
-            grid_shard may spread.
-        batch_size: samples per rank and step; None where it is not known.
-        search: how it was found, such as ``balanced`` or ``torchrec``.
-        tables: where each table goes.
-        hardware: the hardware it is for; None where it was made for the machine at hand.
-        predicted: its cost; None where it was not predicted.
-        made_with: versions.
-        objective: what the search made small.
+    ``pod_size`` hosts share an NVLink domain, over which table_row_wise, table_column_wise and the blocks of grid_shard
+    may spread. ``batch_size`` is per rank and step; None where it is not known. ``search`` is how it was found, such as
+    ``balanced`` or ``torchrec``, ``objective`` what was made small. ``hardware`` is None where the plan was made for
+    the machine at hand.
     """
 
     world_size: PositiveCount

@@ -139,14 +139,7 @@ def write_plan_report(
 ) -> None:
     """Write the report of a plan; a plan with predictions gets pictures of its costs and memory.
 
-    Args:
-        plan: The plan.
-        path: The file; an existing one is replaced.
-        bound_ms: What no plan goes below, where known.
-        torchrecs: What TorchRec's planner makes of the same tables, to be shown beside.
-
-    Raises:
-        UserError: The file can't be written.
+    ``bound_ms`` is what no plan goes below, ``torchrecs`` what TorchRec's planner makes of the same tables.
     """
     hosts = plan.world_size // plan.local_world_size
     facts: dict[str, Cell] = {

@@ -72,10 +72,7 @@ def planned_tables(
 ) -> tuple[PlannedTable, ...]:
     """Convert TorchRec's plan into tables that can be written; SSD kernels are refused.
 
-    Args:
-        plan: The plan.
-        tables: The tables of each of its modules, by path. Where there are several, a planned table names its own.
-        world_size: Ranks.
+    ``tables`` are those of each of its modules, by path. Where there are several, a planned table names its own.
     """
     sizes = {
         path: {table.name: (table.num_embeddings, table.embedding_dim) for table in tables[path]} for path in plan.plan

@@ -23,15 +23,9 @@ from torchrec_deepfm.sharding.plan.plan import PlanFile, PlannedShard, PlannedTa
 
 
 def check_sound(plan: PlanFile, where: str) -> None:
-    """Check a plan for itself.
+    """Check a plan for itself: its shards cover every table once, cut as its type requires, on existing ranks.
 
-    Args:
-        plan: the plan.
-        where: the file, for messages.
-
-    Raises:
-        UserError: ranks do not fill the hosts, a table appears twice, a shard's rank does not exist, the shards leave a
-            hole or overlap, or are not cut as the table's type requires.
+    The ranks fill the hosts, and no table appears twice. ``where`` is the file, for messages.
     """
     if plan.world_size % plan.local_world_size:
         raise UserError(
@@ -70,19 +64,9 @@ def check_fits(
     compute_device: str | None = None,
     where: str = "plan",
 ) -> None:
-    """Check that a plan is for these tables, ranks and device.
+    """Check that a sound plan is for these tables, ranks and device; a None is not compared.
 
-    Args:
-        plan: a sound plan.
-        tables: the tables to shard.
-        world_size: the ranks at hand.
-        local_world_size: ranks per host; where given, types that depend on hosts are checked against it.
-        pod_size: hosts per NVLink domain; where given, checked like ``local_world_size``.
-        compute_device: ``cpu`` or ``cuda``; where given, the kernels are checked against it.
-        where: the file, for messages.
-
-    Raises:
-        UserError: they differ; the message names the table, the numbers and what to do.
+    The UserError names the table, the numbers and what to do.
     """
     if plan.world_size != world_size:
         raise UserError(
@@ -140,17 +124,9 @@ def check_fits(
 
 
 def check_memory(held: Sequence[int], available: Sequence[int], *, what: str, ema: bool, where: str) -> None:
-    """Check that every rank can hold what a plan gives it.
+    """Check that every rank can hold what a plan gives it, in bytes: what tables take, with all that is kept beside.
 
-    Args:
-        held: bytes that the tables take on each rank, with all that is kept beside them.
-        available: bytes of each rank that tables may take.
-        what: which memory that is, for the message.
-        ema: whether a moving average of the weights is among ``held``.
-        where: the file, for the message.
-
-    Raises:
-        UserError: a rank has too little; the message names the fullest one and what to do.
+    ``what`` names the memory; the UserError names the fullest rank and what to do.
     """
     rank = max(range(len(held)), key=lambda rank: held[rank] - available[rank])
     if held[rank] > available[rank]:

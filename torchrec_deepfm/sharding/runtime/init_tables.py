@@ -39,9 +39,6 @@ def purge_row_caches(model: nn.Module) -> None:
     ``state_dict()`` brings cached rows back to the tables before it returns views of them, but TorchRec drops its
     caches only in ``load_state_dict``: after a write into the views, look-ups would still find the rows of before
     (``fused_uvm_caching``). Call this after every such write.
-
-    Args:
-        model: a model with sharded modules of TorchRec.
     """
     for module in model.modules():
         for lookup in getattr(module, "_lookups", ()):

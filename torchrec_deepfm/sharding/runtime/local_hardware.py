@@ -25,18 +25,10 @@ def device_name(device: torch.device) -> str:
 
 
 def describe_hardware(named: str | None, device: torch.device) -> Hardware:
-    """Describe the ranks at hand, with their ranks per host.
+    """Describe the ranks at hand, with their ranks per host: as a preset or a TOML file says.
 
-    Args:
-        named: A preset or a TOML file. Default: the preset of the GPU, or what its driver reports; ``cpu`` with the
-            memory of this host.
-        device: This rank's device.
-
-    Returns:
-        The description.
-
-    Raises:
-        UserError: The description does not exist, or it describes another device.
+    Without one: the preset of the GPU, or what its driver reports; ``cpu`` with the memory of this host. UserError: the
+    description does not exist, or it describes another device.
     """
     local = local_world_size()
     if named is not None:

@@ -143,23 +143,9 @@ def read_fitting_plan(
     ema: bool,
     replicated_by: str = DATA_PARALLEL_ROWS,
 ) -> PlanFile:
-    """Read a plan for these tables and the ranks of the process group; on one rank.
+    """Read a plan for these tables and the ranks of the process group, on one rank; options as in ``plan_model``.
 
-    Args:
-        path: its file.
-        tables: the tables to shard.
-        replicated: as in ``plan_model``.
-        device: this rank's device.
-        batch_size: samples per rank and step.
-        optimizer: of the tables, for its memory.
-        ema: whether a moving average of the weights is kept.
-        replicated_by: as in ``plan_model``.
-
-    Returns:
-        The plan.
-
-    Raises:
-        UserError: it can't be read, is not sound, or does not fit the tables, the ranks or their memory.
+    UserError: it can't be read, is not sound, or does not fit the tables, the ranks or their memory.
     """
     plan = load_plan(path)
     where = f"--plan {path}"

@@ -22,18 +22,9 @@ class AllTypesSharder(EmbeddingBagCollectionSharder):
 
 
 def make_sharder(device: torch.device, forward: Qcomms = "fp32", backward: Qcomms = "fp32") -> AllTypesSharder:
-    """Make the sharder of a training.
+    """Make the sharder of a training, with the precision in which pooled rows and their gradients travel.
 
-    Args:
-        device: this rank's device.
-        forward: precision in which pooled rows travel between ranks.
-        backward: precision in which their gradients travel.
-
-    Returns:
-        The sharder.
-
-    Raises:
-        UserError: another precision than float32 is asked for on a CPU.
+    UserError: another precision than float32 is asked for on a CPU.
     """
     if (forward, backward) == ("fp32", "fp32"):
         return AllTypesSharder()

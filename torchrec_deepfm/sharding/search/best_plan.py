@@ -48,13 +48,10 @@ Sharders = list[ModuleSharder[nn.Module]]
 
 @dataclass(frozen=True, kw_only=True)
 class FoundPlan:
-    """A plan.
+    """A plan as TorchRec's options, with ranks and estimates.
 
-    Attributes:
-        options: TorchRec's options that it is made of, with ranks and estimates.
-        search: ``balanced`` or ``torchrec``: whose it is.
-        ms: Milliseconds of the slowest rank under the objective.
-        lacked_memory: Whether the search met plans that might be faster, if there were more memory.
+    ``ms`` are those of the slowest rank under the objective. ``lacked_memory``: the search met plans that might be
+    faster, if there were more memory.
     """
 
     options: list[ShardingOption]
@@ -66,20 +63,9 @@ class FoundPlan:
 class BestPlan:
     """Searches for the best plan of one model.
 
-    Args:
-        module: The model.
-        sharders: What the plan will be applied with.
-        topology: The ranks.
-        batch_size: Samples per rank and step.
-        constraints: What may be done with single tables, by name.
-        estimators: Of times and of memory.
-        storage_reservation: Memory that tables may not take.
-        objective: What is made small.
-        effort: How long the balanced search runs.
-        group_ms: Milliseconds of each sharding type in a plan.
-        in_device_memory: Whether all tables must stay in the device's memory.
-        torchrec_constraints: Those of TorchRec's own search, to keep it to types that these ranks can run. Default:
-            the same.
+    ``group_ms`` are milliseconds of each sharding type in a plan. ``in_device_memory``: all tables must stay in the
+    device's memory. ``torchrec_constraints`` keep TorchRec's own search to types that these ranks can run; by default
+    ``constraints``.
     """
 
     def __init__(

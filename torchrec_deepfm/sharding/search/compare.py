@@ -13,14 +13,7 @@ from torchrec_deepfm.sharding.search.plan_tables import Planning
 
 @dataclass(frozen=True, kw_only=True)
 class Compared:
-    """One kind of hardware at one number of ranks.
-
-    Attributes:
-        hardware: The hardware.
-        ranks: How many ranks.
-        plan: The plan, with predictions; None where there is none.
-        why: Why there is none.
-    """
+    """One kind of hardware at one number of ranks: the plan with predictions, or why there is none."""
 
     hardware: Hardware
     ranks: int
@@ -56,22 +49,11 @@ def compare(
     rules: Sequence[str] = (),
     say: Callable[[str], None] = lambda line: None,
 ) -> list[Compared]:
-    """Plan the tables for every kind of hardware at every number of ranks.
+    """Plan the tables for every kind of hardware at every number of ranks, in this order.
 
-    Args:
-        tables: The tables.
-        kinds: The kinds of hardware.
-        counts: Numbers of ranks.
-        batch_size: Samples per rank and step.
-        rules: Constraints, as ``parse_constraints`` takes them.
-        say: Called with a line before each plan.
-
-    Returns:
-        One for each kind and number, in this order; where ranks do not fill their hosts, or tables do not fit, it says
-        so.
-
-    Raises:
-        UserError: There is no plan for any of them; the message gives the first reason.
+    Where ranks do not fill their hosts, or tables do not fit, the result says so; if there is no plan at all, a
+    UserError gives the first reason. ``rules`` are constraints as for ``parse_constraints``; ``say`` gets a line before
+    each plan.
     """
     found = []
     for hardware in kinds:

@@ -80,18 +80,10 @@ class WidthEnumerator(UncopiedEnumerator):
     All that TorchRec's enumerator offers is offered here, except what could only make a plan worse, or no plan at all
     (unless a constraint leaves nothing else): table_column_wise, which by the estimates is column_wise with fewer
     places; types that can't run (``sharding_types.why_rows_impossible``); and kernels that keep rows in host memory if
-    ``host_memory`` is false.
+    ``host_memory`` is false: they are slow, and without them a search has a third of the options.
 
-    Args:
-        topology: The ranks.
-        batch_size: Samples per rank and step.
-        constraints: As for TorchRec's enumerator.
-        estimator: As for TorchRec's enumerator.
-        use_exact_enumerate_order: As for TorchRec's enumerator.
-        min_width: Columns of a shard at least; a multiple of 4. Narrow shards mean many small kernels and rows that
-            fill no cache line, which the estimators do not count.
-        host_memory: Whether to offer kernels that keep a table's rows in host memory, which is slow, to tables of which
-            no constraint names the kernel. Without them a search has a third of the options.
+    ``min_width`` is the least columns of a shard; a multiple of 4. Narrow shards mean many small kernels and rows that
+    fill no cache line, which the estimators do not count.
     """
 
     def __init__(

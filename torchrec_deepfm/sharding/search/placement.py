@@ -47,14 +47,7 @@ class PlacementOption:
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """The ranks.
-
-    Args:
-        ranks: W.
-        ranks_per_host: L.
-        hbm: Bytes of GPU memory that tables may take on each rank [W].
-        ddr: Bytes of host memory that tables may take on each rank [W].
-    """
+    """W ranks, L per host, with the bytes of GPU and of host memory that tables may take on each [W]."""
 
     ranks: int
     ranks_per_host: int

@@ -137,11 +137,7 @@ class Planning:
         return with_fewer_types(plan, [table.name for table in self.tables], self._allowed, plan_again)
 
     def checked_plan(self, search: Search) -> PlanFile:
-        """Plan so that these ranks can run it, whichever search is used.
-
-        Raises:
-            UserError: The tables fit no plan, or the ranks can't run the one found.
-        """
+        """Plan so that these ranks can run it, whichever search is used; else a UserError."""
         device = self.hardware.compute_device
         local = self.hardware.local_world_size(self.ranks)
         planning = self

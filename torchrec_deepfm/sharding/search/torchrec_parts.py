@@ -53,12 +53,7 @@ def perf_ms(perf: Perf, objective: Objective) -> float:
 
 
 class AllTermsPerfModel(PerfModel):
-    """Rates a plan by its slowest rank, all terms counted: the critical path.
-
-    Args:
-        topology: The ranks.
-        objective: Which terms count.
-    """
+    """Rates a plan by its slowest rank, all terms of the objective counted: the critical path."""
 
     def __init__(self, topology: Topology, objective: Objective = "all") -> None:
         self._ranks = topology.world_size
@@ -83,7 +78,7 @@ class AllTermsPerfModel(PerfModel):
 
 
 class BalancedPartitioner(Partitioner):
-    """Places the shards of a proposal so that the slowest rank is fast, all terms counted (``balance.place``).
+    """Places the shards of a proposal so that the slowest rank is fast, all terms counted (``placement.place``).
 
     TorchRec's greedy one places the largest tables first, by ``Perf.total``. A proposal with tables that must stay
     together (embedding towers) is left to that one.
@@ -124,7 +119,7 @@ class BalancedPartitioner(Partitioner):
 
 
 class BalancedProposer(Proposer):
-    """Proposes the plan that a search over all options finds (``choose.choose``), and TorchRec's if that fits nowhere.
+    """Proposes the plan that a search over all options finds (``assignment.choose``), or TorchRec's if it fits nowhere.
 
     TorchRec's proposers try the options of a table one after another, each by itself. This one knows what is on every
     rank, on a host and on a single one, so it rates all tables together before it proposes. The proposals of the greedy

@@ -80,15 +80,8 @@ def best_proposal(
 ) -> list[ShardingOption] | None:
     """Return the best plan that TorchRec's planner would find: its proposals, placed by its partitioner.
 
-    Args:
-        options: The options of its enumerator.
-        ranks: The memory that tables may take.
-        known_ms: The slowest rank of a plan that is known already.
-        shard_ms: A lower bound on what a shard adds to its rank.
-        plan_ms: The slowest rank of a plan.
-
-    Returns:
-        Options with ranks; None where no proposal fits and is faster than the known plan.
+    ``shard_ms`` is a lower bound on what a shard adds to its rank, ``plan_ms`` the slowest rank of a plan. None where
+    no proposal fits and is faster than ``known_ms``.
     """
     hbm, ddr = (sum(getattr(rank.storage, tier) for rank in ranks.devices) for tier in ("hbm", "ddr"))
     most = max(max(each, default=0) for each in options) + 1

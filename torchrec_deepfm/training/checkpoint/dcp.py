@@ -43,12 +43,7 @@ METADATA_LIMIT = 2**30  # bytes; some hundred bytes per tensor and rank
 
 @dataclass(frozen=True)
 class Cut:
-    """A part of a tensor.
-
-    Attributes:
-        offsets: where it begins in the whole tensor, one number per dimension.
-        tensor: its values; a view of the model's memory if the model is read or written.
-    """
+    """A part of a tensor: where it begins, and its values; a view of the model's memory if that is read or written."""
 
     offsets: tuple[int, ...]
     tensor: Tensor
@@ -56,13 +51,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class TensorCuts:
-    """A tensor of which this rank holds some cuts, or none.
-
-    Attributes:
-        size: of the whole tensor.
-        cuts: those of this rank.
-        written: called after their values were written; see ``writing``.
-    """
+    """A tensor of which this rank holds some cuts, or none; ``written`` is called after their values were written."""
 
     size: tuple[int, ...]
     cuts: list[Cut] = field(default_factory=list)
@@ -84,11 +73,7 @@ def writing(state: State) -> Iterator[None]:
 
 
 class CpuStager(AsyncStager):
-    """Copies a state to CPU memory, which it keeps for the next save.
-
-    Attributes:
-        staged: the last copy.
-    """
+    """Copies a state to CPU memory, which it keeps for the next save."""
 
     def __init__(self) -> None:
         self.staged: dict[str, TensorCuts] = {}

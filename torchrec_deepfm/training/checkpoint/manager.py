@@ -98,11 +98,7 @@ class Checkpoints:
         thread.shutdown(wait=False)
 
     def poll(self) -> None:
-        """Raise the error of a finished save, if it failed; not a collective, and does not wait.
-
-        Raises:
-            UserError: the disk refused, or a weight is NaN or infinite.
-        """
+        """Raise the error of a finished save, if it failed; not a collective, and does not wait."""
         if self._pending is not None and self._pending.done():
             self.wait()
 
@@ -320,11 +316,7 @@ _UNREADABLE = (CheckpointException, Damaged, OSError, RuntimeError, ValueError)
 
 
 def _reason(error: BaseException, where: str) -> str:
-    """Describe the damage of a checkpoint in one sentence; torch reports the tracebacks of all ranks.
-
-    Raises:
-        UserError: it can't be read, which is not a proof of damage.
-    """
+    """Describe the damage of a checkpoint in a sentence. A UserError if it can't be read: that proves no damage."""
     cause = _first_cause(error)
     if isinstance(cause, UserError):
         raise cause
@@ -371,16 +363,9 @@ def _reader(store: Store, step: int, files: Mapping[str, Any]) -> Reader:
 
 
 def read_alone(store: Store, step: int, state: State) -> None:
-    """Read a checkpoint in this process alone; not a collective, and needs no process group.
+    """Read a checkpoint into the cuts of ``state``, in this process alone; needs no process group.
 
-    Args:
-        store: the place of the checkpoint.
-        step: its step.
-        state: the cuts to read into.
-
-    Raises:
-        UserError: a file can't be read.
-        Damaged: a file is missing or does not match the manifest, or the checkpoint is of another model.
+    Damaged: a file is missing or does not match the manifest, or the checkpoint is of another model.
     """
     files = store.manifest(step)["files"]
     store.verify(step, files)

@@ -18,13 +18,9 @@ class RankState:
         self._model, self._device, self._seed = model, device, seed
 
     def to_save(self, losses: Sequence[Tensor]) -> tuple[dict[str, TensorCuts], dict[str, int]]:
-        """Return the state that this rank saves.
+        """Return the rows that this rank saves, and the counts that the manifest records for ``to_read``.
 
-        Args:
-            losses: since the last record, each a scalar; the same number on every rank.
-
-        Returns:
-            Its rows, and the counts that the manifest records for ``to_read``.
+        ``losses`` are those since the last record, each a scalar; the same number on every rank.
         """
         random = _random_state(self._device)
         kept = [loss.to(self._device) for loss in losses]  # of before a resume they are on the CPU

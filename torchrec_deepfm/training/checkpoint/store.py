@@ -209,15 +209,9 @@ class Store:
         return manifest
 
     def verify(self, step: int, files: Mapping[str, Mapping[str, Any]]) -> None:
-        """Read files of a checkpoint and compare them with the manifest.
+        """Compare files of a checkpoint, all or some, with the manifest.
 
-        Args:
-            step: its step.
-            files: of the manifest, all or some.
-
-        Raises:
-            Damaged: a file is missing, is not a regular file, or has other bytes.
-            UserError: a file can't be read.
+        Damaged: a file is missing, is not a regular file, or has other bytes. UserError: it can't be read.
         """
         for name, entry in files.items():
             digest, size = hashlib.sha256(), 0

@@ -53,13 +53,9 @@ def model_state(model: DistributedModelParallel) -> dict[str, TensorCuts]:
 
 
 def average_state(state: Mapping[str, TensorCuts]) -> dict[str, TensorCuts]:
-    """Rename the weights of a model to those of its moving average in a checkpoint.
+    """Rename the weights of a model to those of its moving average in a checkpoint: ``average.<parameter>``.
 
-    Args:
-        state: of ``model_state``.
-
-    Returns:
-        The same cuts under ``average.<parameter>``; integers, which are not averaged, keep their names.
+    Integers, which are not averaged, keep their names.
     """
     return {
         name.replace("model.", "average.", 1)
@@ -70,14 +66,7 @@ def average_state(state: Mapping[str, TensorCuts]) -> dict[str, TensorCuts]:
 
 
 def local_buffers(model: DistributedModelParallel) -> dict[str, Tensor]:
-    """Return the buffers that differ between ranks: the running statistics of batch normalisation.
-
-    Args:
-        model: the sharded model.
-
-    Returns:
-        Views of floating-point buffers by name, in the same order on every rank; empty without batch normalisation.
-    """
+    """Return the buffers that differ between ranks: the running statistics of batch normalisation, as views."""
     parameters = {name for name, _ in model.named_parameters()}
     return {
         name: value
@@ -308,16 +297,9 @@ def rank_rows(name: str, mine: Tensor) -> tuple[str, TensorCuts]:
 def read_rank_rows(
     name: str, world_size: int, shape: Sequence[int], dtype: torch.dtype
 ) -> tuple[str, TensorCuts, Tensor]:
-    """Request the tensors that all ranks saved with ``rank_rows``.
+    """Request the tensors, of this shape and type, that ``world_size`` ranks saved with ``rank_rows``.
 
-    Args:
-        name: the name.
-        world_size: number of ranks that saved.
-        shape: of each rank's tensor.
-        dtype: of each rank's tensor.
-
-    Returns:
-        Its key, the cuts to read into, and their memory [world_size, *shape].
+    Returns the key, the cuts to read into, and their memory [world_size, *shape].
     """
     memory = torch.empty(world_size, *shape, dtype=dtype)
     return f"ranks.{name}", TensorCuts(tuple(memory.size()), [Cut((0,) * memory.dim(), memory)]), memory

@@ -11,13 +11,7 @@ from torchrec_deepfm.training.config import Metric, TrainConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """The consequences of one evaluation.
-
-    Attributes:
-        best: this is the best evaluation so far.
-        stop: whether to end the training.
-        drop: the learning rates have just been lowered.
-    """
+    """The consequences of one evaluation: is it the best so far, does the training stop, have the rates dropped?"""
 
     best: bool
     stop: bool

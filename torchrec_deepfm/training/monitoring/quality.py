@@ -46,17 +46,7 @@ def click_rate(data: PreparedData) -> float | None:
 
 
 def input_warnings(data: PreparedData) -> list[str]:
-    """Check the scale of the numeric columns in a sample of the training rows.
-
-    Args:
-        data: the prepared data.
-
-    Returns:
-        At most one line, which names the columns far from unit scale.
-
-    Raises:
-        UserError: an array does not fit the manifest.
-    """
+    """Name the columns far from unit scale in a sample of the training rows, in at most one line."""
     names = data.schema.dense_names
     if not names:
         return []
@@ -65,17 +55,10 @@ def input_warnings(data: PreparedData) -> list[str]:
 
 
 def scale_warnings(names: Sequence[str], dense: NDArray[Any]) -> list[str]:
-    """Name the columns that are far from unit scale.
+    """Name the columns of dense [n, I] that are far from unit scale, in at most one line.
 
     A column is far if its root mean square is above 10 or below 0.01, or its largest value above 1,000. Columns of
     zeros and values that are not finite are left to others.
-
-    Args:
-        names: of the I columns.
-        dense: [n, I].
-
-    Returns:
-        At most one line.
 
     Example:
         >>> scale_warnings(["age", "timestamp"], np.array([[0.5, 8e8], [-1.0, 9e8]]))[0][:86]
@@ -97,13 +80,9 @@ def scale_warnings(names: Sequence[str], dense: NDArray[Any]) -> list[str]:
 
 
 def unknown_warnings(data_summary: Mapping[str, Any]) -> list[str]:
-    """Name columns whose held-out values are mostly unknown, though the training values are not.
+    """Name columns whose held-out values are mostly unknown, though the training values are not; at most one line.
 
-    Args:
-        data_summary: the content of ``data.json``.
-
-    Returns:
-        At most one line.
+    ``data_summary`` is the content of ``data.json``.
 
     Example:
         >>> splits = {"train": {"zero": {"user": 0.01, "item": 0.02}}, "test": {"zero": {"user": 0.85, "item": 0.03}}}
@@ -129,14 +108,9 @@ def unknown_warnings(data_summary: Mapping[str, Any]) -> list[str]:
 
 
 def batch_warnings(batch_size: int, rows: int) -> list[str]:
-    """Check that a GPU has enough to compute per step.
+    """Check that a GPU has enough to compute per step of so many samples; ``rows`` are training rows per rank.
 
-    Args:
-        batch_size: samples per step and rank.
-        rows: training rows per rank.
-
-    Returns:
-        At most one line; none where larger batches would leave less than 100 steps per epoch.
+    At most one line; none where larger batches would leave less than 100 steps per epoch.
 
     Example:
         >>> batch_warnings(2048, 45_840_617)[0][:71]
@@ -152,15 +126,9 @@ def batch_warnings(batch_size: int, rows: int) -> list[str]:
 
 
 def first_loss_warnings(step: int, loss: float, rate: float | None) -> list[str]:
-    """Check the mean loss of the first steps.
+    """Check the mean loss of the first ``step`` steps; ``rate`` is the click rate of the training split.
 
-    Args:
-        step: the number of these steps.
-        loss: their mean loss.
-        rate: the click rate of the training split; None if unknown.
-
-    Returns:
-        At most one line: if the loss is above 2 log(2), twice that of a model that always predicts 0.5.
+    At most one line: if the loss is above 2 log(2), twice that of a model that always predicts 0.5.
 
     Example:
         >>> first_loss_warnings(20, 0.7, 0.03)
@@ -177,14 +145,9 @@ def first_loss_warnings(step: int, loss: float, rate: float | None) -> list[str]
 
 
 def result_warnings(summary: Mapping[str, Any], max_ne: float = 1.0) -> list[str]:
-    """Check the final normalised entropies of a run.
+    """Check the final normalised entropies of a run: a line per split whose NE is above ``max_ne``.
 
-    Args:
-        summary: the content of its ``summary.json``.
-        max_ne: the largest NE to accept. The best constant prediction has 1.
-
-    Returns:
-        A line per split whose NE is larger.
+    The best constant prediction has 1.
 
     Example:
         >>> result_warnings({"test": {"ne": 1.25, "auc": 0.5}})
@@ -200,16 +163,7 @@ def result_warnings(summary: Mapping[str, Any], max_ne: float = 1.0) -> list[str
 
 
 def refuse_worse(summary: Mapping[str, Any], run: str, max_ne: float) -> None:
-    """End a finished training with an error if its model is worse than required.
-
-    Args:
-        summary: the content of ``summary.json``, of one run or of several seeds.
-        run: the run's folder, for the message.
-        max_ne: as in ``result_warnings``.
-
-    Raises:
-        WorseThanConstantError: the final NE of a split, of any seed, is above ``max_ne``.
-    """
+    """Raise WorseThanConstantError if the final NE of a split, of any seed, is above ``max_ne``."""
     for name, result in {"": summary, **summary.get("runs", {})}.items():
         for line in result_warnings(result, max_ne):
             raise WorseThanConstantError(

@@ -26,16 +26,10 @@ class Operator(Protocol):
 
 
 class StepProfiler:
-    """Profiles some steps of this rank, after the first ten of this start.
+    """Profiles some steps of this rank, after the first ten of this start; 0 for none.
 
     It writes ``rank_R.json``, a trace that https://ui.perfetto.dev opens, and ``rank_R.txt``, a table of the operators.
-
-    Args:
-        steps: how many; 0 for none.
-        folder: for the files; made when they are written.
-        rank: this rank.
-        device: of the training: on a GPU its kernels are recorded too.
-        say: called on rank 0 with a line, or the table, for the user.
+    On a GPU its kernels are recorded too.
     """
 
     def __init__(self, steps: int, folder: Path, rank: int, device: torch.device, say: Callable[[str], None]) -> None:

@@ -27,15 +27,11 @@ class CowClip:
     n is how many samples of the batch, over all ranks, look the row up (1 for a row that only a penalty moves). The
     first-order weight is left alone, as in the authors' code. Where the optimizer is fused, the gradients of a kernel's
     bags are scaled on their way into it: its rank has those of all samples there. Otherwise the rows of the table's
-    gradient are scaled before the step, penalties included. Each bag holds one id or none.
+    gradient are scaled before the step, penalties included: ``parameters`` are those not fused, by name. Each bag holds
+    one id or none.
 
     (FBGEMM's own ``WeightDecayMode.COWCLIP`` is another rule: with row-wise Adagrad alone, n counts the steps so far
     that saw the row, first-order weight and padding are part of the norms, and Adagrad's sum takes the whole gradient.)
-
-    Args:
-        model: the sharded model; its kernels get hooks.
-        parameters: those that are not fused, by name.
-        config: ``factor_dim``, ``cowclip_ratio`` and ``cowclip_bound``.
     """
 
     def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> None:

@@ -73,14 +73,7 @@ def _is_on_gpu(parameters: Sequence[Tensor]) -> bool:
 
 
 def schedule(config: TrainConfig, total_steps: int) -> Callable[[float], float]:
-    """Linear warm-up, plateau, polynomial decay: the factor of the learning rate at each step.
-
-    Args:
-        config: ``warmup``, ``decay`` and ``decay_power``.
-        total_steps: length of the training.
-
-    Returns:
-        A function from the step (0 is the first) to a factor in (0, 1].
+    """Linear warm-up, plateau, polynomial decay: the factor of the learning rate, in (0, 1], at each step from 0.
 
     Example:
         >>> factor = schedule(TrainConfig(warmup=0.2, decay=0.5, decay_power=1.0), total_steps=10)

@@ -48,18 +48,10 @@ def penalise_looked_up_rows(sparse_arch: SparseArch, config: TrainConfig, device
 def before_step(
     parameters: Mapping[str, nn.Parameter], config: TrainConfig, clip_rows: Callable[[], None] | None = None
 ) -> Callable[..., None] | None:
-    """Build the hook that changes the gradients between the backward pass and the optimizers' step.
+    """Build the hook that changes the gradients before the optimizers' step; None if no option needs it.
 
-    Each penalty lambda/2 ||weight||^2 adds lambda * weight, rows are clipped, then the common norm of the gradients is.
-    Gradients are averaged over the ranks before, so all of this is the same on any number of ranks.
-
-    Args:
-        parameters: those that are not fused, by name.
-        config: ``embedding_l2``, ``linear_l2``, ``over_arch_l2`` and ``clip_norm``.
-        clip_rows: clips the gradients of rows.
-
-    Returns:
-        A hook for ``Optimizer.register_step_pre_hook``; None if no option needs it.
+    Each penalty lambda/2 ||weight||^2 adds lambda * weight, rows are clipped (``clip_rows``), then the common norm of
+    the gradients is. Gradients are averaged over the ranks before, so all of this is the same on any number of ranks.
     """
     penalised = list(_penalised(parameters, config))
     weights = list(parameters.values())

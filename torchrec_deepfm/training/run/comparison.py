@@ -26,17 +26,9 @@ _METRICS: Final = {"AUC": "auc", "log loss": "logloss", "NE": "ne", "calibration
 
 
 def write_comparison(folders: Sequence[Path], output: Path | None = None) -> Path:
-    """Write a page that compares runs with the first one.
+    """Write a page that compares two to five runs, finished or not, with the first one.
 
-    Args:
-        folders: of two to five runs, finished or not.
-        output: the page; by default ``compare_<second run>.html`` in the folder of the first run.
-
-    Returns:
-        The page.
-
-    Raises:
-        UserError: a folder holds no run or a damaged one, two are the same, or there are too many.
+    By default it is ``compare_<second run>.html`` in the folder of the first run.
     """
     if len(folders) > _MOST:
         raise UserError(f"{len(folders)} runs", where="report", remedy=f"a page compares at most {_MOST}")

@@ -21,19 +21,7 @@ _NO_REPORT: Final = "no report can be made of this run"
 
 @dataclass(frozen=True, kw_only=True)
 class RunFiles:
-    """The files of a run; what it does not have, or earlier versions did not write, is None or empty.
-
-    Attributes:
-        folder: of the run.
-        config: ``config.json``.
-        summary: ``summary.json`` of a finished run.
-        plan: ``plan.json``.
-        records: ``metrics.jsonl``.
-        calibration: bins of the reliability curve, by split.
-        curves: ``curves.json``, by split.
-        data: ``data.json``.
-        importance: ``importance.json``.
-    """
+    """The files of a run; what it does not have, or earlier versions did not write, is None or empty."""
 
     folder: Path
     config: RunFile
@@ -75,11 +63,7 @@ class RunFiles:
 
 
 def read_run(folder: Path) -> RunFiles:
-    """Read the files of a run, finished or not.
-
-    Raises:
-        UserError: the folder holds no run, or a file is damaged.
-    """
+    """Read the files of a run, finished or not."""
     config = run_folder.read_config(folder, _NO_REPORT)
 
     def read(name: str, kind: type[Any]) -> dict[str, Any] | None:

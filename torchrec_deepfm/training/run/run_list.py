@@ -37,11 +37,7 @@ class RunLine:
 
 
 def list_runs(folder: Path) -> list[RunLine]:
-    """List the runs in a folder, also those of several seeds, by name.
-
-    Raises:
-        UserError: the folder does not exist, or holds no run.
-    """
+    """List the runs in a folder, also those of several seeds, by name."""
     if not folder.is_dir():
         raise UserError("no such folder", where=folder, remedy="name the folder that holds the runs")
     found = [_line(run) for run in _runs_in(folder)]

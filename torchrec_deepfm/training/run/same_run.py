@@ -82,13 +82,7 @@ def check_same_run(
 def check_saved_by(folder: Path, where: str, record: Mapping[str, Any]) -> None:
     """Check that a run has saved these weights, as far as their manifest records it; earlier versions' do not.
 
-    Args:
-        folder: the run's.
-        where: the folder of the weights.
-        record: its manifest.
-
-    Raises:
-        UserError: another run has; names what differs.
+    The UserError names what differs.
     """
     run, theirs = run_folder.read(folder), record.get("config")
     theirs = theirs if isinstance(theirs, Mapping) else {}

@@ -58,18 +58,11 @@ def folder_of(which: Which, own: Which) -> str:
 
 
 def find_weights(run: Path, checkpoint: str | int | None = None) -> Weights:
-    """Find weights of a run.
+    """Find weights of a run; their files are not checked.
 
-    Args:
-        run: the run's folder.
-        checkpoint: ``None`` for the run's own weights, those that ``summary.json`` measures; ``best`` for those of the
-            best evaluation, ``last`` for those of the end (of an unfinished run: the newest), or a number of steps.
-
-    Returns:
-        Where they are; their files are not checked.
-
-    Raises:
-        UserError: the folder holds no run, or the run has no such weights, or another run has saved them.
+    ``None`` for the run's own weights, those that ``summary.json`` measures; ``best`` for those of the best evaluation,
+    ``last`` for those of the end (of an unfinished run: the newest), or a number of steps. UserError: there are none,
+    or another run has saved them.
     """
     weights = _find(run, checkpoint)
     check_saved_by(run, weights.shown, weights.record())

@@ -39,24 +39,14 @@ class Batches(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Predictions:
-    """The predictions of all ranks, in the order of the rows.
-
-    Attributes:
-        logits: [N].
-        labels: [N] of 0 and 1.
-        weights: [N] of the rows; None if equal.
-    """
+    """The predictions of all ranks, in the order of the N rows; ``weights`` is None if they are equal."""
 
     logits: NDArray[np.float32]
     labels: NDArray[np.float32]
     weights: NDArray[np.float32] | None = None
 
     def check_finite(self) -> None:
-        """Check that every logit is a number.
-
-        Raises:
-            NotFiniteError: a logit is NaN or infinite.
-        """
+        """Raise NotFiniteError if a logit is NaN or infinite."""
         if not np.isfinite(self.logits).all():
             raise NotFiniteError(
                 "the predictions hold a NaN or an infinity, so these weights cannot be used", remedy="train again"

@@ -27,15 +27,7 @@ RELIABILITY_BINS = 20
 
 @dataclass(frozen=True, kw_only=True)
 class ReliabilityBin:
-    """Samples of about the same predicted click probability.
-
-    Attributes:
-        low: smallest prediction among them.
-        high: largest one.
-        rows: number of samples.
-        predicted: their mean prediction.
-        observed: the share of clicks among them; the same as ``predicted`` where the model is calibrated.
-    """
+    """Samples of about the same predicted click probability; calibrated where ``observed`` is ``predicted``."""
 
     low: float
     high: float
@@ -91,14 +83,8 @@ def compute_metrics(
 ) -> Metrics:
     """Compute the metrics of the predictions of one process, in float64.
 
-    Args:
-        logits: [N], N > 0.
-        labels: [N] of 0 and 1.
-        bins: most bins of the reliability curve; 0 for no curve of any kind. Curves count rows, whatever they weigh.
-        weights: [N], not negative; None for equal ones. A set without any weight is evaluated with equal ones.
-
-    Returns:
-        The metrics.
+    ``bins`` is the most bins of the reliability curve; 0 for no curve of any kind. Curves count rows, whatever they
+    weigh. A set without any weight is evaluated with equal ones.
 
     Example:
         >>> compute_metrics(np.float32([-1.0, 0.0, 0.0, 2.0]), np.float32([0, 0, 1, 1])).auc

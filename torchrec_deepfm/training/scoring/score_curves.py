@@ -46,14 +46,7 @@ class ScoreCurves:
 
 
 def score_curves(logits: NDArray[np.floating], labels: NDArray[np.floating]) -> ScoreCurves:
-    """Compute the curves; memory for a few arrays of N numbers.
-
-    Args:
-        logits: [N], N > 0, finite.
-        labels: [N] of 0 and 1.
-
-    Returns:
-        The curves.
+    """Compute the curves of finite logits [N], N > 0; memory for a few arrays of N numbers.
 
     Example:
         >>> found = score_curves(np.array([2.0, 1.0, 1.0, -1.0]), np.array([1, 1, 0, 0]))

@@ -43,13 +43,9 @@ _RECORD: Final = "row_splits"
 class RowSplits:
     """How the rows are split.
 
-    Args:
-        split: ``time``, ``leave-last-out``, ``column``; another one where only leaks across time are looked for.
-        by: The columns.
-        schema: Of the table; where it makes parts of the time column, their format counts.
-        work: The folder.
-        skip_bad: Whether bad rows are left out.
-        halved: The stem whose rows are validation and test, half each.
+    ``split`` is ``time``, ``leave-last-out`` or ``column``; another one where only leaks across time are looked for.
+    Where ``schema`` makes parts of the time column, their format counts. ``halved`` is the stem whose rows are
+    validation and test, half each.
     """
 
     split: str

@@ -163,13 +163,7 @@ def lists(
 
 
 def from_hex(texts: _Texts) -> _Texts:
-    """Read hexadecimal numbers of at most 8 digits.
-
-    Args:
-        texts: n valid texts, null for missing.
-
-    Returns:
-        UInt32 [n].
+    """Read hexadecimal numbers of at most 8 digits as UInt32; null stays null.
 
     Example:
         >>> from_hex(pl.Series(["ff", None])).to_list()
@@ -179,14 +173,7 @@ def from_hex(texts: _Texts) -> _Texts:
 
 
 def texts(column: pa.ChunkedArray) -> pa.Array:
-    """Return the cells of a CSV as text; bytes that are not UTF-8 become replacement characters.
-
-    Args:
-        column: n cells.
-
-    Returns:
-        n texts, null where empty.
-    """
+    """Return the cells of a CSV as text, null where empty; bytes that are not UTF-8 become replacement characters."""
     flat = _flat(column)
     if not flat.undecoded:
         return flat.array

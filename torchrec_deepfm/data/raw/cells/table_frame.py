@@ -22,16 +22,9 @@ HEX: Final = "hex"
 def table_frame(
     table: pa.Table, schema: Schema, types: Sequence[str | None], *, labelled: bool = True
 ) -> tuple[pl.DataFrame, dict[int, str]]:
-    """Convert rows to the types of a ``Piece``.
+    """Convert rows to the types of a ``Piece``: the good rows, and what is wrong with the others by place from 0.
 
-    Args:
-        table: n rows with the columns of the schema, of types that ``category_types`` has accepted.
-        schema: The columns.
-        types: What ``category_types`` returned, or the types that the categories had in training.
-        labelled: Whether to convert the label too.
-
-    Returns:
-        The good rows, as in ``Piece.frame``; and what is wrong with the others by place from 0.
+    ``types`` is what ``category_types`` returned, or what the categories had in training.
     """
     found: dict[str, cells.Values] = {}
     layout = _layout(schema, tuple(types))
@@ -143,21 +136,11 @@ def category_types(
     labelled: bool = True,
     is_text: bool = False,
 ) -> tuple[str | None, ...]:
-    """Check that the columns of a table have types that fit the schema.
+    """Check that the columns of a table have types that fit the schema, and return those of the categories.
 
-    Args:
-        fields: Arrow type by column name; every column of the schema is among them.
-        schema: The columns.
-        types: Types that the categories had in training; ``None`` derives them from the table.
-        labelled: Whether the label is read.
-        is_text: Whether the table is a CSV, whose cells are checked when they are read.
-
-    Returns:
-        ``string``, ``integer`` or, in Criteo's layout, ``hex`` per categorical column; ``None`` where the table has
-        only missing values.
-
-    Raises:
-        UserError: A column has a type that does not fit; the message names it, and no file.
+    ``string``, ``integer`` or, in Criteo's layout, ``hex``; ``None`` where the table has only missing values.
+    ``types``, of the training, override what the table says. The cells of a CSV (``is_text``) are checked when they are
+    read. The UserError names the column, and no file.
     """
     found: list[str | None] = []
     known = types or [schema.options(name).type for name in schema.categorical]

@@ -84,14 +84,8 @@ class Progress:
     ) -> None:
         """Record the steps since the last record.
 
-        Args:
-            step: steps done.
-            epoch: the epoch of this step, from 1.
-            loss: mean loss over their samples, on all ranks.
-            lr: learning rates by name.
-            samples: samples done, on all ranks.
-            rate: samples per second of the training so far.
-            seconds: that this training has taken so far.
+        ``epoch`` counts from 1; ``loss`` is the mean over their samples, on all ranks; ``samples`` are those done, on
+        all ranks; ``rate`` is samples per second of the training so far, ``seconds`` what it has taken.
         """
         with self._writing():
             clock = {"samples_per_second": rate, "seconds": seconds}

@@ -11,14 +11,7 @@ _ARTIFACTS = {"weights": "checkpoint", "encoder": "encoder", "plan": "plan.json"
 
 
 def job_tracker() -> Any:
-    """Open the trackers of this job.
-
-    Returns:
-        TorchX's ``AppRun``; None where the job has no trackers.
-
-    Raises:
-        UserError: a tracker cannot be opened.
-    """
+    """Open the trackers of this job as TorchX's ``AppRun``; None where the job has no trackers."""
     if not os.environ.get("TORCHX_TRACKERS"):
         return None
     from torchx.tracker import app_run_from_env
@@ -35,16 +28,9 @@ def job_tracker() -> Any:
 
 
 def track(tracker: Any, folder: Path, config: TrainConfig, summary: dict[str, Any]) -> None:
-    """Record options, figures and files of a finished run.
+    """Record options, figures and files of a finished run; figures of splits become ``validation_auc`` and the like.
 
-    Args:
-        tracker: Of ``job_tracker``.
-        folder: The run folder.
-        config: Its options.
-        summary: The content of its ``summary.json``; figures of splits become ``validation_auc`` and the like.
-
-    Raises:
-        UserError: the tracker does not take them; the run itself is complete.
+    UserError: the tracker does not take them; the run itself is complete.
     """
     if tracker is None:
         return

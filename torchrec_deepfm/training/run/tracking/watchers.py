@@ -104,11 +104,7 @@ KINDS: dict[str, Callable[[Path, Mapping[str, Any], str | None], Watcher]] = {
 
 
 def check_installed(names: Sequence[str]) -> None:
-    """Check that the packages of some services are there.
-
-    Raises:
-        UserError: one is not.
-    """
+    """Check that the packages of some services are there."""
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise UserError(
@@ -119,17 +115,7 @@ def check_installed(names: Sequence[str]) -> None:
 
 
 def open_watchers(names: Sequence[str], folder: Path, config: TrainConfig, *, resumed: bool) -> list[Watcher]:
-    """Begin or continue a run in each service.
-
-    Args:
-        names: Of the services.
-        folder: The run folder.
-        config: The options to show.
-        resumed: Whether the training continues.
-
-    Raises:
-        UserError: a service does not take it.
-    """
+    """Begin a run in each service, or continue it where the training has resumed."""
     ids: dict[str, str] = {}
     if resumed and (folder / IDS).exists():
         ids = json.loads(read_bytes(folder / IDS, most=1 << 16))
