@@ -71,6 +71,7 @@ OPTIONS = {
         "linear-l2",
         "touched-embedding-l2",
         "touched-linear-l2",
+        "embedding-weight-decay",
         "over-arch-l2",
         "clip-embedding",
         "cowclip-ratio",

@@ -41,6 +41,14 @@ from torchrec_deepfm.training.recipes import RECIPES, paper, recipe
         ({"linear_l2": math.nan}, "--linear-l2 nan: must be 0 (off) or greater, and finite"),
         ({"touched_embedding_l2": -1.0}, "--touched-embedding-l2 -1.0: must be 0 (off) or greater, and finite"),
         ({"touched_linear_l2": math.inf}, "--touched-linear-l2 inf: must be 0 (off) or greater, and finite"),
+        (
+            {"embedding_weight_decay": 20.0, "sparse_lr": 0.05},
+            "--embedding-weight-decay 20.0: times the rate it must be below 1; take less, such as 0.1",
+        ),
+        (
+            {"embedding_weight_decay": -0.1},
+            "--embedding-weight-decay -0.1: must be 0 (off) or greater, and finite",
+        ),
         ({"over_arch_l2": -1e-9}, "--over-arch-l2 -1e-09: must be 0 (off) or greater, and finite"),
         ({"clip_norm": math.nan}, "--clip-norm nan: must be 0 (off) or greater, and finite"),
         ({"ema": 1.0}, "--ema 1.0: the decay of a moving average lies in [0, 1), such as 0.99; 0 for none"),

@@ -24,7 +24,13 @@ BASE = TrainConfig(
 )  # fmt: skip
 CONFIGS = {
     "sharded": replace(
-        BASE, data_parallel_rows=20, touched_embedding_l2=1e-3, touched_linear_l2=1e-4, ema_every=3, clip_norm=0.1
+        BASE,
+        data_parallel_rows=20,
+        touched_embedding_l2=1e-3,
+        touched_linear_l2=1e-4,
+        ema_every=3,
+        clip_norm=0.1,
+        embedding_weight_decay=0.01,
     ),
     "replicated": replace(
         BASE, sparse_optimizer="adam", sparse_lr=0.003, embedding_l2=1e-5, linear_l2=1e-6, clip_norm=0.1

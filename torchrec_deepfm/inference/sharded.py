@@ -60,7 +60,7 @@ class ShardedScorer:
         # An optimizer without state, as none runs; Adam would replicate every table.
         config = dataclasses.replace(
             described.config, qcomms=("fp32",), sparse_optimizer="sgd", ema=0.0, ema_every=1, embedding_l2=0.0,
-            linear_l2=0.0, touched_embedding_l2=0.0, touched_linear_l2=0.0,
+            linear_l2=0.0, touched_embedding_l2=0.0, touched_linear_l2=0.0, embedding_weight_decay=0.0,
         )  # fmt: skip
         constraints = {table_name(name): ParameterConstraints(sharding_types=_WHOLE_ROWS) for name in schema.multi_hot}
         sharded = build_model(

@@ -226,7 +226,8 @@ def _check_penalties(config: TrainConfig, fused: Sequence[str]) -> None:
 
 
 def _check_plan(config: TrainConfig, plan: ShardingPlan, replicated: AbstractSet[str]) -> None:
-    """Refuse a plan that shards a replicated table, or caches a table that ``--ema`` averages."""
+    """Refuse a plan that shards a replicated table, or caches a table that every step reads as a whole."""
+    whole = "--ema" if config.ema else "--embedding-weight-decay" if config.embedding_weight_decay else ""
     for module in plan.plan.values():
         for name, sharding in module.items():  # type: ignore[attr-defined]
             if name in replicated and sharding.sharding_type != ShardingType.DATA_PARALLEL.value:
@@ -238,10 +239,10 @@ def _check_plan(config: TrainConfig, plan: ShardingPlan, replicated: AbstractSet
                     where=f"table {name}",
                     remedy="plan it as data_parallel, or change the option",
                 )
-            if config.ema and sharding.compute_kernel not in IN_MEMORY_KERNELS:
+            if whole and sharding.compute_kernel not in IN_MEMORY_KERNELS:
                 raise UserError(
-                    f"the plan keeps it out of the device's memory ({sharding.compute_kernel}), where --ema "
+                    f"the plan keeps it out of the device's memory ({sharding.compute_kernel}), where {whole} "
                     "would read stale rows or move all of them at each step",
                     where=f"table {name}",
-                    remedy="plan it as fused, or leave out --ema",
+                    remedy=f"plan it as fused, or leave out {whole}",
                 )

@@ -30,6 +30,7 @@ _PENALTIES = (
     "linear_l2",
     "touched_embedding_l2",
     "touched_linear_l2",
+    "embedding_weight_decay",
     "over_arch_l2",
     "clip_norm",
 )
@@ -103,6 +104,9 @@ class RegularizationConfig:
     """L2 penalty of the latent vectors that a batch looks up, per sample, whatever optimizer trains the tables."""
     touched_linear_l2: float = 0.0
     """The same of the first-order weights."""
+    embedding_weight_decay: float = 0.0
+    """Decoupled weight decay of whole tables, whatever optimizer trains them: each step ends with all rows times
+    1 - rate * lambda. A pass over the tables at each step."""
     over_arch_l2: float = 0.0
     """L2 penalty of the MLP's weights, not of its biases and batch normalisation."""
     ema: float = 0.0
@@ -182,6 +186,12 @@ class TrainConfig(
             if getattr(self, option) not in choices:
                 name = option.replace("_", "-")
                 raise UserError(f"choose one of {', '.join(choices)}", where=f"--{name} {getattr(self, option)}")
+        if self.embedding_weight_decay * max(self.sparse_lr, self.dense_lr) >= 1.0:
+            raise UserError(
+                "times the rate it must be below 1",
+                where=f"--embedding-weight-decay {self.embedding_weight_decay}",
+                remedy="take less, such as 0.1",
+            )
         if not 0.0 <= self.ema < 1.0:
             raise UserError(
                 "the decay of a moving average lies in [0, 1), such as 0.99",

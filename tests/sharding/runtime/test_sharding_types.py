@@ -37,6 +37,7 @@ from torchrec_deepfm.training.optim.optimizers import make_optimizer
 # Rows of 12 columns [v (10) | w | padding]: three column shards of 4.
 K, SIZES = 10, {"a": 37, "b": 1, "c": 24, "d": 3, "e": 50, "f": 7, "g": 41}
 NUMERIC, BATCH, STEPS, FILE_STEPS = 2, 8, 5, 2
+WEIGHT_DECAY = {"adagrad": 2.0}
 RATES, DENSE_RATE = {"sgd": 0.1, "adagrad": 0.02, "rowwise_adagrad": 0.02}, 0.005
 TYPES = [
     "data_parallel",
@@ -67,6 +68,7 @@ def config(optimizer: str, world_size: int) -> TrainConfig:
     return TrainConfig(
         factor_dim=K, over_arch_layer_sizes=(6,), activation="tanh", dropout=0.0, batch_size=BATCH // world_size,
         sparse_optimizer=optimizer, sparse_lr=RATES[optimizer], dense_lr=DENSE_RATE,
+        embedding_weight_decay=WEIGHT_DECAY.get(optimizer, 0.0),
     )  # type: ignore[arg-type]  # fmt: skip
 
 
@@ -224,6 +226,8 @@ def plain_training(optimizer: str, columns: Columns) -> dict[str, Any]:
             }
         for update in updates:
             update()
+        for table in tables.values():
+            table.data *= 1 - RATES[optimizer] * WEIGHT_DECAY.get(optimizer, 0.0)
         reported["logits"].append(logits.detach())
     reported["weights"] = read_state(model)
     return reported

@@ -180,15 +180,17 @@ def test_without_a_decay_nothing_is_kept(data: Any, tmp_path: Path, device: torc
     assert not averages(tmp_path / "run" / "checkpoints" / "step_00000004")
 
 
-def test_a_table_behind_a_cache_is_refused(device: torch.device) -> None:
+@pytest.mark.parametrize(("option", "value"), [("ema", 0.9), ("embedding_weight_decay", 0.1)])
+def test_a_table_behind_a_cache_is_refused(device: torch.device, option: str, value: float) -> None:
     table = SimpleNamespace(sharding_type="row_wise", compute_kernel="fused_uvm_caching")
     plan: Any = SimpleNamespace(plan={"sparse": {"t_a": table}})
     build._check_plan(CONFIG, plan, set())
     with pytest.raises(UserError) as raised:
-        build._check_plan(replace(CONFIG, ema=0.9), plan, set())
+        build._check_plan(replace(CONFIG, **{option: value}), plan, set())  # type: ignore[arg-type]
+    name = option.replace("_", "-")
     assert str(raised.value) == (
-        "table t_a: the plan keeps it out of the device's memory (fused_uvm_caching), where --ema would read stale "
-        "rows or move all of them at each step; plan it as fused, or leave out --ema"
+        f"table t_a: the plan keeps it out of the device's memory (fused_uvm_caching), where --{name} would read stale "
+        f"rows or move all of them at each step; plan it as fused, or leave out --{name}"
     )
 
 

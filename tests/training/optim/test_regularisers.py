@@ -62,6 +62,10 @@ def train_plain(model: DeepFMTrain, config: TrainConfig, batches: list[Batch]) -
                 gradient.mul_(config.clip_norm / norms[-1])
         for update in updates:
             update()
+        for name, weight in model.named_parameters():
+            if "embedding_bags" in name:
+                rate = config.sparse_lr if len(weight) > config.data_parallel_rows else config.dense_lr
+                weight.data *= 1 - rate * config.embedding_weight_decay
     return read_state(model), norms
 
 
@@ -79,6 +83,8 @@ def train_plain(model: DeepFMTrain, config: TrainConfig, batches: list[Batch]) -
         {"touched_embedding_l2": 3.0, "touched_linear_l2": 2.0, "sparse_optimizer": "rowwise_adagrad"},
         {"touched_embedding_l2": 3.0, "sparse_optimizer": "adagrad", "data_parallel_rows": 10},
         {"touched_linear_l2": 3.0, "sparse_optimizer": "sgd", "over_arch_l2": 0.2},
+        {"embedding_weight_decay": 2.0},
+        {"embedding_weight_decay": 2.0, "sparse_optimizer": "rowwise_adagrad", "data_parallel_rows": 30},
     ],
     ids=str,
 )
@@ -110,7 +116,7 @@ def test_a_penalty_is_what_it_adds_to_the_loss(device: torch.device, options: di
     name = next(name for name in actual if "t_big" in name)
     moved = not torch.equal(actual[name][unseen], before[name][unseen])
     assert unseen
-    assert moved == bool(config.embedding_l2), "whole tables move, and only by a penalty on whole tables"
+    assert moved == bool(config.embedding_l2 or config.embedding_weight_decay), "only these move whole tables"
 
 
 @pytest.mark.parametrize("option", ["embedding_l2", "linear_l2"])

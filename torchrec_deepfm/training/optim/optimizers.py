@@ -14,7 +14,7 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec_deepfm.sharding.inputs.sparse_optimizers import SPARSE_OPTIMIZERS
 from torchrec_deepfm.training.config import TrainConfig
 from torchrec_deepfm.training.optim.cowclip import CowClip
-from torchrec_deepfm.training.optim.regularisers import before_step, is_table_weight
+from torchrec_deepfm.training.optim.regularisers import before_step, decay_tables, is_table_weight
 
 
 def fuse_sparse_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> None:
@@ -51,8 +51,7 @@ def make_optimizer(model: DistributedModelParallel, config: TrainConfig) -> Comb
         {name: weight for name, weight in rest.items() if name not in tables},
         lambda parameters: torch.optim.Adam(parameters, lr=config.dense_lr, fused=_is_on_gpu(parameters)),
     )
-    fused: KeyedOptimizer = model.fused_optimizer
-    parts: list[KeyedOptimizer | tuple[str, KeyedOptimizer]] = [fused, dense]
+    parts: list[KeyedOptimizer | tuple[str, KeyedOptimizer]] = [model.fused_optimizer, dense]
     if tables:
         optimizer_class, options = SPARSE_OPTIMIZERS[config.sparse_optimizer]
         eager = KeyedOptimizerWrapper(
@@ -60,6 +59,8 @@ def make_optimizer(model: DistributedModelParallel, config: TrainConfig) -> Comb
         )
         parts.insert(1, eager)
     combined = CombinedOptimizer(parts)
+    if config.embedding_weight_decay:
+        combined.register_step_post_hook(decay_tables(model, config, combined))
     clip_rows = CowClip(model, rest, config).clip_tables if config.clip_embedding == "cowclip" else None
     hook = before_step(rest, config, clip_rows)
     if hook is not None:

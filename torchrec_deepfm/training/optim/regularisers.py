@@ -8,8 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.optim.keyed import KeyedOptimizer
 
 from torchrec_deepfm.model.arches import SparseArch
+from torchrec_deepfm.training.checkpoint.tensors import model_state
 from torchrec_deepfm.training.config import TrainConfig
 
 
@@ -66,6 +69,37 @@ def before_step(
             clip_rows()
         if config.clip_norm:
             torch.nn.utils.clip_grad_norm_(weights, config.clip_norm)
+
+    return hook
+
+
+def decay_tables(
+    model: DistributedModelParallel, config: TrainConfig, optimizer: KeyedOptimizer
+) -> Callable[..., None]:
+    r"""Build the hook that shrinks all rows of all tables after a step: each loses the share rate * lambda.
+
+    A fused kernel moves the rows of the batch alone. This moves the others too, each rank its own shards, so it is the
+    same under any plan and on any number of ranks.
+
+    Args:
+        model: the sharded model, its tables in the memory of its device.
+        config: ``embedding_weight_decay``, and ``data_parallel_rows``, up to which tables have the dense rate.
+        optimizer: all of ``make_optimizer``, whose groups have today's rates.
+
+    Returns:
+        A hook for ``Optimizer.register_step_post_hook``.
+    """
+    state = {name: cuts for name, cuts in model_state(model).items() if is_table_weight(name)}
+    small: list[Tensor] = []
+    large: list[Tensor] = []
+    for cuts in state.values():
+        (small if cuts.size[0] <= config.data_parallel_rows else large).extend(cut.tensor.detach() for cut in cuts.cuts)
+
+    def hook(*_: Any) -> None:
+        groups = list(optimizer.param_groups)
+        for tensors, group in ((small, groups[-1]), (large, groups[0])):
+            if tensors:
+                torch._foreach_mul_(tensors, 1.0 - group["lr"] * config.embedding_weight_decay)
 
     return hook
 
