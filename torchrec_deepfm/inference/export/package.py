@@ -9,9 +9,11 @@ encoder/        what turns raw rows into ids and numbers; see ``RowEncoder``
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
+import jinja2
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
@@ -178,86 +180,13 @@ def readme(package: PackageFile, example: Mapping[str, Any] | None, folder: str 
 
     ``example``: a raw row; ``None`` for a package without encoder. ``folder``: where in it the model is, with a slash.
     """
-    signature = package.signature
-    shapes = {
-        "dense": f"np.zeros((2, {len(signature.dense)}), np.float32)",
-        "ids": f"np.zeros((2, {len(signature.ids)}), np.int64)",
-        "values": f"np.zeros({2 * len(signature.bags)}, np.int64)",
-        "lengths": f"np.ones(({len(signature.bags)}, 2), np.int64)",
-        "weights": f"np.ones({2 * len(signature.bags)}, np.float32)",
-    }
-    inputs = ", ".join(f'"{name}": {shapes[name]}' for name in signature.inputs)
-    lines = {
-        "onnx": [
-            "import numpy as np",
-            "import onnxruntime",
-            f'session = onnxruntime.InferenceSession("{folder}model.onnx")',
-            f"inputs = {{{inputs}}}",
-            'print(session.run(["probability"], inputs)[0])',
-        ],
-        "torch-export": [
-            "import numpy as np",
-            "import torch",
-            'model = torch.export.load("model.pt2").module()',
-            f"inputs = {{{inputs}}}",
-            "print(model(**{name: torch.from_numpy(value) for name, value in inputs.items()})['probability'])",
-        ],
-        "aoti": [
-            "import numpy as np",
-            "import torch",
-            'model = torch._inductor.aoti_load_package("model.pt2")',
-            f"inputs = {{{inputs}}}",
-            "print(model(**{name: torch.from_numpy(value) for name, value in inputs.items()})['probability'])",
-        ],
-    }[package.form]
-    needs = (
-        "numpy and onnxruntime" if package.form == "onnx" else f"numpy and torch {package.versions.get('torch', '')}"
+    environment = jinja2.Environment(  # noqa: S701 - Markdown, of the package's own words
+        undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True
     )
-    meaning = {
-        "dense": f"float32 [B, {len(signature.dense)}]: {', '.join(signature.dense)}, transformed as in training",
-        "ids": f"int64 [B, {len(signature.ids)}]: one id each of {', '.join(signature.ids)}",
-        "values": f"int64 [N]: the ids of all bags; first those of {signature.bags[:1]} row by row, then of the next",
-        "lengths": f"int64 [{len(signature.bags)}, B]: ids per bag of {', '.join(signature.bags)}",
-        "weights": "float32 [N]: a weight per id in a bag, 1 where a feature has none",
-    }
-    text = [
-        "# DeepFM, exported",
-        "",
-        f"Form {package.form}, tables {package.tables}. Parity with the trained model: {json.dumps(package.parity)}.",
-        "",
-    ]
-    if example is not None:
-        text += [
-            "Raw rows, with torchrec_deepfm installed:",
-            "",
-            "```python",
-            "import torchrec_deepfm",
-            'predictor = torchrec_deepfm.load(".")',
-            f"row = {dict(example)!r}",
-            "print(predictor.predict([row]))",
-            "print(predictor.explain([row]).text(0))",
-            "```",
-            "",
-        ]
-    text += [
-        f"Ids and numbers that are already encoded, with {needs} alone, in this folder:",
-        "",
-        "```python",
-        *lines,
-        "```",
-        "",
-        "Inputs; B rows, any number of them:",
-        "",
-        *(f"- `{name}`: {meaning[name]}" for name in signature.inputs),
-        "",
-        "Outputs; the last two explain the first one, whose logit is the sum of the bias and the terms",
-        f"{', '.join(package.terms)}:",
-        "",
-        "- `probability`: float32 [B]; NaN for a row with an id that the model does not have",
-        f"- `fields`: float32 [B, F, {package.factor_dim + 1}]: `[V x | w x]` of each field, numeric ones first",
-        "- `deep`: float32 [B]: the deep part of the logit",
-        "",
-        f"`{PACKAGE}` lists the features, the number of ids of each, versions and checksums.",
-        "",
-    ]
-    return "\n".join(text)
+    template = resources.files(__package__).joinpath("README.md.j2").read_text(encoding="utf-8")
+    return environment.from_string(template).render(
+        package=package,
+        parity=json.dumps(package.parity),
+        example=None if example is None else dict(example),
+        folder=folder,
+    )
