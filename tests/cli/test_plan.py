@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.pages import embedded_data
 from torchrec_deepfm.cli import main as cli
-from torchrec_deepfm.report.page import embedded_data
 from torchrec_deepfm.sharding.inputs.hardware_toml import read_hardware
 from torchrec_deepfm.sharding.inputs.tables import Table
 from torchrec_deepfm.sharding.plan.io import load_plan

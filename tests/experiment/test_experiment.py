@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.pages import embedded_data
 from tests.support.plans.experiments import BATCH_SIZE, plan
 from tests.support.ranks import run_module, run_modules
 from torchrec_deepfm.cli import main as cli
@@ -17,7 +18,6 @@ from torchrec_deepfm.cli.experiment import ExperimentCommand
 from torchrec_deepfm.experiment.results import CollectiveBytes, Experiment, read_experiment
 from torchrec_deepfm.experiment.step_timer import PHASES
 from torchrec_deepfm.experiment.workload import DENSE_IN_FEATURES, BatchOptions, batches
-from torchrec_deepfm.report.page import embedded_data
 from torchrec_deepfm.sharding.estimate import predict_plan
 from torchrec_deepfm.sharding.inputs.tables import Table, read_tables
 from torchrec_deepfm.sharding.plan.io import load_plan, save_plan

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from tests.support.pages import embedded_data
 from tests.support.plans.experiments import cpu, experiment, plan
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.experiment.report import write_experiment_report
-from torchrec_deepfm.report.page import embedded_data
 from torchrec_deepfm.sharding.estimate import with_prediction
 from torchrec_deepfm.sharding.inputs.presets import PRESETS
 from torchrec_deepfm.sharding.inputs.tables import Table

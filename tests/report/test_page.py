@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from tests.support.pages import embedded_data
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.report.page import (
     BLUE,
@@ -25,7 +26,6 @@ from torchrec_deepfm.report.page import (
     Pictures,
     Section,
     Terms,
-    embedded_data,
     render,
     write_page,
 )

@@ -1,6 +1,6 @@
 """The report of an experiment: one HTML file, beside the plans that it links to. No torch.
 
-What a picture shows is in the page as data too (``page.embedded_data``).
+What a picture shows is in the page as data too (``page.Data``).
 """
 
 import math
@@ -58,10 +58,8 @@ def experiment_matrices(experiment: Experiment) -> dict[str, list[list[float | N
     return found
 
 
-def write_experiment_report(
-    experiment: Experiment, path: Path, *, others: Mapping[str, Mapping[int, float]] | None = None
-) -> None:
-    """Write the report beside the ``plans`` folder; ``others`` are more lines of the scaling curve."""
+def write_experiment_report(experiment: Experiment, path: Path) -> None:
+    """Write the report beside the ``plans`` folder."""
     settings = experiment.settings
     sections = [
         Section("Summary", *_summary(experiment)),
@@ -70,7 +68,7 @@ def write_experiment_report(
         Section("Where the time goes", *_splits(experiment)),
         Section("Rank by rank", *_heat_maps(experiment)),
         Section("Bytes exchanged", *_traffic(experiment)),
-        *_scaling(experiment, others or {}),
+        *_scaling(experiment),
     ]
     widths = sorted({table.embedding_dim for table in settings.tables})
     subtitle = (
@@ -232,13 +230,12 @@ def _traffic(experiment: Experiment) -> list[Block]:
     return [PageTable(head, rows), Paragraph(text)]
 
 
-def _scaling(experiment: Experiment, others: Mapping[str, Mapping[int, float]]) -> list[Section]:
+def _scaling(experiment: Experiment) -> list[Section]:
     fastest = min(one.step_ms for one in experiment.plans)
     lines: dict[str, Mapping[int, float]] = {}
     if experiment.scaling:
         lines["predicted, for the plan that the search finds"] = experiment.scaling
     lines["measured, fastest plan"] = {experiment.settings.ranks: fastest}
-    lines |= others
     if len({ranks for line in lines.values() for ranks in line}) < 2:
         return []
     picture = Picture(

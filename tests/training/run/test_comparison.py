@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 
+from tests.support.pages import embedded_data
 from tests.training.run.test_report import CONFIG, CURVES, RECORDS, SUMMARY, Cells, evaluation, make_run
 from torchrec_deepfm.cli import main as cli
 from torchrec_deepfm.errors import UserError
-from torchrec_deepfm.report.page import NOTHING, embedded_data
+from torchrec_deepfm.report.page import NOTHING
 from torchrec_deepfm.training.run.comparison import write_comparison
 
 pytestmark = pytest.mark.pictures

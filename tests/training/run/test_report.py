@@ -15,10 +15,11 @@ import torch
 from matplotlib.figure import Figure
 
 from tests.faults.runs import make_data
+from tests.support.pages import embedded_data
 from tests.support.pictures import undrawn
 from torchrec_deepfm.cli import main as cli
 from torchrec_deepfm.errors import UserError
-from torchrec_deepfm.report.page import NOTHING, embedded_data
+from torchrec_deepfm.report.page import NOTHING
 from torchrec_deepfm.report.score_figures import (
     histogram_figure,
     precision_recall_figure,
