@@ -13,7 +13,7 @@ ROWS: Final = 1_200_000
 SEED: Final = 0
 
 
-def sample_data(root: Path, report: Callable[[str], None], *, rows: int = ROWS) -> PreparedData:
+def sample_data(root: Path, report: Callable[[str], None]) -> PreparedData:
     """Open the sample below ``root``, generating it first if it is missing.
 
     ``root``: the folder that holds it: ``raw/`` (Criteo-format text) and ``prepared/``. ``report``: called with a line
@@ -24,8 +24,8 @@ def sample_data(root: Path, report: Callable[[str], None], *, rows: int = ROWS) 
         return PreparedData.open(prepared)
     if raw.exists():  # left by a start that was interrupted between the two
         shutil.rmtree(raw)
-    report(f"No --data given: generating {rows:,} rows of synthetic click logs in {root}")
-    generate(raw, rows=rows, seed=SEED)
+    report(f"No --data given: generating {ROWS:,} rows of synthetic click logs in {root}")
+    generate(raw, rows=ROWS, seed=SEED)
     return prepare(
         [raw / "day_0.tsv"], prepared, validation=[raw / "validation.tsv"], test=[raw / "test.tsv"], report=report
     )

@@ -9,8 +9,8 @@
                  "shards": [{"rank": 0, "offsets": [0, 0], "sizes": [1000, 8], "predicted": {...} or null}, ...]}]}
 
 Offsets and sizes are [row, column] and [rows, columns]. A data_parallel table has one shard per rank, each the whole
-table. ``plan.PlanFile`` declares types and ranges, ``plan_check`` checks that the shards cover the tables and fit the
-ranks, and ``plan_sharding`` converts to TorchRec's ``ShardingPlan`` and back.
+table. ``plan.PlanFile`` declares types and ranges, ``validate.py`` checks that the shards cover the tables and fit the
+ranks, and ``torchrec_plan.py`` converts to TorchRec's ``ShardingPlan`` and back.
 """
 
 import json

@@ -3,7 +3,7 @@
 The slowest rank is never faster than the mean rank, nor than what is on every rank plus the most expensive piece. A
 table's **share** is what a way adds to the mean. So for every bound on the price of a piece, the ways with the least
 shares below it give a start; the best starts are then improved table by table, each step really placed
-(``balance.place``). Where memory is short, shares are priced with the memory that they take (a Lagrange multiplier),
+(``placement.place``). Where memory is short, shares are priced with the memory that they take (a Lagrange multiplier),
 from little to much.
 
 Everything is deterministic, and bounded by the number of placements, not by time.

@@ -23,6 +23,8 @@ from torchrec_deepfm.sharding.inputs.sharding_types import (
 )
 from torchrec_deepfm.sharding.inputs.tables import Table
 
+# Columns of a shard at least; a multiple of 4. Narrow shards mean many small kernels and rows that fill no cache line,
+# which the estimators do not count.
 MIN_WIDTH: Final = 8
 
 CACHE_SHARES: Final = (0.05, 0.1, 0.35, 0.5, 0.65, 0.8, 0.95)
@@ -81,9 +83,6 @@ class WidthEnumerator(UncopiedEnumerator):
     (unless a constraint leaves nothing else): table_column_wise, which by the estimates is column_wise with fewer
     places; types that can't run (``sharding_types.why_rows_impossible``); and kernels that keep rows in host memory if
     ``host_memory`` is false: they are slow, and without them a search has a third of the options.
-
-    ``min_width`` is the least columns of a shard; a multiple of 4. Narrow shards mean many small kernels and rows that
-    fill no cache line, which the estimators do not count.
     """
 
     def __init__(
@@ -94,11 +93,9 @@ class WidthEnumerator(UncopiedEnumerator):
         estimator: ShardEstimator | list[ShardEstimator] | None = None,
         use_exact_enumerate_order: bool = True,
         *,
-        min_width: int = MIN_WIDTH,
         host_memory: bool = True,
     ) -> None:
         super().__init__(topology, batch_size, constraints, estimator, use_exact_enumerate_order)
-        self._min_width = max(min_width, 4)
         self._host_memory = host_memory
 
     def enumerate(self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]]) -> list[ShardingOption]:
@@ -186,7 +183,7 @@ class WidthEnumerator(UncopiedEnumerator):
     def _widths(self, option: ShardingOption) -> list[int]:
         columns = option.tensor.shape[1]
         # More shards than ranks may fill the ranks more evenly; on one rank they only cost more.
-        narrower = range(4 * -(-self._min_width // 4), columns if self._world_size > 1 else 0, 4)
+        narrower = range(MIN_WIDTH, columns if self._world_size > 1 else 0, 4)
         widths = [width for width in narrower if columns % width == 0]
         torchrecs = default_min_partition(columns)
         if torchrecs is not None and torchrecs >= WIDE_ENOUGH and torchrecs not in widths:
