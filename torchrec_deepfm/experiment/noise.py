@@ -13,6 +13,8 @@ from typing import Final
 import torch
 import torch.distributed as dist
 
+from torchrec_deepfm.distributed.process_group import gather
+
 # Of glibc's malloc.h.
 _M_TRIM_THRESHOLD: Final = -1
 _M_MMAP_THRESHOLD: Final = -3
@@ -81,8 +83,7 @@ def _pin() -> None:
     if not hasattr(os, "sched_setaffinity"):  # macOS has none
         return
     own = (socket.gethostname(), sorted(os.sched_getaffinity(0)))
-    everyone: list[tuple[str, list[int]]] = [own] * dist.get_world_size()
-    dist.all_gather_object(everyone, own)
+    everyone: list[tuple[str, list[int]]] = gather(own)
     mates = [rank for rank, (host, _) in enumerate(everyone) if host == own[0]]
     if any(everyone[rank][1] != own[1] for rank in mates):
         return

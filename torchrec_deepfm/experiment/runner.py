@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from torchrec_deepfm.distributed.process_group import gather
 from torchrec_deepfm.experiment.comm_bytes import CollectiveCounter
 from torchrec_deepfm.experiment.memory import PeakMemory
 from torchrec_deepfm.experiment.noise import release_memory, without_garbage_collection
@@ -87,8 +88,7 @@ def measure_plans(
             _turn(plans[number][1], records[number], options, own, device, first=turn == 0)
         if dist.get_rank() == 0:
             report(f"turn {turn + 1} of {options.turns}: {len(plans)} plans measured")
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, [one.result() for one in records])
+    gathered = gather([one.result() for one in records])
     return tuple(
         PlanMeasured(name=name, plan=plan, ranks=tuple(of_rank[number] for of_rank in gathered))
         for number, (name, plan) in enumerate(plans)

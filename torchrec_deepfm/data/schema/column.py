@@ -185,15 +185,15 @@ def is_date(text: str) -> bool:
     return True
 
 
-def toml_text(text: str) -> str:
-    r"""Quote any text, also one with quotes and control characters, as a TOML string on one line.
+def toml_text(value: str | float) -> str:
+    r"""Write a number, or a text, also one with quotes and control characters, as TOML on one line.
 
     Example:
         >>> toml_text('a "b"')
         '"a \\"b\\""'
     """
     # TOML accepts JSON's escapes and requires one more character to be escaped.
-    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def toml_key(name: str) -> str:

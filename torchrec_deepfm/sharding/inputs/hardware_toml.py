@@ -11,13 +11,13 @@ A description of your own is a TOML file; whatever it leaves out comes from its 
     shard_ms = 0.01
 """
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Final
 
+from torchrec_deepfm.data.schema import toml_text
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.files import parse_toml, read_text, write_text
 from torchrec_deepfm.sharding.inputs.hardware import BANDWIDTHS, CAPACITIES, Hardware
@@ -61,12 +61,12 @@ def read_hardware(name_or_toml: str) -> Hardware:
 def write_hardware(hardware: Hardware, path: Path) -> None:
     """Write a description as a TOML file that ``read_hardware`` reads back equal; an existing one is replaced."""
     lines = [
-        f"{each.name} = {_toml(getattr(hardware, each.name))}"
+        f"{each.name} = {toml_text(getattr(hardware, each.name))}"
         for each in fields(hardware)
         if each.name != "extra" and getattr(hardware, each.name) is not None
     ]
     if hardware.extra:
-        lines += ["", "[extra]", *(f"{key} = {_toml(cost)}" for key, cost in hardware.extra.items())]
+        lines += ["", "[extra]", *(f"{key} = {toml_text(cost)}" for key, cost in hardware.extra.items())]
     write_text(path, "\n".join(lines) + "\n", what="description")
 
 
@@ -87,8 +87,3 @@ def _completed(given: Mapping[str, Any]) -> dict[str, Any]:
                 amount = parse_quantity(f"{key}:", text, like=like)
                 found[key] = round(amount) if keys is CAPACITIES else amount
     return found
-
-
-def _toml(value: str | float) -> str:
-    # A JSON string is a TOML string except for DEL, which TOML requires to be escaped.
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

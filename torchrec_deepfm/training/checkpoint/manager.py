@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save, save
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from torchrec_deepfm.distributed.disk_errors import refused, unreadable
-from torchrec_deepfm.distributed.process_group import is_main, on_main
+from torchrec_deepfm.distributed.process_group import gather, is_main, on_main
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.remote.address import as_os_error
 from torchrec_deepfm.training.checkpoint.dcp import (
@@ -239,9 +239,8 @@ def verify_together(store: Store, step: int, files: Mapping[str, Any]) -> str | 
 
 def _error_of_any_rank(error: Exception | None) -> str | None:
     """Return the first error of any rank, the same on all; raise a UserError. A collective."""
-    errors: list[Exception | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, error)
-    found = sorted((each for each in errors if each is not None), key=lambda each: not isinstance(each, UserError))
+    errors = [each for each in gather(error) if each is not None]
+    found = sorted(errors, key=lambda each: not isinstance(each, UserError))
     if found and isinstance(found[0], UserError):
         raise found[0]
     return str(found[0]) if found else None
@@ -270,9 +269,7 @@ def save_model(model: DistributedModelParallel, folder: Path, about: Mapping[str
             save(owned(model_state(model)), storage_writer=writer, planner=SavePlanner())
     except _FAILED as error:
         raise _as_user_error(error, str(folder), _AGAIN) from error
-    from_ranks: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(from_ranks, writer.digests)
-    files = {name: entry for digests in from_ranks for name, entry in sorted(digests.items())}
+    files = {name: entry for digests in gather(writer.digests) for name, entry in sorted(digests.items())}
 
     def commit() -> None:
         try:

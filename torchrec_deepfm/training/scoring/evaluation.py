@@ -14,7 +14,7 @@ from torchrec.datasets.utils import Batch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import EvalPipelineSparseDist
 
-from torchrec_deepfm.distributed.process_group import on_main
+from torchrec_deepfm.distributed.process_group import gather, on_main
 from torchrec_deepfm.model.arches import check_seen_ids
 from torchrec_deepfm.training.checkpoint.tensors import averaged_buffers
 from torchrec_deepfm.training.scoring.metrics import Metrics, NotFiniteError, compute_metrics
@@ -167,8 +167,7 @@ def gather_predictions(logits: Tensor, labels: Tensor, batch_size: int) -> Predi
     Returns:
         The predictions on rank 0, None on the others.
     """
-    counts = [0] * dist.get_world_size()
-    dist.all_gather_object(counts, len(logits))
+    counts = gather(len(logits))
     targets = labels.float() if labels.dim() == 2 else labels.float().unsqueeze(1)
     known = torch.cat([logits.float().unsqueeze(1), targets], dim=1)
     mine = torch.zeros(max(counts), known.shape[1])
