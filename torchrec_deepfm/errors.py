@@ -1,6 +1,7 @@
 """The one exception a user of this package is meant to read, and helpers for its message. Standard library only."""
 
 import difflib
+import math
 from collections.abc import Iterable
 from typing import ClassVar
 
@@ -41,6 +42,13 @@ class WorseThanConstantError(UserError):
 
 # Exit codes of a process that ended with one line for the user; a restart would end the same way.
 USER_ERROR_EXIT_CODES = (UserError.exit_code, WorseThanConstantError.exit_code)
+
+
+def check_range(field: str, value: float | None, least: float, most: float = math.inf) -> None:
+    """Refuse the number of an option, named by its field, that is out of its range; None is not given."""
+    if value is not None and not least <= value <= most:
+        what = f"least {least:,}" if value < least else f"most {most:,}"
+        raise UserError(f"must be at {what}", where=f"--{field.replace('_', '-')} {value}")
 
 
 def shown(value: object, most: int = 60) -> str:

@@ -14,13 +14,14 @@ from torchrec_deepfm.cli import main as cli
 from torchrec_deepfm.data.dataset.prepared import PreparedData
 from torchrec_deepfm.data.loader.loader import Loader
 from torchrec_deepfm.data.prepare.prepare import prepare
-from torchrec_deepfm.data.prepare.stored_output import prepared_output
+from torchrec_deepfm.data.prepare.stored_output import stored_output
 from torchrec_deepfm.data.prepare.workers import Workers
 from torchrec_deepfm.data.schema import Schema
 from torchrec_deepfm.data.schema.column import Column
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.remote import cache
 from torchrec_deepfm.remote.objects import Objects
+from torchrec_deepfm.remote.places import PreparedOutput
 
 ROWS = 9_000  # several blocks to a split
 
@@ -183,7 +184,7 @@ def test_prepare_that_cannot_store_resumes(raw: str, s3: FaultProxy, capsys: pyt
 def test_what_is_there_is_not_touched(raw: str, tmp_path: Path) -> None:
     with (
         pytest.raises(UserError, match=rf"^--output {raw}: it is not empty; name another one or remove what is there"),
-        prepared_output(Path(raw), Workers()),
+        stored_output(PreparedOutput(Path(raw), "manifest.json"), Workers()),
     ):
         raise AssertionError("it was not refused")
     assert set(Objects(raw).entries()) == {"day_0", "day_1"}

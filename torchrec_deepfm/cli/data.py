@@ -65,15 +65,17 @@ class Prepare:
         cores = console.threads()
         os.environ["POLARS_MAX_THREADS"] = str(cores)  # read when polars is loaded
         from torchrec_deepfm.data.criteo_defaults import criteo_preset
+        from torchrec_deepfm.data.dataset.prepared import MANIFEST
         from torchrec_deepfm.data.prepare.prepare import prepare
-        from torchrec_deepfm.data.prepare.stored_output import prepared_output
+        from torchrec_deepfm.data.prepare.stored_output import stored_output
         from torchrec_deepfm.data.schema import load_schema
+        from torchrec_deepfm.remote.places import PreparedOutput
 
         schema, options = load_schema(self.schema), replace(self.options, threads=cores)
         unset = criteo_preset(self.schema, hash=options.hash, held_out=bool(self.validation or self.test))
         options = replace(options, **{name: value for name, value in unset.items() if not getattr(options, name)})
 
-        with data_ranks() as workers, prepared_output(self.output, workers) as output:
+        with data_ranks() as workers, stored_output(PreparedOutput(self.output, MANIFEST), workers) as output:
             prepare(
                 self.input,
                 output,

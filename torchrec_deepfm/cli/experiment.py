@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from torchrec_deepfm import console
-from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.errors import UserError, check_range
 from torchrec_deepfm.files import check_target
 from torchrec_deepfm.launch import launcher
 from torchrec_deepfm.sharding.inputs.hardware import MAX_BATCH_SIZE, MAX_RANKS
@@ -64,19 +64,11 @@ class ExperimentCommand:
     def __post_init__(self) -> None:
         """Check the numbers."""
         for name in ("batch_size", "steps", "turns", "ranks"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError("must be at least 1", where=f"--{name.replace('_', '-')} {value}")
-        for option, most in (("batch_size", MAX_BATCH_SIZE), ("ranks", MAX_RANKS)):
-            if (getattr(self, option) or 0) > most:
-                raise UserError(
-                    f"must be at most {most:,}", where=f"--{option.replace('_', '-')} {getattr(self, option)}"
-                )
-        for count in self.scaling:
-            if count < 1:
-                raise UserError("must be at least 1", where=f"--scaling {count}")
-            if count > MAX_RANKS:
-                raise UserError(f"must be at most {MAX_RANKS:,}", where=f"--scaling {count}")
+            check_range(name, getattr(self, name), 1)
+        check_range("batch_size", self.batch_size, 1, MAX_BATCH_SIZE)
+        for name, counts in (("ranks", (self.ranks,)), ("scaling", self.scaling)):
+            for count in counts:
+                check_range(name, count, 1, MAX_RANKS)
         for size in self.over_arch_layer_sizes:
             if size < 1:
                 raise UserError("every hidden layer needs at least one unit", where=f"--over-arch-layer-sizes {size}")

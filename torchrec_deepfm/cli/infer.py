@@ -10,7 +10,7 @@ import tyro
 
 from torchrec_deepfm import console
 from torchrec_deepfm.cli.data_ranks import data_ranks
-from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.errors import UserError, check_range
 from torchrec_deepfm.inference.serve.limits import Limits
 from torchrec_deepfm.units import format_bytes
 
@@ -59,10 +59,11 @@ class Predict:
         with data_ranks() as ranks:
             if predictor is None:
                 predictor = self._sharded(run) or load()
+            from torchrec_deepfm.data.prepare.stored_output import stored_output
             from torchrec_deepfm.inference.predict import predict_files
-            from torchrec_deepfm.inference.stored_output import predicted_output
+            from torchrec_deepfm.remote.places import FileOutput
 
-            with predicted_output(self.output, ranks) as output:
+            with stored_output(FileOutput(self.output), ranks) as output:
                 found = predict_files(
                     predictor,
                     self.input,
@@ -189,8 +190,7 @@ class Serve:
     def run(self) -> None:
         """Serve until SIGTERM or Ctrl-C."""
         path = _one_of(self.run_folder, self.package)
-        if self.threads < 1:
-            raise UserError("must be at least 1", where=f"--threads {self.threads}")
+        check_range("threads", self.threads, 1)
         os.environ["POLARS_MAX_THREADS"] = "1"  # a batch is small
         console.import_quietly("torchrec")
         try:

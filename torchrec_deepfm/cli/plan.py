@@ -6,20 +6,15 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, get_args
+from typing import Annotated, get_args
 
 import tyro
 
 from torchrec_deepfm import console
-from torchrec_deepfm.errors import UserError, one_of
+from torchrec_deepfm.errors import UserError, check_range, one_of
 from torchrec_deepfm.files import check_target
 from torchrec_deepfm.sharding.inputs.sharding_types import FusedOptimizer
 from torchrec_deepfm.sharding.plan.plan import OLD_SEARCHES, Objective, PlanFile, Search
-
-if TYPE_CHECKING:
-    from torchrec_deepfm.sharding.plan.report import ComparedRow
-    from torchrec_deepfm.sharding.search.compare import Compared
-
 
 # Ranks times tables up to which a report shows TorchRec's plan beside: its planner takes seconds there.
 _BESIDE = 1024
@@ -123,11 +118,8 @@ class PlanCommand:
         from torchrec_deepfm.sharding.inputs.hardware_toml import read_hardware
         from torchrec_deepfm.sharding.inputs.tables import read_tables
 
-        for option, value, most in (("ranks", self.ranks, MAX_RANKS), ("batch-size", self.batch_size, MAX_BATCH_SIZE)):
-            if not 1 <= value <= most:
-                raise UserError(
-                    f"must be at {'least 1' if value < 1 else f'most {most:,}'}", where=f"--{option} {value}"
-                )
+        check_range("ranks", self.ranks, 1, MAX_RANKS)
+        check_range("batch_size", self.batch_size, 1, MAX_BATCH_SIZE)
         inputs = [Path(self.tables), Path(self.hardware)]
         check_target("--output", self.output, like="plan.json", inputs=inputs)
         _check_report(self.report, [*inputs, self.output])
@@ -202,12 +194,9 @@ class ComparePlans:
         for option, values in (("compare", self.compare), ("ranks", self.ranks)):
             if not values:
                 raise UserError("needs at least one value", where=f"--{option}")
-        limits = [("ranks", count, MAX_RANKS) for count in self.ranks]
-        for option, value, most in (*limits, ("batch-size", self.batch_size, MAX_BATCH_SIZE)):
-            if not 1 <= value <= most:
-                raise UserError(
-                    f"must be at {'least 1' if value < 1 else f'most {most:,}'}", where=f"--{option} {value}"
-                )
+        for count in self.ranks:
+            check_range("ranks", count, 1, MAX_RANKS)
+        check_range("batch_size", self.batch_size, 1, MAX_BATCH_SIZE)
         _check_report(self.report, [Path(self.tables), *map(Path, self.compare)])
         tables = read_tables(self.tables, self.dim)
         kinds = [read_hardware(each) for each in dict.fromkeys(self.compare)]
@@ -232,21 +221,8 @@ class ComparePlans:
         if self.report is not None:
             from torchrec_deepfm.sharding.plan.report import write_comparison_report
 
-            write_comparison_report([_compared_row(each) for each in found], self.report)
+            write_comparison_report(found, self.report)
             console.say(f"wrote {self.report}")
-
-
-def _compared_row(each: "Compared") -> "ComparedRow":
-    from torchrec_deepfm.sharding.plan.report import ComparedRow
-
-    return ComparedRow(
-        hardware=each.hardware.name,
-        ranks=each.ranks,
-        step_ms=each.step_ms,
-        samples_per_second=each.samples_per_second,
-        dollars=each.dollars,
-        why=each.why,
-    )
 
 
 def _check_report(report: Path | None, inputs: Sequence[Path]) -> None:

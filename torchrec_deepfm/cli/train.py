@@ -15,7 +15,7 @@ import tyro
 
 from torchrec_deepfm import console
 from torchrec_deepfm.cli.options import Unset, given
-from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.errors import UserError, check_range
 from torchrec_deepfm.evaluation.options import EvaluateOptions
 from torchrec_deepfm.launch.launcher import STARTED
 from torchrec_deepfm.training.config import (
@@ -71,8 +71,7 @@ class Train:
     def __post_init__(self) -> None:
         """Check what the library does not check itself, and that the options fit the recipe."""
         assert self.config
-        if self.seeds < 1:
-            raise UserError("must be at least 1", where=f"--seeds {self.seeds}")
+        check_range("seeds", self.seeds, 1)
         if not self.max_ne > 0:
             raise UserError("must be greater than 0", where=f"--max-ne {self.max_ne}")
 
@@ -209,8 +208,7 @@ class Recipes:
                     raise UserError("name the recipe too", where=f"--{option.replace('_', '-')}")
             console.say(recipes_table())
             return
-        if self.ranks is not None and self.ranks < 1:
-            raise UserError("must be at least 1", where=f"--ranks {self.ranks}")
+        check_range("ranks", self.ranks, 1)
         if self.samples_per_second is not None and not 0 < self.samples_per_second < math.inf:
             raise UserError(
                 "must be greater than 0, and finite", where=f"--samples-per-second {self.samples_per_second}"

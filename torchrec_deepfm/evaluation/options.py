@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.errors import UserError, check_range
 
 Split = Literal["train", "validation", "test"]
 
@@ -55,8 +55,7 @@ class EvaluateOptions:
             raise UserError("must lie between 0 and 1, such as 0.95", where=f"--confidence {self.confidence}")
         if self.seed < 0:
             raise UserError("must not be negative", where=f"--seed {self.seed}")
-        if self.slices < 1:
-            raise UserError("must be at least 1", where=f"--slices {self.slices}")
+        check_range("slices", self.slices, 1)
         if not self.k or min(self.k) < 1:
             raise UserError("must be at least 1", where=f"--k {' '.join(map(str, self.k))}")
         if self.compare is None and self.compare_checkpoint is not None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import polars as pl
 
 from torchrec_deepfm.data.raw.table_source import TableSource
-from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.errors import UserError, check_range
 from torchrec_deepfm.files import check_parquet_name, check_target, write_bytes
 from torchrec_deepfm.inference.explain import Explanation, Importance, explain_rows, importance
 from torchrec_deepfm.inference.load import Predictor
@@ -85,9 +85,8 @@ def explain_files(
 
     With labels the AUC's loss is measured too. ``output`` and ``page``, for ``Explained.write``, are checked first.
     """
-    for option, least, value in (("--rows", 0, rows), ("--importance-rows", 1, importance_rows)):
-        if value < least:
-            raise UserError(f"must be at least {least}", where=f"{option} {value}")
+    check_range("rows", rows, 0)
+    check_range("importance_rows", importance_rows, 1)
     if output is not None:
         check_parquet_name("--output", output)
     targets = _targets(output, page)

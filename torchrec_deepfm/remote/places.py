@@ -153,14 +153,18 @@ class FileOutput(Output):
 class PreparedOutput(Output):
     """The folder that ``prepare`` writes: its manifest is stored last."""
 
-    def begin(self, manifest: str) -> None:
+    def __init__(self, path: Path, manifest: str) -> None:
+        super().__init__(path)
+        self._manifest = manifest
+
+    def begin(self) -> None:
         """Find out what is at the address already.
 
         Raises ``UserError``: it holds something that this host did not begin to store.
         """
         if not self.hold():
             return
-        entries = self.objects.entries()
+        entries, manifest = self.objects.entries(), self._manifest
         if manifest in entries:  # for prepare to decide whether this very call has made it
             shutil.rmtree(self.local, ignore_errors=True)
             self.objects.fetch([manifest], self.local)
@@ -176,16 +180,16 @@ class PreparedOutput(Output):
             )
         self._sent = {name: _state(self.local / name) for name in stored if name in entries}
 
-    def finish(self, manifest: str) -> None:
+    def finish(self) -> None:
         """Store the finished folder; a call that was killed while it did so resumes."""
         if self.address is None:
             return
-        for name in sorted(set(_files(self.local)) - {manifest}):
+        for name in sorted(set(_files(self.local)) - {self._manifest}):
             if name not in self._sent:
                 with self._record.open("a") as record:  # before it is stored, or the next call would not know it
                     record.write(f"{name}\n")
                 self.store(lambda one, name=name: one == name)  # type: ignore[misc]
-        self.store(lambda name: name == manifest)
+        self.store(lambda name: name == self._manifest)
 
     @property
     def _record(self) -> Path:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
-from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.errors import UserError, check_range
 from torchrec_deepfm.sharding.inputs.sharding_types import Qcomms, SparseOptimizer
 
 Activation = Literal["relu", "tanh", "sigmoid", "gelu", "silu"]
@@ -166,8 +166,7 @@ class TrainConfig(
         for option, hint in _hints().items():  # values of files and recipes are unchecked
             object.__setattr__(self, option, _coerce(option, getattr(self, option), hint))
         for option in ("epochs", "batch_size", "factor_dim", "keep_last", "ema_every"):
-            if getattr(self, option) < 1:
-                raise UserError("must be at least 1", where=f"--{option.replace('_', '-')} {getattr(self, option)}")
+            check_range(option, getattr(self, option), 1)
         for option in ("sparse_lr", "dense_lr", "decay_power", "init_std", "cowclip_ratio", "cowclip_bound"):
             if not 0.0 < getattr(self, option) < math.inf:
                 raise UserError(
@@ -283,12 +282,9 @@ class RunOptions:
             raise UserError(
                 f"choose one of {', '.join(get_args(CompileDense))}", where=f"--compile-dense {self.compile_dense}"
             )
-        if self.timeout < 1:
-            raise UserError("must be at least 1", where=f"--timeout {self.timeout}")
-        if self.profile < 0:
-            raise UserError("must be at least 0", where=f"--profile {self.profile}")
-        if self.stop_before_limit < 0:
-            raise UserError("must be at least 0", where=f"--stop-before-limit {self.stop_before_limit}")
+        check_range("timeout", self.timeout, 1)
+        check_range("profile", self.profile, 0)
+        check_range("stop_before_limit", self.stop_before_limit, 0)
 
     @property
     def rules(self) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Final, Literal, get_args
 
 import tyro
 
-from torchrec_deepfm.errors import UserError, one_of
+from torchrec_deepfm.errors import UserError, check_range, one_of
 from torchrec_deepfm.units import parse_bytes
 
 MIN_MEMORY: Final = 1 << 30
@@ -45,8 +45,7 @@ class SplitBy:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        if self.leave < 1:
-            raise UserError("must be at least 1", where=f"--leave {self.leave}")
+        check_range("leave", self.leave, 1)
         if re.fullmatch(r"(\d+\.?\d*)\s*([smhdw]?)", self.gap) is None:
             raise UserError(
                 "not a time", where=f"--gap {self.gap}", remedy="give a number with s, m, h, d or w, such as 1d"
@@ -125,12 +124,10 @@ class PrepareOptions:
                 )
         if self.split != "time" and self.split_by.gap_amount[0]:
             raise UserError("only valid with --split time", where="--gap", remedy="leave it out")
-        if self.min_count is not None and self.min_count < 1:
-            raise UserError("must be at least 1", where=f"--min-count {self.min_count}")
+        check_range("min_count", self.min_count, 1)
         if not 0.0 < self.negative_rate <= 1.0:
             raise UserError("must be greater than 0, and at most 1", where=f"--negative-rate {self.negative_rate}")
-        if self.threads is not None and self.threads < 1:
-            raise UserError("must be at least 1", where=f"--threads {self.threads}")
+        check_range("threads", self.threads, 1)
         if self.seed < 0:
             raise UserError("must not be negative", where=f"--seed {self.seed}")
         if self.memory_bytes < MIN_MEMORY:

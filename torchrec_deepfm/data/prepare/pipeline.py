@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from torchrec_deepfm.data.dataset.checksums import CHECKSUMS, HASH
 from torchrec_deepfm.data.dataset.prepared import FORMAT_VERSION, MANIFEST, SPLITS, PreparedData, stem_files
@@ -41,7 +41,6 @@ from torchrec_deepfm.data.schema import Schema
 from torchrec_deepfm.data.values import numeric
 from torchrec_deepfm.data.values.duckdb_session import connect
 from torchrec_deepfm.data.values.hashing import Hashing, hash_sizes
-from torchrec_deepfm.data.values.statistics import ColumnStatistics
 from torchrec_deepfm.data.values.vocabulary import OldVocabulary, count_column, vocabulary_file, vocabulary_size
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.files import seal, write_bytes
@@ -55,6 +54,7 @@ VALUES_SHARE: Final = 1 / 16
 # A row of a block takes so much at least while a column is looked up: value, row number, id, each more than once.
 _ROW_BYTES: Final = 64
 _HEAD_BYTES: Final = 1 << 20
+T = TypeVar("T")
 
 
 class Job:
@@ -144,17 +144,8 @@ class Job:
 
     def run(self) -> PreparedData:
         """Do what is left to do; see ``prepare``."""
-        finished: PreparedData | UserError | None = None
-        if self._workers.is_main:
-            try:
-                finished = finished_output(self._output, self._made, self._inputs)
-            except UserError as error:
-                finished = error
-        finished = self._workers.gather(finished)[0]
-        if isinstance(finished, UserError):
-            raise finished
+        finished = self._workers.on_first(lambda: finished_output(self._output, self._made, self._inputs))
         if finished is not None:
-            assert isinstance(finished, PreparedData)
             if self._workers.is_main and self._work.path.exists():  # a kill between the last two steps leaves it
                 self._work.remove()
             self._say(f"{self._output} is finished already")
@@ -186,17 +177,7 @@ class Job:
                 self._together(lambda: self._count(units))
                 self._together(lambda: self._encode(units))
             self._together(lambda: self._check_sums(units, splits))
-            outcome: PreparedData | UserError | None = None
-            if self._workers.is_main:
-                try:
-                    outcome = self._guarded(lambda: self._finish(units, splits))
-                except UserError as error:
-                    outcome = error
-            outcome = self._workers.gather(outcome)[0]  # the others need not see the new folder yet
-            if isinstance(outcome, UserError):
-                raise outcome
-            assert isinstance(outcome, PreparedData)
-            return outcome
+            return self._alone(lambda: self._finish(units, splits))  # the others need not see the new folder yet
         except UserError as error:
             # All processes have stopped. What an earlier call has left stays in any case.
             if self._workers.is_main and resumed is False:
@@ -215,9 +196,12 @@ class Job:
         if self._report is not None:
             self._report(line)
 
-    def _guarded(self, work: Callable[[], Any]) -> Any:
+    def _guarded(self, work: Callable[[], T]) -> T:
         with disk_errors(self._output, self._work.begun):
             return work()
+
+    def _alone(self, work: Callable[[], T]) -> T:
+        return self._workers.on_first(lambda: self._guarded(work))
 
     def _together(self, work: Callable[[], None]) -> None:
         """Do a process's share, and raise in all of them what went wrong in one; nobody is at work any more then."""
@@ -241,7 +225,6 @@ class Job:
         units = self._inputs.units if self._options.split_by.columns else ()
         if not units:
             return
-        said: list[str] = []
 
         def collect() -> None:
             mine = self._workers.mine(list(enumerate(units)), [float(unit.bytes) for unit in units])
@@ -250,13 +233,9 @@ class Job:
                     with unchanged(unit, self._work):
                         self._row_splits.collect(unit, place, phase.shares(unit.bytes / 1e6))
 
-        def settle() -> None:
-            if self._workers.is_main:
-                said.extend(self._row_splits.settle(units, self._connection, partial(forget_rows, self._work)))
-
         self._together(collect)
-        self._together(settle)
-        for line in said:
+        forget = partial(forget_rows, self._work)
+        for line in self._alone(lambda: self._row_splits.settle(units, self._connection, forget)):
             self._say(line)
 
     def _learn(self) -> None:
@@ -268,15 +247,8 @@ class Job:
             if not units:
                 return
             self._together(lambda: self._survey(units))
-            joined: dict[str, ColumnStatistics] = {}
-
-            def join() -> None:
-                nonlocal joined
-                if self._workers.is_main:
-                    joined = statistics(units, self._numbers, self._work, partial(forget_rows, self._work))
-
-            self._together(join)
-            found = self._workers.gather(joined)[0]
+            forget = partial(forget_rows, self._work)
+            found = self._alone(lambda: statistics(units, self._numbers, self._work, forget))
         self._numbers = numeric.with_statistics(self._numbers, found)
         self._stager = replace(self._stager, numbers=self._numbers)
         if line := summary(self._numbers):

@@ -1,27 +1,27 @@
-"""The output of ``prepare`` at an address: written on the local disk, then stored, its manifest last."""
+"""The output of ``prepare`` or ``predict`` at an address: written on the local disk, then stored."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from torchrec_deepfm.data.dataset.prepared import MANIFEST
 from torchrec_deepfm.data.prepare.workers import Workers
-from torchrec_deepfm.remote.places import PreparedOutput
+from torchrec_deepfm.remote.places import FileOutput, PreparedOutput
 
 
 @contextmanager
-def prepared_output(path: Path, workers: Workers) -> Iterator[Path]:
-    """Give the folder to prepare into, and store it at the end if its path is an address; a collective.
+def stored_output(output: FileOutput | PreparedOutput, workers: Workers) -> Iterator[Path]:
+    """Give the local place to write to, and store it at the end if the output is at an address; a collective.
 
-    Yields the local folder. Raises ``UserError``: the address holds something else, or storing failed; the same call
-    resumes.
+    What exists at the address is looked at first, so that the same call resumes, and finds its own finished output.
+
+    Raises ``UserError``: the address holds something else or can't be reached, or another process of this host is
+    writing it.
     """
-    output = PreparedOutput(path)
     done = False
     try:
-        workers.on_first(lambda: output.begin(MANIFEST))
+        workers.on_first(output.begin)
         yield output.local
-        workers.on_first(lambda: output.finish(MANIFEST))
+        workers.on_first(output.finish)
         done = True
     finally:
         if workers.is_main:

@@ -1,18 +1,17 @@
 """The report of a plan: one HTML file, which needs nothing else. No torch.
 
-What a picture shows is in the page as data too (``page.embedded_data``), by the functions below that make it.
+What a picture shows is in the page as data too (``page.Data``), by the functions below that make it.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchrec_deepfm.report import plan_figures
 from torchrec_deepfm.report.page import Block, Cell, Data, PageTable, Picture, Section, Terms, write_page
 from torchrec_deepfm.sharding.inputs.sharding_types import CUDA_KERNELS
-from torchrec_deepfm.sharding.plan.plan import TERMS, PlanFile, PlannedTable
+from torchrec_deepfm.sharding.plan.plan import TERMS, Compared, PlanFile, PlannedTable
 from torchrec_deepfm.sharding.plan.text import ranks_text
 
 if TYPE_CHECKING:
@@ -271,25 +270,13 @@ def _table_bytes(table: PlannedTable) -> int:
     return table.num_embeddings * table.embedding_dim * 4
 
 
-@dataclass(frozen=True, kw_only=True)
-class ComparedRow:
-    """One kind of hardware at one number of ranks; None where there is no plan, or no price (``why``)."""
-
-    hardware: str
-    ranks: int
-    step_ms: float | None
-    samples_per_second: float | None
-    dollars: float | None
-    why: str
-
-
-def write_comparison_report(rows: Sequence[ComparedRow], path: Path) -> None:
+def write_comparison_report(rows: Sequence[Compared], path: Path) -> None:
     """Write the page of ``plan --compare``: milliseconds per step over ranks, dollars where prices are known."""
     known = [row for row in rows if row.step_ms is not None]
     blocks: list[Block] = []
     pictures: list[tuple[str, dict[tuple[str, int], float | None], str]] = [
-        ("Step", {(row.hardware, row.ranks): row.step_ms for row in known}, "ms per step"),
-        ("Price", {(row.hardware, row.ranks): row.dollars for row in known}, "dollars per billion samples"),
+        ("Step", {(row.hardware.name, row.ranks): row.step_ms for row in known}, "ms per step"),
+        ("Price", {(row.hardware.name, row.ranks): row.dollars for row in known}, "dollars per billion samples"),
     ]
     sections = []
     for heading, values, what in pictures:
@@ -306,9 +293,9 @@ def write_comparison_report(rows: Sequence[ComparedRow], path: Path) -> None:
             )
             sections.append(Section(heading, picture))
     head = ("Hardware", "Ranks", "Step, ms", "Samples per second", "Dollars per billion samples", "No plan because")
-    cells: list[Sequence[Cell]] = [
-        (row.hardware, row.ranks, row.step_ms, row.samples_per_second, row.dollars, row.why or None) for row in rows
-    ]
+    names = ("hardware", "ranks", "step_ms", "samples_per_second", "dollars", "why")
+    compared = [(row.hardware.name, *(getattr(row, name) for name in names[1:])) for row in rows]
+    cells: list[Sequence[Cell]] = [(*each[:-1], each[-1] or None) for each in compared]
     blocks += [PageTable(head, cells, formats={"Samples per second": ",.0f", "Dollars per billion samples": ",.2f"})]
-    blocks += [Data("compared", [vars(row) for row in rows])]
+    blocks += [Data("compared", [dict(zip(names, each, strict=True)) for each in compared])]
     write_page(path, "Hardware compared", [Section("Table", *blocks), *sections])

@@ -1,43 +1,13 @@
 """Plans of the same tables for several kinds of hardware and numbers of ranks, side by side."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.sharding.inputs.constraints import parse_constraints
 from torchrec_deepfm.sharding.inputs.hardware import Hardware
 from torchrec_deepfm.sharding.inputs.tables import Table
-from torchrec_deepfm.sharding.plan.plan import PlanFile
+from torchrec_deepfm.sharding.plan.plan import Compared
 from torchrec_deepfm.sharding.search.plan_tables import Planning
-
-
-@dataclass(frozen=True, kw_only=True)
-class Compared:
-    """One kind of hardware at one number of ranks: the plan with predictions, or why there is none."""
-
-    hardware: Hardware
-    ranks: int
-    plan: PlanFile | None = None
-    why: str = ""
-
-    @property
-    def step_ms(self) -> float | None:
-        """Milliseconds per step of the slowest rank."""
-        return None if self.plan is None or self.plan.predicted is None else self.plan.predicted.critical_path_ms
-
-    @property
-    def samples_per_second(self) -> float | None:
-        """Samples of all ranks per second."""
-        if self.plan is None or self.plan.batch_size is None or not self.step_ms:
-            return None
-        return self.plan.batch_size * self.ranks / self.step_ms * 1000
-
-    @property
-    def dollars(self) -> float | None:
-        """Dollars per billion samples; None without a price."""
-        if self.hardware.dollars_per_hour is None or self.samples_per_second is None:
-            return None
-        return self.hardware.dollars_per_hour * self.ranks / 3600 / self.samples_per_second * 1e9
 
 
 def compare(
