@@ -84,23 +84,11 @@ def predict_files(
     ranks: Workers | None = None,
     report: Callable[[str], None] | None = None,
 ) -> PredictionFile:
-    """Predict the click probability of every row of some files.
+    """Predict the click probability of every row of some files, as for ``open_sources``.
 
-    Args:
-        predictor: The model; the same on every rank.
-        inputs: As for ``open_sources``.
-        output: Parquet file to write: float64 column ``probability`` in the order of the rows, after the columns to
-            keep. It appears whole or not at all.
-        keep: Columns of the input to carry along.
-        on_bad_row: Stop at a row that does not fit, or give it a null.
-        ranks: This process's place among those that share the work; alone by default.
-        report: Called with a line now and then.
-
-    Returns:
-        What was written, on every rank.
-
-    Raises:
-        UserError: A file, row or column does not fit, or the output can't be written.
+    The Parquet file has the float64 column ``probability`` in the order of the rows, after the columns to ``keep``; it
+    appears whole or not at all. ``on_bad_row``: stop at a row that does not fit, or give it a null. Returns what was
+    written, on every rank.
     """
     ranks = ranks or Workers()
     if PROBABILITY in keep:

@@ -166,22 +166,12 @@ def open_tables(
     labelled: bool = True,
     keep: Sequence[str] = (),
 ) -> list[TableSource]:
-    r"""Open the files of a table and check that they have the columns of the schema.
+    r"""Open the files of a table, one source per file in natural order, and check that they have the schema's columns.
 
-    Args:
-        named: A local path, a pattern or an fsspec address of one file, or of a folder of such files; or an opened
-            table.
-        schema: The columns.
-        piece_rows: Most rows of a piece.
-        types: Types that the categories had in training; ``None`` derives them from the files.
-        labelled: Whether to read the label; without, a file needs none.
-        keep: Columns that pieces carry along unchanged.
-
-    Returns:
-        A source per file, in natural order of their names; files of a folder that hold no row are left out.
-
-    Raises:
-        UserError: A file can't be read, lacks a column or has it in a type that does not fit, or has no rows.
+    ``named`` is a path, a pattern or an fsspec address of a file or of a folder of such files, of which those without
+    rows are left out; or an opened table. ``types`` are those of the categories in training; ``None`` derives them from
+    the files. ``keep``: columns that pieces carry along unchanged. UserError: a file can't be read, lacks a column or
+    has it in a type that does not fit, or there is no row.
 
     Example:
         >>> import tempfile, pathlib

@@ -103,22 +103,11 @@ def generate(
     seed: int = 0,
     click_rate: float = 0.25,
 ) -> SyntheticData:
-    """Write synthetic click logs. The same options give the same bytes.
+    """Write synthetic click logs; the same options give the same bytes.
 
-    Memory grows with the rows of the largest file only by what its exact AUC needs, about 90 bytes per row.
-
-    Args:
-        output: The folder to write. It appears at the end, complete, or not at all.
-        rows: Training rows, spread evenly over the days. Validation and test get a tenth each, at least 1000 rows.
-        days: Number of training files.
-        seed: Seed of the true model and the rows, 0 or more.
-        click_rate: Target share of rows with label 1: 0.03 is like Criteo Terabyte, 0.26 like Kaggle.
-
-    Returns:
-        What was written, with the best reachable AUC per file.
-
-    Raises:
-        UserError: An option is out of range, the output folder is not empty, or the disk refuses.
+    The folder appears at the end, complete, or not at all. Validation and test get a tenth of ``rows`` each, at least
+    1000 rows. A ``click_rate`` of 0.03 is like Criteo Terabyte, 0.26 like Kaggle. Memory grows with the rows of the
+    largest file only by what its exact AUC needs, about 90 bytes per row.
 
     Example:
         >>> import tempfile

@@ -96,25 +96,12 @@ def export(
     layout: Literal["package", "triton"] = "package",
     say: Callable[[str], None] = lambda line: None,
 ) -> Exported:
-    """Write a run as a package.
+    """Write a run as a package of the form ``to``, with its tables stored as ``tables``, into a new or empty folder.
 
-    Args:
-        run: the run's folder.
-        output: the package's folder; must not exist, or be empty.
-        to: the form of the model.
-        tables: how the tables are stored.
-        checkpoint: as in ``load_model``.
-        data: prepared folder whose validation rows are scored by the package and the run; by default the one that the
-            run was trained on. Without it float32 tables are compared on random rows.
-        layout: ``triton`` makes the package a model of Triton's repository too; ONNX only.
-        say: called with lines for the user.
-
-    Returns:
-        What was written.
-
-    Raises:
-        UserError: the run or the data can't be used, a package is not installed, or the scores differ too much: nothing
-            is written then.
+    The package's scores are compared with the run's on the validation rows of ``data``, by default the folder that it
+    was trained on; without any, float32 tables are compared on random rows. ``triton`` makes the package a model of
+    Triton's repository too; ONNX only. UserError: the run or the data can't be used, a package is not installed, or the
+    scores differ too much: nothing is written then.
     """
     check_free(output)
     if layout == "triton" and to != "onnx":

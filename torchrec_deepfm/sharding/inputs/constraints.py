@@ -86,21 +86,12 @@ def parse_constraints(
     world_size: int | None = None,
     local_world_size: int | None = None,
 ) -> dict[str, ParameterConstraints]:
-    """Turn rules into what TorchRec's planner takes.
+    """Turn rules, of the form above, into what TorchRec's planner takes, for each table that a rule matches.
 
-    Args:
-        rules: of the form above.
-        tables: all tables.
-        compute_device: ``cpu`` or ``cuda``; some kernels need the latter.
-        world_size: ranks, where known; on CPU none may be left without a row.
-        local_world_size: ranks per host, where known; some types need several.
-
-    Returns:
-        The constraints by table, of those tables that a rule matches, with those of its types that the table can have.
-        ``min_partition`` is None where the rule does not name it; see ``sharding_types.default_min_partition``.
-
-    Raises:
-        UserError: a rule is malformed, matches nothing, or cannot be met; or two rules contradict each other.
+    Of the types of a rule a table keeps those that it can have: some kernels need ``cuda``, on CPU no rank may be left
+    without a row, and some types need several ranks per host; numbers that are not known are not checked.
+    ``min_partition`` is None where the rule does not name it; see ``sharding_types.default_min_partition``. UserError:
+    a rule is malformed, matches nothing, or cannot be met; or two rules contradict each other.
 
     Example:
         >>> from torchrec_deepfm.model.tables import embedding_tables

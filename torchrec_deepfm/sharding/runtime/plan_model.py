@@ -63,30 +63,14 @@ def plan_model(
     """Plan where the tables go; on one rank, for all ranks of the process group.
 
     TorchRec's planner plans. Where the hardware is known and the balanced search predicts faster steps for it, its plan
-    is taken.
+    is taken; without ``hardware`` TorchRec's planner plans for its own bandwidths.
 
-    Args:
-        module: the model, its tables on ``meta``.
-        tables: its tables.
-        replicated: names of the tables that the dense optimizer trains, and which are therefore data_parallel. The
-            planner places the others, and replicates one only where its constraints ask for it: their optimizer is
-            fused.
-        batch_size: samples per rank and step.
-        device: this rank's device.
-        sharder: what the plan will be applied with.
-        replicated_by: the option that selects these tables, for messages.
-        constraints: what the planner may do with single tables, by name, instead of the above.
-        topology: the ranks and their memory; by default those at hand.
-        hardware: the ranks at hand; without it, TorchRec's planner plans for its own bandwidths.
-        optimizer: of the tables, for its memory.
-        ema: whether a moving average of the weights is kept: it takes as much memory as they do, and every table then
-            stays in the device's memory.
+    The dense optimizer trains the tables of ``replicated``, which the option ``replicated_by`` selects, and which are
+    therefore data_parallel. The planner places the others, and replicates one only where its constraints ask for it:
+    their optimizer is fused. With ``ema`` a moving average takes as much memory as the weights, and every table stays
+    in the device's memory.
 
-    Returns:
-        The plan.
-
-    Raises:
-        UserError: the tables fit no plan on this hardware, or the constraints shard a table of ``replicated``.
+    UserError: the tables fit no plan on this hardware, or the constraints shard a table of ``replicated``.
     """
     constraints = constraints or {}
     kinds = {name: each.sharding_types for name, each in constraints.items() if each.sharding_types}

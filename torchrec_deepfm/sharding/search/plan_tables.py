@@ -49,27 +49,13 @@ def plan_tables(
     ema: bool = False,
     effort: Effort | None = None,
 ) -> PlanFile:
-    """Plan tables for hardware that need not be there.
+    """Plan tables for hardware that need not be there; the plan has its predictions, all terms included.
 
-    Args:
-        tables: The tables.
-        hardware: The hardware.
-        ranks: How many ranks of it.
-        batch_size: Samples per rank and step.
-        constraints: What may be done with single tables, by name.
-        search: ``balanced``, or ``torchrec`` for TorchRec's enumerator, proposers, partitioner and performance model.
-        objective: What the balanced search makes small. TorchRec's own makes ``Perf.total`` small.
-        optimizer: The tables' optimizer, for its memory.
-        ema: Whether a moving average of the weights is kept. It takes as much memory as the weights, and tables then
-            stay in the device's memory.
-        effort: How long the balanced search runs.
-
-    Returns:
-        The plan with its predictions, all terms included. The balanced search returns TorchRec's plan where the ranks
-        can run it and it is better by the objective.
-
-    Raises:
-        UserError: The tables fit no plan, or the ranks do not fill their hosts.
+    ``search`` is ``balanced``, or ``torchrec`` for TorchRec's enumerator, proposers, partitioner and performance model.
+    The balanced search makes ``objective`` small (TorchRec's own ``Perf.total``), and returns TorchRec's plan where the
+    ranks can run it and it is better by the objective. The state of ``optimizer`` takes memory, and so does a moving
+    average of the weights (``ema``), with which all tables stay in the device's memory. UserError: the tables fit no
+    plan, or the ranks do not fill their hosts.
     """
     return Planning(
         tables,
