@@ -44,11 +44,16 @@ class WorseThanConstantError(UserError):
 USER_ERROR_EXIT_CODES = (UserError.exit_code, WorseThanConstantError.exit_code)
 
 
+def flag(field: str) -> str:
+    """Return the option of the command line that sets a field: ``--batch-size`` for ``batch_size``."""
+    return f"--{field.replace('_', '-')}"
+
+
 def check_range(field: str, value: float | None, least: float, most: float = math.inf) -> None:
     """Refuse the number of an option, named by its field, that is out of its range; None is not given."""
     if value is not None and not least <= value <= most:
         what = f"least {least:,}" if value < least else f"most {most:,}"
-        raise UserError(f"must be at {what}", where=f"--{field.replace('_', '-')} {value}")
+        raise UserError(f"must be at {what}", where=f"{flag(field)} {value}")
 
 
 def shown(value: object, most: int = 60) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from torchrec_deepfm import console
-from torchrec_deepfm.errors import UserError, check_range
+from torchrec_deepfm.errors import UserError, check_range, flag
 from torchrec_deepfm.files import check_target
 from torchrec_deepfm.launch import launcher
 from torchrec_deepfm.sharding.inputs.hardware import MAX_BATCH_SIZE, MAX_RANKS
@@ -94,7 +94,7 @@ class ExperimentCommand:
         """Return the command line that stands for this command."""
         found = ["experiment"]
         for one in fields(self):
-            value, option = getattr(self, one.name), f"--{one.name.replace('_', '-')}"
+            value, option = getattr(self, one.name), flag(one.name)
             if isinstance(value, bool):
                 found += [option] * value
             elif value is not None and (value != () or one.name == "over_arch_layer_sizes"):

@@ -15,7 +15,7 @@ import tyro
 
 from torchrec_deepfm import console
 from torchrec_deepfm.cli.options import Unset, given
-from torchrec_deepfm.errors import UserError, check_range
+from torchrec_deepfm.errors import UserError, check_range, flag
 from torchrec_deepfm.evaluation.options import EvaluateOptions
 from torchrec_deepfm.launch.launcher import STARTED
 from torchrec_deepfm.training.config import (
@@ -205,7 +205,7 @@ class Recipes:
         if self.name is None:
             for option in ("data", "ranks", "samples_per_second"):
                 if getattr(self, option) is not None:
-                    raise UserError("name the recipe too", where=f"--{option.replace('_', '-')}")
+                    raise UserError("name the recipe too", where=flag(option))
             console.say(recipes_table())
             return
         check_range("ranks", self.ranks, 1)

@@ -15,7 +15,7 @@ from torchrec.distributed.planner import ParameterConstraints
 from torchrec.distributed.types import CacheParams, ShardingPlan, ShardingType
 
 from torchrec_deepfm.distributed.process_group import on_main
-from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.errors import UserError, flag
 from torchrec_deepfm.launch.processes import local_world_size
 from torchrec_deepfm.model.deepfm import DeepFM, DeepFMTrain
 from torchrec_deepfm.model.tables import embedding_tables
@@ -216,12 +216,11 @@ def _check_penalties(config: TrainConfig, fused: Sequence[str]) -> None:
     """Refuse penalties on whole tables with a fused optimizer, which sees only the rows of the batch."""
     for option in ("embedding_l2", "linear_l2"):
         if getattr(config, option) and fused:
-            name = option.replace("_", "-")
             raise UserError(
                 f"this penalty is on whole tables, but {config.sparse_optimizer}, which trains {fused[0]}, "
                 "sees only the rows of each batch",
-                where=f"--{name} {getattr(config, option)}",
-                remedy=f"add --sparse-optimizer adam, or take --touched-{name}",
+                where=f"{flag(option)} {getattr(config, option)}",
+                remedy=f"add --sparse-optimizer adam, or take {flag(f'touched_{option}')}",
             )
 
 

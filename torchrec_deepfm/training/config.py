@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
-from torchrec_deepfm.errors import UserError, check_range
+from torchrec_deepfm.errors import UserError, check_range, flag
 from torchrec_deepfm.sharding.inputs.sharding_types import Qcomms, SparseOptimizer
 
 Activation = Literal["relu", "tanh", "sigmoid", "gelu", "silu"]
@@ -169,22 +169,18 @@ class TrainConfig(
             check_range(option, getattr(self, option), 1)
         for option in ("sparse_lr", "dense_lr", "decay_power", "init_std", "cowclip_ratio", "cowclip_bound"):
             if not 0.0 < getattr(self, option) < math.inf:
-                raise UserError(
-                    "must be greater than 0, and finite", where=f"--{option.replace('_', '-')} {getattr(self, option)}"
-                )
+                raise UserError("must be greater than 0, and finite", where=f"{flag(option)} {getattr(self, option)}")
         for option in ("eval_every", "data_parallel_rows", "seed", "checkpoint_every", "patience", "lr_patience"):
             if getattr(self, option) < 0:
-                raise UserError("must not be negative", where=f"--{option.replace('_', '-')} {getattr(self, option)}")
+                raise UserError("must not be negative", where=f"{flag(option)} {getattr(self, option)}")
         for option in _PENALTIES:
             if not 0.0 <= getattr(self, option) < math.inf:
                 raise UserError(
-                    "must be 0 (off) or greater, and finite",
-                    where=f"--{option.replace('_', '-')} {getattr(self, option)}",
+                    "must be 0 (off) or greater, and finite", where=f"{flag(option)} {getattr(self, option)}"
                 )
         for option, choices in _CHOICES.items():
             if getattr(self, option) not in choices:
-                name = option.replace("_", "-")
-                raise UserError(f"choose one of {', '.join(choices)}", where=f"--{name} {getattr(self, option)}")
+                raise UserError(f"choose one of {', '.join(choices)}", where=f"{flag(option)} {getattr(self, option)}")
         if self.embedding_weight_decay * max(self.sparse_lr, self.dense_lr) >= 1.0:
             raise UserError(
                 "times the rate it must be below 1",
@@ -312,7 +308,7 @@ def _coerce(option: str, value: Any, hint: Any) -> Any:
     except OverflowError:  # an integer too large for a float
         pass
     shown = " ".join(repr(value).split())  # the repr of an array has several lines
-    raise UserError(f"must be {_describe_type(hint)}", where=f"--{option.replace('_', '-')} {shown:.60}")
+    raise UserError(f"must be {_describe_type(hint)}", where=f"{flag(option)} {shown:.60}")
 
 
 def _describe_type(hint: Any) -> str:

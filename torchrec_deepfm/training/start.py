@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from torchrec_deepfm.data.dataset.prepared import PreparedData
 from torchrec_deepfm.data.loader.loader import Loader
-from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.errors import UserError, flag
 from torchrec_deepfm.training.build import Sharded, build_model
 from torchrec_deepfm.training.config import RunOptions, TrainConfig
 from torchrec_deepfm.training.run import folder as run_folder
@@ -107,17 +107,16 @@ def check_options(config: TrainConfig, data: PreparedData) -> None:
         if getattr(config, option) and not data.rows("validation"):
             raise UserError(
                 f"{data.named} has no validation split",
-                where=f"--{option.replace('_', '-')}",
+                where=flag(option),
                 remedy="leave the option out, or prepare the data with --validation",
             )
     for option in ("touched_embedding_l2", "touched_linear_l2"):
         if getattr(config, option) and data.schema.multi_hot:
-            name = option.replace("_", "-")
             raise UserError(
                 f"column {data.schema.multi_hot[0]!r} of {data.named} holds lists, whose rows are summed "
                 "before this penalty sees them",
-                where=f"--{name}",
-                remedy=f"take --{name.removeprefix('touched-')} with --sparse-optimizer adam",
+                where=flag(option),
+                remedy=f"take {flag(option.removeprefix('touched_'))} with --sparse-optimizer adam",
             )
     if config.clip_embedding == "cowclip" and data.schema.multi_hot:
         raise UserError(

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Final, Literal, get_args
 
 import tyro
 
-from torchrec_deepfm.errors import UserError, check_range, one_of
+from torchrec_deepfm.errors import UserError, check_range, flag, one_of
 from torchrec_deepfm.units import parse_bytes
 
 MIN_MEMORY: Final = 1 << 30
@@ -112,16 +112,12 @@ class PrepareOptions:
         for name, choices in (("split", Split), ("missing", Missing), ("on_bad_row", OnBadRow)):
             value = getattr(self, name)
             if value is not None and value not in get_args(choices):
-                raise UserError(
-                    f"choose {one_of(get_args(choices), value)}", where=f"--{name.replace('_', '-')} {value}"
-                )
+                raise UserError(f"choose {one_of(get_args(choices), value)}", where=f"{flag(name)} {value}")
         for split, role in SPLITS_BY_ROW.items():
             if self.split == split and role not in self.split_by.columns:
-                raise UserError(f"give the column, --{role.replace('_', '-')} NAME", where=f"--split {split}")
+                raise UserError(f"give the column, {flag(role)} NAME", where=f"--split {split}")
             if self.split != split and role in self.split_by.columns and role != "time":
-                raise UserError(
-                    f"only valid with --split {split}", where=f"--{role.replace('_', '-')}", remedy="leave it out"
-                )
+                raise UserError(f"only valid with --split {split}", where=flag(role), remedy="leave it out")
         if self.split != "time" and self.split_by.gap_amount[0]:
             raise UserError("only valid with --split time", where="--gap", remedy="leave it out")
         check_range("min_count", self.min_count, 1)

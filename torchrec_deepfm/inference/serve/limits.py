@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.errors import UserError, flag
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,4 +44,4 @@ class Limits:
         ):
             value = getattr(self, name)
             if not least <= value <= most:
-                raise UserError(f"must be {least} to {most:,}", where=f"--{name.replace('_', '-')} {value}")
+                raise UserError(f"must be {least} to {most:,}", where=f"{flag(name)} {value}")

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
-from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.errors import UserError, flag
 from torchrec_deepfm.files import check_target
 from torchrec_deepfm.report.page import Block, Data, PageTable, Paragraph, Picture, Pictures, Section, write_page
 from torchrec_deepfm.report.score_figures import precision_recall_figure, roc_figure
@@ -155,7 +155,7 @@ def _differences(runs: Mapping[str, RunFiles]) -> Section:
     rows = []
     tables: list[dict[str, Any]] = [
         {
-            **{f"--{name.replace('_', '-')}": value for name, value in run.config.config.items()},
+            **{flag(name): value for name, value in run.config.config.items()},
             "ranks": run.config.world_size,
             "data": run.config.data,
             "digest of the data": run.config.data_sha256,

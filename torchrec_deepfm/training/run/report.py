@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.errors import UserError, flag
 from torchrec_deepfm.report.page import (
     Block,
     Code,
@@ -374,11 +374,7 @@ def _share(part: int | None, whole: int) -> float | None:
 def _options(config: RunFile) -> Section:
     defaults = json.loads(json.dumps(asdict(TrainConfig())))
     rows = [
-        [
-            f"--{name.replace('_', '-')}",
-            words(value),
-            "" if value == defaults.get(name) else words(defaults.get(name)),
-        ]
+        [flag(name), words(value), "" if value == defaults.get(name) else words(defaults.get(name))]
         for name, value in config.config.items()
     ]
     changed, same = [row for row in rows if row[2]], [row for row in rows if not row[2]]

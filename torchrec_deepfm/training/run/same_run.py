@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from torchrec_deepfm.data.dataset.prepared import PreparedData
-from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.errors import UserError, flag
 from torchrec_deepfm.training.config import TrainConfig
 from torchrec_deepfm.training.run import folder as run_folder
 from torchrec_deepfm.training.run.folder import RunDescription
@@ -41,7 +41,7 @@ def holds_run_of(folder: Path, config: TrainConfig) -> bool:
 def lowered_rates(there: RunDescription, run: RunDescription) -> str:
     """List the learning rates that differ between two runs that ``check_same_run`` accepts; empty if none does."""
     changes = [
-        f"--{name.replace('_', '-')} {getattr(run.config, name)} instead of {getattr(there.config, name)}"
+        f"{flag(name)} {getattr(run.config, name)} instead of {getattr(there.config, name)}"
         for name in _RATES
         if getattr(run.config, name) != getattr(there.config, name)
     ]
@@ -64,9 +64,8 @@ def check_same_run(
         old, new = getattr(there.config, option.name), getattr(run.config, option.name)
         if old == new or option.name in _FREE or (may_lower and option.name in _RATES and new < old):
             continue
-        name = f"--{option.name.replace('_', '-')}"
         raise UserError(
-            f"holds a run with {name} {_as_typed(old)}, not {_as_typed(new)}",
+            f"holds a run with {flag(option.name)} {_as_typed(old)}, not {_as_typed(new)}",
             where=where,
             remedy="give the same options to resume it, or name another folder",
         )
@@ -88,7 +87,7 @@ def check_saved_by(folder: Path, where: str, record: Mapping[str, Any]) -> None:
     theirs = theirs if isinstance(theirs, Mapping) else {}
     ours = json.loads(json.dumps(asdict(run.config)))  # as a file has it
     other = [name for name in ours if name not in (*_FREE, *_RATES) and theirs.get(name, ours[name]) != ours[name]]
-    wrong = f"with --{other[0].replace('_', '-')} {_as_typed(theirs[other[0]])}" if other else ""
+    wrong = f"with {flag(other[0])} {_as_typed(theirs[other[0]])}" if other else ""
     if record.get("data_sha256", run.data_sha256) not in (None, run.data_sha256):
         wrong = "on other data"
     if wrong:

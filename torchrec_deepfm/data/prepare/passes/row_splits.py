@@ -28,7 +28,7 @@ from torchrec_deepfm.data.raw.source import Source
 from torchrec_deepfm.data.raw.table_source import TableSource, missing_column
 from torchrec_deepfm.data.schema import Column, Schema
 from torchrec_deepfm.data.values.duckdb_session import parquet, quoted
-from torchrec_deepfm.errors import UserError
+from torchrec_deepfm.errors import UserError, flag
 
 # What a row is dealt to; rows in a gap go nowhere.
 CODES: Final = {split: lots.start for split, lots in LOTS_BY_ROW.items()}
@@ -70,7 +70,7 @@ class RowSplits:
             assert isinstance(source, TableSource)
             for role, name in self.by.columns.items():
                 if name not in source.file.fields:
-                    raise missing_column(source.file, name, remedy=f"correct --{role.replace('_', '-')}")
+                    raise missing_column(source.file, name, remedy=f"correct {flag(role)}")
 
     def collect(self, unit: Unit, place: int, on_piece: OnPiece) -> None:
         """Read the columns of a unit, the ``place``-th one, unless an earlier call did."""
