@@ -89,11 +89,7 @@ def metrics_table(splits: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def training_summary(summary: Mapping[str, Any], folder: Path) -> str:
-    """Format the summary of a training.
-
-    ``summary``: the content of ``summary.json``. Returns lines: what was trained, its metrics, the files
-    written, and warnings.
-    """
+    """Format ``summary.json``: what was trained, its metrics, the files written, and warnings."""
     head = (
         f"trained {summary['epochs']} epoch(s), {summary['steps']} steps of {summary['world_size']} x "
         f"{summary['batch_size']} samples, in {summary['train_seconds']:.1f} s "
@@ -118,10 +114,7 @@ def _other_weights(weights: Mapping[str, Any] | None) -> str:
 
 
 def seeds_summary(summary: Mapping[str, Any], folder: Path) -> str:
-    """Format the means of runs with several seeds.
-
-    ``summary``: of ``train_seeds``. Returns lines: the means, and below each its standard deviation.
-    """
+    """Format the result of ``train_seeds``: the means, and below each its standard deviation."""
     columns = ("auc", "logloss", "ne", "calibration", "rows")
     lines = [f"{len(summary['seeds'])} seeds".ljust(12) + "".join(f"{column:>13}" for column in columns)]
     for split, means in splits(summary).items():

@@ -73,10 +73,7 @@ class Probe:
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnosis:
-    """What `check` found: the versions by package ("-" if it is not installed), and the problems.
-
-    Each problem is one line with the command that fixes it.
-    """
+    """What `check` found: versions by package ("-": not installed), and problems, each with the command to run."""
 
     versions: Mapping[str, str]
     problems: tuple[str, ...]
@@ -203,10 +200,7 @@ def _fbgemm_problems(installed: Mapping[str, str], probe: Probe, minor: str | No
 
 
 def run_probe() -> Probe:
-    """Imports torch, FBGEMM and TorchRec and runs an operator, in a process of its own.
-
-    Returns the stages reached. A crash or a hang of the process becomes its `error`.
-    """
+    """Imports the three and runs an operator, in a process of its own, whose crash or hang becomes an `error`."""
     try:
         process = subprocess.run(  # noqa: S603 (our own program, no input)
             [sys.executable, "-c", _PROBE], capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False

@@ -67,10 +67,7 @@ def check_parquet_name(option: str, path: Path) -> None:
 
 
 def read_text(path: Path, *, most: int, what: str, instead: str) -> str:
-    """Read a UTF-8 text file.
-
-    ``most``: maximum size in bytes. Returns the text, without a byte order mark.
-    """
+    """Read a UTF-8 text file of at most ``most`` bytes, without a byte order mark."""
     try:
         with path.open("rb") as file:
             content = file.read(most + 1)
@@ -99,11 +96,7 @@ def parse_toml(path: Path, text: str) -> dict[str, Any]:
 
 
 def check_target(option: str, path: Path, *, like: str, inputs: Iterable[Path] = ()) -> None:
-    """Check that a file may be written, before the work that produces it.
-
-    ``option``: the option that names it, for messages: "--output". ``inputs``: files that the work also reads or
-    writes, which must not be replaced.
-    """
+    """Check that a file, named by ``option``, may be written and is none of the ``inputs``, before the work for it."""
     check_local(path)
     what = ""
     if path.is_dir():
@@ -154,10 +147,7 @@ def regular_file(path: str, flags: int) -> int:
 
 
 def read_bytes(path: Path, *, most: int) -> bytes:
-    """Read a regular file.
-
-    ``most``: maximum size in bytes. Raises ``OSError``: it can't be read, is not a regular file, or is larger.
-    """
+    """Read a regular file of at most ``most`` bytes; anything else is an ``OSError``."""
     with open(path, "rb", opener=regular_file) as file:
         content = file.read(most + 1)
     if len(content) > most:

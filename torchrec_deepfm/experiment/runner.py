@@ -25,10 +25,7 @@ BATCHES = 4  # drawn once, used in turn
 
 @dataclass(frozen=True, kw_only=True)
 class RunnerOptions:
-    """How often and on what the plans run.
-
-    ``steps`` of a turn are timed as a whole; half as many more are split into phases.
-    """
+    """How often and on what the plans run; half as many more ``steps`` of a turn are split into phases."""
 
     tables: tuple[Table, ...]
     batch: BatchOptions

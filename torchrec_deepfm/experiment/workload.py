@@ -158,7 +158,7 @@ class BatchOptions:
 
 
 def batches(tables: Sequence[Table], options: BatchOptions, rank: int, count: int, device: torch.device) -> list[Batch]:
-    """BatchOptions the batches of a rank, the same for every plan.
+    """Draw the batches of a rank, the same for every plan.
 
     A bag of a table with pooling factor p has floor(p) ids and, with the probability of the remainder, one more.
     """

@@ -173,10 +173,7 @@ def refuse_another_program(endpoint: str) -> None:
 
 
 def explain_rendezvous(error: RendezvousError) -> str:
-    """Say in one line why hosts did not find each other.
-
-    Returns the reason and what to do.
-    """
+    """Say in one line why hosts did not find each other, and what to do."""
     match error:
         case RendezvousTimeoutError():
             return "fewer hosts have joined in time than --nnodes asks for; check the other hosts, then start again"

@@ -38,10 +38,7 @@ def entry_name(kind: Literal["copy", "work"], *of: str) -> str:
 
 
 def hold(name: str, *, exclusive: bool) -> Path | None:
-    """Create or find an entry, and keep it for this process.
-
-    ``exclusive``: no other process may hold it. Returns its folder; None if another process holds it.
-    """
+    """Create or find an entry and keep it, perhaps alone, for this process; None if another process holds it."""
     folder = cache_folder() / name
     if str(folder) in _held:
         return folder

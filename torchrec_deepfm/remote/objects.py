@@ -88,10 +88,7 @@ class Objects:
                     continue
 
     def ranges(self, parts: Sequence[tuple[str, int, int]]) -> list[bytes]:
-        """Read parts of files, several at a time.
-
-        ``parts``: name, first byte and one past the last. Returns the bytes of each, all of them.
-        """
+        """Read parts of files, each (name, first byte, one past the last), several at a time and all of them."""
         names, starts, ends = zip(*parts, strict=True)
         with reported(self.address):
             found = self._fs.cat_ranges(

@@ -109,10 +109,7 @@ class Output:
         self._sent = {name: _state(self.local / name) for name in names}
 
     def store(self, wanted: Callable[[str], bool], *, last: Iterable[str] = ()) -> None:
-        """Store the files that are new or have changed since they were fetched or stored.
-
-        ``last``: names of those that make the others visible.
-        """
+        """Store the files that are new or have changed since; those named in ``last`` make the others visible."""
         last = tuple(last)
         changed = {
             name: state

@@ -270,10 +270,9 @@ class Section:
 
 
 def render(title: str, sections: Iterable[Section], *, subtitle: str = "") -> str:
-    """Make a page.
+    """Make a page; from four sections on there is a list of them at the top.
 
-    ``sections``: its sections, in order. From four on there is a list of them at the top. Raises ``ValueError``: two
-    ``Data`` have the same name.
+    Two ``Data`` of a name are a ``ValueError``.
     """
     sections = list(sections)
     names = [block.name for section in sections for block in section.blocks if isinstance(block, Data)]

@@ -101,10 +101,7 @@ def speed_curves(records: Records, samples_per_step: int) -> "dict[str, Figure]"
 
 
 def compared_curves(runs: Mapping[str, Curve], name: str) -> "Figure | None":
-    """Draw one quantity of several runs by step.
-
-    ``runs``: a curve per run, which may be empty. ``name``: of the quantity. Returns None if all are empty.
-    """
+    """Draw one quantity of several runs, of which some may have none, by step; None if all have none."""
     if not any(runs.values()):
         return None
     figure, axes = new_figure()

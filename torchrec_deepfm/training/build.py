@@ -64,11 +64,7 @@ def make_deepfm(
     dense_widths: Sequence[int] = (),
     is_weighted: bool = False,
 ) -> DeepFM:
-    """Make the unsharded model of a configuration, its tables on ``meta``.
-
-    ``num_embeddings``: rows of each categorical feature's table, in the order of the fields. Returns the model with
-    initial weights.
-    """
+    """Make the unsharded model of a configuration with its initial weights, the tables on ``meta``."""
     tables = embedding_tables(num_embeddings, config.factor_dim, init_std=config.init_std)
     return DeepFM(
         EmbeddingBagCollection(tables=tables, device=torch.device("meta"), is_weighted=is_weighted),

@@ -417,8 +417,5 @@ class Loop:
         return verdict.best
 
     def record_validation(self, metrics: Metrics) -> Verdict:
-        """Pass an evaluation on the validation split to the tracker.
-
-        Returns whether it is the best, and whether to stop or to lower the rates.
-        """
+        """Pass an evaluation on the validation split to the tracker."""
         return self.tracker.update(self.position.step, metrics.monitored(self._config.metric))

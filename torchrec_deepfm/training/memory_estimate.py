@@ -81,10 +81,7 @@ def _has_batch_norm(config: TrainConfig) -> bool:
 
 
 def dense_parameters(config: TrainConfig, *, fields: int, numeric: int) -> int:
-    """Count the weights outside of the tables: MLP, batch normalisation, rows of the numeric fields, bias.
-
-    Returns the number of trained values.
-    """
+    """Count the trained values outside of the tables: MLP, batch normalisation, rows of the numeric fields, bias."""
     count = 1 + numeric * (config.factor_dim + 1)  # these rows have no padding: no kernel reads them
     if "deep" in config.terms:
         sizes = [fields * config.factor_dim, *config.over_arch_layer_sizes]

@@ -15,10 +15,7 @@ _PROG = "python -m torchrec_deepfm"
 
 
 def recipes_table() -> str:
-    """Format all recipes.
-
-    Returns a line per recipe: name and summary; and the command that prepares its published data, if any.
-    """
+    """Format all recipes: name, summary, and the command that prepares the published data, if there are any."""
     lines = []
     for name in RECIPES:
         lines.append(f"{name:<17}{recipe_line(name)}")

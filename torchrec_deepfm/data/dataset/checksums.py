@@ -76,10 +76,7 @@ def file_checksums(
 
 
 class BlockCheck:
-    """Compares the blocks of a split with their checksums, each once.
-
-    ``checksums``: uint64 [P, A].
-    """
+    """Compares the blocks of a split with their ``checksums``, uint64 [P, A], each once."""
 
     def __init__(
         self, days: Sequence[Day], arrays: Sequence[DayArrays], checksums: NDArray[np.uint64], block_rows: int

@@ -62,18 +62,12 @@ class ExternalData:
         return train, (validation,), (test,) if test.rows else ()
 
     def arrays(self, stem: str) -> DayArrays:
-        """Map the arrays of a day.
-
-        ``stem``: ``day_N``. Returns its arrays, in the stored types.
-        """
+        """Map the arrays of a day, ``day_N``, in the stored types."""
         return _arrays(self.folder, stem, multi_hot=self.multi_hot)
 
 
 def open_external(folder: Path, num_embeddings: int | Sequence[int] | None) -> ExternalData:
-    """Open a folder of day files.
-
-    ``num_embeddings``: as in ``PreparedData.open``.
-    """
+    """Open a folder of day files; ``num_embeddings`` as in ``PreparedData.open``."""
     days, multi_hot = _find(folder)
     arrays = {day: _arrays(folder, f"day_{day}", multi_hot=multi_hot) for day in days}
     schema = _schema(arrays[days[0]])

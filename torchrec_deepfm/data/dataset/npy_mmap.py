@@ -155,18 +155,12 @@ class MappedRows:
         return self._array
 
     def take(self, rows: NDArray[np.int64]) -> NDArray[Any]:
-        """Copy rows; more than twice as fast as indexing.
-
-        ``rows``: int64 [n] row numbers, 0 to N - 1. Returns [n] or [n, E].
-        """
+        """Copy rows by number, int64 [n]; more than twice as fast as indexing."""
         copied = self._take_from.take(rows, axis=0)
         return copied if self._aligned else copied.view(self.dtype).reshape(len(rows), *self.shape[1:])
 
     def stretch(self, start: int, stop: int) -> NDArray[Any]:
-        """Copy the neighbouring rows ``[start, stop)``.
-
-        Returns [stop - start] or [stop - start, E].
-        """
+        """Copy the neighbouring rows ``[start, stop)``, [stop - start] or [stop - start, E]."""
         return self._array[start:stop].copy()
 
     @contextmanager
@@ -180,10 +174,7 @@ class MappedRows:
             yield
 
     def check_whole(self) -> None:
-        """Check that the file is at least as long as when it was opened.
-
-        Reading past its end would kill the process by a signal that Python can't catch.
-        """
+        """Check that the file has not become shorter: reading past its end would kill the process by a signal."""
         if not self.memory.is_whole():
             raise UserError(
                 "the file became shorter while it was read", where=self.where, remedy="do not change it, start again"
@@ -212,10 +203,7 @@ def _unmap(address: int, length: int, descriptor: int | None) -> None:
 
 
 def map_npy(path: Path, remedy: str) -> MappedRows:
-    """Map an ``.npy`` file.
-
-    ``remedy``: what to do if it can't be used; the end of the message.
-    """
+    """Map an ``.npy`` file; ``remedy`` ends the message where it can't be used."""
     with _opened(path, remedy) as file:
         return _map(path, str(path), file, _memory(path, file, remedy), 0, path.stat().st_size, remedy)
 

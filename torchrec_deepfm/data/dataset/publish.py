@@ -32,10 +32,7 @@ def check_free(output: Path) -> None:
 
 
 def digest(path: Path) -> dict[str, int | str]:
-    """Return the manifest entry of a file.
-
-    Returns ``bytes`` and ``sha256``.
-    """
+    """Return the manifest entry of a file: ``bytes`` and ``sha256``."""
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
@@ -71,10 +68,7 @@ def find_parts(path: Path, rows: NDArray[np.int64]) -> FileParts:
 
 
 def digest_parts(parts: FileParts) -> tuple[dict[str, int | str], NDArray[np.uint64]]:
-    """Return the manifest entry of an array's file and the checksums of its parts, reading it once.
-
-    Returns as ``digest``; uint64 [parts].
-    """
+    """Return what ``digest`` does of an array's file, and the checksums of its parts, uint64, reading it once."""
     sha256 = hashlib.sha256()
     with parts.path.open("rb") as file:
         sha256.update(file.read(parts.header))

@@ -37,10 +37,7 @@ _copies: dict[tuple[str, str], "RemoteCopy"] = {}  # of this process, by address
 
 
 class RemoteFile:
-    """One array's file in a copy.
-
-    ``first``: the position of its first row. ``row_bytes``: bytes of a row. ``rows``: their number.
-    """
+    """One array's file in a copy, with the position of its first row and the bytes of a row."""
 
     def __init__(self, copy: "RemoteCopy", name: str, first: int, row_bytes: int, rows: int) -> None:
         self.copy, self.name = copy, name

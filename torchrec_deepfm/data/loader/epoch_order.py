@@ -46,10 +46,7 @@ class EpochOrder:
         self._cached: tuple[int, NDArray[np.int64]] | None = None
 
     def __getitem__(self, positions: slice) -> NDArray[np.int64]:
-        """Return the row numbers at positions ``[start, stop)`` of the order.
-
-        ``positions``: a slice with step 1 inside ``range(rows)``. Returns int64 row numbers [stop - start].
-        """
+        """Return the row numbers at positions ``[start, stop)`` of the order, int64 [stop - start]."""
         start, stop, _ = positions.indices(self._rows)
         if not self._shuffle:
             return np.arange(start, stop)

@@ -22,10 +22,7 @@ from torchrec_deepfm.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class CopiedBags:
-    """Copied bags of a multi-hot column.
-
-    ``ids``: [m], bag after bag. ``lengths``: int64 [n], ids of each bag. ``weights``: float32 [m], or ``None``.
-    """
+    """Copied bags of a multi-hot column: ids [m] bag after bag, ids of each bag [n], weights [m] if it has any."""
 
     ids: NDArray[Any]
     lengths: NDArray[np.int64]
@@ -34,10 +31,7 @@ class CopiedBags:
 
 @dataclass(frozen=True, kw_only=True)
 class CopiedRows:
-    """Copied rows.
-
-    ``dense``: [n, I]. ``sparse``: [n, F1]. ``labels``: [n]. ``weights``: [n] of the rows, ``None`` if equal.
-    """
+    """Copied rows: ``dense`` [n, I], ``sparse`` [n, F1], ``labels`` [n], and ``weights`` [n] if they are not equal."""
 
     dense: NDArray[Any]
     sparse: NDArray[Any]
@@ -78,18 +72,12 @@ class SplitRows:
             self._check = BlockCheck(self.days, self.arrays, checksums, data.blocks)
 
     def locate(self, row: int) -> tuple[int, int]:
-        """Find a row of the split.
-
-        Returns the number of its day in the split, and the row's number in the day's files.
-        """
+        """Find a row of the split: the number of its day, and the row's number in the day's files."""
         day = int(np.searchsorted(self._begins, row, side="right")) - 1
         return day, int(row - self._begins[day] + self._first[day])
 
     def take(self, rows: NDArray[np.int64]) -> CopiedRows:
-        """Copy rows in any order.
-
-        ``rows``: int64 [n], numbered over all days. Returns the rows in that order.
-        """
+        """Copy rows in any order; int64 [n], numbered over all days."""
         if len(self.days) == 1:
             return self._copy(_Plan(parts=[(0, rows + self._first[0])], order=None))
         # One copy per day, then one reordering: much faster than scattering each day's rows.
@@ -107,10 +95,7 @@ class SplitRows:
         return self._copy(_Plan(parts=self._parts([(start, stop)]), order=None), compare=[(start, stop)])
 
     def fetch(self, stretches: Iterable[tuple[int, int]]) -> None:
-        """Start reading rows from the disk, without waiting.
-
-        ``stretches``: first row and one past the last, numbered over all days.
-        """
+        """Start reading ``stretches`` of rows, numbered over all days, from the disk, without waiting."""
         if self._remote is not None:
             self._remote.fetch_ahead(self._wanted(self._parts(stretches)))
             return
@@ -129,10 +114,7 @@ class SplitRows:
                             part.will_need(c, d)
 
     def check(self, stretches: Iterable[tuple[int, int]]) -> None:
-        """Compare the checksums of the blocks of some rows, each block once.
-
-        ``stretches``: first row and one past the last, numbered over all days.
-        """
+        """Compare the checksums of the blocks of ``stretches`` of rows, numbered over all days, each block once."""
         stretches = list(stretches)
         if self._check is None or not stretches:
             return

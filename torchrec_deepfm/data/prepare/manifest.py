@@ -20,10 +20,7 @@ from torchrec_deepfm.errors import UserError
 
 
 def days_of_splits(inputs: Inputs, units: Staged, folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """List the days of each split, as in the manifest.
-
-    Returns ``stem``, ``start``, ``rows`` and ``positives`` of each day, by split.
-    """
+    """List the days of each split as in the manifest: ``stem``, ``start``, ``rows`` and ``positives``."""
     splits: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
     for unit, record in units:
         for part in unit.parts:

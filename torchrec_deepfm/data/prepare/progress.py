@@ -14,10 +14,7 @@ _FORMAT: Final = "{desc} {percentage:3.0f}%|{bar:24}| {unit} [{elapsed}, {remain
 
 
 class Phase:
-    """One phase of the work, of known size.
-
-    ``report``: called with a line from time to time if standard error is not a terminal; ``None`` shows nothing.
-    """
+    """One phase of the work, of known size; ``report`` gets lines now and then where no terminal shows a bar."""
 
     def __init__(self, name: str, total: float, *, done: float = 0.0, report: Callable[[str], None] | None) -> None:
         self._name, self._total, self._done, self._report = name, max(total, 1e-9), done, report

@@ -16,10 +16,7 @@ from torchrec_deepfm.errors import UserError
 
 
 def finished_output(output: Path, made: Mapping[str, Any], inputs: Inputs) -> PreparedData | None:
-    """Open the output, where the very same call has made it already.
-
-    ``made``: what the manifest records of the call. Raises ``UserError``: a source has changed since.
-    """
+    """Open the output if the same call, as the manifest records it, made it; UserError: a source has changed since."""
     if not (output / MANIFEST).exists():
         return None
     try:

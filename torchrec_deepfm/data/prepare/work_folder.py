@@ -38,10 +38,7 @@ _HEAD_PIECES: Final = 16
 
 
 class WorkFolder:
-    """Paths and records of one unfinished output: ``out`` will be renamed to it.
-
-    ``staged`` holds values before they have ids.
-    """
+    """Paths and records of one unfinished output; ``out`` will be renamed to it, ``staged`` has no ids yet."""
 
     def __init__(self, output: Path) -> None:
         output = output.resolve()  # a symbolic link to a folder: beside the folder itself, on its disk
@@ -55,10 +52,7 @@ class WorkFolder:
         self._locks: list[TextIO] = []
 
     def enter(self, job: Mapping[str, Any]) -> bool:
-        """Take the folder for a job: create it, or resume in it.
-
-        Returns whether it already had finished work.
-        """
+        """Take the folder for a job: create it, or resume in it. Returns whether it already had finished work."""
         self._make()
         # A rank that was just killed and restarted may still hold them.
         limit = time.monotonic() + LOCK_SECONDS
@@ -132,10 +126,7 @@ class WorkFolder:
             self._locks.pop().close()
 
     def record(self, name: str) -> dict[str, Any] | None:
-        """Read a record.
-
-        Returns its content, ``None`` if it does not exist.
-        """
+        """Read a record; ``None`` if it does not exist."""
         path = self._records / f"{name}.json"
         return _read_json(path) if path.exists() else None
 
@@ -210,10 +201,7 @@ def estimate_bytes(heads: Sequence[tuple[Source, float]], schema: Schema, *, sta
 
 
 def check_room(output: Path, needed: int, work: Path) -> None:
-    """Check that the output's disk has enough free space.
-
-    ``work``: the work folder, whose content is already on the disk. Raises ``OutOfRoomError``: the space is too small.
-    """
+    """Check that the output's disk has enough free space besides what the work folder has taken of it."""
     place = output.resolve()
     while not place.exists():
         place = place.parent

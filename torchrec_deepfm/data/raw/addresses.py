@@ -68,10 +68,7 @@ class File:
 
     @contextmanager
     def open(self) -> Iterator[Any]:
-        """Open the file for reading, as pyarrow takes it; errors while it is open name the file.
-
-        Yields a seekable binary file.
-        """
+        """Open the file for reading, seekable, as pyarrow takes it; errors while it is open name the file."""
         try:
             if self.filesystem is None:
                 with pa.OSFile(self.path) as file:

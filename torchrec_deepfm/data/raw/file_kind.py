@@ -43,10 +43,7 @@ def compression(name: str) -> str | None:
 
 
 def check_head(name: str, path: str, head: bytes) -> None:
-    """Raise where the first bytes of a file contradict its name.
-
-    ``head``: its first ``HEAD_BYTES`` bytes, fewer where it is shorter.
-    """
+    """Raise where the first ``HEAD_BYTES`` bytes of a file contradict its name."""
     suffix = PurePath(path.lower()).suffix
     suffix = _ALIKE.get(suffix, suffix)
     for magic, (kind, remedy) in _OTHERS.items():
@@ -68,10 +65,7 @@ def check_head(name: str, path: str, head: bytes) -> None:
 
 
 def explain_damage(suffix: str, error: BaseException) -> str:
-    """Describe damaged compressed data whose first bytes are good.
-
-    ``suffix``: ``.gz`` or ``.zst``. Returns what is wrong and what to do.
-    """
+    """Say what is wrong with ``.gz`` or ``.zst`` data whose first bytes are good, and what to do."""
     # Several members or frames may follow each other. Messages of zlib and Zstandard about the next header:
     if any(text in str(error) for text in ("incorrect header check", "unknown compression method", "Unknown frame")):
         return f"other bytes follow the end of the {suffix} data; remove them, or compress the file again"

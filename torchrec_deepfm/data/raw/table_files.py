@@ -74,10 +74,7 @@ class ParquetTable:
         self.is_empty = self.rows == 0
 
     def batches(self, names: Sequence[str], start: int = 0) -> Iterator[Batch]:
-        """Continue reading at a row.
-
-        Yields batches; their sizes depend on the row groups.
-        """
+        """Continue reading at a row; the sizes of the batches depend on the row groups."""
         groups, skip = list(range(len(self._groups))), start
         while groups and skip >= self._groups[groups[0]]:
             skip -= self._groups[groups.pop(0)]

@@ -275,10 +275,7 @@ def _word(kind: str) -> str:
 
 
 def missing_column(table: TableFile, name: str, *, role: str = "", remedy: str = _REMEDY) -> UserError:
-    """Build the error for a missing column.
-
-    ``role``: its use, where the name does not show it: "the weights of column 'b'". The error names the closest column.
-    """
+    """Build the error for a missing column, with its ``role`` where the name does not show it, and the closest name."""
     names = list(table.fields)
     lower = {other.casefold(): other for other in names}
     close = difflib.get_close_matches(name.casefold(), list(lower), n=1)

@@ -86,10 +86,7 @@ def category_values(column: int) -> NDArray[np.uint32]:
 
 
 def draw_rows(generator: np.random.Generator, rows: int) -> tuple[Integers, Integers]:
-    """Draw the features of some rows; all columns are independent.
-
-    Returns numbers [B, I], ``MISSING_NUMBER`` where missing, and ids [B, F], 0 where missing.
-    """
+    """Draw independent features of rows: numbers [B, I], ``MISSING_NUMBER`` where missing, and ids [B, F], 0 there."""
     numbers = np.empty((rows, len(_NUMERIC)), dtype=np.int64)
     for column, (missing, median, spread, below_zero) in enumerate(_NUMERIC):
         counts = np.exp(median + spread * generator.standard_normal(rows))

@@ -14,11 +14,7 @@ SEED: Final = 0
 
 
 def sample_data(root: Path, report: Callable[[str], None]) -> PreparedData:
-    """Open the sample below ``root``, generating it first if it is missing.
-
-    ``root``: the folder that holds it: ``raw/`` (Criteo-format text) and ``prepared/``. ``report``: called with a line
-    of text per finished step.
-    """
+    """Open the sample in ``raw/`` and ``prepared/`` below ``root``, generating it first if it is missing."""
     raw, prepared = root / "raw", root / "prepared"
     if prepared.exists():
         return PreparedData.open(prepared)

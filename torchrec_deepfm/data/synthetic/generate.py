@@ -54,10 +54,7 @@ class SyntheticFile:
 
 @dataclass(frozen=True, kw_only=True)
 class SyntheticData:
-    """What ``generate`` wrote.
-
-    ``files``: what is known about each file, by its name, training days first.
-    """
+    """What ``generate`` wrote, and what is known about each file, by its name, training days first."""
 
     folder: Path
     seed: int

@@ -65,11 +65,7 @@ class Truth:
     output_weight: Floats
 
     def logit(self, numbers: Integers, ids: Integers) -> Floats:
-        """Return the true log-odds of a click.
-
-        ``numbers``: [B, I] raw integers, ``MISSING_NUMBER`` where missing. ``ids``: [B, F] categories, 0 where missing.
-        Returns [B] logits.
-        """
+        """Return the true log-odds [B] of a click, for raw integers [B, I] and categories [B, F]."""
         first, pairs, hidden = _terms(self.numeric, self.categorical, self.hidden_weight, numbers, ids)
         logit = self.bias + first + pairs
         for unit, weight in enumerate(self.output_weight):
@@ -78,10 +74,7 @@ class Truth:
 
 
 def draw_truth(*, seed: int, click_rate: float) -> Truth:
-    """Draw the model and set its scales.
-
-    ``click_rate``: the mean click probability, set by the bias alone.
-    """
+    """Draw the model and set its scales; the bias alone sets the mean click probability."""
     generator = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(0,)))
     numeric = np.concatenate(
         [

@@ -42,10 +42,7 @@ def parquet(paths: Sequence[Path]) -> str:
 
 
 def connect(spill: Path, *, memory: int, threads: int | None) -> duckdb.DuckDBPyConnection:
-    """Open an empty database in memory that spills to disk.
-
-    ``threads``: CPU threads; ``None`` for all.
-    """
+    """Open an empty database in memory that spills to disk, with all CPU threads by default."""
     config: dict[str, str | int] = {
         "memory_limit": f"{memory}B",
         "temp_directory": str(spill),

@@ -41,17 +41,11 @@ class Hashing:
         self._sizes = num_embeddings
 
     def ids(self, j: int, values: pl.Series) -> NDArray[np.int32]:
-        """Hash the values of one column.
-
-        Returns int32 [n].
-        """
+        """Hash n values of one column, int32 [n]."""
         return self.block(values.alias(f"c{j}").to_frame(), [j])[:, 0]
 
     def block(self, frame: pl.DataFrame, columns: Sequence[int]) -> NDArray[np.int32]:
-        """Hash several columns at once.
-
-        ``frame``: n rows with ``c0`` ... Returns int32 [n, F1].
-        """
+        """Hash several columns at once, those of n rows with ``c0`` ...; int32 [n, F1]."""
         if not columns:
             return np.empty((len(frame), 0), np.int32)
         numbers = [self._md5(frame[f"c{j}"]) if frame.schema[f"c{j}"] == pl.String else frame[f"c{j}"] for j in columns]

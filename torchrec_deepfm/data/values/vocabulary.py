@@ -173,10 +173,7 @@ class Vocabulary:
 
 
 def look_up(connection: duckdb.DuckDBPyConnection, values: pl.Series, vocabulary: Path) -> NDArray[np.int32]:
-    """Turn values into ids by a vocabulary of any size.
-
-    Returns int32 [n]; 0 for a value that is not in the vocabulary.
-    """
+    """Turn n values into ids by a vocabulary of any size; 0 for a value that is not in it."""
     if pq.read_metadata(vocabulary).num_rows < SMALL:
         return Vocabulary.read(vocabulary).ids(values)
     if values.null_count() == len(values):  # of whatever type: nothing in it shows its type
@@ -262,10 +259,7 @@ class OldVocabulary:
             self.digests[path.name] = files[path.name]
 
     def copy(self, staged: Sequence[Path], drafts: Path, target: Path) -> None:
-        """Copy the files after checking their checksums and types.
-
-        ``drafts``: a folder on the disk of ``target`` for unfinished files.
-        """
+        """Copy the files after checking checksums and types; ``drafts``, on the same disk, has unfinished ones."""
         for j, name in enumerate(self._schema.categorical):
             path = vocabulary_file(self.folder, j)
             if digest(path) != self.digests[path.name]:

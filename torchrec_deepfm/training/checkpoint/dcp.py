@@ -80,10 +80,7 @@ class CpuStager(AsyncStager):
         self._buffers: dict[tuple[str, tuple[int, ...]], Tensor] = {}
 
     def stage(self, state_dict: State) -> dict[str, TensorCuts]:
-        """Copy the state; later training steps do not change the copy.
-
-        Returns the same state in this stager's memory, on the CPU.
-        """
+        """Copy the state to this stager's memory, on the CPU; later training steps do not change the copy."""
         staged, used = {}, {}
         for name, tensor_cuts in state_dict.items():
             cuts = []
@@ -154,10 +151,7 @@ class LoadPlanner(DefaultLoadPlanner):
         self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator
 
     def create_local_plan(self) -> LoadPlan:
-        """Find the saved cuts that overlap the wanted ones.
-
-        Raises ``ValueError``: a tensor was not saved, or has another size.
-        """
+        """Find the saved cuts that overlap the wanted ones; a ``ValueError`` where there are none of this size."""
         assert self.metadata is not None
         items: list[ReadItem] = []
         for name, tensor_cuts in self.state_dict.items():
@@ -173,10 +167,7 @@ class LoadPlanner(DefaultLoadPlanner):
         return LoadPlan(items)
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        """Refuse pickled objects: these checkpoints hold none.
-
-        Raises ``pickle.UnpicklingError``: always.
-        """
+        """Refuse pickled objects: these checkpoints hold none."""
         raise pickle.UnpicklingError(f"{read_item.dest_index.fqn} is a pickled object; none is ever loaded")
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:

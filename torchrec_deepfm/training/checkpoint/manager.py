@@ -206,10 +206,7 @@ class Checkpoints:
 
 
 def lower_rates(saved: int | None) -> str:
-    """Return the remedy for a loss or a weight that is not finite.
-
-    ``saved``: the newest saved step; None without one.
-    """
+    """Return the remedy for a loss or a weight that is not finite; ``saved`` is the newest saved step, if any."""
     again = "start again from step 0" if saved is None else f"resume from the checkpoint of step {saved}"
     return f"run the same command with a lower --sparse-lr or --dense-lr to {again}"
 

@@ -44,10 +44,7 @@ class Damaged(Exception):  # noqa: N818 - it describes the checkpoint
 
 
 def unseal(content: bytes) -> dict[str, Any]:
-    """Parse a manifest that ``seal`` wrote.
-
-    ``content``: the file's bytes. Raises ``Damaged``: it is not a JSON object, or its checksum differs.
-    """
+    """Parse the bytes of a manifest that ``seal`` wrote; Damaged where they are not JSON or their checksum differs."""
     try:
         manifest = json.loads(content.decode("utf-8"), parse_constant=_not_finite)
     except (ValueError, RecursionError) as error:
@@ -122,10 +119,7 @@ class Store:
                     self._discard(f"{self._root}/{name}")
 
     def commit(self, step: int, files: Mapping[str, Mapping[str, Any]], meta: Mapping[str, Any]) -> None:
-        """Make a checkpoint visible once all its other files are written.
-
-        ``files``: ``bytes`` and ``sha256`` by name.
-        """
+        """Make a checkpoint visible once all its other ``files``, with ``bytes`` and ``sha256``, are written."""
         content = seal({"format_version": FORMAT_VERSION, "step": step, **meta, "files": dict(files)})
         if not self.local:
             with os_errors(), self._fs.open(f"{self.path(step)}/{MANIFEST}", "wb") as file:

@@ -53,10 +53,7 @@ def model_state(model: DistributedModelParallel) -> dict[str, TensorCuts]:
 
 
 def average_state(state: Mapping[str, TensorCuts]) -> dict[str, TensorCuts]:
-    """Rename the weights of a model to those of its moving average in a checkpoint: ``average.<parameter>``.
-
-    Integers, which are not averaged, keep their names.
-    """
+    """Rename a model's weights to ``average.<parameter>`` of a checkpoint, except integers, which have no average."""
     return {
         name.replace("model.", "average.", 1)
         if all(cut.tensor.is_floating_point() for cut in tensor_cuts.cuts)
@@ -179,10 +176,7 @@ class TrainingTensors:
         return owned(state)
 
     def to_read(self, columns: Columns) -> tuple[dict[str, TensorCuts], Callable[[], None]]:
-        """Return the state that this rank reads from a checkpoint.
-
-        ``columns``: the first columns of the saved shards of each table.
-        """
+        """Return the state that this rank reads; ``columns`` are the first ones of the saved shards of each table."""
         state = model_state(self._model)
         rest: list[Callable[[], None]] = []
         for name, rows, width, moments in self._fused():
@@ -250,10 +244,7 @@ class TrainingTensors:
 
 
 def optimizer_values(optimizer: torch.optim.Optimizer, parameter: Any) -> Iterator[tuple[str, Tensor]]:
-    """Iterate over an optimizer's values of one parameter, creating them if no step has done so.
-
-    Yields the name and the memory of each value.
-    """
+    """Yield name and memory of an optimizer's values of a parameter, creating them if no step has done so."""
     values = optimizer.state[parameter]
     if isinstance(optimizer, torch.optim.Adam) and not values:
         # Adam counts on the CPU, except in its fused kernel.
@@ -286,10 +277,7 @@ def _merge(moment: Tensor, read: Tensor, widths: Sequence[int]) -> Callable[[], 
 
 
 def rank_rows(name: str, mine: Tensor) -> tuple[str, TensorCuts]:
-    """Name a tensor that differs between ranks but has the same shape on all.
-
-    Returns its key, and the row of this rank.
-    """
+    """Name a tensor that differs between ranks but has one shape: its key, and the row of this rank."""
     size = (dist.get_world_size(), *mine.shape)
     return f"ranks.{name}", _Sharded(size, [Cut((dist.get_rank(), *(0,) * mine.dim()), mine.unsqueeze(0))])
 

@@ -29,10 +29,7 @@ class TrackerState(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True
     bad_since_drop: Annotated[int, Meta(ge=0)]
 
     def check(self, config: TrainConfig, step: int) -> None:
-        """Compare the values with each other and with the options.
-
-        Raises ``ValueError``: two values contradict each other; the message names one.
-        """
+        """Compare the values with each other and with the options; a ``ValueError`` names a contradiction."""
         drops = round(math.log(self.factor) / math.log(config.lr_factor))
         for name, wrong in {
             "best_step": (self.best_step is None) != (self.best_value is None) or (self.best_step or 0) > step,

@@ -122,10 +122,7 @@ def refuse_predictions(step: int, run: Path, checkpoints: Checkpoints) -> Never:
 
 
 def record_not_finite(run: Path, about: Mapping[str, Any]) -> None:
-    """Record that a loss or a weight was not finite, after which a run may be resumed with lower learning rates.
-
-    ``run``: the run's folder; gets ``nonfinite_step_<step>/about.json``. ``about``: what to record, with ``step``.
-    """
+    """Record in ``nonfinite_step_<step>/about.json`` that a run may be resumed with lower learning rates."""
     folder = _folder(run, about["step"])
     try:
         folder.mkdir(exist_ok=True)

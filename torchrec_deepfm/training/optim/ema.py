@@ -70,10 +70,7 @@ class MovingAverage:
         }
 
     def update(self, step: int, *, last: bool = False) -> None:
-        """Update the average after a step, if an update is due.
-
-        ``last``: whether the training ends here, where an update is always due.
-        """
+        """Update the average after a step, if an update is due; at the end of the training one always is."""
         since = step % self._every
         if since and not last:
             return
@@ -83,10 +80,7 @@ class MovingAverage:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Swap the average into the model inside, and the weights back afterwards.
-
-        Yields nothing; evaluate or save inside, do not train.
-        """
+        """Swap the average into the model inside, to evaluate or save, and the weights back afterwards."""
         self._swap()
         try:
             yield

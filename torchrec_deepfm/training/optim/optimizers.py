@@ -112,10 +112,7 @@ def make_scheduler(
 
 
 def set_rates(scheduler: LambdaLR, step: float) -> None:
-    """Set the learning rates of all parameter groups to those of a step.
-
-    ``scheduler``: of ``make_scheduler``. ``step``: steps done; a fraction if the batch size has changed.
-    """
+    """Set the learning rates of all parameter groups to those of a step; a fraction if the batch size has changed."""
     scheduler.last_epoch = step  # type: ignore[assignment]
     for group, base, factor in zip(
         scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True

@@ -13,10 +13,7 @@ _BLOCKS: Final = 64
 
 
 def write_data_summary(folder: Path, data: PreparedData) -> dict[str, Any]:
-    """Write the rows and clicks of each split, and the share of id 0 in a sample of each, into the folder of a run.
-
-    Returns what was written.
-    """
+    """Write ``data.json`` of a run: rows and clicks of each split, and the share of id 0 in a sample of each."""
     content = data_summary(data)
     run_folder.write_json(folder / run_folder.DATA, content)
     return content

@@ -187,10 +187,7 @@ def _keep_encoder(folder: Path, data: PreparedData) -> str | None:
 
 
 def write_saved(folder: Path, target: str, step: int | None) -> None:
-    """Record the place of the newest checkpoint of a run, so that its loss is noticed.
-
-    ``step``: of the newest checkpoint; None before the first.
-    """
+    """Record the place and the step (None before the first) of the newest checkpoint, so that its loss is noticed."""
     write_json(folder / SAVED, {"format_version": 1, "checkpoints": target, "step": step})
 
 
@@ -273,10 +270,7 @@ def read_summary(
 
 
 def from_file(raw: RunFile) -> RunDescription:
-    """Convert ``config.json`` or a checkpoint's manifest to a description.
-
-    Raises ``ValueError``: an option is unknown or out of its range.
-    """
+    """Convert ``config.json`` or a manifest; a ``ValueError`` where an option is unknown or out of its range."""
     return RunDescription(
         config=raw.train_config(),
         num_embeddings=raw.num_embeddings,
@@ -288,10 +282,7 @@ def from_file(raw: RunFile) -> RunDescription:
 
 
 def read_file(path: Path, kind: type[T], remedy: str) -> tuple[dict[str, Any], T] | None:
-    """Read a JSON file of a run.
-
-    Returns the raw content and the typed one; None if the file is missing.
-    """
+    """Read a JSON file of a run: the raw content and the typed one; None if it is missing."""
     try:
         return formats.read_json(path, kind)
     except FileNotFoundError:

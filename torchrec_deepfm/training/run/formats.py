@@ -46,10 +46,7 @@ class RunFile(Struct, kw_only=True):
     machine: dict[str, str] = {}
 
     def train_config(self) -> TrainConfig:
-        """Return the options.
-
-        Raises ``ValueError``: an option is unknown, or its value is not allowed.
-        """
+        """Return the options; a ``ValueError`` where one is unknown, or its value not allowed."""
         unknown = sorted(set(self.config) - {field.name for field in fields(TrainConfig)})
         if unknown:
             raise ValueError(f"config.{unknown[0]}: unknown option")

@@ -55,10 +55,7 @@ DAMAGED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, 
 
 
 def write_run_report(folder: Path) -> Path:
-    """Write ``report.html`` into the folder of a run, finished or not.
-
-    ``folder``: the run's folder, with ``config.json``; its other files are used if present.
-    """
+    """Write ``report.html`` into the folder of a run, finished or not, from those of its files that exist."""
     run = read_run(folder)
     try:
         sections = [
@@ -94,10 +91,7 @@ def damaged(folder: Path, error: Exception) -> UserError:
 
 
 def report_is_drawn(folder: Path) -> bool:
-    """Whether the report of a finished run exists and was drawn after its end.
-
-    ``folder``: the run's folder, with ``summary.json``.
-    """
+    """Whether the report of a finished run exists and was drawn after its end."""
     try:
         drawn = (folder / REPORT).stat().st_mtime_ns
     except FileNotFoundError:

@@ -20,10 +20,7 @@ _RATES = ("sparse_lr", "dense_lr")
 
 
 def check_same(folder: Path, run: RunDescription, data: PreparedData) -> None:
-    """Check that the run in ``folder`` has the options and data asked for, so that it can resume.
-
-    ``folder``: the run's folder, with a ``config.json``.
-    """
+    """Check that the run in a folder has the options and data asked for, so that it can resume."""
     there = run_folder.read(folder, "name another --output, or remove the folder")
     check_same_run(f"--output {folder}", there, run, data, may_lower=run_folder.was_not_finite(folder))
 
@@ -56,10 +53,7 @@ def check_same_run(
     *,
     may_lower: bool = False,
 ) -> None:
-    """Check that two runs are the same; see ``check_same``.
-
-    ``may_lower``: learning rates lower than those of the first run are allowed.
-    """
+    """Check that two runs are the same, see ``check_same``; with ``may_lower`` learning rates may be lower now."""
     for option in fields(TrainConfig):
         old, new = getattr(there.config, option.name), getattr(run.config, option.name)
         if old == new or option.name in _FREE or (may_lower and option.name in _RATES and new < old):

@@ -12,10 +12,7 @@ BLOCK_ROWS: Final = 1024
 
 
 def sample_rows(data: PreparedData, split: str, blocks: int) -> Iterator[CopiedRows]:
-    """Yield blocks of 1,024 neighbouring rows, spread evenly over a split; all of it if it has no more rows.
-
-    ``blocks``: most of them.
-    """
+    """Yield at most ``blocks`` blocks of 1,024 neighbouring rows, spread evenly over a split; all of a small one."""
     source, total = SplitRows(data, split), data.rows(split)
     if total <= blocks * BLOCK_ROWS:
         starts = range(0, total, BLOCK_ROWS)

@@ -48,10 +48,7 @@ class GrowingArray:
         return self
 
     def append(self, values: NDArray[Any]) -> None:
-        """Write rows at the end.
-
-        ``values``: rows of the right shape and type.
-        """
+        """Write rows of the right shape and type at the end."""
         assert values.dtype == self._dtype, values.dtype
         assert values.shape[1:] == self._row, values.shape
         self._file.write(np.ascontiguousarray(values).data)
@@ -79,10 +76,7 @@ class GrowingArray:
 
 
 def read_rows(path: Path, row: tuple[int, ...], dtype: DTypeLike, *, piece: int = 1 << 18) -> Iterator[NDArray[Any]]:
-    """Read a file that ``GrowingArray`` wrote, some rows at a time.
-
-    Yields arrays of at most ``piece`` rows.
-    """
+    """Read a file that ``GrowingArray`` wrote, at most ``piece`` rows at a time."""
     width = int(np.prod(row, dtype=np.int64))
     with path.open("rb") as file:
         file.seek(_HEADER_BYTES)

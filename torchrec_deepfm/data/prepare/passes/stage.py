@@ -50,10 +50,7 @@ class Stager:
         return any(column.transform == "log" for column in self.numbers)
 
     def stage(self, unit: Unit, on_piece: OnPiece) -> None:
-        """Stage a source to its end, after its last recorded piece.
-
-        ``on_piece``: called after every piece.
-        """
+        """Stage a source to its end, after its last recorded piece."""
         record = read_record(self.work, unit) or StageRecord(stems={part.stem: StemRows() for part in unit.parts})
         if record.finished:
             return
@@ -80,10 +77,7 @@ class Stager:
         record.write(self.work, unit)
 
     def staged_files(self, stem: str, record: StageRecord) -> list[tuple[Path, int, int]]:
-        """List the staged files of a stem.
-
-        Returns parquet files in row order, each with its rows and the bytes that its values take in memory.
-        """
+        """List the parquet files of a stem in row order, each with its rows and the bytes of its values in memory."""
         pieces = record.stems[stem].pieces
         return [(self._staged(stem, number), rows, size) for number, (rows, size) in enumerate(pieces) if rows]
 

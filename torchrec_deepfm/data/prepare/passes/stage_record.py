@@ -37,11 +37,7 @@ class StemRows:
 
 @dataclass(kw_only=True)
 class StageRecord:
-    """How far a unit is staged.
-
-    ``start``: where the next piece begins. ``minimum``: the least number, for logarithms. ``skipped``: bad rows by the
-    place of their source in the unit.
-    """
+    """How far a unit is staged, and where the next piece starts; ``skipped`` is by the place of the source."""
 
     finished: bool = False
     pieces: int = 0

@@ -68,10 +68,7 @@ def survey(
 def statistics(
     units: Sequence[Unit], columns: Sequence[NumericColumn], work: WorkFolder, on_change: Callable[[], None]
 ) -> dict[str, ColumnStatistics]:
-    """Join what was collected.
-
-    ``on_change``: called where rows were prepared with other statistics, since a source has changed.
-    """
+    """Join what was collected; ``on_change`` is called where rows were prepared with other statistics."""
     learned = [column for column in columns if column.is_learned]
     sources: list[dict[str, Any]] = []
     for unit in units:

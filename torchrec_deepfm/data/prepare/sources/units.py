@@ -16,10 +16,7 @@ OnPiece = Callable[[int, float], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """The destination of some of a source's rows.
-
-    ``lots``: their random buckets, of 0 to 9, or what ``row_splits.py`` dealt them; ``None``: all rows.
-    """
+    """The destination of some of a source's rows, by ``lots`` (0 to 9, or from ``row_splits.py``), or of all rows."""
 
     stem: str
     split: str
@@ -72,10 +69,7 @@ class Unit:
 
 
 def deal(unit: Unit, first: int, rows: int) -> Iterator[tuple[Part, NDArray[np.bool_] | None]]:
-    """Divide the rows of a piece among the parts of their unit; ``None`` for all of them.
-
-    ``first``: the number of good rows before them.
-    """
+    """Divide the rows of a piece among the parts of their unit; ``None`` for all. ``first`` good rows came before."""
     if len(unit.parts) == 1:
         yield unit.parts[0], None
         return

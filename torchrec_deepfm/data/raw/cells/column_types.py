@@ -76,10 +76,7 @@ def check_number(kind: Kind) -> None:
 
 
 def category_type(kind: Kind, options: Column, name: str, *, csv: bool) -> str | None:
-    """Choose the type of the categories of a column.
-
-    Returns ``string`` or ``integer``; ``None`` where the file has only missing values, so that both fit.
-    """
+    """Choose ``string`` or ``integer`` for the categories of a column; ``None`` where all are missing, so both fit."""
     at = f"[columns.{toml_key(name)}]"
     if kind.scalar == "lists":
         raise UserError(f"it holds {kind}", remedy="write one flat list of text or integers per row")
@@ -103,10 +100,7 @@ def category_type(kind: Kind, options: Column, name: str, *, csv: bool) -> str |
 
 
 def check_weights(kind: Kind, *, cut: bool) -> None:
-    """Raise unless the weights of a list can be read from a column.
-
-    ``cut``: whether the list has a separator, so that texts can be cut.
-    """
+    """Raise unless the weights of a list can be read from a column; with ``cut`` texts are cut into lists."""
     if kind.scalar == "nothing" or (cut and kind == Kind("text")):
         return
     if not kind.is_list or kind.scalar not in ("integer", "float"):

@@ -112,10 +112,7 @@ def numbers(column: pa.ChunkedArray, transform: str | None = None) -> Values:
 
 
 def categories(column: pa.ChunkedArray, wanted: str) -> Values:
-    """Read a categorical column with one value per row.
-
-    ``wanted``: ``string``, ``integer`` or ``hex``. Returns n values, String, Int64 or UInt32.
-    """
+    """Read a column of one category per row, as ``string``, ``integer`` or ``hex``: String, Int64 or UInt32."""
     return _categories(_flat(column), wanted)
 
 

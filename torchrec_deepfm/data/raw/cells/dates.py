@@ -102,11 +102,7 @@ def local_times(column: pa.ChunkedArray, options: Column) -> Values:
 
 
 def guessed_format(values: pl.Series, name_says_time: bool) -> str | None:
-    """Guess what makes times of a sample.
-
-    ``values``: given values, integers or text. Returns a format; empty for ISO 8601 text; ``None`` where these are no
-    times.
-    """
+    """Guess the format that makes times of given integers or text: empty for ISO 8601 text, ``None`` for no times."""
     different = values.unique()
     if values.dtype == pl.String:
         # Digits alone are numbers; without this a year would be a date.

@@ -43,18 +43,12 @@ class Log:
 
 
 def open_log(folder: Path) -> IO[str]:
-    """Open the file of a run to append lines to it.
-
-    Raises ``OSError``: it can't be written, or is a link.
-    """
+    """Open the file of a run to append lines to it; an ``OSError`` also if it is a link."""
     return open(folder / NAME, "a", encoding="utf-8", buffering=1, opener=regular_file)
 
 
 def read_log(path: Path) -> Log | None:
-    """Read the file.
-
-    Returns its content; None if it is missing.
-    """
+    """Read the file; None if it is missing."""
     log = Log(records=[], lines=[], damaged=[])
     try:
         with open(path, "rb", opener=regular_file) as file:

@@ -33,10 +33,7 @@ class Watcher(Protocol):
 
 
 class MLflowWatcher:
-    """A run of MLflow, by its client: no run of the process is changed.
-
-    ``run_id``: the run to continue; None begins one.
-    """
+    """A run of MLflow, new or continued, by its client: no run of the process is changed."""
 
     def __init__(self, folder: Path, options: Mapping[str, Any], run_id: str | None) -> None:
         from mlflow import MlflowClient
@@ -67,10 +64,7 @@ class MLflowWatcher:
 
 
 class WandbWatcher:
-    """A run of Weights & Biases; its local files are in the run folder unless ``WANDB_DIR`` names another.
-
-    ``run_id``: the run to continue; None begins one.
-    """
+    """A run of Weights & Biases, new or continued; its files are in the run folder, or in ``WANDB_DIR``."""
 
     def __init__(self, folder: Path, options: Mapping[str, Any], run_id: str | None) -> None:
         import wandb
