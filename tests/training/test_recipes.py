@@ -192,18 +192,22 @@ def test_the_default_depends_on_the_data(
         ({}, ["--sparse-lr", "0.1", "--sparse-optimizer", "adam"], "adam"),
         ({}, ["--sparse-optimizer", "adagrad"], "adagrad"),
         ({}, ["--data-parallel-rows", "10"], "rowwise_adagrad"),
-        ({}, ["--constraint", "a=row_wise"], "rowwise_adagrad"),
-        ({}, ["--plan", "row_wise.json"], "rowwise_adagrad"),
-        ({}, ["--plan", "data_parallel.json"], "adam"),
+        ({}, ["--constraint", "a=row_wise"], "adam"),
+        ({}, ["--constraint", "a=row_wise,column_wise"], "rowwise_adagrad"),
+        ({}, ["--plan", "row_wise fused.json"], "adam"),
+        ({}, ["--plan", "row_wise fused_uvm.json"], "rowwise_adagrad"),
+        ({}, ["--plan", "grid_shard fused.json"], "rowwise_adagrad"),
+        ({}, ["--plan", "data_parallel dense.json"], "adam"),
     ],
 )
-def test_adam_ends_where_tables_are_large_or_sharded(
+def test_adam_ends_where_tables_are_large_or_placed_as_it_cannot_have_them(
     about: dict[str, int], words: list[str], optimizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And where a rate is given, which is row-wise Adagrad's."""
 
     def load(path: Path) -> Any:
-        return SimpleNamespace(tables=[SimpleNamespace(sharding_type=path.stem)])
+        kind, kernel = path.stem.split()
+        return SimpleNamespace(tables=[SimpleNamespace(sharding_type=kind, compute_kernel=kernel)])
 
     monkeypatch.setattr("torchrec_deepfm.sharding.plan.io.load_plan", load)
     command = cli.parse(["train", "--data", "x", *words])
@@ -242,8 +246,8 @@ def test_a_run_keeps_what_it_began_with(place: str, tmp_path: Path) -> None:
 
 
 def test_a_run_keeps_the_optimizer_of_sharded_tables(tmp_path: Path) -> None:
-    commands = [cli.parse(["train", "--data", "x", *words]) for words in ([], ["--constraint", "a=row_wise"])]
-    for command in (*commands[1:], *commands):
+    for words in (["--constraint", "a=column_wise"], [], ["--constraint", "a=row_wise"]):
+        command = cli.parse(["train", "--data", "x", *words])
         assert isinstance(command, Train)
         config = command._config_for(prepared(1000), 1, tmp_path)
         assert config.sparse_optimizer == "rowwise_adagrad"

@@ -95,9 +95,9 @@ class Train:
         config, sharded = (
             recipe_for(
                 self.recipe, self._given, rows=rows, ids=ids, validation=validation, ranks=ranks, multi_hot=multi_hot,
-                placed=placed,
+                fused=fused,
             )
-            for placed in (self._places_tables(), True)
+            for fused in (self._wants_fused(), True)
         )  # fmt: skip
         if holds_run_of(output, sharded):
             config = sharded
@@ -108,12 +108,14 @@ class Train:
         console.say(default if self.recipe is None else small)
         return config
 
-    def _places_tables(self) -> bool:
-        """Whether constraints or a plan say that tables are sharded."""
+    def _wants_fused(self) -> bool:
+        """Whether constraints or a plan place tables as Adam can't have them: cut by columns, or out of memory."""
+        from torchrec_deepfm.sharding.inputs.sharding_types import COLUMN_TYPES, CUDA_KERNELS
         from torchrec_deepfm.sharding.plan.io import load_plan
 
         plan = load_plan(self.options.plan).tables if self.options.plan is not None else ()
-        return bool(self.options.rules) or any(table.sharding_type != "data_parallel" for table in plan)
+        words = [*self.options.rules, *(f"{table.sharding_type} {table.compute_kernel}" for table in plan)]
+        return any(fused in word for word in words for fused in (*COLUMN_TYPES, *CUDA_KERNELS))
 
     @property
     def _given(self) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from torchrec_deepfm.launch.processes import local_world_size
 from torchrec_deepfm.model.deepfm import DeepFM, DeepFMTrain
 from torchrec_deepfm.model.tables import embedding_tables
 from torchrec_deepfm.sharding.inputs.constraints import parse_constraints
-from torchrec_deepfm.sharding.inputs.sharding_types import IN_MEMORY_KERNELS
+from torchrec_deepfm.sharding.inputs.sharding_types import COLUMN_TYPES, IN_MEMORY_KERNELS
 from torchrec_deepfm.sharding.plan.plan import PlanFile
 from torchrec_deepfm.sharding.plan.torchrec_plan import find_embedding_bags, to_sharding_plan
 from torchrec_deepfm.sharding.runtime.init_tables import initialize_tables
@@ -31,6 +31,7 @@ from torchrec_deepfm.training.config import CompileDense, TrainConfig
 from torchrec_deepfm.training.optim.optimizers import fuse_sparse_optimizer
 from torchrec_deepfm.training.optim.regularisers import penalise_looked_up_rows
 
+_DATA_PARALLEL = ShardingType.DATA_PARALLEL.value
 _CACHING = EmbeddingComputeKernel.FUSED_UVM_CACHING.value
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
@@ -137,12 +138,12 @@ def build_model(
     assert isinstance(ebc, EmbeddingBagCollection)
     tables = ebc.embedding_bag_configs()
     penalise_looked_up_rows(deepfm.sparse_arch, config, device)
-    whole = config.sparse_optimizer == "adam"
-    replicated_by = "--sparse-optimizer adam" if whole else DATA_PARALLEL_ROWS
-    replicated = {table.name for table in tables if whole or table.num_embeddings <= config.data_parallel_rows}
-    _check_penalties(config, [table.name for table in tables if table.name not in replicated])
-    bags = {name: bag for name, bag in ebc.embedding_bags.items() if name not in replicated}
-    fuse_sparse_optimizer([weight for bag in bags.values() for weight in bag.parameters()], config)
+    adam = config.sparse_optimizer == "adam"
+    small = {table.name for table in tables if table.num_embeddings <= config.data_parallel_rows}
+    if not adam:
+        bags = {name: bag for name, bag in ebc.embedding_bags.items() if name not in small}
+        _check_penalties(config, list(bags))
+        fuse_sparse_optimizer([weight for bag in bags.values() for weight in bag.parameters()], config)
     train_model = DeepFMTrain(deepfm, negative_rate)
 
     def find_plan() -> PlanFile:
@@ -152,8 +153,7 @@ def build_model(
             return read_fitting_plan(
                 plan,
                 tables,
-                replicated=replicated,
-                replicated_by=replicated_by,
+                replicated=small,
                 device=device,
                 batch_size=config.batch_size,
                 optimizer=config.sparse_optimizer,
@@ -168,11 +168,12 @@ def build_model(
                 world_size=dist.get_world_size(),
                 local_world_size=local_world_size(),
             )
+        # Adam's tables are sharded where a constraint asks for it.
+        free = {table.name for table in tables} - {name for name, one in by_table.items() if one.sharding_types}
         return plan_model(
             train_model,
             tables,
-            replicated=replicated,
-            replicated_by=replicated_by,
+            replicated=small | free if adam else small,
             batch_size=config.batch_size,
             device=device,
             sharder=sharder,
@@ -184,7 +185,9 @@ def build_model(
 
     found = on_main(find_plan)
     sharding_plan = to_sharding_plan(found, find_embedding_bags(train_model), device)
-    _check_plan(config, sharding_plan, replicated)
+    _check_plan(config, sharding_plan, small)
+    if adam:
+        _without_fused_optimizer(sharding_plan)
     _prefetch_caches(sharding_plan)
     model = DistributedModelParallel(train_model, device=device, plan=sharding_plan, sharders=[sharder])  # type: ignore[list-item]
     initialize_tables(model, tables, factor_dim=config.factor_dim, std=config.init_std, seed=config.seed)
@@ -220,24 +223,50 @@ def _check_penalties(config: TrainConfig, fused: Sequence[str]) -> None:
             )
 
 
-def _check_plan(config: TrainConfig, plan: ShardingPlan, replicated: AbstractSet[str]) -> None:
-    """Refuse a plan that shards a replicated table, or caches a table that every step reads as a whole."""
-    whole = "--ema" if config.ema else "--embedding-weight-decay" if config.embedding_weight_decay else ""
+def _check_plan(config: TrainConfig, plan: ShardingPlan, small: AbstractSet[str]) -> None:
+    """Refuse a plan that shards what ``data_parallel_rows`` replicates, or that the options do not support.
+
+    What every step reads as a whole can't lie behind a cache, and Adam wants whole rows in the device's memory.
+    """
+    adam = config.sparse_optimizer == "adam"
+    whole = {"--ema": config.ema, "--embedding-weight-decay": config.embedding_weight_decay}
+    whole = {"--sparse-optimizer adam": adam} | whole
+    reads_all = next((option for option, value in whole.items() if value), None)
     for module in plan.plan.values():
         for name, sharding in module.items():  # type: ignore[attr-defined]
-            if name in replicated and sharding.sharding_type != ShardingType.DATA_PARALLEL.value:
-                reason = "--sparse-optimizer adam"
-                if config.sparse_optimizer != "adam":
-                    reason = f"--data-parallel-rows {config.data_parallel_rows}"
+            kind, where = sharding.sharding_type, f"table {name}"
+            if kind == _DATA_PARALLEL:
+                continue
+            if name in small:
                 raise UserError(
-                    f"the plan shards it ({sharding.sharding_type}), but {reason} replicates it",
-                    where=f"table {name}",
+                    f"the plan shards it ({kind}), but {DATA_PARALLEL_ROWS} {config.data_parallel_rows} replicates it",
+                    where=where,
                     remedy="plan it as data_parallel, or change the option",
                 )
-            if whole and sharding.compute_kernel not in IN_MEMORY_KERNELS:
+            if reads_all and sharding.compute_kernel not in IN_MEMORY_KERNELS:
                 raise UserError(
-                    f"the plan keeps it out of the device's memory ({sharding.compute_kernel}), where {whole} "
+                    f"the plan keeps it out of the device's memory ({sharding.compute_kernel}), where {reads_all} "
                     "would read stale rows or move all of them at each step",
-                    where=f"table {name}",
-                    remedy=f"plan it as fused, or leave out {whole}",
+                    where=where,
+                    remedy=f"plan it as fused, or leave out {reads_all}",
                 )
+            if adam and kind in COLUMN_TYPES:
+                raise UserError(
+                    f"the plan cuts its columns ({kind}), but --sparse-optimizer adam steps on whole rows",
+                    where=where,
+                    remedy="plan it as table_wise or row_wise, or take another optimizer",
+                )
+            if adam and config.clip_embedding == "cowclip":
+                raise UserError(
+                    f"the plan shards it ({kind}), but --clip-embedding cowclip clips the rows of Adam's tables where "
+                    "they are replicated",
+                    where=where,
+                    remedy="plan it as data_parallel, or leave one of these options out",
+                )
+
+
+def _without_fused_optimizer(plan: ShardingPlan) -> None:
+    """Let sharded tables have gradients of all their rows, for an optimizer that FBGEMM does not fuse."""
+    for module in plan.plan.values():
+        for sharding in module.values():  # type: ignore[attr-defined]
+            sharding.compute_kernel = EmbeddingComputeKernel.DENSE.value

@@ -65,8 +65,8 @@ class OptimizationConfig:
     batch_size: int = 2048
     """Samples per step and rank. A GPU is faster with 8192 or more: launching the kernels takes longer than 2048 do."""
     sparse_optimizer: SparseOptimizer = "rowwise_adagrad"
-    """Optimizer of the tables, fused into the backward pass; adam is not: it replicates every table on every rank and
-    steps on all of its rows, seen or not."""
+    """Optimizer of the tables, fused into the backward pass; adam is not: it steps on all rows, seen or not, of tables
+    that every rank has, or of this rank's shards where --constraint or --plan shards them by whole rows."""
     sparse_lr: float = 0.02
     """Learning rate of the tables."""
     dense_lr: float = 1e-3

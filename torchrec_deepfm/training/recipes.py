@@ -326,21 +326,20 @@ def recipe_for(
     validation: bool,
     ranks: int = 1,
     multi_hot: bool = False,
-    placed: bool = False,
+    fused: bool = False,
 ) -> TrainConfig:
     """Look up a recipe for the data that it is to train on, and take the options on top.
 
     Without a name ``small-table`` below ``SMALL_TABLE`` training rows and ids of all tables, else ``paper``.
     ``small-table`` has row-wise Adagrad where the options name ``sparse_lr`` or ``data_parallel_rows``, but no
-    optimizer; and where the user places tables (``placed``), so that they can't all be replicated.
+    optimizer; and where only a ``fused`` optimizer can be.
     """
     if name is None and max(rows, ids) < SMALL_TABLE:
         name = "small-table"
     if name != "small-table":
         return replace(recipe(name or "paper"), **options)
     # A rate without an optimizer is meant for row-wise Adagrad, the default of the options: Adam's are far smaller.
-    fused = placed or "sparse_lr" in options or options.get("data_parallel_rows")
-    whole = False if fused else None
+    whole = False if fused or "sparse_lr" in options or options.get("data_parallel_rows") else None
     if "sparse_optimizer" in options:
         whole = options["sparse_optimizer"] == "adam"
     config = small_table(rows, ids=ids, validation=validation, ranks=ranks, multi_hot=multi_hot, whole=whole)

@@ -3,7 +3,8 @@
     python -m benchmarks.quality.search.row_rules --output row-rules
 
 DeepFM with the settings of the recipe ``frappe-x1``, one process, no sharding; each rule is written in a few lines of
-torch, so that rules which no kernel has can be tried. A rule that also moves rows outside the batch (``whole``,
+torch, so that rules which no kernel has can be tried, and two leads of others: label smoothing, and rows drawn anew for
+each epoch (MEDA, arXiv 2305.19531). A rule that also moves rows outside the batch (``whole``,
 ``decay``, ``shrink``) stands for a kernel that catches up on the missed steps of a row when it is looked up, and for
 all rows before an evaluation. Validation split alone; the best epoch counts.
 
@@ -48,6 +49,8 @@ class Rule:
         decay: share of itself that every row loses at each step.
         shrink: what every number of every v loses towards 0 at each step.
         row_steps: correct the bias of Adam's moments by the steps that had the row, instead of by all steps.
+        smoothing: how far the labels that are learnt lie from 0 and 1 towards 1/2, as a share.
+        restart: begin each epoch with new rows and moments; only the MLP goes on.
     """
 
     kind: Literal["adam", "rowwise_adam", "adagrad", "rowwise_adagrad"]
@@ -57,10 +60,14 @@ class Rule:
     decay: float = 0.0
     shrink: float = 0.0
     row_steps: bool = False
+    smoothing: float = 0.0
+    restart: bool = False
 
 
 RULES: Final[dict[str, Rule]] = {
     "Adam, whole tables": Rule(kind="adam", rate=1e-3, whole=0.02),
+    "Adam, whole tables, label smoothing": Rule(kind="adam", rate=1e-3, whole=0.02, smoothing=0.05),
+    "Adam, whole tables, new rows in each epoch": Rule(kind="adam", rate=1e-3, whole=0.02, restart=True),
     "row-wise Adagrad": Rule(kind="rowwise_adagrad", rate=0.02, touched=0.2),
     "row-wise Adagrad, penalty on whole tables": Rule(kind="rowwise_adagrad", rate=0.02, whole=0.02),
     "row-wise Adagrad, shrink": Rule(kind="rowwise_adagrad", rate=0.02, touched=0.2, shrink=1e-4),
@@ -158,10 +165,15 @@ def train(arrays: Arrays, rule: Rule, seed: int, epochs: int) -> dict[str, float
     floats = [table, *(one for one in rest.values() if one.is_floating_point())]
     average = [one.detach().clone() for one in floats]
     ids = {name: torch.from_numpy(split.sparse + offsets[:-1]) for name, split in arrays.splits.items()}  # [n, S]
-    labels = torch.from_numpy(arrays.splits["train"].labels).float()
+    labels = torch.from_numpy(arrays.splits["train"].labels).float().lerp(torch.tensor(0.5), rule.smoothing)
     best, since, steps = {"auc": 0.0, "logloss": 0.0, "epoch": 0.0}, 0, 0
     for epoch in range(epochs):
         model.train()
+        if rule.restart and epoch:
+            with torch.no_grad():
+                init_packed_rows_(table, config.factor_dim, std=config.init_std)
+            rows = RowOptimizer(table, rule)
+            average[0].copy_(table)
         order = torch.randperm(len(labels))
         for start in range(0, len(order) - config.batch_size + 1, config.batch_size):
             chosen = order[start : start + config.batch_size]

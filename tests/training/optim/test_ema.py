@@ -195,15 +195,40 @@ def test_a_table_behind_a_cache_is_refused(device: torch.device, option: str, va
 
 
 @pytest.mark.parametrize(
-    ("options", "reason"),
-    [({"sparse_optimizer": "adam"}, "--sparse-optimizer adam"), ({"data_parallel_rows": 9}, "--data-parallel-rows 9")],
+    ("options", "message"),
+    [
+        (
+            {"data_parallel_rows": 9},
+            (
+                "the plan shards it (column_wise), but --data-parallel-rows 9 replicates it; "
+                "plan it as data_parallel, or change the option"
+            ),
+        ),
+        (
+            {"sparse_optimizer": "adam"},
+            (
+                "the plan cuts its columns (column_wise), but --sparse-optimizer adam steps on whole rows; "
+                "plan it as table_wise or row_wise, or take another optimizer"
+            ),
+        ),
+    ],
 )
-def test_a_plan_that_shards_what_is_to_be_whole(options: dict[str, Any], reason: str) -> None:
-    table = SimpleNamespace(sharding_type="row_wise", compute_kernel="fused")
+def test_a_plan_that_the_options_refuse(options: dict[str, Any], message: str) -> None:
+    table = SimpleNamespace(sharding_type="column_wise", compute_kernel="fused")
     plan: Any = SimpleNamespace(plan={"sparse": {"t_a": table}})
     with pytest.raises(UserError) as raised:
-        build._check_plan(replace(CONFIG, **options), plan, {"t_a"})
+        build._check_plan(replace(CONFIG, **options), plan, {"t_a"} if "data_parallel_rows" in options else set())
+    assert str(raised.value) == f"table t_a: {message}"
+
+
+def test_cowclip_wants_adams_tables_replicated() -> None:
+    table = SimpleNamespace(sharding_type="row_wise", compute_kernel="fused")
+    plan: Any = SimpleNamespace(plan={"sparse": {"t_a": table}})
+    config = replace(CONFIG, sparse_optimizer="adam")
+    build._check_plan(config, plan, set())
+    with pytest.raises(UserError) as raised:
+        build._check_plan(replace(config, clip_embedding="cowclip"), plan, set())
     assert str(raised.value) == (
-        f"table t_a: the plan shards it (row_wise), but {reason} replicates it; plan it as data_parallel, or change "
-        "the option"
+        "table t_a: the plan shards it (row_wise), but --clip-embedding cowclip clips the rows of Adam's tables where "
+        "they are replicated; plan it as data_parallel, or leave one of these options out"
     )

@@ -53,7 +53,6 @@ def plan_model(
     batch_size: int,
     device: torch.device,
     sharder: EmbeddingBagCollectionSharder,
-    replicated_by: str = DATA_PARALLEL_ROWS,
     constraints: Mapping[str, ParameterConstraints] | None = None,
     topology: Topology | None = None,
     hardware: Hardware | None = None,
@@ -65,16 +64,15 @@ def plan_model(
     TorchRec's planner plans. Where the hardware is known and the balanced search predicts faster steps for it, its plan
     is taken; without ``hardware`` TorchRec's planner plans for its own bandwidths.
 
-    The dense optimizer trains the tables of ``replicated``, which the option ``replicated_by`` selects, and which are
-    therefore data_parallel. The planner places the others, and replicates one only where its constraints ask for it:
-    their optimizer is fused. With ``ema`` a moving average takes as much memory as the weights, and every table stays
-    in the device's memory.
+    The tables of ``replicated`` are data_parallel, as their optimizer wants it. The planner places the others, and
+    replicates one only where its constraints ask for it. With ``ema`` a moving average takes as much memory as the
+    weights, and every table stays in the device's memory.
 
     UserError: the tables fit no plan on this hardware, or the constraints shard a table of ``replicated``.
     """
     constraints = constraints or {}
     kinds = {name: each.sharding_types for name, each in constraints.items() if each.sharding_types}
-    check_replicated(replicated, kinds, tables, "--constraint", replicated_by)
+    check_replicated(replicated, kinds, tables, "--constraint")
     if topology is None:
         topology = hardware_topology(hardware, dist.get_world_size()) if hardware else local_topology(device)
     given = in_device_memory(tables, constraints) if ema else constraints
@@ -125,7 +123,6 @@ def read_fitting_plan(
     batch_size: int,
     optimizer: SparseOptimizer,
     ema: bool,
-    replicated_by: str = DATA_PARALLEL_ROWS,
 ) -> PlanFile:
     """Read a plan for these tables and the ranks of the process group, on one rank; options as in ``plan_model``.
 
@@ -144,9 +141,7 @@ def read_fitting_plan(
     )
     # Where no table depends on hosts, the plan may run on hosts of another size.
     plan = replace(plan, local_world_size=local_world_size(), pod_size=pod_size())
-    check_replicated(
-        replicated, {table.name: [table.sharding_type] for table in plan.tables}, tables, where, replicated_by
-    )
+    check_replicated(replicated, {table.name: [table.sharding_type] for table in plan.tables}, tables, where)
     topology = local_topology(device)
     sizes = [table_of(table) for table in tables]
     held = memory_by_rank(plan, sizes, topology, batch_size=batch_size, optimizer=optimizer, ema=ema)
@@ -177,22 +172,14 @@ def check_replicated(
     kinds: Mapping[str, Sequence[str]],
     tables: Sequence[EmbeddingBagConfig],
     where: str,
-    replicated_by: str = DATA_PARALLEL_ROWS,
 ) -> None:
     """Check that every table which the dense optimizer trains may be data_parallel.
 
-    ``--data-parallel-rows``, or the optimizer, decides who trains a table, and so what is learnt; a plan only decides
-    where it lies. Adam is not fused, so what it trains is replicated.
+    ``--data-parallel-rows`` decides who trains a table, and so what is learnt; a plan only decides where it lies.
     """
     rows = {table.name: table.num_embeddings for table in tables}
     for name in sorted(replicated & kinds.keys(), key=lambda name: rows[name]):
         if _DATA_PARALLEL not in kinds[name]:
-            if replicated_by != DATA_PARALLEL_ROWS:
-                raise UserError(
-                    f"table {name} is to be {' or '.join(kinds[name])}, but {replicated_by} replicates every table",
-                    where=where,
-                    remedy="plan it as data_parallel, or take another optimizer",
-                )
             raise UserError(
                 f"table {name} is to be {' or '.join(kinds[name])}, but has {rows[name]:,} rows, and "
                 "--data-parallel-rows leaves tables of so few rows to Adam, which trains them "

@@ -155,6 +155,7 @@ class TrainingTensors:
         self._model, self._optimizer = model, optimizer
         # Whether the tables' optimizer keeps a number per row (True) or per weight (False); None if it keeps none.
         self._rowwise = {"rowwise_adagrad": True, "adagrad": False, "sgd": None, "adam": None}[sparse_optimizer]
+        self._adam = sparse_optimizer == "adam"
         self.columns = table_columns(model)
         self.widths = {name: int(value.size(1)) for name, value in model.state_dict().items() if _is_table(name)}
 
@@ -173,7 +174,7 @@ class TrainingTensors:
             state[f"optimizer.{name}.sum"] = _Sharded((rows, len(begins)), cuts)
         for name, kind, value in self._eager():
             state[f"optimizer.{name}.{kind}"] = TensorCuts(tuple(value.size()), [Cut((0,) * value.dim(), value)])
-        return owned(state)
+        return owned(state | self._adam_shards())
 
     def to_read(self, columns: Columns) -> tuple[dict[str, TensorCuts], Callable[[], None]]:
         """Return the state that this rank reads; ``columns`` are the first ones of the saved shards of each table."""
@@ -197,6 +198,7 @@ class TrainingTensors:
                 cuts.append(Cut((row, first), read))
                 rest.append(_merge(moment, read, list(overlaps.values())))
             state[key] = TensorCuts((rows, len(begins)), cuts)
+        state |= self._adam_shards()
         parameters = self._optimizer.params
         for name, kind, value in self._eager():
             key, parameter = f"optimizer.{name}.{kind}", parameters[name]
@@ -234,8 +236,29 @@ class TrainingTensors:
             rows, width = (int(each) for each in weight.size())
             yield name, rows, width, moments
 
+    def _adam_shards(self) -> dict[str, TensorCuts]:
+        """Adam's values of the sharded tables, named as those of replicated ones."""
+        if not self._adam:
+            return {}
+        values = {(name, kind): value for name, kind, value in self._values()}
+        steps = next(value for (_, kind), value in values.items() if kind == "step")  # the same for all
+        state: dict[str, TensorCuts] = {}
+        for name, weight in self._model.state_dict().items():
+            if _is_table(name) and hasattr(weight, "local_shards"):
+                size, shards = tuple(weight.size()), list(local_shards(weight))
+                for kind in ("exp_avg", "exp_avg_sq"):
+                    cuts = [Cut((row, column), values[name, kind]) for _, row, column in shards]
+                    state[f"optimizer.{name}.{kind}"] = _Sharded(size, cuts)
+                state[f"optimizer.{name}.step"] = TensorCuts((), [Cut((), values.get((name, "step"), steps))])
+        return state
+
     def _eager(self) -> Iterator[tuple[str, str, Tensor]]:
         """Values of the optimizers that are not fused, equal on all ranks: parameter, kind, values."""
+        weights = self._model.state_dict()
+        return (one for one in self._values() if not hasattr(weights[one[0]], "local_shards"))
+
+    def _values(self) -> Iterator[tuple[str, str, Tensor]]:
+        """Values of the optimizers that are not fused, of a sharded table those of this rank's shard."""
         for _, keyed in self._optimizer.optimizers:
             if isinstance(keyed, KeyedOptimizerWrapper):
                 inner = keyed._optimizer

@@ -31,7 +31,8 @@ def make_optimizer(model: DistributedModelParallel, config: TrainConfig) -> Comb
     """Combine the fused optimizer of the sharded tables with Adam for every other parameter.
 
     A table of more than ``data_parallel_rows`` rows that a plan replicates also has the tables' optimizer, not fused;
-    so have all tables if that is Adam. Penalties and gradient clipping come before the step.
+    so have all tables, and the shards of this rank, if that is Adam. Penalties and gradient clipping come before the
+    step.
 
     Args:
         model: the sharded model.
@@ -40,12 +41,14 @@ def make_optimizer(model: DistributedModelParallel, config: TrainConfig) -> Comb
     Returns:
         One keyed optimizer over both.
     """
-    rest = dict(in_backward_optimizer_filter(model.named_parameters()))
+    whole = {name: value for name, value in model.state_dict().items() if is_table_weight(name)}
+    # Of a table that other ranks hold, TorchRec leaves an empty parameter.
+    rest = {name: weight for name, weight in in_backward_optimizer_filter(model.named_parameters()) if weight.numel()}
     # A plan may replicate other tables than ``data_parallel_rows``: a table's optimizer must not depend on the plan.
     tables = {
         name: weight
         for name, weight in rest.items()
-        if is_table_weight(name) and len(weight) > config.data_parallel_rows
+        if name in whole and whole[name].size(0) > config.data_parallel_rows
     }
     dense = KeyedOptimizerWrapper(
         {name: weight for name, weight in rest.items() if name not in tables},
@@ -62,7 +65,8 @@ def make_optimizer(model: DistributedModelParallel, config: TrainConfig) -> Comb
     if config.embedding_weight_decay:
         combined.register_step_post_hook(decay_tables(model, config, combined))
     clip_rows = CowClip(model, rest, config).clip_tables if config.clip_embedding == "cowclip" else None
-    hook = before_step(rest, config, clip_rows)
+    replicated = [weight for name, weight in rest.items() if not hasattr(whole.get(name), "local_shards")]
+    hook = before_step(rest, replicated, config, clip_rows)
     if hook is not None:
         combined.register_step_pre_hook(hook)
     return combined

@@ -3,7 +3,7 @@
 Shapes: B samples on this rank, S categorical features, K factor_dim, R = K + 1 columns of a packed row ``[v (K) | w]``.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -49,15 +49,18 @@ def penalise_looked_up_rows(sparse_arch: SparseArch, config: TrainConfig, device
 
 
 def before_step(
-    parameters: Mapping[str, nn.Parameter], config: TrainConfig, clip_rows: Callable[[], None] | None = None
+    parameters: Mapping[str, nn.Parameter],
+    replicated: Sequence[nn.Parameter],
+    config: TrainConfig,
+    clip_rows: Callable[[], None] | None = None,
 ) -> Callable[..., None] | None:
     """Build the hook that changes the gradients before the optimizers' step; None if no option needs it.
 
     Each penalty lambda/2 ||weight||^2 adds lambda * weight, rows are clipped (``clip_rows``), then the common norm of
-    the gradients is. Gradients are averaged over the ranks before, so all of this is the same on any number of ranks.
+    the gradients of what is ``replicated`` is. Gradients are averaged over the ranks before, so all of this is the same
+    on any number of ranks.
     """
     penalised = list(_penalised(parameters, config))
-    weights = list(parameters.values())
     if not penalised and not config.clip_norm and clip_rows is None:
         return None
 
@@ -68,7 +71,7 @@ def before_step(
         if clip_rows is not None:
             clip_rows()
         if config.clip_norm:
-            torch.nn.utils.clip_grad_norm_(weights, config.clip_norm)
+            torch.nn.utils.clip_grad_norm_(replicated, config.clip_norm)
 
     return hook
 
