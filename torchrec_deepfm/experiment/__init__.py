@@ -1,1 +1,1 @@
-"""PlanSet measured on real ranks, and hardware descriptions calibrated from them."""
+"""Plans measured on real ranks, and hardware descriptions calibrated from them."""

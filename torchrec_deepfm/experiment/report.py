@@ -63,7 +63,7 @@ def write_experiment_report(experiment: Experiment, path: Path) -> None:
     settings = experiment.settings
     sections = [
         Section("Summary", *_summary(experiment)),
-        Section("PlanSet", *_plans(experiment)),
+        Section("Plans", *_plans(experiment)),
         *_against(experiment),
         Section("Where the time goes", *_splits(experiment)),
         Section("Rank by rank", *_heat_maps(experiment)),
