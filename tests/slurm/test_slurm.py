@@ -94,6 +94,7 @@ def result(output: Path) -> dict[str, object]:
     return {key: summary[key] for key in ("validation", "test", "steps")}
 
 
+@pytest.mark.campaign
 def test_two_nodes_train_and_a_preempted_job_ends_with_the_same_bits(tmp_path: Path, data: PreparedData) -> None:
     whole = submit(tmp_path, data, tmp_path / "whole")
     wait(lambda: ended(whole))

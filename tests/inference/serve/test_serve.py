@@ -77,47 +77,50 @@ def test_explain(model: ServedModel, predictor: Predictor, frame: pl.DataFrame) 
     scenario(body)
 
 
-@pytest.mark.parametrize(
-    ("content", "status", "message"),
-    [
-        (b"{", 400, "not valid JSON"),
-        (b"[" * 100_000, 400, "recursion limit"),
-        (b"\xff\xfe", 400, "not valid JSON"),
-        ({}, 422, 'expected {"rows"'),
-        ({"rows": []}, 422, "rows is empty"),
-        ({"rows": [5]}, 422, "row 1: expected an object"),
-        ({"rows": [{"noise": "x"}]}, 422, "row 1, 'noise': expected a finite number, or null, not 'x'"),
-        ({"rows": [{"noise": float("nan")}]}, 422, "row 1, 'noise': expected a finite number"),
-        ({"rows": [{}, {"noise": 10**400}]}, 422, "row 2, 'noise': expected a finite number"),
-        ({"rows": [{"user": "g"}]}, 422, "row 1, 'user': expected a text of at most 8 hexadecimal digits"),
-        ({"rows": [{"user": "0" * 10_000}]}, 422, "row 1, 'user': expected a text of at most 8"),
-        ({"rows": [{"user": ["1"]}]}, 422, "row 1, 'user': expected a text"),
-        ({"rows": [{}, {"price": 3}]}, 422, "row 2, 'price': unknown column"),
-        ({"rows": [{"user": "..."}, {}]}, 422, "row 1, 'user'"),
-        ({"rows": [{}] * 101}, 413, "more than 100 rows"),
-        (b" " * 300_000, 413, "larger than 0.25 MiB"),
-    ],
-)
-def test_refusals(model: ServedModel, frame: pl.DataFrame, content: Any, status: int, message: str) -> None:
-    if isinstance(content, dict):
-        good = frame[:1].to_dicts()[0]
-        rows = [good | row if isinstance(row, dict) else row for row in content.get("rows", [])]
-        content = json.dumps({"rows": rows} if "rows" in content else content).encode()
+REFUSED: list[tuple[Any, int, str]] = [
+    (b"{", 400, "not valid JSON"),
+    (b"[" * 100_000, 400, "recursion limit"),
+    (b"\xff\xfe", 400, "not valid JSON"),
+    ({}, 422, 'expected {"rows"'),
+    ({"rows": []}, 422, "rows is empty"),
+    ({"rows": [5]}, 422, "row 1: expected an object"),
+    ({"rows": [{"noise": "x"}]}, 422, "row 1, 'noise': expected a finite number, or null, not 'x'"),
+    ({"rows": [{"noise": float("nan")}]}, 422, "row 1, 'noise': expected a finite number"),
+    ({"rows": [{}, {"noise": 10**400}]}, 422, "row 2, 'noise': expected a finite number"),
+    ({"rows": [{"user": "g"}]}, 422, "row 1, 'user': expected a text of at most 8 hexadecimal digits"),
+    ({"rows": [{"user": "0" * 10_000}]}, 422, "row 1, 'user': expected a text of at most 8"),
+    ({"rows": [{"user": ["1"]}]}, 422, "row 1, 'user': expected a text"),
+    ({"rows": [{}, {"price": 3}]}, 422, "row 2, 'price': unknown column"),
+    ({"rows": [{"user": "..."}, {}]}, 422, "row 1, 'user'"),
+    ({"rows": [{}] * 101}, 413, "more than 100 rows"),
+    (b" " * 300_000, 413, "larger than 0.25 MiB"),
+]
+
+
+def test_refusals(model: ServedModel, frame: pl.DataFrame) -> None:
+    good = frame[:1].to_dicts()[0]
 
     async def body() -> None:
         async with serving(model, Limits(max_rows=100, max_body_mb=0.25)) as (client, _):
-            answer = await client.post("/predict", content=content, headers=JSON)
-            assert answer.status_code == status
-            first = answer.json()["detail"][0]
-            where = "" if first["row"] is None else f"row {first['row']}"
-            where += "" if first["column"] is None else f", {first['column']!r}"
-            assert message in f"{where}: {first['message']}"
+            for given, status, message in REFUSED:
+                content = given
+                if isinstance(given, dict):
+                    rows = [good | row if isinstance(row, dict) else row for row in given.get("rows", [])]
+                    content = json.dumps({"rows": rows} if "rows" in given else given).encode()
+                answer = await client.post("/predict", content=content, headers=JSON)
+                first = answer.json()["detail"][0]
+                where = "" if first["row"] is None else f"row {first['row']}"
+                where += "" if first["column"] is None else f", {first['column']!r}"
+                said = f"{where}: {first['message']}"
+                assert message in said
+                assert answer.status_code == status, said
 
-            async def chunks() -> AsyncIterator[bytes]:
-                yield content
+                async def chunks(content: bytes = content) -> AsyncIterator[bytes]:
+                    yield content
 
-            answer = await client.post("/predict", content=chunks(), headers=JSON)  # of a length that is not announced
-            assert answer.status_code == status
+                # Of a length that is not announced:
+                answer = await client.post("/predict", content=chunks(), headers=JSON)
+                assert answer.status_code == status, said
 
     scenario(body)
 
