@@ -41,7 +41,15 @@ def training_rank(device: str, threads: int) -> Iterator[Any]:
         yield place
 
 
-def build(rows: int, batch_size: int, device: Any, *, factor_dim: int = 15, dropout: float = 0.0) -> tuple[Any, ...]:
+def build(
+    rows: int,
+    batch_size: int,
+    device: Any,
+    *,
+    factor_dim: int = 15,
+    dropout: float = 0.0,
+    compile_dense: Literal["off", "default"] = "off",
+) -> tuple[Any, ...]:
     """Return (model, optimizer, config).
 
     Args:
@@ -50,13 +58,15 @@ def build(rows: int, batch_size: int, device: Any, *, factor_dim: int = 15, drop
         device: This rank's device.
         factor_dim: K.
         dropout: Of the MLP.
+        compile_dense: How to compile everything after the look-ups.
     """
     from torchrec_deepfm.training.build import build_model
     from torchrec_deepfm.training.config import TrainConfig
     from torchrec_deepfm.training.optim.optimizers import make_optimizer
 
     config = TrainConfig(factor_dim=factor_dim, dropout=dropout, batch_size=batch_size)
-    model = build_model(config, dict.fromkeys(KEYS, rows // len(KEYS)), NUMERIC, device).model
+    sizes = dict.fromkeys(KEYS, rows // len(KEYS))
+    model = build_model(config, sizes, NUMERIC, device, compile_dense=compile_dense).model
     return model, make_optimizer(model, config), config
 
 

@@ -32,6 +32,8 @@ SIDES = {
     "bf16": ("step_ours", "bf16"),
     "medium": ("step_ours", "medium"),
     "float32": ("step_ours", "float32"),
+    "compiled-bf16": ("step_compiled", "bf16"),
+    "compiled-medium": ("step_compiled", "medium"),
     "command-bf16": ("step_command", "bf16"),
     "command-medium": ("step_command", "medium"),
     "command-float32": ("step_command", "float32"),
