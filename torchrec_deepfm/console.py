@@ -25,7 +25,10 @@ _WARNINGS = (
 )
 _LOGGED: dict[str, str | tuple[str, ...]] = {
     "root": "Sharding spec not found for",  # data_parallel tables have none
-    "torchrec.distributed.utils": "Sharding Type is data_parallel, caching params will be ignored",
+    "torchrec.distributed.utils": (
+        "Sharding Type is data_parallel, caching params will be ignored",
+        "Compute Kernel is dense, caching params will be ignored",  # a line per table that Adam trains sharded
+    ),
     # Of table_row_wise and grid_shard: the size of a host, and the process groups in and between hosts.
     "torchrec.distributed.comm": ("TORCHREC_RESOLVED_POD_SIZE not set", "[Connection] "),
     "torch.fx._symbolic_trace": "is_fx_tracing will return true for both",  # TorchRec calls it while it pipelines

@@ -168,6 +168,8 @@ def build_model(
                 world_size=dist.get_world_size(),
                 local_world_size=local_world_size(),
             )
+        if adam:
+            by_table = {name: _without_column_types(one) for name, one in by_table.items()}
         # Adam's tables are sharded where a constraint asks for it.
         free = {table.name for table in tables} - {name for name, one in by_table.items() if one.sharding_types}
         return plan_model(
@@ -263,6 +265,13 @@ def _check_plan(config: TrainConfig, plan: ShardingPlan, small: AbstractSet[str]
                     where=where,
                     remedy="plan it as data_parallel, or leave one of these options out",
                 )
+
+
+def _without_column_types(constraints: ParameterConstraints) -> ParameterConstraints:
+    """Leave out the types that cut columns, where there are others."""
+    kinds = constraints.sharding_types or []
+    whole = [kind for kind in kinds if kind not in COLUMN_TYPES]
+    return replace(constraints, sharding_types=whole) if whole else constraints
 
 
 def _without_fused_optimizer(plan: ShardingPlan) -> None:

@@ -357,8 +357,9 @@ class Loop:
         )
 
     def _learning_rates(self) -> dict[str, float]:
-        groups = list(self._optimizer.param_groups)  # fused groups come first, Adam's last
-        return {"sparse": float(groups[0]["lr"]), "dense": float(groups[-1]["lr"])}
+        # Not the tables' own group: a rank without tables has none.
+        factor = self._scheduler.lr_lambdas[-1](self._scheduler.last_epoch)
+        return {"sparse": self._config.sparse_lr * factor, "dense": self._config.dense_lr * factor}
 
     def _record(self, ends: bool) -> None:
         losses, self._pending_losses = self._pending_losses, []

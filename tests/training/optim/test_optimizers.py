@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +14,11 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from tests.support.samples import draw, read_state, to_batch, write_state
-from torchrec_deepfm import DeepFM, DeepFMTrain, embedding_tables
+from torchrec_deepfm import DeepFM, DeepFMTrain, console, embedding_tables
+from torchrec_deepfm.training import build
 from torchrec_deepfm.training.build import build_model
 from torchrec_deepfm.training.config import TrainConfig
+from torchrec_deepfm.training.loop import Loop
 from torchrec_deepfm.training.optim.optimizers import make_optimizer, make_scheduler, schedule
 
 TABLE = "model.sparse_arch.embedding_bag_collection.embedding_bags.t_{}.weight"
@@ -176,3 +180,39 @@ def test_fused_optimizers_are_what_they_are_called(
     for name, weight in expected.items():
         assert (weight - before[name]).abs().max() > 1e-3, f"{name} did not move"
         torch.testing.assert_close(actual[name], weight, rtol=1e-5, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_a_rank_without_tables_records_their_rate_too() -> None:
+    """Rank 0 writes the record, and a plan may give it no table, so no group with the tables' rate."""
+    config = TrainConfig(sparse_lr=0.3, dense_lr=0.02, warmup=0.5)
+    optimizer: Any = torch.optim.Adam([nn.Parameter(torch.zeros(1))], lr=config.dense_lr)
+    scheduler = make_scheduler(optimizer, config, total_steps=8)
+    seen: Any = SimpleNamespace(_optimizer=optimizer, _scheduler=scheduler, _config=config)
+    for factor in (0.25, 0.5, 0.75, 1.0, 1.0):
+        assert Loop._learning_rates(seen) == pytest.approx({"sparse": 0.3 * factor, "dense": 0.02 * factor})
+        optimizer.step()
+        scheduler.step()
+
+
+def test_adam_drops_types_that_cut_columns_and_shards_without_a_warning(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of several types the planner must not choose what Adam then refuses; TorchRec warns of each kernel ``dense``."""
+    console.quiet()
+    asked: dict[str, Any] = {}
+
+    def plan_model(*args: Any, **options: Any) -> Any:
+        asked.update({name: one.sharding_types for name, one in options["constraints"].items()})
+        return real(*args, **options)
+
+    real = build.plan_model
+    monkeypatch.setattr(build, "plan_model", plan_model)
+    config = TrainConfig(factor_dim=6, over_arch_layer_sizes=(8,), sparse_optimizer="adam", sparse_lr=0.001)
+    rules = ["big=column_wise,row_wise", "other=any"]
+    built = build_model(config, SIZES, 2, device, constraints=rules)
+    assert asked["t_big"] == ["row_wise"]
+    assert "row_wise" in asked["t_other"]
+    assert not [kind for kind in asked["t_other"] if "column" in kind or kind == "grid_shard"]
+    kernels = {each.compute_kernel for module in built.plan.plan.values() for each in module.values()}  # type: ignore[attr-defined]
+    assert kernels == {"dense"}
+    assert "caching params" not in caplog.text
