@@ -26,6 +26,7 @@ with mock.patch("warnings.showwarning"):
     import torchrec_deepfm.training.trainer  # noqa: F401
 del sys.modules["pandas"]
 gc.freeze()  # no fork searches what is imported for garbage, and copies its pages
+gc.set_threshold(100_000, 20, 50)  # as in conftest.py
 gc.enable()
 
 threads = len(list(Path("/proc/self/task").iterdir()))
