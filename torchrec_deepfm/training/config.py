@@ -258,8 +258,8 @@ class RunOptions:
     ] = ()
     """What the planner may do with a table: C1=row_wise, 't_C*=column_wise:min_partition=8', '>1e6=row_wise'."""
     compile_dense: CompileDense = "off"
-    """Compile everything after the look-ups (torch.compile); reduce-overhead: into CUDA graphs. Sums are rounded in
-    another order then, so resume with the same choice."""
+    """Compile everything after the look-ups (torch.compile), which is slower on a CPU; reduce-overhead: into CUDA
+    graphs. Sums are rounded in another order then, so resume with the same choice."""
     timeout: int = 120
     """Seconds after which a rank without a sign of life has stalled, or a step that also takes 20 times the slowest so
     far. Start, evaluations and checkpoints have half an hour."""
