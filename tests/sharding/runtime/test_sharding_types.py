@@ -37,7 +37,7 @@ from torchrec_deepfm.training.optim.optimizers import make_optimizer
 # Rows of 12 columns [v (10) | w | padding]: three column shards of 4.
 K, SIZES = 10, {"a": 37, "b": 1, "c": 24, "d": 3, "e": 50, "f": 7, "g": 41}
 NUMERIC, BATCH, STEPS, FILE_STEPS = 2, 8, 5, 2
-WEIGHT_DECAY, L2 = {"adagrad": 2.0}, {"adam": 0.3}
+WEIGHT_DECAY, L2, CLIP_NORM = {"adagrad": 2.0}, {"adam": 0.3}, {"adam": 1.5}
 RATES, DENSE_RATE = {"adam": 0.01, "sgd": 0.1, "adagrad": 0.02, "rowwise_adagrad": 0.02}, 0.005
 TYPES = [
     "data_parallel",
@@ -72,6 +72,7 @@ def config(optimizer: str, world_size: int) -> TrainConfig:
         factor_dim=K, over_arch_layer_sizes=(6,), activation="tanh", dropout=0.0, batch_size=BATCH // world_size,
         sparse_optimizer=optimizer, sparse_lr=RATES[optimizer], dense_lr=DENSE_RATE,
         embedding_weight_decay=WEIGHT_DECAY.get(optimizer, 0.0), embedding_l2=L2.get(optimizer, 0.0),
+        clip_norm=CLIP_NORM.get(optimizer, 0.0),
     )  # type: ignore[arg-type]  # fmt: skip
 
 
@@ -231,6 +232,8 @@ def plain_training(optimizer: str, columns: Columns) -> dict[str, Any]:
             }
         rows = [*tables.values(), model.get_parameter("model.dense_arch.rows")]
         (L2.get(optimizer, 0.0) / 2 * sum(weight[:, :K].square().sum() for weight in rows)).backward()
+        if optimizer in CLIP_NORM:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM[optimizer])
         for update in updates:
             update()
         for table in tables.values():

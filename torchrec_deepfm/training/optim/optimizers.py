@@ -65,8 +65,8 @@ def make_optimizer(model: DistributedModelParallel, config: TrainConfig) -> Comb
     if config.embedding_weight_decay:
         combined.register_step_post_hook(decay_tables(model, config, combined))
     clip_rows = CowClip(model, rest, config).clip_tables if config.clip_embedding == "cowclip" else None
-    replicated = [weight for name, weight in rest.items() if not hasattr(whole.get(name), "local_shards")]
-    hook = before_step(rest, replicated, config, clip_rows)
+    shards = {name for name, value in whole.items() if hasattr(value, "local_shards")}
+    hook = before_step(rest, shards if config.sparse_optimizer == "adam" else set(), config, clip_rows)
     if hook is not None:
         combined.register_step_pre_hook(hook)
     return combined

@@ -3,10 +3,12 @@
 Shapes: B samples on this rank, S categorical features, K factor_dim, R = K + 1 columns of a packed row ``[v (K) | w]``.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import KeyedOptimizer
@@ -50,15 +52,15 @@ def penalise_looked_up_rows(sparse_arch: SparseArch, config: TrainConfig, device
 
 def before_step(
     parameters: Mapping[str, nn.Parameter],
-    replicated: Sequence[nn.Parameter],
+    shards: AbstractSet[str],
     config: TrainConfig,
     clip_rows: Callable[[], None] | None = None,
 ) -> Callable[..., None] | None:
     """Build the hook that changes the gradients before the optimizers' step; None if no option needs it.
 
     Each penalty lambda/2 ||weight||^2 adds lambda * weight, rows are clipped (``clip_rows``), then the common norm of
-    the gradients of what is ``replicated`` is. Gradients are averaged over the ranks before, so all of this is the same
-    on any number of ranks.
+    the gradients is. Gradients are averaged over the ranks before, so all of this is the same on any number of ranks.
+    Of the tables ``shards`` every rank has other rows, so that their part of the norm is summed over the ranks.
     """
     penalised = list(_penalised(parameters, config))
     if not penalised and not config.clip_norm and clip_rows is None:
@@ -71,9 +73,21 @@ def before_step(
         if clip_rows is not None:
             clip_rows()
         if config.clip_norm:
-            torch.nn.utils.clip_grad_norm_(replicated, config.clip_norm)
+            _clip_norm(parameters, shards, config.clip_norm)
 
     return hook
+
+
+def _clip_norm(parameters: Mapping[str, nn.Parameter], shards: AbstractSet[str], most: float) -> None:
+    if not shards:
+        torch.nn.utils.clip_grad_norm_(parameters.values(), most)
+        return
+    gradients = {name: weight.grad for name, weight in parameters.items() if weight.grad is not None}
+    whole = torch.nn.utils.get_total_norm([gradient for name, gradient in gradients.items() if name not in shards])
+    part = torch.nn.utils.get_total_norm([gradient for name, gradient in gradients.items() if name in shards])
+    square = part.to(whole.device).square()  # of no gradients it is on the CPU
+    dist.all_reduce(square)
+    torch.nn.utils.clip_grads_with_norm_(parameters.values(), most, (whole.square() + square).sqrt())
 
 
 def decay_tables(
