@@ -1,4 +1,4 @@
-"""What a report's page holds for programs."""
+"""What a report's page holds, for programs and for readers."""
 
 import json
 from html.parser import HTMLParser
@@ -31,3 +31,32 @@ class _DataReader(HTMLParser):
     def handle_endtag(self, tag: str) -> None:
         if tag == "script":
             self._name = None
+
+
+class Cells(HTMLParser):
+    """What a page shows: the cells of its tables by row, its images and its text."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.rows: list[list[str]] = []
+        self.images: list[dict[str, str | None]] = []
+        self.text = ""
+        self._inside = False
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+            self._inside = True
+        if tag == "img":
+            self.images.append(dict(attrs))
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside &= tag not in ("td", "th")
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+        if self._inside:
+            self.rows[-1][-1] += data

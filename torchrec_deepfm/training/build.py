@@ -231,8 +231,8 @@ def _check_plan(config: TrainConfig, plan: ShardingPlan, small: AbstractSet[str]
     What every step reads as a whole can't lie behind a cache, and Adam wants whole rows in the device's memory.
     """
     adam = config.sparse_optimizer == "adam"
-    whole = {"--ema": config.ema, "--embedding-weight-decay": config.embedding_weight_decay}
-    whole = {"--sparse-optimizer adam": adam} | whole
+    decays = bool(config.embedding_weight_decay)
+    whole = {"--sparse-optimizer adam": adam, "--ema": bool(config.ema), "--embedding-weight-decay": decays}
     reads_all = next((option for option, value in whole.items() if value), None)
     for module in plan.plan.values():
         for name, sharding in module.items():  # type: ignore[attr-defined]

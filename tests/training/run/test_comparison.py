@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from tests.support.pages import embedded_data
-from tests.training.run.test_report import CONFIG, CURVES, RECORDS, SUMMARY, Cells, evaluation, make_run
+from tests.support.pages import Cells, embedded_data
+from tests.training.run.written_run import CONFIG, CURVES, RECORDS, SUMMARY, evaluation, make_run
 from torchrec_deepfm.cli import main as cli
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.report.page import NOTHING

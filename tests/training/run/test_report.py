@@ -6,28 +6,32 @@ import os
 import shlex
 import shutil
 from collections.abc import Iterator
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from matplotlib.figure import Figure
 
 from tests.faults.runs import make_data
-from tests.support.pages import embedded_data
+from tests.support.pages import Cells, embedded_data
 from tests.support.pictures import undrawn
+from tests.training.run.written_run import (
+    BINS,
+    CONFIG,
+    CURVES,
+    DATA,
+    IMPORTANCE,
+    PLAN,
+    RECORDS,
+    SUMMARY,
+    WEIGHTS,
+    evaluation,
+    make_run,
+    train,
+)
 from torchrec_deepfm.cli import main as cli
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.report.page import NOTHING
-from torchrec_deepfm.report.score_figures import (
-    histogram_figure,
-    precision_recall_figure,
-    reliability_figure,
-    roc_figure,
-    wilson,
-)
-from torchrec_deepfm.report.training_curves import learning_curves, points, speed_curves, thinned
 from torchrec_deepfm.training.config import TrainConfig
 from torchrec_deepfm.training.run.report import write_run_report
 from torchrec_deepfm.training.trainer import train as train_run
@@ -40,140 +44,6 @@ def no_pictures() -> Iterator[None]:
     """Pictures cost seconds: for tests in which they are those of any run."""
     with undrawn():
         yield
-
-
-CONFIG: dict[str, Any] = {
-    "format_version": 1,
-    "config": {"factor_dim": 4, "dropout": 0.0, "over_arch_layer_sizes": [32, 16], "epochs": 2},
-    "num_embeddings": {"user": 1000, "<b>item": 10},
-    "numeric": ["price"],
-    "data": "data/own",
-    "data_sha256": None,
-    "world_size": 2,
-    "versions": {"torch": "2.13.0"},
-}
-PLAN: dict[str, Any] = {
-    "format": "torchrec_deepfm.plan",
-    "format_version": 2,
-    "world_size": 2,
-    "local_world_size": 2,
-    "batch_size": 64,
-    "search": "stock",
-    "hardware": None,
-    "made_with": {},
-    "predicted": None,
-    "tables": [
-        {
-            "name": name, "num_embeddings": rows, "embedding_dim": 8, "sharding_type": kind, "compute_kernel": kernel,
-            "ranks": [0, 1],
-            "shards": [
-                {"rank": rank, "offsets": [at, 0], "sizes": [size, 8], "predicted": None}
-                for rank, (at, size) in enumerate(shards)
-            ],
-        }
-        for name, rows, kind, kernel, shards in (
-            ("t_user", 1000, "row_wise", "fused", [(0, 500), (500, 500)]),
-            ("t_<b>item", 10, "data_parallel", "dense", [(0, 10), (0, 10)]),
-        )
-    ],
-}  # fmt: skip
-SUMMARY: dict[str, Any] = {
-    "validation": {"rows": 50, "logloss": 0.4, "auc": 0.8125, "ne": 0.7, "calibration": 1.01},
-    "test": {"rows": 40, "logloss": 0.41, "auc": None, "ne": None, "calibration": None},
-    "best": {"metric": "auc", "value": 0.8125, "step": 40},
-    "samples_per_second": 1234.5,
-    "train_seconds": 6.5,
-    "steps": 60,
-    "epochs": 2,
-    "batch_size": 64,
-    "world_size": 2,
-}
-WEIGHTS: dict[str, Any] = {
-    "own": "best",
-    "best": {"step": 40, "folder": "checkpoint", **{split: SUMMARY[split] for split in ("validation", "test")}},
-    "last": {"step": 60, "folder": "checkpoint_last", **{split: SUMMARY[split] for split in ("validation", "test")}},
-}
-BINS = [
-    {"low": 0.0625, "high": 0.125, "rows": 25, "predicted": 0.1, "observed": 0.12},
-    {"low": 0.25, "high": 0.5, "rows": 25, "predicted": 0.4, "observed": 0.36},
-]
-CURVES: dict[str, Any] = {
-    "positives": 20, "negatives": 30, "average_precision": 0.6789, "thresholds": [2.0, 0.0, -1.0],
-    "true_positives": [10, 15, 20], "false_positives": [3, 15, 30], "edges": [-2.0, 0.0, 3.0],
-    "histogram_positives": [5, 15], "histogram_negatives": [24, 6],
-}  # fmt: skip
-DATA: dict[str, Any] = {
-    "format_version": 1,
-    "mode": "vocabulary",
-    "splits": {
-        "train": {"rows": 3840, "positives": 960, "sampled": 3840, "zero": {"user": 0.5, "<b>item": 0.0}},
-        "test": {"rows": 40, "positives": None, "sampled": 40, "zero": {"user": 0.625, "<b>item": 0.25}},
-    },
-}
-IMPORTANCE: dict[str, Any] = {
-    "format_version": 1,
-    "split": "validation",
-    "rows": 50,
-    "fields": [
-        {"field": "user", "contribution": 0.25, "auc_loss": 0.125},
-        {"field": "<b>item", "contribution": 0.5, "auc_loss": -0.01},
-    ],
-}
-
-
-def train(step: int, loss: float | None, epoch: int = 1) -> dict[str, Any]:
-    rates = {"sparse": 0.1 / step, "dense": 0.001 / step}
-    return {"step": step, "split": "train", "epoch": epoch, "loss": loss, "lr": rates, "samples_per_second": 9.0}
-
-
-def evaluation(step: int, split: str = "validation", auc: float | None = 0.8) -> dict[str, Any]:
-    return {"step": step, "split": split, "loss": 0.5, "logloss": 0.5, "auc": auc, "ne": 0.9, "rows": 50}
-
-
-RECORDS = [train(20, 0.7), evaluation(20, auc=0.75), train(40, 0.5), evaluation(40), train(60, 0.45, 2), evaluation(60)]
-
-
-def make_run(folder: Path, **files: object) -> Path:
-    """A run's folder as earlier versions wrote it; `metrics` is a list of records or a text, None leaves a file out."""
-    folder.mkdir()
-    calibration = {"format_version": 1, "splits": {"validation": BINS, "test": BINS}}
-    given = {"config": CONFIG, "plan": PLAN, "summary": SUMMARY, "calibration": calibration, "metrics": RECORDS} | files
-    for name, value in given.items():
-        if value is None:
-            continue
-        if name == "metrics":
-            text = value if isinstance(value, str) else "".join(json.dumps(record) + "\n" for record in value)  # type: ignore[attr-defined]
-            (folder / "metrics.jsonl").write_text(text)
-        else:
-            (folder / f"{name}.json").write_text(value if isinstance(value, str) else json.dumps(value))
-    return folder
-
-
-class Cells(HTMLParser):
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.rows: list[list[str]] = []
-        self.images: list[dict[str, str | None]] = []
-        self.text = ""
-        self._inside = False
-        self.feed(html)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("td", "th"):
-            self.rows[-1].append("")
-            self._inside = True
-        if tag == "img":
-            self.images.append(dict(attrs))
-
-    def handle_endtag(self, tag: str) -> None:
-        self._inside &= tag not in ("td", "th")
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-        if self._inside:
-            self.rows[-1][-1] += data
 
 
 def read(folder: Path) -> tuple[Cells, dict[str, Any]]:
@@ -360,74 +230,6 @@ def test_a_report_that_is_there_is_replaced_only_by_a_whole_one(tmp_path: Path) 
     shutil.rmtree(folder)
     with pytest.raises(UserError, match="not a run folder"):
         write_run_report(folder)
-
-
-def lines_of(figure: Figure) -> dict[str, list[tuple[float, float]]]:
-    """What is drawn: points by label."""
-    [axes] = figure.axes
-    return {str(line.get_label()): [(float(x), float(y)) for x, y in line.get_xydata()] for line in axes.get_lines()}  # type: ignore[union-attr]
-
-
-def test_the_curves_are_the_records() -> None:
-    figures = {name: lines_of(one) for name, one in learning_curves(RECORDS, 40, 0.69).items()}
-    loss, auc, rates = figures["log loss"], figures["AUC"], figures["learning rate"]
-    assert loss["train"] == [(20, 0.7), (40, 0.5), (60, 0.45)]
-    assert loss["validation"] == [(20, 0.5), (40, 0.5), (60, 0.5)]
-    assert {y for _, y in loss["constant prediction"]} == {0.69}
-    assert auc["validation"] == [(20, 0.75), (40, 0.8), (60, 0.8)]
-    assert rates["sparse"] == [(20, 0.1 / 20), (40, 0.1 / 40), (60, 0.1 / 60)]
-    assert [x for x, _ in auc["best"]] == [40, 40]
-    again = learning_curves([*RECORDS, evaluation(40, auc=0.9)])  # the best state, evaluated at the end
-    assert lines_of(again["AUC"])["validation"] == [(20, 0.75), (40, 0.9), (60, 0.8)]
-    assert learning_curves([]) == {}
-    assert len(thinned(points([train(step, 1.0) for step in range(1, 5002)], "loss"))) <= 1000
-
-
-def test_the_speed_between_records() -> None:
-    """100 samples in 2 s, then 300 in 1 s; a resumed training may record a step twice."""
-    rates = [(20, 50.0, 2.0), (20, 50.0, 2.0), (80, 400 / 3, 3.0)]
-    records = [{**train(step, 0.5), "samples_per_second": rate, "seconds": seconds} for step, rate, seconds in rates]
-    figures = speed_curves(records, 5)
-    [(step, rate)] = next(iter(lines_of(figures["samples per second"]).values()))
-    [(_, milliseconds)] = next(iter(lines_of(figures["step time, ms"]).values()))
-    assert (step, rate, milliseconds) == (80, pytest.approx(300.0), pytest.approx(1000 / 60))
-    old = [{key: value for key, value in record.items() if key != "seconds"} for record in records]
-    assert lines_of(speed_curves(old, 5)["samples per second"])["_child0"] == [(80, pytest.approx(300.0))]
-    assert speed_curves(records[:1], 5) == {}
-
-
-def test_the_reliability_curve_is_the_bins() -> None:
-    figure = reliability_figure("test", BINS)
-    assert [axes.get_title() for axes in figure.axes] == ["test"]
-    drawn = [[(float(x), float(y)) for x, y in line.get_xydata()] for line in figure.axes[0].get_lines()]  # type: ignore[union-attr]
-    assert [(0.1, 0.12), (0.4, 0.36)] in drawn
-
-
-def test_the_score_figures_are_the_counts() -> None:
-    roc = roc_figure({"test": CURVES})
-    assert roc is not None
-    assert lines_of(roc)["test"] == [(0, 0), (0.1, 0.5), (0.5, 0.75), (1, 1)]
-    curve = precision_recall_figure({"test": CURVES})
-    assert curve is not None
-    drawn = lines_of(curve)
-    assert drawn["test, average 0.6789"] == [(0.5, 10 / 13), (0.75, 0.5), (1, 0.4)]
-    one_class = {**CURVES, "positives": 0, "true_positives": [0, 0, 0], "average_precision": None}
-    assert roc_figure({"test": one_class}) is precision_recall_figure({"test": one_class}) is None
-    axes = histogram_figure("test", CURVES).axes[0]
-    shares = {tuple(patch.get_data().values) for patch in axes.patches}  # type: ignore[attr-defined]
-    assert shares == {(0.8, 0.2), (0.25, 0.75)}
-    ticks = dict(zip([tick.get_text() for tick in axes.get_xticklabels()], axes.get_xticks(), strict=True))
-    assert ticks["0.5"] == 0.0
-    assert ticks["0.9"] == pytest.approx(math.log(9))
-    histogram_figure("test", {**CURVES, "edges": [-30.0, -29.5, -29.0]})  # no tick of the usual ones fits
-
-
-def test_wilson_is_the_root_of_its_equation() -> None:
-    """The bounds are the shares p for which the observed one is 1.96 standard deviations of p away."""
-    for share, rows in ((0.1, 50), (0.5, 7), (0.03, 4000)):
-        for bound in wilson(share, rows):
-            assert abs(share - bound) / math.sqrt(bound * (1 - bound) / rows) == pytest.approx(1.959964, abs=1e-5)
-    assert (wilson(0.0, 25)[0], wilson(1.0, 10)[1]) == (0.0, 1.0)
 
 
 def test_a_report_that_fails_does_not_lose_the_run(

@@ -106,11 +106,12 @@ def decay_tables(
     Returns:
         A hook for ``Optimizer.register_step_post_hook``.
     """
-    state = {name: cuts for name, cuts in model_state(model).items() if is_table_weight(name)}
     small: list[Tensor] = []
     large: list[Tensor] = []
-    for cuts in state.values():
-        (small if cuts.size[0] <= config.data_parallel_rows else large).extend(cut.tensor.detach() for cut in cuts.cuts)
+    for name, table in model_state(model).items():
+        if is_table_weight(name):
+            tables = small if table.size[0] <= config.data_parallel_rows else large
+            tables.extend(cut.tensor.detach() for cut in table.cuts)
 
     def hook(*_: Any) -> None:
         groups = list(optimizer.param_groups)
