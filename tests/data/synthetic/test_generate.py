@@ -167,15 +167,15 @@ def test_categories_differ_within_and_across_columns() -> None:
 
 
 def test_same_seed_same_bytes_other_seed_other_bytes(data: SyntheticData, tmp_path: Path) -> None:
-    # another process with one thread
+    # another process with three threads
     code = (
-        "import duckdb, functools, sys; from pathlib import Path;"
-        "duckdb.connect = functools.partial(duckdb.connect, config={'threads': 1});"
+        "import sys; from pathlib import Path;"
         "from torchrec_deepfm.data.synthetic.generate import generate;"
         f"generate(Path(sys.argv[1]), rows={ROWS}, days={DAYS}, seed={SEED})"
     )
     again = tmp_path / "again"
-    environment = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "POLARS_MAX_THREADS"), "3")
+    environment = threads | {"PYTHONPATH": str(Path.cwd())}
     subprocess.run([sys.executable, "-c", code, str(again)], check=True, env=environment)
     other = generate(tmp_path / "other", rows=ROWS, days=DAYS, seed=SEED + 1)
     for path in data.folder.iterdir():
@@ -245,7 +245,7 @@ def test_a_failure_in_the_middle_leaves_nothing(tmp_path: Path, monkeypatch: pyt
     def fail(*_: object) -> None:
         raise RuntimeError("stop")
 
-    monkeypatch.setattr(synthetic, "_write_piece", fail)
+    monkeypatch.setattr(synthetic, "_write_text", fail)
     with pytest.raises(RuntimeError, match="stop"):
         generate(tmp_path / "raw", rows=10)
     assert list(tmp_path.iterdir()) == []

@@ -6,14 +6,14 @@ file, the AUC and the logloss that the true click probabilities reach on the dra
 beat them.
 """
 
+import functools
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import BinaryIO, Final
 
-import duckdb
 import numpy as np
+import polars as pl
 from numpy.typing import NDArray
 
 from torchrec_deepfm.data.dataset.publish import check_free, new_folder
@@ -21,7 +21,6 @@ from torchrec_deepfm.data.prepare.work_folder import check_room
 from torchrec_deepfm.data.schema import CRITEO_KAGGLE
 from torchrec_deepfm.data.synthetic.columns import MISSING_NUMBER, category_values, draw_rows
 from torchrec_deepfm.data.synthetic.ground_truth import Truth, draw_truth, probability
-from torchrec_deepfm.data.values.duckdb_session import quoted
 from torchrec_deepfm.errors import UserError
 
 TRUTH_VERSION: Final = 1
@@ -123,9 +122,9 @@ def generate(
 
     truth = draw_truth(seed=seed, click_rate=click_rate)
     files = {}
-    with new_folder(output) as folder, duckdb.connect() as connection:
+    with new_folder(output) as folder:
         for name, (file_rows, stream) in plan.items():
-            files[name] = _write_file(connection, folder / name, truth, rows=file_rows, seed=seed, stream=stream)
+            files[name] = _write_file(folder / name, truth, rows=file_rows, seed=seed, stream=stream)
             if files[name].auc is None and not name.startswith("day_"):
                 raise UserError(
                     f"all {file_rows} rows of {name} have the same label",
@@ -158,13 +157,10 @@ def _check_options(*, rows: int, days: int, seed: int, click_rate: float) -> Non
         raise UserError("out of range", where=f"--click-rate {click_rate}", remedy="give a number between 0 and 1")
 
 
-def _write_file(
-    connection: duckdb.DuckDBPyConnection, path: Path, truth: Truth, *, rows: int, seed: int, stream: int
-) -> SyntheticFile:
+def _write_file(path: Path, truth: Truth, *, rows: int, seed: int, stream: int) -> SyntheticFile:
     """Write one file chunk by chunk; every chunk has its own random stream."""
     labels = np.empty(rows, dtype=np.uint8)
     logits = np.empty(rows, dtype=np.float64)
-    piece = path.with_suffix(".piece")
     with path.open("wb") as file:
         for chunk, start in enumerate(range(0, rows, _CHUNK_ROWS)):
             part = slice(start, min(start + _CHUNK_ROWS, rows))
@@ -172,10 +168,7 @@ def _write_file(
             numbers, ids = draw_rows(generator, part.stop - part.start)
             logits[part] = truth.logit(numbers, ids)
             labels[part] = generator.random(len(ids)) < probability(logits[part])
-            _write_piece(connection, piece, labels[part], numbers, ids)
-            with piece.open("rb") as source:
-                shutil.copyfileobj(source, file, 1 << 20)
-    piece.unlink()
+            _write_text(file, labels[part], numbers, ids)
     from sklearn.metrics import roc_auc_score  # slow to import, and train loads this module for its sample
 
     positives = int(labels.sum())
@@ -185,27 +178,17 @@ def _write_file(
     return SyntheticFile(rows=rows, positives=positives, auc=auc, logloss=round(logloss, _DIGITS))
 
 
-def _write_piece(
-    connection: duckdb.DuckDBPyConnection,
-    path: Path,
-    labels: NDArray[np.uint8],
-    numbers: NDArray[np.int64],
-    ids: NDArray[np.int64],
-) -> None:
-    """Let DuckDB write rows as text. It keeps their order, whatever its number of threads."""
-    columns: dict[str, NDArray[Any]] = {CRITEO_KAGGLE.label: labels}
-    texts = [CRITEO_KAGGLE.label]
+def _write_text(file: BinaryIO, labels: NDArray[np.uint8], numbers: NDArray[np.int64], ids: NDArray[np.int64]) -> None:
+    """Write rows as text, in their order."""
+    columns = [pl.Series(CRITEO_KAGGLE.label, labels)]
     for i, name in enumerate(CRITEO_KAGGLE.numeric):
-        columns[name] = np.ascontiguousarray(numbers[:, i])
-        texts.append(f"nullif({name}, {MISSING_NUMBER})")
-    for i, name in enumerate(CRITEO_KAGGLE.categorical):
-        # Missing is -1 here: every 32-bit number may be a value.
-        values = np.concatenate([[-1], category_values(i)[1:]]).astype(np.int64)
-        columns[name] = values[ids[:, i]]
-        texts.append(f"CASE WHEN {name} >= 0 THEN printf('%08x', {name}) END")
-    connection.register("piece", columns)
-    connection.execute(
-        f"COPY (SELECT {', '.join(texts)} FROM piece) TO {quoted(path)} "  # noqa: S608 (all names are our own)
-        "(FORMAT csv, DELIMITER '\t', HEADER false, QUOTE '', ESCAPE '', NULL '')"
-    )
-    connection.unregister("piece")
+        column = pl.Series(name, numbers[:, i])
+        columns.append(column.set(column == MISSING_NUMBER, None))
+    columns += [_texts(i).gather(ids[:, i]).alias(name) for i, name in enumerate(CRITEO_KAGGLE.categorical)]
+    pl.DataFrame(columns).write_csv(file, include_header=False, separator="\t", quote_style="never", null_value="")
+
+
+@functools.cache
+def _texts(column: int) -> pl.Series:
+    """The text of each value of a categorical column; the first is missing."""
+    return pl.Series([None, *(f"{value:08x}" for value in category_values(column)[1:].tolist())], dtype=pl.String)

@@ -11,6 +11,7 @@ a category of its own. This is DeepFM's own form with a tanh layer as the deep p
 the number of rows allows, a factorization machine misses the tanh layer, logistic regression the pairs as well.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Final
 
@@ -73,6 +74,7 @@ class Truth:
         return logit
 
 
+@functools.lru_cache(maxsize=4)
 def draw_truth(*, seed: int, click_rate: float) -> Truth:
     """Draw the model and set its scales; the bias alone sets the mean click probability."""
     generator = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(0,)))
