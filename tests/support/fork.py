@@ -4,9 +4,9 @@
     job = Fork(["script.py", ...], ...)  # `python script.py`
 
 The server is multiprocessing's own. Each fork is a process like any other: with a session of its own, to be killed and
-waited for, with its own gloo. The server forks before any thread runs in it (`preload.py` checks that), since threads
-do not survive a fork and locks that they hold are never released. What a fork can not show is how Python itself starts:
-`-m`, warnings while importing, `PYTHON...` variables. The tests of these use subprocess.
+waited for, with its own gloo. The server forks while no thread runs in it that may hold a lock (`preload.py` checks
+that), since threads do not survive a fork and their locks are never released. What a fork can not show is how Python
+itself starts: `-m`, warnings while importing, `PYTHON...` variables. The tests of these use subprocess.
 """
 
 import atexit
