@@ -99,10 +99,10 @@ class Service:
         self.metrics.model.labels(model.sha256).set(1)
         if before is not None:
             await before.retire()
+            before = None
+            gc.unfreeze()
+            gc.collect()
         # What a model consists of lives as long as it does: collections in between need not look at it.
-        before = None
-        gc.unfreeze()
-        gc.collect()
         gc.freeze()
 
     async def reload(self) -> None:
