@@ -97,10 +97,6 @@ def check() -> Diagnosis:
     """Examines this Python's packages.
 
     Returns the versions and the problems; nothing is raised for a broken installation.
-
-    Example:
-        >>> print(check().problems)
-        ()
     """
     installed = {name: version for name in DISTRIBUTIONS if (version := _installed(name)) is not None}
     probe = run_probe()
