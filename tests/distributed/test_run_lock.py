@@ -24,7 +24,10 @@ def holder(tmp_path: Path) -> "subprocess.Popen[str]":
     return process
 
 
-def test_a_second_training_is_refused(tmp_path: Path, holder: "subprocess.Popen[str]") -> None:
+def test_a_second_training_is_refused(
+    tmp_path: Path, holder: "subprocess.Popen[str]", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_lock, "SECONDS_FOR_ANY_HOLDER", 0.5)
     with pytest.raises(UserError) as raised:
         RunLock(tmp_path / "run")
     assert str(raised.value) == (
