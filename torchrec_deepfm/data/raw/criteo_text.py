@@ -18,8 +18,9 @@ import polars as pl
 import pyarrow as pa
 
 from torchrec_deepfm.data.raw.addresses import File, find_text, one_line
+from torchrec_deepfm.data.raw.bad_rows import Skipped
 from torchrec_deepfm.data.raw.file_kind import COMPRESSIONS, HEAD_BYTES, check_head, compression, explain_damage
-from torchrec_deepfm.data.raw.source import Piece, Skipped
+from torchrec_deepfm.data.raw.source import Piece
 from torchrec_deepfm.data.schema import Schema
 from torchrec_deepfm.data.values import numeric
 from torchrec_deepfm.errors import UserError, one_of

@@ -12,14 +12,7 @@ from typing import Protocol
 import polars as pl
 import pyarrow as pa
 
-
-@dataclass(frozen=True, kw_only=True)
-class Skipped:
-    """A bad row that was left out; ``place`` counts all rows of its piece from 0, bad ones included."""
-
-    line: int
-    reason: str
-    place: int = 0
+from torchrec_deepfm.data.raw.bad_rows import Skipped
 
 
 @dataclass(frozen=True, kw_only=True)

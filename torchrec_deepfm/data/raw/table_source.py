@@ -13,10 +13,11 @@ import polars as pl
 import pyarrow as pa
 
 from torchrec_deepfm.data.raw.addresses import find_files
+from torchrec_deepfm.data.raw.bad_rows import Skipped, sort_out
 from torchrec_deepfm.data.raw.cells import columns as cells
 from torchrec_deepfm.data.raw.cells.table_frame import category_types, table_frame
 from torchrec_deepfm.data.raw.chunk_files import ChunkTable, TableFile, open_table
-from torchrec_deepfm.data.raw.source import JoinedPiece, Piece, Skipped
+from torchrec_deepfm.data.raw.source import JoinedPiece, Piece
 from torchrec_deepfm.data.raw.table_files import BATCH_ROWS, CsvTable
 from torchrec_deepfm.data.schema import Schema, toml_key, toml_text
 from torchrec_deepfm.errors import UserError
@@ -69,14 +70,7 @@ class TableSource:
         for table, broken, done in self._steps(start):
             first = row + self.file.first_row
             frame, faults = self._frame(table, broken)
-            if faults and not skip_bad:
-                place = min(faults)
-                raise UserError(
-                    f"row {first + place}, {faults[place]}", where=self.path, remedy="repair or remove the row"
-                )
-            skipped += [
-                Skipped(line=first + place, reason=faults[place], place=row - begin + place) for place in sorted(faults)
-            ]
+            skipped += sort_out(faults, first=first, path=self.path, skip_bad=skip_bad, before=row - begin)
             if (columns := self._kept(table, broken)) is not None:
                 kept.append(columns)
             row, size = row + table.num_rows + len(broken), size + _memory(frame)
@@ -222,12 +216,8 @@ def joined_pieces(
             bad = broken | {kept[i - good]: faults[i] for i in faults if good <= i < good + table.num_rows}
             good += table.num_rows
             first += sources[place].file.first_row
-            if bad and not skip_bad:
-                i = min(bad)
-                raise UserError(
-                    f"row {first + i}, {bad[i]}", where=sources[place].path, remedy="repair or remove the row"
-                )
-            skipped += [(place, Skipped(line=first + i, reason=bad[i])) for i in sorted(bad)]
+            left_out = sort_out(bad, first=first, path=sources[place].path, skip_bad=skip_bad)
+            skipped += [(place, one) for one in left_out]
         held.clear()
         return JoinedPiece(frame=frame, next_start=(last, after, 0), done=done, skipped=tuple(skipped))
 

@@ -6,7 +6,7 @@ from typing import Final
 
 from torchrec_deepfm.data.prepare.sources.units import Unit
 from torchrec_deepfm.data.prepare.work_folder import WorkFolder
-from torchrec_deepfm.data.raw.source import Skipped
+from torchrec_deepfm.data.raw.bad_rows import Skipped
 from torchrec_deepfm.strict_json import as_type
 
 # Listed skipped rows per source; all are counted.
