@@ -9,7 +9,7 @@ import pytest
 from tests.support.plans.exact import best_slowest_rank
 from torchrec_deepfm.sharding.inputs.presets import PRESETS
 from torchrec_deepfm.sharding.inputs.tables import Table
-from torchrec_deepfm.sharding.search.assignment import choose
+from torchrec_deepfm.sharding.search.choice import choose
 from torchrec_deepfm.sharding.search.lower_bound import lower_bound
 from torchrec_deepfm.sharding.search.placement import Machine, PlacementOption
 from torchrec_deepfm.sharding.search.plan_tables import Planning

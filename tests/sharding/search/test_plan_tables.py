@@ -23,8 +23,8 @@ from torchrec_deepfm.sharding.plan.plan import Objective, PlanFile
 from torchrec_deepfm.sharding.plan.text import plan_text
 from torchrec_deepfm.sharding.plan.validate import check_fits, check_sound
 from torchrec_deepfm.sharding.search import placement
-from torchrec_deepfm.sharding.search.assignment import Effort, choose
 from torchrec_deepfm.sharding.search.best_plan import BestPlan
+from torchrec_deepfm.sharding.search.choice import Effort, choose
 from torchrec_deepfm.sharding.search.enumerator import WidthEnumerator
 from torchrec_deepfm.sharding.search.lower_bound import lower_bound
 from torchrec_deepfm.sharding.search.placement import Machine, PlacementOption, fill, place

@@ -18,8 +18,8 @@ from torchrec_deepfm.sharding.inputs.hardware import RESERVED
 from torchrec_deepfm.sharding.plan.plan import Objective
 from torchrec_deepfm.sharding.runtime.module_plan import sharded_tables
 from torchrec_deepfm.sharding.runtime.planner_errors import explain_planner_error
-from torchrec_deepfm.sharding.search.assignment import Effort
 from torchrec_deepfm.sharding.search.best_plan import BestPlan
+from torchrec_deepfm.sharding.search.choice import Effort
 from torchrec_deepfm.sharding.search.enumerator import WidthEnumerator
 
 

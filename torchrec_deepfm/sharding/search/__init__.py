@@ -1,1 +1,1 @@
-"""The search for a plan: candidates, assignment to ranks, lower bound."""
+"""The search for a plan: candidates, one chosen per table, placement on ranks, lower bound."""

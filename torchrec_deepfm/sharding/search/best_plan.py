@@ -23,7 +23,7 @@ from torchrec.distributed.types import ModuleSharder
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.sharding.inputs.sharding_types import CUDA_KERNELS
 from torchrec_deepfm.sharding.plan.plan import Objective
-from torchrec_deepfm.sharding.search.assignment import Effort
+from torchrec_deepfm.sharding.search.choice import Effort
 from torchrec_deepfm.sharding.search.enumerator import UncopiedEnumerator, WidthEnumerator
 from torchrec_deepfm.sharding.search.lower_bound import lower_bound
 from torchrec_deepfm.sharding.search.torchrec_parts import (

@@ -28,8 +28,8 @@ from torchrec_deepfm.sharding.plan.plan import Objective, PlanFile, PlannedShard
 from torchrec_deepfm.sharding.plan.validate import check_fits
 from torchrec_deepfm.sharding.runtime.planner_errors import explain_planner_error, run_planner
 from torchrec_deepfm.sharding.runtime.sharder import AllTypesSharder
-from torchrec_deepfm.sharding.search.assignment import Effort
 from torchrec_deepfm.sharding.search.best_plan import BestPlan
+from torchrec_deepfm.sharding.search.choice import Effort
 from torchrec_deepfm.sharding.search.enumerator import constraints_leave_a_type
 from torchrec_deepfm.sharding.search.few_types import with_fewer_types
 

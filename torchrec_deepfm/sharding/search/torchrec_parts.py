@@ -40,7 +40,7 @@ from torchrec.distributed.types import ShardingType
 
 from torchrec_deepfm.sharding.inputs.sharding_types import COLUMN_TYPES, WIDE_ENOUGH, default_min_partition
 from torchrec_deepfm.sharding.plan.plan import Objective
-from torchrec_deepfm.sharding.search.assignment import Choice, Effort, choose
+from torchrec_deepfm.sharding.search.choice import Choice, Effort, choose
 from torchrec_deepfm.sharding.search.placement import Machine, PlacementOption, place
 from torchrec_deepfm.sharding.search.torchrec_proposals import greedy_proposals
 
@@ -119,7 +119,7 @@ class BalancedPartitioner(Partitioner):
 
 
 class BalancedProposer(Proposer):
-    """Proposes the plan that a search over all options finds (``assignment.choose``), or TorchRec's if it fits nowhere.
+    """Proposes the plan that a search over all options finds (``choice.choose``), or TorchRec's if it fits nowhere.
 
     TorchRec's proposers try the options of a table one after another, each by itself. This one knows what is on every
     rank, on a host and on a single one, so it rates all tables together before it proposes. The proposals of the greedy

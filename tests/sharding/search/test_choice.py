@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from torchrec_deepfm.sharding.search.assignment import choose
+from torchrec_deepfm.sharding.search.choice import choose
 from torchrec_deepfm.sharding.search.placement import Machine, PlacementOption, place
 
 
