@@ -2,9 +2,11 @@
 
 import os
 
+from benchmarks._lib import windows
 from benchmarks._lib.commands import module_command
 from benchmarks._lib.windows import Turns, Window, Worker
 from benchmarks.training import two_ranks
+from tests.benchmarks.scripts import forked
 from tests.support.ranks import run_module
 
 
@@ -19,15 +21,17 @@ def test_ema_cost() -> None:
 
 def test_the_train_command_works_in_windows() -> None:
     words = ("--rows", "5200", "--batch-size", "32")
-    worker = Worker(module_command("benchmarks.training.steps.step_command", *words), threads=1)
-    windows = [worker.window(0.1) for _ in range(2)]
+    with forked(windows):
+        worker = Worker(module_command("benchmarks.training.steps.step_command", *words), threads=1)
+    found = [worker.window(0.1) for _ in range(2)]
     worker.close()
-    assert all(window.rate > 0 for window in windows)
+    assert all(window.rate > 0 for window in found)
 
 
 def test_two_ranks_work_in_windows() -> None:
     cores = (sorted(os.sched_getaffinity(0)) * 2)[:2]
-    side = two_ranks.Side(two_ranks.Options(rows=5200, batch_size=8), (tuple(cores),), "--no-all-reduce")
+    with forked(windows, two_ranks):
+        side = two_ranks.Side(two_ranks.Options(rows=5200, batch_size=8), (tuple(cores),), "--no-all-reduce")
     window = side.window(0.1)
     side.close()
     assert window.rate > 0

@@ -21,7 +21,8 @@ from torchrec_deepfm.training.monitoring import quality
 
 # Two tables of Adam, checkpoints and evaluations in the middle, a moving average: what CUDA has branches for.
 OPTIONS = ["--batch-size", "256", "--data-parallel-rows", "8", "--eval-every", "4", "--checkpoint-every", "3"]
-OPTIONS += ["--recipe", "paper", "--ema", "0.5", "--max-ne", "inf", "--clip-norm", "1.0"]
+OPTIONS += ["--recipe", "paper", "--ema", "0.5", "--max-ne", "inf", "--clip-norm", "1.0", "--factor-dim", "4"]
+OPTIONS += ["--over-arch-layer-sizes", "16", "8"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ from tests.inference.test_load import read_raw
 from tests.support.ranks import CPU, run_ranks
 from torchrec_deepfm import load
 from torchrec_deepfm.data.dataset.prepared import PreparedData
+from torchrec_deepfm.inference.export.export import export
 from torchrec_deepfm.inference.load import Predictor
 from torchrec_deepfm.inference.serve.model import ServedModel
 from torchrec_deepfm.training.config import RunOptions, TrainConfig
@@ -41,6 +42,14 @@ def run(run_data: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> Pat
     output = tmp_path_factory.mktemp("inference") / "run"
     run_ranks(train_sharded, 2, run_data.folder, output)
     return output
+
+
+@pytest.fixture(scope="session")
+def onnx(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its package for onnxruntime; do not change it."""
+    folder = tmp_path_factory.mktemp("packages") / "onnx"
+    export(run, folder, to="onnx")
+    return folder
 
 
 @pytest.fixture(scope="module")

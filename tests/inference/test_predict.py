@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +16,7 @@ from sklearn.metrics import roc_auc_score
 
 import torchrec_deepfm
 from tests.inference.test_load import by_hand, read_raw
-from tests.support.fork import ROOT
+from tests.support.fork import Fork
 from tests.support.ranks import run_ranks
 from torchrec_deepfm.cli.main import main
 from torchrec_deepfm.data.dataset.prepared import PreparedData
@@ -210,8 +208,11 @@ def test_a_killed_call_is_resumed_to_the_same_bytes(
     predict_files(predictor, [str(text)], tmp_path / "whole.parquet", keep=["user"])
     (tmp_path / "killed").mkdir()
     output = tmp_path / "killed" / "p.parquet"
-    code = f"from {__name__} import *; killed_in_the_third_piece({str(run)!r}, {str(text)!r}, {str(output)!r})"
-    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT).returncode == -signal.SIGKILL
+    script = tmp_path / "killed.py"
+    script.write_text(
+        f"from {__name__} import *\nkilled_in_the_third_piece({str(run)!r}, {str(text)!r}, {str(output)!r})"
+    )
+    assert Fork([str(script)], env=os.environ).wait(60) == -signal.SIGKILL
     assert not output.exists()
     assert len(list((output.parent / ".p.parquet.partial").glob("part_*"))) == 2
     scored = []

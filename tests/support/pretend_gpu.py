@@ -109,10 +109,14 @@ class _OnCpu(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.device:
             return func(*args, **(kwargs or {}))
-        args, kwargs = tree_map(_to_cpu, args), tree_map(_to_cpu, kwargs or {})
+        args, kwargs = [_moved(each) for each in args], {name: _moved(each) for name, each in (kwargs or {}).items()}
         if kwargs.get("pin_memory"):
             kwargs["pin_memory"] = False
         return func(*args, **kwargs)
+
+
+def _moved(value: Any) -> Any:
+    return tree_map(_to_cpu, value) if isinstance(value, list | tuple | dict | str | torch.device) else value
 
 
 def _to_cpu(value: Any) -> Any:

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ import polars as pl
 import pytest
 
 from tests.inference.serve.serving import JSON, scenario, serving
+from tests.support.fork import Fork
 from torchrec_deepfm import load
 from torchrec_deepfm.cli.main import main
 from torchrec_deepfm.errors import UserError
@@ -165,27 +167,31 @@ def test_a_model_without_numbers_is_not_served(run: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="no curl here")
-def test_the_commands_of_the_page(run: Path, tmp_path: Path) -> None:
+def test_the_commands_of_the_page(run: Path, onnx: Path, tmp_path: Path) -> None:
     """docs/inference.md's service, in a process of its own, on a free port."""
     page = (Path(__file__).parents[3] / "docs" / "inference.md").read_text()
     [block] = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
     start, predict, health = block.splitlines()
-    export(run, tmp_path / "package", to="onnx")
-    words = start.replace("8000", "0").split()[1:]
-    with subprocess.Popen([sys.executable, *words], cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout is not None
-            port = re.search(r"on http://127.0.0.1:(\d+)", process.stdout.readline())[1]  # type: ignore[index]
-            said = [
-                json.loads(
-                    subprocess.run(line.replace("8000", port), shell=True, capture_output=True, check=True).stdout
-                )
-                for line in (predict, health)
-            ]
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(60) == 0
-        finally:
-            process.kill()
+    shutil.copytree(onnx, tmp_path / "package")
+    python, module, *words = start.replace("8000", "0").split()
+    assert (python, module) == ("python", "-m")
+    log, until = tmp_path / "log", time.monotonic() + 60
+    process = Fork(words, env=os.environ, cwd=tmp_path, stdout=log, stderr=log)
+    try:
+        while not (place := re.search(r"on http://127.0.0.1:(\d+)", log.read_text() if log.exists() else "")):
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < until, log.read_text()
+            time.sleep(0.02)
+        said = [
+            json.loads(
+                subprocess.run(line.replace("8000", place[1]), shell=True, capture_output=True, check=True).stdout
+            )
+            for line in (predict, health)
+        ]
+        process.terminate()
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
     row = {"row": 3, "noise": 0.5, "user": "1f", "item": "2a", "shop": None}
     assert said[0]["probabilities"] == pytest.approx(load(run).predict([row]).tolist(), abs=1e-6)
     assert said[1] == {"status": "ok", "model": load(tmp_path / "package").sha256, "path": "package"}

@@ -54,7 +54,9 @@ def write_model(graph: "ScoringGraph", form: Form, folder: Path) -> None:
             torch.export.save(program, path)
         elif form == "aoti":
             try:
-                torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+                # Two sources are compiled; a compiled header for each would cost more than it saves them.
+                options = {"aot_inductor.precompile_headers": False}
+                torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
             except InductorError as error:
                 if not isinstance(error.inner_exception, InvalidCxxCompiler):
                     raise
