@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from torchrec_deepfm.data.dataset.prepared import PreparedData
-from torchrec_deepfm.data.prepare.prepare import prepare
 from torchrec_deepfm.data.schema import Schema
 from torchrec_deepfm.training.checkpoint.dcp import Cut, LoadPlanner, Reader, TensorCuts, load_metadata
 
@@ -21,6 +20,8 @@ ROWS = 2000
 
 def make_data(folder: Path, *, rows: int = ROWS) -> PreparedData:
     """Training rows whose first number is their own, so that a batch shows which rows it has."""
+    from torchrec_deepfm.data.prepare.prepare import prepare  # loads Polars and DuckDB, which the ranks do not need
+
     folder.mkdir(parents=True)
     for name, count, first in (("train", rows, 0), ("validation", 300, 10_000), ("test", 300, 20_000)):
         lines = []

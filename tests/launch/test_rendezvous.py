@@ -1,4 +1,4 @@
-"""What a job opens to the network, and what it takes from it: real jobs, looked at and attacked from outside."""
+"""What a job opens to the network, and what it takes from it: jobs of several processes, attacked from outside."""
 
 import base64
 import ipaddress
@@ -10,7 +10,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,26 +21,32 @@ from torch.distributed.elastic.rendezvous.api import RendezvousStateError
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import _NodeDesc, _RendezvousState
 
 from tests.faults.runs import make_data
+from tests.support.fork import ROOT, Fork
+from tests.support.ranks import run_module
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.launch import rendezvous
 from torchrec_deepfm.launch.rendezvous import read_state
 
-ROOT = Path(__file__).resolve().parents[2]
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
 TORCHX = [str(Path(sys.executable).parent / "torchx"), "run", "-s", "local_cwd", "apps/deepfm.py", "-j", "1x2", "--"]
-LAUNCH = [sys.executable, "-m", "torchrec_deepfm.launch"]
+LAUNCH = "torchrec_deepfm.launch"
 TRAIN = ["--recipe", "smoke", "--batch-size", "50", "--epochs", "1000", "--checkpoint-every", "20"]
 
 
-def family(pid: int) -> list[int]:
+Process = "Fork | subprocess.Popen[bytes]"
+
+
+def family(process: Process) -> list[int]:
     """A process and all that descend from it."""
+    if isinstance(process, Fork):
+        return process.family()
     parents = {}
     for entry in Path("/proc").glob("[0-9]*/stat"):
         try:
             parents[int(entry.parent.name)] = int(entry.read_text().rpartition(")")[2].split()[1])
         except OSError:
             continue
-    found = [pid]
+    found = [process.pid]
     for one in found:
         found += [child for child, parent in parents.items() if parent == one]
     return found
@@ -66,10 +72,14 @@ def listening(pid: int) -> list[str]:
 
 
 @contextmanager
-def job(words: list[str], folder: Path) -> Iterator["subprocess.Popen[bytes]"]:
-    """A running job; its output is in ``folder / "out"``."""
-    with (folder / "out").open("wb") as out:
-        process = subprocess.Popen(words, stdout=out, stderr=out, cwd=ROOT, env=ENV)
+def job(words: list[str], folder: Path) -> Iterator[Process]:
+    """A running job; its output is in ``folder / "out"``. The launcher is a fork."""
+    process: Process
+    if words[0] == LAUNCH:
+        process = Fork(words, env=ENV, stdout=folder / "out", stderr=folder / "out")
+    else:
+        with (folder / "out").open("wb") as out:
+            process = subprocess.Popen(words, stdout=out, stderr=out, cwd=ROOT, env=ENV)
     try:
         yield process
     finally:
@@ -80,9 +90,9 @@ def job(words: list[str], folder: Path) -> Iterator["subprocess.Popen[bytes]"]:
             process.kill()
 
 
-def wait_for(found: object, process: "subprocess.Popen[bytes]", folder: Path) -> None:
+def wait_for(found: Callable[[], object], process: Process, folder: Path) -> None:
     deadline = time.monotonic() + 90
-    while not found():  # type: ignore[operator]
+    while not found():
         assert process.poll() is None, (folder / "out").read_text()[-3000:]
         assert time.monotonic() < deadline, (folder / "out").read_text()[-3000:]
         time.sleep(0.1)
@@ -92,14 +102,14 @@ def wait_for(found: object, process: "subprocess.Popen[bytes]", folder: Path) ->
     "front",
     [
         pytest.param(TORCHX, id="torchx", marks=pytest.mark.campaign),
-        pytest.param([*LAUNCH, "--nproc_per_node", "2", "-m", "torchrec_deepfm", "train"], id="launch"),
+        pytest.param([LAUNCH, "--nproc_per_node", "2", "-m", "torchrec_deepfm", "train"], id="launch"),
     ],
 )
 def test_a_job_on_one_host_listens_on_the_loopback_address_only(tmp_path: Path, front: list[str]) -> None:
     data, run = make_data(tmp_path / "data").folder, tmp_path / "run"
     with job([*front, *TRAIN, "--data", str(data), "--output", str(run)], tmp_path) as process:
         wait_for(lambda: list(run.glob("checkpoints/step_????????")), process, tmp_path)
-        by_process = {pid: listening(pid) for pid in family(process.pid)}
+        by_process = {pid: listening(pid) for pid in family(process)}
     listeners = {pid: addresses for pid, addresses in by_process.items() if addresses}
     assert len(listeners) >= 3, "the launcher with the ranks' store, and two ranks"
     open_to_others = [each for found in listeners.values() for each in found if not is_loopback(each)]
@@ -111,13 +121,14 @@ def is_loopback(address: str) -> bool:
     return (getattr(parsed, "ipv4_mapped", None) or parsed).is_loopback
 
 
-def test_a_process_alone_listens_on_the_loopback_address_only() -> None:
-    program = (
+def test_a_process_alone_listens_on_the_loopback_address_only(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
         "import os; from torchrec_deepfm.distributed.process_group import process_group\n"
         "from tests.launch.test_rendezvous import listening\n"
         "with process_group(): print(*listening(os.getpid()))"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, env=ENV)
+    done = run_module([str(program)])
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()
     assert all(is_loopback(address) for address in done.stdout.split())
@@ -142,7 +153,7 @@ def free_port() -> int:
 def hosts(port: int, *program: str) -> list[str]:
     """The launcher of one of several hosts."""
     quick = "last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=3,join_timeout=60"
-    front = [*LAUNCH, "--rdzv_backend", "c10d", "--rdzv_endpoint", f"localhost:{port}", "--rdzv_id", "job"]
+    front = [LAUNCH, "--rdzv_backend", "c10d", "--rdzv_endpoint", f"localhost:{port}", "--rdzv_id", "job"]
     return [*front, "--rdzv_conf", quick, "--nnodes", "1:2", "--nproc_per_node", "1", *program]
 
 
@@ -181,7 +192,7 @@ def test_a_rendezvous_port_that_another_program_holds(tmp_path: Path) -> None:
         port = other.getsockname()[1]
         script = tmp_path / "program.py"
         script.touch()
-        done = subprocess.run(hosts(port, str(script)), capture_output=True, text=True, env=ENV, timeout=120)
+        done = run_module(hosts(port, str(script)), timeout=120)
     line = f"error: --rdzv_endpoint localhost:{port}: another program listens on this port; choose a free one "
     assert (done.returncode, done.stderr) == (2, line + "(--rdzv_port of the TorchX component)\n")
 
@@ -191,7 +202,7 @@ def test_a_host_that_cannot_be_reached_is_one_line(tmp_path: Path) -> None:
     script.touch()
     words = hosts(free_port(), str(script))
     words[words.index("--rdzv_conf") + 1] += ",is_host=0,read_timeout=1"
-    done = subprocess.run(words, capture_output=True, text=True, env=ENV, timeout=120)
+    done = run_module(words, timeout=120)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: --rdzv_endpoint localhost:")
     assert "the hosts cannot meet there" in done.stderr

@@ -111,13 +111,23 @@ def one_rank() -> Iterator[torch.device]:
         dist.destroy_process_group()
 
 
+class _Pickler(pickle.Pickler):
+    """Writes tensors as arrays, in a twentieth of the time."""
+
+    def reducer_override(self, value: Any) -> Any:
+        if type(value) is torch.Tensor and value.is_cpu and value.dtype != torch.bfloat16:
+            return torch.from_numpy, (value.detach().numpy(),)
+        return NotImplemented
+
+
 def _be_a_rank(program: str, folder: Path) -> None:
     module, name = program.split(":")
     function = getattr(importlib.import_module(module), name)
     dist.init_process_group("gloo")
     with undrawn():
         result = function(*pickle.loads((folder / "arguments").read_bytes()))
-    (folder / f"rank_{dist.get_rank()}").write_bytes(pickle.dumps(result))
+    with (folder / f"rank_{dist.get_rank()}").open("wb") as file:
+        _Pickler(file).dump(result)
     dist.barrier()  # no rank tears down what another one still talks through
     dist.destroy_process_group()
     sys.stdout.flush()

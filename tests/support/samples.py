@@ -65,7 +65,7 @@ def read_state(model: nn.Module) -> dict[str, Tensor]:
     state = {name: value.detach().clone() for name, value in held.items() if not _is_sharded(value)}
     tables = {name: value for name, value in held.items() if _is_sharded(value)}
     mine = {
-        name: [(shard.metadata.shard_offsets, shard.tensor.clone()) for shard in value.local_shards()]
+        name: [(shard.metadata.shard_offsets, shard.tensor.detach().cpu().numpy()) for shard in value.local_shards()]
         for name, value in tables.items()
     }
     everyones: list[Any] = [None] * (dist.get_world_size() if tables else 0)
@@ -75,7 +75,7 @@ def read_state(model: nn.Module) -> dict[str, Tensor]:
         whole = torch.full(tuple(value.size()), torch.nan)
         for shards in everyones:
             for (row, column), cut in shards[name]:
-                whole[row : row + cut.shape[0], column : column + cut.shape[1]] = cut
+                whole[row : row + cut.shape[0], column : column + cut.shape[1]] = torch.from_numpy(cut)
         assert not whole.isnan().any(), f"{name}: the shards leave a hole"
         state[name] = whole
     return state

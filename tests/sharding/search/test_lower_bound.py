@@ -35,20 +35,19 @@ def drawn_ways(draw: random.Random, tables: int, hosts: int) -> list[list[Placem
 def test_nothing_is_below_the_bound_and_the_search_is_near_the_optimum() -> None:
     draw = random.Random(17)
     gaps = []
-    for _ in range(200):
+    for _ in range(120):
         ranks, per_host = draw.choice([(2, 2), (3, 3), (3, 1), (4, 2)])
         ways = drawn_ways(draw, draw.randint(2, 4), ranks // per_host)
-        best = best_slowest_rank(
-            ranks, per_host, [[(way.where, way.count, way.ms) for way in options] for options in ways]
-        )
         memory = np.full(ranks, 1e9)
         found = choose(Machine(ranks=ranks, ranks_per_host=per_host, hbm=memory, ddr=memory), ways)
+        listed = [[(way.where, way.count, way.ms) for way in options] for options in ways]
+        best = best_slowest_rank(ranks, per_host, listed, known=found.critical_path)
         assert lower_bound(ranks, per_host, ways) <= best * (1 + 1e-6)
         assert found.critical_path >= best * (1 - 1e-6)
         gaps.append(found.critical_path / best - 1)
-    assert np.mean(np.array(gaps) < 1e-6) >= 0.85  # measured 0.895
-    assert np.quantile(gaps, 0.9) <= 0.01  # measured 0.0005
-    assert np.quantile(gaps, 0.95) <= 0.02  # measured 0.0198
+    assert np.mean(np.array(gaps) < 1e-6) >= 0.85  # measured 0.867
+    assert np.quantile(gaps, 0.9) <= 0.01  # measured 0.0036
+    assert np.quantile(gaps, 0.95) <= 0.02  # measured 0.0190
     assert max(gaps) <= 0.1  # measured 0.078
 
 

@@ -1,5 +1,6 @@
 """The search: against every choice there is, against a bound, against TorchRec's planner in the same run."""
 
+import functools
 import heapq
 import itertools
 import random
@@ -154,7 +155,8 @@ def test_memory_is_kept_and_its_lack_is_reported() -> None:
     found = choose(at, [[whole, halves]] * 3)  # three wholes leave one rank with 120
     assert found.short == 0
     assert sorted(found.ways) == [0, 0, 1]
-    assert choose(at, [[whole]] * 3).short > 0
+    assert choose(at, [[whole]] * 3).short > 0  # in all there would be room
+    assert choose(at, [[whole]] * 4).short > 0
 
 
 @pytest.mark.parametrize("ranks", [8, 16, 64, 128, 512, 1024])
@@ -196,13 +198,18 @@ def mixed_tables() -> tuple[Table, ...]:
     )
 
 
+@functools.cache
+def torchrecs_plan(tables: tuple[Table, ...], ranks: int) -> PlanFile:
+    return plan_tables(tables, HARDWARE, ranks, batch_size=2048, search="torchrec")
+
+
 @pytest.mark.parametrize(("tables", "ranks"), [("criteo", 8), ("criteo", 16), ("mixed", 8), ("mixed", 16)])
 def test_never_worse_than_torchrecs_planner(tables: str, ranks: int) -> None:
     listed = criteo_tables(16) if tables == "criteo" else mixed_tables()
-    torchrec = plan_tables(listed, HARDWARE, ranks, batch_size=2048, search="torchrec")
     balanced = plan_tables(listed, HARDWARE, ranks, batch_size=2048)
-    assert critical_path(balanced) <= critical_path(torchrec) * (1 + 1e-9)
-    assert balanced == plan_tables(listed, HARDWARE, ranks, batch_size=2048)  # the same every time
+    assert critical_path(balanced) <= critical_path(torchrecs_plan(listed, ranks)) * (1 + 1e-9)
+    if ranks == 8:
+        assert balanced == plan_tables(listed, HARDWARE, ranks, batch_size=2048)  # the same every time
 
 
 @pytest.mark.parametrize(
@@ -212,7 +219,8 @@ def test_never_worse_than_torchrecs_planner(tables: str, ranks: int) -> None:
         ("cpu", 16, [(500_000, 92, 5.0)]),
         ("cpu", 64, [(100_000, 4, 40.0), (3_000_000, 8, 5.0)]),
         ("h100", 1, [(1_000_000, 64, 40.0)]),
-        ("short of memory", 32, [(2829, 16, 40.0), (199_098, 16, 40.0), (4_456_391, 16, 0.3)]),  # into host memory
+        # TorchRec's planner puts one into host memory.
+        ("short of memory", 16, [(2829, 16, 40.0), (199_098, 16, 40.0), (4_456_391, 16, 0.3)]),
     ],
 )
 def test_never_worse_where_rows_or_host_memory_are_best(
@@ -224,7 +232,7 @@ def test_never_worse_where_rows_or_host_memory_are_best(
     ]
     if hardware == "short of memory":
         held = sum(table.gib for table in listed) * 2**30
-        at = replace(HARDWARE, hbm_bytes=int(held / ranks * 2.5) + 2**25)
+        at = replace(HARDWARE, hbm_bytes=int(held / ranks / 2) + 2**25)
     else:
         at = PRESETS[hardware]
     torchrec = plan_tables(listed, at, ranks, batch_size=512, search="torchrec")
@@ -258,7 +266,7 @@ def test_the_objective_is_what_the_search_makes_small(ranks_per_host: int) -> No
 def test_torchrecs_plan_is_kept_where_it_is_better() -> None:
     """With a search that tries next to nothing, and so finds next to nothing."""
     lazy = Effort(starts=1, placed_starts=1, placements=1)
-    torchrec = plan_tables(criteo_tables(16), HARDWARE, 16, batch_size=2048, search="torchrec")
+    torchrec = torchrecs_plan(criteo_tables(16), 16)
     kept = plan_tables(criteo_tables(16), HARDWARE, 16, batch_size=2048, objective="total", effort=lazy)
     assert kept.predicted is not None
     assert torchrec.predicted is not None

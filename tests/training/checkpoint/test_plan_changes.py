@@ -41,7 +41,8 @@ FUSED = [
     "column_wise-2",
     "row_wise-4",
 ]
-CASES = {"rowwise_adagrad": FUSED, "adagrad": FUSED, "adam": ["data_parallel-1", "table_wise-2", "row_wise-2"]}
+FEWER = [case for case in FUSED if case not in ("table_wise-1", "data_parallel-2")]
+CASES = {"rowwise_adagrad": FUSED, "adagrad": FEWER, "adam": ["data_parallel-1", "table_wise-2", "row_wise-2"]}
 SAMPLES = draw(GLOBAL_BATCH * (STEPS + 1), SIZES, NUMERIC, longest=3, seed=3)
 FRESH = draw(40, SIZES, NUMERIC, longest=3, seed=4)
 
@@ -99,7 +100,7 @@ class Trained:
         """All values put together from all ranks, one number per row of rowwise Adagrad: the mean over its columns."""
         everyones: list[Any] = [None] * dist.get_world_size()
         mine = {
-            name: (pieces.size, [(cut.offsets, cut.tensor.clone()) for cut in pieces.cuts])
+            name: (pieces.size, [(cut.offsets, cut.tensor.detach().numpy()) for cut in pieces.cuts])
             for name, pieces in self.tensors.to_save().items()
             if name.startswith("optimizer.")
         }
@@ -109,7 +110,9 @@ class Trained:
             value = torch.full(size, torch.nan)
             for theirs in everyones:
                 for offsets, cut in theirs[name][1]:
-                    value[tuple(slice(at, at + n) for at, n in zip(offsets, cut.shape, strict=True))] = cut
+                    value[tuple(slice(at, at + n) for at, n in zip(offsets, cut.shape, strict=True))] = (
+                        torch.from_numpy(cut)
+                    )
             assert not value.isnan().any(), f"{name}: the ranks leave a hole"
             begins = self.tensors.columns.get(name.removeprefix("optimizer.").removesuffix(".sum"), [0])
             if name.endswith(".sum") and value.dim() == 2 and value.shape[1] == len(begins) and len(begins) > 1:
@@ -127,7 +130,7 @@ def wait_for(files: list[Path]) -> None:
 
 
 def everything(folder: Path, optimizer: str) -> dict[str, Any]:
-    """What each plan of this number of ranks sees of what all have saved."""
+    """What each plan of this number of ranks sees of what all have saved; of rank 0."""
     cases = CASES[optimizer]
     plans = [case.split("-")[0] for case in cases if case.endswith(f"-{dist.get_world_size()}")]
     for plan in plans:
@@ -149,12 +152,14 @@ def everything(folder: Path, optimizer: str) -> dict[str, Any]:
     on_main(lambda: wait_for([folder / f"{case}.done" for case in cases]))
     seen = {}
     for plan in plans:
+        trained = Trained(plan, optimizer)
         for source in cases:
-            trained = Trained(plan, optimizer)
             checkpoints = Checkpoints(str(folder / source), keep_last=1)
             [(step, manifest)] = list(checkpoints.intact([]))
             state, finish = trained.tensors.to_read(manifest["columns"])
             averages, finish_averages = trained.average.to_read(int(source.split("-")[1]))
+            for cut in (cut for cuts in (state | averages).values() for cut in cuts.cuts):
+                cut.tensor.detach().fill_(torch.nan)  # nothing stays of the source before
             assert checkpoints.read(step, manifest, state | averages) is None
             finish()
             finish_averages()
@@ -166,7 +171,7 @@ def everything(folder: Path, optimizer: str) -> dict[str, Any]:
             found["next"] = read_state(trained.model)
             checkpoints.close()
             seen[f"{plan}-{dist.get_world_size()}", source] = found
-    return seen
+    return seen if dist.get_rank() == 0 else {}
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -178,8 +183,7 @@ def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         jobs = [pool.submit(run_ranks, everything, ranks, folder, request.param) for ranks in world_sizes]
         found: dict[Any, Any] = {"folder": folder, "optimizer": request.param}
         for job in jobs:
-            for rank in job.result()[:1]:
-                found |= rank
+            found |= job.result()[0]
     return found
 
 

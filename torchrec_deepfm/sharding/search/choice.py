@@ -85,7 +85,7 @@ def choose(
 ) -> Choice:
     """Find a way for each table so that the slowest rank is fast, at least as good as any of ``starts``.
 
-    Where nothing fits the memory, only the starts that lack the least are tried.
+    Where nothing fits the memory, only the starts that lack the least are tried; one, where nothing can fit.
 
     Example:
         >>> machine = Machine(ranks=2, ranks_per_host=2, hbm=np.full(2, 9.0), ddr=np.full(2, 9.0))
@@ -99,6 +99,8 @@ def choose(
     placements = max(min(effort.placements, effort.placed_tables // tables), effort.starts)
     placed_starts = min(effort.placed_starts, placements // 3 + 1)
     effort = replace(effort, placements=placements, placed_starts=placed_starts)
+    if _can_not_fit(machine, ways):
+        effort = replace(effort, starts=1, placed_starts=1, placements=1)
     possible = [
         [number for number, way in enumerate(options) if _fits(machine, way)] or list(range(len(options)))
         for options in ways
@@ -135,6 +137,18 @@ def _search(
 def _fits(machine: Machine, way: PlacementOption) -> bool:
     """Whether a rank has the memory for a piece, if nothing else is there."""
     return bool(way.hbm <= machine.hbm.max() and way.ddr <= machine.ddr.max())
+
+
+def _can_not_fit(machine: Machine, ways: Sequence[Sequence[PlacementOption]]) -> bool:
+    """Whether a table has no piece that fits, or the least of all tables exceeds all memory."""
+    capacity = np.array([max(float(each.sum()), 1.0) for each in (machine.hbm, machine.ddr)])
+    least = np.zeros(3)  # GPU memory, host memory, both, each as a share of what there is
+    for options in ways:
+        if not any(_fits(machine, way) for way in options):
+            return True
+        shares = [np.array((way.hbm, way.ddr)) * way.count * machine.copies(way.where) / capacity for way in options]
+        least += np.min([(*each, each.sum()) for each in shares], axis=0)
+    return bool((least > (1.0, 1.0, 2.0)).any())
 
 
 def _has_room(machine: Machine, way: PlacementOption) -> bool:
