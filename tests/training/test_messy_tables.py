@@ -44,7 +44,9 @@ def test_three_steps_end_in_a_good_model(table: Callable[[Path, int], Path], tmp
     data = prepare([file], tmp_path / "data", schema=read_schema(tmp_path / "schema.toml"))
     with one_rank():
         default = train(TrainConfig(), data, tmp_path / "default", CPU).summary
-        longer = train(TrainConfig(batch_size=256, epochs=3), data, tmp_path / "longer", CPU).summary
+        longer = train(
+            TrainConfig(batch_size=256, epochs=3, over_arch_layer_sizes=(64, 32)), data, tmp_path / "longer", CPU
+        ).summary
     assert default["warnings"] == longer["warnings"] == []
     assert max(default[split]["ne"] for split in ("validation", "test")) < 1
     rows, labels = features(data, "train")

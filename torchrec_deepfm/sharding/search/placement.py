@@ -127,27 +127,33 @@ def _fill(
     found: list[Counts] | None,
 ) -> float:
     """Place all pieces of some kinds; changes load and room, and returns the bytes for which there was no room."""
-    groups: dict[tuple[float, int, int], list[int]] = {}
-    for number, way in enumerate(ways):
+    groups: dict[tuple[float, int, int], int] = {}
+    for way in ways:
         if way.where in where:
-            groups.setdefault((way.ms, way.hbm, way.ddr), []).append(number)
+            piece = (way.ms, way.hbm, way.ddr)
+            groups[piece] = groups.get(piece, 0) + way.count
+    if not groups:
+        return 0.0
     ordered = sorted(groups.items(), reverse=True)
-    counts = [sum(ways[number].count for number in members) for _, members in ordered]
-    by_piece = sum(counts) < _PIECES_PER_GROUP * len(counts)
-    short, taken = (_fill_by_piece if by_piece else _fill_by_group)([key for key, _ in ordered], counts, load, room)
+    if sum(groups.values()) < _PIECES_PER_GROUP * len(groups):
+        short, slots = _fill_by_piece(ordered, load, room)
+        taken = [] if found is None else [np.bincount(each, minlength=len(load)) for each in slots]
+    else:
+        short, taken = _fill_by_group(ordered, load, room)
     if found is not None:
-        for (_, members), each in zip(ordered, taken, strict=True):
+        for (piece, _), each in zip(ordered, taken, strict=True):
+            members = [n for n, way in enumerate(ways) if way.where in where and (way.ms, way.hbm, way.ddr) == piece]
             _deal(ways, members, each, found)
     return short
 
 
 def _fill_by_group(
-    pieces: Sequence[tuple[float, int, int]], counts: Sequence[int], load: Floats, room: tuple[Floats, Floats]
+    groups: Iterable[tuple[tuple[float, int, int], int]], load: Floats, room: tuple[Floats, Floats]
 ) -> tuple[float, list[Counts]]:
     """Place all equal pieces at once; return the bytes without room, and how many each slot takes of each kind."""
     hbm, ddr = room
     short, found = 0.0, []
-    for (ms, piece_hbm, piece_ddr), count in zip(pieces, counts, strict=True):
+    for (ms, piece_hbm, piece_ddr), count in groups:
         most = np.full(len(load), count, np.int64)
         for piece, left in ((piece_hbm, hbm), (piece_ddr, ddr)):
             if piece:
@@ -165,15 +171,15 @@ def _fill_by_group(
 
 
 def _fill_by_piece(
-    pieces: Sequence[tuple[float, int, int]], counts: Sequence[int], load: Floats, room: tuple[Floats, Floats]
-) -> tuple[float, list[Counts]]:
-    """The same one piece at a time, which is faster where few are equal."""
+    groups: Iterable[tuple[tuple[float, int, int], int]], load: Floats, room: tuple[Floats, Floats]
+) -> tuple[float, list[list[int]]]:
+    """The same one piece at a time, which is faster where few are equal; returns the slots of the pieces."""
     loads, hbm, ddr = load.tolist(), room[0].tolist(), room[1].tolist()
     heap = [(ms, slot) for slot, ms in enumerate(loads)]
     heapq.heapify(heap)
     short, found = 0.0, []
     full: list[tuple[float, int]] = []  # too full for the pieces so far: back on the heap when one would fit
-    for (ms, piece_hbm, piece_ddr), count in zip(pieces, counts, strict=True):
+    for (ms, piece_hbm, piece_ddr), count in groups:
         least_hbm: float = piece_hbm
         least_ddr: float = piece_ddr
         slots: list[int] = []
@@ -200,7 +206,7 @@ def _fill_by_piece(
             slots.append(slot)
         if least_hbm < 0:  # no slot had room, and the next piece will find few
             heap, full = full, heap
-        found.append(np.bincount(slots, minlength=len(loads)))
+        found.append(slots)
     for ms, slot in (*heap, *full):
         load[slot] = ms
     room[0][:], room[1][:] = hbm, ddr
