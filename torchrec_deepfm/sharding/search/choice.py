@@ -141,14 +141,17 @@ def _fits(machine: Machine, way: PlacementOption) -> bool:
 
 def _can_not_fit(machine: Machine, ways: Sequence[Sequence[PlacementOption]]) -> bool:
     """Whether a table has no piece that fits, or the least of all tables exceeds all memory."""
-    capacity = np.array([max(float(each.sum()), 1.0) for each in (machine.hbm, machine.ddr)])
-    least = np.zeros(3)  # GPU memory, host memory, both, each as a share of what there is
+    hbm, ddr = (max(float(each.sum()), 1.0) for each in (machine.hbm, machine.ddr))
+    total_hbm = total_ddr = total = 0.0  # shares of the GPU memory, of the host memory, and both
     for options in ways:
         if not any(_fits(machine, way) for way in options):
             return True
-        shares = [np.array((way.hbm, way.ddr)) * way.count * machine.copies(way.where) / capacity for way in options]
-        least += np.min([(*each, each.sum()) for each in shares], axis=0)
-    return bool((least > (1.0, 1.0, 2.0)).any())
+        shards = [way.count * machine.copies(way.where) for way in options]
+        shares = [(way.hbm * count / hbm, way.ddr * count / ddr) for way, count in zip(options, shards, strict=True)]
+        total_hbm += min(share for share, _ in shares)
+        total_ddr += min(share for _, share in shares)
+        total += min(map(sum, shares))
+    return total_hbm > 1.0 or total_ddr > 1.0 or total > 2.0
 
 
 def _has_room(machine: Machine, way: PlacementOption) -> bool:
