@@ -35,6 +35,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
+from functools import cache
 from importlib import resources
 from numbers import Integral, Real
 from pathlib import Path
@@ -278,15 +279,19 @@ def render(title: str, sections: Iterable[Section], *, subtitle: str = "") -> st
     names = [block.name for section in sections for block in section.blocks if isinstance(block, Data)]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"two Data have the name {sorted(twice)[0]}")
+    blocks = [[(type(block).__name__, block) for block in section.blocks] for section in sections]
+    return _template().render(
+        title=title, subtitle=subtitle, sections=list(zip([one.heading for one in sections], blocks, strict=True))
+    )
+
+
+@cache
+def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.tests["link"] = lambda value: isinstance(value, Link)
-    template = resources.files(__package__).joinpath("page.html.j2").read_text(encoding="utf-8")
-    blocks = [[(type(block).__name__, block) for block in section.blocks] for section in sections]
-    return environment.from_string(template).render(
-        title=title, subtitle=subtitle, sections=list(zip([one.heading for one in sections], blocks, strict=True))
-    )
+    return environment.from_string(resources.files(__package__).joinpath("page.html.j2").read_text(encoding="utf-8"))
 
 
 def write_page(path: Path, title: str, sections: Iterable[Section], *, subtitle: str = "") -> None:
