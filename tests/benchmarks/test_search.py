@@ -13,12 +13,13 @@ import pytest
 import torch
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
+from benchmarks._lib import commands
 from benchmarks._lib.commands import ROOT
 from benchmarks.quality import datasets, large_batches
 from benchmarks.quality.search import row_rules, small_table
 from benchmarks.quality.search.row_rules import Rule
 from benchmarks.quality.workers.prepared_arrays import Arrays, Split
-from tests.benchmarks.scripts import run
+from tests.benchmarks.scripts import forked, run
 from tests.benchmarks.test_movielens import PAGE, write_atomic
 from torchrec_deepfm.training.recipes import small_table as small_recipe
 
@@ -59,7 +60,8 @@ def test_the_search_takes_the_better_settings_along(
     )
     write_atomic(tmp_path)
     words = ("--output", tmp_path / "out", "--shared", tmp_path, "--atomic", tmp_path, "--finalists", 1)
-    run(small_table, *words, "--seeds", 0, 1, "--most-epochs", 1)
+    with forked(commands):
+        run(small_table, *words, "--seeds", 0, 1, "--most-epochs", 1)
     text = capsys.readouterr().out
     kept = json.loads((tmp_path / "out" / "results.json").read_text())
     found: dict[str, Any] = {}
@@ -89,7 +91,8 @@ def test_products_are_those_of_the_quickstart(tmp_path: Path) -> None:
     assert source.count("rows = 6_000") == 1
     names: dict[str, Any] = {}
     exec(source.replace("rows = 6_000", "rows = 14_800"), names)
-    folder = datasets.products(tmp_path)
+    with forked(commands):
+        folder = datasets.products(tmp_path)
     labels = [np.load(folder / f"{name}_0_labels.npy").ravel() for name in ("day", "validation")]
     assert [len(one) for one in labels] == [4800, 10_000]
     np.testing.assert_array_equal(np.concatenate(labels), names["clicks"]["click"].to_numpy())
