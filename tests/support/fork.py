@@ -101,6 +101,8 @@ def _run(words: Sequence[str], env: Mapping[str, str], stdout: Path, stderr: Pat
     import torch
     from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
+    from tests.support.pictures import undrawn
+
     global _own_output
     _own_output = stdout, stderr
     os.setsid()
@@ -121,11 +123,12 @@ def _run(words: Sequence[str], env: Mapping[str, str], stdout: Path, stderr: Pat
     sys.argv = list(words)
     sys.modules.pop(words[0], None)  # or runpy warns that it is imported already
     try:
-        if words[0].endswith(".py"):
-            sys.path.insert(0, str(Path(words[0]).resolve().parent))
-            runpy.run_path(words[0], run_name="__main__")
-        else:
-            runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+        with undrawn():
+            if words[0].endswith(".py"):
+                sys.path.insert(0, str(Path(words[0]).resolve().parent))
+                runpy.run_path(words[0], run_name="__main__")
+            else:
+                runpy.run_module(words[0], run_name="__main__", alter_sys=True)
     finally:
         atexit._run_exitfuncs()
 

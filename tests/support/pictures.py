@@ -1,7 +1,7 @@
 """Trainings of tests draw no pictures: eleven cost a second of CPU each time, and few tests look at them.
 
-Everything else of a report is made. `pytestmark = pytest.mark.pictures` has a module's pictures drawn; commands in
-processes of their own draw theirs.
+Everything else of a report is made. `pytestmark = pytest.mark.pictures` has a module's pictures drawn; forks draw none,
+commands in processes of Python's own draw theirs.
 """
 
 from collections.abc import Iterator

@@ -14,7 +14,6 @@ from typing import Any, Final
 import duckdb
 import numpy as np
 import polars as pl
-import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
@@ -136,9 +135,9 @@ class Vocabulary:
                 values = values.cast(pl.Int64)
         if len(values) > len(self._values):
             # Arrow makes a hash table of the vocabulary in each call, which pays off for many values.
-            places = pc.index_in(values.to_arrow(), value_set=self._values.to_arrow())
-            found: NDArray[np.int32] = pc.add(places.fill_null(-1), pa.scalar(1, pa.int32())).to_numpy()
-            return found
+            places = pl.Series(pc.index_in(values.to_arrow(), value_set=self._values.to_arrow()), dtype=pl.Int32)
+            # Not by Arrow, which would load pandas for it where there is one.
+            return (places.fill_null(-1) + 1).to_numpy()
         sorted_values, ids, missing = self._sorted
         if not len(sorted_values):
             return np.where(values.is_null().to_numpy(), missing, 0).astype(np.int32)
