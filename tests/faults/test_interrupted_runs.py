@@ -1,4 +1,4 @@
-"""The fault campaign, short: every kind of fault at least once.
+"""Runs that are killed, stopped or damaged: the fault campaign, short, every kind of fault at least once.
 
 `make test` runs one kill, one SIGTERM and one damaged checkpoint of it, `make faults` the rest and the long one
 (campaign.py).
