@@ -58,8 +58,8 @@ class Options:
     work: Literal["train", "forward"] = "train"
     """A whole training step, or the forward pass of inference."""
     sides: tuple[str, ...] = ()
-    """Which sides, the first as the reference. Default: the peers and ours; on cuda ours, bare FBGEMM, DLRM and plain
-    PyTorch."""
+    """Which sides, the first as the reference. Default: the peers and this DeepFM; on cuda this one, bare FBGEMM, DLRM
+    and plain PyTorch."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where to run; the peers run on the CPU only."""
     rows: int | None = None
