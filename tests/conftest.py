@@ -15,6 +15,7 @@ import hypothesis
 import pytest
 
 from tests.support.end_to_end import Workspace
+from tests.support.fork import end_without_cleaning
 from tests.support.pictures import undrawn
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; torch and Polars read these when they are loaded
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("POLARS_MAX_THREADS", "1")
+    end_without_cleaning()
 gc.disable()  # until all tests are imported
 
 # Tests write many small files, and `prepare` waits for each to be on the disk: three quarters of its time. In memory it

@@ -4,11 +4,11 @@ Forks lack the server's threads. Polars and Arrow each start jemalloc's, whose l
 and Polars one that waits for spilled files to remove. No other may run.
 """
 
-import atexit
 import gc
-import os
 from pathlib import Path
 from unittest import mock
+
+from tests.support.fork import end_without_cleaning
 
 gc.disable()
 with mock.patch("warnings.showwarning"):
@@ -37,6 +37,4 @@ HARMLESS = {"jemalloc_bg_thd", "polars-ooc-clea"}
 threads = sorted((task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir())
 assert len([name for name in threads if name not in HARMLESS]) == 1, f"threads do not survive a fork: {threads}"
 
-# The server ends after all else: it need not free its memory, nor DuckDB list what it would leave of that.
-server = os.getpid()
-atexit.register(lambda: os._exit(0) if os.getpid() == server else None)
+end_without_cleaning()
