@@ -1,4 +1,4 @@
-"""The arches of DeepFM: look-up, numeric fields, wide side, deep side.
+"""The arches of DeepFM: look-up, numeric fields, deep side. The wide side is in ``fm.py``.
 
 Shapes: B batch, I numeric features, S categorical features, F = I + S fields, K factor_dim, D width of a packed row
 (see ``fm.py``), R = K + 1 columns of a row that are read.
@@ -19,7 +19,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from torchrec_deepfm.errors import UserError
 from torchrec_deepfm.model.collections import FeatureProcessedTables, ManagedCollisionTables
-from torchrec_deepfm.model.fm import FactorizationMachine, init_packed_rows_, packed_dim
+from torchrec_deepfm.model.fm import init_packed_rows_, packed_dim
 from torchrec_deepfm.model.id_check import SeenIds, check_ids
 
 Tables = EmbeddingBagCollection | FeatureProcessedTables | ManagedCollisionTables
@@ -238,41 +238,6 @@ def _blocks(widths: Sequence[int]) -> list[tuple[int, int, bool]]:
             found.append((start, start + width, width > 1))
         start += width
     return found
-
-
-class FMInteractionArch(nn.Module):
-    """The wide side: first order and factorization machine (equation 2 of the paper).
-
-    Args:
-        linear: whether the first order counts.
-        fm: whether the pairs count.
-
-    Example:
-        >>> arch = FMInteractionArch()
-        >>> arch(torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]), torch.tensor([[0.5, 0.25]]))  # 0.75 + 11
-        tensor([[11.7500]])
-    """
-
-    def __init__(self, *, linear: bool = True, fm: bool = True) -> None:
-        super().__init__()
-        self._linear = linear
-        self.factorization_machine: FactorizationMachine | None = FactorizationMachine() if fm else None
-
-    def forward(self, factors: Tensor, first_order: Tensor) -> Tensor:
-        """Sum the terms that count.
-
-        Args:
-            factors: [B, F, K], V_i x_i.
-            first_order: [B, F], w_i x_i.
-
-        Returns:
-            [B, 1].
-        """
-        first_order_B1 = first_order.sum(dim=1, keepdim=True)
-        if self.factorization_machine is None:
-            return first_order_B1
-        pairs_B1: Tensor = self.factorization_machine(factors)
-        return first_order_B1 + pairs_B1 if self._linear else pairs_B1
 
 
 class OverArch(nn.Module):

@@ -15,7 +15,8 @@ from torchrec.datasets.utils import Batch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_deepfm.errors import UserError
-from torchrec_deepfm.model.arches import DenseArch, FMInteractionArch, OverArch, SparseArch, Tables
+from torchrec_deepfm.model.arches import DenseArch, OverArch, SparseArch, Tables
+from torchrec_deepfm.model.fm import FMInteractionArch
 
 Term = Literal["linear", "fm", "deep"]
 TERMS: tuple[Term, ...] = ("linear", "fm", "deep")

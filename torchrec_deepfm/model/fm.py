@@ -1,4 +1,4 @@
-"""The second-order term of a factorization machine, and the packed row that feeds every term of DeepFM.
+"""The factorization machine, first order and pairs, and the packed row that feeds every term of DeepFM.
 
 Shapes: B batch, F fields, K factor_dim, D width of a packed row.
 
@@ -99,6 +99,41 @@ class FactorizationMachine(nn.Module):
         else:
             pairs_B1 = _second_order(factors)
         return pairs_B1.to(torch.promote_types(factors.dtype, torch.float32))
+
+
+class FMInteractionArch(nn.Module):
+    """The wide side: first order and factorization machine (equation 2 of the paper).
+
+    Args:
+        linear: whether the first order counts.
+        fm: whether the pairs count.
+
+    Example:
+        >>> arch = FMInteractionArch()
+        >>> arch(torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]), torch.tensor([[0.5, 0.25]]))  # 0.75 + 11
+        tensor([[11.7500]])
+    """
+
+    def __init__(self, *, linear: bool = True, fm: bool = True) -> None:
+        super().__init__()
+        self._linear = linear
+        self.factorization_machine: FactorizationMachine | None = FactorizationMachine() if fm else None
+
+    def forward(self, factors: Tensor, first_order: Tensor) -> Tensor:
+        """Sum the terms that count.
+
+        Args:
+            factors: [B, F, K], V_i x_i.
+            first_order: [B, F], w_i x_i.
+
+        Returns:
+            [B, 1].
+        """
+        first_order_B1 = first_order.sum(dim=1, keepdim=True)
+        if self.factorization_machine is None:
+            return first_order_B1
+        pairs_B1: Tensor = self.factorization_machine(factors)
+        return first_order_B1 + pairs_B1 if self._linear else pairs_B1
 
 
 def _sum_of_pairs(factors: Tensor, dtype: torch.dtype) -> Tensor:
