@@ -2,6 +2,7 @@
 
 import json
 import math
+import resource
 import subprocess
 import sys
 from dataclasses import replace
@@ -248,6 +249,17 @@ def test_a_failure_in_the_middle_leaves_nothing(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(synthetic, "_write_text", fail)
     with pytest.raises(RuntimeError, match="stop"):
         generate(tmp_path / "raw", rows=10)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_may_grow_no_further(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))
+    try:
+        with pytest.raises(UserError, match=r"out: no space left on the device; free some or name another output$"):
+            generate(tmp_path / "out", rows=20_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert list(tmp_path.iterdir()) == []
 
 

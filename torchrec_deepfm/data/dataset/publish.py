@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
@@ -125,8 +126,9 @@ def disk_errors(output: Path, kept: Callable[[], Path | None] = lambda: None) ->
     try:
         yield
     except (OSError, pl.exceptions.ComputeError) as error:
-        # Polars and pyarrow give the error number only in the text.
         number = getattr(error, "errno", None)
+        if number is None and (named := re.search(r"\(os error (\d+)\)", str(error))):  # of Polars
+            number = int(named[1])
         if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "No space left" in str(error):
             raise OutOfRoomError(
                 "no space left on the device", where=output, remedy=f"free some or name another output{resume()}"
