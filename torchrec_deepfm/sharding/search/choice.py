@@ -99,7 +99,7 @@ def choose(
     placements = max(min(effort.placements, effort.placed_tables // tables), effort.starts)
     placed_starts = min(effort.placed_starts, placements // 3 + 1)
     effort = replace(effort, placements=placements, placed_starts=placed_starts)
-    if _can_not_fit(machine, ways):
+    if _cannot_fit(machine, ways):
         effort = replace(effort, starts=1, placed_starts=1, placements=1)
     possible = [
         [number for number, way in enumerate(options) if _fits(machine, way)] or list(range(len(options)))
@@ -139,7 +139,7 @@ def _fits(machine: Machine, way: PlacementOption) -> bool:
     return bool(way.hbm <= machine.hbm.max() and way.ddr <= machine.ddr.max())
 
 
-def _can_not_fit(machine: Machine, ways: Sequence[Sequence[PlacementOption]]) -> bool:
+def _cannot_fit(machine: Machine, ways: Sequence[Sequence[PlacementOption]]) -> bool:
     """Whether a table has no piece that fits, or the least of all tables exceeds all memory."""
     hbm, ddr = (max(float(each.sum()), 1.0) for each in (machine.hbm, machine.ddr))
     total_hbm = total_ddr = total = 0.0  # shares of the GPU memory, of the host memory, and both

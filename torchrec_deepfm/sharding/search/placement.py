@@ -141,9 +141,12 @@ def _fill(
     else:
         short, taken = _fill_by_group(ordered, load, room)
     if found is not None:
+        members: dict[tuple[float, int, int], list[int]] = {piece: [] for piece in groups}
+        for number, way in enumerate(ways):
+            if way.where in where:
+                members[way.ms, way.hbm, way.ddr].append(number)
         for (piece, _), each in zip(ordered, taken, strict=True):
-            members = [n for n, way in enumerate(ways) if way.where in where and (way.ms, way.hbm, way.ddr) == piece]
-            _deal(ways, members, each, found)
+            _deal(ways, members[piece], each, found)
     return short
 
 
