@@ -15,7 +15,7 @@ class Skipped:
     place: int = 0
 
 
-def sort_out(
+def refuse_or_list(
     faults: Mapping[int, str], *, first: int, path: str, skip_bad: bool = False, before: int = 0
 ) -> list[Skipped]:
     """List the bad rows in their order; unless they are to be skipped, the first one is a ``UserError``.

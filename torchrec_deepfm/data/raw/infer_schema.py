@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from torchrec_deepfm.data.raw.addresses import find_files
-from torchrec_deepfm.data.raw.bad_rows import sort_out
+from torchrec_deepfm.data.raw.bad_rows import refuse_or_list
 from torchrec_deepfm.data.raw.cells import columns as cells
 from torchrec_deepfm.data.raw.chunk_files import ChunkTable, TableFile, open_table
 from torchrec_deepfm.data.raw.column_roles import SampledColumn, sampled, sort
@@ -145,7 +145,7 @@ def _sample(tables: Sequence[TableFile], rows: int) -> dict[str, pa.ChunkedArray
         if any(table.fields.get(name) != tables[0].fields[name] for name in names):
             break
         for batch in table.batches(names):
-            sort_out(batch.broken, first=table.first_row, path=table.file.name)
+            refuse_or_list(batch.broken, first=table.first_row, path=table.file.name)
             parts.append(batch.table.slice(0, rows - sum(part.num_rows for part in parts)))
             if sum(part.num_rows for part in parts) >= rows:
                 break

@@ -13,7 +13,7 @@ import polars as pl
 import pyarrow as pa
 
 from torchrec_deepfm.data.raw.addresses import find_files
-from torchrec_deepfm.data.raw.bad_rows import Skipped, sort_out
+from torchrec_deepfm.data.raw.bad_rows import Skipped, refuse_or_list
 from torchrec_deepfm.data.raw.cells import columns as cells
 from torchrec_deepfm.data.raw.cells.table_frame import category_types, table_frame
 from torchrec_deepfm.data.raw.chunk_files import ChunkTable, TableFile, open_table
@@ -70,7 +70,7 @@ class TableSource:
         for table, broken, done in self._steps(start):
             first = row + self.file.first_row
             frame, faults = self._frame(table, broken)
-            skipped += sort_out(faults, first=first, path=self.path, skip_bad=skip_bad, before=row - begin)
+            skipped += refuse_or_list(faults, first=first, path=self.path, skip_bad=skip_bad, before=row - begin)
             if (columns := self._kept(table, broken)) is not None:
                 kept.append(columns)
             row, size = row + table.num_rows + len(broken), size + _memory(frame)
@@ -216,7 +216,7 @@ def joined_pieces(
             bad = broken | {kept[i - good]: faults[i] for i in faults if good <= i < good + table.num_rows}
             good += table.num_rows
             first += sources[place].file.first_row
-            left_out = sort_out(bad, first=first, path=sources[place].path, skip_bad=skip_bad)
+            left_out = refuse_or_list(bad, first=first, path=sources[place].path, skip_bad=skip_bad)
             skipped += [(place, one) for one in left_out]
         held.clear()
         return JoinedPiece(frame=frame, next_start=(last, after, 0), done=done, skipped=tuple(skipped))
