@@ -113,3 +113,8 @@ def pytest_collection_finish() -> None:
     gc.freeze()  # no collection searches what was imported
     gc.set_threshold(100_000, 20, 50)  # Python's 700 make it a twelfth of the time
     gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        gc.unfreeze()  # or DuckDB lists what is left; workers end without

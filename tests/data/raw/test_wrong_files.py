@@ -162,7 +162,7 @@ def test_a_csv_error_ends_the_process_with_its_own_code(tmp_path):
         text_file(tmp_path / "missing.csv", "y,m,c\n" + rows),
         text_file(tmp_path / "twice.csv", "y,n,n\n" + rows),
     ]
-    for _ in range(2):
+    for _ in range(4):
         children = [subprocess.Popen([sys.executable, "-c", CHILD, path]) for path in paths]
         assert [child.wait(timeout=120) for child in children] == [2, 2, 2]
 

@@ -1,9 +1,9 @@
-"""Every sharding type on real ranks against the model that nothing shards: logits, gradients, weights after 3 steps.
+"""Every sharding type on real ranks against the model that nothing shards: logits, gradients, weights after five steps.
 
 On two ranks, on four, and on four that take themselves for two hosts of two. Each type for all tables, a model with all
-seven types in it, and the same turned by three. Each plan is written to a file; one optimizer of each case trains with
-what is read. Bags of 0 to 3 ids with weights; tables of fewer rows than ranks; three column shards, which two ranks
-can't share out evenly. The oracle is plain torch: unsharded ``nn.EmbeddingBag``s, the whole batch, ``torch.optim``.
+seven types in it, and the same turned by three. Bags of 0 to 3 ids with weights; tables of fewer rows than ranks; three
+column shards, which two ranks can't share out evenly. The oracle is plain torch: unsharded ``nn.EmbeddingBag``s, the
+whole batch, ``torch.optim``.
 
 RowWiseAdagrad keeps one moment per row. Under a type that cuts columns each column shard is a table of its own for the
 kernel, with a moment of its own: the mean of g^2 over the shard's columns instead of the row's. So there the oracle is
@@ -36,7 +36,7 @@ from torchrec_deepfm.training.optim.optimizers import make_optimizer
 
 # Rows of 12 columns [v (10) | w | padding]: three column shards of 4.
 K, SIZES = 10, {"a": 37, "b": 1, "c": 24, "d": 3, "e": 50, "f": 7, "g": 41}
-NUMERIC, BATCH, STEPS = 2, 8, 3
+NUMERIC, BATCH, STEPS, FILE_STEPS = 2, 8, 5, 2
 WEIGHT_DECAY, L2, CLIP_NORM = {"adagrad": 2.0}, {"adam": 0.3}, {"adam": 1.5}
 RATES, DENSE_RATE = {"adam": 0.01, "sgd": 0.1, "adagrad": 0.02, "rowwise_adagrad": 0.02}, 0.005
 TYPES = [
@@ -59,15 +59,10 @@ CASES: dict[str, dict[str, str]] = {
     "all seven, shuffled": dict(zip(SIZES, [TYPES[i] for i in (6, 4, 5, 0, 2, 3, 1)], strict=True)),
 }
 OPTIMIZERS = list(RATES)[1:]
-FROM_FILE = OPTIMIZERS[-1]  # trains with the plan out of a file
 TRAINED = {case: OPTIMIZERS if CUT_COLUMNS & set(kinds.values()) else list(RATES) for case, kinds in CASES.items()}
 LAYOUTS = {"2 ranks": (2, 2), "4 ranks": (4, 4), "2 hosts of 2": (4, 2)}
-# Of four ranks on one host, the rest says no more than two ranks and two hosts do. Nor do Adam and Adagrad under types
-# that do not depend on hosts, which are in "whole rows" and "all seven" as well.
-SEEN = {layout: dict(TRAINED) for layout in LAYOUTS}
-SEEN["4 ranks"] = {case: TRAINED[case] for case in ("table_row_wise", "all seven", "all seven, shuffled")}
-for case in ("data_parallel", "table_wise", "row_wise", "column_wise"):
-    SEEN["2 hosts of 2"][case] = ["sgd", FROM_FILE]
+# Of four ranks on one host, the rest says no more than two ranks and two hosts do.
+SEEN = {layout: list(CASES) for layout in LAYOUTS} | {"4 ranks": ["table_row_wise", "all seven", "all seven, shuffled"]}
 SAMPLES = draw(BATCH * STEPS, SIZES, NUMERIC, longest=3, seed=11)
 TABLE = "model.sparse_arch.embedding_bag_collection.embedding_bags.t_{}.weight"
 
@@ -121,14 +116,13 @@ def noise() -> dict[str, Tensor]:
     return {name: torch.randn(shapes[name], generator=generator) * 0.1 for name in sorted(shapes)}
 
 
-def train(sharded: Sharded, optimizer: str) -> dict[str, Any]:
-    """The plan, logits and dense gradients of this rank, the weights after the last step, under SGD after the first."""
+def train(sharded: Sharded, optimizer: str, steps: int = STEPS) -> dict[str, Any]:
+    """Logits and dense gradients of this rank, and the weights after the first step and the last."""
     model, share = sharded.model, BATCH // dist.get_world_size()
     write_state(model, noise())
     combined = make_optimizer(model, config(optimizer, dist.get_world_size()))
-    reported: dict[str, Any] = {"logits": [], "kinds": kinds(sharded)}
-    reported["shards"] = {table.name: table.shards for table in sharded.plan_file.tables}
-    for step in range(STEPS):
+    reported: dict[str, Any] = {"logits": []}
+    for step in range(steps):
         first = step * BATCH + dist.get_rank() * share
         combined.zero_grad()
         loss, (_, logits, _) = model(weighted_batch(SAMPLES[first : first + share]))
@@ -141,8 +135,8 @@ def train(sharded: Sharded, optimizer: str) -> dict[str, Any]:
             }
         combined.step()
         reported["logits"].append(logits)
-        if (step, optimizer) == (0, "sgd"):
-            reported["after step 0"] = read_state(model)
+        if (step, optimizer) in ((0, "sgd"), (FILE_STEPS - 1, OPTIMIZERS[-1])):
+            reported[f"after step {step}"] = read_state(model)
     reported["weights"] = read_state(model)
     return reported
 
@@ -167,22 +161,26 @@ def everything(layouts: list[str], folder: Path) -> dict[Any, Any]:
     reported: dict[Any, Any] = {}
     for layout in layouts:
         take_for_hosts_of(LAYOUTS[layout][1])
-        for case, optimizers in SEEN[layout].items():
-            for optimizer in optimizers[:-1]:
+        for case in SEEN[layout]:
+            for optimizer in TRAINED[case]:
                 sharded = build(optimizer, constraints=rules(case))
-                reported[layout, case, optimizer] = train(sharded, optimizer)
-            again, reported[layout, case] = through_a_file(sharded, folder / f"{layout} {case}.json")
-            reported[layout, case, FROM_FILE] = train(again, FROM_FILE)
+                reported[layout, case, optimizer] = train(sharded, optimizer) | {
+                    "kinds": kinds(sharded),
+                    "shards": {table.name: table.shards for table in sharded.plan_file.tables},
+                }
+            reported[layout, case] = through_a_file(sharded, folder / f"{layout} {case}.json")
     return reported
 
 
-def through_a_file(sharded: Sharded, path: Path) -> tuple[Sharded, dict[str, bool]]:
-    """The same plan written, read, and used."""
+def through_a_file(sharded: Sharded, path: Path) -> dict[str, Any]:
+    """The plan written, read, and trained with."""
     on_main(lambda: save_plan(sharded.plan_file, path))
-    loaded, again = load_plan(path), build(FROM_FILE, plan=path)
-    return again, {
+    loaded = load_plan(path)
+    again = build(OPTIMIZERS[-1], plan=path)
+    return {
         "file": loaded == sharded.plan_file == again.plan_file,
-        "plan": to_sharding_plan(loaded, find_embedding_bags(unsharded()), CPU) == sharded.plan == again.plan,
+        "plan": to_sharding_plan(loaded, find_embedding_bags(unsharded()), CPU) == sharded.plan,
+        "weights": train(again, OPTIMIZERS[-1], steps=FILE_STEPS)["weights"],
     }
 
 
@@ -274,7 +272,7 @@ def close(found: Tensor, expected: Tensor, what: str) -> None:
 
 @pytest.mark.parametrize(
     ("layout", "case", "optimizer"),
-    [(layout, case, optimizer) for layout, case in IN_LAYOUTS for optimizer in SEEN[layout][case]],
+    [(layout, case, optimizer) for layout, case in IN_LAYOUTS for optimizer in TRAINED[case]],
 )
 def test_a_sharded_model_is_the_unsharded_one(
     launched: dict[str, list[dict[Any, Any]]], layout: str, case: str, optimizer: str
@@ -315,9 +313,13 @@ def test_a_moment_per_column_shard_is_another_optimizer(
 
 @pytest.mark.parametrize(("layout", "case"), IN_LAYOUTS)
 def test_a_plan_goes_through_a_file(launched: dict[str, list[dict[Any, Any]]], layout: str, case: str) -> None:
-    """What is read trains in the first test, with ``FROM_FILE``."""
     for rank in launched[layout]:
-        assert rank[layout, case] == {"file": True, "plan": True}
+        found = rank[layout, case]
+        assert found["file"]
+        assert found["plan"]
+        trained = rank[layout, case, OPTIMIZERS[-1]]
+        for name, weight in trained[f"after step {FILE_STEPS - 1}"].items():
+            assert torch.equal(found["weights"][name], weight), f"{name} is another one with the plan than without"
 
 
 def test_hosts_hold_what_they_should(launched: dict[str, list[dict[Any, Any]]]) -> None:

@@ -35,7 +35,7 @@ def drawn_ways(draw: random.Random, tables: int, hosts: int) -> list[list[Placem
 def test_nothing_is_below_the_bound_and_the_search_is_near_the_optimum() -> None:
     draw = random.Random(17)
     gaps = []
-    for _ in range(120):
+    for _ in range(200):
         ranks, per_host = draw.choice([(2, 2), (3, 3), (3, 1), (4, 2)])
         ways = drawn_ways(draw, draw.randint(2, 4), ranks // per_host)
         memory = np.full(ranks, 1e9)
@@ -45,9 +45,9 @@ def test_nothing_is_below_the_bound_and_the_search_is_near_the_optimum() -> None
         assert lower_bound(ranks, per_host, ways) <= best * (1 + 1e-6)
         assert found.critical_path >= best * (1 - 1e-6)
         gaps.append(found.critical_path / best - 1)
-    assert np.mean(np.array(gaps) < 1e-6) >= 0.85  # measured 0.867
-    assert np.quantile(gaps, 0.9) <= 0.01  # measured 0.0036
-    assert np.quantile(gaps, 0.95) <= 0.02  # measured 0.0190
+    assert np.mean(np.array(gaps) < 1e-6) >= 0.85  # measured 0.895
+    assert np.quantile(gaps, 0.9) <= 0.01  # measured 0.0005
+    assert np.quantile(gaps, 0.95) <= 0.02  # measured 0.0198
     assert max(gaps) <= 0.1  # measured 0.078
 
 

@@ -41,8 +41,7 @@ FUSED = [
     "column_wise-2",
     "row_wise-4",
 ]
-FEWER = [case for case in FUSED if case not in ("table_wise-1", "data_parallel-2")]
-CASES = {"rowwise_adagrad": FUSED, "adagrad": FEWER, "adam": ["data_parallel-1", "table_wise-2", "row_wise-2"]}
+CASES = {"rowwise_adagrad": FUSED, "adagrad": FUSED, "adam": ["data_parallel-1", "table_wise-2", "row_wise-2"]}
 SAMPLES = draw(GLOBAL_BATCH * (STEPS + 1), SIZES, NUMERIC, longest=3, seed=3)
 FRESH = draw(40, SIZES, NUMERIC, longest=3, seed=4)
 
